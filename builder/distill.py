@@ -1,0 +1,354 @@
+"""Trains a draft to predict what its target says.
+
+The label is the target's distribution, restricted to the tokens that the draft's LM head covers. A conditioned draft is trained
+several of its own steps deep (training-time test of EAGLE-3): pass 0 sees the target's features everywhere,
+pass k sees features only up to k tokens before, and its own hidden states since, as it will when it drafts k + 1 tokens.
+
+Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
+
+May import: ssv.builder.checkpoint, .decoder, .draft, .corpus, .config.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssv.builder.config import DistillConfig
+from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.decoder import Decoder
+from ssv.builder.draft import Draft, draft_spec, start_from_target
+from ssv.builder.progress import Report
+
+
+@dataclass(frozen=True, slots=True)
+class DistillResult:
+    """A trained draft and what was seen of it on windows of the corpus that were kept apart.
+
+    Attributes:
+        agreement: per depth, the share of the assistant's tokens where the draft's argmax is the target's.
+        tokens_written, tokens_trained: sizes, in tokens.
+    """
+
+    draft: Draft
+    agreement: list[float]
+    tokens_written: int
+    tokens_trained: int
+
+
+def distill(
+    target: Decoder, pieces: ChatPieces, openings: list[list[int]], config: DistillConfig, work: Path, report: Report
+) -> DistillResult:
+    """Writes a corpus, trains a draft on it and measures it.
+
+    Everything is kept in `work`: run again after an interruption, it goes on from the last shard and the last checkpoint.
+
+    Args:
+        target: the target's network on the device to train on; in bf16 on CUDA.
+        openings: token ids that user turns begin with.
+        work: folder for the corpus shards and the training state.
+
+    Raises:
+        ValueError: `work` holds the state of another configuration.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    _claim(work, target, config)
+    shards = _write_corpus(target, pieces, openings, config, work, report)
+    held_out = shards.pop()
+    trainer = _Trainer(target, config, shards, work)
+    trainer.run(report)
+    return DistillResult(
+        draft=trainer.draft,
+        agreement=measure_agreement(target, trainer.draft, Conversations.load(held_out), config),
+        tokens_written=config.rows * config.window * len(shards),
+        tokens_trained=trainer.num_steps * config.batch_rows * config.window,
+    )
+
+
+def _claim(work: Path, target: Decoder, config: DistillConfig) -> None:
+    stamp = {"config": config.model_dump(mode="json"), "target": target.spec.to_dict()}
+    path = work / "distill.json"
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(stamp)):
+        raise ValueError(f"{work} holds the state of another distillation: choose another folder or remove it")
+    path.write_text(json.dumps(stamp, indent=1))
+
+
+def _write_corpus(
+    target: Decoder, pieces: ChatPieces, openings: list[list[int]], config: DistillConfig, work: Path, report: Report
+) -> list[Path]:
+    # One shard more than is trained on: the last is for measuring.
+    num_shards = max(1, math.ceil(config.tokens / (config.rows * config.window))) + 1
+    paths = [work / f"corpus-{index:04d}.safetensors" for index in range(num_shards)]
+    for index, path in enumerate(paths):
+        if not path.exists():
+            write_conversations(
+                target, pieces, openings, rows=config.rows, window=config.window, seed=config.seed * 100_003 + index
+            ).save(path)
+        report("corpus", index + 1, num_shards, f"{(index + 1) * config.rows * config.window / 1e6:.1f} M tokens")
+    return paths
+
+
+class CausalAttend:
+    """Attention within whole windows, one after the other in the flattened tokens."""
+
+    def __init__(self, batch_rows: int) -> None:
+        self.batch_rows = batch_rows
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        q, k, v = (x.view(self.batch_rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q_MND, k_MKD, v_MKD))
+        return self.attend(q, k, v).transpose(1, 2).reshape(q_MND.shape[0], -1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class PassAttend(CausalAttend):
+    """The same for the one layer of a conditioned draft, pass after pass.
+
+    Pass k's query at position i sees the keys of pass 0 up to i - k, and of each pass j in between the one at i - k + j.
+    """
+
+    def __init__(self, batch_rows: int) -> None:
+        super().__init__(batch_rows)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        depth = len(self.keys)
+        self.keys.append(k)
+        self.values.append(v)
+        if depth == 0:
+            return super().attend(q, k, v)
+        mask = _pass_mask(q.shape[2], depth, q.device)
+        keys, values = torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+
+
+def _pass_mask(num_tokens: int, depth: int, device: torch.device) -> Tensor:
+    query = torch.arange(num_tokens, device=device)[:, None]
+    key = torch.arange(num_tokens, device=device)[None, :]
+    # The first key stays visible to queries too early in the window to have any: softmax over nothing is NaN,
+    # and those positions carry no loss.
+    masks = [(key <= query - depth) | ((query < depth) & (key == 0))]
+    masks += [key == query - depth + j for j in range(1, depth + 1)]
+    return torch.cat(masks, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetView:
+    """What the target says of a batch of windows.
+
+    Attributes:
+        features_MX: [M, X] the tapped hidden states joined, not yet projected; None for a standalone draft.
+        argmax_BT: the token that the target would choose after each token.
+        label_BTV: its distribution over the draft's head tokens, renormalised.
+        covered_BT: probability mass of those tokens before that.
+    """
+
+    features_MX: Tensor | None
+    argmax_BT: Tensor
+    label_BTV: Tensor
+    covered_BT: Tensor
+
+
+@torch.no_grad()
+def view_target(target: Decoder, draft: Draft, tokens_BT: Tensor) -> TargetView:
+    rows, length = tokens_BT.shape
+    position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
+    hidden_MH, features_MX = target.run_layers(
+        target.embed(tokens_BT.flatten()), position_M, CausalAttend(rows), draft.spec.feature_layers
+    )
+    logits_MV = target.logits(hidden_MH)
+    probability_MV = logits_MV.softmax(-1, dtype=torch.float32)[:, draft.token_ids]
+    covered_M1 = probability_MV.sum(-1, keepdim=True)
+    return TargetView(
+        features_MX=features_MX,
+        argmax_BT=logits_MV.argmax(-1).view(rows, length),
+        label_BTV=probability_MV.div_(covered_M1).view(rows, length, -1),
+        covered_BT=covered_M1.view(rows, length),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPass:
+    """One pass of the draft over a batch of windows.
+
+    Attributes:
+        hidden_BTH: the draft's hidden states.
+        logits_BTV: over its head tokens.
+        shift: the row at t is about the token after t + shift.
+        first: rows before this one had no chance to see what they would when drafting.
+    """
+
+    hidden_BTH: Tensor
+    logits_BTV: Tensor
+    shift: int
+    first: int
+
+
+def draft_passes(draft: Draft, tokens_BT: Tensor, view: TargetView, depth: int) -> Iterator[DraftPass]:
+    """Runs the draft over whole windows: a standalone one once, a conditioned one `depth` times (see the module's head)."""
+    rows, length = tokens_BT.shape
+    if draft.tap is None:
+        position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
+        hidden = draft.run_layers(tokens_BT.flatten(), None, position_M, CausalAttend(rows))
+        yield DraftPass(hidden.view(rows, length, -1), draft.logits(hidden).view(rows, length, -1), shift=0, first=0)
+        return
+    # Entry i joins token i + 1 with the features of token i, and predicts token i + 2.
+    assert view.features_MX is not None
+    entries = length - 1
+    input_M = tokens_BT[:, 1:].flatten()
+    position_M = torch.arange(entries, device=tokens_BT.device).repeat(rows)
+    features_BTF = draft.tap.project(view.features_MX).view(rows, length, -1)[:, :entries]
+    attend = PassAttend(rows)
+    for k in range(depth):
+        hidden = draft.run_layers(input_M, features_BTF.flatten(0, 1), position_M, attend)
+        hidden_BTH = hidden.view(rows, entries, -1)
+        yield DraftPass(hidden_BTH, draft.logits(hidden).view(rows, entries, -1), shift=1, first=k)
+        features_BTF = F.pad(hidden_BTH[:, :-1], (0, 0, 1, 0))
+
+
+def _judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple[slice, Tensor]:
+    # Which target rows a pass's rows are about, and which of them count: those after which the assistant speaks.
+    length = is_assistant_BT.shape[1]
+    rows = slice(step.shift, step.shift + step.logits_BTV.shape[1])
+    speaks = torch.zeros_like(is_assistant_BT)
+    speaks[:, : length - 1] = is_assistant_BT[:, 1:]
+    counts = speaks[:, rows].clone()
+    counts[:, : step.first] = False
+    return rows, counts
+
+
+class _Trainer:
+    def __init__(self, target: Decoder, config: DistillConfig, shards: list[Path], work: Path) -> None:
+        self.target, self.config = target, config
+        self.data = [Conversations.load(path) for path in shards]
+        self.state_path = work / "train.safetensors"
+        device = target.embed.weight.device
+        head = _most_frequent(self.data, target.spec.vocab_size, config.head_size)
+        spec = draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
+        self.draft = start_from_target(spec, target, tuple(config.layers), head.to(device)).float()
+        self.draft.share_target(target, self.draft.token_ids)
+        self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        windows = sum(len(shard.tokens) for shard in self.data)
+        self.num_steps = max(1, windows * config.epochs // config.batch_rows)
+        self.step = 0
+
+    def run(self, report: Report) -> None:
+        self._restore()
+        while self.step < self.num_steps:
+            loss, agreement = self._train_step()
+            self.step += 1
+            if self.step % self.config.checkpoint_every == 0 or self.step == self.num_steps:
+                self._save()
+            if self.step % 50 == 0 or self.step == self.num_steps:
+                shown = " ".join(f"{a:.3f}" for a in agreement.tolist())
+                report("train", self.step, self.num_steps, f"loss {loss.item():.3f}, agreement by depth {shown}")
+
+    def _train_step(self) -> tuple[Tensor, Tensor]:
+        config, device = self.config, self.target.embed.weight.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * self._schedule()
+        tokens_BT, is_assistant_BT = (x.to(device) for x in self._batch())
+        tokens_BT = tokens_BT.long()
+        view = view_target(self.target, self.draft, tokens_BT)
+        agreement, total = [], torch.zeros((), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            for k, step in enumerate(draft_passes(self.draft, tokens_BT, view, config.depth)):
+                rows, counts = _judged(step, view, is_assistant_BT)
+                # Tokens the head does not cover cannot be learned: their rows weigh as much as the head's share.
+                weight = counts * view.covered_BT[:, rows]
+                logits_BTV = step.logits_BTV.float()
+                loss_BT = logits_BTV.logsumexp(-1) - torch.linalg.vecdot(view.label_BTV[:, rows], logits_BTV)
+                total = total + config.depth_decay**k * (loss_BT * weight).sum() / weight.sum().clamp(min=1)
+                agreement.append(_agreement(self.draft, step, view, rows, counts))
+        total.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.detach(), torch.stack(agreement)
+
+    def _schedule(self) -> float:
+        warm_up = min(100, self.num_steps // 10 + 1)
+        if self.step < warm_up:
+            return (self.step + 1) / warm_up
+        done = (self.step - warm_up) / max(1, self.num_steps - warm_up)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        # A fixed permutation per epoch, so that a restarted run goes on with the windows it has not seen.
+        tokens = [shard.tokens for shard in self.data]
+        windows = sum(len(t) for t in tokens)
+        per_epoch = max(1, windows // self.config.batch_rows)
+        epoch, index = divmod(self.step, per_epoch)
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(self.config.seed + epoch))
+        picked = order[index * self.config.batch_rows : (index + 1) * self.config.batch_rows]
+        rows = self.config.rows
+        shard, row = picked // rows, picked % rows
+        chosen = list(zip(shard.tolist(), row.tolist(), strict=True))
+        return (
+            torch.stack([self.data[s].tokens[r] for s, r in chosen]),
+            torch.stack([self.data[s].is_assistant[r] for s, r in chosen]),
+        )
+
+    def _save(self) -> None:
+        state = {f"draft.{n}": p.detach() for n, p in self.parameters.items()}
+        state["token_ids"] = self.draft.token_ids
+        for name, parameter in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"adam.{key}.{name}"] = self.optimizer.state[parameter][key]
+        part = self.state_path.with_suffix(".part")
+        save_file({n: t.cpu().contiguous() for n, t in state.items()} | {"step": torch.tensor(self.step)}, part)
+        part.rename(self.state_path)
+
+    def _restore(self) -> None:
+        if not self.state_path.exists():
+            return
+        state = load_file(self.state_path, device=str(self.target.embed.weight.device))
+        self.step = int(state["step"])
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state[f"draft.{name}"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": state[f"adam.exp_avg.{name}"],
+                "exp_avg_sq": state[f"adam.exp_avg_sq.{name}"],
+            }
+
+
+def _most_frequent(data: list[Conversations], vocab_size: int, head_size: int | None) -> Tensor:
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for shard in data:
+        counts += torch.bincount(shard.tokens[shard.is_assistant].long(), minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True)[: head_size or vocab_size]
+
+
+def _agreement(draft: Draft, step: DraftPass, view: TargetView, rows: slice, counts: Tensor) -> Tensor:
+    agrees = draft.token_ids[step.logits_BTV.argmax(-1)] == view.argmax_BT[:, rows]
+    return (agrees & counts).sum() / counts.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def measure_agreement(target: Decoder, draft: Draft, data: Conversations, config: DistillConfig) -> list[float]:
+    """Share of the assistant's tokens where the draft's argmax is the target's, by depth, over all windows of `data`."""
+    device = target.embed.weight.device
+    sums: list[Tensor] = []
+    for start in range(0, len(data.tokens), config.batch_rows):
+        tokens_BT = data.tokens[start : start + config.batch_rows].to(device).long()
+        is_assistant_BT = data.is_assistant[start : start + config.batch_rows].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            view = view_target(target, draft, tokens_BT)
+            steps = draft_passes(draft, tokens_BT, view, config.depth)
+            per_depth = [_agreement(draft, step, view, *_judged(step, view, is_assistant_BT)) for step in steps]
+        sums.append(torch.stack(per_depth))
+    return [float(x) for x in torch.stack(sums).mean(dim=0)]

@@ -1,0 +1,220 @@
+"""The draft model: what it is made of, how it starts from its target, how it is stored.
+
+Two kinds. *Standalone*: a small decoder with the target's vocabulary. *Conditioned* (EAGLE-3, Li et al. 2025,
+arXiv:2503.01840): one decoder layer over the embedding of a token joined with the target's features of the token
+before it, or with the draft's own hidden state where the target has not been yet.
+
+A draft has the hidden size of its target and shares its embedding and LM head rows, so neither is stored again.
+
+Shapes: M tokens of the step, H hidden, F features = H, V head rows of the draft (the most frequent tokens).
+
+May import: ssv.builder.checkpoint, ssv.builder.decoder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ssv.builder.checkpoint import CheckpointError, DecoderSpec, read_safetensors
+from ssv.builder.decoder import Attend, Decoder
+
+DraftKind = Literal["conditioned", "standalone"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpec:
+    """Shape of a draft.
+
+    Attributes:
+        decoder: spec of the draft's layers (its vocabulary is the target's).
+        feature_layers: target layers that a conditioned draft sees; empty for a standalone one.
+        head_size: number of tokens the LM head covers.
+    """
+
+    kind: DraftKind
+    decoder: DecoderSpec
+    feature_layers: tuple[int, ...]
+    head_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "decoder": self.decoder.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DraftSpec:
+        try:
+            if data["kind"] not in ("conditioned", "standalone"):
+                raise CheckpointError(f"draft kind {data['kind']!r} is unknown; known: conditioned, standalone")
+            return cls(
+                kind=data["kind"],
+                decoder=DecoderSpec.from_dict(data["decoder"]),
+                feature_layers=tuple(data["feature_layers"]),
+                head_size=data["head_size"],
+            )
+        except KeyError as error:
+            raise CheckpointError(f"draft spec lacks {error.args[0]}") from error
+
+
+def draft_spec(target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], head_size: int | None) -> DraftSpec:
+    """Spec of a draft for a target.
+
+    Args:
+        layers: conditioned: target layers whose hidden states it sees; standalone: target layers it is made of.
+        head_size: LM head rows, None for the whole vocabulary.
+
+    Raises:
+        ValueError: layers outside the target, or a head larger than its vocabulary.
+    """
+    if not layers or not all(0 <= layer < target.num_layers for layer in layers):
+        raise ValueError(f"layers {list(layers)}: name at least one of the target's layers 0 to {target.num_layers - 1}")
+    head_size = head_size or target.vocab_size
+    if head_size > target.vocab_size:
+        raise ValueError(f"head_size {head_size} exceeds the target's vocab_size {target.vocab_size}")
+    conditioned = kind == "conditioned"
+    return DraftSpec(
+        kind=kind,
+        decoder=replace(target, num_layers=1 if conditioned else len(layers), tie_embeddings=False),
+        feature_layers=tuple(sorted(layers)) if conditioned else (),
+        head_size=head_size,
+    )
+
+
+class FeatureTap(nn.Module):
+    """The target's features for a conditioned draft: hidden states after chosen layers, joined and projected.
+
+    The projection is trained with the draft but runs with the target, so that target features and the draft's own hidden
+    state have one width F, and rows of both kinds share a draft step.
+    """
+
+    def __init__(self, layers: tuple[int, ...], target_hidden: int, num_features: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.project = nn.Linear(len(layers) * target_hidden, num_features, bias=False)
+
+
+class Draft(nn.Module):
+    """A draft network.
+
+    Attributes:
+        token_ids: int64 [V], the vocabulary id of each LM head row, most frequent first.
+        tap: the feature projection that runs with the target; None for a standalone draft.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, spec: DraftSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        hidden, eps = spec.decoder.hidden_size, spec.decoder.rms_norm_eps
+        self.decoder = Decoder(spec.decoder, head_size=spec.head_size)
+        self.register_buffer("token_ids", torch.arange(spec.head_size))
+        self.tap: FeatureTap | None = None
+        if spec.kind == "conditioned":
+            self.tap = FeatureTap(spec.feature_layers, hidden, hidden)
+            self.embed_norm = nn.RMSNorm(hidden, eps)
+            self.feature_norm = nn.RMSNorm(hidden, eps)
+            self.join = nn.Linear(2 * hidden, hidden, bias=False)
+
+    def run_layers(self, input_ids_M: Tensor, features_MF: Tensor | None, position_M: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [M, H] before the final norm; they are also the features of the next token drafted."""
+        dtype = self.decoder.norm.weight.dtype  # in training the shared embedding is bf16, the draft fp32
+        x_MH = self.decoder.embed(input_ids_M).to(dtype)
+        if features_MF is not None:
+            x_MH = self.join_features(x_MH, features_MF.to(dtype))
+        return self.decoder.run_layers(x_MH, position_M, attend)[0]
+
+    @property
+    def conditioned(self) -> bool:
+        return self.spec.kind == "conditioned"
+
+    def join_features(self, x_MH: Tensor, features_MF: Tensor) -> Tensor:
+        """What goes into the first layer of a conditioned draft."""
+        # A residual on the features, so that an untrained join leaves the target's own last layer at work.
+        return features_MF + self.join(torch.cat((self.embed_norm(x_MH), self.feature_norm(features_MF)), dim=-1))
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """[R, V] over `token_ids`."""
+        return self.decoder.logits(hidden_RH)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything but what is shared with the target."""
+        return {name: value for name, value in self.state_dict().items() if name not in _SHARED}
+
+    def share_target(self, target: Decoder, token_ids: Tensor) -> None:
+        """Takes the target's embedding and the LM head rows of `token_ids`, frozen."""
+        self.token_ids = token_ids
+        self.decoder.embed.weight = nn.Parameter(target.embed.weight, requires_grad=False)
+        self.decoder.lm_head.weight = nn.Parameter(target.lm_head.weight[token_ids], requires_grad=False)
+
+
+_SHARED = ("decoder.embed.weight", "decoder.lm_head.weight")
+
+
+def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...], token_ids: Tensor) -> Draft:
+    """An untrained draft whose layers are copies of the target's.
+
+    A conditioned draft starts as the target's last layer on the highest tapped features: its join begins at zero and its tap
+    passes the last of the tapped layers through.
+    """
+    draft = Draft(spec).to(target.embed.weight.device)
+    conditioned = draft.tap is not None
+    for mine, source in zip(draft.decoder.layers, (target.spec.num_layers - 1,) if conditioned else layers, strict=True):
+        mine.load_state_dict(target.layers[source].state_dict())
+    draft.decoder.norm.load_state_dict(target.norm.state_dict())
+    if draft.tap is not None:
+        nn.init.zeros_(draft.join.weight)
+        nn.init.zeros_(draft.tap.project.weight)
+        hidden = spec.decoder.hidden_size
+        draft.tap.project.weight.data[:, -hidden:] = torch.eye(hidden)
+    draft.share_target(target, token_ids)
+    return draft
+
+
+def save_draft(draft: Draft, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes one safetensors file; its metadata carries the spec."""
+    state = {
+        name: value.detach().cpu().to(dtype if value.is_floating_point() else torch.int32).contiguous()
+        for name, value in draft.trainable_state().items()
+    }
+    save_file(state, path, metadata={"ssv_draft": json.dumps(draft.spec.to_dict(), sort_keys=True)})
+
+
+def load_draft(path: Path, target: Decoder) -> Draft:
+    """Reads a draft and joins it to its target, in fp32.
+
+    Raises:
+        CheckpointError: damaged file, weights that do not fit the spec, or a draft made for another target.
+    """
+    state = read_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "ssv_draft" not in metadata:
+        raise CheckpointError(f"{path} is not a draft: build one with `ssv-build distill`")
+    spec = DraftSpec.from_dict(json.loads(metadata["ssv_draft"]))
+    for field in ("vocab_size", "hidden_size"):
+        mine, theirs = getattr(spec.decoder, field), getattr(target.spec, field)
+        if mine != theirs:
+            raise CheckpointError(f"draft {field} {mine} != target {field} {theirs}: distill the draft from this target")
+    if max(spec.feature_layers, default=0) >= target.spec.num_layers:
+        raise CheckpointError(f"draft taps layer {max(spec.feature_layers)}, the target has {target.spec.num_layers}")
+    with torch.device("meta"):
+        draft = Draft(spec)
+    expected = {name: value.shape for name, value in draft.trainable_state().items()}
+    found = {name: value.shape for name, value in state.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CheckpointError(f"{path}: weight {wrong[0]} is missing, unknown or misshapen")
+    token_ids = state.pop("token_ids").long()
+    if token_ids.min() < 0 or token_ids.max() >= spec.decoder.vocab_size:
+        raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.decoder.vocab_size}")
+    draft.load_state_dict({name: value.float() for name, value in state.items()}, assign=True, strict=False)
+    draft.decoder._rope_frequencies_P = spec.decoder.rope_frequencies()
+    draft.share_target(target, token_ids)
+    return draft.requires_grad_(False)

@@ -1,0 +1,131 @@
+"""The bundle's manifest: what is in it, checked before anything of it is used.
+
+May import: ssv.builder.checkpoint, .draft, .tiers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ssv.builder.tiers import Policy
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; the message names the file and the cure."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """A file of the bundle: size in bytes, and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TierEntry(_Strict):
+    """A tier: its policy, whether it is lossless, and, if not, what was measured when it was calibrated.
+
+    Attributes:
+        divergence: share of emitted tokens that the target would not have chosen, at most.
+        divergence_bound: upper confidence bound of the divergence measured.
+    """
+
+    policy: Policy
+    lossless: bool
+    divergence: float | None = None
+    divergence_bound: float | None = None
+
+
+class Manifest(_Strict):
+    """Facts about a bundle.
+
+    Attributes:
+        target, draft: specs of the networks, as `DecoderSpec.to_dict` and `DraftSpec.to_dict` give them.
+        eos_token_ids: tokens that end an output.
+        default_precision: what the torch engine runs in on a CPU unless told otherwise.
+        sources: what each part was made from, by SHA-256: a step whose sources have not changed is not repeated.
+        versions: of the packages that built it.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    target: dict[str, Any]
+    draft: dict[str, Any]
+    eos_token_ids: Annotated[list[int], Field(min_length=1)]
+    default_precision: Literal["fp32", "bf16", "int8", "int4"]
+    tiers: dict[str, TierEntry]
+    files: dict[str, FileEntry]
+    sources: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def policies(self) -> dict[str, Policy]:
+        return {name: tier.policy for name, tier in self.tiers.items()}
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and hash of a file."""
+    with path.open("rb") as file:
+        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Writes the manifest in one step: a reader sees the old one or the new one."""
+    part = bundle / (MANIFEST_NAME + ".part")
+    part.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+    part.replace(bundle / MANIFEST_NAME)
+
+
+def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
+    """Reads a bundle's manifest.
+
+    Args:
+        verify: hash every file of the bundle and compare.
+
+    Raises:
+        BundleError: no bundle, another schema version, damaged, or a file missing or changed.
+    """
+    path = bundle / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME}): make one with `ssv-build pair`")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise BundleError(f"{path} is damaged ({error}): build the bundle again") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}: build the bundle again")
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path} is damaged ({where}: {first['msg']}): build the bundle again") from error
+    if verify:
+        _verify_files(bundle, manifest)
+    return manifest
+
+
+def _verify_files(bundle: Path, manifest: Manifest) -> None:
+    root = bundle.resolve()
+    for name, expected in manifest.files.items():
+        path = (bundle / name).resolve()
+        if not path.is_relative_to(root):
+            raise BundleError(f"{bundle / MANIFEST_NAME} names {name}, which lies outside the bundle")
+        if not path.is_file():
+            raise BundleError(f"{bundle} lacks {name}: build the bundle again")
+        found = file_entry(path)
+        if found != expected:
+            what = f"size {found.size}, expected {expected.size}" if found.size != expected.size else "another SHA-256"
+            raise BundleError(f"{path} does not match the manifest ({what}): it was changed or damaged, build again")

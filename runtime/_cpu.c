@@ -1,0 +1,275 @@
+/* The work between the int8 matrix products of a decoder layer on the CPU, each stage one pass over a few rows.
+ *
+ * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic. These
+ * four stages replace some twenty of them a layer; ssv/runtime/cpu_int8.py defines what they compute, in PyTorch, and
+ * the tests compare the two.
+ *
+ * Every row is computed by itself, in an order that does not depend on the rows beside it: a token's result is the same to
+ * the last bit whether it is decoded alone or verified among others.
+ *
+ * Pointers arrive as integers (tensor.data_ptr()); the caller owns the memory and has checked shapes and lengths.
+ * All tensors are fp32, contiguous, rows first. M rows of the step.
+ * Compiled with -ffast-math (vector expf), never linked with it (that would flush subnormals in the whole process).
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MULTIVERSION
+#endif
+
+/* 7 bits, centred: the AVX2 int8 product adds pairs of u8 * s8 in 16 bits, which 8-bit activations would saturate. */
+#define LEVELS 63.0f
+
+static inline float largest_magnitude(const float *x, long n) {
+    float largest = 0.0f;
+    for (long i = 0; i < n; i++) {
+        float magnitude = fabsf(x[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+/* Scales a row so that its largest magnitude is LEVELS; returns what undoes it. */
+static inline float scale_to_levels(float *x, long n) {
+    float largest = largest_magnitude(x, n);
+    if (largest == 0.0f) return 0.0f;
+    float factor = LEVELS / largest;
+    for (long i = 0; i < n; i++) x[i] *= factor;
+    return largest / LEVELS;
+}
+
+/* x += product * product_scale + bias; out = x * weight scaled to LEVELS; out_scale undoes that and normalises. */
+MULTIVERSION
+static void add_norm_rows(float *x, const float *product, const float *product_scale, const float *bias,
+                          const float *weight, float eps, float *out, float *out_scale, long rows, long hidden) {
+    for (long m = 0; m < rows; m++) {
+        float *row = x + m * hidden, *result = out + m * hidden, squares = 0.0f;
+        if (product) {
+            const float *added = product + m * hidden;
+            float scale = product_scale[m];
+            for (long i = 0; i < hidden; i++) row[i] += added[i] * scale;
+        }
+        if (bias)
+            for (long i = 0; i < hidden; i++) row[i] += bias[i];
+        for (long i = 0; i < hidden; i++) {
+            squares += row[i] * row[i];
+            result[i] = row[i] * weight[i];
+        }
+        out_scale[m] = scale_to_levels(result, hidden) / sqrtf(squares / (float)hidden + eps);
+    }
+}
+
+/* out = silu(gate) * up scaled to LEVELS, gate and up being the halves of the scaled product. */
+MULTIVERSION
+static void gated_rows(const float *product, const float *product_scale, const float *bias, float *out,
+                       float *out_scale, long rows, long inner) {
+    for (long m = 0; m < rows; m++) {
+        const float *gate = product + m * 2 * inner, *up = gate + inner;
+        float *result = out + m * inner, scale = product_scale[m];
+        if (bias) {
+            for (long i = 0; i < inner; i++) {
+                float g = gate[i] * scale + bias[i], u = up[i] * scale + bias[inner + i];
+                result[i] = g / (1.0f + expf(-g)) * u;
+            }
+        } else {
+            for (long i = 0; i < inner; i++) {
+                float g = gate[i] * scale, u = up[i] * scale;
+                result[i] = g / (1.0f + expf(-g)) * u;
+            }
+        }
+        out_scale[m] = scale_to_levels(result, inner);
+    }
+}
+
+/* One head of one token: RMSNorm if there is a weight, then rotation of pairs half a head apart. */
+static inline void norm_and_rotate(const float *in, float scale, const float *bias, const float *norm, float eps,
+                                   const float *cosine, const float *sine, float *out, long dim) {
+    float head[dim];
+    for (long d = 0; d < dim; d++) head[d] = in[d] * scale + (bias ? bias[d] : 0.0f);
+    if (norm) {
+        float squares = 0.0f;
+        for (long d = 0; d < dim; d++) squares += head[d] * head[d];
+        float factor = 1.0f / sqrtf(squares / (float)dim + eps);
+        for (long d = 0; d < dim; d++) head[d] *= factor * norm[d];
+    }
+    long half = dim / 2;
+    for (long p = 0; p < half; p++) {
+        out[p] = head[p] * cosine[p] - head[p + half] * sine[p];
+        out[p + half] = head[p + half] * cosine[p] + head[p] * sine[p];
+    }
+}
+
+typedef struct {
+    long batch, tokens, heads, kv_heads, dim, length; /* length: S, positions a cache row holds */
+} Shape;
+
+/* Splits the scaled qkv product into heads, rotates queries and keys, stores keys and values into the cache.
+ * keys, values: [batch, kv_heads, length, dim]; queries out: [batch, tokens, heads, dim]. */
+MULTIVERSION
+static void store_rows(const float *qkv, const float *qkv_scale, const float *bias, const float *q_norm,
+                       const float *k_norm, float eps, const float *cosine, const float *sine, float *queries,
+                       float *keys, float *values, const int32_t *position, const Shape *s) {
+    long width = (s->heads + 2 * s->kv_heads) * s->dim, half = s->dim / 2;
+    for (long b = 0; b < s->batch; b++) {
+        for (long t = 0; t < s->tokens; t++) {
+            long m = b * s->tokens + t, at = position[b] + t;
+            const float *row = qkv + m * width, *c = cosine + m * half, *sn = sine + m * half;
+            for (long n = 0; n < s->heads; n++)
+                norm_and_rotate(row + n * s->dim, qkv_scale[m], bias ? bias + n * s->dim : NULL, q_norm, eps, c, sn,
+                                queries + (m * s->heads + n) * s->dim, s->dim);
+            for (long k = 0; k < s->kv_heads; k++) {
+                long from = (s->heads + k) * s->dim, to = ((b * s->kv_heads + k) * s->length + at) * s->dim;
+                norm_and_rotate(row + from, qkv_scale[m], bias ? bias + from : NULL, k_norm, eps, c, sn, keys + to,
+                                s->dim);
+                from += s->kv_heads * s->dim;
+                for (long d = 0; d < s->dim; d++)
+                    values[to + d] = row[from + d] * qkv_scale[m] + (bias ? bias[from + d] : 0.0f);
+            }
+        }
+    }
+}
+
+/* Attention of every query to the keys up to its own position; out [rows, heads * dim] scaled to LEVELS. */
+MULTIVERSION
+static void attend_rows(const float *queries, const float *keys, const float *values, const int32_t *position,
+                        float *weights, float *out, float *out_scale, const Shape *s) {
+    long groups = s->heads / s->kv_heads, dim = s->dim;
+    float root = 1.0f / sqrtf((float)dim);
+    for (long b = 0; b < s->batch; b++) {
+        for (long t = 0; t < s->tokens; t++) {
+            long m = b * s->tokens + t, seen = position[b] + t + 1;
+            for (long n = 0; n < s->heads; n++) {
+                long base = (b * s->kv_heads + n / groups) * s->length * dim;
+                const float *query = queries + (m * s->heads + n) * dim, *key = keys + base, *value = values + base;
+                float largest = -3.0e38f, sum = 0.0f, *result = out + (m * s->heads + n) * dim;
+                long j = 0;
+                for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
+                    const float *k0 = key + j * dim, *k1 = k0 + dim, *k2 = k1 + dim, *k3 = k2 + dim;
+                    float d0 = 0.0f, d1 = 0.0f, d2 = 0.0f, d3 = 0.0f;
+                    for (long d = 0; d < dim; d++) {
+                        d0 += query[d] * k0[d];
+                        d1 += query[d] * k1[d];
+                        d2 += query[d] * k2[d];
+                        d3 += query[d] * k3[d];
+                    }
+                    weights[j] = d0 * root, weights[j + 1] = d1 * root;
+                    weights[j + 2] = d2 * root, weights[j + 3] = d3 * root;
+                }
+                for (; j < seen; j++) {
+                    float dot = 0.0f;
+                    for (long d = 0; d < dim; d++) dot += query[d] * key[j * dim + d];
+                    weights[j] = dot * root;
+                }
+                for (j = 0; j < seen; j++) largest = weights[j] > largest ? weights[j] : largest;
+                for (j = 0; j < seen; j++) weights[j] = expf(weights[j] - largest);
+                for (j = 0; j < seen; j++) sum += weights[j];
+                for (long d = 0; d < dim; d++) result[d] = 0.0f;
+                for (j = 0; j + 4 <= seen; j += 4) {
+                    const float *v0 = value + j * dim, *v1 = v0 + dim, *v2 = v1 + dim, *v3 = v2 + dim;
+                    float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
+                    for (long d = 0; d < dim; d++) result[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d];
+                }
+                for (; j < seen; j++)
+                    for (long d = 0; d < dim; d++) result[d] += weights[j] * value[j * dim + d];
+                for (long d = 0; d < dim; d++) result[d] /= sum;
+            }
+            out_scale[m] = scale_to_levels(out + m * s->heads * dim, s->heads * dim);
+        }
+    }
+}
+
+/* Scales rows to LEVELS in place. */
+MULTIVERSION
+static void quantize_rows(float *x, float *scale, long rows, long width) {
+    for (long m = 0; m < rows; m++) scale[m] = scale_to_levels(x + m * width, width);
+}
+
+#define MAX_ARGS 24
+
+typedef struct {
+    void *pointer[MAX_ARGS];
+    long number[MAX_ARGS];
+} Args;
+
+/* Reads integers; each is kept both as a number and as an address. */
+static int read_args(PyObject *const *objects, Py_ssize_t given, Py_ssize_t wanted, Args *args) {
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, given);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < given; i++) {
+        args->number[i] = PyLong_AsLong(objects[i]);
+        args->pointer[i] = (void *)args->number[i];
+        if (args->number[i] == -1 && PyErr_Occurred()) return -1;
+    }
+    return 0;
+}
+
+static PyObject *py_add_norm(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 9 integers");
+    double eps = PyFloat_AsDouble(objects[0]);
+    if (eps == -1.0 && PyErr_Occurred()) return NULL;
+    if (read_args(objects + 1, given - 1, 9, &a)) return NULL;
+    add_norm_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
+                  a.pointer[6], a.number[7], a.number[8]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (read_args(objects, given, 7, &a)) return NULL;
+    gated_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], a.number[5], a.number[6]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_store(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 17 integers");
+    double eps = PyFloat_AsDouble(objects[0]);
+    if (eps == -1.0 && PyErr_Occurred()) return NULL;
+    if (read_args(objects + 1, given - 1, 17, &a)) return NULL;
+    Shape shape = {a.number[11], a.number[12], a.number[13], a.number[14], a.number[15], a.number[16]};
+    store_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
+               a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], &shape);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (read_args(objects, given, 13, &a)) return NULL;
+    Shape shape = {a.number[7], a.number[8], a.number[9], a.number[10], a.number[11], a.number[12]};
+    attend_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], a.pointer[5], a.pointer[6],
+                &shape);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_quantize(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (read_args(objects, given, 4, &a)) return NULL;
+    quantize_rows(a.pointer[0], a.pointer[1], a.number[2], a.number[3]);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"add_norm", (PyCFunction)(void (*)(void))py_add_norm, METH_FASTCALL,
+     "add_norm(eps, x, product, product_scale, bias, weight, out, out_scale, rows, hidden)"},
+    {"gated", (PyCFunction)(void (*)(void))py_gated, METH_FASTCALL,
+     "gated(product, product_scale, bias, out, out_scale, rows, inner)"},
+    {"store", (PyCFunction)(void (*)(void))py_store, METH_FASTCALL,
+     "store(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, position, batch, tokens, "
+     "heads, kv_heads, dim, length)"},
+    {"attend", (PyCFunction)(void (*)(void))py_attend, METH_FASTCALL,
+     "attend(queries, keys, values, position, weights, out, out_scale, batch, tokens, heads, kv_heads, dim, length)"},
+    {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "quantize(x, scale, rows, width)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }

@@ -1,0 +1,218 @@
+"""Decoder layers on the CPU in int8: weights per output channel, activations per row.
+
+The products are torch's own (FBGEMM), with exact integer accumulation; what lies between them is fused in `_cpu.c`. Per-row
+activation scales keep rows independent: verifying eight tokens gives bit for bit what decoding them one by one gives.
+
+Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smooth_decoder` wins back most of
+what that costs in quality.
+
+Shapes: M tokens of the step (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value heads, D head dim,
+S cache length, R gathered rows, V vocab.
+
+May import: ssv.builder.decoder; ssv.runtime.engine, .kv_cache.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ssv.builder.decoder import Decoder, Layer
+from ssv.runtime.engine import EngineError
+from ssv.runtime.kv_cache import grouped_attention, visible
+
+_LEVELS = 63.0
+
+
+try:
+    from ssv.runtime import _cpu
+except ImportError:  # installed where there was no C compiler
+    _cpu = None  # type: ignore[assignment]
+
+# Beyond this many query-key pairs a layer, torch's attention on all cores beats the fused one on one core.
+_FUSED_ATTENTION_PAIRS = 24_000
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in int8. `forward` is the whole of it on fp32 rows; the fused layers call `product`."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, input_factor_I: Tensor | None = None) -> None:
+        super().__init__()
+        self.bias_O, self.input_factor_I = bias_O, input_factor_I
+        if "fbgemm" not in torch.backends.quantized.supported_engines:
+            raise EngineError("precision int8 needs torch with FBGEMM (x86-64): use bf16 or fp32 on this machine")
+        scale = int8_scale(weight_OI)
+        values = (weight_OI / scale).round().to(torch.int8)
+        scale = scale[:, 0].double()
+        engine = torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            # torch moves quantized tensors to torchao, which has no kernel for a CPU without AVX-512.
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
+            quantized = torch._make_per_channel_quantized_tensor(values, scale, torch.zeros_like(scale).long(), 0)
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            torch.backends.quantized.engine = engine
+        self._product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+    def product(self, scaled_MI: Tensor) -> Tensor:
+        """The product for rows scaled to -63..63 (see `quantize_rows`), [M, O] fp32, still scaled, without bias."""
+        return self._product(scaled_MI, 1.0, 64, self._packed)
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        if self.input_factor_I is not None:
+            x_MI = x_MI * self.input_factor_I
+        scaled_MI, scale_M1 = quantize_rows(x_MI)
+        y_MO = self.product(scaled_MI).mul_(scale_M1)
+        return y_MO if self.bias_O is None else y_MO.add_(self.bias_O)
+
+
+def int8_scale(weight_OI: Tensor) -> Tensor:
+    """Scale of each output channel, [O, 1]."""
+    return weight_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+
+
+def quantize_rows(x_MI: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows scaled to magnitudes of at most 63, and the scales that undo it, [M, 1]."""
+    scale_M1 = x_MI.abs().amax(dim=-1, keepdim=True) / _LEVELS
+    return x_MI / scale_M1.clamp(min=1e-30), scale_M1
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _FusedLayer:
+    """What one layer's stages need: packed products, and addresses of its small tensors (kept alive by `layer`)."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        parts = (layer.qkv, layer.o, layer.gate_up, layer.down)
+        assert all(isinstance(part, Int8Linear) for part in parts)
+        self.qkv, self.o, self.gate_up, self.down = (part.product for part in parts)
+        self.qkv_bias, self.o_bias, self.gate_up_bias, self.down_bias = (_address(part.bias_O) for part in parts)
+        self.attn_norm, self.mlp_norm = _address(layer.attn_norm.weight), _address(layer.mlp_norm.weight)
+        self.q_norm = _address(layer.q_norm.weight) if layer.q_norm is not None else 0
+        self.k_norm = _address(layer.k_norm.weight) if layer.k_norm is not None else 0
+
+
+class _Scratch:
+    """Buffers for steps of up to so many tokens; a step of fewer uses their first rows."""
+
+    def __init__(self, decoder: Decoder, num_tokens: int, max_length: int) -> None:
+        spec = decoder.spec
+        self.normed_MH = torch.empty(num_tokens, spec.hidden_size)
+        self.queries_MN = torch.empty(num_tokens, spec.num_heads * spec.head_dim)
+        self.attended_MN = torch.empty(num_tokens, spec.num_heads * spec.head_dim)
+        self.gated_MI = torch.empty(num_tokens, spec.intermediate_size)
+        self.scale_M = torch.empty(num_tokens)
+        self.product_scale_M = torch.empty(num_tokens)
+        self.weights_S = torch.empty(max_length)
+
+
+class FusedInt8Layers:
+    """The layers of a decoder whose linear layers are `Int8Linear`, over a KV cache in fp32.
+
+    Computes what `Decoder.run_layers` computes with those modules, in a tenth of the calls.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.layers = [_FusedLayer(layer) for layer in decoder.layers]
+        self._scratch = _Scratch(decoder, 16, 1024)
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the compiled stages were installed."""
+        return _cpu is not None
+
+    def run_layers(
+        self,
+        x_MH: Tensor,
+        position_B: Tensor,
+        keys_LBKSD: Tensor,
+        values_LBKSD: Tensor,
+        tapped_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Decoder.run_layers`, over rows of a cache.
+
+        Args:
+            x_MH: fp32, contiguous; overwritten.
+            position_B: int32, contiguous.
+            keys_LBKSD, values_LBKSD: fp32, the step's rows of the cache, each layer's contiguous.
+        """
+        spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
+        num_tokens, batch = x_MH.shape[0], position_B.shape[0]
+        tokens = num_tokens // batch
+        if num_tokens > len(self._scratch.scale_M) or max_length > len(self._scratch.weights_S):
+            self._scratch = _Scratch(self.decoder, num_tokens, max_length)
+        s = self._scratch
+        normed, queries, attended, gated = (
+            x[:num_tokens] for x in (s.normed_MH, s.queries_MN, s.attended_MN, s.gated_MI)
+        )
+        scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
+        shape = (batch, tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
+        last = int(position_B.max()) + tokens
+        fused_attention = num_tokens * spec.num_heads * last <= _FUSED_ATTENTION_PAIRS
+        position_BT = position_B[:, None] + torch.arange(tokens)
+        mask = None if fused_attention else visible(position_BT, last)
+        rotate = self.decoder.rotation(position_BT.flatten(), torch.float32)
+        cos, sin = rotate.cos.data_ptr(), rotate.sin.data_ptr()
+        eps, x = spec.rms_norm_eps, x_MH.data_ptr()
+        product: Tensor | None = None  # of the MLP before, not yet added to x
+        bias = 0
+        tapped: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            _cpu.add_norm(
+                eps, x, _address(product), product_scale, bias, layer.attn_norm,
+                normed.data_ptr(), scale, num_tokens, spec.hidden_size,
+            )  # fmt: skip
+            qkv = layer.qkv(normed)
+            keys, values = keys_LBKSD[index], values_LBKSD[index]
+            _cpu.store(
+                eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
+                queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, *shape,
+            )  # fmt: skip
+            if mask is None:
+                _cpu.attend(
+                    queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, s.weights_S.data_ptr(),
+                    attended.data_ptr(), product_scale, *shape,
+                )  # fmt: skip
+            else:
+                attended.copy_(grouped_attention(queries, keys[:, :, :last], values[:, :, :last], mask))
+                _cpu.quantize(attended.data_ptr(), product_scale, num_tokens, attended.shape[1])
+            product = layer.o(attended)
+            _cpu.add_norm(
+                eps, x, product.data_ptr(), product_scale, layer.o_bias, layer.mlp_norm,
+                normed.data_ptr(), scale, num_tokens, spec.hidden_size,
+            )  # fmt: skip
+            gate_up = layer.gate_up(normed)
+            _cpu.gated(
+                gate_up.data_ptr(), scale, layer.gate_up_bias, gated.data_ptr(), product_scale,
+                num_tokens, spec.intermediate_size,
+            )  # fmt: skip
+            product = layer.down(gated)
+            bias = layer.down_bias
+            if index in tapped_layers or index == len(self.layers) - 1:
+                x_MH.addcmul_(product, s.product_scale_M[:num_tokens, None])
+                if (down_bias := layer.layer.down.bias_O) is not None:
+                    x_MH.add_(down_bias)
+                product, bias = None, 0
+                if index in tapped_layers:
+                    tapped.append(x_MH.clone())
+        return x_MH, torch.cat(tapped, dim=-1) if tapped else None
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """As `Decoder.logits`."""
+        rows = hidden_RH.shape[0]
+        hidden_RH = hidden_RH.contiguous()
+        normed_RH, scale_R = torch.empty_like(hidden_RH), torch.empty(rows, 1)
+        weight = self.decoder.norm.weight
+        _cpu.add_norm(
+            self.decoder.spec.rms_norm_eps, hidden_RH.data_ptr(), 0, 0, 0, weight.data_ptr(),
+            normed_RH.data_ptr(), scale_R.data_ptr(), rows, hidden_RH.shape[1],
+        )  # fmt: skip
+        return self.decoder.lm_head.product(normed_RH).mul_(scale_R)

@@ -1,0 +1,101 @@
+"""The engine contract: a function over a KV cache, which knows nothing of speculation.
+
+Shapes: B rows of the step (a run of rows of the cache), T tokens, M = B * T, R gathered rows, H hidden, V vocab
+(of the engine's LM head), F features, S cache length.
+
+May import: ssv.builder.checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class EngineError(RuntimeError):
+    """A step or an engine that cannot be; the message says what was asked and what is possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step returns.
+
+    Attributes:
+        hidden_RH: hidden states of the gathered rows before the final norm.
+        logits_RV: fp32.
+        features_BTF: features of all tokens, if they were asked for.
+        reject_prob_R: draft with a scorer: probability that the target would reject the row's argmax; otherwise None.
+    """
+
+    hidden_RH: Tensor
+    logits_RV: Tensor
+    features_BTF: Tensor | None = None
+    reject_prob_R: Tensor | None = None
+
+
+class Engine(Protocol):
+    """A decoder over its own KV cache.
+
+    Attributes:
+        max_batch, max_length: rows of the cache, and tokens that each can hold.
+        num_features: F of `features_in`, for a feature-conditioned draft, otherwise 0.
+        token_ids_V: vocabulary id of each logit, int64; None where logit i is token i.
+    """
+
+    max_batch: int
+    max_length: int
+    num_features: int
+    token_ids_V: Tensor | None
+
+    def step(
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        features_in_BTF: Tensor | None = None,
+        *,
+        features_out: bool = False,
+        first_row: int = 0,
+    ) -> StepOutput:
+        """Runs T tokens of B rows and stores their keys and values.
+
+        Token t of row b is at position `position_B[b] + t` and sees the cache up to itself: prefill, decoding, ragged
+        verification and decoding after a rollback are one and the same call. Rows with fewer than T tokens are
+        right-padded; what padding writes lies beyond the row's length and is overwritten by its next step.
+
+        Args:
+            input_ids_BT: int64.
+            position_B: int32, tokens already in each row's cache.
+            gather_rows_R: int64, rows of the flattened [B * T] hidden states that get logits.
+            features_in_BTF: for a feature-conditioned draft.
+            features_out: whether the features of all tokens are wanted, from a target that has a tap.
+            first_row: cache row of the step's first row; the others follow it.
+
+        Raises:
+            EngineError: more rows than the cache has, or a token beyond its length.
+        """
+        ...
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        """Copies the first `length` positions of one cache row over another."""
+        ...
+
+
+def check_step(
+    engine: Engine, input_ids_BT: Tensor, last_position: int, features_in_BTF: Tensor | None, first_row: int
+) -> None:
+    """Raises EngineError for a step that the cache has no room for or that lacks its features."""
+    batch, tokens = input_ids_BT.shape
+    if first_row + batch > engine.max_batch:
+        raise EngineError(f"step of rows {first_row} to {first_row + batch - 1}, the engine's cache has {engine.max_batch}")
+    if last_position + tokens > engine.max_length:
+        raise EngineError(
+            f"step writes position {last_position + tokens - 1}, the cache holds {engine.max_length}: "
+            "build or load the engine with a larger max length"
+        )
+    given = None if features_in_BTF is None else tuple(features_in_BTF.shape)
+    wanted = (batch, tokens, engine.num_features) if engine.num_features else None
+    if given != wanted:
+        raise EngineError(f"features_in has shape {given}, expected {wanted}")

@@ -1,0 +1,112 @@
+"""What a caller asks for and what it gets back.
+
+May import: ssv.runtime.stats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ssv.runtime.stats import Counters
+
+FinishReason = Literal["stop", "length"]
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message says which setting and what is possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
+        max_tokens: of the output.
+        min_tokens: end-of-sequence is not chosen before.
+        stop: strings that end the output, which does not include them.
+        ignore_eos: go on after end-of-sequence, for benchmarks.
+        max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 128
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    max_delay: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature {self.temperature} must be a number of at least 0")
+        if self.top_k < 0:
+            raise RequestError(f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens {self.max_tokens} must be at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise RequestError(f"min_tokens {self.min_tokens} must lie between 0 and max_tokens {self.max_tokens}")
+        if any(not text for text in self.stop):
+            raise RequestError("stop: an empty string would stop every output")
+        if self.max_delay is not None and not self.max_delay > 0:
+            raise RequestError(f"max_delay {self.max_delay} must be above 0 seconds")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, a method and its settings.
+
+    Attributes:
+        prompt_ids: token ids, at least one.
+        method: one of `ssv.runtime.strategies.METHODS`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    method: str
+    params: SamplingParams = field(default_factory=SamplingParams)
+    num_draft_tokens: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a request's output.
+
+    Attributes:
+        index: of the request among those given.
+        text: new text, never half a character.
+        token_ids: new tokens.
+        finish_reason: set in the last chunk of a request.
+        counters: of the whole request, in its last chunk.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    counters: Counters | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The whole output of a request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    counters: Counters

@@ -1,0 +1,57 @@
+"""What a request cost: the counters of every comparison.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts of one request, or sums over several.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        emitted: output tokens.
+        drafted: tokens proposed by the draft.
+        judged: drafted tokens that the target judged.
+        accepted: judged tokens that it kept.
+        trusted: emitted tokens that the target never judged.
+        rolled_back: drafted tokens that were dropped.
+        target_passes: target steps after the prompt's.
+        target_tokens: tokens that went through those steps.
+        draft_steps: draft steps in which a token was drafted.
+        first_token_s: seconds from the start to the first token (TTFT).
+        total_s: seconds from the start to the last token.
+    """
+
+    prompt_tokens: int = 0
+    emitted: int = 0
+    drafted: int = 0
+    judged: int = 0
+    accepted: int = 0
+    trusted: int = 0
+    rolled_back: int = 0
+    target_passes: int = 0
+    target_tokens: int = 0
+    draft_steps: int = 0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the judged tokens that the target kept; 0 when none was judged."""
+        return self.accepted / self.judged if self.judged else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens emitted per target pass, the prompt's token left out (acceptance length)."""
+        return (self.emitted - 1) / self.target_passes if self.target_passes else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)

@@ -1,0 +1,70 @@
+"""From tokens to text as they come: whole characters only, and nothing that may turn out to be a stop string.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_HALF_CHARACTER = "\ufffd"
+
+
+class TextStream:
+    """The text of one request.
+
+    Attributes:
+        stopped: whether a stop string was completed; `push` must not be called any more then.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+        self._decode, self._stop = decode, tuple(stop)
+        self._ids: list[int] = []
+        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character).
+        self._context, self._done = 0, 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Takes a token, returns the text that can leave now."""
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._context : self._done])
+        after = self._decode(self._ids[self._context :])
+        if after.endswith(_HALF_CHARACTER):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        return self._release(after[len(before) :])
+
+    def flush(self) -> str:
+        """The rest, when the output has ended without a stop string; half characters as U+FFFD."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._context : self._done])
+        text = self._held + self._decode(self._ids[self._context :])[len(before) :]
+        self._context = self._done = len(self._ids)
+        self._held = ""
+        return text
+
+    def would_stop(self, token_ids: Sequence[int]) -> bool:
+        """Whether a stop string is complete once these tokens, not pushed yet, have followed."""
+        if not self._stop:
+            return False
+        before = self._decode(self._ids[self._context : self._done])
+        text = self._held + self._decode([*self._ids[self._context :], *token_ids])[len(before) :]
+        return any(stop in text for stop in self._stop)
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

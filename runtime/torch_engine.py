@@ -1,0 +1,272 @@
+"""The engine contract on PyTorch: CPU in fp32, bf16, int8 and int4, CUDA in fp32 and bf16.
+
+int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On CUDA int8 and int4
+run as bf16 with weights rounded to the same values: for measuring their quality, not for speed.
+
+Shapes: see `engine.py`.
+
+May import: ssv.builder.checkpoint, .decoder, .draft, .quantize, .scorer; ssv.runtime.engine, .kv_cache, .cpu_int8.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ssv.builder.decoder import Decoder
+from ssv.builder.draft import Draft, FeatureTap
+from ssv.builder.quantize import Ranges, smooth_decoder, smooth_join, smoothing_factor
+from ssv.builder.scorer import Scorer
+from ssv.runtime.cpu_int8 import FusedInt8Layers, Int8Linear, int8_scale
+from ssv.runtime.engine import EngineError, StepOutput, check_step
+from ssv.runtime.kv_cache import CachedAttend, KVCache
+
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+INT4_GROUP = 32
+
+
+class TorchEngine:
+    """A target or a draft over its own KV cache. Make one with `target_engine` or `draft_engine`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_batch: int,
+        max_length: int,
+        tap: FeatureTap | None = None,
+        draft: Draft | None = None,
+        scorer: Scorer | None = None,
+    ) -> None:
+        if max_length > decoder.spec.max_positions:
+            raise EngineError(f"max length {max_length} exceeds the model's {decoder.spec.max_positions} positions")
+        self.max_batch, self.max_length = max_batch, max_length
+        self.decoder, self.tap, self.draft, self.scorer = decoder, tap, draft, scorer
+        self.num_features = decoder.spec.hidden_size if draft is not None and draft.conditioned else 0
+        covers_all = draft is None or draft.spec.head_size == decoder.spec.vocab_size
+        self.token_ids_V = None if draft is None or covers_all and _is_identity(draft.token_ids) else draft.token_ids
+        self.vocab_size = draft.spec.head_size if draft is not None else decoder.spec.vocab_size
+        self.device = decoder.norm.weight.device
+        int8 = isinstance(decoder.lm_head, Int8Linear)
+        self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
+        self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
+        self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
+
+    @torch.inference_mode()
+    def step(
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        features_in_BTF: Tensor | None = None,
+        *,
+        features_out: bool = False,
+        first_row: int = 0,
+    ) -> StepOutput:
+        """See `Engine.step`. `position_B` is on the CPU, where its bounds are checked without a wait for the device."""
+        last = int(position_B.max())
+        check_step(self, input_ids_BT, last, features_in_BTF, first_row)
+        if features_out and self.tap is None:
+            raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
+        batch, tokens = input_ids_BT.shape
+        rows = slice(first_row, first_row + batch)
+        keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
+        tapped_layers = self.tap.layers if self.tap is not None and features_out else ()
+        x_MH = self._embed(input_ids_BT.to(self.device).flatten(), features_in_BTF)
+        if self.fused is not None:
+            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, position_B, keys, values, tapped_layers)
+        else:
+            position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
+            attend = CachedAttend(keys, values, position_BT, last + tokens)
+            hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
+        hidden_RH = hidden_MH[gather_rows_R.to(self.device)]
+        logits_RV = self._logits(hidden_RH)
+        return StepOutput(
+            hidden_RH=hidden_RH,
+            logits_RV=logits_RV,
+            features_BTF=self.tap.project(tapped_MX).view(batch, tokens, -1) if tapped_layers else None,
+            reject_prob_R=self.scorer(hidden_RH, logits_RV) if self.scorer is not None else None,
+        )
+
+    def _logits(self, hidden_RH: Tensor) -> Tensor:
+        if not len(hidden_RH):  # filling the cache needs none
+            return hidden_RH.new_empty(0, self.vocab_size, dtype=torch.float32)
+        return (self.fused or self.decoder).logits(hidden_RH).float()
+
+    def _embed(self, input_ids_M: Tensor, features_in_BTF: Tensor | None) -> Tensor:
+        x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
+        if self.draft is None or features_in_BTF is None:
+            return x_MH
+        return self.draft.join_features(x_MH, features_in_BTF.to(self.dtype).flatten(0, 1))
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        """See `Engine.move_row`."""
+        self.cache.move_row(source, dest, length)
+
+
+def target_engine(
+    decoder: Decoder,
+    *,
+    precision: Precision,
+    max_batch: int,
+    max_length: int,
+    device: str = "cpu",
+    draft: Draft | None = None,
+    ranges: Ranges | None = None,
+) -> TorchEngine:
+    """An engine over a target.
+
+    Args:
+        decoder: in fp32; left as it is.
+        draft: the draft whose features the target shall return, if it is a conditioned one.
+        ranges: activation ranges of the target, and of the draft's tap under "tap."; int8 smooths with them if given.
+
+    Raises:
+        EngineError: precision unknown, or not to be had on this device.
+    """
+    tap = draft.tap if draft is not None else None
+    decoder = _prepare(decoder, precision, device, lambda d: smooth_decoder(d, ranges) if ranges else None)
+    if tap is not None:
+        tap = _prepare_tap(tap, precision, device, ranges.get("tap.project") if ranges else None)
+    return TorchEngine(decoder, max_batch=max_batch, max_length=max_length, tap=tap)
+
+
+def draft_engine(
+    draft: Draft,
+    *,
+    precision: Precision,
+    max_batch: int,
+    max_length: int,
+    device: str = "cpu",
+    scorer: Scorer | None = None,
+    ranges: Ranges | None = None,
+) -> TorchEngine:
+    """An engine over a draft, with its scorer; arguments as for `target_engine`."""
+
+    def smooth(copied: Draft) -> None:
+        if ranges:
+            smooth_decoder(copied.decoder, ranges, prefix="decoder.")
+            if copied.conditioned:
+                smooth_join(copied.join, [copied.embed_norm, copied.feature_norm], ranges["join"])
+
+    without_tap = copy.copy(draft)
+    without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target
+    copied = _prepare(without_tap, precision, device, smooth)
+    return TorchEngine(
+        copied.decoder,
+        max_batch=max_batch,
+        max_length=max_length,
+        draft=copied,
+        scorer=scorer.to(device) if scorer is not None else None,
+    )
+
+
+class Int4Linear(nn.Module):
+    """Weight-only int4 on the CPU (aten::_weight_int4pack_mm_for_cpu): groups of INT4_GROUP input channels with a scale and a
+    zero point each, activations in bf16."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        values_OI, scale_OG, zero_OG = int4_groups(weight_OI)
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_OI, 1)
+        # The kernel computes (value - 8) * scale + zero.
+        pairs_OG2 = torch.stack((scale_OG, zero_OG + 8 * scale_OG), dim=-1)
+        self._scales_GO2 = pairs_OG2.transpose(0, 1).contiguous().to(torch.bfloat16)
+        self.bias_O = bias_O
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        x_MI = x_MI.to(torch.bfloat16).contiguous()
+        y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self._packed, INT4_GROUP, self._scales_GO2)
+        return y_MO if self.bias_O is None else y_MO + self.bias_O
+
+
+def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds to 16 levels per group between the group's extremes (as Q4_1 does): int32 values [O, I], scale and zero [O, G]."""
+    outputs, inputs = weight_OI.shape
+    if inputs % INT4_GROUP:
+        raise EngineError(f"precision int4 needs input sizes that are multiples of {INT4_GROUP}, got {inputs}")
+    groups = weight_OI.view(outputs, -1, INT4_GROUP)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-8)
+    values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
+    return values.view(outputs, inputs), scale, low
+
+
+M = TypeVar("M", Decoder, Draft, FeatureTap)
+
+
+def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], None]) -> M:
+    if precision not in get_args(Precision):
+        raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
+    # New modules over the same parameters: replacing one leaves the caller's module as it is.
+    module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
+    if precision == "int8":
+        smooth(module)
+    on_cpu = device == "cpu"
+    if precision == "int8":
+        _replace_linears(module, _int8_linear if on_cpu else _rounded_int8)
+    elif precision == "int4":
+        _replace_linears(module, _int4_linear if on_cpu else _rounded_int4)
+    keeps_fp32 = precision == "fp32" or (on_cpu and precision in ("int8", "int4"))
+    _convert(module, device, torch.float32 if keeps_fp32 else torch.bfloat16)
+    return module
+
+
+def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
+    prepared = _prepare(tap, precision, device, lambda _: None)
+    if range_X is not None and precision == "int8" and device == "cpu":
+        # No norm comes before the tap that could take the factor: it is applied to the features.
+        weight = tap.project.weight
+        factor_X = smoothing_factor(weight, range_X, "join")
+        prepared.project = Int8Linear(weight * factor_X, None, input_factor_I=1 / factor_X)
+    return prepared
+
+
+def _int8_linear(linear: nn.Linear) -> nn.Module:
+    return Int8Linear(linear.weight, linear.bias)
+
+
+def _int4_linear(linear: nn.Linear) -> nn.Module:
+    return Int4Linear(linear.weight, linear.bias)
+
+
+def _rounded_int4(linear: nn.Linear) -> nn.Module:
+    values, scale, low = int4_groups(linear.weight)
+    rounded = values.view(*scale.shape, -1) * scale[..., None] + low[..., None]
+    return _with_weight(linear, rounded.view_as(linear.weight))
+
+
+def _rounded_int8(linear: nn.Linear) -> nn.Module:
+    scale = int8_scale(linear.weight)
+    return _with_weight(linear, (linear.weight / scale).round() * scale)
+
+
+def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    linear = copy.copy(linear)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _replace_linears(module: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, replacement(child))
+
+
+def _convert(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    # module.to() would write through the parameters into the caller's module.
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.to(device, dtype), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer.to(device)
+
+
+def _is_identity(token_ids_V: Tensor) -> bool:
+    return bool((token_ids_V == torch.arange(len(token_ids_V), device=token_ids_V.device)).all())

@@ -1,0 +1,146 @@
+"""Which drafted tokens are judged, when the target is asked, and its verdict: pure functions over tensors.
+
+Shapes: B rows, K columns of pending tokens (padded on the right), J = K + 1 rows of the target, V vocab, R gathered rows.
+
+Target row j of a pass judges drafted token j; row `num_pending` is the bonus row, which gives the next token when nothing is rejected.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTensors:
+    """The numbers of `Policy`, one per row: fp32 [B], and int64 [B] for `max_pending`."""
+
+    accept_below_B: Tensor
+    verify_above_B: Tensor
+    risk_budget_B: Tensor
+    max_pending_B: Tensor
+
+    def __getitem__(self, rows: slice) -> PolicyTensors:
+        return PolicyTensors(
+            self.accept_below_B[rows], self.verify_above_B[rows], self.risk_budget_B[rows], self.max_pending_B[rows]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a target pass decided.
+
+    Attributes:
+        num_kept_B: drafted tokens kept, trusted ones included.
+        next_token_B: the target's token after them: the correction of a rejected token, or the bonus.
+        rejected_B: whether a token was rejected.
+    """
+
+    num_kept_B: Tensor
+    next_token_B: Tensor
+    rejected_B: Tensor
+
+
+def is_trusted(reject_prob_BK: Tensor, policy: PolicyTensors) -> Tensor:
+    """Tokens committed without being judged, bool [B, K]."""
+    return reject_prob_BK < policy.accept_below_B[:, None]
+
+
+def asks_for_pass(reject_prob_BK: Tensor, num_pending_B: Tensor, policy: PolicyTensors) -> Tensor:
+    """Rows whose pending tokens ask for a target pass now, bool [B].
+
+    Args:
+        reject_prob_BK: of the pending tokens; what stands beyond `num_pending` is not read.
+    """
+    pending_BK = _columns(reject_prob_BK) < num_pending_B[:, None]
+    judged_BK = pending_BK & ~is_trusted(reject_prob_BK, policy)
+    critical_B = (judged_BK & (reject_prob_BK > policy.verify_above_B[:, None])).any(dim=1)
+    safe_B = torch.where(judged_BK, 1 - reject_prob_BK, 1.0).prod(dim=1)
+    return critical_B | (1 - safe_B > policy.risk_budget_B) | (num_pending_B >= policy.max_pending_B)
+
+
+def judged_rows(trusted_BK: Tensor, num_pending_B: Tensor) -> Tensor:
+    """Target rows whose logits are needed: of the judged tokens and the bonus row, bool [B, J]."""
+    batch = len(num_pending_B)
+    trusted_BJ = torch.cat((trusted_BK, torch.zeros(batch, 1, dtype=torch.bool, device=trusted_BK.device)), dim=1)
+    column_J = torch.arange(trusted_BJ.shape[1], device=trusted_BK.device)
+    pending_BJ = column_J < num_pending_B[:, None]
+    return pending_BJ & ~trusted_BJ | (column_J == num_pending_B[:, None])
+
+
+def greedy_verdict(drafted_BK: Tensor, judged_BJ: Tensor, num_pending_B: Tensor, target_token_BJ: Tensor) -> Verdict:
+    """A judged token is rejected when it is not the target's argmax.
+
+    Args:
+        judged_BJ: from `judged_rows`.
+        target_token_BJ: argmax of each judged row; not read elsewhere.
+    """
+    mismatch_BK = judged_BJ[:, :-1] & (drafted_BK != target_token_BJ[:, :-1])
+    num_kept_B, rejected_B = _first_rejection(mismatch_BK, num_pending_B)
+    return Verdict(num_kept_B, target_token_BJ.gather(1, num_kept_B[:, None])[:, 0], rejected_B)
+
+
+def sampled_verdict(
+    drafted_BK: Tensor,
+    judged_BJ: Tensor,
+    num_pending_B: Tensor,
+    target_prob_RV: Tensor,
+    draft_prob_BKV: Tensor,
+    accept_uniform_BK: Tensor,
+    next_uniform_B: Tensor,
+) -> Verdict:
+    """A judged token x is accepted with probability min(1, p(x) / q(x)); the first one rejected is replaced by a sample of the
+    normalised max(0, p - q) (Leviathan et al. 2023, arXiv:2211.17192). The output has the target's distribution p.
+
+    A greedy row takes part with one-hot distributions, and gets `greedy_verdict`.
+
+    Args:
+        target_prob_RV: p of the judged rows, in row-major order of `judged_BJ`.
+        draft_prob_BKV: q that each token was drawn from.
+        accept_uniform_BK, next_uniform_B: uniform random numbers in [0, 1).
+    """
+    row_BJ = (judged_BJ.flatten().cumsum(0) - 1).view_as(judged_BJ).clamp(min=0)
+    p_BK = target_prob_RV[row_BJ[:, :-1], drafted_BK]
+    q_BK = draft_prob_BKV.gather(2, drafted_BK[:, :, None])[:, :, 0]
+    # u < p / q, without dividing by a q of zero.
+    rejected_BK = judged_BJ[:, :-1] & (accept_uniform_BK * q_BK >= p_BK)
+    num_kept_B, rejected_B = _first_rejection(rejected_BK, num_pending_B)
+    p_BV = target_prob_RV[row_BJ.gather(1, num_kept_B[:, None])[:, 0]]
+    last_BV1 = num_kept_B.clamp(max=drafted_BK.shape[1] - 1)[:, None, None].expand(-1, 1, p_BV.shape[1])
+    residual_BV = (p_BV - draft_prob_BKV.gather(1, last_BV1)[:, 0]).clamp(min=0)
+    # p == q leaves no residual; rounding aside, nothing is rejected then.
+    has_residual_B = rejected_B & (residual_BV.sum(dim=1) > 0)
+    next_BV = torch.where(has_residual_B[:, None], residual_BV, p_BV)
+    return Verdict(num_kept_B, draw(next_BV, next_uniform_B), rejected_B)
+
+
+def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """A sample of each row's distribution by inversion, int64 [R].
+
+    Args:
+        weight_RV: non-negative, not necessarily normalised, with a positive sum.
+        uniform_R: in [0, 1).
+    """
+    cumulative_RV = weight_RV.double().cumsum(dim=1)
+    threshold_R = uniform_R.double() * cumulative_RV[:, -1]
+    index_R = torch.searchsorted(cumulative_RV, threshold_R[:, None], right=True)[:, 0]
+    # Rounding may carry the threshold past the last token that has weight.
+    last_R = (weight_RV > 0).int().cumsum(dim=1).argmax(dim=1)
+    return torch.minimum(index_R, last_R)
+
+
+def _columns(x_BK: Tensor) -> Tensor:
+    return torch.arange(x_BK.shape[1], device=x_BK.device)
+
+
+def _first_rejection(rejected_BK: Tensor, num_pending_B: Tensor) -> tuple[Tensor, Tensor]:
+    column_K = _columns(rejected_BK)
+    if not len(column_K):
+        return num_pending_B, torch.zeros_like(num_pending_B, dtype=torch.bool)
+    first_B = torch.where(rejected_BK, column_K, len(column_K)).amin(dim=1)
+    rejected_B = first_B < num_pending_B
+    return torch.minimum(first_B, num_pending_B), rejected_B

@@ -1,0 +1,53 @@
+"""Package map and dependencies of ssv. The folders of the repository become sub-packages of one package."""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+HERE = Path(__file__).parent
+
+# Torch is asked for by version: without one, pip brings a build with several GB of CUDA packages along.
+TORCH = ["torch==2.13.0", "numpy<2", "safetensors"]
+TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
+
+EXTRAS = {
+    "runtime": [*TORCH, *TOKENIZER],
+    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate"],
+    "plot": ["matplotlib"],
+    "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
+}
+
+setup(
+    name="ssv",
+    version="0.1.0",
+    description="Sparse Speculative Verification: build, decode, serve and measure draft/target pairs",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=["ssv.builder", "ssv.builder.presets", "ssv.runtime", "ssv.runtime.strategies", "ssv.plugins"],
+    package_dir={
+        "ssv.builder": "builder",
+        "ssv.runtime": "runtime",
+        "ssv.plugins": "plugins",
+    },
+    package_data={
+        "ssv.builder": ["py.typed", "presets/**/*"],
+        "ssv.runtime": ["py.typed"],
+        "ssv.plugins": ["py.typed"],
+    },
+    # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
+    ext_modules=[
+        Extension("ssv.runtime._cpu", ["runtime/_cpu.c"], extra_compile_args=["-O3", "-ffast-math"], optional=True)
+    ],
+    install_requires=["pydantic>=2", "pyyaml", "rich"],
+    extras_require={**EXTRAS, "all": sorted({name for extra in EXTRAS.values() for name in extra})},
+    entry_points={
+        "console_scripts": [
+            "ssv-build = ssv.builder.cli:main",
+            "ssv-generate = ssv.runtime.cli:generate",
+            "ssv-bench = ssv.runtime.bench:main",
+        ]
+    },
+)
