@@ -46,7 +46,7 @@ setup(
     entry_points={
         "console_scripts": [
             "ssv-build = ssv.builder.cli:main",
-            "ssv-generate = ssv.runtime.cli:generate",
+            "ssv-generate = ssv.runtime.cli:main",
             "ssv-bench = ssv.runtime.bench:main",
         ]
     },

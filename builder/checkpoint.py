@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,9 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
     # we do not know would change the logits.
     ignorable = ("lm_head.weight", "rotary_emb.inv_freq")
     if unknown := sorted(n for n in weights if n not in expected and not n.endswith(ignorable)):
-        raise CheckpointError(f"{source}: unknown weight {unknown[0]} ({len(unknown)} unknown in all): not a plain decoder")
+        raise CheckpointError(
+            f"{source}: unknown weight {unknown[0]} ({len(unknown)} unknown in all): not a plain decoder"
+        )
     return {name: weights[name] for name in expected}
 
 
@@ -217,7 +219,6 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
-            # Hugging Face's default when the key is absent differs by family only for ones we do not support.
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
             output_bias=family in ("llama", "qwen3") and attention_bias,
@@ -226,6 +227,47 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
         )
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}") from error
+
+
+def hf_config(spec: DecoderSpec, eos_token_ids: list[int]) -> dict[str, Any]:
+    """config.json of a spec, so that a bundle's target is a Hugging Face folder that other tools load too."""
+    architecture = next(name for name, family in _FAMILIES.items() if family == spec.family)
+    rope: dict[str, Any] = {"rope_theta": spec.rope_theta, "rope_type": "default"}
+    if spec.rope_scaling is not None:
+        s = spec.rope_scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_positions,
+        }
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": spec.family,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "rope_parameters": rope,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "hidden_act": "silu",
+        "eos_token_id": eos_token_ids,
+        "torch_dtype": "float16",
+    }
+    if spec.family in ("llama", "qwen3"):
+        config["attention_bias"] = spec.qkv_bias
+    if spec.family == "llama":
+        config["mlp_bias"] = spec.mlp_bias
+    if spec.family == "mistral":
+        config["sliding_window"] = None
+    return config
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
@@ -345,7 +387,9 @@ def _spec_from_gguf(meta: Mapping[str, Any], reader: Any) -> DecoderSpec:
     if meta.get(f"{arch}.expert_count"):
         raise CheckpointError("expert_count: mixture-of-experts models are not supported")
     if meta.get(f"{arch}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
-        raise CheckpointError("rope.scaling: GGUF files with rope scaling are not supported, use the safetensors folder")
+        raise CheckpointError(
+            "rope.scaling: GGUF files with rope scaling are not supported, use the safetensors folder"
+        )
     if meta.get(f"{arch}.attention.sliding_window"):
         raise CheckpointError("attention.sliding_window: sliding-window attention is not supported")
     try:
@@ -390,10 +434,3 @@ def _undo_llama_permutation(weight: Tensor, num_heads: int) -> Tensor:
     out_features, in_features = weight.shape
     pairs = weight.view(num_heads, out_features // num_heads // 2, 2, in_features)
     return pairs.transpose(1, 2).reshape(out_features, in_features)
-
-
-def iter_layers(spec: DecoderSpec, weights: Weights) -> Iterator[Weights]:
-    """The weights of each layer in turn, named without their "model.layers.N." prefix."""
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}."
-        yield {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

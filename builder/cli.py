@@ -1,62 +1,189 @@
-"""ssv-build: the builder's steps from the command line.
+"""ssv-build: makes bundles and their parts.
 
-A composition root: wires the builder's steps together and, for calibration, to the runtime.
+A composition root: the only module of the builder that may import the runtime, which calibration decodes with.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ssv.builder.config import RecipeError, load_recipe
+from ssv.builder.config import CalibrationConfig, TargetConfig, load_recipe
+from ssv.builder.console import run_command
+
+if TYPE_CHECKING:
+    from ssv.builder.calibrate import Calibration
+    from ssv.builder.config import Recipe
+    from ssv.builder.progress import Report
+    from ssv.builder.tiers import Policy
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    return args.run(args)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return run_command(lambda: args.run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ssv-build")
-    commands = parser.add_subparsers(required=True)
-    distill = commands.add_parser("distill", help="make a draft for a target")
-    distill.add_argument("recipe", type=Path)
-    distill.add_argument("--out", type=Path, required=True)
-    distill.add_argument("--work", type=Path)
-    distill.add_argument("--target", type=Path)
-    distill.add_argument("--device", default="cpu")
-    distill.set_defaults(run=_distill)
+    parser = argparse.ArgumentParser(prog="ssv-build", description="Make a draft, a scorer and a bundle for a target.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    def recipe_command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = command(name, run, help)
+        sub.add_argument("recipe", type=Path, help="YAML recipe, see builder/presets/")
+        sub.add_argument("--out", type=Path, required=True, help="what to write")
+        sub.add_argument("--target", type=Path, help="checkpoint to use instead of the recipe's")
+        sub.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute (default: cpu)")
+        return sub
+
+    pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
+    pair.add_argument("--batch", type=int, default=8, help="prompts decoded side by side while calibrating")
+    distill = recipe_command("distill", _distill, "make a draft for a target")
+    distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
+    scorer = recipe_command("scorer", _scorer, "fit the criticality scorer of a draft")
+    scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
+    calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
+    calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
+    calibrate.add_argument("--batch", type=int, default=8, help="prompts decoded side by side")
+    calibrate.add_argument("--precision", choices=["fp32", "bf16", "int8", "int4"], help="default: the bundle's")
+    inspect = command("inspect", _inspect, "show a bundle")
+    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
     return parser
 
 
-def _distill(args: argparse.Namespace) -> int:
-    import torch
-    from transformers import AutoTokenizer
-    from ssv.builder.checkpoint import load_checkpoint
-    from ssv.builder.corpus import chat_pieces
-    from ssv.builder.decoder import Decoder
-    from ssv.builder.distill import distill
-    from ssv.builder.draft import save_draft
+def _pair(args: argparse.Namespace) -> int:
+    from ssv.builder.pair import build_pair
     from ssv.builder.progress import terminal_report
 
-    recipe = load_recipe(args.recipe)
-    path = args.target or recipe.target.locate()
-    spec, weights = load_checkpoint(path)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    target = Decoder.from_weights(spec, weights).to(args.device, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config = recipe.draft.distill
-    openings = []
-    if config.openings_file:
-        lines = [line.replace("\\n", "\n") for line in config.openings_file.read_text().splitlines()]
-        openings = [tokenizer.encode(line, add_special_tokens=False) for line in lines if line]
+    def make(bundle: Path, config: CalibrationConfig, report: Report) -> Calibration:
+        return calibrate_bundle(bundle, config, report, device=args.device, batch=args.batch, precision=None)
+
+    recipe = _recipe(args)
     with terminal_report() as report:
-        result = distill(target, chat_pieces(tokenizer), openings, config, args.work or args.out.parent / "distill", report)
-    save_draft(result.draft, args.out)
-    print(result.agreement, result.tokens_written, result.tokens_trained)
+        build_pair(recipe, args.out, device=args.device, make_calibration=make, report=report)
+    print(f"bundle written to {args.out}", file=sys.stderr)
     return 0
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from ssv.builder.draft import save_draft
+    from ssv.builder.pair import load_target, make_draft
+    from ssv.builder.progress import terminal_report
+
+    recipe = _recipe(args)
+    target = load_target(recipe.target.locate())
+    work = args.work or args.out.with_suffix(".work")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with terminal_report() as report:
+        result = make_draft(target, recipe.draft.distill, work, args.device, report)
+    save_draft(result.draft, args.out)
+    facts = {
+        "agreement_by_depth": [round(a, 4) for a in result.agreement],
+        "tokens_written": result.tokens_written,
+        "tokens_trained": result.tokens_trained,
+    }
+    print(json.dumps(facts))
+    return 0
+
+
+def _scorer(args: argparse.Namespace) -> int:
+    from ssv.builder.pair import load_target, make_scorer
+    from ssv.builder.progress import terminal_report
+    from ssv.builder.scorer import save_scorer
+
+    recipe = _recipe(args)
+    target = load_target(recipe.target.locate())
+    with terminal_report() as report:
+        scorer, fitted = make_scorer(target, args.draft, recipe.scorer.fit, recipe.draft.distill, args.device, report)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_scorer(scorer, args.out)
+    document = json.dumps(fitted.to_dict(), indent=1)
+    args.out.with_suffix(".json").write_text(document + "\n")
+    print(document)
+    if not fitted.beats_baseline:
+        print(
+            f"note: AUC {fitted.auc:.4f} does not beat the training-free 1 - p1 ({fitted.auc_baseline:.4f})",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from ssv.builder.pair import calibration_document, load_target, made_for
+    from ssv.builder.progress import terminal_report
+
+    recipe = _recipe(args)
+    config = recipe.calibration.make
+    target = load_target(recipe.target.locate())
+    with terminal_report() as report:
+        calibration = calibrate_bundle(
+            args.bundle, config, report, device=args.device, batch=args.batch, precision=args.precision
+        )
+    document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from ssv.builder.inspect import bundle_facts, print_bundle
+
+    if args.json:
+        print(json.dumps(bundle_facts(args.bundle), indent=1))
+    else:
+        print_bundle(args.bundle)
+    return 0
+
+
+def calibrate_bundle(
+    bundle: Path, config: CalibrationConfig, report: Report, *, device: str, batch: int, precision: str | None
+) -> Calibration:
+    """Calibrates a bundle by decoding with the torch engine."""
+    from ssv.builder.calibrate import PromptResult, calibrate
+    from ssv.builder.prompts import read_prompts
+    from ssv.runtime.audit import audit
+    from ssv.runtime.llm import LLM
+    from ssv.runtime.request import Request, SamplingParams
+
+    llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision)
+    params = SamplingParams(max_tokens=config.max_tokens)
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)]
+
+    def run(policy: Policy) -> list[PromptResult]:
+        llm.tiers["turbo"] = policy  # the policy on trial takes a tier's place
+        outputs = llm.generate([Request(ids, "turbo", params) for ids in prompts])
+        results = []
+        for ids, output in zip(prompts, outputs, strict=True):
+            audited, counters = audit(llm.target, ids, output.token_ids), output.counters
+            results.append(
+                PromptResult(
+                    emitted=counters.emitted,
+                    divergent=audited.strict,
+                    divergent_margin=audited.margin,
+                    target_passes=counters.target_passes,
+                    target_tokens=counters.target_tokens,
+                    drafted=counters.drafted,
+                )
+            )
+        return results
+
+    return calibrate(run, config, report)
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    recipe = load_recipe(args.recipe)
+    if args.target is None:
+        return recipe
+    return recipe.model_copy(update={"target": TargetConfig(path=args.target.resolve())})
 
 
 if __name__ == "__main__":

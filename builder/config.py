@@ -94,12 +94,79 @@ class DraftConfig(_Strict):
     distill: DistillConfig
 
 
+class ScorerConfig(_Strict):
+    """How the scorer is fitted.
+
+    Attributes:
+        rows, window: conversations that the target writes greedily for it, and the length of each in tokens.
+        depth: own steps of the draft that samples are taken from.
+        label: what counts as rejected: `mismatch`, the target's argmax differs; `divergence`, by more than `margin` nats.
+        use_hidden: whether the draft's hidden state is a feature beside the three confidence features.
+        held_out_share: share of the samples that the report is made on.
+    """
+
+    rows: PositiveInt = 2048
+    window: Annotated[int, Field(ge=8)] = 512
+    depth: PositiveInt = 6
+    label: Literal["mismatch", "divergence"] = "mismatch"
+    margin: Annotated[float, Field(ge=0.0)] = 1.0
+    use_hidden: bool = True
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-5
+    held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    seed: int = 1
+
+
+class ScorerPart(_Strict):
+    """The scorer: how it is fitted, and a file to take instead if that has been done."""
+
+    file: Path | None = None
+    fit: ScorerConfig = ScorerConfig()
+
+
+class CalibrationConfig(_Strict):
+    """How the tiers' thresholds are found.
+
+    Attributes:
+        prompts_file: JSON lines with a `prompt` each, used for nothing else.
+        max_tokens: of each output.
+        families: settings tried of (verify_above, risk_budget, max_pending).
+        accept_below: thresholds tried with each.
+        limits: largest divergence of each lossy tier.
+        confidence: that a tier's true divergence on such prompts is below its limit.
+        cost_of_draft_step, cost_of_extra_token: of a draft step, and of each further token of a target pass, as shares of
+            a target pass of one token. They decide which of the admissible policies is the cheapest, nothing else.
+    """
+
+    prompts_file: Path
+    max_tokens: PositiveInt = 128
+    families: Annotated[list[tuple[Share, Share, PositiveInt]], Field(min_length=1)]
+    accept_below: Annotated[list[Share], Field(min_length=1)]
+    limits: dict[Literal["balanced", "turbo"], Share] = {"balanced": 0.02, "turbo": 0.05}
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    cost_of_draft_step: Share = 0.1
+    cost_of_extra_token: Share = 0.08
+
+
+class CalibrationPart(_Strict):
+    """The calibration: how it is made, and a file to take instead if that has been done."""
+
+    file: Path | None = None
+    make: CalibrationConfig
+
+
 class Recipe(_Strict):
-    """A whole recipe. Paths are absolute once loaded."""
+    """A whole recipe. Paths are absolute once loaded.
+
+    Attributes:
+        precision: what the torch engine runs in on a CPU unless told otherwise.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     target: TargetConfig
     draft: DraftConfig
+    scorer: ScorerPart = ScorerPart()
+    calibration: CalibrationPart
+    precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -112,8 +179,8 @@ def load_recipe(path: Path) -> Recipe:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML ({error})") from error
     try:
         return Recipe.model_validate(_absolute_paths(data, path.parent.resolve()))
     except ValidationError as error:
@@ -121,11 +188,19 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {problems}") from error
 
 
-_PATH_KEYS = ("path", "openings_file", "prompts_file")
+# A target's `file` is relative to its package, every other one to the recipe.
+_PATHS = (
+    ("target", "path"),
+    ("openings_file",),
+    ("prompts_file",),
+    ("draft", "file"),
+    ("scorer", "file"),
+    ("calibration", "file"),
+)
 
 
-def _absolute_paths(data: object, base: Path, section: str = "") -> object:
+def _absolute_paths(data: object, base: Path, at: tuple[str, ...] = ()) -> object:
     if isinstance(data, dict):
-        return {key: _absolute_paths(value, base, str(key)) for key, value in data.items()}
-    is_path = section in _PATH_KEYS
+        return {key: _absolute_paths(value, base, (*at, str(key))) for key, value in data.items()}
+    is_path = any(at[-len(path) :] == path for path in _PATHS)
     return str(base / data) if is_path and isinstance(data, str) else data

@@ -64,7 +64,7 @@ def chat_pieces(tokenizer: ChatTokenizer) -> ChatPieces:
     pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in (before, to_assistant, to_user)]
     if not all(pieces) or pieces[1][0] != pieces[2][0]:
         raise ValueError("the chat template has no common end-of-turn token: self-written conversations need one")
-    return ChatPieces(*pieces, end_of_turn=pieces[1][0])
+    return ChatPieces(before=pieces[0], to_assistant=pieces[1], to_user=pieces[2], end_of_turn=pieces[1][0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ May import: ssv.builder.checkpoint.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,10 @@ class Decoder(nn.Module):
                 tapped.append(x_MH)
         return x_MH, torch.cat(tapped, dim=-1) if tapped else None
 
+    def blocks(self) -> list[Layer]:
+        """The layers, typed."""
+        return cast(list[Layer], list(self.layers))
+
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Final norm and LM head of the gathered rows, [R, V]."""
         return self.lm_head(self.norm(hidden_RH))
@@ -147,7 +151,10 @@ _RENAMED = {
 
 def state_from_weights(spec: DecoderSpec, weights: Weights) -> Weights:
     """State dict of `Decoder` from weights under Hugging Face names, as fp32."""
-    state = {"embed.weight": weights["model.embed_tokens.weight"].float(), "norm.weight": weights["model.norm.weight"].float()}
+    state = {
+        "embed.weight": weights["model.embed_tokens.weight"].float(),
+        "norm.weight": weights["model.norm.weight"].float(),
+    }
     state["lm_head.weight"] = state["embed.weight"] if spec.tie_embeddings else weights["lm_head.weight"].float()
     for layer in range(spec.num_layers):
         source, dest = f"model.layers.{layer}.", f"layers.{layer}."

@@ -6,7 +6,7 @@ pass k sees features only up to k tokens before, and its own hidden states since
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .corpus, .config.
+May import: ssv.builder.config, .corpus, .decoder, .draft, .progress.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ssv.builder.config import DistillConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft, draft_spec, start_from_target
+from ssv.builder.draft import Draft, draft_spec, save_draft, start_from_target
 from ssv.builder.progress import Report
 
 
@@ -128,8 +129,10 @@ class PassAttend(CausalAttend):
         if depth == 0:
             return super().attend(q, k, v)
         mask = _pass_mask(q.shape[2], depth, q.device)
-        keys, values = torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        groups = q.shape[1] // k.shape[1]
+        # Repeated, not enable_gqa: with a mask that has no fused kernel on CUDA.
+        keys, values = (torch.cat(x, dim=2).repeat_interleave(groups, dim=1) for x in (self.keys, self.values))
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 def _pass_mask(num_tokens: int, depth: int, device: torch.device) -> Tensor:
@@ -149,32 +152,30 @@ class TargetView:
     Attributes:
         features_MX: [M, X] the tapped hidden states joined, not yet projected; None for a standalone draft.
         argmax_BT: the token that the target would choose after each token.
-        label_BTV: its distribution over the draft's head tokens, renormalised.
-        covered_BT: probability mass of those tokens before that.
+        logits_BTU: over its whole vocabulary.
     """
 
     features_MX: Tensor | None
     argmax_BT: Tensor
-    label_BTV: Tensor
-    covered_BT: Tensor
+    logits_BTU: Tensor
+
+    def gap(self, token_BT: Tensor, rows: slice) -> Tensor:
+        """By how many nats the target prefers its own choice to the given tokens, after the given rows of tokens."""
+        logits_BTU = self.logits_BTU[:, rows]
+        chosen_BT = logits_BTU.gather(2, token_BT[:, :, None])[:, :, 0]
+        return (logits_BTU.amax(dim=-1) - chosen_BT).float()
 
 
 @torch.no_grad()
 def view_target(target: Decoder, draft: Draft, tokens_BT: Tensor) -> TargetView:
+    """Runs the target over whole windows."""
     rows, length = tokens_BT.shape
     position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
     hidden_MH, features_MX = target.run_layers(
         target.embed(tokens_BT.flatten()), position_M, CausalAttend(rows), draft.spec.feature_layers
     )
-    logits_MV = target.logits(hidden_MH)
-    probability_MV = logits_MV.softmax(-1, dtype=torch.float32)[:, draft.token_ids]
-    covered_M1 = probability_MV.sum(-1, keepdim=True)
-    return TargetView(
-        features_MX=features_MX,
-        argmax_BT=logits_MV.argmax(-1).view(rows, length),
-        label_BTV=probability_MV.div_(covered_M1).view(rows, length, -1),
-        covered_BT=covered_M1.view(rows, length),
-    )
+    logits_BTU = target.logits(hidden_MH).view(rows, length, -1)
+    return TargetView(features_MX, logits_BTU.argmax(-1), logits_BTU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +217,8 @@ def draft_passes(draft: Draft, tokens_BT: Tensor, view: TargetView, depth: int) 
         features_BTF = F.pad(hidden_BTH[:, :-1], (0, 0, 1, 0))
 
 
-def _judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple[slice, Tensor]:
-    # Which target rows a pass's rows are about, and which of them count: those after which the assistant speaks.
+def judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple[slice, Tensor]:
+    """The target rows that a pass's rows are about, and which of them count: those after which the assistant speaks."""
     length = is_assistant_BT.shape[1]
     rows = slice(step.shift, step.shift + step.logits_BTV.shape[1])
     speaks = torch.zeros_like(is_assistant_BT)
@@ -225,6 +226,31 @@ def _judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple
     counts = speaks[:, rows].clone()
     counts[:, : step.first] = False
     return rows, counts
+
+
+class SoftCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each row to a distribution.
+
+    Written out because at some ten thousand rows of as many logits training is bound by memory traffic: this keeps one tensor of
+    the logits' dtype and makes the gradient in place, where autograd would keep several in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
+        """Args:
+            logits, label: [..., V], label normalised.
+
+        Returns:
+            fp32 [...].
+        """
+        log_p = logits.log_softmax(-1, dtype=logits.dtype)  # autocast would make it fp32
+        ctx.save_for_backward(log_p, label)
+        return -(label.unsqueeze(-2) @ log_p.unsqueeze(-1)).flatten(-3).float().view(logits.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        log_p, label = ctx.saved_tensors
+        return log_p.exp().sub_(label).mul_(grad.unsqueeze(-1).to(log_p.dtype)), None
 
 
 class _Trainer:
@@ -237,6 +263,8 @@ class _Trainer:
         spec = draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
         self.draft = start_from_target(spec, target, tuple(config.layers), head.to(device)).float()
         self.draft.share_target(target, self.draft.token_ids)
+        self.is_covered = torch.zeros(target.spec.vocab_size, dtype=torch.bool, device=device)
+        self.is_covered[self.draft.token_ids] = True
         self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
@@ -263,15 +291,18 @@ class _Trainer:
         tokens_BT, is_assistant_BT = (x.to(device) for x in self._batch())
         tokens_BT = tokens_BT.long()
         view = view_target(self.target, self.draft, tokens_BT)
+        # The label is made once; every pass of a conditioned draft is about the same rows of the target.
+        label_BTV = view.logits_BTU[:, :, self.draft.token_ids].softmax(-1)
+        covered_BT = self.is_covered[view.argmax_BT]
         agreement, total = [], torch.zeros((), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for k, step in enumerate(draft_passes(self.draft, tokens_BT, view, config.depth)):
-                rows, counts = _judged(step, view, is_assistant_BT)
-                # Tokens the head does not cover cannot be learned: their rows weigh as much as the head's share.
-                weight = counts * view.covered_BT[:, rows]
-                logits_BTV = step.logits_BTV.float()
-                loss_BT = logits_BTV.logsumexp(-1) - torch.linalg.vecdot(view.label_BTV[:, rows], logits_BTV)
-                total = total + config.depth_decay**k * (loss_BT * weight).sum() / weight.sum().clamp(min=1)
+                rows, counts = judged(step, view, is_assistant_BT)
+                # A token that the head does not cover cannot be learned.
+                weight_BT = (counts & covered_BT[:, rows]).float()
+                loss_BT = SoftCrossEntropy.apply(step.logits_BTV, label_BTV[:, rows])
+                loss = (loss_BT * weight_BT).sum() / weight_BT.sum().clamp(min=1)
+                total = total + config.depth_decay**k * loss
                 agreement.append(_agreement(self.draft, step, view, rows, counts))
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -311,6 +342,7 @@ class _Trainer:
         part = self.state_path.with_suffix(".part")
         save_file({n: t.cpu().contiguous() for n, t in state.items()} | {"step": torch.tensor(self.step)}, part)
         part.rename(self.state_path)
+        save_draft(self.draft, self.state_path.with_name("draft.safetensors"))
 
     def _restore(self) -> None:
         if not self.state_path.exists():
@@ -349,6 +381,6 @@ def measure_agreement(target: Decoder, draft: Draft, data: Conversations, config
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             view = view_target(target, draft, tokens_BT)
             steps = draft_passes(draft, tokens_BT, view, config.depth)
-            per_depth = [_agreement(draft, step, view, *_judged(step, view, is_assistant_BT)) for step in steps]
+            per_depth = [_agreement(draft, step, view, *judged(step, view, is_assistant_BT)) for step in steps]
         sums.append(torch.stack(per_depth))
     return [float(x) for x in torch.stack(sums).mean(dim=0)]

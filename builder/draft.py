@@ -73,7 +73,9 @@ def draft_spec(target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], he
         ValueError: layers outside the target, or a head larger than its vocabulary.
     """
     if not layers or not all(0 <= layer < target.num_layers for layer in layers):
-        raise ValueError(f"layers {list(layers)}: name at least one of the target's layers 0 to {target.num_layers - 1}")
+        raise ValueError(
+            f"layers {list(layers)}: name at least one of the target's layers 0 to {target.num_layers - 1}"
+        )
     head_size = head_size or target.vocab_size
     if head_size > target.vocab_size:
         raise ValueError(f"head_size {head_size} exceeds the target's vocab_size {target.vocab_size}")
@@ -165,7 +167,9 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
     """
     draft = Draft(spec).to(target.embed.weight.device)
     conditioned = draft.tap is not None
-    for mine, source in zip(draft.decoder.layers, (target.spec.num_layers - 1,) if conditioned else layers, strict=True):
+    for mine, source in zip(
+        draft.decoder.layers, (target.spec.num_layers - 1,) if conditioned else layers, strict=True
+    ):
         mine.load_state_dict(target.layers[source].state_dict())
     draft.decoder.norm.load_state_dict(target.norm.state_dict())
     if draft.tap is not None:
@@ -201,7 +205,9 @@ def load_draft(path: Path, target: Decoder) -> Draft:
     for field in ("vocab_size", "hidden_size"):
         mine, theirs = getattr(spec.decoder, field), getattr(target.spec, field)
         if mine != theirs:
-            raise CheckpointError(f"draft {field} {mine} != target {field} {theirs}: distill the draft from this target")
+            raise CheckpointError(
+                f"draft {field} {mine} != target {field} {theirs}: distill the draft from this target"
+            )
     if max(spec.feature_layers, default=0) >= target.spec.num_layers:
         raise CheckpointError(f"draft taps layer {max(spec.feature_layers)}, the target has {target.spec.num_layers}")
     with torch.device("meta"):

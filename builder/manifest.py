@@ -58,7 +58,7 @@ class Manifest(_Strict):
         versions: of the packages that built it.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str
     target: dict[str, Any]
     draft: dict[str, Any]
@@ -105,7 +105,9 @@ def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
         raise BundleError(f"{path} is damaged ({error}): build the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise BundleError(f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}: build the bundle again")
+        raise BundleError(
+            f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}: build the bundle again"
+        )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:

@@ -53,7 +53,7 @@ def smooth_decoder(decoder: Decoder, ranges: Ranges, prefix: str = "") -> None:
     Args:
         ranges: of the decoder's linear layers; keys begin with `prefix`.
     """
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(decoder.blocks()):
         at = f"{prefix}layers.{index}."
         _smooth_after_norms(layer.qkv, [layer.attn_norm], ranges[at + "qkv"], "qkv")
         _smooth_after_norms(layer.gate_up, [layer.mlp_norm], ranges[at + "gate_up"], "gate_up")

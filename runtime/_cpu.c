@@ -183,12 +183,6 @@ static void attend_rows(const float *queries, const float *keys, const float *va
     }
 }
 
-/* Scales rows to LEVELS in place. */
-MULTIVERSION
-static void quantize_rows(float *x, float *scale, long rows, long width) {
-    for (long m = 0; m < rows; m++) scale[m] = scale_to_levels(x + m * width, width);
-}
-
 #define MAX_ARGS 24
 
 typedef struct {
@@ -249,13 +243,6 @@ static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
-static PyObject *py_quantize(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    if (read_args(objects, given, 4, &a)) return NULL;
-    quantize_rows(a.pointer[0], a.pointer[1], a.number[2], a.number[3]);
-    Py_RETURN_NONE;
-}
-
 static PyMethodDef methods[] = {
     {"add_norm", (PyCFunction)(void (*)(void))py_add_norm, METH_FASTCALL,
      "add_norm(eps, x, product, product_scale, bias, weight, out, out_scale, rows, hidden)"},
@@ -266,7 +253,6 @@ static PyMethodDef methods[] = {
      "heads, kv_heads, dim, length)"},
     {"attend", (PyCFunction)(void (*)(void))py_attend, METH_FASTCALL,
      "attend(queries, keys, values, position, weights, out, out_scale, batch, tokens, heads, kv_heads, dim, length)"},
-    {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "quantize(x, scale, rows, width)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -9,7 +9,7 @@ what that costs in quality.
 Shapes: M tokens of the step (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value heads, D head dim,
 S cache length, R gathered rows, V vocab.
 
-May import: ssv.builder.decoder; ssv.runtime.engine, .kv_cache.
+May import: ssv.builder.decoder; ssv.runtime.engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ssv.builder.decoder import Decoder, Layer
 from ssv.runtime.engine import EngineError
-from ssv.runtime.kv_cache import grouped_attention, visible
 
 _LEVELS = 63.0
 
@@ -30,9 +29,6 @@ try:
     from ssv.runtime import _cpu
 except ImportError:  # installed where there was no C compiler
     _cpu = None  # type: ignore[assignment]
-
-# Beyond this many query-key pairs a layer, torch's attention on all cores beats the fused one on one core.
-_FUSED_ATTENTION_PAIRS = 24_000
 
 
 class Int8Linear(nn.Module):
@@ -85,14 +81,19 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _int8(module: nn.Module) -> Int8Linear:
+    assert isinstance(module, Int8Linear)
+    return module
+
+
 class _FusedLayer:
     """What one layer's stages need: packed products, and addresses of its small tensors (kept alive by `layer`)."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        parts = (layer.qkv, layer.o, layer.gate_up, layer.down)
-        assert all(isinstance(part, Int8Linear) for part in parts)
+        parts = [_int8(part) for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         self.qkv, self.o, self.gate_up, self.down = (part.product for part in parts)
+        self.down_bias_H = parts[3].bias_O
         self.qkv_bias, self.o_bias, self.gate_up_bias, self.down_bias = (_address(part.bias_O) for part in parts)
         self.attn_norm, self.mlp_norm = _address(layer.attn_norm.weight), _address(layer.mlp_norm.weight)
         self.q_norm = _address(layer.q_norm.weight) if layer.q_norm is not None else 0
@@ -121,7 +122,7 @@ class FusedInt8Layers:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.layers = [_FusedLayer(layer) for layer in decoder.layers]
+        self.layers = [_FusedLayer(layer) for layer in decoder.blocks()]
         self._scratch = _Scratch(decoder, 16, 1024)
 
     @staticmethod
@@ -155,10 +156,7 @@ class FusedInt8Layers:
         )
         scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
         shape = (batch, tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
-        last = int(position_B.max()) + tokens
-        fused_attention = num_tokens * spec.num_heads * last <= _FUSED_ATTENTION_PAIRS
         position_BT = position_B[:, None] + torch.arange(tokens)
-        mask = None if fused_attention else visible(position_BT, last)
         rotate = self.decoder.rotation(position_BT.flatten(), torch.float32)
         cos, sin = rotate.cos.data_ptr(), rotate.sin.data_ptr()
         eps, x = spec.rms_norm_eps, x_MH.data_ptr()
@@ -176,14 +174,10 @@ class FusedInt8Layers:
                 eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
                 queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, *shape,
             )  # fmt: skip
-            if mask is None:
-                _cpu.attend(
-                    queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, s.weights_S.data_ptr(),
-                    attended.data_ptr(), product_scale, *shape,
-                )  # fmt: skip
-            else:
-                attended.copy_(grouped_attention(queries, keys[:, :, :last], values[:, :, :last], mask))
-                _cpu.quantize(attended.data_ptr(), product_scale, num_tokens, attended.shape[1])
+            _cpu.attend(
+                queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, s.weights_S.data_ptr(),
+                attended.data_ptr(), product_scale, *shape,
+            )  # fmt: skip
             product = layer.o(attended)
             _cpu.add_norm(
                 eps, x, product.data_ptr(), product_scale, layer.o_bias, layer.mlp_norm,
@@ -198,8 +192,8 @@ class FusedInt8Layers:
             bias = layer.down_bias
             if index in tapped_layers or index == len(self.layers) - 1:
                 x_MH.addcmul_(product, s.product_scale_M[:num_tokens, None])
-                if (down_bias := layer.layer.down.bias_O) is not None:
-                    x_MH.add_(down_bias)
+                if layer.down_bias_H is not None:
+                    x_MH.add_(layer.down_bias_H)
                 product, bias = None, 0
                 if index in tapped_layers:
                     tapped.append(x_MH.clone())
@@ -215,4 +209,4 @@ class FusedInt8Layers:
             self.decoder.spec.rms_norm_eps, hidden_RH.data_ptr(), 0, 0, 0, weight.data_ptr(),
             normed_RH.data_ptr(), scale_R.data_ptr(), rows, hidden_RH.shape[1],
         )  # fmt: skip
-        return self.decoder.lm_head.product(normed_RH).mul_(scale_R)
+        return _int8(self.decoder.lm_head).product(normed_RH).mul_(scale_R)

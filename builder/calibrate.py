@@ -1,0 +1,147 @@
+"""Finds the tiers' thresholds by decoding real prompts under a grid of policies.
+
+The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A lossy tier gets
+the cheapest policy whose divergence is below its limit with confidence. Policies of one family are tested in rising order of the
+threshold and only until the first fails, which keeps the chance of any wrong acceptance at the stated level however many
+are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052); it is shared
+out evenly among the families.
+
+How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
+
+May import: ssv.builder.config, .progress, .tiers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssv.builder.config import CalibrationConfig
+from ssv.builder.progress import Report
+from ssv.builder.tiers import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """What decoding one prompt came to, in tokens.
+
+    Attributes:
+        divergent: emitted tokens that are not the target's argmax; `divergent_margin`: by more than 1 nat.
+    """
+
+    emitted: int
+    divergent: int
+    divergent_margin: int
+    target_passes: int
+    target_tokens: int
+    drafted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A policy and what it came to over all prompts.
+
+    Attributes:
+        divergence, divergence_margin: shares of the emitted tokens.
+        divergence_bound: upper confidence bound of `divergence`, prompts being the unit that is drawn.
+        cost: of a token, in target passes of one token.
+    """
+
+    policy: Policy
+    divergence: float
+    divergence_margin: float
+    divergence_bound: float
+    target_passes_per_token: float
+    cost: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "policy": self.policy.model_dump()}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """All trials, and the one chosen for each tier."""
+
+    trials: list[Trial]
+    tiers: dict[str, Trial]
+
+
+def calibrate(
+    run: Callable[[Policy], Sequence[PromptResult]], config: CalibrationConfig, report: Report
+) -> Calibration:
+    """Tries the grid and chooses.
+
+    Raises:
+        ValueError: a lossy tier's limit is not met even by the smallest threshold.
+    """
+    families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
+    num_runs = len(families) * (1 + len(config.accept_below))
+    trials: list[Trial] = []
+    # The chance of a wrong choice is shared out among the families.
+    confidence = 1 - (1 - config.confidence) / len(families)
+
+    def tried(policy: Policy) -> Trial:
+        trial = _trial(policy, run(policy), config, confidence)
+        trials.append(trial)
+        report("calibrate", len(trials), num_runs, f"divergence {trial.divergence:.4f}, cost {trial.cost:.3f}")
+        return trial
+
+    lossless = [tried(policy) for policy in families]
+    limits: dict[str, float] = dict(config.limits.items())
+    passed: dict[str, list[Trial]] = {tier: [] for tier in limits}
+    for family in families:
+        open_tiers = set(limits)
+        for threshold in sorted(config.accept_below):
+            if not open_tiers:
+                break
+            trial = tried(family.model_copy(update={"accept_below": threshold}))
+            open_tiers = {tier for tier in open_tiers if trial.divergence_bound <= limits[tier]}
+            for tier in open_tiers:
+                passed[tier].append(trial)
+    report("calibrate", num_runs, num_runs, "done")
+    tiers = {"premium": min(lossless, key=lambda t: t.cost)}
+    for tier, candidates in passed.items():
+        if not candidates:
+            raise ValueError(
+                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence "
+                f"{config.confidence}: add smaller thresholds or more prompts, or raise the limit"
+            )
+        tiers[tier] = min(candidates, key=lambda t: t.cost)
+    return Calibration(trials, tiers)
+
+
+def _trial(policy: Policy, results: Sequence[PromptResult], config: CalibrationConfig, confidence: float) -> Trial:
+    emitted = sum(r.emitted for r in results)
+    passes = sum(r.target_passes for r in results)
+    extra_tokens = sum(r.target_tokens - r.target_passes for r in results)
+    drafted = sum(r.drafted for r in results)
+    return Trial(
+        policy=policy,
+        divergence=sum(r.divergent for r in results) / emitted,
+        divergence_margin=sum(r.divergent_margin for r in results) / emitted,
+        divergence_bound=upper_bound([(r.divergent, r.emitted) for r in results], confidence),
+        target_passes_per_token=passes / emitted,
+        cost=(passes + extra_tokens * config.cost_of_extra_token + drafted * config.cost_of_draft_step) / emitted,
+    )
+
+
+def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws: int = 4000, seed: int = 0) -> float:
+    """Upper bound of sum(events) / sum(total) by the bootstrap over prompts, whose tokens are not independent.
+
+    With no event at all the bootstrap would say 0: the exact binomial bound over prompts is then the least that can be claimed.
+
+    Args:
+        counts: (events, total) of each prompt.
+    """
+    rng = random.Random(seed)
+    total_events = sum(events for events, _ in counts)
+    if not total_events:
+        return 1 - (1 - confidence) ** (1 / len(counts))
+    shares = []
+    for _ in range(num_draws):
+        drawn = rng.choices(counts, k=len(counts))
+        shares.append(sum(events for events, _ in drawn) / max(1, sum(total for _, total in drawn)))
+    shares.sort()
+    return shares[min(num_draws - 1, int(confidence * num_draws))]

@@ -1,0 +1,47 @@
+"""What the command line tools share: errors as a person wants to read them.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command; what the user can mend ends as `error:` and, where the message says how, `hint:` on stderr, exit code 2.
+
+    Our errors end in ": what to do" where there is something to do.
+    """
+    try:
+        return command()
+    except (ValueError, OSError, RuntimeError) as error:
+        what, _, cure = str(error).rpartition(": ") if _has_cure(str(error)) else (str(error), "", "")
+        print(f"error: {what}", file=sys.stderr)
+        if cure:
+            print(f"hint: {cure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+_CURES = (
+    "build",
+    "choose",
+    "run ",
+    "make one",
+    "use ",
+    "shorten",
+    "calibrate",
+    "distill",
+    "pip ",
+    "convert",
+    "add ",
+    "give ",
+)
+
+
+def _has_cure(message: str) -> bool:
+    return message.rpartition(": ")[2].startswith(_CURES)

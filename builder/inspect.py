@@ -1,0 +1,62 @@
+"""Shows a bundle, for a person and for a program.
+
+May import: ssv.builder.manifest.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssv.builder.manifest import Manifest, read_manifest
+
+
+def bundle_facts(bundle: Path) -> dict[str, Any]:
+    """The manifest, checked against the files, and the bundle's size in bytes.
+
+    Raises:
+        BundleError: see `read_manifest`.
+    """
+    manifest = read_manifest(bundle)
+    return {**manifest.model_dump(mode="json"), "total_bytes": sum(f.size for f in manifest.files.values())}
+
+
+def print_bundle(bundle: Path) -> None:
+    """Prints what is in a bundle to stdout."""
+    manifest = read_manifest(bundle)
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
+    target, draft = manifest.target, manifest.draft
+    console.print(f"[bold]{manifest.name}[/bold]  ({bundle}, all {len(manifest.files)} files match their hashes)")
+    console.print(_network_line("target", target))
+    taps = f", sees target layers {draft['feature_layers']}" if draft["feature_layers"] else ""
+    console.print(
+        _network_line("draft", draft["decoder"]) + f", {draft['kind']}{taps}, head of {draft['head_size']} tokens"
+    )
+    console.print(_tier_table(manifest))
+    files = Table("file", "MB", "SHA-256")
+    for column in files.columns[1:2]:
+        column.justify = "right"
+    for name, entry in manifest.files.items():
+        files.add_row(name, f"{entry.size / 1e6:.2f}", entry.sha256[:12])
+    console.print(files)
+
+
+def _network_line(role: str, spec: dict[str, Any]) -> str:
+    return (
+        f"{role}: {spec['family']}, {spec['num_layers']} layer{'s' if spec['num_layers'] > 1 else ''}, hidden "
+        f"{spec['hidden_size']}, {spec['num_heads']}/{spec['num_kv_heads']} heads, vocabulary {spec['vocab_size']}"
+    )
+
+
+def _tier_table(manifest: Manifest) -> Table:
+    table = Table("tier", "accept below", "verify above", "risk budget", "max pending", "lossless", "divergence")
+    for name, tier in manifest.tiers.items():
+        p = tier.policy
+        limit = "-" if tier.divergence is None else f"<= {tier.divergence:.1%} (bound {tier.divergence_bound:.2%})"
+        numbers = (f"{p.accept_below:g}", f"{p.verify_above:g}", f"{p.risk_budget:g}", str(p.max_pending))
+        table.add_row(name, *numbers, "yes" if tier.lossless else "no", limit)
+    return table

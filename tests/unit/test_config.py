@@ -1,0 +1,206 @@
+"""Recipes: every problem is named, nothing is ignored, paths are those beside the recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ssv.builder import config
+from ssv.builder.config import Recipe, RecipeError, TargetConfig, load_recipe
+
+RECIPE = """
+name: tiny
+target:
+  path: models/target
+draft:
+  distill:
+    layers: [0, 1]
+    openings_file: openings.txt
+calibration:
+  make:
+    prompts_file: prompts/calibration.jsonl
+    families: [[0.5, 0.9, 8]]
+    accept_below: [0.0, 0.1]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def load(folder: Path, text: str = RECIPE) -> Recipe:
+    return load_recipe(write(folder, text))
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(folder, text)
+    message = str(caught.value)
+    assert "recipe.yaml" in message
+    return message
+
+
+def test_recipe(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert recipe.name == "tiny"
+    assert recipe.draft.distill.layers == [0, 1]
+    assert recipe.draft.distill.kind == "conditioned"
+
+
+def test_relative_paths_are_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    write(tmp_path / "recipes", RECIPE.replace("draft:", "draft:\n  file: draft.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(Path("recipes/recipe.yaml"))
+    base = tmp_path.resolve() / "recipes"
+    assert recipe.target.locate() == base / "models/target"
+    assert recipe.draft.file == base / "draft.safetensors"
+    assert recipe.draft.distill.openings_file == base / "openings.txt"
+    assert recipe.calibration.make.prompts_file == base / "prompts/calibration.jsonl"
+
+
+def test_absolute_paths_stay(tmp_path: Path) -> None:
+    recipe = load(tmp_path, RECIPE.replace("models/target", "/models/target"))
+    assert recipe.target.path == Path("/models/target")
+
+
+def test_file_of_a_package_is_left_alone(tmp_path: Path) -> None:
+    recipe = load(tmp_path, RECIPE.replace("path: models/target", "package: yaml\n  file: loader.py"))
+    assert recipe.target.file == "loader.py"
+    assert recipe.target.locate() == Path(yaml.__file__).parent / "loader.py"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: tiny", "name: tiny\ncolour: red", "colour: Extra inputs"),
+        ("layers:", "layer: 3\n    layers:", "draft.distill.layer: Extra inputs"),
+        ("  path:", "  url: x\n  path:", "target.url: Extra inputs"),
+        ("name: tiny", "", "name: Field required"),
+        ("    layers: [0, 1]\n", "", "draft.distill.layers: Field required"),
+        ("[0, 1]", "[]", "draft.distill.layers: "),
+        ("[0, 1]", "[one]", "draft.distill.layers.0: "),
+        ("[0, 1]", "7", "draft.distill.layers: "),
+        ("layers:", "epochs: 0\n    layers:", "draft.distill.epochs: "),
+        ("layers:", "depth_decay: 1.5\n    layers:", "draft.distill.depth_decay: "),
+        ("layers:", "kind: eagle\n    layers:", "draft.distill.kind: "),
+        ("layers:", "window: 4\n    layers:", "draft.distill.window: "),
+        ("name: tiny", "name: a/b", "name: "),
+        ("name: tiny", "name: ''", "name: "),
+        ("name: tiny", "name: [tiny]", "name: "),
+    ],
+)
+def test_problem_is_named_with_its_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in RECIPE
+    assert message in refusal(tmp_path, RECIPE.replace(old, new, 1))
+
+
+def test_all_problems_are_named(tmp_path: Path) -> None:
+    message = refusal(tmp_path, RECIPE.replace("name: tiny", "colour: red").replace("[0, 1]", "[]"))
+    for key in ("name: ", "colour: ", "draft.distill.layers: "):
+        assert key in message
+
+
+@pytest.mark.parametrize("text", ["", "just text", "[1, 2]", "3"])
+def test_no_mapping(tmp_path: Path, text: str) -> None:
+    assert "recipe: " in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tname: x", "name: \x07"])
+def test_not_yaml(tmp_path: Path, text: str) -> None:
+    assert "is not YAML" in refusal(tmp_path, text)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="Is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_not_text(tmp_path: Path) -> None:
+    """A checkpoint given in the recipe's place, for one."""
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"name: \xff\xfe\x80")
+    with pytest.raises(RecipeError, match=r"recipe.yaml"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["!!python/object/apply:os.system ['touch {mark}']", "!!python/name:os.system", "!!python/tuple [1]", "!secret x"],
+)
+def test_object_tags_are_refused(tmp_path: Path, tag: str) -> None:
+    mark = tmp_path / "mark"
+    message = refusal(tmp_path, RECIPE.replace("name: tiny", f"name: {tag.format(mark=mark)}"))
+    assert "could not determine a constructor" in message
+    assert not mark.exists()
+
+
+# --- where the target is --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"path": "x", "package": "yaml", "file": "y"},
+        {"path": "x", "file": "y"},
+        {"path": "x", "package": "yaml"},
+        {"package": "yaml"},
+        {"file": "y"},
+    ],
+    ids=repr,
+)
+def test_neither_or_both_ways_to_the_target(settings: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match="either `path`, or `package` and `file`"):
+        TargetConfig.model_validate(settings).locate()
+
+
+def test_package_that_is_not_installed() -> None:
+    target = TargetConfig(package="no_such_package", file="x")
+    with pytest.raises(RecipeError, match="no_such_package is not installed: pip install --no-deps no-such-package"):
+        target.locate()
+
+
+def test_module_that_is_no_package() -> None:
+    with pytest.raises(RecipeError, match="bisect"):
+        TargetConfig(package="bisect", file="x").locate()
+
+
+@pytest.mark.parametrize("name", ["no_such_package.part", "", "yaml.no_such_part"])
+def test_odd_package_names_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="package"):
+        TargetConfig(package=name, file="x").locate()
+
+
+def test_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "costly_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert TargetConfig(package="costly_package", file="model.gguf").locate() == package / "model.gguf"
+    assert "costly_package" not in sys.modules
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+PRESETS = sorted((Path(config.__file__).parent / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_load(path: Path) -> None:
+    recipe = load_recipe(path)
+    openings = recipe.draft.distill.openings_file
+    assert openings is None or openings.is_file()
+
+
+def test_there_is_a_preset() -> None:
+    assert PRESETS

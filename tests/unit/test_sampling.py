@@ -1,0 +1,135 @@
+"""Temperature, top-k and top-p against their definitions in plain Python."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from ssv.runtime.sampling import SamplingTensors, probabilities
+
+
+def settings(rows: Sequence[tuple[float, int, float]]) -> SamplingTensors:
+    """(temperature, top_k, top_p) of each row."""
+    temperature, top_k, top_p = zip(*rows, strict=True)
+    return SamplingTensors(torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p))
+
+
+def one(logits: Sequence[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+    return probabilities(torch.tensor([logits]), settings([(temperature, top_k, top_p)]))[0].tolist()
+
+
+def slow_probabilities(logits: Sequence[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if temperature == 0:
+        return [1.0 if i == order[0] else 0.0 for i in range(len(logits))]
+    kept = order[:top_k] if top_k else order
+    weight = {i: math.exp((logits[i] - logits[order[0]]) / temperature) for i in kept}
+    total, nucleus, before = sum(weight.values()), [], 0.0
+    for i in kept:
+        if nucleus and before >= top_p:
+            break
+        nucleus.append(i)
+        before += weight[i] / total
+    mass = sum(weight[i] for i in nucleus)
+    return [weight[i] / mass if i in nucleus else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 5, 99])
+def test_equals_the_definition(vocab: int) -> None:
+    rng = random.Random(vocab)
+    rows, logits = [], []
+    for _ in range(60):
+        rows.append(
+            (
+                rng.choice([0.0, 0.3, 1.0, 2.5]),
+                rng.choice([0, 0, 1, 2, 7, 1000]),
+                rng.choice([1.0, 0.05, 0.5, 0.77, 0.95]),
+            )
+        )
+        logits.append([rng.gauss(0, 3) for _ in range(vocab)])
+    found = probabilities(torch.tensor(logits), settings(rows))
+    expected = torch.tensor([slow_probabilities(x, *row) for x, row in zip(logits, rows, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    # Without top-p the least likely tokens have less mass than fp32 tells from none.
+    exact_R = torch.tensor([top_p < 1 for _, _, top_p in rows])
+    assert torch.equal((found > 0)[exact_R], (expected > 0)[exact_R])
+
+
+def test_temperature_alone_is_a_softmax() -> None:
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    found = probabilities(logits, settings([(0.5, 0, 1.0), (1.0, 0, 1.0), (3.0, 0, 1.0)]))
+    torch.testing.assert_close(found, (logits / torch.tensor([[0.5], [1.0], [3.0]])).softmax(dim=1))
+
+
+def test_greedy_rows_are_one_hot() -> None:
+    assert one([0.1, 3.0, 2.9], temperature=0.0) == [0.0, 1.0, 0.0]
+    assert one([0.1, 3.0, 2.9], temperature=0.0, top_k=2, top_p=0.1) == [0.0, 1.0, 0.0]
+
+
+def test_of_equal_logits_the_lower_token_comes_first() -> None:
+    assert one([1.0, 1.0, 1.0, 1.0], top_k=2) == [0.5, 0.5, 0.0, 0.0]
+    assert one([1.0, 1.0, 1.0, 1.0], top_p=0.5) == [0.5, 0.5, 0.0, 0.0]
+    assert one([0.0, 1.0, 1.0, 1.0], top_k=1) == [0.0, 1.0, 0.0, 0.0]
+    assert one([0.0, 1.0, 1.0], temperature=0.0) == [0.0, 1.0, 0.0]
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    assert one([1.0, 2.0, 3.0], top_k=50) == pytest.approx(one([1.0, 2.0, 3.0]))
+    assert one([1.0, 2.0, 3.0], top_k=3) == pytest.approx(one([1.0, 2.0, 3.0]))
+
+
+def test_top_p_is_of_what_top_k_left() -> None:
+    logits = [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)]
+    # Of the first two: 4/7 and 3/7.
+    assert one(logits, top_k=2, top_p=0.5) == pytest.approx([1.0, 0.0, 0.0, 0.0])
+    assert one(logits, top_k=2, top_p=0.6) == pytest.approx([4 / 7, 3 / 7, 0.0, 0.0])
+    assert one(logits, top_p=0.6) == pytest.approx([4 / 7, 3 / 7, 0.0, 0.0])
+    assert one(logits, top_p=0.75) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0.0])
+
+
+def test_top_p_is_after_temperature() -> None:
+    logits = [2.0, 0.0]
+    assert one(logits, temperature=1.0, top_p=0.85) == [1.0, 0.0]
+    assert one(logits, temperature=2.0, top_p=0.85)[1] > 0.2
+
+
+def test_top_p_always_keeps_one() -> None:
+    assert one([0.0, 5.0, 1.0], top_p=1e-9) == [0.0, 1.0, 0.0]
+
+
+def test_tokens_taken_out_before_stay_out() -> None:
+    """As end-of-sequence is, before min_tokens."""
+    banned = -math.inf
+    for row in ((1.0, 0, 1.0), (0.7, 3, 1.0), (1.0, 0, 0.99), (0.0, 0, 1.0)):
+        found = one([5.0, banned, 1.0, banned], *row)
+        assert found[1] == found[3] == 0.0
+        assert sum(found) == pytest.approx(1.0)
+
+
+def test_half_precision_logits_become_fp32() -> None:
+    found = probabilities(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), settings([(0.7, 1, 1.0)]))
+    assert found.dtype == torch.float32
+
+
+def test_rows_are_picked_with_their_settings() -> None:
+    picked = settings([(0.5, 1, 0.9), (1.0, 2, 0.8), (2.0, 3, 0.7)])[torch.tensor([2, 0, 0])]
+    assert picked.temperature_R.tolist() == [2.0, 0.5, 0.5]
+    assert picked.top_k_R.tolist() == [3, 1, 1]
+    assert picked.top_p_R.tolist() == pytest.approx([0.7, 0.9, 0.9])
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """Settings of 1 and 0 keep all tokens, whatever the rows beside it ask for, the least likely ones too."""
+    logits = torch.tensor([[0.0, -20.0, -30.0]])
+    alone = probabilities(logits, settings([(1.0, 0, 1.0)]))
+    beside = probabilities(logits.repeat(2, 1), settings([(1.0, 0, 1.0), (1.0, 2, 0.9)]))
+    assert torch.equal(alone[0], beside[0])
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-38, 1e-44])
+def test_tiny_temperature_is_still_a_distribution(temperature: float) -> None:
+    assert one([1.0, 9.0, 3.0], temperature=temperature) == [0.0, 1.0, 0.0]
