@@ -310,7 +310,9 @@ def _load_hf_folder(folder: Path) -> tuple[DecoderSpec, Weights]:
         config = json.loads(config_path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{config_path} is not JSON: {error}") from error
-    files = sorted(folder.glob("*.safetensors"))
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_path} is not a JSON object")
+    files = _weight_files(folder)
     if not files:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         hint = f"; {pickled[0]} is pickled and is never loaded, convert it to safetensors" if pickled else ""
@@ -319,6 +321,23 @@ def _load_hf_folder(folder: Path) -> tuple[DecoderSpec, Weights]:
     for file in files:
         weights |= read_safetensors(file)
     return spec_from_hf_config(config), weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # The index says which files are shards: others, such as a consolidated copy or an adapter, may lie beside them.
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged") from error
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder} lacks {missing[0]}, which its index names: is a shard of the checkpoint absent?"
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -372,7 +391,7 @@ def _load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         quantized = tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16)
         weight = values.to(torch.float16) if quantized else values
-        if spec.family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if spec.family == "llama" and ("q_proj." in name or "k_proj." in name):
             heads = spec.num_heads if "q_proj" in name else spec.num_kv_heads
             weight = _undo_llama_permutation(weight, heads)
         weights[name] = weight
@@ -430,7 +449,7 @@ def _hf_name(gguf_name: str) -> str | None:
 
 
 def _undo_llama_permutation(weight: Tensor, num_heads: int) -> Tensor:
-    # llama.cpp stores q/k of Llama models with rotated pairs adjacent; Hugging Face keeps them half a head apart.
-    out_features, in_features = weight.shape
-    pairs = weight.view(num_heads, out_features // num_heads // 2, 2, in_features)
-    return pairs.transpose(1, 2).reshape(out_features, in_features)
+    # llama.cpp stores q/k of Llama models, weights and biases, with rotated pairs adjacent; Hugging Face keeps them half
+    # a head apart.
+    pairs = weight.view(num_heads, len(weight) // num_heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

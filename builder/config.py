@@ -76,6 +76,8 @@ class TargetConfig(_Strict):
             return self.path
         if self.path is not None or self.package is None or self.file is None:
             raise RecipeError("target: give either `path`, or `package` and `file`")
+        if not self.package.isidentifier():  # a dotted name would be imported on the way
+            raise RecipeError(f"target: package {self.package!r} is not the name of a top-level package")
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             name = self.package.replace("_", "-")

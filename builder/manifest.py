@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssv.builder.tiers import Policy
 
@@ -45,6 +45,12 @@ class TierEntry(_Strict):
     lossless: bool
     divergence: float | None = None
     divergence_bound: float | None = None
+
+    @model_validator(mode="after")
+    def _says_what_its_policy_is(self) -> TierEntry:
+        if self.lossless != self.policy.lossless:
+            raise ValueError(f"lossless {self.lossless} contradicts accept_below {self.policy.accept_below}")
+        return self
 
 
 class Manifest(_Strict):

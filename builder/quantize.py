@@ -63,6 +63,7 @@ def smooth_decoder(decoder: Decoder, ranges: Ranges, prefix: str = "") -> None:
         layer.gate_up.weight = nn.Parameter(layer.gate_up.weight.clone(), requires_grad=False)
         layer.gate_up.weight[inner:] /= factor[:, None]
         if layer.gate_up.bias is not None:
+            layer.gate_up.bias = nn.Parameter(layer.gate_up.bias.clone(), requires_grad=False)
             layer.gate_up.bias[inner:] /= factor
         layer.down.weight = nn.Parameter(layer.down.weight * factor, requires_grad=False)
     _smooth_after_norms(decoder.lm_head, [decoder.norm], ranges[prefix + "lm_head"], "lm_head")

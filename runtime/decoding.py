@@ -198,7 +198,8 @@ class DecodeBatch:
         if self.conditioned:
             # Entries made of the draft's own hidden states are made again from the target's features.
             self.draft_length_B[:batch] = start_B
-            self._features_BTF = out.features_BTF
+            if out.features_BTF is not None:
+                self._put_features(torch.arange(batch), out.features_BTF)
         else:
             self.draft_length_B[:batch] = torch.minimum(self.draft_length_B[:batch], start_B + 1 + kept_B)
         gained = self._account(start_B, num_pending_B, judged_BJ, verdict)

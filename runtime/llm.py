@@ -123,21 +123,20 @@ class LLM:
             policy = policy_for(request.method, self.tiers, request.num_draft_tokens)
             batch.check(len(request.prompt_ids), request.params, policy)
             scheduler.submit(_Running(index, request, policy, self._decode))
-        with torch.inference_mode():
-            while scheduler.has_work:
-                for _, running in scheduler.admit():
-                    running.started = time.monotonic()
-                    first = batch.add(running.request.prompt_ids, running.row)
-                    yield from self._push(running, [first])
-                _drop_finished(batch, scheduler)
-                if not scheduler.rows:
-                    continue
-                batch.draft()
-                for running, tokens in zip(scheduler.rows, batch.release(), strict=True):
-                    yield from self._push(running, tokens)
-                for running, tokens in zip(scheduler.rows, batch.verify(), strict=True):
-                    yield from self._push(running, tokens)
-                _drop_finished(batch, scheduler)
+        while scheduler.has_work:
+            for _, running in scheduler.admit():
+                running.started = time.monotonic()
+                first = batch.add(running.request.prompt_ids, running.row)
+                yield from self._push(running, [first])
+            _drop_finished(batch, scheduler)
+            if not scheduler.rows:
+                continue
+            batch.draft()
+            for running, tokens in zip(scheduler.rows, batch.release(), strict=True):
+                yield from self._push(running, tokens)
+            for running, tokens in zip(scheduler.rows, batch.verify(), strict=True):
+                yield from self._push(running, tokens)
+            _drop_finished(batch, scheduler)
 
     def generate(self, requests: Sequence[Request]) -> list[Output]:
         """Decodes requests and returns their outputs, in their order."""

@@ -58,6 +58,8 @@ class SamplingParams:
             raise RequestError(f"max_tokens {self.max_tokens} must be at least 1")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} must lie between 0 and max_tokens {self.max_tokens}")
+        if isinstance(self.stop, str):
+            raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop every output")
         if self.max_delay is not None and not self.max_delay > 0:

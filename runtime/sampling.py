@@ -32,7 +32,9 @@ def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
     equal logits the lower token id comes first.
     """
     greedy_R = params.temperature_R == 0
-    scaled_RV = logits_RV.float() / torch.where(greedy_R, 1.0, params.temperature_R)[:, None]
+    # Differences to the largest, and a floor: a tiny temperature must not divide into infinities.
+    scaled_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
+    scaled_RV = scaled_RV / torch.where(greedy_R, 1.0, params.temperature_R.clamp(min=1e-6))[:, None]
     vocab = logits_RV.shape[1]
     if bool(((params.top_k_R > 0) | (params.top_p_R < 1)).any()):
         ordered_RV, index_RV = scaled_RV.sort(dim=1, descending=True, stable=True)
@@ -41,7 +43,8 @@ def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
         kept_RV = rank_V < top_k_R[:, None]
         probability_RV = ordered_RV.masked_fill(~kept_RV, -torch.inf).softmax(dim=1)
         before_RV = probability_RV.cumsum(dim=1) - probability_RV
-        kept_RV &= (before_RV < params.top_p_R[:, None]) | (rank_V == 0)
+        # A top_p of 1 keeps all, also where rounding has the mass before the last tokens reach 1.
+        kept_RV &= (before_RV < params.top_p_R[:, None]) | (rank_V == 0) | (params.top_p_R == 1)[:, None]
         dropped_RV = torch.zeros_like(kept_RV).scatter_(1, index_RV, ~kept_RV)
         scaled_RV = scaled_RV.masked_fill(dropped_RV, -torch.inf)
     probability_RV = scaled_RV.softmax(dim=1)

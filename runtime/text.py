@@ -43,7 +43,10 @@ class TextStream:
         text = self._held + self._decode(self._ids[self._context :])[len(before) :]
         self._context = self._done = len(self._ids)
         self._held = ""
-        return text
+        # A stop string before half a character has not been seen by `push`.
+        found = self._first_stop(text)
+        self.stopped = found is not None
+        return text[:found]
 
     def would_stop(self, token_ids: Sequence[int]) -> bool:
         """Whether a stop string is complete once these tokens, not pushed yet, have followed."""
@@ -55,14 +58,17 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        found = self._first_stop(text)
+        if found is not None:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[:found]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def _first_stop(self, text: str) -> int | None:
+        return min((at for at in (text.find(stop) for stop in self._stop) if at >= 0), default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -172,6 +172,8 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
+        if len(weight_OI) % 16:
+            raise EngineError(f"precision int4 needs output sizes that are multiples of 16, got {len(weight_OI)}")
         values_OI, scale_OG, zero_OG = int4_groups(weight_OI)
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_OI, 1)
         # The kernel computes (value - 8) * scale + zero.

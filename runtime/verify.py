@@ -110,8 +110,10 @@ def sampled_verdict(
     rejected_BK = judged_BJ[:, :-1] & (accept_uniform_BK * q_BK >= p_BK)
     num_kept_B, rejected_B = _first_rejection(rejected_BK, num_pending_B)
     p_BV = target_prob_RV[row_BJ.gather(1, num_kept_B[:, None])[:, 0]]
-    last_BV1 = num_kept_B.clamp(max=drafted_BK.shape[1] - 1)[:, None, None].expand(-1, 1, p_BV.shape[1])
-    residual_BV = (p_BV - draft_prob_BKV.gather(1, last_BV1)[:, 0]).clamp(min=0)
+    if not drafted_BK.shape[1]:
+        return Verdict(num_kept_B, draw(p_BV, next_uniform_B), rejected_B)
+    last_B = num_kept_B.clamp(max=drafted_BK.shape[1] - 1)
+    residual_BV = (p_BV - draft_prob_BKV[torch.arange(len(last_B)), last_B]).clamp(min=0)
     # p == q leaves no residual; rounding aside, nothing is rejected then.
     has_residual_B = rejected_B & (residual_BV.sum(dim=1) > 0)
     next_BV = torch.where(has_residual_B[:, None], residual_BV, p_BV)

@@ -178,7 +178,6 @@ def test_a_tied_checkpoint_may_repeat_its_embedding(tmp_path: Path) -> None:
     assert relative_error(loaded_logits(tmp_path), logits_of(model)) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="the folder's index is not read: every *.safetensors is taken for a shard")
 def test_weights_beside_those_of_the_index(tmp_path: Path) -> None:
     """Mistral's own repositories hold the same weights a second time, under other names."""
     model = make_model("mistral")
@@ -297,7 +296,7 @@ def test_folder_without_weights(llama: Path) -> None:
 def test_missing_shard(tmp_path: Path) -> None:
     make_model("llama2").save_pretrained(tmp_path, max_shard_size="40KB")
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(CheckpointError, match=r"weight model\..* is missing; is a shard"):
+    with pytest.raises(CheckpointError, match=r"lacks model-.*is a shard"):
         load_checkpoint(tmp_path)
 
 
@@ -351,7 +350,6 @@ def test_config_that_is_not_json(llama: Path, content: bytes) -> None:
         load_checkpoint(llama)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="spec_from_hf_config takes any JSON for an object")
 @pytest.mark.parametrize("content", ["[]", "null", "3"])
 def test_config_that_is_no_object(llama: Path, content: str) -> None:
     (llama / "config.json").write_text(content)
@@ -433,7 +431,6 @@ def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
     assert relative_error(loaded_logits(tmp_path / "model.gguf"), logits_of(model)) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="llama.cpp permutes the rows of the q and k biases too")
 def test_gguf_with_biases(tmp_path: Path) -> None:
     model = make_model("llama-biases")
     path = write_gguf(model, tmp_path / "model.gguf")

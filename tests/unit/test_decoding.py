@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chi_square import p_value
+from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.builder.tiers import Policy
@@ -472,13 +473,25 @@ class Twin:
     releases: list[list[int]] = field(default_factory=list)
 
 
-def slow_twin(target: FakeTarget, draft: FakeDraft, prompt_ids: Sequence[int], policy: Policy, max_tokens: int) -> Twin:
+def slow_twin(
+    target: FakeTarget,
+    draft: FakeDraft,
+    prompt_ids: Sequence[int],
+    policy: Policy,
+    max_tokens: int,
+    min_tokens: int = 0,
+) -> Twin:
     """DESIGN.md section 2 for one greedy request, in plain Python and without a cache."""
 
+    def argmax(logits_V: Tensor, eos: int | None, prefix: Sequence[int]) -> int:
+        early = len(prefix) - len(prompt_ids) < min_tokens
+        return max((i for i in range(len(logits_V)) if not (early and i == eos)), key=lambda i: float(logits_V[i]))
+
     def choice(prefix: Sequence[int]) -> int:
-        return int(target.next_logits(prefix).argmax())
+        return argmax(target.next_logits(prefix), EOS, prefix)
 
     ids = draft.token_ids_V.tolist() if draft.token_ids_V is not None else list(range(target.vocab_size))
+    draft_eos = ids.index(EOS) if EOS in ids else None
     tokens = [*prompt_ids, choice(prompt_ids)]
     twin = Twin(tokens, Counters(prompt_tokens=len(prompt_ids)))
     counters = twin.counters
@@ -490,7 +503,7 @@ def slow_twin(target: FakeTarget, draft: FakeDraft, prompt_ids: Sequence[int], p
         asks = False
         while len(pending) < min(policy.max_pending, rest - 1) and not asks:
             logits_V, risk = draft.next(tokens + pending)
-            pending.append(ids[int(logits_V.argmax())])
+            pending.append(ids[argmax(logits_V, draft_eos, tokens + pending)])
             risks.append(risk)
             if risk >= policy.accept_below:
                 safe *= 1 - risk
@@ -536,6 +549,19 @@ def test_tiers_equal_the_slow_twin(tier: str, token_ids: list[int] | None, kind:
         assert passes == twin.passes
         trusted += output.counters.trusted
     assert (trusted > 0) == (tier != "premium")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_tokens_of_a_lossy_tier(kind: str) -> None:
+    """Tokens that have been released count once."""
+    for seed in range(8):
+        llm = make_llm(kind=kind, seed=seed, agreement=0.9, tiers=LOSSY, eos_bias=3.0, max_length=60)
+        target, draft = target_of(llm), draft_of(llm)
+        twin = slow_twin(target, draft, (1, 2), LOSSY["turbo"], 50, 20)
+        output = run(llm, [Request((1, 2), "turbo", SamplingParams(max_tokens=50, min_tokens=20))])[0]
+        assert list(output.token_ids) == twin.tokens
+        assert output.counters.drafted == twin.counters.drafted
+        assert EOS not in output.token_ids[:20]
 
 
 def test_lossy_output_differs() -> None:
@@ -601,13 +627,13 @@ def test_released_tokens_leave_before_the_pass() -> None:
 
 
 def test_max_delay_asks_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10_000))
-    monkeypatch.setattr(decoding.time, "monotonic", lambda: float(next(clock)))
+    """Of the time since the pass before, on a clock that draft steps make go."""
     llm = make_llm(agreement=1.0)
-    params = SamplingParams(max_tokens=9, ignore_eos=True, max_delay=0.5)
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: float(len(draft_of(llm).calls)))
+    params = SamplingParams(max_tokens=15, ignore_eos=True, max_delay=3.0)
     output = run(llm, [Request((1, 2), "speculative", params, 7)])[0]
     assert visible(output) == reference(target_of(llm), (1, 2), params)
-    assert output.counters.target_passes == 4
+    assert [call.tokens for call in target_of(llm).calls[1:]] == [4, 4, 4, 2]
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

@@ -273,7 +273,6 @@ def test_engines_leave_the_decoder_as_it_is(precision: Precision) -> None:
     assert torch.equal(whole_window(decoder, ids_BT)[1], expected)
 
 
-@pytest.mark.xfail(strict=True, reason="quantize.smooth_decoder divides the caller's gate_up.bias in place")
 def test_int8_engine_leaves_mlp_biases_as_they_are() -> None:
     decoder = tiny_decoder(**BIASES)
     before = state_of(decoder)
@@ -544,7 +543,6 @@ def test_int4_equals_rounded_weights(shape: str) -> None:
     assert relative_error(logits, whole_window(decoder, ids_BT)[1]) > 2e-2  # the rounding itself is larger
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch's int4 kernel wants outputs in multiples of 16")
 def test_int4_of_an_odd_vocabulary() -> None:
     with pytest.raises(EngineError, match="multiples of 16, got 101"):
         make_engine(tiny_decoder(vocab_size=101), "int4")
