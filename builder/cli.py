@@ -156,7 +156,7 @@ def calibrate_bundle(
 
     llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision)
     params = SamplingParams(max_tokens=config.max_tokens)
-    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)]
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
 
     def run(policy: Policy) -> list[PromptResult]:
         llm.tiers["turbo"] = policy  # the policy on trial takes a tier's place

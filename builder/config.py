@@ -130,6 +130,7 @@ class CalibrationConfig(_Strict):
 
     Attributes:
         prompts_file: JSON lines with a `prompt` each, used for nothing else.
+        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds.
         max_tokens: of each output.
         families: settings tried of (verify_above, risk_budget, max_pending).
         accept_below: thresholds tried with each.
@@ -140,6 +141,7 @@ class CalibrationConfig(_Strict):
     """
 
     prompts_file: Path
+    num_prompts: PositiveInt | None = None
     max_tokens: PositiveInt = 128
     families: Annotated[list[tuple[Share, Share, PositiveInt]], Field(min_length=1)]
     accept_below: Annotated[list[Share], Field(min_length=1)]
