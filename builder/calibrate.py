@@ -13,6 +13,7 @@ May import: ssv.builder.config, .progress, .tiers.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -130,18 +131,29 @@ def _trial(policy: Policy, results: Sequence[PromptResult], config: CalibrationC
 def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws: int = 4000, seed: int = 0) -> float:
     """Upper bound of sum(events) / sum(total) by the bootstrap over prompts, whose tokens are not independent.
 
-    With no event at all the bootstrap would say 0: the exact binomial bound over prompts is then the least that can be claimed.
+    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a Poisson
+    count of independent events.
 
     Args:
         counts: (events, total) of each prompt.
     """
     rng = random.Random(seed)
-    total_events = sum(events for events, _ in counts)
-    if not total_events:
-        return 1 - (1 - confidence) ** (1 / len(counts))
+    num_events, num_tokens = (sum(column) for column in zip(*counts, strict=True))
     shares = []
     for _ in range(num_draws):
         drawn = rng.choices(counts, k=len(counts))
         shares.append(sum(events for events, _ in drawn) / max(1, sum(total for _, total in drawn)))
     shares.sort()
-    return shares[min(num_draws - 1, int(confidence * num_draws))]
+    return max(
+        shares[min(num_draws - 1, int(confidence * num_draws))], poisson_upper(num_events, confidence) / num_tokens
+    )
+
+
+def poisson_upper(num_events: int, confidence: float) -> float:
+    """The mean under which at most `num_events` have a chance of 1 - confidence."""
+    low, high = 0.0, num_events + 10.0 * math.sqrt(num_events + 1) + 10.0
+    for _ in range(60):
+        mean = (low + high) / 2
+        at_most = sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(num_events + 1))
+        low, high = (mean, high) if at_most > 1 - confidence else (low, mean)
+    return high

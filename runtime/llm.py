@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from ssv.builder.checkpoint import load_checkpoint, read_safetensors
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import load_draft

@@ -186,6 +186,19 @@ def test_weights_beside_those_of_the_index(tmp_path: Path) -> None:
     assert relative_error(loaded_logits(tmp_path), logits_of(model)) < 1e-4
 
 
+def test_weights_beside_a_single_file(llama: Path) -> None:
+    expected = loaded_logits(llama)
+    save_file({"lora_A.weight": torch.zeros(4, 64)}, llama / "adapter_model.safetensors")
+    assert torch.equal(loaded_logits(llama), expected)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}'])
+def test_damaged_index(llama: Path, content: str) -> None:
+    (llama / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged"):
+        load_checkpoint(llama)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_reads_the_config_that_we_write(name: str, tmp_path: Path) -> None:
     model = make_model(name)

@@ -342,6 +342,16 @@ def test_stop_string_completed_in_mid_block(kind: str, at: int) -> None:
     assert output.counters.drafted <= at
 
 
+@pytest.mark.xfail(strict=True, reason="LLM._push keeps `length` when it is the flush that finds the stop string")
+def test_finish_reason_when_the_last_token_holds_a_stop_string_and_half_a_character() -> None:
+    llm = make_llm()
+    target = target_of(llm)
+    target.logits_NV[target.state((1, 2)), 10] = 50.0
+    params = SamplingParams(max_tokens=1, stop=("x",))
+    output = run(llm, [Request((1, 2), "autoregressive", params)])[0]
+    assert visible(output) == ((10,), "", "stop")
+
+
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
