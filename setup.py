@@ -39,7 +39,13 @@ setup(
     },
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
     ext_modules=[
-        Extension("ssv.runtime._cpu", ["runtime/_cpu.c"], extra_compile_args=["-O3", "-ffast-math"], optional=True)
+        Extension(
+            "ssv.runtime._cpu",
+            ["runtime/_cpu.c"],
+            extra_compile_args=["-O3", "-ffast-math"],
+            libraries=["m"],  # brings the vector expf along
+            optional=True,
+        )
     ],
     install_requires=["pydantic>=2", "pyyaml", "rich"],
     extras_require={**EXTRAS, "all": sorted({name for extra in EXTRAS.values() for name in extra})},
