@@ -253,6 +253,54 @@ class SoftCrossEntropy(torch.autograd.Function):
         return log_p.exp().sub_(label).mul_(grad.unsqueeze(-1).to(log_p.dtype)), None
 
 
+# Some four hundred times the inputs of the fit.
+_START_TOKENS = 500_000
+
+
+@torch.no_grad()
+def fit_start(target: Decoder, draft: Draft, tokens_BT: Tensor, rows: int = 16, ridge: float = 1e-2) -> float:
+    """Starts a conditioned draft so that its layer, a copy of the target's last, is given about what it knows.
+
+    Sets the join to the least-squares estimate of how the highest tapped features change from one token to the next, from
+    the embedding of the latter and the features of the former. With a join of zero the draft starts as a predictor of the
+    token that it has just been given, and training spends long on undoing that. The tap is left as it is, so that the
+    draft's own hidden state, the features of its further steps, is in the same space as the target's.
+
+    Args:
+        rows: windows of one pass of the target.
+        ridge: relative to each input's own mean square: a few feature channels are some hundred times the rest.
+
+    Returns:
+        What the estimate leaves of the features' mean square, averaged over the channels.
+    """
+    assert draft.tap is not None
+    device, length, hidden = target.embed.weight.device, tokens_BT.shape[1], target.spec.hidden_size
+    gram = torch.zeros(2 * hidden, 2 * hidden, device=device)
+    cross = torch.zeros(2 * hidden, hidden, device=device)
+    change_H, square_H = torch.zeros(hidden, device=device), torch.zeros(hidden, device=device)
+    for chunk_BT in tokens_BT.to(device).split(rows):
+        position_M = torch.arange(length, device=device).repeat(len(chunk_BT))
+        embedded_MH = target.embed(chunk_BT.flatten())
+        _, top_MH = target.run_layers(embedded_MH, position_M, CausalAttend(len(chunk_BT)), draft.tap.layers[-1:])
+        assert top_MH is not None
+        shape = (len(chunk_BT), length, hidden)
+        embedded_BTH, top_BTH = embedded_MH.float().view(shape), top_MH.float().view(shape)
+        # Without the first token: its features are tens of times larger than any other's.
+        before, after, said = top_BTH[:, 1:-1], top_BTH[:, 2:], embedded_BTH[:, 2:]
+        x_MX = torch.cat((draft.embed_norm(said), draft.feature_norm(before)), dim=-1).flatten(0, 1)
+        y_MH = (after - before).flatten(0, 1)
+        gram += x_MX.T @ x_MX
+        cross += x_MX.T @ y_MH
+        change_H += y_MH.square().sum(0)
+        square_H += after.flatten(0, 1).square().sum(0)
+    # The tiny absolute term is for inputs that are always zero.
+    penalty = ridge * gram.diagonal() + 1e-9 * gram.diagonal().mean()
+    weight_XH = torch.linalg.solve((gram + penalty.diag()).double(), cross.double()).float()
+    draft.join.weight.copy_(weight_XH.T)
+    left_H = change_H - 2 * (weight_XH * cross).sum(0) + (weight_XH * (gram @ weight_XH)).sum(0)
+    return float((left_H / square_H.clamp(min=1e-9)).mean())
+
+
 class _Trainer:
     def __init__(self, target: Decoder, config: DistillConfig, shards: list[Path], work: Path) -> None:
         self.target, self.config = target, config
@@ -275,6 +323,9 @@ class _Trainer:
 
     def run(self, report: Report) -> None:
         self._restore()
+        if self.step == 0 and self.draft.conditioned:
+            left = fit_start(self.target, self.draft, self._spread_windows(_START_TOKENS // self.config.window))
+            report("train", 0, self.num_steps, f"least-squares start, {left:.2f} of the features left")
         while self.step < self.num_steps:
             loss, agreement = self._train_step()
             self.step += 1
@@ -316,6 +367,11 @@ class _Trainer:
             return (self.step + 1) / warm_up
         done = (self.step - warm_up) / max(1, self.num_steps - warm_up)
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _spread_windows(self, count: int) -> Tensor:
+        """About `count` windows [B, T] spread over every shard, whose rows differ in temperature."""
+        per_shard = -(-max(count, 1) // len(self.data))
+        return torch.cat([shard.tokens[:: -(-len(shard.tokens) // per_shard)] for shard in self.data]).long()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         # A fixed permutation per epoch, so that a restarted run goes on with the windows it has not seen.

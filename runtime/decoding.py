@@ -157,6 +157,7 @@ class DecodeBatch:
             ended_R = torch.isin(token_R, self.eos_ids)
             for b, ended in zip(drafting.tolist(), ended_R.tolist(), strict=True):
                 self.rows[b].counters.drafted += 1
+                self.rows[b].counters.draft_steps += 1
                 asks_B[b] |= self._must_ask(b, ended)
             drafting_B &= ~asks_B
 

@@ -176,6 +176,8 @@ class LLM:
                 break
         if running.finish_reason is not None:
             texts.append(running.text.flush())
+            if running.text.stopped:  # a stop string before half a character shows only now
+                running.finish_reason = "stop"
             counters.total_s = time.monotonic() - running.started
             yield Chunk(running.index, "".join(texts), tuple(taken), running.finish_reason, counters)
         elif taken:

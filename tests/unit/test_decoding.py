@@ -342,7 +342,6 @@ def test_stop_string_completed_in_mid_block(kind: str, at: int) -> None:
     assert output.counters.drafted <= at
 
 
-@pytest.mark.xfail(strict=True, reason="LLM._push keeps `length` when it is the flush that finds the stop string")
 def test_finish_reason_when_the_last_token_holds_a_stop_string_and_half_a_character() -> None:
     llm = make_llm()
     target = target_of(llm)
@@ -659,6 +658,28 @@ def test_same_seed_same_output(kind: str) -> None:
     assert len({output.token_ids for output in outputs}) == 3
     for request, output in zip(requests, outputs, strict=True):
         assert visible(run(make_llm(**options), [request])[0]) == visible(output)
+
+
+def test_every_decision_has_a_random_number_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number for two tokens of a block would tie their fates, which few draws would show."""
+    used: list[float] = []
+
+    def recording_draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+        used.extend(uniform_R.tolist())
+        return draw(weight_RV, uniform_R)
+
+    def recording_verdict(*args: Any) -> Verdict:
+        *_, accept_uniform_BK, next_uniform_B = args
+        pending_BK = torch.arange(accept_uniform_BK.shape[1]) < args[2][:, None]
+        used.extend(accept_uniform_BK[pending_BK].tolist() + next_uniform_B.tolist())
+        return sampled_verdict(*args)
+
+    monkeypatch.setattr(decoding, "draw", recording_draw)
+    monkeypatch.setattr(decoding, "sampled_verdict", recording_verdict)
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True) for seed in range(3)]
+    outputs = run(make_llm(max_batch=3), [Request((1, 2), "speculative", p, 4) for p in params])
+    assert len(used) == sum(1 + 2 * o.counters.drafted + o.counters.target_passes for o in outputs)
+    assert len(set(used)) == len(used)
 
 
 def test_temperature_towards_zero_is_greedy() -> None:
