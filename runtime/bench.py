@@ -286,7 +286,7 @@ def _print_table(rows: Sequence[MethodRow], *, priced: bool) -> None:
         ]  # fmt: skip
         table.add_row(*cells, *([f"{row.cost_per_1m_tokens:.2f}"] if row.cost_per_1m_tokens is not None else []))
     # A narrow terminal must not cut the figures; in a log the width is unknown.
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 
 def _check_plot(path: Path) -> None:
