@@ -88,6 +88,8 @@ def check_step(
 ) -> None:
     """Raises EngineError for a step that the cache has no room for or that lacks its features."""
     batch, tokens = input_ids_BT.shape
+    if first_row < 0:
+        raise EngineError(f"first_row {first_row} is negative")
     if first_row + batch > engine.max_batch:
         raise EngineError(
             f"step of rows {first_row} to {first_row + batch - 1}, the engine's cache has {engine.max_batch}"

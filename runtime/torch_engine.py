@@ -68,6 +68,10 @@ class TorchEngine:
         first_row: int = 0,
     ) -> StepOutput:
         """See `Engine.step`. `position_B` is on the CPU, where its bounds are checked without a wait for the device."""
+        # Compiled code writes where these say.
+        if position_B.dtype != torch.int32 or int(position_B.min()) < 0:
+            raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {position_B.tolist()}")
+        position_B = position_B.contiguous()
         last = int(position_B.max())
         check_step(self, input_ids_BT, last, features_in_BTF, first_row)
         if features_out and self.tap is None:
