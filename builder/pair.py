@@ -170,9 +170,7 @@ def build_pair(
         draft = _write_draft(parts, recipe, target, out, device, report)
         _write_scorer(parts, recipe, target, device, draft.spec.decoder.hidden_size, report)
         _write_ranges(parts, recipe, target, draft)
-        tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
-        manifest = _manifest(recipe, target, draft, parts, tiers)
-        _write_calibration(parts, recipe, target, manifest, make_calibration, report)
+        _write_calibration(parts, recipe, target, draft, make_calibration, report)
         tiers = _tiers(json.loads((stage / "calibration.json").read_text()))
         manifest = _manifest(recipe, target, draft, parts, tiers)
         write_manifest(stage, manifest)
@@ -278,7 +276,7 @@ def _write_ranges(parts: _Parts, recipe: Recipe, target: Target, draft: Draft) -
 
 
 def _write_calibration(
-    parts: _Parts, recipe: Recipe, target: Target, manifest: Manifest, make: MakeCalibration, report: Report
+    parts: _Parts, recipe: Recipe, target: Target, draft: Draft, make: MakeCalibration, report: Report
 ) -> None:
     path = parts.stage / "calibration.json"
     given, config = recipe.calibration.file, recipe.calibration.make
@@ -295,7 +293,8 @@ def _write_calibration(
             )
         shutil.copyfile(given, path)
         return
-    write_manifest(parts.stage, manifest)
+    tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
+    write_manifest(parts.stage, _manifest(recipe, target, draft, parts, tiers))
     document = calibration_document(make(parts.stage, config, report), mine, config)
     path.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -60,7 +60,6 @@ def smooth_decoder(decoder: Decoder, ranges: Ranges, prefix: str = "") -> None:
         factor = smoothing_factor(layer.down.weight, ranges[at + "down"], "down")
         inner = layer.down.in_features
         # The MLP's product is linear in `up`, so its channels can be divided there.
-        layer.gate_up.weight = nn.Parameter(layer.gate_up.weight.clone(), requires_grad=False)
         layer.gate_up.weight[inner:] /= factor[:, None]
         if layer.gate_up.bias is not None:
             layer.gate_up.bias = nn.Parameter(layer.gate_up.bias.clone(), requires_grad=False)
