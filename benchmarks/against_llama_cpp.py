@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from ssv.builder.config import load_recipe
+from ssv.builder.environment import commit, machine, versions
 from ssv.builder.prompts import read_prompts
-from ssv.runtime.environment import commit, machine, versions
 
 ROOT = Path(__file__).parents[1]
 

@@ -172,8 +172,8 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
             raise CheckpointError(f"{source}: weight {name} has shape {tuple(weights[name].shape)}, expected {shape}")
     # A tied checkpoint may repeat its embedding as lm_head, and old ones store the rope buffer; anything else that
     # we do not know would change the logits.
-    ignorable = ("lm_head.weight", "rotary_emb.inv_freq")
-    if unknown := sorted(n for n in weights if n not in expected and not n.endswith(ignorable)):
+    known = {*expected, "lm_head.weight"}
+    if unknown := sorted(n for n in weights if n not in known and not n.endswith("rotary_emb.inv_freq")):
         raise CheckpointError(
             f"{source}: unknown weight {unknown[0]} ({len(unknown)} unknown in all): not a plain decoder"
         )
@@ -227,10 +227,18 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
         )
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json has a value of the wrong type ({error})") from error
 
 
-def hf_config(spec: DecoderSpec, eos_token_ids: list[int]) -> dict[str, Any]:
-    """config.json of a spec, so that a bundle's target is a Hugging Face folder that other tools load too."""
+def hf_config(spec: DecoderSpec, eos_token_ids: list[int], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a spec, so that a bundle's target is a Hugging Face folder that other tools load too.
+
+    Args:
+        dtype: that the weights beside it are stored in.
+    """
     architecture = next(name for name, family in _FAMILIES.items() if family == spec.family)
     rope: dict[str, Any] = {"rope_theta": spec.rope_theta, "rope_type": "default"}
     if spec.rope_scaling is not None:
@@ -259,7 +267,7 @@ def hf_config(spec: DecoderSpec, eos_token_ids: list[int]) -> dict[str, Any]:
         "tie_word_embeddings": spec.tie_embeddings,
         "hidden_act": "silu",
         "eos_token_id": eos_token_ids,
-        "torch_dtype": "float16",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if spec.family in ("llama", "qwen3"):
         config["attention_bias"] = spec.qkv_bias
@@ -273,21 +281,29 @@ def hf_config(spec: DecoderSpec, eos_token_ids: list[int]) -> dict[str, Any]:
 def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
-    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise CheckpointError("num_experts: mixture-of-experts models are not supported")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if config.get(key):
+            raise CheckpointError(f"{key}: mixture-of-experts models are not supported")
+    if config.get("quantization_config"):
+        raise CheckpointError("quantization_config: quantized checkpoints are not supported, give the original weights")
     # Qwen's configs carry a sliding_window that is off unless use_sliding_window is set; Mistral's is on when not null.
     window_on = config.get("use_sliding_window", family == "mistral")
     if window_on and config.get("sliding_window"):
         raise CheckpointError(f"sliding_window {config['sliding_window']}: sliding-window attention is not supported")
     if any(t != "full_attention" for t in config.get("layer_types") or []):
         raise CheckpointError("layer_types: only full_attention layers are supported")
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"partial_rotary_factor {config['partial_rotary_factor']} is not supported, only 1.0")
+    for settings in (config, config.get("rope_parameters") or {}):
+        if settings.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(
+                f"partial_rotary_factor {settings['partial_rotary_factor']} is not supported, only 1.0"
+            )
 
 
 def _rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes rope_parameters; earlier ones rope_theta beside rope_scaling.
     rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise CheckpointError("rope_parameters that differ by layer type are not supported")
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -376,7 +392,7 @@ def _load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
 
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError, struct.error) as error:
+    except (ValueError, IndexError, OSError, struct.error) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(f"{path} cannot be read ({error}): truncated or not a GGUF file") from error
     # GGUFReader maps the file lazily: a cut tail shows only here.
     end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
@@ -411,9 +427,16 @@ def _spec_from_gguf(meta: Mapping[str, Any], reader: Any) -> DecoderSpec:
         )
     if meta.get(f"{arch}.attention.sliding_window"):
         raise CheckpointError("attention.sliding_window: sliding-window attention is not supported")
+    if meta.get(f"{arch}.attention.scale"):
+        raise CheckpointError("attention.scale: only the usual 1 / sqrt(head size) is supported")
+    if arch == "llama" and ("blk.0.attn_q.bias" in names) != ("blk.0.attn_output.bias" in names):
+        raise CheckpointError("attn_q.bias without attn_output.bias, or the reverse: not a plain Llama")
     try:
         heads = int(meta[f"{arch}.attention.head_count"])
         hidden = int(meta[f"{arch}.embedding_length"])
+        head_dim = int(meta.get(f"{arch}.attention.key_length", hidden // heads))
+        if (rotated := int(meta.get(f"{arch}.rope.dimension_count", head_dim))) != head_dim:
+            raise CheckpointError(f"rope.dimension_count {rotated} is not supported, only the head size {head_dim}")
         return DecoderSpec(
             family=arch,
             hidden_size=hidden,
@@ -421,7 +444,7 @@ def _spec_from_gguf(meta: Mapping[str, Any], reader: Any) -> DecoderSpec:
             num_layers=int(meta[f"{arch}.block_count"]),
             num_heads=heads,
             num_kv_heads=int(meta.get(f"{arch}.attention.head_count_kv", heads)),
-            head_dim=int(meta.get(f"{arch}.attention.key_length", hidden // heads)),
+            head_dim=head_dim,
             vocab_size=names["token_embd.weight"][1],
             max_positions=int(meta[f"{arch}.context_length"]),
             rms_norm_eps=float(meta[f"{arch}.attention.layer_norm_rms_epsilon"]),
@@ -435,6 +458,8 @@ def _spec_from_gguf(meta: Mapping[str, Any], reader: Any) -> DecoderSpec:
         )
     except KeyError as error:
         raise CheckpointError(f"GGUF metadata lacks {error.args[0]}") from error
+    except TypeError as error:
+        raise CheckpointError(f"GGUF metadata has a value of the wrong type ({error})") from error
 
 
 def _hf_name(gguf_name: str) -> str | None:
@@ -442,7 +467,7 @@ def _hf_name(gguf_name: str) -> str | None:
     if stem in _GGUF_NAMES:
         return f"{_GGUF_NAMES[stem]}.{suffix}"
     if stem.startswith("blk."):
-        _, layer, part = stem.split(".", 2)
+        layer, _, part = stem.removeprefix("blk.").partition(".")
         if part in _GGUF_LAYER_NAMES:
             return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[part]}.{suffix}"
     return None if stem == "rope_freqs" else gguf_name

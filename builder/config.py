@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,7 +48,7 @@ class DistillConfig(_Strict):
     batch_rows: PositiveInt = 32
     depth: PositiveInt = 5
     depth_decay: Share = 0.9
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
     checkpoint_every: PositiveInt = 500
     seed: int = 0
     openings_file: Path | None = None
@@ -173,6 +173,16 @@ class Recipe(_Strict):
     precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Reads and checks a recipe.
 
@@ -180,13 +190,15 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: not there, not YAML, or a key unknown, missing or out of range; all of them are named.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), Loader=_OneOfEachKey)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML ({error})") from error
     try:
         return Recipe.model_validate(_absolute_paths(data, path.parent.resolve()))
+    except RecursionError as error:
+        raise RecipeError(f"{path}: an alias refers to what it stands in") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"{path}: {problems}") from error

@@ -123,7 +123,8 @@ def write_conversations(
     seed: int,
     greedy: bool = False,
     user_temperature: float = 0.85,
-    opening_share: float = 0.6,
+    opening_share: float = 0.85,
+    cut_share: float = 0.5,
     max_user_tokens: int = 96,
 ) -> Conversations:
     """Lets the target write `rows` conversations of `window` tokens.
@@ -133,6 +134,7 @@ def write_conversations(
         user_temperature: lower than 1 keeps small models on a subject.
         greedy: all assistant turns at temperature 0, as for fitting a scorer to greedy decoding.
         opening_share: share of the user turns that begin with an opening.
+        cut_share: share of those that get only its first tokens, a random number of them: the target goes on differently.
         max_user_tokens: a longer user turn is ended, small models ramble.
 
     Returns:
@@ -154,7 +156,10 @@ def write_conversations(
         pick_R = torch.randint(len(table.length), (rows,), generator=generator, device=device)
         plain_R = torch.rand(rows, generator=generator, device=device) > opening_share
         pick_R = torch.where(plain_R, 0, pick_R)
-        return table.tokens[pick_R], table.length[pick_R]
+        whole_R, least = table.length[pick_R], table.length[0]
+        cut_R = torch.rand(rows, generator=generator, device=device) < cut_share
+        kept_R = torch.rand(rows, generator=generator, device=device) * (whole_R - least)
+        return table.tokens[pick_R], torch.where(cut_R, least + kept_R.ceil().long(), whole_R)
 
     queue_RQ, queue_length_R = choose(start)
     queue_position_R = torch.zeros(rows, dtype=torch.long, device=device)

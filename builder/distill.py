@@ -314,9 +314,7 @@ class _Trainer:
         self.is_covered = torch.zeros(target.spec.vocab_size, dtype=torch.bool, device=device)
         self.is_covered[self.draft.token_ids] = True
         self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
-        )
+        self.optimizers = _optimizers(self.draft, config.learning_rate)
         windows = sum(len(shard.tokens) for shard in self.data)
         self.num_steps = max(1, windows * config.epochs // config.batch_rows)
         self.step = 0
@@ -337,8 +335,9 @@ class _Trainer:
 
     def _train_step(self) -> tuple[Tensor, Tensor]:
         config, device = self.config, self.target.embed.weight.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * self._schedule()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * self._schedule()
         tokens_BT, is_assistant_BT = (x.to(device) for x in self._batch())
         tokens_BT = tokens_BT.long()
         view = view_target(self.target, self.draft, tokens_BT)
@@ -357,9 +356,13 @@ class _Trainer:
                 agreement.append(_agreement(self.draft, step, view, rows, counts))
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return total.detach(), torch.stack(agreement)
+
+    def _optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer:
+        return next(o for o in self.optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
 
     def _schedule(self) -> float:
         warm_up = min(100, self.num_steps // 10 + 1)
@@ -393,8 +396,8 @@ class _Trainer:
         state = {f"draft.{n}": p.detach() for n, p in self.parameters.items()}
         state["token_ids"] = self.draft.token_ids
         for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"adam.{key}.{name}"] = self.optimizer.state[parameter][key]
+            for key, value in self._optimizer_of(parameter).state[parameter].items():
+                state[f"optimizer.{key}.{name}"] = value
         part = self.state_path.with_suffix(".part")
         save_file({n: t.cpu().contiguous() for n, t in state.items()} | {"step": torch.tensor(self.step)}, part)
         part.rename(self.state_path)
@@ -403,15 +406,31 @@ class _Trainer:
     def _restore(self) -> None:
         if not self.state_path.exists():
             return
-        state = load_file(self.state_path, device=str(self.target.embed.weight.device))
+        state = load_file(self.state_path)
         self.step = int(state["step"])
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state[f"draft.{name}"])
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": state[f"adam.exp_avg.{name}"],
-                "exp_avg_sq": state[f"adam.exp_avg_sq.{name}"],
-            }
+            optimizer = self._optimizer_of(parameter)
+            for full_name, value in state.items():
+                kind, _, rest = full_name.partition(".")
+                key, _, of = rest.partition(".")
+                if kind == "optimizer" and of == name:
+                    # The optimizers keep their step count on the CPU.
+                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def _optimizers(draft: Draft, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices, AdamW for the norms and biases; one learning rate serves both.
+
+    The residual stream that the draft takes over from its target has values of some tens, so matrices have far to go: with AdamW
+    at 1e-3 a draft of SmolLM2-135M learned several times slower than with either optimizer at 8e-3, and Muon was the better.
+    """
+    trained = [p for p in draft.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim == 2], [p for p in trained if p.ndim < 2]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(vectors, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
 
 
 def _most_frequent(data: list[Conversations], vocab_size: int, head_size: int | None) -> Tensor:

@@ -52,14 +52,21 @@ class DraftSpec:
         try:
             if data["kind"] not in ("conditioned", "standalone"):
                 raise CheckpointError(f"draft kind {data['kind']!r} is unknown; known: conditioned, standalone")
-            return cls(
-                kind=data["kind"],
-                decoder=DecoderSpec.from_dict(data["decoder"]),
-                feature_layers=tuple(data["feature_layers"]),
-                head_size=data["head_size"],
-            )
+            if unknown := sorted(data.keys() - {"kind", "decoder", "feature_layers", "head_size"}):
+                raise CheckpointError(f"draft spec has an unknown field {unknown[0]!r}")
+            layers, head_size = list(data["feature_layers"]), data["head_size"]
+            if layers != sorted(set(layers)) or any(type(x) is not int or x < 0 for x in layers):
+                raise CheckpointError(f"draft feature_layers {layers} must be different layer numbers, ascending")
+            if bool(layers) != (data["kind"] == "conditioned"):
+                raise CheckpointError(f"draft of kind {data['kind']} with feature_layers {layers}")
+            decoder = DecoderSpec.from_dict(data["decoder"])
+            if type(head_size) is not int or not 0 < head_size <= decoder.vocab_size:
+                raise CheckpointError(f"draft head_size {head_size!r} must lie between 1 and {decoder.vocab_size}")
+            return cls(kind=data["kind"], decoder=decoder, feature_layers=tuple(layers), head_size=head_size)
         except KeyError as error:
             raise CheckpointError(f"draft spec lacks {error.args[0]}") from error
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(f"draft spec is malformed ({error})") from error
 
 
 def draft_spec(target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], head_size: int | None) -> DraftSpec:
@@ -201,7 +208,11 @@ def load_draft(path: Path, target: Decoder) -> Draft:
         metadata = file.metadata() or {}
     if "ssv_draft" not in metadata:
         raise CheckpointError(f"{path} is not a draft: build one with `ssv-build distill`")
-    spec = DraftSpec.from_dict(json.loads(metadata["ssv_draft"]))
+    try:
+        facts = json.loads(metadata["ssv_draft"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its metadata is not JSON ({error})") from error
+    spec = DraftSpec.from_dict(facts)
     for field in ("vocab_size", "hidden_size"):
         mine, theirs = getattr(spec.decoder, field), getattr(target.spec, field)
         if mine != theirs:
@@ -220,6 +231,8 @@ def load_draft(path: Path, target: Decoder) -> Draft:
     token_ids = state.pop("token_ids").long()
     if token_ids.min() < 0 or token_ids.max() >= spec.decoder.vocab_size:
         raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.decoder.vocab_size}")
+    if len(token_ids.unique()) != len(token_ids):
+        raise CheckpointError(f"{path}: token_ids name a token twice")
     draft.load_state_dict({name: value.float() for name, value in state.items()}, assign=True, strict=False)
     draft.decoder._rope_frequencies_P = spec.decoder.rope_frequencies()
     draft.share_target(target, token_ids)

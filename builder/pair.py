@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from ssv.builder.corpus import chat_pieces, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import DistillResult, distill, draft_passes, view_target
 from ssv.builder.draft import Draft, load_draft, save_draft
+from ssv.builder.environment import versions
 from ssv.builder.manifest import (
     MANIFEST_NAME,
     BundleError,
@@ -78,7 +78,7 @@ class Target:
 
     def on(self, device: str) -> Decoder:
         """The network for building steps: bf16 on CUDA."""
-        if device == "cpu":
+        if torch.device(device).type == "cpu":
             return self.decoder
         return Decoder.from_weights(self.spec, self.weights).to(device, torch.bfloat16)
 
@@ -232,7 +232,8 @@ def _write_target(parts: _Parts, target: Target) -> None:
         return
     folder = parts.stage / "target"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(target.spec, target.eos_token_ids), indent=1) + "\n")
+    config = hf_config(target.spec, target.eos_token_ids, target.weights["model.embed_tokens.weight"].dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tensors = {name: weight.contiguous() for name, weight in target.weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     target.tokenizer.save_pretrained(parts.stage / "tokenizer")
@@ -322,7 +323,7 @@ def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers
         tiers=tiers,
         files={name: file_entry(stage / name) for name in names if name != MANIFEST_NAME},
         sources=parts.sources,
-        versions={name: _version(name) for name in ("ssv", "torch", "transformers", "safetensors")},
+        versions=versions("ssv", "torch", "transformers", "safetensors"),
     )
 
 
@@ -386,10 +387,3 @@ def _staging(out: Path) -> Iterator[Path]:
 
 def _digest(parts: Iterator[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -3,7 +3,7 @@
 Methods take turns on each group of prompts, in a rotating order, so that a machine whose speed drifts slows all of them alike; speed-ups
 are ratios within the run.
 
-May import: ssv.builder.console, .progress, .prompts; ssv.runtime.audit, .environment, .llm, .request, .stats, .strategies.
+May import: ssv.builder.console, .environment, .progress, .prompts; ssv.runtime.audit, .llm, .request, .stats, .strategies.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ssv.builder.console import run_command
+from ssv.builder.environment import commit, machine, versions
 from ssv.builder.progress import Report, terminal_report
 from ssv.builder.prompts import read_prompts
-from ssv.runtime.environment import commit, machine, versions
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
@@ -222,7 +222,7 @@ def _row(
 ) -> MethodRow:
     from ssv.runtime.audit import audit
 
-    counters = sum((output.counters for output in tally.outputs), Counters())
+    counters = sum((output.counters for output in tally.outputs), Counters(requests=0))
     audits = (
         [audit(llm.target, p, o.token_ids) for p, o in zip(prompts, tally.outputs, strict=True)] if greedy else None
     )
@@ -237,7 +237,7 @@ def _row(
         speedup=speed * sum(baseline.seconds) / sum(baseline.tokens),
         speedup_low=low,
         speedup_high=high,
-        tokens_per_pass=(emitted - len(tally.outputs)) / max(1, counters.target_passes),
+        tokens_per_pass=counters.tokens_per_pass,
         target_passes_per_token=counters.target_passes / emitted,
         target_tokens_per_token=counters.target_tokens / emitted,
         prompt_tokens=counters.prompt_tokens,

@@ -14,6 +14,7 @@ May import: ssv.builder.decoder; ssv.runtime.engine.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 
 import torch
@@ -25,9 +26,9 @@ from ssv.runtime.engine import EngineError
 _LEVELS = 63.0
 
 
-try:
+if importlib.util.find_spec("ssv.runtime._cpu") is not None:
     from ssv.runtime import _cpu
-except ImportError:  # installed where there was no C compiler
+else:  # installed where there was no C compiler; one that is there and does not load is an error
     _cpu = None  # type: ignore[assignment]
 
 

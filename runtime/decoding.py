@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ssv.builder.tiers import Policy
-from ssv.runtime.engine import Engine, StepOutput
+from ssv.runtime.engine import Engine, EngineError, StepOutput
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.sampling import SamplingTensors, probabilities
 from ssv.runtime.stats import Counters
@@ -73,6 +73,8 @@ class DecodeBatch:
 
     def __init__(self, target: Engine, draft: Engine | None, eos_ids: Sequence[int], max_length: int) -> None:
         rows = target.max_batch
+        if draft is not None and draft.max_batch < rows:
+            raise EngineError(f"the draft's cache has {draft.max_batch} rows, the target's {rows}: make them the same")
         self.target, self.draft_engine = target, draft
         self.max_length = max_length
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
@@ -94,23 +96,31 @@ class DecodeBatch:
         self._vocab_size = 0
         self._features_BTF: Tensor | None = None
 
-    def check(self, prompt_length: int, params: SamplingParams, policy: Policy) -> None:
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
         """Raises RequestError if a request cannot run here."""
+        prompt_length = len(prompt_ids)
         if not prompt_length:
             raise RequestError("the prompt is empty")
+        if not all(0 <= token < self.target.vocab_size for token in prompt_ids):
+            raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}")
         if prompt_length + params.max_tokens > self.max_length:
             raise RequestError(
                 f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
                 f"{self.max_length}: shorten one of them or load with a larger max length"
             )
         if policy.max_pending > MAX_PENDING:
-            raise RequestError(f"max_pending {policy.max_pending} exceeds {MAX_PENDING}")
+            raise RequestError(
+                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's max_pending): "
+                f"at most {MAX_PENDING} can"
+            )
         if policy.max_pending and self.draft_engine is None:
             raise RequestError("this method needs a draft, and none is loaded")
+        if not policy.lossless and self.draft_engine is not None and not self.draft_engine.has_scorer:
+            raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 
     def add(self, prompt_ids: Sequence[int], row: Row) -> int:
         """Starts a row after the last one: runs its prompt, returns its first token."""
-        self.check(len(prompt_ids), row.params, row.policy)
+        self.check(prompt_ids, row.params, row.policy)
         b, length = len(self.rows), len(prompt_ids)
         self.rows.append(row)
         self._set_row(b, row)
@@ -157,7 +167,6 @@ class DecodeBatch:
             ended_R = torch.isin(token_R, self.eos_ids)
             for b, ended in zip(drafting.tolist(), ended_R.tolist(), strict=True):
                 self.rows[b].counters.drafted += 1
-                self.rows[b].counters.draft_steps += 1
                 asks_B[b] |= self._must_ask(b, ended)
             drafting_B &= ~asks_B
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -40,13 +41,17 @@ class Engine(Protocol):
 
     Attributes:
         max_batch, max_length: rows of the cache, and tokens that each can hold.
+        vocab_size: V.
         num_features: F of `features_in`, for a feature-conditioned draft, otherwise 0.
+        has_scorer: whether steps return `reject_prob_R`.
         token_ids_V: vocabulary id of each logit, int64; None where logit i is token i.
     """
 
     max_batch: int
     max_length: int
+    vocab_size: int
     num_features: int
+    has_scorer: bool
     token_ids_V: Tensor | None
 
     def step(
@@ -84,10 +89,21 @@ class Engine(Protocol):
 
 
 def check_step(
-    engine: Engine, input_ids_BT: Tensor, last_position: int, features_in_BTF: Tensor | None, first_row: int
+    engine: Engine,
+    input_ids_BT: Tensor,
+    position_B: Tensor,
+    gather_rows_R: Tensor,
+    features_in_BTF: Tensor | None,
+    first_row: int,
 ) -> None:
-    """Raises EngineError for a step that the cache has no room for or that lacks its features."""
+    """Raises EngineError for a step that the cache has no room for, that lacks its features, or whose indices point elsewhere:
+    compiled code reads and writes where they say."""
     batch, tokens = input_ids_BT.shape
+    if position_B.dtype != torch.int32 or int(position_B.min()) < 0:
+        raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {position_B.tolist()}")
+    if len(gather_rows_R) and not 0 <= int(gather_rows_R.min()) <= int(gather_rows_R.max()) < batch * tokens:
+        raise EngineError(f"gather_rows {gather_rows_R.tolist()} lie outside the step's {batch * tokens} rows")
+    last_position = int(position_B.max())
     if first_row < 0:
         raise EngineError(f"first_row {first_row} is negative")
     if first_row + batch > engine.max_batch:

@@ -47,6 +47,7 @@ class LLM:
     ) -> None:
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
+        self._streaming = False
 
     @classmethod
     def load(
@@ -70,13 +71,14 @@ class LLM:
             BundleError, CheckpointError: the bundle is damaged.
             EngineError: precision or device not to be had.
         """
+        import torch
         from transformers import AutoTokenizer
 
         bundle = Path(bundle)
         manifest = read_manifest(bundle, verify=verify)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
-        precision = precision or (manifest.default_precision if device == "cpu" else "bf16")
+        precision = precision or (manifest.default_precision if torch.device(device).type == "cpu" else "bf16")
         spec, weights = load_checkpoint(bundle / "target")
         decoder = Decoder.from_weights(spec, weights)
         draft = load_draft(bundle / "draft" / "draft.safetensors", decoder)
@@ -113,13 +115,25 @@ class LLM:
         """Decodes requests side by side, as many at a time as the cache has rows; yields their output as it comes.
 
         Raises:
-            RequestError: one of them cannot be served; raised before any is started.
+            RequestError: one of them cannot be served, or another stream is not finished; raised before any is started.
         """
+        if self._streaming:
+            raise RequestError(
+                "another stream of this LLM is not finished and holds its cache: exhaust or close it first, or give all "
+                "requests to one call"
+            )
+        self._streaming = True
+        try:
+            yield from self._run(requests)
+        finally:
+            self._streaming = False
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         batch = DecodeBatch(self.target, self.draft, sorted(self.eos_token_ids), self.max_length)
         scheduler: Scheduler[_Running] = Scheduler(self.target.max_batch)
         for index, request in enumerate(requests):
             policy = policy_for(request.method, self.tiers, request.num_draft_tokens)
-            batch.check(len(request.prompt_ids), request.params, policy)
+            batch.check(request.prompt_ids, request.params, policy)
             scheduler.submit(_Running(index, request, policy, self._decode))
         while scheduler.has_work:
             for _, running in scheduler.admit():

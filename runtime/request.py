@@ -48,6 +48,9 @@ class SamplingParams:
     max_delay: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed", "max_tokens", "min_tokens"):
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
+                raise RequestError(f"{name} {value!r} must be a whole number")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise RequestError(f"temperature {self.temperature} must be a number of at least 0")
         if self.top_k < 0:

@@ -13,7 +13,8 @@ class Counters:
     """Counts of one request, or sums over several.
 
     Attributes:
-        prompt_tokens: length of the prompt.
+        requests: how many these counts are of.
+        prompt_tokens: length of the prompts.
         emitted: output tokens.
         drafted: tokens proposed by the draft.
         judged: drafted tokens that the target judged.
@@ -22,11 +23,11 @@ class Counters:
         rolled_back: drafted tokens that were dropped.
         target_passes: target steps after the prompt's.
         target_tokens: tokens that went through those steps.
-        draft_steps: draft steps in which a token was drafted.
         first_token_s: seconds from the start to the first token (TTFT).
         total_s: seconds from the start to the last token.
     """
 
+    requests: int = 1
     prompt_tokens: int = 0
     emitted: int = 0
     drafted: int = 0
@@ -36,7 +37,6 @@ class Counters:
     rolled_back: int = 0
     target_passes: int = 0
     target_tokens: int = 0
-    draft_steps: int = 0
     first_token_s: float = 0.0
     total_s: float = 0.0
 
@@ -50,8 +50,8 @@ class Counters:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted per target pass, the prompt's token left out (acceptance length)."""
-        return (self.emitted - 1) / self.target_passes if self.target_passes else 0.0
+        """Tokens emitted per target pass (acceptance length), without each request's first, which its prompt's step gives."""
+        return (self.emitted - self.requests) / self.target_passes if self.target_passes else 0.0
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)

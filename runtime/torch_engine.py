@@ -11,6 +11,7 @@ May import: ssv.builder.checkpoint, .decoder, .draft, .quantize, .scorer; ssv.ru
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
@@ -46,6 +47,7 @@ class TorchEngine:
             raise EngineError(f"max length {max_length} exceeds the model's {decoder.spec.max_positions} positions")
         self.max_batch, self.max_length = max_batch, max_length
         self.decoder, self.tap, self.draft, self.scorer = decoder, tap, draft, scorer
+        self.has_scorer = scorer is not None
         self.num_features = decoder.spec.hidden_size if draft is not None and draft.conditioned else 0
         covers_all = draft is None or draft.spec.head_size == decoder.spec.vocab_size
         self.token_ids_V = None if draft is None or (covers_all and _is_identity(draft.token_ids)) else draft.token_ids
@@ -55,6 +57,11 @@ class TorchEngine:
         self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
         self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
         self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
+        if int8 and self.fused is None:
+            warnings.warn(
+                "int8 runs without its compiled stages, which is slower: install a C compiler and ssv again",
+                stacklevel=3,
+            )
 
     @torch.inference_mode()
     def step(
@@ -67,13 +74,9 @@ class TorchEngine:
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        """See `Engine.step`. `position_B` is on the CPU, where its bounds are checked without a wait for the device."""
-        # Compiled code writes where these say.
-        if position_B.dtype != torch.int32 or int(position_B.min()) < 0:
-            raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {position_B.tolist()}")
+        """See `Engine.step`. Positions and gathered rows are on the CPU: checking them must not wait for the device."""
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
         position_B = position_B.contiguous()
-        last = int(position_B.max())
-        check_step(self, input_ids_BT, last, features_in_BTF, first_row)
         if features_out and self.tap is None:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
         batch, tokens = input_ids_BT.shape
@@ -86,7 +89,7 @@ class TorchEngine:
             hidden_MH, tapped_MX = self.fused.run_layers(x_MH, position_B, keys, values, tapped_layers)
         else:
             position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
-            attend = CachedAttend(keys, values, position_BT, last + tokens)
+            attend = CachedAttend(keys, values, position_BT, int(position_B.max()) + tokens)
             hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
         hidden_RH = hidden_MH[gather_rows_R.to(self.device)]
         logits_RV = self._logits(hidden_RH)
@@ -213,7 +216,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
     if precision == "int8":
         smooth(module)
-    on_cpu = device == "cpu"
+    on_cpu = torch.device(device).type == "cpu"
     if precision == "int8":
         _replace_linears(module, _int8_linear if on_cpu else _rounded_int8)
     elif precision == "int4":
@@ -225,7 +228,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
 
 def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
     prepared = _prepare(tap, precision, device, lambda _: None)
-    if range_X is not None and precision == "int8" and device == "cpu":
+    if range_X is not None and precision == "int8" and torch.device(device).type == "cpu":
         # No norm comes before the tap that could take the factor: it is applied to the features.
         weight = tap.project.weight
         factor_X = smoothing_factor(weight, range_X, "join")

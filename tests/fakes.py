@@ -83,6 +83,7 @@ class FakeTarget:
 
     num_features = 0
     token_ids_V: Tensor | None = None
+    has_scorer = False
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class FakeTarget:
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        check_step(self, input_ids_BT, int(position_B.max()), features_in_BTF, first_row)
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
         if features_out and not self.tap:
             raise EngineError("features_out: this engine was made without a tap")
         batch, tokens = input_ids_BT.shape
@@ -183,6 +184,7 @@ class FakeDraft:
         self.num_features = _NUM_FEATURES if conditioned else 0
         self.token_ids_V = torch.tensor(token_ids) if token_ids is not None else None
         self._ids_V = self.token_ids_V if token_ids is not None else torch.arange(target.vocab_size)
+        self.vocab_size = len(self._ids_V)
         generator = torch.Generator().manual_seed(seed)
         self.agrees_N = torch.rand(NUM_STATES, generator=generator) < agreement
         noise_NV = torch.randn(target.logits_NV.shape, generator=generator) * noise
@@ -211,7 +213,7 @@ class FakeDraft:
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        check_step(self, input_ids_BT, int(position_B.max()), features_in_BTF, first_row)
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
         assert not features_out, "a draft has no features to give"
         row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, first_row)
         if features_in_BTF is not None:

@@ -204,8 +204,9 @@ def test_transformers_reads_the_config_that_we_write(name: str, tmp_path: Path) 
     model = make_model(name)
     model.save_pretrained(tmp_path)
     spec = load_checkpoint(tmp_path)[0]
-    config = hf_config(spec, [2, 7])
+    config = hf_config(spec, [2, 7], torch.bfloat16)
     assert spec_from_hf_config(config) == spec
+    assert config["torch_dtype"] == "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(config))
     reread = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert reread.config.eos_token_id == [2, 7]
@@ -236,7 +237,15 @@ def test_heads_must_be_a_multiple_of_key_value_heads() -> None:
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "moe": ({"num_experts": 8}, "num_experts"),
-    "moe of Mixtral": ({"num_local_experts": 8}, "experts"),
+    "moe of Mixtral": ({"num_local_experts": 8}, "num_local_experts"),
+    "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    "wrong type": ({"hidden_size": "large"}, "wrong type"),
+    "a list for a number": ({"rope_theta": [1], "rope_parameters": None}, "wrong type"),
+    "rope by layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by layer type"),
+    "partial rotary of transformers 5": (
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor 0.5",
+    ),
     "mistral window": ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window 4096"),
     "qwen2 window": (
         {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4096},
@@ -475,6 +484,8 @@ GGUF_REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
     "experts": ("llama2", {"llama.expert_count": 8}, "expert_count"),
     "rope scaling": ("llama2", {"llama.rope.scaling.type": "yarn"}, "rope.scaling"),
     "window": ("llama2", {"llama.attention.sliding_window": 64}, "attention.sliding_window"),
+    "partial rotary": ("llama2", {"llama.rope.dimension_count": 4}, "rope.dimension_count 4"),
+    "own scale": ("llama2", {"llama.attention.scale": 64}, "attention.scale"),
 }
 
 

@@ -94,6 +94,8 @@ def test_file_of_a_package_is_left_alone(tmp_path: Path) -> None:
         ("name: tiny", "name: a/b", "name: "),
         ("name: tiny", "name: ''", "name: "),
         ("name: tiny", "name: [tiny]", "name: "),
+        ("name: tiny", "name: tiny\nname: other", "key name is given twice"),
+        ("layers:", "depth: 2\n    depth: 3\n    layers:", "key depth is given twice"),
     ],
 )
 def test_problem_is_named_with_its_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -115,6 +117,10 @@ def test_no_mapping(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tname: x", "name: \x07"])
 def test_not_yaml(tmp_path: Path, text: str) -> None:
     assert "is not YAML" in refusal(tmp_path, text)
+
+
+def test_alias_of_itself(tmp_path: Path) -> None:
+    assert "alias" in refusal(tmp_path, "name: &a\n  b: *a\n")
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "misshapen": (lambda w: w.update({JOIN: w[JOIN][:-1].clone()}), f"weight {JOIN}"),
     "no token ids": (lambda w: w.pop("token_ids"), "weight token_ids"),
     "token too large": (lambda w: w["token_ids"].fill_(112), "token_ids outside the vocabulary of 112"),
+    "token twice": (lambda w: w["token_ids"].fill_(7), "token_ids name a token twice"),
     "token negative": (lambda w: w["token_ids"].fill_(-1), "token_ids outside the vocabulary of 112"),
 }
 
@@ -203,9 +204,36 @@ def test_refused_specs(stored: Path) -> None:
     change(stored, lambda _: None, decoder=decoder, head_size=50)
     with pytest.raises(CheckpointError, match="weight token_ids"):
         load_draft(stored, target)
-    change(stored, lambda _: None, head_size=48, kind="standalone")
+    change(stored, lambda _: None, head_size=48, kind="standalone", feature_layers=[])
     with pytest.raises(CheckpointError, match="is missing, unknown or misshapen"):
         load_draft(stored, target)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("feature_layers", [1, 0]),
+        ("feature_layers", [-1]),
+        ("feature_layers", [0, 0]),
+        ("feature_layers", []),
+        ("feature_layers", 3),
+        ("head_size", 0),
+        ("head_size", 113),
+        ("head_size", "all"),
+        ("decoder", "small"),
+        ("colour", "red"),
+    ],
+)
+def test_malformed_specs(stored: Path, field: str, value: object) -> None:
+    change(stored, lambda _: None, **{field: value})
+    with pytest.raises(CheckpointError, match=r"draft|decoder"):
+        load_draft(stored, tiny_decoder())
+
+
+def test_metadata_that_is_not_json(stored: Path) -> None:
+    save_file(load_file(stored), stored, metadata={"ssv_draft": "{"})
+    with pytest.raises(CheckpointError, match="metadata is not JSON"):
+        load_draft(stored, tiny_decoder())
 
 
 @pytest.mark.parametrize("field", ["kind", "decoder", "feature_layers", "head_size"])

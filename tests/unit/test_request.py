@@ -88,6 +88,13 @@ PREMIUM = Policy(accept_below=0, verify_above=0.5, risk_budget=0.9, max_pending=
 TURBO = Policy(accept_below=0.1, verify_above=0.9, risk_budget=0.99, max_pending=16)
 
 
+@pytest.mark.parametrize("name", ["top_k", "seed", "max_tokens", "min_tokens"])
+@pytest.mark.parametrize("value", [2.5, None, "3", True])
+def test_counts_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name} .* whole number"):
+        SamplingParams(**{name: value})
+
+
 def test_methods() -> None:
     assert METHODS == ("autoregressive", "speculative", "premium", "balanced", "turbo")
     assert policy_for("autoregressive", {}).max_pending == 0
@@ -141,10 +148,12 @@ def test_counters_add() -> None:
     one = Counters(prompt_tokens=3, emitted=9, drafted=8, judged=6, accepted=5, target_passes=2, total_s=0.5)
     both = one + Counters(emitted=1, judged=4, accepted=1, target_passes=1, total_s=0.25)
     assert both == Counters(
-        prompt_tokens=3, emitted=10, drafted=8, judged=10, accepted=6, target_passes=3, total_s=0.75
+        requests=2, prompt_tokens=3, emitted=10, drafted=8, judged=10, accepted=6, target_passes=3, total_s=0.75
     )
     assert both.acceptance_rate == 0.6
     assert both.to_dict()["emitted"] == 10
+    assert both.tokens_per_pass == (10 - 2) / 3
+    assert sum([one, one], Counters(requests=0)).tokens_per_pass == one.tokens_per_pass == 4.0
 
 
 def test_rates() -> None:

@@ -21,10 +21,10 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    if device != "cpu":
+    if not device.startswith("cpu"):
         import torch
 
-        facts["gpu"] = torch.cuda.get_device_name()
+        facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
 
 
