@@ -148,6 +148,8 @@ class DecodeBatch:
 
     def draft(self) -> None:
         """Drafts in every row until it asks for a target pass."""
+        if not any(row.policy.max_pending for row in self.rows):
+            return
         batch = len(self.rows)
         remaining_B = torch.tensor([row.params.max_tokens - row.counters.emitted for row in self.rows])
         # The pass itself gives one more token, so no more than the rest but one is of use.

@@ -66,6 +66,8 @@ def asks_for_pass(reject_prob_BK: Tensor, num_pending_B: Tensor, policy: PolicyT
 def judged_rows(trusted_BK: Tensor, num_pending_B: Tensor) -> Tensor:
     """Target rows whose logits are needed: of the judged tokens and the bonus row, bool [B, J]."""
     batch = len(num_pending_B)
+    if not trusted_BK.shape[1]:
+        return torch.ones(batch, 1, dtype=torch.bool, device=trusted_BK.device)
     trusted_BJ = torch.cat((trusted_BK, torch.zeros(batch, 1, dtype=torch.bool, device=trusted_BK.device)), dim=1)
     column_J = torch.arange(trusted_BJ.shape[1], device=trusted_BK.device)
     pending_BJ = column_J < num_pending_B[:, None]
