@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.sampling import SamplingTensors, probabilities
 from ssv.runtime.stats import Counters
 from ssv.runtime.verify import (
-    PolicyTensors,
     Verdict,
     asks_for_pass,
     draw,
@@ -59,6 +58,10 @@ class Row:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.params.seed)
+        # Probabilities are fp32: a threshold must be the same number beside a tensor and beside a float.
+        names = ("accept_below", "verify_above", "risk_budget")
+        rounded = torch.tensor([getattr(self.policy, name) for name in names]).tolist()
+        self.policy = self.policy.model_copy(update=dict(zip(names, rounded, strict=True)))
 
     def uniform(self) -> float:
         return self.rng.random()
@@ -78,6 +81,7 @@ class DecodeBatch:
         self.target, self.draft_engine = target, draft
         self.max_length = max_length
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
+        self._eos_set = frozenset(eos_ids)
         self.conditioned = draft is not None and draft.num_features > 0
         self._draft_offset = 1 if self.conditioned else 0
         self._draft_eos = _positions_of(self.eos_ids, draft.token_ids_V) if draft is not None else self.eos_ids
@@ -87,9 +91,7 @@ class DecodeBatch:
         self.draft_length_B = torch.zeros(rows, dtype=torch.long)
         self.num_pending_B = torch.zeros(rows, dtype=torch.long)
         self.reject_prob_BK = torch.zeros(rows, MAX_PENDING)
-        self.policy = PolicyTensors(
-            torch.zeros(rows), torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.long)
-        )
+        self.accept_below_B = torch.zeros(rows)
         self.sampling = SamplingTensors(torch.zeros(rows), torch.zeros(rows, dtype=torch.long), torch.ones(rows))
         # Allocated by the first sampled request: greedy decoding never needs whole distributions.
         self.draft_prob_BKV: Tensor | None = None
@@ -150,27 +152,28 @@ class DecodeBatch:
         """Drafts in every row until it asks for a target pass."""
         if not any(row.policy.max_pending for row in self.rows):
             return
-        batch = len(self.rows)
-        remaining_B = torch.tensor([row.params.max_tokens - row.counters.emitted for row in self.rows])
         # The pass itself gives one more token, so no more than the rest but one is of use.
-        limit_B = torch.minimum(self.policy.max_pending_B[:batch], remaining_B - 1)
-        policy = replace(self.policy[:batch], max_pending_B=limit_B)
-        drafting_B = limit_B > 0
-        while bool(drafting_B.any()):
-            drafting = drafting_B.nonzero()[:, 0]
-            out = self._draft_step(drafting)
-            token_R = self._choose_drafted(out, drafting)
-            column_R = self.num_pending_B[drafting]
-            self.tokens_BS[drafting, self.target_length_B[drafting] + 1 + column_R] = token_R
+        limits = [min(row.policy.max_pending, row.params.max_tokens - row.counters.emitted - 1) for row in self.rows]
+        drafting = [b for b, limit in enumerate(limits) if limit > 0]
+        reject_prob: list[list[float]] = [[] for _ in self.rows]
+        while drafting:
+            at = torch.tensor(drafting)
+            out = self._draft_step(at)
+            token_R = self._choose_drafted(out, at)
+            column_R = self.num_pending_B[at]
+            self.tokens_BS[at, self.target_length_B[at] + 1 + column_R] = token_R
             if out.reject_prob_R is not None:
-                self.reject_prob_BK[drafting, column_R] = out.reject_prob_R.to("cpu", torch.float32)
-            self.num_pending_B[drafting] = column_R + 1
-            asks_B = asks_for_pass(self.reject_prob_BK[:batch], self.num_pending_B[:batch], policy)
-            ended_R = torch.isin(token_R, self.eos_ids)
-            for b, ended in zip(drafting.tolist(), ended_R.tolist(), strict=True):
-                self.rows[b].counters.drafted += 1
-                asks_B[b] |= self._must_ask(b, ended)
-            drafting_B &= ~asks_B
+                self.reject_prob_BK[at, column_R] = out.reject_prob_R.to("cpu", torch.float32)
+            self.num_pending_B[at] = column_R + 1
+            go_on = []
+            drafted = zip(drafting, token_R.tolist(), self.reject_prob_BK[at, column_R].tolist(), strict=True)
+            for b, token, probability in drafted:
+                row = self.rows[b]
+                row.counters.drafted += 1
+                reject_prob[b].append(probability)
+                if not (asks_for_pass(reject_prob[b], row.policy, limits[b]) or self._must_ask(b, token)):
+                    go_on.append(b)
+            drafting = go_on
 
     def release(self) -> list[list[int]]:
         """Pending tokens that may leave before the pass, by row: trusted, like every one before them."""
@@ -195,7 +198,7 @@ class DecodeBatch:
         start_B = self.target_length_B[:batch].clone()
         input_BT = self.tokens_BS[:batch].gather(1, start_B[:, None] + torch.arange(tokens))
         drafted_BK = input_BT[:, 1:]
-        trusted_BK = is_trusted(self.reject_prob_BK[:batch, : tokens - 1], self.policy[:batch])
+        trusted_BK = is_trusted(self.reject_prob_BK[:batch, : tokens - 1], self.accept_below_B[:batch])
         judged_BJ = judged_rows(trusted_BK, num_pending_B)
         out = self.target.step(
             input_BT,
@@ -289,10 +292,10 @@ class DecodeBatch:
             self._features_BTF = held = grown
         held[rows.to(held.device), :tokens] = features_RTF
 
-    def _must_ask(self, b: int, ended: bool) -> bool:
+    def _must_ask(self, b: int, token: int) -> bool:
         """Whether a row asks for a pass because its draft came to an end, or its caller waits too long."""
         row = self.rows[b]
-        if ended and not row.params.ignore_eos:
+        if token in self._eos_set and not row.params.ignore_eos:
             return True
         if row.params.stop and row.would_stop(self.pending_ids(b)):
             return True
@@ -399,10 +402,7 @@ class DecodeBatch:
     def _set_row(self, b: int, row: Row) -> None:
         policy, params = row.policy, row.params
         for tensor, value in (
-            (self.policy.accept_below_B, policy.accept_below),
-            (self.policy.verify_above_B, policy.verify_above),
-            (self.policy.risk_budget_B, policy.risk_budget),
-            (self.policy.max_pending_B, policy.max_pending),
+            (self.accept_below_B, policy.accept_below),
             (self.sampling.temperature_R, params.temperature),
             (self.sampling.top_k_R, params.top_k),
             (self.sampling.top_p_R, params.top_p),

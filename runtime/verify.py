@@ -4,30 +4,19 @@ Shapes: B rows, K columns of pending tokens (padded on the right), J = K + 1 row
 
 Target row j of a pass judges drafted token j; row `num_pending` is the bonus row, which gives the next token when nothing is rejected.
 
-May import: nothing else of ssv.
+May import: ssv.builder.tiers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class PolicyTensors:
-    """The numbers of `Policy`, one per row: fp32 [B], and int64 [B] for `max_pending`."""
-
-    accept_below_B: Tensor
-    verify_above_B: Tensor
-    risk_budget_B: Tensor
-    max_pending_B: Tensor
-
-    def __getitem__(self, rows: slice) -> PolicyTensors:
-        return PolicyTensors(
-            self.accept_below_B[rows], self.verify_above_B[rows], self.risk_budget_B[rows], self.max_pending_B[rows]
-        )
+from ssv.builder.tiers import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +34,25 @@ class Verdict:
     rejected_B: Tensor
 
 
-def is_trusted(reject_prob_BK: Tensor, policy: PolicyTensors) -> Tensor:
-    """Tokens committed without being judged, bool [B, K]."""
-    return reject_prob_BK < policy.accept_below_B[:, None]
+def asks_for_pass(reject_prob_K: Sequence[float], policy: Policy, max_pending: int) -> bool:
+    """Whether a row's pending tokens ask for a target pass now.
 
-
-def asks_for_pass(reject_prob_BK: Tensor, num_pending_B: Tensor, policy: PolicyTensors) -> Tensor:
-    """Rows whose pending tokens ask for a target pass now, bool [B].
+    Plain numbers: it is asked after every drafted token, and a dozen calls on tensors of one number would cost more than the
+    draft's LM head.
 
     Args:
-        reject_prob_BK: of the pending tokens; what stands beyond `num_pending` is not read.
+        reject_prob_K: of the pending tokens, at least one.
+        max_pending: the policy's, or less where the output ends before.
     """
-    pending_BK = _columns(reject_prob_BK) < num_pending_B[:, None]
-    judged_BK = pending_BK & ~is_trusted(reject_prob_BK, policy)
-    critical_B = (judged_BK & (reject_prob_BK > policy.verify_above_B[:, None])).any(dim=1)
-    safe_B = torch.where(judged_BK, 1 - reject_prob_BK, 1.0).prod(dim=1)
-    return critical_B | (1 - safe_B > policy.risk_budget_B) | (num_pending_B >= policy.max_pending_B)
+    judged = [r for r in reject_prob_K if not r < policy.accept_below]
+    risk = 1 - math.prod(1 - r for r in judged)
+    is_critical = bool(judged) and max(judged) > policy.verify_above
+    return is_critical or risk > policy.risk_budget or len(reject_prob_K) >= max_pending
+
+
+def is_trusted(reject_prob_BK: Tensor, accept_below_B: Tensor) -> Tensor:
+    """Tokens committed without being judged, bool [B, K]."""
+    return reject_prob_BK < accept_below_B[:, None]
 
 
 def judged_rows(trusted_BK: Tensor, num_pending_B: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from chi_square import p_value
 from torch import Tensor
 
+from ssv.builder.tiers import Policy
 from ssv.runtime.verify import (
-    PolicyTensors,
     Verdict,
     asks_for_pass,
     draw,
@@ -22,38 +22,30 @@ from ssv.runtime.verify import (
 )
 
 
-def policy(
-    accept_below: float = 0.0, verify_above: float = 1.0, risk_budget: float = 1.0, max_pending: int = 9, rows: int = 1
-) -> PolicyTensors:
-    numbers = [torch.full((rows,), value) for value in (accept_below, verify_above, risk_budget)]
-    return PolicyTensors(*numbers, torch.full((rows,), max_pending))
-
-
-def asks(reject_prob: Sequence[float], pending: int | None = None, **settings: float) -> bool:
-    num_pending_B = torch.tensor([len(reject_prob) if pending is None else pending])
-    return bool(asks_for_pass(torch.tensor([reject_prob]), num_pending_B, policy(**settings))[0])
+def asks(reject_prob: Sequence[float], **settings: float) -> bool:
+    numbers = {"accept_below": 0.0, "verify_above": 1.0, "risk_budget": 1.0, "max_pending": 9} | settings
+    policy = Policy.model_validate(numbers)
+    return asks_for_pass(reject_prob, policy, policy.max_pending)
 
 
 # --- zones and passes -----------------------------------------------------------------------------------------------
 
 
 def test_zones_have_open_borders() -> None:
-    trusted = is_trusted(torch.tensor([[0.0, 0.125, 0.25, 0.5, 1.0]]), policy(accept_below=0.25))
+    trusted = is_trusted(torch.tensor([[0.0, 0.125, 0.25, 0.5, 1.0]]), torch.tensor([0.25]))
     assert trusted.tolist() == [[True, True, False, False, False]]
 
 
 def test_nothing_is_trusted_below_zero() -> None:
-    assert not is_trusted(torch.zeros(1, 3), policy(accept_below=0.0)).any()
+    assert not is_trusted(torch.zeros(1, 3), torch.zeros(1)).any()
 
 
 def test_everything_is_trusted_below_one_but_a_certain_rejection() -> None:
-    assert is_trusted(torch.tensor([[0.0, 0.999, 1.0]]), policy(accept_below=1.0)).tolist() == [[True, True, False]]
+    assert is_trusted(torch.tensor([[0.0, 0.999, 1.0]]), torch.ones(1)).tolist() == [[True, True, False]]
 
 
 def test_zones_are_per_row() -> None:
-    two = PolicyTensors(torch.tensor([0.0, 0.5]), torch.ones(2), torch.ones(2), torch.tensor([4, 4]))
-    assert is_trusted(torch.full((2, 1), 0.25), two).tolist() == [[False], [True]]
-    assert is_trusted(torch.full((1, 1), 0.25), two[1:]).tolist() == [[True]]
+    assert is_trusted(torch.full((2, 1), 0.25), torch.tensor([0.0, 0.5])).tolist() == [[False], [True]]
 
 
 def test_critical_token_asks() -> None:
@@ -80,20 +72,14 @@ def test_risk_adds_up() -> None:
 def test_max_pending_asks() -> None:
     assert not asks([0.0, 0.0], max_pending=3)
     assert asks([0.0, 0.0, 0.0], max_pending=3)
-    assert asks([0.0], max_pending=0, pending=0)
+    assert asks([], max_pending=0)
     assert asks([0.0], accept_below=1.0, max_pending=1)
 
 
-def test_what_is_not_pending_is_not_read() -> None:
-    nan = float("nan")
-    assert not asks([0.1, 1.0, nan], pending=1, verify_above=0.5, risk_budget=0.5)
-    assert not asks([1.0, nan], pending=0, verify_above=0.5, risk_budget=0.5)
-
-
-def test_rows_ask_by_themselves() -> None:
-    reject_prob_BK = torch.tensor([[0.9, 0.0], [0.1, 0.0], [0.1, 0.1]])
-    settings = policy(verify_above=0.5, max_pending=2, rows=3)
-    assert asks_for_pass(reject_prob_BK, torch.tensor([1, 1, 2]), settings).tolist() == [True, False, True]
+def test_an_output_that_ends_before_asks_sooner() -> None:
+    policy = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=9)
+    assert asks_for_pass([0.0, 0.0], policy, 2)
+    assert not asks_for_pass([0.0, 0.0], policy, 3)
 
 
 def test_judged_rows() -> None:
