@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -173,16 +173,6 @@ class Recipe(_Strict):
     precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
 
 
-class _OneOfEachKey(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice is an error, not silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(path: Path) -> Recipe:
     """Reads and checks a recipe.
 
@@ -190,7 +180,9 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: not there, not YAML, or a key unknown, missing or out of range; all of them are named.
     """
     try:
-        data = yaml.load(path.read_text(), Loader=_OneOfEachKey)  # noqa: S506 - a SafeLoader
+        text = path.read_text()
+        _refuse_double_keys(yaml.compose(text, yaml.SafeLoader))
+        data = yaml.safe_load(text)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -202,6 +194,21 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"{path}: {problems}") from error
+
+
+def _refuse_double_keys(root: yaml.Node | None) -> None:
+    """YAML takes the last of two equal keys in silence."""
+    seen: set[int] = set()  # an alias may refer to what it stands in
+    nodes: list[yaml.Node | None] = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.CollectionNode) and id(node) not in seen:
+            seen.add(id(node))
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.MarkedYAMLError(problem=f"key {twice[0]} is given twice", problem_mark=node.start_mark)
+            nodes += [value for _, value in pairs] or node.value
 
 
 # A target's `file` is relative to its package, every other one to the recipe.

@@ -216,7 +216,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
     if precision == "int8":
         smooth(module)
-    on_cpu = torch.device(device).type == "cpu"
+    on_cpu = _is_cpu(device)
     if precision == "int8":
         _replace_linears(module, _int8_linear if on_cpu else _rounded_int8)
     elif precision == "int4":
@@ -228,12 +228,16 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
 
 def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
     prepared = _prepare(tap, precision, device, lambda _: None)
-    if range_X is not None and precision == "int8" and torch.device(device).type == "cpu":
+    if range_X is not None and precision == "int8" and _is_cpu(device):
         # No norm comes before the tap that could take the factor: it is applied to the features.
         weight = tap.project.weight
         factor_X = smoothing_factor(weight, range_X, "join")
         prepared._modules["project"] = Int8Linear(weight * factor_X, None, input_factor_I=1 / factor_X)
     return prepared
+
+
+def _is_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"
 
 
 def _int8_linear(linear: nn.Linear) -> nn.Module:

@@ -15,6 +15,7 @@ from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, DraftKind, draft_spec
 from ssv.builder.quantize import Ranges, activation_ranges, smooth_decoder, smooth_join
 from ssv.builder.scorer import Scorer
+from ssv.runtime import torch_engine
 from ssv.runtime.engine import EngineError, StepOutput
 from ssv.runtime.torch_engine import INT4_GROUP, Precision, TorchEngine, draft_engine, target_engine
 
@@ -550,11 +551,13 @@ def test_int4_of_an_odd_vocabulary() -> None:
 
 @pytest.mark.parametrize(("precision", "rounded"), [("int4", rounded_to_int4), ("int8", rounded_to_int8)])
 def test_elsewhere_than_on_the_cpu_weights_are_rounded_alike(
-    precision: Precision, rounded: Callable[[Tensor], Tensor]
+    precision: Precision, rounded: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, ids_BT = tiny_decoder(**BIASES), tiny_ids(2, 24)
-    # Any device but "cpu" takes the path that is meant for CUDA.
-    logits = run_chunks(make_engine(decoder, precision, device="cpu:0"), ids_BT, [24])
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch_engine, "_is_cpu", lambda _: False)
+        engine = make_engine(decoder, precision)
+    logits = run_chunks(engine, ids_BT, [24])
     expected = run_chunks(make_engine(with_rounded(decoder, rounded), "bf16"), ids_BT, [24])
     assert torch.equal(logits, expected)
 
