@@ -93,7 +93,8 @@ def main() -> int:
     llama.wait()
     record = {
         "what": "autoregressive decoding, tokens/s after the first token, medians over prompts and rounds",
-        "command": " ".join(["python", *sys.argv]),
+        # Where the other interpreter lies says nothing about the figures.
+        "command": " ".join(["python", *sys.argv]).replace(args.llama_python, "PYTHON"),
         "ssv_tokens_per_s": statistics.median(ours),
         "llama_cpp_tokens_per_s": statistics.median(theirs),
         "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
