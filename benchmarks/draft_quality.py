@@ -89,7 +89,7 @@ def _along_answers(
     answers = Conversations(tokens, answered)
     settings = DistillConfig(layers=[0], depth=depth, batch_rows=len(texts))  # one batch: its mean is over tokens
     samples = collect_samples(target, draft, answers, ScorerConfig(depth=depth), batch_rows=_BATCH)
-    features_NF = samples.features_NF if scorer.use_hidden else samples.features_NF[:, -len(scorer.weight_F) :]
+    features_NF = samples.features_NF if scorer.uses_hidden else samples.features_NF[:, -len(scorer.weight_F) :]
     predicted_N = torch.sigmoid(features_NF @ scorer.weight_F + scorer.bias)
     agreement = [measure_agreement(target, draft, _rows(answers, at), settings) for at in range(0, len(texts), _BATCH)]
     weight = [int(answered[at : at + _BATCH].sum()) for at in range(0, len(texts), _BATCH)]
