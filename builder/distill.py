@@ -422,8 +422,9 @@ class _Trainer:
 def _optimizers(draft: Draft, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices, AdamW for the norms and biases; one learning rate serves both.
 
-    The residual stream that the draft takes over from its target has values of some tens, so matrices have far to go: with AdamW
-    at 1e-3 a draft of SmolLM2-135M learned several times slower than with either optimizer at 8e-3, and Muon was the better.
+    The residual stream that the draft takes over from its target has values of some tens, so matrices have far to go: a draft of
+    SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200 steps AdamW at
+    8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
     """
     trained = [p for p in draft.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim == 2], [p for p in trained if p.ndim < 2]
