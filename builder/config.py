@@ -36,6 +36,7 @@ class DistillConfig(_Strict):
         depth: own steps that a conditioned draft is trained deep.
         depth_decay: weight of each depth's loss, relative to the one before.
         openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the recipe.
+        start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative to the recipe.
     """
 
     kind: Literal["conditioned", "standalone"] = "conditioned"
@@ -52,6 +53,7 @@ class DistillConfig(_Strict):
     checkpoint_every: PositiveInt = 500
     seed: int = 0
     openings_file: Path | None = None
+    start_from: Path | None = None
 
 
 class TargetConfig(_Strict):
@@ -215,6 +217,7 @@ def _refuse_double_keys(root: yaml.Node | None) -> None:
 _PATHS = (
     ("target", "path"),
     ("openings_file",),
+    ("start_from",),
     ("prompts_file",),
     ("draft", "file"),
     ("scorer", "file"),

@@ -6,7 +6,7 @@ pass k sees features only up to k tokens before, and its own hidden states since
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
 
-May import: ssv.builder.config, .corpus, .decoder, .draft, .progress.
+May import: ssv.builder.config, .corpus, .decoder, .draft, .manifest, .progress.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ssv.builder.config import DistillConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft, draft_spec, save_draft, start_from_target
+from ssv.builder.draft import Draft, draft_spec, load_draft, save_draft, start_from_target
+from ssv.builder.manifest import file_entry
 from ssv.builder.progress import Report
 
 
@@ -58,7 +59,8 @@ def distill(
         work: folder for the corpus shards and the training state.
 
     Raises:
-        ValueError: `work` holds the state of another configuration.
+        ValueError: `work` holds the state of another configuration, or the draft to start from has another shape.
+        CheckpointError: the draft to start from is damaged or made for another target.
     """
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, target, config)
@@ -76,6 +78,8 @@ def distill(
 
 def _claim(work: Path, target: Decoder, config: DistillConfig) -> None:
     stamp = {"config": config.model_dump(mode="json"), "target": target.spec.to_dict()}
+    if config.start_from is not None:
+        stamp["start_from"] = file_entry(config.start_from).sha256
     path = work / "distill.json"
     if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(stamp)):
         raise ValueError(f"{work} holds the state of another distillation: choose another folder or remove it")
@@ -307,10 +311,7 @@ class _Trainer:
         self.data = [Conversations.load(path) for path in shards]
         self.state_path = work / "train.safetensors"
         device = target.embed.weight.device
-        head = _most_frequent(self.data, target.spec.vocab_size, config.head_size)
-        spec = draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
-        self.draft = start_from_target(spec, target, tuple(config.layers), head.to(device)).float()
-        self.draft.share_target(target, self.draft.token_ids)
+        self.draft = _start(target, config, self.data)
         self.is_covered = torch.zeros(target.spec.vocab_size, dtype=torch.bool, device=device)
         self.is_covered[self.draft.token_ids] = True
         self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
@@ -321,7 +322,7 @@ class _Trainer:
 
     def run(self, report: Report) -> None:
         self._restore()
-        if self.step == 0 and self.draft.conditioned:
+        if self.step == 0 and self.draft.conditioned and self.config.start_from is None:
             left = fit_start(self.target, self.draft, self._spread_windows(_START_TOKENS // self.config.window))
             report("train", 0, self.num_steps, f"least-squares start, {left:.2f} of the features left")
         while self.step < self.num_steps:
@@ -417,6 +418,21 @@ class _Trainer:
                 if kind == "optimizer" and of == name:
                     # The optimizers keep their step count on the CPU.
                     optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def _start(target: Decoder, config: DistillConfig, data: list[Conversations]) -> Draft:
+    """The draft to train, in fp32, beside the target's embedding and LM head rows as they are."""
+    device, layers = target.embed.weight.device, tuple(config.layers)
+    spec = draft_spec(target.spec, config.kind, layers, config.head_size)
+    if config.start_from is None:
+        head = _most_frequent(data, target.spec.vocab_size, config.head_size)
+        draft = start_from_target(spec, target, layers, head.to(device)).float()
+    else:
+        draft = load_draft(config.start_from, target).to(device).requires_grad_()
+        if draft.spec != spec:
+            raise ValueError(f"{config.start_from} has another kind, layers or head_size than the recipe asks for")
+    draft.share_target(target, draft.token_ids)
+    return draft
 
 
 def _optimizers(draft: Draft, learning_rate: float) -> list[torch.optim.Optimizer]:

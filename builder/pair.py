@@ -242,7 +242,9 @@ def _write_target(parts: _Parts, target: Target) -> None:
 def _write_draft(parts: _Parts, recipe: Recipe, target: Target, out: Path, device: str, report: Report) -> Draft:
     path = parts.stage / "draft" / "draft.safetensors"
     given = recipe.draft.file
-    source = file_entry(given).sha256 if given is not None else recipe.draft.distill.model_dump(mode="json")
+    source: Any = file_entry(given).sha256 if given is not None else recipe.draft.distill.model_dump(mode="json")
+    if given is None and recipe.draft.distill.start_from is not None:
+        source["start_from"] = file_entry(recipe.draft.distill.start_from).sha256
     if not parts.reuse("draft", target.sha256, source):
         path.parent.mkdir()
         if given is not None:

@@ -144,6 +144,31 @@ def test_work_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "distill.json").read_text())["config"]["depth"] == 2
 
 
+def test_training_goes_on_from_an_earlier_draft(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.safetensors"
+    save_draft(run(tmp_path / "first").draft, earlier, torch.float32)
+    still = run(tmp_path / "still", start_from=earlier, seed=1, learning_rate=1e-9).draft
+    on = run(tmp_path / "on", start_from=earlier, seed=1).draft
+    first = load_draft(earlier, tiny_decoder())
+    assert torch.equal(on.token_ids, first.token_ids)
+    for name, value in first.trainable_state().items():
+        assert torch.allclose(still.state_dict()[name], value, atol=1e-6), name
+    assert not torch.allclose(on.join.weight, first.join.weight, atol=1e-4)
+    assert torch.equal(on.decoder.embed.weight, tiny_decoder().embed.weight)
+
+
+def test_an_earlier_draft_of_another_shape_is_refused(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.safetensors"
+    save_draft(run(tmp_path / "first").draft, earlier)
+    with pytest.raises(ValueError, match="another kind, layers or head_size"):
+        run(tmp_path / "on", start_from=earlier, head_size=32)
+    save_draft(run(tmp_path / "second", seed=1).draft, earlier)
+    run(tmp_path / "third", start_from=earlier)
+    save_draft(run(tmp_path / "second", seed=1).draft, earlier, torch.float32)
+    with pytest.raises(ValueError, match="another distillation"):
+        run(tmp_path / "third", start_from=earlier)
+
+
 def test_the_result_says_what_was_done(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.tokens_written == 2 * 16 * 24
