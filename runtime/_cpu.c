@@ -1,8 +1,8 @@
-/* The work between the int8 matrix products of a decoder layer on the CPU, each stage one pass over a few rows.
+/* The work between the int8 matrix products of a decoder on the CPU, each stage one pass over a few rows.
  *
- * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic. These
- * four stages replace some twenty of them a layer; ssv/runtime/cpu_int8.py defines what they compute, in PyTorch, and
- * the tests compare the two.
+ * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic. Three of
+ * these stages replace some twenty of them a layer, the others what a target and a draft have around their layers. `Decoder`, `Draft` and
+ * `Scorer` of ssv.builder define what they compute, in PyTorch, and the tests compare the two.
  *
  * Every row is computed by itself, in an order that does not depend on the rows beside it: a token's result is the same to
  * the last bit whether it is decoded alone or verified among others.
@@ -64,6 +64,67 @@ static void add_norm_rows(float *x, const float *product, const float *product_s
     }
 }
 
+/* out = x * factor scaled to LEVELS. */
+MULTIVERSION
+static void scale_rows(const float *x, const float *factor, float *out, float *out_scale, long rows, long inner) {
+    for (long m = 0; m < rows; m++) {
+        const float *row = x + m * inner;
+        float *result = out + m * inner;
+        for (long i = 0; i < inner; i++) result[i] = factor ? row[i] * factor[i] : row[i];
+        out_scale[m] = scale_to_levels(result, inner);
+    }
+}
+
+/* out = norm(embedded) * embed_weight beside norm(features) * feature_weight, scaled to LEVELS; [rows, 2 * hidden]. */
+MULTIVERSION
+static void join_rows(const float *embedded, const float *features, const float *embed_weight,
+                      const float *feature_weight, float eps, float *out, float *out_scale, long rows, long hidden) {
+    for (long m = 0; m < rows; m++) {
+        for (long part = 0; part < 2; part++) {
+            const float *row = (part ? features : embedded) + m * hidden, *weight = part ? feature_weight : embed_weight;
+            float *result = out + (2 * m + part) * hidden, squares = 0.0f;
+            for (long i = 0; i < hidden; i++) squares += row[i] * row[i];
+            float factor = 1.0f / sqrtf(squares / (float)hidden + eps);
+            for (long i = 0; i < hidden; i++) result[i] = row[i] * factor * weight[i];
+        }
+        out_scale[m] = scale_to_levels(out + 2 * m * hidden, 2 * hidden);
+    }
+}
+
+/* The scorer of ssv/builder/scorer.py: sigmoid(weight . features + bias) of each row; hidden = 0 leaves the state out. */
+MULTIVERSION
+static void score_rows(const float *state, const float *logits, const float *weight, float bias, float *out, long rows,
+                       long hidden, long vocab) {
+    for (long m = 0; m < rows; m++) {
+        const float *row = logits + m * vocab, *h = state + m * hidden, *confidence = weight + hidden;
+        float top = row[0], second = -3.0e38f, rest = 0.0f, weighted = 0.0f, squares = 0.0f, dot = 0.0f;
+        int ties = 0;
+        for (long i = 0; i < vocab; i++) top = row[i] > top ? row[i] : top;
+        for (long i = 0; i < vocab; i++) {
+            float below = row[i] - top, floored = below < -80.0f ? -80.0f : below; /* no 0 * inf for logits of -inf */
+            /* Without the top itself: next to its 1, what is left of a sure token would be rounded away. */
+            float mass = below < 0.0f ? expf(floored) : 0.0f;
+            rest += mass;
+            weighted += mass * floored;
+            ties += below == 0.0f;
+            second = below < 0.0f && below > second ? below : second;
+        }
+        rest += (float)(ties - 1);
+        if (ties > 1 || vocab == 1) second = 0.0f;
+        float total = 1.0f + rest, left = rest / total;
+        float score = bias + confidence[0] * logf(left > 1e-7f ? left : 1e-7f) +
+                      confidence[1] * (logf(total) - weighted / total) - confidence[2] * second;
+        if (hidden) {
+            for (long i = 0; i < hidden; i++) {
+                squares += h[i] * h[i];
+                dot += h[i] * weight[i];
+            }
+            score += dot / sqrtf(squares / (float)hidden + 1e-6f);
+        }
+        out[m] = 1.0f / (1.0f + expf(-score));
+    }
+}
+
 /* out = silu(gate) * up scaled to LEVELS, gate and up being the halves of the scaled product. */
 MULTIVERSION
 static void gated_rows(const float *product, const float *product_scale, const float *bias, float *out,
@@ -109,7 +170,8 @@ typedef struct {
 } Shape;
 
 /* Splits the scaled qkv product into heads, rotates queries and keys, stores keys and values into the cache.
- * keys, values: [batch, kv_heads, length, dim]; queries out: [batch, tokens, heads, dim]. */
+ * cosine, sine: [length, dim / 2], by position; keys, values: [batch, kv_heads, length, dim]; queries out: [batch,
+ * tokens, heads, dim]. */
 MULTIVERSION
 static void store_rows(const float *qkv, const float *qkv_scale, const float *bias, const float *q_norm,
                        const float *k_norm, float eps, const float *cosine, const float *sine, float *queries,
@@ -118,7 +180,7 @@ static void store_rows(const float *qkv, const float *qkv_scale, const float *bi
     for (long b = 0; b < s->batch; b++) {
         for (long t = 0; t < s->tokens; t++) {
             long m = b * s->tokens + t, at = position[b] + t;
-            const float *row = qkv + m * width, *c = cosine + m * half, *sn = sine + m * half;
+            const float *row = qkv + m * width, *c = cosine + at * half, *sn = sine + at * half;
             for (long n = 0; n < s->heads; n++)
                 norm_and_rotate(row + n * s->dim, qkv_scale[m], bias ? bias + n * s->dim : NULL, q_norm, eps, c, sn,
                                 queries + (m * s->heads + n) * s->dim, s->dim);
@@ -215,6 +277,35 @@ static PyObject *py_add_norm(PyObject *self, PyObject *const *objects, Py_ssize_
     Py_RETURN_NONE;
 }
 
+static PyObject *py_join(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 8 integers");
+    double eps = PyFloat_AsDouble(objects[0]);
+    if (eps == -1.0 && PyErr_Occurred()) return NULL;
+    if (read_args(objects + 1, given - 1, 8, &a)) return NULL;
+    join_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], (float)eps, a.pointer[4], a.pointer[5],
+              a.number[6], a.number[7]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_score(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected bias and 7 integers");
+    double bias = PyFloat_AsDouble(objects[0]);
+    if (bias == -1.0 && PyErr_Occurred()) return NULL;
+    if (read_args(objects + 1, given - 1, 7, &a)) return NULL;
+    score_rows(a.pointer[0], a.pointer[1], a.pointer[2], (float)bias, a.pointer[3], a.number[4], a.number[5],
+               a.number[6]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_scale(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (read_args(objects, given, 6, &a)) return NULL;
+    scale_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.number[4], a.number[5]);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
     if (read_args(objects, given, 7, &a)) return NULL;
@@ -222,23 +313,16 @@ static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
-static PyObject *py_store(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 17 integers");
-    double eps = PyFloat_AsDouble(objects[0]);
-    if (eps == -1.0 && PyErr_Occurred()) return NULL;
-    if (read_args(objects + 1, given - 1, 17, &a)) return NULL;
-    Shape shape = {a.number[11], a.number[12], a.number[13], a.number[14], a.number[15], a.number[16]};
-    store_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
-               a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], &shape);
-    Py_RETURN_NONE;
-}
-
 static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
-    if (read_args(objects, given, 13, &a)) return NULL;
-    Shape shape = {a.number[7], a.number[8], a.number[9], a.number[10], a.number[11], a.number[12]};
-    attend_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], a.pointer[5], a.pointer[6],
+    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 20 integers");
+    double eps = PyFloat_AsDouble(objects[0]);
+    if (eps == -1.0 && PyErr_Occurred()) return NULL;
+    if (read_args(objects + 1, given - 1, 20, &a)) return NULL;
+    Shape shape = {a.number[14], a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]};
+    store_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
+               a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], &shape);
+    attend_rows(a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], a.pointer[11], a.pointer[12], a.pointer[13],
                 &shape);
     Py_RETURN_NONE;
 }
@@ -246,13 +330,16 @@ static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t 
 static PyMethodDef methods[] = {
     {"add_norm", (PyCFunction)(void (*)(void))py_add_norm, METH_FASTCALL,
      "add_norm(eps, x, product, product_scale, bias, weight, out, out_scale, rows, hidden)"},
+    {"scale", (PyCFunction)(void (*)(void))py_scale, METH_FASTCALL, "scale(x, factor, out, out_scale, rows, inner)"},
     {"gated", (PyCFunction)(void (*)(void))py_gated, METH_FASTCALL,
      "gated(product, product_scale, bias, out, out_scale, rows, inner)"},
-    {"store", (PyCFunction)(void (*)(void))py_store, METH_FASTCALL,
-     "store(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, position, batch, tokens, "
-     "heads, kv_heads, dim, length)"},
     {"attend", (PyCFunction)(void (*)(void))py_attend, METH_FASTCALL,
-     "attend(queries, keys, values, position, weights, out, out_scale, batch, tokens, heads, kv_heads, dim, length)"},
+     "attend(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, position, weights, out, "
+     "out_scale, batch, tokens, heads, kv_heads, dim, length)"},
+    {"join", (PyCFunction)(void (*)(void))py_join, METH_FASTCALL,
+     "join(eps, embedded, features, embed_weight, feature_weight, out, out_scale, rows, hidden)"},
+    {"score", (PyCFunction)(void (*)(void))py_score, METH_FASTCALL,
+     "score(bias, state, logits, weight, out, rows, hidden, vocab)"},
     {NULL, NULL, 0, NULL},
 };
 

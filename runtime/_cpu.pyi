@@ -10,8 +10,9 @@ def add_norm(
     rows: int,
     hidden: int,
 ) -> None: ...
+def scale(x: int, factor: int, out: int, out_scale: int, rows: int, inner: int) -> None: ...
 def gated(product: int, product_scale: int, bias: int, out: int, out_scale: int, rows: int, inner: int) -> None: ...
-def store(
+def attend(
     eps: float,
     qkv: int,
     qkv_scale: int,
@@ -20,18 +21,6 @@ def store(
     k_norm: int,
     cos: int,
     sin: int,
-    queries: int,
-    keys: int,
-    values: int,
-    position: int,
-    batch: int,
-    tokens: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    length: int,
-) -> None: ...
-def attend(
     queries: int,
     keys: int,
     values: int,
@@ -46,3 +35,15 @@ def attend(
     dim: int,
     length: int,
 ) -> None: ...
+def join(
+    eps: float,
+    embedded: int,
+    features: int,
+    embed_weight: int,
+    feature_weight: int,
+    out: int,
+    out_scale: int,
+    rows: int,
+    hidden: int,
+) -> None: ...
+def score(bias: float, state: int, logits: int, weight: int, out: int, rows: int, hidden: int, vocab: int) -> None: ...

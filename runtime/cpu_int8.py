@@ -9,7 +9,7 @@ what that costs in quality.
 Shapes: M tokens of the step (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value heads, D head dim,
 S cache length, R gathered rows, V vocab.
 
-May import: ssv.builder.decoder; ssv.runtime.engine.
+May import: ssv.builder.decoder, .draft, .scorer; ssv.runtime.engine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ssv.builder.decoder import Decoder, Layer
+from ssv.builder.draft import Draft
+from ssv.builder.scorer import Scorer
 from ssv.runtime.engine import EngineError
 
 _LEVELS = 63.0
@@ -57,9 +60,7 @@ class Int8Linear(nn.Module):
         self.product = _product(self._packed)
 
     def forward(self, x_MI: Tensor) -> Tensor:
-        if self.input_factor_I is not None:
-            x_MI = x_MI * self.input_factor_I
-        scaled_MI, scale_M1 = quantize_rows(x_MI)
+        scaled_MI, scale_M1 = quantize_rows(x_MI, self.input_factor_I)
         y_MO = self.product(scaled_MI).mul_(scale_M1)
         return y_MO if self.bias_O is None else y_MO.add_(self.bias_O)
 
@@ -77,8 +78,16 @@ def int8_scale(weight_OI: Tensor) -> Tensor:
     return weight_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
 
 
-def quantize_rows(x_MI: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows scaled to magnitudes of at most 63, and the scales that undo it, [M, 1]."""
+def quantize_rows(x_MI: Tensor, factor_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows, times a factor of each column, scaled to magnitudes of at most 63, and the scales that undo it, [M, 1]."""
+    if _cpu is not None:
+        x_MI, scaled_MI, scale_M1 = x_MI.contiguous(), torch.empty(x_MI.shape), torch.empty(len(x_MI), 1)
+        _cpu.scale(
+            x_MI.data_ptr(), _address(factor_I), scaled_MI.data_ptr(), scale_M1.data_ptr(), *x_MI.shape
+        )  # fmt: skip
+        return scaled_MI, scale_M1
+    if factor_I is not None:
+        x_MI = x_MI * factor_I
     scale_M1 = x_MI.abs().amax(dim=-1, keepdim=True) / _LEVELS
     return x_MI / scale_M1.clamp(min=1e-30), scale_M1
 
@@ -118,6 +127,21 @@ class _Scratch:
         self.scale_M = torch.empty(num_tokens)
         self.product_scale_M = torch.empty(num_tokens)
         self.weights_S = torch.empty(max_length)
+        rotate = decoder.rotation(torch.arange(max_length), torch.float32)
+        self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A product whose rows are still to be multiplied with their scales.
+
+    Attributes:
+        product_MH: fp32.
+        scale_M: fp32.
+    """
+
+    product_MH: Tensor
+    scale_M: Tensor
 
 
 class FusedInt8Layers:
@@ -143,6 +167,7 @@ class FusedInt8Layers:
         keys_LBKSD: Tensor,
         values_LBKSD: Tensor,
         tapped_layers: tuple[int, ...] = (),
+        joined: Scaled | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Decoder.run_layers`, over rows of a cache.
 
@@ -150,6 +175,7 @@ class FusedInt8Layers:
             x_MH: fp32, contiguous; overwritten.
             position_B: int32, contiguous.
             keys_LBKSD, values_LBKSD: fp32, the step's rows of the cache, each layer's contiguous.
+            joined: what is still to be added to `x_MH` (see `FusedJoin`).
         """
         spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
         num_tokens, batch = x_MH.shape[0], position_B.shape[0]
@@ -162,47 +188,49 @@ class FusedInt8Layers:
         )
         scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
         shape = (batch, tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
-        position_BT = position_B[:, None] + torch.arange(tokens)
-        rotate = self.decoder.rotation(position_BT.flatten(), torch.float32)
-        cos, sin = rotate.cos.data_ptr(), rotate.sin.data_ptr()
+        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_S.data_ptr()
+        # Addresses of a layer's cache by arithmetic: slicing the tensors costs more than a stage does.
+        keys, values = keys_LBKSD.data_ptr(), values_LBKSD.data_ptr()
+        layer_bytes = keys_LBKSD.stride(0) * keys_LBKSD.element_size()
         eps, x = spec.rms_norm_eps, x_MH.data_ptr()
-        product: Tensor | None = None  # of the MLP before, not yet added to x
-        bias = 0
+        normed_at, queries_at, attended_at, gated_at = (t.data_ptr() for t in (normed, queries, attended, gated))
+        # Of the MLP before (or of the join), not yet added to x.
+        product: Tensor | None = None
+        added_scale, bias = product_scale, 0
+        if joined is not None:
+            product, added_scale = joined.product_MH, joined.scale_M.data_ptr()
         tapped: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             _cpu.add_norm(
-                eps, x, _address(product), product_scale, bias, layer.attn_norm,
-                normed.data_ptr(), scale, num_tokens, spec.hidden_size,
+                eps, x, _address(product), added_scale, bias, layer.attn_norm,
+                normed_at, scale, num_tokens, spec.hidden_size,
             )  # fmt: skip
+            if index - 1 in tapped_layers:  # only now is that layer's last product added
+                tapped.append(x_MH.clone())
             qkv = layer.qkv(normed)
-            keys, values = keys_LBKSD[index], values_LBKSD[index]
-            _cpu.store(
-                eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
-                queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, *shape,
-            )  # fmt: skip
+            offset = index * layer_bytes
             _cpu.attend(
-                queries.data_ptr(), keys.data_ptr(), values.data_ptr(), position, s.weights_S.data_ptr(),
-                attended.data_ptr(), product_scale, *shape,
+                eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
+                queries_at, keys + offset, values + offset, position, weights, attended_at, product_scale, *shape,
             )  # fmt: skip
-            product = layer.o(attended)
+            product, added_scale = layer.o(attended), product_scale
             _cpu.add_norm(
                 eps, x, product.data_ptr(), product_scale, layer.o_bias, layer.mlp_norm,
-                normed.data_ptr(), scale, num_tokens, spec.hidden_size,
+                normed_at, scale, num_tokens, spec.hidden_size,
             )  # fmt: skip
             gate_up = layer.gate_up(normed)
             _cpu.gated(
-                gate_up.data_ptr(), scale, layer.gate_up_bias, gated.data_ptr(), product_scale,
+                gate_up.data_ptr(), scale, layer.gate_up_bias, gated_at, product_scale,
                 num_tokens, spec.intermediate_size,
             )  # fmt: skip
             product = layer.down(gated)
             bias = layer.down_bias
-            if index in tapped_layers or index == len(self.layers) - 1:
-                x_MH.addcmul_(product, s.product_scale_M[:num_tokens, None])
-                if layer.down_bias_H is not None:
-                    x_MH.add_(layer.down_bias_H)
-                product, bias = None, 0
-                if index in tapped_layers:
-                    tapped.append(x_MH.clone())
+        assert product is not None
+        x_MH.addcmul_(product, s.product_scale_M[:num_tokens, None])
+        if self.layers[-1].down_bias_H is not None:
+            x_MH.add_(self.layers[-1].down_bias_H)
+        if len(self.layers) - 1 in tapped_layers:
+            tapped.append(x_MH.clone())
         return x_MH, torch.cat(tapped, dim=-1) if tapped else None
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
@@ -216,3 +244,40 @@ class FusedInt8Layers:
             normed_RH.data_ptr(), scale_R.data_ptr(), rows, hidden_RH.shape[1],
         )  # fmt: skip
         return _int8(self.decoder.lm_head).product(normed_RH).mul_(scale_R)
+
+
+class FusedJoin:
+    """The join of a conditioned draft whose linear layer is `Int8Linear`: what `Draft.join_features` computes."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft, self._product = draft, _int8(draft.join).product
+
+    def __call__(self, embedded_MH: Tensor, features_MH: Tensor) -> Scaled:
+        """What is to be added to the features; both fp32 and contiguous."""
+        rows, hidden = embedded_MH.shape
+        joined, scale_M = torch.empty(rows, 2 * hidden), torch.empty(rows)
+        _cpu.join(
+            self.draft.spec.decoder.rms_norm_eps, embedded_MH.data_ptr(), features_MH.data_ptr(),
+            self.draft.embed_norm.weight.data_ptr(), self.draft.feature_norm.weight.data_ptr(),
+            joined.data_ptr(), scale_M.data_ptr(), rows, hidden,
+        )  # fmt: skip
+        return Scaled(self._product(joined), scale_M)
+
+
+class FusedScorer:
+    """What `Scorer` computes, in one pass over the logits after their maximum is known."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._weight_F, self._bias = scorer.weight_F.contiguous(), float(scorer.bias)
+        self._uses_hidden = scorer.uses_hidden
+
+    def __call__(self, hidden_RH: Tensor, logits_RV: Tensor) -> Tensor:
+        """Both fp32; reject probabilities, fp32 [R]."""
+        hidden_RH, logits_RV = hidden_RH.contiguous(), logits_RV.contiguous()
+        rows, vocab = logits_RV.shape
+        out_R = torch.empty(rows)
+        _cpu.score(
+            self._bias, hidden_RH.data_ptr(), logits_RV.data_ptr(), self._weight_F.data_ptr(), out_R.data_ptr(),
+            rows, hidden_RH.shape[1] if self._uses_hidden else 0, vocab,
+        )  # fmt: skip
+        return out_R

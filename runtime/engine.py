@@ -99,11 +99,13 @@ def check_step(
     """Raises EngineError for a step that the cache has no room for, that lacks its features, or whose indices point elsewhere:
     compiled code reads and writes where they say."""
     batch, tokens = input_ids_BT.shape
-    if position_B.dtype != torch.int32 or int(position_B.min()) < 0:
-        raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {position_B.tolist()}")
-    if len(gather_rows_R) and not 0 <= int(gather_rows_R.min()) <= int(gather_rows_R.max()) < batch * tokens:
-        raise EngineError(f"gather_rows {gather_rows_R.tolist()} lie outside the step's {batch * tokens} rows")
-    last_position = int(position_B.max())
+    # Plain numbers: at one token a step a reduction costs several times its list.
+    positions, gathered = position_B.tolist(), gather_rows_R.tolist()
+    if position_B.dtype != torch.int32 or min(positions) < 0:
+        raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {positions}")
+    if gathered and not 0 <= min(gathered) <= max(gathered) < batch * tokens:
+        raise EngineError(f"gather_rows {gathered} lie outside the step's {batch * tokens} rows")
+    last_position = max(positions)
     if first_row < 0:
         raise EngineError(f"first_row {first_row} is negative")
     if first_row + batch > engine.max_batch:

@@ -22,7 +22,7 @@ from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, FeatureTap
 from ssv.builder.quantize import Ranges, smooth_decoder, smooth_join, smoothing_factor
 from ssv.builder.scorer import Scorer
-from ssv.runtime.cpu_int8 import FusedInt8Layers, Int8Linear, int8_scale
+from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale
 from ssv.runtime.engine import EngineError, StepOutput, check_step
 from ssv.runtime.kv_cache import CachedAttend, KVCache
 
@@ -57,6 +57,8 @@ class TorchEngine:
         self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
         self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
         self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
+        self._fused_join = FusedJoin(draft) if self.fused and draft is not None and draft.conditioned else None
+        self._score = FusedScorer(scorer) if self.fused and scorer is not None else scorer
         if int8 and self.fused is None:
             warnings.warn(
                 "int8 runs without its compiled stages, which is slower: install a C compiler and ssv again",
@@ -84,9 +86,9 @@ class TorchEngine:
         keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
         tap = self.tap if features_out else None
         tapped_layers = tap.layers if tap is not None else ()
-        x_MH = self._embed(input_ids_BT.to(self.device).flatten(), features_in_BTF)
+        x_MH, joined = self._embed(input_ids_BT.to(self.device).flatten(), features_in_BTF)
         if self.fused is not None:
-            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, position_B, keys, values, tapped_layers)
+            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, position_B, keys, values, tapped_layers, joined)
         else:
             position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
             attend = CachedAttend(keys, values, position_BT, int(position_B.max()) + tokens)
@@ -97,7 +99,7 @@ class TorchEngine:
             hidden_RH=hidden_RH,
             logits_RV=logits_RV,
             features_BTF=tap.project(tapped_MX).view(batch, tokens, -1) if tap is not None else None,
-            reject_prob_R=self.scorer(hidden_RH, logits_RV) if self.scorer is not None else None,
+            reject_prob_R=self._score(hidden_RH, logits_RV) if self._score is not None else None,
         )
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
@@ -105,11 +107,17 @@ class TorchEngine:
             return hidden_RH.new_empty(0, self.vocab_size, dtype=torch.float32)
         return (self.fused or self.decoder).logits(hidden_RH).float()
 
-    def _embed(self, input_ids_M: Tensor, features_in_BTF: Tensor | None) -> Tensor:
+    def _embed(self, input_ids_M: Tensor, features_in_BTF: Tensor | None) -> tuple[Tensor, Scaled | None]:
+        """What goes into the first layer, and what that layer has still to add to it."""
         x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
         if self.draft is None or features_in_BTF is None:
-            return x_MH
-        return self.draft.join_features(x_MH, features_in_BTF.to(self.dtype).flatten(0, 1))
+            return x_MH, None
+        features_MF = features_in_BTF.to(self.dtype).flatten(0, 1)
+        if self._fused_join is None:
+            return self.draft.join_features(x_MH, features_MF), None
+        # A copy: the layers work in place, and these are the caller's.
+        features_MF = features_MF.clone(memory_format=torch.contiguous_format)
+        return features_MF, self._fused_join(x_MH, features_MF)
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""

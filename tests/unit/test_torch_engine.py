@@ -15,7 +15,8 @@ from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, DraftKind, draft_spec
 from ssv.builder.quantize import Ranges, activation_ranges, smooth_decoder, smooth_join
 from ssv.builder.scorer import Scorer
-from ssv.runtime import torch_engine
+from ssv.runtime import cpu_int8, torch_engine
+from ssv.runtime.cpu_int8 import FusedScorer, quantize_rows
 from ssv.runtime.engine import EngineError, StepOutput
 from ssv.runtime.torch_engine import INT4_GROUP, Precision, TorchEngine, draft_engine, target_engine
 
@@ -367,8 +368,12 @@ def assert_equal_but_for_flips(found_RX: Tensor, expected_RX: Tensor) -> None:
 def fused_and_not(decoder: Decoder, draft: Draft | None = None) -> tuple[TorchEngine, TorchEngine]:
     fused, modules = make_engine(decoder, "int8", draft=draft), make_engine(decoder, "int8", draft=draft)
     assert fused.fused is not None, "runtime/_cpu.c was not compiled"
-    modules.fused = None
-    return fused, modules
+    return fused, without_stages(modules)
+
+
+def without_stages(engine: TorchEngine) -> TorchEngine:
+    engine.fused, engine._fused_join, engine._score = None, None, engine.scorer
+    return engine
 
 
 @any_shape
@@ -413,6 +418,72 @@ def test_fused_int8_taps_what_its_modules_do(layers: tuple[int, ...], shape: dic
     assert_equal_but_for_flips(found.logits_RV, expected.logits_RV)
     # Asking for features changes nothing else.
     assert torch.equal(step(fused, ids_BT, [0] * 8).logits_RV, found.logits_RV)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("uses_hidden", [True, False])
+@pytest.mark.parametrize("shape", [{}, BIASES, SHAPES["nine-heads"]], ids=["plain", "biases", "nine-heads"])
+def test_fused_int8_draft_equals_its_modules(shape: dict[str, Any], uses_hidden: bool) -> None:
+    decoder = tiny_decoder(**shape)
+    draft, hidden = make_draft(decoder, "conditioned", (0, 1)), decoder.spec.hidden_size
+    scorer = Scorer(torch.randn(3 + hidden * uses_hidden) / 8, torch.tensor(-0.3), uses_hidden)
+    fused = make_draft_engine(draft, "int8", scorer)
+    modules = without_stages(make_draft_engine(draft, "int8", scorer))
+    ids_BT, features_BTF = tiny_ids(4, 12), torch.randn(4, 12, hidden) * 20
+    given = features_BTF.clone()
+    for at in (slice(0, 9), slice(9, 10), slice(10, 12)):
+        found, expected = (
+            step(engine, ids_BT[:, at], [at.start] * 4, features=features_BTF[:, at]) for engine in (fused, modules)
+        )
+        assert_equal_but_for_flips(found.hidden_RH, expected.hidden_RH)
+        assert_equal_but_for_flips(found.logits_RV, expected.logits_RV)
+        assert found.reject_prob_R is not None
+        rescored_R = scorer(found.hidden_RH, found.logits_RV)
+        assert torch.allclose(found.reject_prob_R, rescored_R, rtol=1e-4, atol=1e-6)
+    assert torch.equal(features_BTF, given)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("uses_hidden", [True, False])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 16, 1000, 16384])
+def test_fused_scorer_equals_the_scorer(vocab: int, uses_hidden: bool) -> None:
+    torch.manual_seed(vocab)
+    rows, hidden = 9, 33
+    logits_RV = torch.randn(rows, vocab) * torch.tensor([0.0, 1e-3, 1, 1, 3, 10, 40, 100, 1000])[:, None]
+    logits_RV[2] += 500
+    logits_RV[3, vocab // 2] = logits_RV[3, 0] = logits_RV[3].max() + 1  # a tie at the top
+    logits_RV[4, vocab // 3 + 1 :] = -torch.inf
+    hidden_RH = torch.randn(rows, hidden) * torch.tensor([1.0, 1e-4, 0, 30, 1, 1, 1, 1, 1])[:, None]
+    scorer = Scorer(torch.randn(3 + hidden * uses_hidden) / 8, torch.tensor(0.2), uses_hidden)
+    found, logits_RV = FusedScorer(scorer)(hidden_RH, logits_RV), logits_RV.clamp(min=-1e6)
+    # Next to a probability that rounds to 1, `Scorer` itself is good to a percent: the reference is its formula in fp64.
+    assert torch.allclose(found, scorer(hidden_RH, logits_RV), rtol=2e-2, atol=1e-6)
+    log_p_RV = logits_RV.double().log_softmax(dim=1)
+    top_R2 = torch.cat((log_p_RV, log_p_RV), dim=1).topk(2, dim=1).values if vocab == 1 else log_p_RV.topk(2).values
+    confidence = torch.stack(
+        (
+            (-torch.expm1(top_R2[:, 0])).clamp(min=1e-7).log(),
+            -(log_p_RV.exp() * log_p_RV).sum(dim=1),
+            top_R2[:, 0] - top_R2[:, 1],
+        ),
+        dim=1,
+    )
+    state = hidden_RH.double() / (hidden_RH.double().square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    features = torch.cat((state, confidence), dim=1) if uses_hidden else confidence
+    expected = torch.sigmoid(features @ scorer.weight_F.double() + scorer.bias)
+    assert torch.allclose(found.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_quantizing_rows_with_and_without_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x_MI, factor_I = torch.randn(5, 37).T.contiguous().T * 9, torch.rand(37) + 0.5
+    x_MI[2] = 0
+    found = [*quantize_rows(x_MI), *quantize_rows(x_MI, factor_I)]
+    monkeypatch.setattr(cpu_int8, "_cpu", None)
+    expected = [*quantize_rows(x_MI), *quantize_rows(x_MI, factor_I)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-6)
+    assert (found[0].abs().amax(dim=1)[[0, 1, 3, 4]] - 63).abs().max() < 1e-4
 
 
 @any_shape
