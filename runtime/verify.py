@@ -1,6 +1,9 @@
-"""Which drafted tokens are judged, when the target is asked, and its verdict: pure functions over tensors.
+"""Which drafted tokens are judged, when the target is asked, and its verdict: pure functions.
 
-Shapes: B rows, K columns of pending tokens (padded on the right), J = K + 1 rows of the target, V vocab, R gathered rows.
+What greedy decoding decides is decided row by row in plain numbers, which costs less than the calls of as many tensor operations;
+what sampling decides needs whole distributions, and is decided over all rows at once.
+
+Shapes: B rows, K pending tokens (in tensors padded on the right), J = K + 1 rows of the target, V vocab, R gathered rows.
 
 Target row j of a pass judges drafted token j; row `num_pending` is the bonus row, which gives the next token when nothing is rejected.
 
@@ -21,24 +24,19 @@ from ssv.builder.tiers import Policy
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a target pass decided.
+    """What a target pass decided about a row.
 
     Attributes:
-        num_kept_B: drafted tokens kept, trusted ones included.
-        next_token_B: the target's token after them: the correction of a rejected token, or the bonus.
-        rejected_B: whether a token was rejected.
+        num_kept: drafted tokens kept, trusted ones included; fewer than were pending when one was rejected.
+        next_token: the target's token after them: the correction of a rejected token, or the bonus.
     """
 
-    num_kept_B: Tensor
-    next_token_B: Tensor
-    rejected_B: Tensor
+    num_kept: int
+    next_token: int
 
 
 def asks_for_pass(reject_prob_K: Sequence[float], policy: Policy, max_pending: int) -> bool:
     """Whether a row's pending tokens ask for a target pass now.
-
-    Plain numbers: it is asked after every drafted token, and a dozen calls on tensors of one number would cost more than the
-    draft's LM head.
 
     Args:
         reject_prob_K: of the pending tokens, at least one.
@@ -50,32 +48,23 @@ def asks_for_pass(reject_prob_K: Sequence[float], policy: Policy, max_pending: i
     return is_critical or risk > policy.risk_budget or len(reject_prob_K) >= max_pending
 
 
-def is_trusted(reject_prob_BK: Tensor, accept_below_B: Tensor) -> Tensor:
-    """Tokens committed without being judged, bool [B, K]."""
-    return reject_prob_BK < accept_below_B[:, None]
+def judged_rows(reject_prob_K: Sequence[float], accept_below: float) -> list[bool]:
+    """Which target rows of a pass are judged, J = K + 1 of them: those of the tokens that are not trusted, and the bonus row."""
+    return [not r < accept_below for r in reject_prob_K] + [True]
 
 
-def judged_rows(trusted_BK: Tensor, num_pending_B: Tensor) -> Tensor:
-    """Target rows whose logits are needed: of the judged tokens and the bonus row, bool [B, J]."""
-    batch = len(num_pending_B)
-    if not trusted_BK.shape[1]:
-        return torch.ones(batch, 1, dtype=torch.bool, device=trusted_BK.device)
-    trusted_BJ = torch.cat((trusted_BK, torch.zeros(batch, 1, dtype=torch.bool, device=trusted_BK.device)), dim=1)
-    column_J = torch.arange(trusted_BJ.shape[1], device=trusted_BK.device)
-    pending_BJ = column_J < num_pending_B[:, None]
-    return pending_BJ & ~trusted_BJ | (column_J == num_pending_B[:, None])
-
-
-def greedy_verdict(drafted_BK: Tensor, judged_BJ: Tensor, num_pending_B: Tensor, target_token_BJ: Tensor) -> Verdict:
+def greedy_verdict(drafted_K: Sequence[int], judged_J: Sequence[bool], target_token_R: Sequence[int]) -> Verdict:
     """A judged token is rejected when it is not the target's argmax.
 
     Args:
-        judged_BJ: from `judged_rows`.
-        target_token_BJ: argmax of each judged row; not read elsewhere.
+        judged_J: from `judged_rows`.
+        target_token_R: argmax of each judged row, in order.
     """
-    mismatch_BK = judged_BJ[:, :-1] & (drafted_BK != target_token_BJ[:, :-1])
-    num_kept_B, rejected_B = _first_rejection(mismatch_BK, num_pending_B)
-    return Verdict(num_kept_B, target_token_BJ.gather(1, num_kept_B[:, None])[:, 0], rejected_B)
+    chosen = iter(target_token_R)
+    for k, token in enumerate(drafted_K):
+        if judged_J[k] and (correction := next(chosen)) != token:
+            return Verdict(k, correction)
+    return Verdict(len(drafted_K), next(chosen))
 
 
 def sampled_verdict(
@@ -86,7 +75,7 @@ def sampled_verdict(
     draft_prob_BKV: Tensor,
     accept_uniform_BK: Tensor,
     next_uniform_B: Tensor,
-) -> Verdict:
+) -> list[Verdict]:
     """A judged token x is accepted with probability min(1, p(x) / q(x)); the first one rejected is replaced by a sample of the
     normalised max(0, p - q) (Leviathan et al. 2023, arXiv:2211.17192). The output has the target's distribution p.
 
@@ -105,13 +94,13 @@ def sampled_verdict(
     num_kept_B, rejected_B = _first_rejection(rejected_BK, num_pending_B)
     p_BV = target_prob_RV[row_BJ.gather(1, num_kept_B[:, None])[:, 0]]
     if not drafted_BK.shape[1]:
-        return Verdict(num_kept_B, draw(p_BV, next_uniform_B), rejected_B)
+        return _verdicts(num_kept_B, draw(p_BV, next_uniform_B))
     last_B = num_kept_B.clamp(max=drafted_BK.shape[1] - 1)
     residual_BV = (p_BV - draft_prob_BKV[torch.arange(len(last_B)), last_B]).clamp(min=0)
     # p == q leaves no residual; rounding aside, nothing is rejected then.
     has_residual_B = rejected_B & (residual_BV.sum(dim=1) > 0)
     next_BV = torch.where(has_residual_B[:, None], residual_BV, p_BV)
-    return Verdict(num_kept_B, draw(next_BV, next_uniform_B), rejected_B)
+    return _verdicts(num_kept_B, draw(next_BV, next_uniform_B))
 
 
 def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
@@ -129,12 +118,12 @@ def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
     return torch.minimum(index_R, last_R)
 
 
-def _columns(x_BK: Tensor) -> Tensor:
-    return torch.arange(x_BK.shape[1], device=x_BK.device)
+def _verdicts(num_kept_B: Tensor, next_token_B: Tensor) -> list[Verdict]:
+    return [Verdict(*each) for each in zip(num_kept_B.tolist(), next_token_B.tolist(), strict=True)]
 
 
 def _first_rejection(rejected_BK: Tensor, num_pending_B: Tensor) -> tuple[Tensor, Tensor]:
-    column_K = _columns(rejected_BK)
+    column_K = torch.arange(rejected_BK.shape[1], device=rejected_BK.device)
     if not len(column_K):
         return num_pending_B, torch.zeros_like(num_pending_B, dtype=torch.bool)
     first_B = torch.where(rejected_BK, column_K, len(column_K)).amin(dim=1)

@@ -669,7 +669,7 @@ def test_every_decision_has_a_random_number_of_its_own(monkeypatch: pytest.Monke
         used.extend(uniform_R.tolist())
         return draw(weight_RV, uniform_R)
 
-    def recording_verdict(*args: Any) -> Verdict:
+    def recording_verdict(*args: Any) -> list[Verdict]:
         *_, accept_uniform_BK, next_uniform_B = args
         pending_BK = torch.arange(accept_uniform_BK.shape[1]) < args[2][:, None]
         used.extend(accept_uniform_BK[pending_BK].tolist() + next_uniform_B.tolist())
@@ -746,21 +746,21 @@ def test_sampled_output_has_the_target_distribution(
     assert sampled_p_value(small_llm(kind, token_ids=token_ids), method, k, params, 4000) > 1e-4
 
 
-def always_accept(*args: Any) -> Verdict:
+def always_accept(*args: Any) -> list[Verdict]:
     *rest, accept_uniform_BK, next_uniform_B = args
     return sampled_verdict(*rest, torch.full_like(accept_uniform_BK, -1.0), next_uniform_B)
 
 
-def resample_from_target(*args: Any) -> Verdict:
+def resample_from_target(*args: Any) -> list[Verdict]:
     _, judged_BJ, _, target_prob_RV, *_, next_uniform_B = args
-    verdict = sampled_verdict(*args)
+    kept = [verdict.num_kept for verdict in sampled_verdict(*args)]
     row_BJ = judged_BJ.flatten().cumsum(0).view_as(judged_BJ) - 1
-    p_BV = target_prob_RV[row_BJ.gather(1, verdict.num_kept_B[:, None])[:, 0]]
-    return replace(verdict, next_token_B=draw(p_BV, next_uniform_B))
+    p_BV = target_prob_RV[row_BJ.gather(1, torch.tensor(kept)[:, None])[:, 0]]
+    return list(map(Verdict, kept, draw(p_BV, next_uniform_B).tolist()))
 
 
 @pytest.mark.parametrize("broken", [always_accept, resample_from_target])
-def test_broken_rule_is_caught(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Verdict]) -> None:
+def test_broken_rule_is_caught(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., list[Verdict]]) -> None:
     monkeypatch.setattr(decoding, "sampled_verdict", broken)
     params = SamplingParams(temperature=0.9, max_tokens=4)
     assert sampled_p_value(small_llm("standalone"), "speculative", 2, params, 800) < 1e-4

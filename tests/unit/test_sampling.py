@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ssv.runtime.sampling import SamplingTensors, probabilities
+from ssv.runtime.sampling import SamplingTensors, most_likely, probabilities
 
 
 def settings(rows: Sequence[tuple[float, int, float]]) -> SamplingTensors:
@@ -115,11 +115,10 @@ def test_half_precision_logits_become_fp32() -> None:
     assert found.dtype == torch.float32
 
 
-def test_rows_are_picked_with_their_settings() -> None:
-    picked = settings([(0.5, 1, 0.9), (1.0, 2, 0.8), (2.0, 3, 0.7)])[torch.tensor([2, 0, 0])]
-    assert picked.temperature_R.tolist() == [2.0, 0.5, 0.5]
-    assert picked.top_k_R.tolist() == [3, 1, 1]
-    assert picked.top_p_R.tolist() == pytest.approx([0.7, 0.9, 0.9])
+def test_most_likely_token_is_the_first_of_equals() -> None:
+    logits_RV = torch.tensor([[0.0, 2.0, 2.0], [-torch.inf, -torch.inf, -3.0], [5.0, 5.0, 5.0]])
+    assert most_likely(logits_RV).tolist() == [1, 2, 0]
+    assert most_likely(logits_RV).dtype == torch.long
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
