@@ -196,7 +196,79 @@ static void store_rows(const float *qkv, const float *qkv_scale, const float *bi
     }
 }
 
-/* Attention of every query to the keys up to its own position; out [rows, heads * dim] scaled to LEVELS. */
+/* Eight floats, anywhere in memory. Written out because left to itself the compiler spends most of an attention of some hundred
+ * keys outside its multiplications: on loop ends it does not know, and on sums it keeps in memory. */
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+#define EIGHT 8
+
+#ifdef __clang__
+#define LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Lanes __attribute__((vector_size(32)));
+#define LANES(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
+#endif
+
+/* Sums of the lanes of four vectors, each step halving two of them into one. */
+static inline void sum_lanes(const Eight *s, float factor, float *out) {
+    Eight a = LANES(s[0], s[1], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[0], s[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    Eight b = LANES(s[2], s[3], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[2], s[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    Eight c = LANES(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + LANES(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; i++) out[i] = (c[i] + c[i + 4]) * factor;
+}
+
+/* weights[j] = query . key j * root, for all keys seen. */
+static inline void dot_keys(const float *query, const float *key, float root, float *weights, long seen, long dim) {
+    long j = 0, d, whole = dim - dim % EIGHT;
+    for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
+        const float *k0 = key + j * dim, *k1 = k0 + dim, *k2 = k1 + dim, *k3 = k2 + dim;
+        Eight s[4] = {{0}, {0}, {0}, {0}};
+        for (d = 0; d < whole; d += EIGHT) {
+            const Eight q = *(const Eight *)(query + d);
+            s[0] += q * *(const Eight *)(k0 + d);
+            s[1] += q * *(const Eight *)(k1 + d);
+            s[2] += q * *(const Eight *)(k2 + d);
+            s[3] += q * *(const Eight *)(k3 + d);
+        }
+        sum_lanes(s, root, weights + j);
+        for (; d < dim; d++) {
+            float q = query[d] * root;
+            weights[j] += q * k0[d];
+            weights[j + 1] += q * k1[d];
+            weights[j + 2] += q * k2[d];
+            weights[j + 3] += q * k3[d];
+        }
+    }
+    for (; j < seen; j++) {
+        float dot = 0.0f;
+        for (d = 0; d < dim; d++) dot += query[d] * key[j * dim + d];
+        weights[j] = dot * root;
+    }
+}
+
+/* out = weighted sum of the values seen * factor. */
+static inline void mix_values(const float *weights, const float *value, float factor, float *out, long seen, long dim) {
+    long d = 0;
+    for (; d + 8 * EIGHT <= dim; d += 8 * EIGHT) { /* as many sums as registers hold */
+        Eight s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0};
+        for (long j = 0; j < seen; j++) {
+            const Eight *v = (const Eight *)(value + j * dim + d);
+            float w = weights[j];
+            s0 += w * v[0], s1 += w * v[1], s2 += w * v[2], s3 += w * v[3];
+            s4 += w * v[4], s5 += w * v[5], s6 += w * v[6], s7 += w * v[7];
+        }
+        Eight *result = (Eight *)(out + d);
+        result[0] = s0 * factor, result[1] = s1 * factor, result[2] = s2 * factor, result[3] = s3 * factor;
+        result[4] = s4 * factor, result[5] = s5 * factor, result[6] = s6 * factor, result[7] = s7 * factor;
+    }
+    for (; d < dim; d++) {
+        float sum = 0.0f;
+        for (long j = 0; j < seen; j++) sum += weights[j] * value[j * dim + d];
+        out[d] = sum * factor;
+    }
+}
+
+/* Attention of every query to the keys up to its own position; out [rows, heads * dim] scaled to LEVELS.
+ * weights: room for [heads / kv_heads, length]. */
 MULTIVERSION
 static void attend_rows(const float *queries, const float *keys, const float *values, const int32_t *position,
                         float *weights, float *out, float *out_scale, const Shape *s) {
@@ -205,40 +277,18 @@ static void attend_rows(const float *queries, const float *keys, const float *va
     for (long b = 0; b < s->batch; b++) {
         for (long t = 0; t < s->tokens; t++) {
             long m = b * s->tokens + t, seen = position[b] + t + 1;
-            for (long n = 0; n < s->heads; n++) {
-                long base = (b * s->kv_heads + n / groups) * s->length * dim;
-                const float *query = queries + (m * s->heads + n) * dim, *key = keys + base, *value = values + base;
-                float largest = -3.0e38f, sum = 0.0f, *result = out + (m * s->heads + n) * dim;
-                long j = 0;
-                for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
-                    const float *k0 = key + j * dim, *k1 = k0 + dim, *k2 = k1 + dim, *k3 = k2 + dim;
-                    float d0 = 0.0f, d1 = 0.0f, d2 = 0.0f, d3 = 0.0f;
-                    for (long d = 0; d < dim; d++) {
-                        d0 += query[d] * k0[d];
-                        d1 += query[d] * k1[d];
-                        d2 += query[d] * k2[d];
-                        d3 += query[d] * k3[d];
-                    }
-                    weights[j] = d0 * root, weights[j + 1] = d1 * root;
-                    weights[j + 2] = d2 * root, weights[j + 3] = d3 * root;
+            for (long k = 0; k < s->kv_heads; k++) {
+                long base = (b * s->kv_heads + k) * s->length * dim, first = (m * s->heads + k * groups) * dim;
+                /* All heads over the keys, then all over the values: each is read from afar once. */
+                for (long g = 0; g < groups; g++)
+                    dot_keys(queries + first + g * dim, keys + base, root, weights + g * s->length, seen, dim);
+                for (long g = 0; g < groups; g++) {
+                    float *weight = weights + g * s->length, largest = -3.0e38f, sum = 0.0f;
+                    for (long j = 0; j < seen; j++) largest = weight[j] > largest ? weight[j] : largest;
+                    for (long j = 0; j < seen; j++) weight[j] = expf(weight[j] - largest);
+                    for (long j = 0; j < seen; j++) sum += weight[j];
+                    mix_values(weight, values + base, 1.0f / sum, out + first + g * dim, seen, dim);
                 }
-                for (; j < seen; j++) {
-                    float dot = 0.0f;
-                    for (long d = 0; d < dim; d++) dot += query[d] * key[j * dim + d];
-                    weights[j] = dot * root;
-                }
-                for (j = 0; j < seen; j++) largest = weights[j] > largest ? weights[j] : largest;
-                for (j = 0; j < seen; j++) weights[j] = expf(weights[j] - largest);
-                for (j = 0; j < seen; j++) sum += weights[j];
-                for (long d = 0; d < dim; d++) result[d] = 0.0f;
-                for (j = 0; j + 4 <= seen; j += 4) {
-                    const float *v0 = value + j * dim, *v1 = v0 + dim, *v2 = v1 + dim, *v3 = v2 + dim;
-                    float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
-                    for (long d = 0; d < dim; d++) result[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d];
-                }
-                for (; j < seen; j++)
-                    for (long d = 0; d < dim; d++) result[d] += weights[j] * value[j * dim + d];
-                for (long d = 0; d < dim; d++) result[d] /= sum;
             }
             out_scale[m] = scale_to_levels(out + m * s->heads * dim, s->heads * dim);
         }

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.console import run_command
+from ssv.builder.console import add_device, add_precision, run_command
 from ssv.builder.environment import commit, machine, versions
 from ssv.builder.progress import Report, terminal_report
 from ssv.builder.prompts import read_prompts
@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default: 1)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "int8", "int4"], help="default: the bundle's")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    add_precision(parser)
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--price-per-hour", type=float, help="of this machine, for the cost per 1M tokens")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against divergence")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssv.builder.console import run_command
+from ssv.builder.console import add_device, add_precision, run_command
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.strategies import METHODS
 
@@ -35,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
     parser.add_argument("--max-delay", type=float, metavar="S", help="verify what is pending after so many seconds")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "int8", "int4"], help="default: the bundle's")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    add_precision(parser)
+    add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no counts on stderr")
     return parser
 

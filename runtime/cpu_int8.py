@@ -126,7 +126,7 @@ class _Scratch:
         self.gated_MI = torch.empty(num_tokens, spec.intermediate_size)
         self.scale_M = torch.empty(num_tokens)
         self.product_scale_M = torch.empty(num_tokens)
-        self.weights_S = torch.empty(max_length)
+        self.weights_NS = torch.empty(spec.num_heads // spec.num_kv_heads, max_length)
         rotate = decoder.rotation(torch.arange(max_length), torch.float32)
         self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
 
@@ -180,7 +180,7 @@ class FusedInt8Layers:
         spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
         num_tokens, batch = x_MH.shape[0], position_B.shape[0]
         tokens = num_tokens // batch
-        if num_tokens > len(self._scratch.scale_M) or max_length > len(self._scratch.weights_S):
+        if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_NS.shape[1]:
             self._scratch = _Scratch(self.decoder, num_tokens, max_length)
         s = self._scratch
         normed, queries, attended, gated = (
@@ -188,7 +188,7 @@ class FusedInt8Layers:
         )
         scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
         shape = (batch, tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
-        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_S.data_ptr()
+        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_NS.data_ptr()
         # Addresses of a layer's cache by arithmetic: slicing the tensors costs more than a stage does.
         keys, values = keys_LBKSD.data_ptr(), values_LBKSD.data_ptr()
         layer_bytes = keys_LBKSD.stride(0) * keys_LBKSD.element_size()

@@ -173,7 +173,9 @@ class LLM:
         if running.finish_reason is not None:
             return
         params, counters = running.request.params, running.row.counters
-        texts, taken = [], []
+        texts: list[str] = []
+        taken: list[int] = []
+        unsaid: list[int] = []
         for token in tokens:
             counters.emitted += 1
             counters.first_token_s = counters.first_token_s or time.monotonic() - running.started
@@ -181,13 +183,17 @@ class LLM:
             if token in self.eos_token_ids and not params.ignore_eos:
                 running.finish_reason = "stop"
                 break
-            texts.append(running.text.push(token))
-            if running.text.stopped:
-                running.finish_reason = "stop"
-                break
+            unsaid.append(token)
+            if params.stop:
+                texts.append(running.text.push(unsaid.pop()))
+                if running.text.stopped:
+                    running.finish_reason = "stop"
+                    break
             if counters.emitted >= params.max_tokens:
                 running.finish_reason = "length"
                 break
+        if unsaid:  # no stop string can end the output among them: decoded once, not token by token
+            texts.append(running.text.push(*unsaid))
         if running.finish_reason is not None:
             texts.append(running.text.flush())
             if running.text.stopped:  # a stop string before half a character shows only now

@@ -25,9 +25,10 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Takes a token, returns the text that can leave now."""
-        self._ids.append(token_id)
+    def push(self, *token_ids: int) -> str:
+        """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
+        that completes one."""
+        self._ids.extend(token_ids)
         before = self._decode(self._ids[self._context : self._done])
         after = self._decode(self._ids[self._context :])
         if after.endswith(_HALF_CHARACTER):

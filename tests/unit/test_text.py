@@ -48,6 +48,12 @@ def test_character_leaves_with_its_last_byte() -> None:
     assert push_all(byte_stream(), "a😀b") == ["a", "", "", "", "😀", "b"]
 
 
+def test_several_tokens_at_once() -> None:
+    stream = byte_stream()
+    data = "a€b😀".encode()
+    assert [stream.push(*data[:3]), stream.push(*data[3:5]), stream.push(*data[5:])] == ["", "a€b", "😀"]
+
+
 def test_broken_bytes_leave_once_they_cannot_be_completed() -> None:
     pieces = push_all(byte_stream(), b"\xe2\x82a")
     assert pieces == ["", "", HALF + "a"]
