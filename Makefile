@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/ssv-build pair builder/presets/smollm2-135m.yaml --out $(BUNDLE)
 	$(BIN)/ssv-build inspect $(BUNDLE)
 	$(BIN)/ssv-generate --bundle $(BUNDLE) --max-tokens 120 "Explain how rainbows form."
-	$(BIN)/ssv-bench --bundle $(BUNDLE) --prompts benchmarks/prompts/demo.jsonl --max-tokens 96 --plot bundles/demo.png
+	$(BIN)/ssv-bench --bundle $(BUNDLE) --prompts benchmarks/prompts/demo.jsonl --plot bundles/demo.png
 
 test: setup lint
 	$(BIN)/pytest

@@ -14,11 +14,10 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from ssv.builder.config import load_recipe
-from ssv.builder.environment import commit, machine, versions
+from ssv.builder.environment import versions, write_record
 from ssv.builder.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -91,25 +90,16 @@ def main() -> int:
                 print(f"ssv {mine:6.1f}  llama.cpp {theirs[-1]:6.1f}  ratio {mine / theirs[-1]:.2f}", file=sys.stderr)
     llama.stdin.close()
     llama.wait()
-    record = {
+    figures = {
         "what": "autoregressive decoding, tokens/s after the first token, medians over prompts and rounds",
-        # Where the other interpreter lies says nothing about the figures.
-        "command": " ".join(["python", *sys.argv]).replace(args.llama_python, "PYTHON"),
         "ssv_tokens_per_s": statistics.median(ours),
         "llama_cpp_tokens_per_s": statistics.median(theirs),
         "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "precision": args.precision,
         "threads": settings["threads"],
         "pairs": len(ours),
-        "machine": machine(),
-        "versions": {**versions("torch", "transformers"), "llama-cpp-python": llama_version},
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    text = json.dumps(record, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
+    write_record(figures, args.out, {**versions("torch", "transformers"), "llama-cpp-python": str(llama_version)})
     return 0
 
 

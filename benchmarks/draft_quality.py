@@ -10,10 +10,8 @@ target in each precision. Counts only: nothing here is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from ssv.builder.corpus import Conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import measure_agreement
 from ssv.builder.draft import load_draft
-from ssv.builder.environment import commit, machine, versions
+from ssv.builder.environment import versions, write_record
 from ssv.builder.prompts import read_prompts
 from ssv.builder.scorer import load_scorer
 from ssv.builder.scorer_fit import auc, collect_samples, reliability
@@ -54,24 +52,16 @@ def main() -> int:
     counters = sum((output.counters for output in outputs), Counters(requests=0))
     print(f"{counters.tokens_per_pass:.3f} tokens per target pass", file=sys.stderr)
     texts = [ids + output.token_ids for ids, output in zip(prompts, outputs, strict=True)]
-    record = {
+    figures = {
         "what": "draft and scorer on real prompts, greedy answers in fp32",
-        "command": " ".join(["python", *sys.argv]),
         "prompts": len(prompts),
         "answer_tokens": counters.emitted,
         "num_draft_tokens": args.num_draft_tokens,
         "tokens_per_target_pass": counters.tokens_per_pass,
         **_along_answers(args.bundle, prompts, texts, depth=args.num_draft_tokens),
         "perplexity": {name: _perplexity(args.bundle, name, texts) for name in args.precisions.split(",")},
-        "machine": machine(),
-        "versions": versions("torch", "transformers"),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    text = json.dumps(record, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
+    write_record(figures, args.out, versions("torch", "transformers"))
     return 0
 
 

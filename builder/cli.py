@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssv.builder.config import CalibrationConfig, TargetConfig, load_recipe
-from ssv.builder.console import run_command
+from ssv.builder.console import add_device, add_precision, run_command
 
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("recipe", type=Path, help="YAML recipe, see builder/presets/")
         sub.add_argument("--out", type=Path, required=True, help="what to write")
         sub.add_argument("--target", type=Path, help="checkpoint to use instead of the recipe's")
-        sub.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute (default: cpu)")
+        add_device(sub)
         return sub
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
     calibrate.add_argument("--batch", type=int, default=8, help="prompts decoded side by side")
-    calibrate.add_argument("--precision", choices=["fp32", "bf16", "int8", "int4"], help="default: the bundle's")
+    add_precision(calibrate)
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("bundle", type=Path)
     inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
@@ -129,6 +129,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             args.bundle, config, report, device=args.device, batch=args.batch, precision=args.precision
         )
     document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))
     return 0

@@ -1,10 +1,11 @@
-"""What the command line tools share: errors as a person wants to read them.
+"""What the command line tools share: errors as a person wants to read them, and options.
 
 May import: nothing else of ssv.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -25,6 +26,15 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    choices = ["fp32", "bf16", "int8", "int4"]
+    parser.add_argument("--precision", choices=choices, help="default: the bundle's on a CPU, bf16 on CUDA")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute (default: cpu)")
 
 
 _CURES = (

@@ -77,7 +77,7 @@ def distill(
 
 
 def _claim(work: Path, target: Decoder, config: DistillConfig) -> None:
-    stamp = {"config": config.model_dump(mode="json"), "target": target.spec.to_dict()}
+    stamp: dict[str, Any] = {"config": config.model_dump(mode="json"), "target": target.spec.to_dict()}
     if config.start_from is not None:
         stamp["start_from"] = file_entry(config.start_from).sha256
     path = work / "distill.json"

@@ -1,13 +1,16 @@
-"""What a number was measured on.
+"""What a number was measured on, and the record that says so.
 
 May import: nothing else of ssv.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,22 @@ def commit() -> str:
         return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, str]) -> None:
+    """Prints a benchmark's figures with command, machine, versions, commit and date; writes them to a file if one is given."""
+    record = {
+        **figures,
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "versions": packages,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    text = json.dumps(record, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
 
 
 def _git(root: Path, *args: str) -> str:
