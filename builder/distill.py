@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ssv.builder.config import DistillConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft, draft_spec, load_draft, save_draft, start_from_target
+from ssv.builder.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
 from ssv.builder.manifest import file_entry
 from ssv.builder.progress import Report
 
@@ -62,11 +62,12 @@ def distill(
         ValueError: `work` holds the state of another configuration, or the draft to start from has another shape.
         CheckpointError: the draft to start from is damaged or made for another target.
     """
+    start = _earlier(target, config)  # before anything is written
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, target, config)
     shards = _write_corpus(target, pieces, openings, config, work, report)
     held_out = shards.pop()
-    trainer = _Trainer(target, config, shards, work)
+    trainer = _Trainer(target, config, shards, work, start)
     trainer.run(report)
     return DistillResult(
         draft=trainer.draft,
@@ -306,12 +307,15 @@ def fit_start(target: Decoder, draft: Draft, tokens_BT: Tensor, rows: int = 16, 
 
 
 class _Trainer:
-    def __init__(self, target: Decoder, config: DistillConfig, shards: list[Path], work: Path) -> None:
+    def __init__(
+        self, target: Decoder, config: DistillConfig, shards: list[Path], work: Path, start: Draft | None
+    ) -> None:
         self.target, self.config = target, config
         self.data = [Conversations.load(path) for path in shards]
         self.state_path = work / "train.safetensors"
         device = target.embed.weight.device
-        self.draft = _start(target, config, self.data)
+        self.draft = start if start is not None else _untrained(target, config, self.data)
+        self.draft.share_target(target, self.draft.token_ids)
         self.is_covered = torch.zeros(target.spec.vocab_size, dtype=torch.bool, device=device)
         self.is_covered[self.draft.token_ids] = True
         self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
@@ -420,19 +424,23 @@ class _Trainer:
                     optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
-def _start(target: Decoder, config: DistillConfig, data: list[Conversations]) -> Draft:
-    """The draft to train, in fp32, beside the target's embedding and LM head rows as they are."""
-    device, layers = target.embed.weight.device, tuple(config.layers)
-    spec = draft_spec(target.spec, config.kind, layers, config.head_size)
+def _spec(target: Decoder, config: DistillConfig) -> DraftSpec:
+    return draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
+
+
+def _earlier(target: Decoder, config: DistillConfig) -> Draft | None:
+    """The draft to train further, in fp32 on the target's device."""
     if config.start_from is None:
-        head = _most_frequent(data, target.spec.vocab_size, config.head_size)
-        draft = start_from_target(spec, target, layers, head.to(device)).float()
-    else:
-        draft = load_draft(config.start_from, target).to(device).requires_grad_()
-        if draft.spec != spec:
-            raise ValueError(f"{config.start_from} has another kind, layers or head_size than the recipe asks for")
-    draft.share_target(target, draft.token_ids)
-    return draft
+        return None
+    draft, wanted = load_draft(config.start_from, target), _spec(target, config).to_dict()
+    if differ := [name for name, value in draft.spec.to_dict().items() if value != wanted[name]]:
+        raise ValueError(f"{config.start_from} has another {' and '.join(differ)} than the recipe asks for")
+    return draft.to(target.embed.weight.device).requires_grad_()
+
+
+def _untrained(target: Decoder, config: DistillConfig, data: list[Conversations]) -> Draft:
+    head = _most_frequent(data, target.spec.vocab_size, config.head_size).to(target.embed.weight.device)
+    return start_from_target(_spec(target, config), target, tuple(config.layers), head).float()
 
 
 def _optimizers(draft: Draft, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -1,14 +1,15 @@
 /* The work between the int8 matrix products of a decoder on the CPU, each stage one pass over a few rows.
  *
  * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic. Three of
- * these stages replace some twenty of them a layer, the others what a target and a draft have around their layers. `Decoder`, `Draft` and
- * `Scorer` of ssv.builder define what they compute, in PyTorch, and the tests compare the two.
+ * these stages replace some twenty of them a layer, the others what a target and a draft have around their layers.
+ * What they compute is defined in PyTorch by `Decoder`, `Draft` and `Scorer` of ssv.builder and by `quantize_rows` of
+ * ssv/runtime/cpu_int8.py, and the tests compare the two.
  *
  * Every row is computed by itself, in an order that does not depend on the rows beside it: a token's result is the same to
  * the last bit whether it is decoded alone or verified among others.
  *
  * Pointers arrive as integers (tensor.data_ptr()); the caller owns the memory and has checked shapes and lengths.
- * All tensors are fp32, contiguous, rows first. M rows of the step.
+ * All tensors are contiguous, rows first, and fp32 but for the positions, which are int32. M rows of the step.
  * Compiled with -ffast-math (vector expf), never linked with it (that would flush subnormals in the whole process).
  */
 #define PY_SSIZE_T_CLEAN
@@ -259,6 +260,11 @@ static inline void mix_values(const float *weights, const float *value, float fa
         Eight *result = (Eight *)(out + d);
         result[0] = s0 * factor, result[1] = s1 * factor, result[2] = s2 * factor, result[3] = s3 * factor;
         result[4] = s4 * factor, result[5] = s5 * factor, result[6] = s6 * factor, result[7] = s7 * factor;
+    }
+    for (; d + EIGHT <= dim; d += EIGHT) {
+        Eight sum = {0};
+        for (long j = 0; j < seen; j++) sum += weights[j] * *(const Eight *)(value + j * dim + d);
+        *(Eight *)(out + d) = sum * factor;
     }
     for (; d < dim; d++) {
         float sum = 0.0f;

@@ -1,4 +1,4 @@
-"""Decoder layers on the CPU in int8: weights per output channel, activations per row.
+"""Decoder layers, join and scorer on the CPU in int8: weights per output channel, activations per row.
 
 The products are torch's own (FBGEMM), with exact integer accumulation; what lies between them is fused in `_cpu.c`. Per-row
 activation scales keep rows independent: verifying eight tokens gives bit for bit what decoding them one by one gives.
@@ -6,8 +6,8 @@ activation scales keep rows independent: verifying eight tokens gives bit for bi
 Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smooth_decoder` wins back most of
 what that costs in quality.
 
-Shapes: M tokens of the step (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value heads, D head dim,
-S cache length, R gathered rows, V vocab.
+Shapes: M tokens of the step (B rows x T tokens), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,
+D head dim, P rotated pairs (D / 2), S cache length, R gathered rows, V vocab, F features of the scorer.
 
 May import: ssv.builder.decoder, .draft, .scorer; ssv.runtime.engine.
 """
@@ -116,7 +116,7 @@ class _FusedLayer:
 
 
 class _Scratch:
-    """Buffers for steps of up to so many tokens; a step of fewer uses their first rows."""
+    """Buffers for steps of up to so many tokens (a step of fewer uses their first rows), and the rope angles of all positions."""
 
     def __init__(self, decoder: Decoder, num_tokens: int, max_length: int) -> None:
         spec = decoder.spec
@@ -126,7 +126,7 @@ class _Scratch:
         self.gated_MI = torch.empty(num_tokens, spec.intermediate_size)
         self.scale_M = torch.empty(num_tokens)
         self.product_scale_M = torch.empty(num_tokens)
-        self.weights_NS = torch.empty(spec.num_heads // spec.num_kv_heads, max_length)
+        self.weights_GS = torch.empty(spec.num_heads // spec.num_kv_heads, max_length)
         rotate = decoder.rotation(torch.arange(max_length), torch.float32)
         self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
 
@@ -180,7 +180,7 @@ class FusedInt8Layers:
         spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
         num_tokens, batch = x_MH.shape[0], position_B.shape[0]
         tokens = num_tokens // batch
-        if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_NS.shape[1]:
+        if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_GS.shape[1]:
             self._scratch = _Scratch(self.decoder, num_tokens, max_length)
         s = self._scratch
         normed, queries, attended, gated = (
@@ -188,7 +188,7 @@ class FusedInt8Layers:
         )
         scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
         shape = (batch, tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
-        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_NS.data_ptr()
+        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_GS.data_ptr()
         # Addresses of a layer's cache by arithmetic: slicing the tensors costs more than a stage does.
         keys, values = keys_LBKSD.data_ptr(), values_LBKSD.data_ptr()
         layer_bytes = keys_LBKSD.stride(0) * keys_LBKSD.element_size()

@@ -208,10 +208,6 @@ class DecodeBatch:
                 self._features_BTF[row] = self._features_BTF[moved]
         self.rows.pop()
 
-    def pending_ids(self, row: int) -> list[int]:
-        """Token ids drafted since the last pass."""
-        return self.rows[row].pending
-
     # --- drafting ---------------------------------------------------------------------------------------------------
 
     def _prefill_draft(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
@@ -253,12 +249,10 @@ class DecodeBatch:
         """What the next draft step of these rows takes for its first tokens."""
         tokens = features_RTF.shape[1]
         held = self._features_BTF
-        if held is None or held.shape[0] < self.target.max_batch or held.shape[1] < tokens:
-            grown = features_RTF.new_zeros(
-                self.target.max_batch, max(tokens, held.shape[1] if held is not None else 1), features_RTF.shape[2]
-            )
+        if held is None or held.shape[1] < tokens:
+            grown = features_RTF.new_zeros(self.target.max_batch, tokens, features_RTF.shape[2])
             if held is not None:
-                grown[: held.shape[0], : held.shape[1]] = held
+                grown[:, : held.shape[1]] = held
             self._features_BTF = held = grown
         if len(rows) == len(self.rows):  # all of them, in their order
             held[: len(rows), :tokens] = features_RTF
@@ -344,9 +338,9 @@ class DecodeBatch:
     def _sampling(self, rows: Sequence[int]) -> SamplingTensors:
         params = [self.rows[b].params for b in rows]
         return SamplingTensors(
-            torch.tensor([p.temperature for p in params]),
+            torch.tensor([p.temperature for p in params], dtype=torch.float32),
             torch.tensor([p.top_k for p in params]),
-            torch.tensor([p.top_p for p in params]),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32),
         )
 
     def _without_early_eos(self, logits_RV: Tensor, at: Sequence[tuple[int, int]], eos: Tensor) -> Tensor:

@@ -101,6 +101,8 @@ def check_step(
     batch, tokens = input_ids_BT.shape
     # Plain numbers: at one token a step a reduction costs several times its list.
     positions, gathered = position_B.tolist(), gather_rows_R.tolist()
+    if position_B.shape != (batch,):
+        raise EngineError(f"position has shape {tuple(position_B.shape)}, the step has {batch} rows")
     if position_B.dtype != torch.int32 or min(positions) < 0:
         raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {positions}")
     if gathered and not 0 <= min(gathered) <= max(gathered) < batch * tokens:

@@ -46,7 +46,7 @@ class TorchEngine:
         if max_length > decoder.spec.max_positions:
             raise EngineError(f"max length {max_length} exceeds the model's {decoder.spec.max_positions} positions")
         self.max_batch, self.max_length = max_batch, max_length
-        self.decoder, self.tap, self.draft, self.scorer = decoder, tap, draft, scorer
+        self.decoder, self.tap, self.draft = decoder, tap, draft
         self.has_scorer = scorer is not None
         self.num_features = decoder.spec.hidden_size if draft is not None and draft.conditioned else 0
         covers_all = draft is None or draft.spec.head_size == decoder.spec.vocab_size

@@ -389,7 +389,7 @@ def test_engines_can_be_used_again(kind: str) -> None:
 
 
 def test_conditioned_draft_when_the_batch_grows_by_a_row_without_draft() -> None:
-    """Features are kept of as many rows as the last pass had; the next round may have more."""
+    """The features of the last pass are of fewer rows than the next round has."""
     llm = make_llm(max_batch=2)
     long, short = SamplingParams(max_tokens=12, ignore_eos=True), SamplingParams(max_tokens=1)
     requests = [
@@ -616,7 +616,7 @@ def test_release_gives_a_trusted_prefix_before_the_pass(kind: str) -> None:
             row.counters.emitted = len(tokens)
             batch.draft()
             steps = len(target.calls)
-            pending = batch.pending_ids(0)
+            pending = row.pending
             gained = batch.release()[0]
             assert gained == expected == pending[: len(gained)]
             assert len(target.calls) == steps

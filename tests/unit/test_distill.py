@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny_decoder
 
 from ssv.builder import distill as distilling
+from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.config import DistillConfig, ScorerConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.distill import distill, draft_passes, measure_agreement, view_target
@@ -160,8 +161,11 @@ def test_training_goes_on_from_an_earlier_draft(tmp_path: Path) -> None:
 def test_an_earlier_draft_of_another_shape_is_refused(tmp_path: Path) -> None:
     earlier = tmp_path / "earlier.safetensors"
     save_draft(run(tmp_path / "first").draft, earlier)
-    with pytest.raises(ValueError, match="another kind, layers or head_size"):
+    with pytest.raises(ValueError, match="has another head_size than the recipe asks for"):
         run(tmp_path / "on", start_from=earlier, head_size=32)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        run(tmp_path / "on", start_from=tmp_path / "nowhere.safetensors")
+    assert not (tmp_path / "on").exists()
     save_draft(run(tmp_path / "second", seed=1).draft, earlier)
     run(tmp_path / "third", start_from=earlier)
     save_draft(run(tmp_path / "second", seed=1).draft, earlier, torch.float32)

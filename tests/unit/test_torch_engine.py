@@ -371,8 +371,8 @@ def fused_and_not(decoder: Decoder, draft: Draft | None = None) -> tuple[TorchEn
     return fused, without_stages(modules)
 
 
-def without_stages(engine: TorchEngine) -> TorchEngine:
-    engine.fused, engine._fused_join, engine._score = None, None, engine.scorer
+def without_stages(engine: TorchEngine, scorer: Scorer | None = None) -> TorchEngine:
+    engine.fused, engine._fused_join, engine._score = None, None, scorer
     return engine
 
 
@@ -428,7 +428,7 @@ def test_fused_int8_draft_equals_its_modules(shape: dict[str, Any], uses_hidden:
     draft, hidden = make_draft(decoder, "conditioned", (0, 1)), decoder.spec.hidden_size
     scorer = Scorer(torch.randn(3 + hidden * uses_hidden) / 8, torch.tensor(-0.3), uses_hidden)
     fused = make_draft_engine(draft, "int8", scorer)
-    modules = without_stages(make_draft_engine(draft, "int8", scorer))
+    modules = without_stages(make_draft_engine(draft, "int8", scorer), scorer)
     ids_BT, features_BTF = tiny_ids(4, 12), torch.randn(4, 12, hidden) * 20
     given = features_BTF.clone()
     for at in (slice(0, 9), slice(9, 10), slice(10, 12)):
