@@ -218,6 +218,29 @@ def test_step_beyond_the_cache(precision: Precision) -> None:
     assert not engine.cache.keys.any()
 
 
+@pytest.mark.parametrize(
+    ("position", "gather", "first_row", "named"),
+    [
+        (torch.tensor([0, 0, 0], dtype=torch.int32), [0], 0, r"position has shape \(3,\), the step has 2 rows"),
+        (torch.tensor([0], dtype=torch.int32), [0], 0, r"position has shape \(1,\), the step has 2 rows"),
+        (torch.tensor([0, 0]), [0], 0, "position must be int32 and not negative, got torch.int64"),
+        (torch.tensor([0, -1], dtype=torch.int32), [0], 0, r"not negative, got torch.int32 \[0, -1\]"),
+        (torch.tensor([0, 0], dtype=torch.int32), [6], 0, r"gather_rows \[6\] lie outside the step's 6 rows"),
+        (torch.tensor([0, 0], dtype=torch.int32), [0, -1], 0, "lie outside the step's 6 rows"),
+        (torch.tensor([0, 0], dtype=torch.int32), [0], -1, "first_row -1 is negative"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_indices_that_point_elsewhere(
+    precision: Precision, position: Tensor, gather: list[int], first_row: int, named: str
+) -> None:
+    """Compiled code reads and writes where they say."""
+    engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
+    with pytest.raises(EngineError, match=named):
+        engine.step(tiny_ids(2, 3), position, torch.tensor(gather), first_row=first_row)
+    assert not engine.cache.keys.any()
+
+
 def test_cache_longer_than_the_model_can_see() -> None:
     with pytest.raises(EngineError, match="max length 513 exceeds the model's 512 positions"):
         make_engine(tiny_decoder(), max_length=513)
