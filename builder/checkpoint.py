@@ -360,11 +360,13 @@ def read_safetensors(path: Path) -> Weights:
     """All tensors of one safetensors file.
 
     Raises:
-        CheckpointError: the file is damaged or truncated.
+        CheckpointError: the file is not there, damaged or truncated.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): truncated or not a safetensors file") from error
 

@@ -253,7 +253,7 @@ def test_truncated_file(stored: Path, kept: int) -> None:
 
 
 def test_file_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
         load_draft(tmp_path / "none.safetensors", tiny_decoder())
 
 
