@@ -163,7 +163,7 @@ def test_an_earlier_draft_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_draft(run(tmp_path / "first").draft, earlier)
     with pytest.raises(ValueError, match="has another head_size than the recipe asks for"):
         run(tmp_path / "on", start_from=earlier, head_size=32)
-    with pytest.raises(CheckpointError, match="nowhere.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors does not exist"):
         run(tmp_path / "on", start_from=tmp_path / "nowhere.safetensors")
     assert not (tmp_path / "on").exists()
     save_draft(run(tmp_path / "second", seed=1).draft, earlier)
