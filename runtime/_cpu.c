@@ -322,12 +322,21 @@ static int read_args(PyObject *const *objects, Py_ssize_t given, Py_ssize_t want
     return 0;
 }
 
+/* The same after a number that is not whole. */
+static int read_float_and_args(PyObject *const *objects, Py_ssize_t given, Py_ssize_t wanted, double *number, Args *args) {
+    if (given < 1) {
+        PyErr_Format(PyExc_TypeError, "expected a number and %zd integers", wanted);
+        return -1;
+    }
+    *number = PyFloat_AsDouble(objects[0]);
+    if (*number == -1.0 && PyErr_Occurred()) return -1;
+    return read_args(objects + 1, given - 1, wanted, args);
+}
+
 static PyObject *py_add_norm(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
-    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 9 integers");
-    double eps = PyFloat_AsDouble(objects[0]);
-    if (eps == -1.0 && PyErr_Occurred()) return NULL;
-    if (read_args(objects + 1, given - 1, 9, &a)) return NULL;
+    double eps;
+    if (read_float_and_args(objects, given, 9, &eps, &a)) return NULL;
     add_norm_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
                   a.pointer[6], a.number[7], a.number[8]);
     Py_RETURN_NONE;
@@ -335,10 +344,8 @@ static PyObject *py_add_norm(PyObject *self, PyObject *const *objects, Py_ssize_
 
 static PyObject *py_join(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
-    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 8 integers");
-    double eps = PyFloat_AsDouble(objects[0]);
-    if (eps == -1.0 && PyErr_Occurred()) return NULL;
-    if (read_args(objects + 1, given - 1, 8, &a)) return NULL;
+    double eps;
+    if (read_float_and_args(objects, given, 8, &eps, &a)) return NULL;
     join_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], (float)eps, a.pointer[4], a.pointer[5],
               a.number[6], a.number[7]);
     Py_RETURN_NONE;
@@ -346,10 +353,8 @@ static PyObject *py_join(PyObject *self, PyObject *const *objects, Py_ssize_t gi
 
 static PyObject *py_score(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
-    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected bias and 7 integers");
-    double bias = PyFloat_AsDouble(objects[0]);
-    if (bias == -1.0 && PyErr_Occurred()) return NULL;
-    if (read_args(objects + 1, given - 1, 7, &a)) return NULL;
+    double bias;
+    if (read_float_and_args(objects, given, 7, &bias, &a)) return NULL;
     score_rows(a.pointer[0], a.pointer[1], a.pointer[2], (float)bias, a.pointer[3], a.number[4], a.number[5],
                a.number[6]);
     Py_RETURN_NONE;
@@ -371,10 +376,8 @@ static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t g
 
 static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
-    if (given < 1) return PyErr_Format(PyExc_TypeError, "expected eps and 20 integers");
-    double eps = PyFloat_AsDouble(objects[0]);
-    if (eps == -1.0 && PyErr_Occurred()) return NULL;
-    if (read_args(objects + 1, given - 1, 20, &a)) return NULL;
+    double eps;
+    if (read_float_and_args(objects, given, 20, &eps, &a)) return NULL;
     Shape shape = {a.number[14], a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]};
     store_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
                a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], &shape);

@@ -28,9 +28,6 @@ class TextStream:
     def push(self, *token_ids: int) -> str:
         """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
         that completes one."""
-        return self._push(token_ids)
-
-    def _push(self, token_ids: Sequence[int]) -> str:
         self._ids.extend(token_ids)
         before = self._decode(self._ids[self._context : self._done])
         after = self._decode(self._ids[self._context :])
@@ -39,7 +36,7 @@ class TextStream:
                 return ""
             # Whole characters before the half one leave all the same.
             del self._ids[-len(token_ids) :]
-            return "".join([self._push([token]) for token in token_ids])
+            return "".join([self.push(token) for token in token_ids])
         self._context, self._done = self._done, len(self._ids)
         return self._release(after[len(before) :])
 
