@@ -91,7 +91,8 @@ class DecoderSpec:
         Returns:
             fp32 [head_dim / 2].
         """
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        # On the CPU whatever the default device is: a network that is laid out on "meta" keeps them.
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
         freq = 1.0 / (self.rope_theta**exponent)
         if self.rope_scaling is None:
             return freq
@@ -150,7 +151,8 @@ def load_checkpoint(path: Path | str) -> tuple[DecoderSpec, Weights]:
     if path.is_file() and path.suffix == ".gguf":
         spec, weights = _load_gguf(path)
     elif path.is_dir():
-        spec, weights = _load_hf_folder(path)
+        config, weights = read_hf_folder(path)
+        spec = spec_from_hf_config(config)
     elif not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist")
     else:
@@ -285,7 +287,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
         if config.get(key):
             raise CheckpointError(f"{key}: mixture-of-experts models are not supported")
     if config.get("quantization_config"):
-        raise CheckpointError("quantization_config: quantized checkpoints are not supported, give the original weights")
+        raise CheckpointError("quantization_config: this needs a checkpoint that is not quantized, give the original weights")
     # Qwen's configs carry a sliding_window that is off unless use_sliding_window is set; Mistral's is on when not null.
     window_on = config.get("use_sliding_window", family == "mistral")
     if window_on and config.get("sliding_window"):
@@ -318,7 +320,12 @@ def _rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None
     )
 
 
-def _load_hf_folder(folder: Path) -> tuple[DecoderSpec, Weights]:
+def read_hf_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
+    """config.json and all weights of a Hugging Face folder, as they are.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights are pickled.
+    """
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
@@ -336,7 +343,7 @@ def _load_hf_folder(folder: Path) -> tuple[DecoderSpec, Weights]:
     weights: Weights = {}
     for file in files:
         weights |= read_safetensors(file)
-    return spec_from_hf_config(config), weights
+    return config, weights
 
 
 def _weight_files(folder: Path) -> list[Path]:

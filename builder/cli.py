@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssv.builder.config import CalibrationConfig, TargetConfig, load_recipe
+from ssv.builder.config import CalibrationConfig, TargetConfig, engine_config, load_recipe
 from ssv.builder.console import add_device, add_precision, run_command
 
 if TYPE_CHECKING:
@@ -54,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
     calibrate.add_argument("--batch", type=int, default=8, help="prompts decoded side by side")
     add_precision(calibrate)
+    compile_ = command("compile", _compile, "compile a TensorRT engine into a bundle")
+    compile_.add_argument("--role", required=True, choices=["target", "draft"])
+    compile_.add_argument("--precision", required=True, choices=["fp16", "bf16", "fp8", "int4"])
+    compile_.add_argument("--checkpoint", type=Path, help="what `ssv-build quantize` wrote (default: the bundle's own weights)")
+    compile_.add_argument("--flavor", default="tensorrt_rtx", choices=["tensorrt_rtx", "tensorrt"])
+    compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
+    compile_.add_argument("--max-batch", type=int, default=8, help="rows of a step (default: 8)")
+    compile_.add_argument("--max-length", type=int, default=2048, help="tokens of a row, 64 of them for drafting (default: 2048)")
+    compile_.add_argument("--max-pending", type=int, help="most tokens verified at a time (default: what the bundle's tiers ask)")
+    compile_.add_argument("--prefill-chunk", type=int, default=256, help="most tokens of a row in one step (default: 256)")
+    compile_.add_argument("--out", type=Path, required=True, help="bundle that the engine is added to")
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("bundle", type=Path)
     inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
@@ -132,6 +143,28 @@ def _calibrate(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from ssv.builder.engine import compile_engine
+    from ssv.builder.progress import terminal_report
+
+    config = engine_config(
+        role=args.role,
+        precision=args.precision,
+        checkpoint=args.checkpoint,
+        flavor=args.flavor,
+        compute_capability=args.compute_capability.split(","),
+        max_batch=args.max_batch,
+        max_length=args.max_length,
+        max_pending=args.max_pending,
+        prefill_chunk=args.prefill_chunk,
+    )
+    with terminal_report() as report:
+        name, entry = compile_engine(args.out, config, report)
+    facts = {"engine": name, **entry.model_dump(mode="json"), "plan_bytes": (args.out / entry.file).stat().st_size}
+    print(json.dumps(facts))
     return 0
 
 

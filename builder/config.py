@@ -1,6 +1,6 @@
 """The recipe of a bundle: every setting of every build step, from one YAML file.
 
-May import: nothing else of ssv.
+May import: ssv.builder.tensorrt_api.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -160,6 +162,38 @@ class CalibrationPart(_Strict):
     make: CalibrationConfig
 
 
+class EngineConfig(_Strict):
+    """A TensorRT engine of the bundle.
+
+    Attributes:
+        precision: fp8 and int4 compile a checkpoint that `ssv-build quantize` wrote.
+        checkpoint: that checkpoint, relative to the recipe; null for the bundle's own weights. In a recipe, null with fp8 or int4
+            has it made, from the calibration's prompts.
+        flavor: `tensorrt_rtx` builds on any machine, `tensorrt` on the GPU that will run the engine.
+        compute_capability: GPUs that it shall run on, such as "8.9".
+        max_batch: rows of a step.
+        max_length: tokens that each row of the cache holds; the runtime keeps 64 of them for drafting.
+        max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
+        prefill_chunk: most tokens of a row in one step.
+    """
+
+    role: Literal["target", "draft"]
+    precision: EnginePrecision
+    checkpoint: Path | None = None
+    flavor: Flavor = "tensorrt_rtx"
+    compute_capability: Annotated[list[Capability], Field(min_length=1)]
+    max_batch: PositiveInt = 8
+    max_length: Annotated[int, Field(ge=128)] = 2048
+    max_pending: Annotated[int, Field(ge=1, le=32)] | None = None
+    prefill_chunk: Annotated[int, Field(ge=64)] = 256
+
+    @model_validator(mode="after")
+    def _names_each_capability_once(self) -> EngineConfig:
+        if len(set(self.compute_capability)) != len(self.compute_capability):
+            raise ValueError(f"compute_capability {self.compute_capability} names one twice")
+        return self
+
+
 class Recipe(_Strict):
     """A whole recipe. Paths are absolute once loaded.
 
@@ -173,6 +207,19 @@ class Recipe(_Strict):
     scorer: ScorerPart = ScorerPart()
     calibration: CalibrationPart
     precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
+    engines: list[EngineConfig] = []
+
+
+def engine_config(**settings: object) -> EngineConfig:
+    """An engine's settings, checked.
+
+    Raises:
+        RecipeError: one is out of range; all of them are named.
+    """
+    try:
+        return EngineConfig.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(f"engine: {_problems(error)}") from error
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -194,8 +241,11 @@ def load_recipe(path: Path) -> Recipe:
     except RecursionError as error:
         raise RecipeError(f"{path}: an alias refers to what it stands in") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"{path}: {problems}") from error
+        raise RecipeError(f"{path}: {_problems(error)}") from error
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
 
 
 def _refuse_double_keys(root: yaml.Node | None) -> None:
@@ -222,6 +272,7 @@ _PATHS = (
     ("draft", "file"),
     ("scorer", "file"),
     ("calibration", "file"),
+    ("checkpoint",),
 )
 
 

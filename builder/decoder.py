@@ -6,11 +6,12 @@ TensorRT network. How keys and values are kept is the caller's: it passes an `At
 Shapes: M tokens of the step flattened (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value
 heads, D head dim, P rotated pairs (D / 2), V vocab.
 
-May import: ssv.builder.checkpoint.
+May import: ssv.builder.checkpoint, .quantized.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssv.builder.checkpoint import DecoderSpec, Weights
+from ssv.builder.checkpoint import CheckpointError, DecoderSpec, Weights
+from ssv.builder.quantized import is_quantized, quantized_linear
 
 
 class Attend(Protocol):
@@ -84,7 +86,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec, head_size: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        # Its weights always come from elsewhere; filling them at random on the meta device imports half of torch, 70 MB.
+        self.embed = nn.Embedding.from_pretrained(torch.zeros(spec.vocab_size, spec.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.lm_head = nn.Linear(spec.hidden_size, head_size or spec.vocab_size, bias=False)
@@ -126,12 +129,18 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(hidden_RH))
 
     @classmethod
-    def from_weights(cls, spec: DecoderSpec, weights: Weights) -> Decoder:
-        """The decoder with a checkpoint's weights (Hugging Face names), in fp32."""
+    def from_weights(cls, spec: DecoderSpec, weights: Weights, dtype: torch.dtype = torch.float32) -> Decoder:
+        """The decoder with a checkpoint's weights (Hugging Face names) in a type. Layers that the checkpoint holds quantized
+        become `QuantizedLinear`.
+
+        Raises:
+            CheckpointError: a quantized layer that is not supported.
+        """
         with torch.device("meta"):
             decoder = cls(spec)
-        decoder.load_state_dict(state_from_weights(spec, weights), assign=True)
-        decoder._rope_frequencies_P = spec.rope_frequencies()  # the one made above is on meta
+        replace_quantized(decoder, _sources(spec), weights, dtype)
+        decoder.load_state_dict(state_from_weights(spec, weights, dtype), assign=True, strict=False)
+        assert not any(tensor.is_meta for tensor in (*decoder.parameters(), *decoder.buffers()))
         return decoder.requires_grad_(False)
 
 
@@ -149,21 +158,48 @@ _RENAMED = {
 }
 
 
-def state_from_weights(spec: DecoderSpec, weights: Weights) -> Weights:
-    """State dict of `Decoder` from weights under Hugging Face names, as fp32."""
-    state = {
-        "embed.weight": weights["model.embed_tokens.weight"].float(),
-        "norm.weight": weights["model.norm.weight"].float(),
-    }
-    state["lm_head.weight"] = state["embed.weight"] if spec.tie_embeddings else weights["lm_head.weight"].float()
+def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
+    """State dict of `Decoder` from weights under Hugging Face names, but for those that are quantized."""
+    # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it is used.
+    state = {"embed.weight": weights["model.embed_tokens.weight"].to(dtype, copy=True)}
+    for module, sources in _sources(spec).items():
+        if is_quantized(weights, sources[0]):
+            continue
+        for kind in ("weight", "bias"):
+            found = [weights[f"{source}.{kind}"] for source in sources if f"{source}.{kind}" in weights]
+            if found:
+                state[f"{module}.{kind}"] = torch.cat(found).to(dtype)
+    if "lm_head.weight" not in state and not is_quantized(weights, "lm_head"):  # tied
+        state["lm_head.weight"] = state["embed.weight"]
+    return state
+
+
+def replace_quantized(
+    module: nn.Module, sources: Mapping[str, Sequence[str]], weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Puts quantized layers in place of those that a checkpoint holds quantized.
+
+    Args:
+        sources: names in the checkpoint of what each linear layer of the module is made of.
+        dtype: of their biases.
+    """
+    for name, parts in sources.items():
+        if not is_quantized(weights, parts[0]):
+            continue
+        biases = [weights[f"{part}.bias"].to(dtype) for part in parts if f"{part}.bias" in weights]
+        parent, _, child = name.rpartition(".")
+        layer = quantized_linear(weights, parts, torch.cat(biases) if biases else None)
+        expected = tuple(module.get_submodule(name).weight.shape)
+        if layer.shape != expected or (layer.bias is not None and layer.bias.shape != expected[:1]):
+            raise CheckpointError(f"quantized {' + '.join(parts)} has shape {layer.shape}, expected {expected}")
+        setattr(module.get_submodule(parent), child, layer)
+
+
+def _sources(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
+    """What each module is made of, in a checkpoint's names; a tied LM head is its own if the checkpoint has one."""
+    sources: dict[str, tuple[str, ...]] = {"norm": ("model.norm",), "lm_head": ("lm_head",)}
     for layer in range(spec.num_layers):
         source, dest = f"model.layers.{layer}.", f"layers.{layer}."
-        for kind in ("weight", "bias"):
-            for name, parts in _FUSED.items():
-                found = [weights[f"{source}{p}.{kind}"].float() for p in parts if f"{source}{p}.{kind}" in weights]
-                if found:
-                    state[f"{dest}{name}.{kind}"] = torch.cat(found)
-            for name, part in _RENAMED.items():
-                if (weight := weights.get(f"{source}{part}.{kind}")) is not None:
-                    state[f"{dest}{name}.{kind}"] = weight.float()
-    return state
+        sources |= {dest + name: tuple(source + part for part in parts) for name, parts in _FUSED.items()}
+        sources |= {dest + name: (source + part,) for name, part in _RENAMED.items()}
+    return sources

@@ -8,7 +8,7 @@ A draft has the hidden size of its target and shares its embedding and LM head r
 
 Shapes: M tokens of the step, H hidden, F features = H, V head rows of the draft (the most frequent tokens).
 
-May import: ssv.builder.checkpoint, ssv.builder.decoder.
+May import: ssv.builder.checkpoint, .decoder, .quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssv.builder.checkpoint import CheckpointError, DecoderSpec, read_safetensors
-from ssv.builder.decoder import Attend, Decoder
+from ssv.builder.decoder import Attend, Decoder, replace_quantized
+from ssv.builder.quantized import SCALES, QuantizedLinear, is_quantized
 
 DraftKind = Literal["conditioned", "standalone"]
 
@@ -160,7 +161,10 @@ class Draft(nn.Module):
         """Takes the target's embedding and the LM head rows of `token_ids`, frozen."""
         self.token_ids = token_ids
         self.decoder.embed.weight = nn.Parameter(target.embed.weight, requires_grad=False)
-        self.decoder.lm_head.weight = nn.Parameter(target.lm_head.weight[token_ids], requires_grad=False)
+        head: nn.Linear | QuantizedLinear = target.lm_head
+        weight_VH = head.dequantized() if isinstance(head, QuantizedLinear) else head.weight
+        rows = weight_VH[token_ids].to(target.embed.weight.dtype)
+        self.decoder.lm_head.weight = nn.Parameter(rows, requires_grad=False)
 
 
 _SHARED = ("decoder.embed.weight", "decoder.lm_head.weight")
@@ -197,8 +201,11 @@ def save_draft(draft: Draft, path: Path, dtype: torch.dtype = torch.bfloat16) ->
     save_file(state, path, metadata={"ssv_draft": json.dumps(draft.spec.to_dict(), sort_keys=True)})
 
 
-def load_draft(path: Path, target: Decoder) -> Draft:
-    """Reads a draft and joins it to its target, in fp32.
+def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) -> Draft:
+    """Reads a draft, quantized or not, and joins it to its target.
+
+    Args:
+        dtype: of what is not quantized.
 
     Raises:
         CheckpointError: damaged file, weights that do not fit the spec, or a draft made for another target.
@@ -224,16 +231,20 @@ def load_draft(path: Path, target: Decoder) -> Draft:
     with torch.device("meta"):
         draft = Draft(spec)
     expected = {name: value.shape for name, value in draft.trainable_state().items()}
-    found = {name: value.shape for name, value in state.items()}
+    linears = [name for name, part in draft.named_modules() if isinstance(part, nn.Linear) and is_quantized(state, name)]
+    quantized = {f"{name}.{kind}" for name in linears for kind in ("weight", *SCALES)}
+    expected = {name: shape for name, shape in expected.items() if name not in quantized}
+    found = {name: value.shape for name, value in state.items() if name not in quantized}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise CheckpointError(f"{path}: weight {wrong[0]} is missing, unknown or misshapen")
+    replace_quantized(draft, {name: (name,) for name in linears}, state, dtype)
     token_ids = state.pop("token_ids").long()
     if token_ids.min() < 0 or token_ids.max() >= spec.decoder.vocab_size:
         raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.decoder.vocab_size}")
     if len(token_ids.unique()) != len(token_ids):
         raise CheckpointError(f"{path}: token_ids name a token twice")
-    draft.load_state_dict({name: value.float() for name, value in state.items()}, assign=True, strict=False)
-    draft.decoder._rope_frequencies_P = spec.decoder.rope_frequencies()
+    plain = {name: value.to(dtype) for name, value in state.items() if name not in quantized}
+    draft.load_state_dict(plain, assign=True, strict=False)
     draft.share_target(target, token_ids)
     return draft.requires_grad_(False)

@@ -1,6 +1,6 @@
 """The bundle's manifest: what is in it, checked before anything of it is used.
 
-May import: ssv.builder.checkpoint, .draft, .tiers.
+May import: ssv.builder.checkpoint, .draft, .tensorrt_api, .tiers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
 from ssv.builder.tiers import Policy
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -53,6 +54,37 @@ class TierEntry(_Strict):
         return self
 
 
+class EngineEntry(_Strict):
+    """A TensorRT engine of the bundle.
+
+    Attributes:
+        file: the plan, relative to the bundle.
+        tensorrt: version that built it, and the only one that runs it.
+        compute_capabilities: GPUs that it runs on, such as "8.9".
+        compute_type: of products, attention and cache: "float16" or "bfloat16".
+        max_batch, max_length, max_pending, prefill_chunk: what it was built for, see `ssv.builder.network.Limits`.
+        source: SHA-256 of what it was compiled from: an engine of other weights than the bundle's is refused.
+        checkpoint: SHA-256 of the quantized checkpoint, if it was compiled from one.
+        build_seconds, peak_memory_bytes: of compiling it.
+    """
+
+    role: Literal["target", "draft"]
+    precision: EnginePrecision
+    flavor: Flavor
+    tensorrt: str
+    compute_capabilities: Annotated[list[Capability], Field(min_length=1)]
+    file: str
+    compute_type: Literal["float16", "bfloat16"]
+    max_batch: PositiveInt
+    max_length: PositiveInt
+    max_pending: PositiveInt
+    prefill_chunk: PositiveInt
+    source: str
+    checkpoint: str | None = None
+    build_seconds: float
+    peak_memory_bytes: int
+
+
 class Manifest(_Strict):
     """Facts about a bundle.
 
@@ -60,11 +92,12 @@ class Manifest(_Strict):
         target, draft: specs of the networks, as `DecoderSpec.to_dict` and `DraftSpec.to_dict` give them.
         eos_token_ids: tokens that end an output.
         default_precision: what the torch engine runs in on a CPU unless told otherwise.
+        engines: TensorRT engines by name.
         sources: what each part was made from, by SHA-256: a step whose sources have not changed is not repeated.
         versions: of the packages that built it.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     target: dict[str, Any]
     draft: dict[str, Any]
@@ -72,8 +105,16 @@ class Manifest(_Strict):
     default_precision: Literal["fp32", "bf16", "int8", "int4"]
     tiers: dict[str, TierEntry]
     files: dict[str, FileEntry]
+    engines: dict[str, EngineEntry] = {}
     sources: dict[str, str]
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _holds_its_engines(self) -> Manifest:
+        for name, engine in self.engines.items():
+            if engine.file not in self.files:
+                raise ValueError(f"engine {name}: its plan {engine.file} is not among the files")
+        return self
 
     @property
     def policies(self) -> dict[str, Policy]:

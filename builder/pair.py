@@ -41,7 +41,7 @@ from ssv.builder.manifest import (
 )
 from ssv.builder.progress import Report
 from ssv.builder.prompts import read_prompts
-from ssv.builder.quantize import activation_ranges
+from ssv.builder.smoothing import activation_ranges
 from ssv.builder.scorer import Scorer, load_scorer, save_scorer
 from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.builder.tiers import Policy

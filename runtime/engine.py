@@ -28,12 +28,14 @@ class StepOutput:
         logits_RV: fp32.
         features_BTF: features of all tokens, if they were asked for.
         reject_prob_R: draft with a scorer: probability that the target would reject the row's argmax; otherwise None.
+        token_R: vocabulary id of each row's argmax, int64, from an engine that finds it on its way.
     """
 
     hidden_RH: Tensor
     logits_RV: Tensor
     features_BTF: Tensor | None = None
     reject_prob_R: Tensor | None = None
+    token_R: Tensor | None = None
 
 
 class Engine(Protocol):

@@ -5,7 +5,7 @@ run as bf16 with weights rounded to the same values: for measuring their quality
 
 Shapes: see `engine.py`.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .quantize, .scorer; ssv.runtime.engine, .kv_cache, .cpu_int8.
+May import: ssv.builder.checkpoint, .decoder, .draft, .scorer, .smoothing; ssv.runtime.engine, .kv_cache, .cpu_int8.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, FeatureTap
-from ssv.builder.quantize import Ranges, smooth_decoder, smooth_join, smoothing_factor
+from ssv.builder.smoothing import Ranges, smooth_decoder, smooth_join, smoothing_factor
 from ssv.builder.scorer import Scorer
 from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale
 from ssv.runtime.engine import EngineError, StepOutput, check_step

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssv.builder.checkpoint import DecoderSpec, Weights
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
+from ssv.builder.draft import Draft, DraftKind, draft_spec
 
 
 def tiny_spec(**changes: Any) -> DecoderSpec:
@@ -52,6 +53,15 @@ def tiny_weights(spec: DecoderSpec, seed: int = 0) -> Weights:
 def tiny_decoder(seed: int = 0, **changes: Any) -> Decoder:
     spec = tiny_spec(**changes)
     return Decoder.from_weights(spec, tiny_weights(spec, seed))
+
+
+def random_draft(target: Decoder, kind: DraftKind, head_size: int | None = 48) -> Draft:
+    torch.manual_seed(5)
+    draft = Draft(draft_spec(target.spec, kind, (0, 1), head_size)).requires_grad_(False)
+    for name, parameter in draft.named_parameters():
+        parameter.copy_(random_weight(name, tuple(parameter.shape)))
+    draft.share_target(target, torch.randperm(target.spec.vocab_size)[: draft.spec.head_size])
+    return draft
 
 
 def tiny_ids(*shape: int, vocab_size: int = 112, seed: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import random_weight, relative_error, tiny_decoder, tiny_ids, tiny_spec, whole_window
+from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, whole_window
 from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, RopeScaling
@@ -20,15 +20,6 @@ from ssv.builder.distill import CausalAttend
 from ssv.builder.draft import Draft, DraftKind, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
 
 any_kind = pytest.mark.parametrize("kind", ["conditioned", "standalone"])
-
-
-def random_draft(target: Decoder, kind: DraftKind, head_size: int | None = 48) -> Draft:
-    torch.manual_seed(5)
-    draft = Draft(draft_spec(target.spec, kind, (0, 1), head_size)).requires_grad_(False)
-    for name, parameter in draft.named_parameters():
-        parameter.copy_(random_weight(name, tuple(parameter.shape)))
-    draft.share_target(target, torch.randperm(target.spec.vocab_size)[: draft.spec.head_size])
-    return draft
 
 
 @torch.no_grad()

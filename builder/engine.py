@@ -1,0 +1,361 @@
+"""Compiles a target or a draft into a TensorRT engine of a bundle.
+
+TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on. The plan is
+written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never holds half an engine.
+
+May import: ssv.builder.config, .decoder, .draft, .environment, .manifest, .network, .progress, .quantized, .scorer, .spill, .tensorrt_api, .unified.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+from ssv.builder.config import EngineConfig
+from ssv.builder.decoder import Decoder
+from ssv.builder.draft import Draft, load_draft
+from ssv.builder.environment import versions
+from ssv.builder.manifest import EngineEntry, Manifest, file_entry, read_manifest, write_manifest
+from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
+from ssv.builder.progress import Report
+from ssv.builder.quantized import precision_of
+from ssv.builder.scorer import load_scorer
+from ssv.builder.spill import Spill
+from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, logger
+from ssv.builder.unified import load_any
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with (done, total, what is being done)."""
+
+
+def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[str, EngineEntry]:
+    """Compiles an engine and adds it to a bundle, in place of one of the same role, precision, flavor and capabilities.
+
+    Returns:
+        Its name in the manifest, and its entry.
+
+    Raises:
+        EngineBuildError: TensorRT missing, without a GPU where it needs one, or refusing the network; the checkpoint is of another
+            model or precision; the plan cannot be written.
+        CheckpointError, BundleError: the checkpoint or the bundle is damaged.
+    """
+    trt = load_tensorrt(config.flavor)
+    manifest = read_manifest(bundle)
+    limits = limits_of(config, manifest)
+    name = "-".join((config.role, config.precision, config.flavor, *config.compute_capability))
+    plan = bundle / config.role / f"{name}.engine"
+
+    def on_progress(done: int, total: int, what: str) -> None:
+        report(f"compile {config.role} {config.precision}", done, total, what)
+
+    started = time.monotonic()
+    with _lean_memory(), _written_whole(plan) as part:
+        compute_type = build_plan(trt, bundle, config, limits, part, on_progress)
+        peak = _peak_memory_bytes()
+    file = plan.relative_to(bundle).as_posix()
+    entry = EngineEntry(
+        role=config.role,
+        precision=config.precision,
+        flavor=config.flavor,
+        tensorrt=trt.__version__,
+        compute_capabilities=config.compute_capability,
+        file=file,
+        compute_type=compute_type,
+        max_batch=limits.max_batch,
+        max_length=limits.max_length,
+        max_pending=limits.max_pending,
+        prefill_chunk=limits.prefill_chunk,
+        source=engine_source(manifest, config.role),
+        checkpoint=checkpoint_digest(config.checkpoint) if config.checkpoint is not None else None,
+        build_seconds=round(time.monotonic() - started, 2),
+        peak_memory_bytes=peak,
+    )
+    changes = {
+        "engines": {**manifest.engines, name: entry},
+        "files": {**manifest.files, file: file_entry(plan)},
+        "versions": {**manifest.versions, **versions(PACKAGES[config.flavor])},
+    }
+    write_manifest(bundle, manifest.model_copy(update=changes))
+    return name, entry
+
+
+def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
+    """What an engine is built for; verification is as wide as the bundle's tiers ask unless told otherwise."""
+    widest = max(tier.policy.max_pending for tier in manifest.tiers.values())
+    return Limits(
+        max_batch=config.max_batch,
+        max_length=config.max_length,
+        max_pending=config.max_pending or widest,
+        prefill_chunk=min(config.prefill_chunk, config.max_length),
+    )
+
+
+def engine_source(manifest: Manifest, role: str) -> str:
+    """SHA-256 over what an engine of this role depends on in its bundle."""
+    names = ["target/model.safetensors", "draft/draft.safetensors"] + (["scorer.safetensors"] if role == "draft" else [])
+    return hashlib.sha256("\n".join(manifest.files[name].sha256 for name in names).encode()).hexdigest()
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """SHA-256 over a checkpoint's files."""
+    files = [checkpoint] if checkpoint.is_file() else sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
+    return hashlib.sha256("\n".join(file_entry(file).sha256 for file in files).encode()).hexdigest()
+
+
+def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
+    """The target and the draft of a bundle in the engine's types; the one that is compiled, from its checkpoint if one is given.
+
+    Raises:
+        EngineBuildError: the checkpoint is of another model or precision than asked for.
+        CheckpointError: a checkpoint is damaged.
+    """
+    spec, weights = load_any(bundle / "target")
+    given = config.checkpoint
+    if config.role == "target" and given is not None:
+        given_spec, given_weights = load_any(given)
+        if given_spec != spec or not _same_embedding(given_weights, weights):
+            raise EngineBuildError(f"{given} is not the target of {bundle}: give the checkpoint that was made from it")
+        weights = given_weights
+    stored = weights["model.embed_tokens.weight"].dtype
+    dtype = _COMPUTE_TYPES.get(config.precision, torch.float16 if stored == torch.float16 else torch.bfloat16)
+    decoder = Decoder.from_weights(spec, weights, dtype)
+    draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype)
+    if config.role == "draft" and given is not None:
+        given_draft = load_draft(given, decoder, dtype)
+        if given_draft.spec != draft.spec or not torch.equal(given_draft.token_ids, draft.token_ids):
+            raise EngineBuildError(f"{given} is not the draft of {bundle}: give the checkpoint that was made from it")
+        draft = given_draft
+    _check_precision(decoder if config.role == "target" else draft, config)
+    return decoder, draft
+
+
+def build_plan(
+    trt: ModuleType, bundle: Path, config: EngineConfig, limits: Limits, part: Path, on_progress: OnProgress
+) -> Literal["float16", "bfloat16"]:
+    """Builds an engine and writes its plan to a file; returns its compute type.
+
+    Raises:
+        EngineBuildError, CheckpointError: see `compile_engine`.
+        OSError: no space left.
+    """
+    log = logger(trt)
+    builder = _builder(trt, config, log)
+    settings = builder.create_builder_config()
+    _choose_capabilities(trt, config, settings)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    spill = Spill(part.parent)
+    graph = add_network(trt, network, bundle, config, limits, log.last, spill)
+    add_profiles(graph, builder, settings, limits, config.flavor)
+    gc.collect()
+
+    monitor = _monitor(trt, on_progress)
+    settings.progress_monitor = monitor
+    with part.open("wb") as file, spill.not_in_memory():
+        writer = _writer(trt, file)
+        built = builder.build_serialized_network_to_stream(network, settings, writer)
+        if writer.error is not None:
+            raise EngineBuildError(f"{part.parent} cannot be written ({writer.error}): choose a place with more room")
+    if not built or part.stat().st_size == 0:
+        raise EngineBuildError(f"TensorRT cannot build this {config.role} in {config.precision}: {log.last()}")
+    monitor.done(f"{part.stat().st_size / 1e6:.0f} MB")
+    return "bfloat16" if graph.dtype == torch.bfloat16 else "float16"
+
+
+def add_network(
+    trt: ModuleType,
+    network: Any,
+    bundle: Path,
+    config: EngineConfig,
+    limits: Limits,
+    complaint: Callable[[], str],
+    spill: Spill,
+) -> Graph:
+    """Adds the layers of an engine to a network. The weights are gone from memory when it returns."""
+    decoder, draft = load_networks(bundle, config)
+    graph = Graph(trt, network, decoder.embed.weight.dtype, complaint, spill)
+    if config.role == "target":
+        build_target(graph, decoder, limits, draft.tap)
+    else:
+        build_draft(graph, draft, limits, load_scorer(bundle / "scorer.safetensors", decoder.spec.hidden_size))
+    graph.forget()
+    return graph
+
+
+def compute_capability(trt: ModuleType, name: str) -> Any:
+    """TensorRT's value for a capability such as "8.9".
+
+    Raises:
+        EngineBuildError: this TensorRT does not build for it.
+    """
+    known = {f"{key[2:-1]}.{key[-1]}": value for key, value in trt.ComputeCapability.__members__.items() if key[:2] == "SM"}
+    if name not in known:
+        raise EngineBuildError(
+            f"compute capability {name} is not one that TensorRT for RTX {trt.__version__} builds for: choose from {', '.join(known)}, or use "
+            "the flavor tensorrt on such a GPU"
+        )
+    return known[name]
+
+
+# --- TensorRT -------------------------------------------------------------------------------------------------------
+
+
+def _builder(trt: ModuleType, config: EngineConfig, log: Any) -> Any:
+    if config.flavor == "tensorrt":
+        _check_gpu(config)
+    try:
+        return trt.Builder(log)
+    except (TypeError, RuntimeError) as error:  # what the bindings raise when the library gives them nothing
+        raise EngineBuildError(f"{config.flavor} {trt.__version__} does not start: {log.last() or error}") from error
+
+
+def _check_gpu(config: EngineConfig) -> None:
+    """TensorRT times kernels on the GPU that it builds for."""
+    if not torch.cuda.is_available():
+        raise EngineBuildError(
+            "the flavor tensorrt builds on the GPU that will run the engine, and this machine has none: run this there "
+            "(pip install tensorrt-cu13), or use the flavor tensorrt_rtx"
+        )
+    found = ".".join(map(str, torch.cuda.get_device_capability()))
+    if config.compute_capability != [found]:
+        raise EngineBuildError(
+            f"the flavor tensorrt builds for this machine's compute capability {found}, not for "
+            f"{', '.join(config.compute_capability)}: give --compute-capability {found}"
+        )
+
+
+def _choose_capabilities(trt: ModuleType, config: EngineConfig, settings: Any) -> None:
+    if config.flavor == "tensorrt":
+        return
+    settings.num_compute_capabilities = len(config.compute_capability)
+    for index, name in enumerate(config.compute_capability):
+        if not settings.set_compute_capability(compute_capability(trt, name), index):
+            raise EngineBuildError(f"TensorRT for RTX {trt.__version__} refuses compute capability {name}: choose another")
+
+
+def _writer(trt: ModuleType, file: Any) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
+        """Takes the plan as it is serialized, so that it is never in memory as a whole beside TensorRT's own copy."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: str | None = None
+
+        def write(self, data: bytes) -> int:
+            # An exception must not cross TensorRT's C++: it is told that nothing was written.
+            try:
+                file.write(data)
+                file.flush()
+                return len(data)
+            except OSError as error:
+                self.error = error.strerror
+                return 0
+
+    return Writer()
+
+
+def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+        """Adds up the steps of TensorRT's nested phases as they become known."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps, self.total = 0, 1
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.total += num_steps
+            on_progress(self.steps, self.total, phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.steps = min(self.steps + 1, self.total - 1)
+            on_progress(self.steps, self.total, phase_name)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            """Its steps have been counted."""
+
+        def done(self, what: str) -> None:
+            on_progress(self.total, self.total, what)
+
+    return Monitor()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+_COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _check_precision(module: torch.nn.Module, config: EngineConfig) -> None:
+    found = precision_of(module)
+    wanted = config.precision if config.precision in ("fp8", "int4") else None
+    if found == wanted:
+        return
+    source = config.checkpoint or f"the bundle's {config.role}"
+    if wanted is None:
+        raise EngineBuildError(f"{source} is quantized to {found}, asked for is {config.precision}: give --precision {found}")
+    raise EngineBuildError(
+        f"{source} is {'not quantized' if found is None else f'quantized to {found}'}, an {wanted} engine is made from an {wanted} checkpoint: "
+        f"make one with `ssv-build quantize --role {config.role} --precision {wanted}` and give it as --checkpoint"
+    )
+
+
+def _same_embedding(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two checkpoints are of one model: quantizing leaves the embedding as it was, but for its type."""
+    a, b = (weights["model.embed_tokens.weight"].to(torch.bfloat16) for weights in (one, other))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-4)
+
+
+# --- files and memory -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place when the block succeeds and vanishes when it does not."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise EngineBuildError(f"{path} cannot be written ({error.strerror}): choose a place with more room") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lean_memory() -> Iterator[None]:
+    """Gives memory that is freed back at once, and starts the peak's measurement anew, where the system can.
+
+    TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for SmolLM2-135M.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        for parameter, value in ((_M_TRIM_THRESHOLD, 1 << 16), (_M_MMAP_THRESHOLD, 1 << 16), (_M_ARENA_MAX, 1)):
+            libc.mallopt(parameter, value)
+        gc.collect()
+        libc.malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident memory of this process, since `_lean_memory` where the system can tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,122 @@
+"""Reads ModelOpt's unified Hugging Face checkpoint: the usual folder, with quantized weights and their scales in it. TensorRT-LLM, vLLM and
+SGLang read it too.
+
+What was quantized, and how, stands in `hf_quant_config.json` (NVIDIA ModelOpt, modelopt.torch.export), of which there are two shapes, or in
+config.json's `quantization_config`:
+
+* nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...], "group_size": ...}}
+* flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...}, "ignore": [...]}
+
+May import: ssv.builder.checkpoint, .quantized.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssv.builder.checkpoint import (
+    CheckpointError,
+    DecoderSpec,
+    Weights,
+    check_weights,
+    load_checkpoint,
+    read_hf_folder,
+    spec_from_hf_config,
+)
+from ssv.builder.quantized import SCALES, is_quantized
+
+CONFIG_NAME = "hf_quant_config.json"
+
+_PRECISIONS = {"FP8": "fp8", "W4A16_AWQ": "int4"}
+
+
+def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
+    """Reads a checkpoint, quantized by ModelOpt or not at all. Quantized layers keep their tensors, see `ssv.builder.quantized`.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; or it is quantized in a way that is not supported.
+    """
+    if quantization_of(path) is None:
+        return load_checkpoint(path)
+    config, weights = read_hf_folder(path)
+    spec = spec_from_hf_config({key: value for key, value in config.items() if key != "quantization_config"})
+    return spec, _check(spec, weights, path)
+
+
+def quantization_of(path: Path) -> str | None:
+    """"fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized.
+
+    Raises:
+        CheckpointError: quantized by something else, or to something that is not supported.
+    """
+    facts = _read_facts(path)
+    if facts is None:
+        return None
+    algorithm = facts.get("quant_algo") or _algorithm_of_groups(facts)
+    if algorithm not in _PRECISIONS:
+        raise CheckpointError(f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}: quantize the original again")
+    return _PRECISIONS[algorithm]
+
+
+def _read_facts(path: Path) -> Mapping[str, Any] | None:
+    """What says how a folder is quantized, in either shape."""
+    for file, key in ((path / CONFIG_NAME, None), (path / "config.json", "quantization_config")):
+        if not file.is_file():
+            continue
+        try:
+            document = json.loads(file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON ({error})") from error
+        facts = document.get(key) if key is not None and isinstance(document, dict) else document
+        if facts is None:
+            continue
+        nested = facts.get("quantization", facts) if isinstance(facts, dict) else None
+        if not isinstance(nested, dict):
+            raise CheckpointError(f"{file}: its quantization is not an object")
+        if (method := facts.get("quant_method", "modelopt")) != "modelopt":
+            raise CheckpointError(f"quantization_config: {path} is quantized by {method}, only ModelOpt's checkpoints are supported")
+        return nested
+    return None
+
+
+def _algorithm_of_groups(facts: Mapping[str, Any]) -> str | None:
+    """The algorithm of a flat document that does not name it, if all its groups are of one kind."""
+    groups = facts.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return None
+    found = set()
+    for group in groups.values():
+        weights, inputs = group.get("weights") or {}, group.get("input_activations")
+        kind = (weights.get("num_bits"), weights.get("type"), inputs is not None)
+        found.add({(8, "float", True): "FP8", (4, "int", False): "W4A16_AWQ"}.get(kind, f"{kind}"))
+    return found.pop() if len(found) == 1 else None
+
+
+def _check(spec: DecoderSpec, weights: Weights, path: Path) -> Weights:
+    """Weights restricted to the spec's and their scales, shapes checked.
+
+    The scales of a quantized KV cache are left out: the cache is in the compute type here, which is the more exact.
+    """
+    scales = {name for name in weights if name.rpartition(".")[2] in SCALES}
+    cache_scales = {name for name in weights if name.rpartition(".")[2] in ("k_scale", "v_scale")}
+    plain = {name: weight for name, weight in weights.items() if name not in scales | cache_scales}
+    layers = {name.rpartition(".")[0] for name in scales}
+    for layer in sorted(layers):
+        if f"{layer}.weight" not in plain or not is_quantized(weights, layer):
+            raise CheckpointError(f"{path}: {layer} has scales and lacks its weight or weight_scale")
+    # Two rows of an INT4 weight are one row of bytes.
+    unpacked = {
+        name: torch.empty(2 * weight.shape[0], *weight.shape[1:], device="meta") if weight.dtype == torch.uint8 else weight
+        for name, weight in plain.items()
+    }
+    kept = check_weights(spec, unpacked, path)
+    if "lm_head" in layers:  # of its own, though the spec may tie it
+        kept["lm_head.weight"] = unpacked["lm_head.weight"]
+    if unknown := sorted(layer for layer in layers if f"{layer}.weight" not in kept):
+        raise CheckpointError(f"{path}: scales of an unknown layer {unknown[0]}")
+    return {name: weights[name] for name in (*kept, *scales)}

@@ -1,0 +1,126 @@
+"""Networks of the builder, run by the interpreter instead of a GPU, behind the engine contract; and weights to build them from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorrt_rtx as trt
+import torch
+from network_interpreter import NetworkInterpreter
+from torch import Tensor
+
+from ssv.builder.checkpoint import DecoderSpec, Weights
+from ssv.builder.decoder import Decoder
+from ssv.builder.draft import Draft
+from ssv.builder.manifest import EngineEntry
+from ssv.builder.network import Graph, Limits, build_draft, build_target
+from ssv.builder.scorer import Scorer
+from ssv.builder.spill import Spill
+from ssv.builder.tensorrt_api import logger
+from ssv.runtime.engine import StepOutput
+from ssv.runtime.kv_cache import KVCache
+from ssv.runtime.tensorrt_engine import TensorRTEngine
+
+LIMITS = Limits(max_batch=3, max_length=64, max_pending=4, prefill_chunk=16)
+
+
+class InterpretedRunner:
+    """A `Runner` that interprets a network; counts its runs and notes their profiles."""
+
+    def __init__(self, network: Any, keep: object) -> None:
+        self._interpreter, self._keep = NetworkInterpreter(trt, network), keep
+        self.runs: list[tuple[int, tuple[int, ...], int]] = []
+
+    def run(self, profile: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.runs.append((profile, tuple(inputs["input_ids"].shape), len(inputs["gather_rows"])))
+        found = self._interpreter.run(dict(inputs))
+        return {name: x for name, x in found.items() if not name.endswith("_out")}
+
+
+def new_graph(dtype: torch.dtype) -> tuple[Graph, Any, object]:
+    log = logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    spill = Spill(Path(tempfile.gettempdir()))
+    return Graph(trt, network, dtype, log.last, spill), network, (log, builder, spill)
+
+
+def entry(role: str, dtype: torch.dtype, limits: Limits = LIMITS) -> EngineEntry:
+    return EngineEntry(
+        role=role,
+        precision="fp16",
+        flavor="tensorrt_rtx",
+        tensorrt="1",
+        compute_capabilities=["8.9"],
+        file="plan",
+        compute_type="bfloat16" if dtype == torch.bfloat16 else "float16",
+        max_batch=limits.max_batch,
+        max_length=limits.max_length,
+        max_pending=limits.max_pending,
+        prefill_chunk=limits.prefill_chunk,
+        source="0",
+        build_seconds=0.0,
+        peak_memory_bytes=0,
+    )
+
+
+def interpreted_target(decoder: Decoder, dtype: torch.dtype, draft: Draft | None = None) -> TensorRTEngine:
+    graph, network, keep = new_graph(dtype)
+    build_target(graph, decoder, LIMITS, draft.tap if draft is not None else None)
+    runner = InterpretedRunner(network, keep)
+    has_tap = draft is not None and draft.tap is not None
+    engine = TensorRTEngine(runner, entry("target", dtype), decoder.spec, has_features_out=has_tap, device="cpu")
+    if dtype == torch.float32:  # no engine has it: with nothing rounded, a network can be compared to the last digits
+        engine.cache = KVCache(decoder.spec, engine.max_batch, engine.max_length, dtype, "cpu")
+    return engine
+
+
+def interpreted_draft(draft: Draft, dtype: torch.dtype, scorer: Scorer) -> TensorRTEngine:
+    graph, network, keep = new_graph(dtype)
+    build_draft(graph, draft, LIMITS, scorer)
+    return TensorRTEngine(
+        InterpretedRunner(network, keep),
+        entry("draft", dtype),
+        draft.decoder.spec,
+        draft=draft.spec,
+        token_ids_V=draft.token_ids,
+        device="cpu",
+    )
+
+
+def quantized_weights(spec: DecoderSpec, weights: Weights, precision: str, group: int = 16) -> Weights:
+    """Weights with every projection rounded, in ModelOpt's tensors; the factors of inputs are such that forgetting them shows."""
+    torch.manual_seed(9)
+    out = dict(weights)
+    for name, weight in weights.items():
+        if "_proj.weight" not in name:
+            continue
+        layer = name.removesuffix(".weight")
+        if precision == "fp8":
+            scale = weight.abs().amax() / 448
+            out[name] = (weight / scale).to(torch.float8_e4m3fn)
+            out |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(0.05)}
+            continue
+        factor = torch.rand(weight.shape[1]) + 0.5 if ("down_proj" in layer or "o_proj" in layer) else None
+        scaled = weight / factor if factor is not None else weight
+        packed, scale_OG = pack_int4(scaled, group)
+        out |= {name: packed, f"{layer}.weight_scale": scale_OG}
+        if factor is not None:
+            out[f"{layer}.pre_quant_scale"] = factor
+    return out
+
+
+def pack_int4(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Bytes [O / 2, I] and scales [O, G] of a weight rounded to the nearest."""
+    groups = weight_OI.view(len(weight_OI), -1, group)
+    scale_OG = groups.abs().amax(dim=-1) / 7
+    values = (groups / scale_OG[..., None]).round().to(torch.int8).view_as(weight_OI) & 15
+    return (values[::2] | values[1::2] << 4).to(torch.uint8), scale_OG
+
+
+def flat(outputs: list[StepOutput], name: str) -> Tensor:
+    """One output of several steps, one after another, as one vector."""
+    return torch.cat([getattr(out, name).flatten() for out in outputs])
