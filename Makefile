@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-gpu test-tensorrt lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,13 @@ demo: setup
 
 test: setup lint
 	$(BIN)/pytest
+
+# On a machine with an NVIDIA GPU; torch there is the machine's own.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu/test_torch_engine_cuda.py
+
+test-tensorrt:
+	$(PYTHON) -m pytest tests/gpu/test_tensorrt_gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

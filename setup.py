@@ -13,6 +13,8 @@ TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
     "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate"],
+    # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
+    "engines": [*TORCH, *TOKENIZER, "nvidia-modelopt==0.47.0", "tensorrt-rtx-cu13==1.7.1.116"],
     "plot": ["matplotlib"],
     "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
 }

@@ -287,7 +287,9 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str) -> None:
         if config.get(key):
             raise CheckpointError(f"{key}: mixture-of-experts models are not supported")
     if config.get("quantization_config"):
-        raise CheckpointError("quantization_config: this needs a checkpoint that is not quantized, give the original weights")
+        raise CheckpointError(
+            "quantization_config: this needs a checkpoint that is not quantized, give the original weights"
+        )
     # Qwen's configs carry a sliding_window that is off unless use_sliding_window is set; Mistral's is on when not null.
     window_on = config.get("use_sliding_window", family == "mistral")
     if window_on and config.get("sliding_window"):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssv.builder.config import CalibrationConfig, TargetConfig, engine_config, load_recipe
+from ssv.builder.config import CalibrationConfig, EngineConfig, QuantizeConfig, TargetConfig, checked, load_recipe
 from ssv.builder.console import add_device, add_precision, run_command
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ssv.builder.config import Recipe
     from ssv.builder.progress import Report
     from ssv.builder.tiers import Policy
+
+OPENINGS = Path(__file__).parent / "presets" / "openings.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +56,42 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
     calibrate.add_argument("--batch", type=int, default=8, help="prompts decoded side by side")
     add_precision(calibrate)
+    quantize = command("quantize", _quantize, "quantize a target or a draft to FP8 or INT4 with NVIDIA ModelOpt")
+    quantize.add_argument("source", type=Path, help="bundle, or (target only) Hugging Face folder or GGUF file")
+    quantize.add_argument("--role", required=True, choices=["target", "draft"])
+    quantize.add_argument("--precision", required=True, choices=["fp8", "int4"])
+    quantize.add_argument(
+        "--prompts", type=Path, help="JSON lines to calibrate on (default: text the target writes itself)"
+    )
+    quantize.add_argument("--tokens", type=int, default=1024, help="of text to calibrate on (default: 1024)")
+    quantize.add_argument(
+        "--group-size", type=int, help="inputs that share an INT4 scale (default: 128, 64 or 32, as fits)"
+    )
+    quantize.add_argument("--lm-head", action="store_true", help="quantize the target's LM head too")
+    quantize.add_argument(
+        "--recover-tokens", type=int, default=0, help="tokens to train on afterwards (default: 0, none)"
+    )
+    quantize.add_argument("--openings", type=Path, default=OPENINGS, help="how user turns of self-written text begin")
+    quantize.add_argument("--out", type=Path, required=True, help="folder (target) or file (draft) to write")
+    add_device(quantize)
     compile_ = command("compile", _compile, "compile a TensorRT engine into a bundle")
     compile_.add_argument("--role", required=True, choices=["target", "draft"])
     compile_.add_argument("--precision", required=True, choices=["fp16", "bf16", "fp8", "int4"])
-    compile_.add_argument("--checkpoint", type=Path, help="what `ssv-build quantize` wrote (default: the bundle's own weights)")
+    compile_.add_argument(
+        "--checkpoint", type=Path, help="what `ssv-build quantize` wrote (default: the bundle's own weights)"
+    )
     compile_.add_argument("--flavor", default="tensorrt_rtx", choices=["tensorrt_rtx", "tensorrt"])
     compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
     compile_.add_argument("--max-batch", type=int, default=8, help="rows of a step (default: 8)")
-    compile_.add_argument("--max-length", type=int, default=2048, help="tokens of a row, 64 of them for drafting (default: 2048)")
-    compile_.add_argument("--max-pending", type=int, help="most tokens verified at a time (default: what the bundle's tiers ask)")
-    compile_.add_argument("--prefill-chunk", type=int, default=256, help="most tokens of a row in one step (default: 256)")
+    compile_.add_argument(
+        "--max-length", type=int, default=2048, help="tokens of a row, 64 of them for drafting (default: 2048)"
+    )
+    compile_.add_argument(
+        "--max-pending", type=int, help="most tokens verified at a time (default: what the bundle's tiers ask)"
+    )
+    compile_.add_argument(
+        "--prefill-chunk", type=int, default=256, help="most tokens of a row in one step (default: 256)"
+    )
     compile_.add_argument("--out", type=Path, required=True, help="bundle that the engine is added to")
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("bundle", type=Path)
@@ -87,8 +115,9 @@ def _pair(args: argparse.Namespace) -> int:
 
 def _distill(args: argparse.Namespace) -> int:
     from ssv.builder.draft import save_draft
-    from ssv.builder.pair import load_target, make_draft
+    from ssv.builder.pair import make_draft
     from ssv.builder.progress import terminal_report
+    from ssv.builder.target import load_target
 
     recipe = _recipe(args)
     target = load_target(recipe.target.locate())
@@ -107,9 +136,10 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _scorer(args: argparse.Namespace) -> int:
-    from ssv.builder.pair import load_target, make_scorer
+    from ssv.builder.pair import make_scorer
     from ssv.builder.progress import terminal_report
     from ssv.builder.scorer import save_scorer
+    from ssv.builder.target import load_target
 
     recipe = _recipe(args)
     target = load_target(recipe.target.locate())
@@ -129,8 +159,9 @@ def _scorer(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from ssv.builder.pair import calibration_document, load_target, made_for
+    from ssv.builder.pair import calibration_document, made_for
     from ssv.builder.progress import terminal_report
+    from ssv.builder.target import load_target
 
     recipe = _recipe(args)
     config = recipe.calibration.make
@@ -146,11 +177,34 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from ssv.builder.progress import terminal_report
+    from ssv.builder.quantize_job import load_source, quantize
+
+    config = checked(
+        QuantizeConfig,
+        role=args.role,
+        precision=args.precision,
+        prompts_file=args.prompts,
+        tokens=args.tokens,
+        group_size=args.group_size,
+        lm_head=args.lm_head,
+        recover_tokens=args.recover_tokens,
+        openings_file=args.openings,
+    )
+    target, draft_file = load_source(args.source)
+    with terminal_report() as report:
+        quantize(target, draft_file, config, args.out, args.device, report)
+    print(f"{config.precision} {config.role} written to {args.out}", file=sys.stderr)
+    return 0
+
+
 def _compile(args: argparse.Namespace) -> int:
     from ssv.builder.engine import compile_engine
     from ssv.builder.progress import terminal_report
 
-    config = engine_config(
+    config = checked(
+        EngineConfig,
         role=args.role,
         precision=args.precision,
         checkpoint=args.checkpoint,

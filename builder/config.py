@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -162,6 +162,37 @@ class CalibrationPart(_Strict):
     make: CalibrationConfig
 
 
+class QuantizeConfig(_Strict):
+    """How a model is quantized.
+
+    Attributes:
+        prompts_file: JSON lines with a `prompt` each, to calibrate on; null for text that the target writes itself.
+        tokens: of that text.
+        group_size: input channels that share an INT4 scale; null for the largest of 128, 64 and 32 that fits.
+        lm_head: quantize the target's LM head too.
+        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.recover`); 0 for no training.
+        openings_file: openings of user turns in text that the target writes itself.
+    """
+
+    role: Literal["target", "draft"]
+    precision: Literal["fp8", "int4"]
+    prompts_file: Path | None = None
+    tokens: PositiveInt = 1024
+    group_size: Literal[32, 64, 128] | None = None
+    lm_head: bool = False
+    recover_tokens: Annotated[int, Field(ge=0)] = 0
+    recover_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    openings_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _asks_nothing_of_a_draft_that_is_the_targets(self) -> QuantizeConfig:
+        if self.role == "draft" and (self.lm_head or self.recover_tokens):
+            raise ValueError("lm_head and recover_tokens are for the target: a draft has the target's LM head")
+        if self.precision == "fp8" and self.group_size is not None:
+            raise ValueError("group_size is for int4")
+        return self
+
+
 class EngineConfig(_Strict):
     """A TensorRT engine of the bundle.
 
@@ -210,16 +241,19 @@ class Recipe(_Strict):
     engines: list[EngineConfig] = []
 
 
-def engine_config(**settings: object) -> EngineConfig:
-    """An engine's settings, checked.
+C = TypeVar("C", bound=_Strict)
+
+
+def checked(kind: type[C], **settings: object) -> C:
+    """Settings that come from elsewhere than a recipe.
 
     Raises:
         RecipeError: one is out of range; all of them are named.
     """
     try:
-        return EngineConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"engine: {_problems(error)}") from error
+        raise RecipeError(_problems(error)) from error
 
 
 def load_recipe(path: Path) -> Recipe:

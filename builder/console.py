@@ -29,8 +29,14 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    choices = ["fp32", "bf16", "int8", "int4"]
-    parser.add_argument("--precision", choices=choices, help="default: the bundle's on a CPU, bf16 on CUDA")
+    choices = ["fp32", "bf16", "int8", "int4", "fp16", "fp8"]
+    help = "torch: fp32, bf16, int8, int4 (default: the bundle's on a CPU, bf16 on CUDA); tensorrt: that of a compiled engine"
+    parser.add_argument("--precision", choices=choices, help=help)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    help = "torch, or the bundle's compiled engines on this GPU (default: torch)"
+    parser.add_argument("--engine", default="torch", choices=["torch", "tensorrt"], help=help)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

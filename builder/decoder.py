@@ -189,10 +189,23 @@ def replace_quantized(
         biases = [weights[f"{part}.bias"].to(dtype) for part in parts if f"{part}.bias" in weights]
         parent, _, child = name.rpartition(".")
         layer = quantized_linear(weights, parts, torch.cat(biases) if biases else None)
-        expected = tuple(module.get_submodule(name).weight.shape)
+        plain = module.get_submodule(name)
+        assert isinstance(plain, nn.Linear)
+        expected = tuple(plain.weight.shape)
         if layer.shape != expected or (layer.bias is not None and layer.bias.shape != expected[:1]):
             raise CheckpointError(f"quantized {' + '.join(parts)} has shape {layer.shape}, expected {expected}")
         setattr(module.get_submodule(parent), child, layer)
+
+
+def hf_names(spec: DecoderSpec) -> dict[str, list[tuple[str, int]]]:
+    """What each module is made of: names in a checkpoint, and the outputs that each gives."""
+    shapes = spec.weight_shapes()
+    shapes.setdefault("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+    return {
+        module: [(part, shapes[f"{part}.weight"][0]) for part in parts]
+        for module, parts in _sources(spec).items()
+        if f"{parts[0]}.weight" in shapes
+    }
 
 
 def _sources(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:

@@ -195,10 +195,16 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
 def save_draft(draft: Draft, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes one safetensors file; its metadata carries the spec."""
     state = {
-        name: value.detach().cpu().to(dtype if value.is_floating_point() else torch.int32).contiguous()
+        name: value.to(dtype if value.is_floating_point() else torch.int32)
         for name, value in draft.trainable_state().items()
     }
-    save_file(state, path, metadata={"ssv_draft": json.dumps(draft.spec.to_dict(), sort_keys=True)})
+    write_draft(draft.spec, state, path)
+
+
+def write_draft(spec: DraftSpec, state: dict[str, Tensor], path: Path) -> None:
+    """Writes a draft's tensors as they are."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    save_file(state, path, metadata={"ssv_draft": json.dumps(spec.to_dict(), sort_keys=True)})
 
 
 def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) -> Draft:
@@ -231,7 +237,9 @@ def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) 
     with torch.device("meta"):
         draft = Draft(spec)
     expected = {name: value.shape for name, value in draft.trainable_state().items()}
-    linears = [name for name, part in draft.named_modules() if isinstance(part, nn.Linear) and is_quantized(state, name)]
+    linears = [
+        name for name, part in draft.named_modules() if isinstance(part, nn.Linear) and is_quantized(state, name)
+    ]
     quantized = {f"{name}.{kind}" for name in linears for kind in ("weight", *SCALES)}
     expected = {name: shape for name, shape in expected.items() if name not in quantized}
     found = {name: value.shape for name, value in state.items() if name not in quantized}

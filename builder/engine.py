@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from ssv.builder.config import EngineConfig
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, load_draft
 from ssv.builder.environment import versions
-from ssv.builder.manifest import EngineEntry, Manifest, file_entry, read_manifest, write_manifest
+from ssv.builder.manifest import EngineEntry, Manifest, engine_source, file_entry, read_manifest, write_manifest
 from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
 from ssv.builder.progress import Report
 from ssv.builder.quantized import precision_of
@@ -53,16 +54,23 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
     trt = load_tensorrt(config.flavor)
     manifest = read_manifest(bundle)
     limits = limits_of(config, manifest)
-    name = "-".join((config.role, config.precision, config.flavor, *config.compute_capability))
-    plan = bundle / config.role / f"{name}.engine"
+    if limits.max_length > (positions := manifest.target["max_positions"]):
+        raise EngineBuildError(
+            f"max_length {limits.max_length} exceeds the model's {positions} positions: choose a shorter one"
+        )
+    name = engine_name(config)
 
     def on_progress(done: int, total: int, what: str) -> None:
         report(f"compile {config.role} {config.precision}", done, total, what)
 
     started = time.monotonic()
-    with _lean_memory(), _written_whole(plan) as part:
+    with _lean_memory(), _part_file(bundle / config.role, name) as part:
         compute_type = build_plan(trt, bundle, config, limits, part, on_progress)
         peak = _peak_memory_bytes()
+        found = file_entry(part)
+        # Part of the hash is in the name: the old plan stays in its place until the manifest names the new one.
+        plan = part.with_name(f"{name}-{found.sha256[:12]}.engine")
+        part.replace(plan)
     file = plan.relative_to(bundle).as_posix()
     entry = EngineEntry(
         role=config.role,
@@ -81,13 +89,28 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
         build_seconds=round(time.monotonic() - started, 2),
         peak_memory_bytes=peak,
     )
+    old = manifest.engines.get(name)
+    files = {path: each for path, each in manifest.files.items() if old is None or path != old.file}
     changes = {
         "engines": {**manifest.engines, name: entry},
-        "files": {**manifest.files, file: file_entry(plan)},
+        "files": {**files, file: found},
         "versions": {**manifest.versions, **versions(PACKAGES[config.flavor])},
     }
-    write_manifest(bundle, manifest.model_copy(update=changes))
+    try:
+        write_manifest(bundle, manifest.model_copy(update=changes))
+    except OSError as error:
+        plan.unlink(missing_ok=True)
+        raise EngineBuildError(
+            f"{bundle} cannot be written ({error.strerror}): choose a place with more room"
+        ) from error
+    if old is not None and old.file != file:
+        (bundle / old.file).unlink(missing_ok=True)
     return name, entry
+
+
+def engine_name(config: EngineConfig) -> str:
+    """What an engine is called in the manifest: one of each kind can be there."""
+    return "-".join((config.role, config.precision, config.flavor, *config.compute_capability))
 
 
 def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
@@ -101,15 +124,13 @@ def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
     )
 
 
-def engine_source(manifest: Manifest, role: str) -> str:
-    """SHA-256 over what an engine of this role depends on in its bundle."""
-    names = ["target/model.safetensors", "draft/draft.safetensors"] + (["scorer.safetensors"] if role == "draft" else [])
-    return hashlib.sha256("\n".join(manifest.files[name].sha256 for name in names).encode()).hexdigest()
-
-
 def checkpoint_digest(checkpoint: Path) -> str:
     """SHA-256 over a checkpoint's files."""
-    files = [checkpoint] if checkpoint.is_file() else sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
+    files = (
+        [checkpoint]
+        if checkpoint.is_file()
+        else sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
+    )
     return hashlib.sha256("\n".join(file_entry(file).sha256 for file in files).encode()).hexdigest()
 
 
@@ -124,9 +145,12 @@ def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
     given = config.checkpoint
     if config.role == "target" and given is not None:
         given_spec, given_weights = load_any(given)
-        if given_spec != spec or not _same_embedding(given_weights, weights):
+        # A target whose LM head is quantized is tied no more.
+        if replace(given_spec, tie_embeddings=spec.tie_embeddings) != spec or not _same_embedding(
+            given_weights, weights
+        ):
             raise EngineBuildError(f"{given} is not the target of {bundle}: give the checkpoint that was made from it")
-        weights = given_weights
+        spec, weights = given_spec, given_weights
     stored = weights["model.embed_tokens.weight"].dtype
     dtype = _COMPUTE_TYPES.get(config.precision, torch.float16 if stored == torch.float16 else torch.bfloat16)
     decoder = Decoder.from_weights(spec, weights, dtype)
@@ -164,6 +188,8 @@ def build_plan(
     with part.open("wb") as file, spill.not_in_memory():
         writer = _writer(trt, file)
         built = builder.build_serialized_network_to_stream(network, settings, writer)
+        if monitor.error is not None:
+            raise monitor.error
         if writer.error is not None:
             raise EngineBuildError(f"{part.parent} cannot be written ({writer.error}): choose a place with more room")
     if not built or part.stat().st_size == 0:
@@ -198,7 +224,9 @@ def compute_capability(trt: ModuleType, name: str) -> Any:
     Raises:
         EngineBuildError: this TensorRT does not build for it.
     """
-    known = {f"{key[2:-1]}.{key[-1]}": value for key, value in trt.ComputeCapability.__members__.items() if key[:2] == "SM"}
+    known = {
+        f"{key[2:-1]}.{key[-1]}": value for key, value in trt.ComputeCapability.__members__.items() if key[:2] == "SM"
+    }
     if name not in known:
         raise EngineBuildError(
             f"compute capability {name} is not one that TensorRT for RTX {trt.__version__} builds for: choose from {', '.join(known)}, or use "
@@ -240,11 +268,13 @@ def _choose_capabilities(trt: ModuleType, config: EngineConfig, settings: Any) -
     settings.num_compute_capabilities = len(config.compute_capability)
     for index, name in enumerate(config.compute_capability):
         if not settings.set_compute_capability(compute_capability(trt, name), index):
-            raise EngineBuildError(f"TensorRT for RTX {trt.__version__} refuses compute capability {name}: choose another")
+            raise EngineBuildError(
+                f"TensorRT for RTX {trt.__version__} refuses compute capability {name}: choose another"
+            )
 
 
 def _writer(trt: ModuleType, file: Any) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined]
         """Takes the plan as it is serialized, so that it is never in memory as a whole beside TensorRT's own copy."""
 
         def __init__(self) -> None:
@@ -265,21 +295,29 @@ def _writer(trt: ModuleType, file: Any) -> Any:
 
 
 def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         """Adds up the steps of TensorRT's nested phases as they become known."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps, self.total = 0, 1
+            self.error: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.total += num_steps
-            on_progress(self.steps, self.total, phase_name)
+            self.tell(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self.steps = min(self.steps + 1, self.total - 1)
-            on_progress(self.steps, self.total, phase_name)
-            return True
+            self.tell(phase_name)
+            return self.error is None
+
+        def tell(self, what: str) -> None:
+            # An exception, Ctrl-C among them, must not cross TensorRT's C++: it is told to stop, and ours is raised again after it.
+            try:
+                on_progress(self.steps, self.total, what)
+            except BaseException as error:
+                self.error = error
 
         def phase_finish(self, phase_name: str) -> None:
             """Its steps have been counted."""
@@ -302,7 +340,9 @@ def _check_precision(module: torch.nn.Module, config: EngineConfig) -> None:
         return
     source = config.checkpoint or f"the bundle's {config.role}"
     if wanted is None:
-        raise EngineBuildError(f"{source} is quantized to {found}, asked for is {config.precision}: give --precision {found}")
+        raise EngineBuildError(
+            f"{source} is quantized to {found}, asked for is {config.precision}: give --precision {found}"
+        )
     raise EngineBuildError(
         f"{source} is {'not quantized' if found is None else f'quantized to {found}'}, an {wanted} engine is made from an {wanted} checkpoint: "
         f"make one with `ssv-build quantize --role {config.role} --precision {wanted}` and give it as --checkpoint"
@@ -319,15 +359,14 @@ def _same_embedding(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block succeeds and vanishes when it does not."""
-    part = path.with_name(f".{path.name}.part")
+def _part_file(folder: Path, name: str) -> Iterator[Path]:
+    """A file in the making, which vanishes unless the block has moved it."""
+    part = folder / f".{name}.part"
     try:
-        path.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         yield part
-        part.replace(path)
     except OSError as error:
-        raise EngineBuildError(f"{path} cannot be written ({error.strerror}): choose a place with more room") from error
+        raise EngineBuildError(f"{folder} cannot be written ({error}): choose a place with more room") from error
     finally:
         part.unlink(missing_ok=True)
 

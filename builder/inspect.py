@@ -37,6 +37,8 @@ def print_bundle(bundle: Path) -> None:
         _network_line("draft", draft["decoder"]) + f", {draft['kind']}{taps}, head of {draft['head_size']} tokens"
     )
     console.print(_tier_table(manifest))
+    if manifest.engines:
+        console.print(_engine_table(manifest))
     files = Table("file", "MB", "SHA-256")
     for column in files.columns[1:2]:
         column.justify = "right"
@@ -50,6 +52,24 @@ def _network_line(role: str, spec: dict[str, Any]) -> str:
         f"{role}: {spec['family']}, {spec['num_layers']} layer{'s' if spec['num_layers'] > 1 else ''}, hidden "
         f"{spec['hidden_size']}, {spec['num_heads']}/{spec['num_kv_heads']} heads, vocabulary {spec['vocab_size']}"
     )
+
+
+def _engine_table(manifest: Manifest) -> Table:
+    table = Table("engine", "TensorRT", "runs on", "batch", "length", "MB", "built in", "peak memory")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for engine in manifest.engines.values():
+        table.add_row(
+            f"{engine.role} {engine.precision}",
+            f"{'RTX ' if engine.flavor == 'tensorrt_rtx' else ''}{engine.tensorrt}",
+            "SM " + ", ".join(engine.compute_capabilities),
+            str(engine.max_batch),
+            str(engine.max_length),
+            f"{manifest.files[engine.file].size / 1e6:.1f}",
+            f"{engine.build_seconds:.1f} s",
+            f"{engine.peak_memory_bytes / 1e6:.0f} MB",
+        )
+    return table
 
 
 def _tier_table(manifest: Manifest) -> Table:

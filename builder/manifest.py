@@ -121,6 +121,14 @@ class Manifest(_Strict):
         return {name: tier.policy for name, tier in self.tiers.items()}
 
 
+def engine_source(manifest: Manifest, role: str) -> str:
+    """SHA-256 over what an engine of this role depends on in its bundle."""
+    names = ["target/model.safetensors", "draft/draft.safetensors"] + (
+        ["scorer.safetensors"] if role == "draft" else []
+    )
+    return hashlib.sha256("\n".join(manifest.files[name].sha256 for name in names).encode()).hexdigest()
+
+
 def file_entry(path: Path) -> FileEntry:
     """Size and hash of a file."""
     with path.open("rb") as file:

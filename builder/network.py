@@ -117,9 +117,7 @@ def profiles(limits: Limits, flavor: Flavor) -> tuple[Profile, ...]:
     )
 
 
-def build_target(
-    graph: Graph, decoder: Decoder, limits: Limits, tap: FeatureTap | None = None
-) -> None:
+def build_target(graph: Graph, decoder: Decoder, limits: Limits, tap: FeatureTap | None = None) -> None:
     """Adds the network of a target.
 
     Args:
@@ -166,9 +164,7 @@ def add_profiles(graph: Graph, builder: Any, config: Any, limits: Limits, flavor
     for profile in profiles(limits, flavor):
         added = builder.create_optimization_profile()
         for name, shape in graph.inputs.items():
-            sizes = [
-                _sizes(name, shape, step) for step in (profile.smallest, profile.usual, profile.largest)
-            ]
+            sizes = [_sizes(name, shape, step) for step in (profile.smallest, profile.usual, profile.largest)]
             added.set_shape(name, *sizes)
         if config.add_optimization_profile(added) < 0:
             raise EngineBuildError(f"TensorRT refuses the {profile.name} profile: {graph.complaint()}")
@@ -257,14 +253,16 @@ def _attention(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any) -
     dim, query_heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
     qkv_BXTD = graph.split_heads(graph.linear(x_MH, layer.qkv), step.shape_BT, query_heads + 2 * kv_heads, dim)
     turned_BXTD = rotated(graph, layer, graph.columns(qkv_BXTD, 0, query_heads + kv_heads), step)
-    k_BKTD, v_BKTD = (graph.columns(x, query_heads + i * kv_heads, kv_heads) for i, x in enumerate((turned_BXTD, qkv_BXTD)))
+    k_BKTD, v_BKTD = (
+        graph.columns(x, query_heads + i * kv_heads, kv_heads) for i, x in enumerate((turned_BXTD, qkv_BXTD))
+    )
     keys, values = step.caches[index]
     keys = graph.update_cache(keys, k_BKTD, step.position_B, f"keys_{index}_out")
     values = graph.update_cache(values, v_BKTD, step.position_B, f"values_{index}_out")
     # The query heads of one key/value head are taken as further queries of it: TensorRT would copy the whole cache for each of them.
     q_BKXD = graph.reshape(graph.columns(turned_BXTD, 0, query_heads), (0, kv_heads, -1, dim))
-    seen = (graph.first_positions(x, step.num_keys) for x in (keys, values))
-    attended = graph.attention(q_BKXD, *seen, step.mask_B1XV)
+    keys, values = (graph.first_positions(x, step.num_keys) for x in (keys, values))
+    attended = graph.attention(q_BKXD, keys, values, step.mask_B1XV)
     return graph.join_heads(attended, kv_heads, query_heads // kv_heads, dim)
 
 
@@ -387,10 +385,10 @@ class Graph:
         elif isinstance(layer, AwqLinear):
             y_MO = self._awq_product(x_MI, layer)
         else:
+            assert isinstance(layer, nn.Linear)
             y_MO = self.matmul(x_MI, self.constant(layer.weight, self.dtype), transpose=True)
-        if layer.bias is None:
-            return y_MO
-        return self.add(y_MO, self.constant(layer.bias.view(1, -1), self.dtype))
+        bias: Tensor | None = layer.bias
+        return y_MO if bias is None else self.add(y_MO, self.constant(bias.view(1, -1), self.dtype))
 
     def _fp8_product(self, x_MI: Any, layer: Fp8Linear) -> Any:
         fp8 = data_type(self.trt, torch.float8_e4m3fn)

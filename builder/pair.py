@@ -8,13 +8,14 @@ May import: everything of ssv.builder but the command line. Decoding, for the ca
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssv.builder.calibrate import Calibration
-from ssv.builder.checkpoint import CheckpointError, DecoderSpec, Weights, hf_config, load_checkpoint
-from ssv.builder.config import CalibrationConfig, DistillConfig, Recipe, ScorerConfig
+from ssv.builder.checkpoint import hf_config
+from ssv.builder.config import (
+    CalibrationConfig,
+    DistillConfig,
+    EngineConfig,
+    QuantizeConfig,
+    Recipe,
+    ScorerConfig,
+    checked,
+)
 from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.decoder import Decoder
 from ssv.builder.distill import DistillResult, distill, draft_passes, view_target
 from ssv.builder.draft import Draft, load_draft, save_draft
+from ssv.builder.engine import checkpoint_digest, engine_name
 from ssv.builder.environment import versions
 from ssv.builder.manifest import (
     MANIFEST_NAME,
     BundleError,
+    EngineEntry,
+    FileEntry,
     Manifest,
     TierEntry,
+    engine_source,
     file_entry,
     read_manifest,
     write_manifest,
 )
 from ssv.builder.progress import Report
 from ssv.builder.prompts import read_prompts
-from ssv.builder.smoothing import activation_ranges
+from ssv.builder.quantize_job import quantize
 from ssv.builder.scorer import Scorer, load_scorer, save_scorer
 from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
+from ssv.builder.smoothing import activation_ranges
+from ssv.builder.target import Target, digest, load_target, openings_of
+from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt
 from ssv.builder.tiers import Policy
 
 MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
@@ -53,76 +68,18 @@ MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
 UNCALIBRATED = Policy(accept_below=0.0, verify_above=0.6, risk_budget=0.8, max_pending=8)
 
 _PART_FILES = {
-    "target": ("target/", "tokenizer/"),
-    "draft": ("draft/",),
+    "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),
+    "draft": ("draft/draft.safetensors",),
     "scorer": ("scorer.safetensors", "scorer.json"),
     "ranges": ("activation_ranges.safetensors",),
     "calibration": ("calibration.json",),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A target that has been read.
-
-    Attributes:
-        decoder: fp32 on the CPU.
-        sha256: of the checkpoint's files.
-    """
-
-    spec: DecoderSpec
-    weights: Weights
-    decoder: Decoder
-    tokenizer: Any
-    sha256: str
-
-    def on(self, device: str) -> Decoder:
-        """The network for building steps: bf16 on CUDA."""
-        if torch.device(device).type == "cpu":
-            return self.decoder
-        return Decoder.from_weights(self.spec, self.weights).to(device, torch.bfloat16)
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        return [int(self.tokenizer.eos_token_id)]
-
-
-def load_target(path: Path) -> Target:
-    """Reads a checkpoint and its tokenizer.
-
-    Raises:
-        CheckpointError: see `load_checkpoint`; or no tokenizer beside the weights.
-    """
-    from transformers import AutoTokenizer
-
-    spec, weights = load_checkpoint(path)
-    try:
-        if path.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: its tokenizer cannot be read ({error})") from error
-    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
-        raise CheckpointError(f"{path}: the tokenizer lacks an end-of-sequence token or a chat template")
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
-    return Target(
-        spec, weights, Decoder.from_weights(spec, weights), tokenizer, _digest(file_entry(f).sha256 for f in files)
-    )
-
-
-def openings_of(config: DistillConfig, tokenizer: Any) -> list[list[int]]:
-    """Token ids of the openings in a distillation's file."""
-    if config.openings_file is None:
-        return []
-    lines = [line.replace("\\n", "\n") for line in config.openings_file.read_text().splitlines()]
-    return [tokenizer.encode(line, add_special_tokens=False) for line in lines if line]
-
-
 def make_draft(target: Target, config: DistillConfig, work: Path, device: str, report: Report) -> DistillResult:
     """Distils a draft for a target (see `distill`)."""
     pieces = chat_pieces(target.tokenizer)
-    return distill(target.on(device), pieces, openings_of(config, target.tokenizer), config, work, report)
+    return distill(target.on(device), pieces, openings_of(config.openings_file, target.tokenizer), config, work, report)
 
 
 def make_scorer(
@@ -136,7 +93,7 @@ def make_scorer(
     conversations = write_conversations(
         decoder,
         chat_pieces(target.tokenizer),
-        openings_of(distilled, target.tokenizer),
+        openings_of(distilled.openings_file, target.tokenizer),
         rows=config.rows,
         window=config.window,
         seed=config.seed,
@@ -172,9 +129,10 @@ def build_pair(
         _write_ranges(parts, recipe, target, draft)
         _write_calibration(parts, recipe, target, draft, make_calibration, report)
         tiers = _tiers(json.loads((stage / "calibration.json").read_text()))
-        manifest = _manifest(recipe, target, draft, parts, tiers)
-        write_manifest(stage, manifest)
-    return manifest
+        write_manifest(stage, _manifest(recipe, target, draft, parts, tiers))
+        for engine in recipe.engines:
+            _write_engine(parts, recipe, engine, target, device, report)
+        return read_manifest(stage, verify=False)
 
 
 def calibration_document(
@@ -216,15 +174,28 @@ class _Parts:
 
     def reuse(self, part: str, *sources: object) -> bool:
         """Notes what a part is made from; takes it over from the old bundle if that was made from the same."""
-        self.sources[part] = _digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
+        self.sources[part] = digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
         if self._old is None or self._old.sources.get(part) != self.sources[part]:
             return False
         for name in self._old.files:
             if name.startswith(_PART_FILES[part]):
-                dest = self.stage / name
-                dest.parent.mkdir(parents=True, exist_ok=True)
-                os.link(self._out / name, dest)
+                self._link(name)
         return True
+
+    def reuse_engine(self, name: str, *sources: object) -> EngineEntry | None:
+        """The same for an engine, whose entry is returned if it is taken over."""
+        part = f"engine {name}"
+        self.sources[part] = digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
+        old = self._old
+        if old is None or old.sources.get(part) != self.sources[part] or name not in old.engines:
+            return None
+        self._link(old.engines[name].file)
+        return old.engines[name]
+
+    def _link(self, name: str) -> None:
+        dest = self.stage / name
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        os.link(self._out / name, dest)
 
 
 def _write_target(parts: _Parts, target: Target) -> None:
@@ -302,6 +273,61 @@ def _write_calibration(
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _write_engine(
+    parts: _Parts, recipe: Recipe, config: EngineConfig, target: Target, device: str, report: Report
+) -> None:
+    """Compiles an engine into the stage, from a checkpoint that is quantized for it if none is given."""
+    stage = parts.stage
+    manifest = read_manifest(stage, verify=False)
+    name = engine_name(config)
+    prompts_file = recipe.calibration.make.prompts_file
+    made_from = (
+        config.model_dump(mode="json", exclude={"checkpoint"}),
+        checkpoint_digest(config.checkpoint) if config.checkpoint is not None else file_entry(prompts_file).sha256,
+        engine_source(manifest, config.role),
+        load_tensorrt(config.flavor).__version__,
+    )
+    entry = parts.reuse_engine(name, *made_from)
+    if entry is not None:
+        changes = {"engines": {**manifest.engines, name: entry}, "files": _files(stage)}
+    else:
+        with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".quantized-") as work:
+            if config.checkpoint is None and config.precision in ("fp8", "int4"):
+                made = Path(work) / f"{config.role}"
+                settings = checked(
+                    QuantizeConfig, role=config.role, precision=config.precision, prompts_file=prompts_file
+                )
+                draft_file = stage / "draft" / "draft.safetensors"
+                quantize(target, draft_file, settings, made, device, report)
+                config = config.model_copy(update={"checkpoint": made})
+            _compile_apart(stage, config)
+        manifest = read_manifest(stage, verify=False)
+        changes = {}
+    write_manifest(stage, manifest.model_copy(update={**changes, "sources": parts.sources}))
+
+
+def _compile_apart(stage: Path, config: EngineConfig) -> None:
+    """Compiles in a process of its own, which has none of this one's weights in memory; it shows its progress itself."""
+    options = {
+        "role": config.role,
+        "precision": config.precision,
+        "checkpoint": config.checkpoint,
+        "flavor": config.flavor,
+        "compute-capability": ",".join(config.compute_capability),
+        "max-batch": config.max_batch,
+        "max-length": config.max_length,
+        "max-pending": config.max_pending,
+        "prefill-chunk": config.prefill_chunk,
+        "out": stage,
+    }
+    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "ssv.builder.cli", "compile", *words]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:  # noqa: S603
+        raise EngineBuildError(
+            f"the {config.role} engine in {config.precision} was not compiled, its error stands above"
+        )
+
+
 def _tiers(calibration: dict[str, Any]) -> dict[str, TierEntry]:
     tiers = {}
     for name, trial in calibration["tiers"].items():
@@ -314,8 +340,6 @@ def _tiers(calibration: dict[str, Any]) -> dict[str, TierEntry]:
 
 
 def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers: dict[str, TierEntry]) -> Manifest:
-    stage = parts.stage
-    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
     return Manifest(
         name=recipe.name,
         target=target.spec.to_dict(),
@@ -323,10 +347,15 @@ def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers
         eos_token_ids=target.eos_token_ids,
         default_precision=recipe.precision,
         tiers=tiers,
-        files={name: file_entry(stage / name) for name in names if name != MANIFEST_NAME},
+        files=_files(parts.stage),
         sources=parts.sources,
         versions=versions("ssv", "torch", "transformers", "safetensors"),
     )
+
+
+def _files(stage: Path) -> dict[str, FileEntry]:
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+    return {name: file_entry(stage / name) for name in names if name != MANIFEST_NAME}
 
 
 def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens: int = 2048) -> dict[str, Tensor]:
@@ -385,7 +414,3 @@ def _staging(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
-
-
-def _digest(parts: Iterator[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

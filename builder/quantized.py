@@ -121,7 +121,7 @@ class AwqLinear(QuantizedLinear):
 
 
 def precision_of(module: nn.Module) -> str | None:
-    """"fp8" or "int4" if a module has such layers, None if it has no quantized ones."""
+    """ "fp8" or "int4" if a module has such layers, None if it has no quantized ones."""
     kinds = {type(part) for part in module.modules() if isinstance(part, QuantizedLinear)}
     assert len(kinds) < 2
     return {Fp8Linear: "fp8", AwqLinear: "int4"}[kinds.pop()] if kinds else None
@@ -140,6 +140,10 @@ def quantized_linear(weights: Mapping[str, Tensor], names: Sequence[str], bias_O
     """
     for name in names:
         _check_layer(weights, name)
+    if len({weights[f"{name}.weight"].dtype for name in names}) > 1:
+        raise CheckpointError(
+            f"{' and '.join(names)} are quantized to different types: they share an input, quantize them alike"
+        )
     values = torch.cat([weights[f"{name}.weight"] for name in names])
     factors = [weights.get(f"{name}.pre_quant_scale") for name in names]
     if values.dtype == torch.uint8:
@@ -159,18 +163,30 @@ def quantized_linear(weights: Mapping[str, Tensor], names: Sequence[str], bias_O
 
 
 def _check_layer(weights: Mapping[str, Tensor], name: str) -> None:
+    if not is_quantized(weights, name):
+        raise CheckpointError(
+            f"{name} is not quantized, or lacks its weight_scale, beside layers of the same input that are: quantize them alike"
+        )
     weight, scale = weights[f"{name}.weight"], weights[f"{name}.weight_scale"]
+    factor = weights.get(f"{name}.pre_quant_scale")
+    if factor is not None and (weight.dtype != torch.uint8 or factor.shape != weight.shape[1:]):
+        raise CheckpointError(
+            f"{name}.pre_quant_scale of shape {tuple(factor.shape)} does not belong to this {weight.dtype} weight"
+        )
     if weight.dtype == torch.uint8:
         outputs, inputs = 2 * weight.shape[0], weight.shape[1]
-        if scale.ndim != 2 or scale.shape[0] != outputs or inputs % scale.shape[1]:
+        if scale.ndim != 2 or scale.shape[0] != outputs or not scale.shape[1] or inputs % scale.shape[1]:
             raise CheckpointError(
                 f"{name}.weight_scale has shape {tuple(scale.shape)}, its INT4 weight is {outputs} x {inputs}"
             )
     elif weight.dtype == torch.float8_e4m3fn:
         if scale.numel() not in (1, len(weight)):
             raise CheckpointError(f"{name}.weight_scale has {scale.numel()} values, its weight {len(weight)} rows")
-        if f"{name}.input_scale" not in weights:
-            raise CheckpointError(f"{name}.input_scale is missing: only FP8 with calibrated inputs is supported")
+        input_scale = weights.get(f"{name}.input_scale")
+        if input_scale is None or input_scale.numel() != 1:
+            raise CheckpointError(
+                f"{name}.input_scale is missing or not one number: only FP8 with calibrated inputs is supported"
+            )
     else:
         raise CheckpointError(f"{name}.weight is {weight.dtype}, supported are packed INT4 (uint8) and float8_e4m3fn")
 
@@ -179,50 +195,3 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def with_outputs(layer: nn.Linear | QuantizedLinear, order: Tensor) -> nn.Linear | QuantizedLinear:
-    """The layer with its outputs in another order.
-
-    Args:
-        order: int64 [O]; for INT4, outputs that share a byte must stay together.
-    """
-    bias = layer.bias[order] if layer.bias is not None else None
-    if isinstance(layer, Fp8Linear):
-        return Fp8Linear(_taken(layer.values_OI, order, 0), layer.scale_O[order], layer.input_scale, bias)
-    if isinstance(layer, AwqLinear):
-        pairs = order.view(-1, 2)
-        assert bool((pairs[:, 0] % 2 == 0).all() and (pairs[:, 1] == pairs[:, 0] + 1).all())
-        return AwqLinear(layer.packed_PI[pairs[:, 0] // 2], layer.scale_OG[order], layer.input_factor_I, bias)
-    return _linear(layer.weight[order], bias)
-
-
-def with_inputs(layer: nn.Linear | QuantizedLinear, order: Tensor) -> nn.Linear | QuantizedLinear:
-    """The layer for inputs that come in another order.
-
-    Args:
-        order: int64 [I]; for INT4, inputs of a group must stay together.
-    """
-    if isinstance(layer, Fp8Linear):
-        return Fp8Linear(_taken(layer.values_OI, order, 1), layer.scale_O, layer.input_scale, layer.bias)
-    if isinstance(layer, AwqLinear):
-        groups = order.view(-1, layer.group_size)
-        assert bool((groups[:, :1] // layer.group_size == groups // layer.group_size).all())
-        factor = layer.input_factor_I[order] if layer.input_factor_I is not None else None
-        scale_OG = layer.scale_OG[:, groups[:, 0] // layer.group_size]
-        return AwqLinear(layer.packed_PI[:, order], scale_OG, factor, layer.bias)
-    return _linear(layer.weight[:, order], layer.bias)
-
-
-def _taken(values: Tensor, order: Tensor, axis: int) -> Tensor:
-    # torch has no indexing for float8: its bytes are taken.
-    return values.view(torch.uint8).index_select(axis, order).view(values.dtype)
-
-
-def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None)
-    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
-    if bias_O is not None:
-        linear.bias = nn.Parameter(bias_O, requires_grad=False)
-    return linear

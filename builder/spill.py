@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 _SMALL = 1 << 16
 """Bytes below which a tensor stays in memory."""
 
@@ -28,7 +27,7 @@ class Spill:
     """A nameless file in a folder, which vanishes with the object."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the object
         self._maps: list[tuple[mmap.mmap, np.ndarray]] = []
         self._small: list[np.ndarray] = []
 

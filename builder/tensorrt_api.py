@@ -44,9 +44,13 @@ def load_tensorrt(flavor: Flavor) -> ModuleType:
     except ModuleNotFoundError as error:
         raise EngineBuildError(f"{flavor} is not installed: pip install {PACKAGES[flavor]}") from error
     except (ImportError, OSError) as error:
-        raise EngineBuildError(f"{flavor} is installed and cannot be loaded ({error}): pip install {PACKAGES[flavor]}") from error
+        raise EngineBuildError(
+            f"{flavor} is installed and cannot be loaded ({error}): pip install {PACKAGES[flavor]}"
+        ) from error
     if not hasattr(trt.INetworkDefinition, "add_kv_cache_update"):
-        raise EngineBuildError(f"{flavor} {trt.__version__} is too old, it has no KV cache layer: pip install --upgrade {PACKAGES[flavor]}")
+        raise EngineBuildError(
+            f"{flavor} {trt.__version__} is too old, it has no KV cache layer: pip install --upgrade {PACKAGES[flavor]}"
+        )
     return trt
 
 
@@ -59,7 +63,7 @@ def data_type(trt: ModuleType, dtype: torch.dtype) -> Any:
 def logger(trt: ModuleType) -> Any:
     """A `trt.ILogger` that keeps errors in its attribute `errors`, for messages of ours; nothing is printed."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

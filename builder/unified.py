@@ -7,13 +7,14 @@ config.json's `quantization_config`:
 * nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...], "group_size": ...}}
 * flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...}, "ignore": [...]}
 
-May import: ssv.builder.checkpoint, .quantized.
+May import: ssv.builder.checkpoint, .environment, .quantized.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,37 @@ from ssv.builder.checkpoint import (
     read_hf_folder,
     spec_from_hf_config,
 )
+from ssv.builder.environment import versions
 from ssv.builder.quantized import SCALES, is_quantized
 
 CONFIG_NAME = "hf_quant_config.json"
 
 _PRECISIONS = {"FP8": "fp8", "W4A16_AWQ": "int4"}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationDocument:
+    """The same facts in both shapes: `nested` for hf_quant_config.json, `flat` for config.json."""
+
+    nested: dict[str, Any]
+    flat: dict[str, Any]
+
+
+def quantization_document(precision: str, group_size: int | None, lm_head: bool) -> QuantizationDocument:
+    """What ModelOpt writes of a checkpoint whose linear layers are all quantized, the LM head if asked for."""
+    algorithm = next(name for name, ours in _PRECISIONS.items() if ours == precision)
+    left_out = ["model.embed_tokens"] if lm_head else ["lm_head", "model.embed_tokens"]
+    nested: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    flat: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": left_out}
+    if precision == "fp8":
+        kind = {"dynamic": False, "num_bits": 8, "type": "float"}
+        group = {"input_activations": kind, "weights": kind, "targets": ["Linear"]}
+        flat["config_groups"] = {"group_0": group}
+    else:
+        nested |= {"group_size": group_size, "has_zero_point": False, "pre_quant_scale": True}
+    producer = {"name": "modelopt", "version": versions("nvidia-modelopt")["nvidia-modelopt"]}
+    nested["exclude_modules"] = left_out
+    return QuantizationDocument({"producer": producer, "quantization": nested}, {**flat, "producer": producer})
 
 
 def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
@@ -49,7 +76,7 @@ def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
 
 
 def quantization_of(path: Path) -> str | None:
-    """"fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized.
+    """ "fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized.
 
     Raises:
         CheckpointError: quantized by something else, or to something that is not supported.
@@ -58,8 +85,10 @@ def quantization_of(path: Path) -> str | None:
     if facts is None:
         return None
     algorithm = facts.get("quant_algo") or _algorithm_of_groups(facts)
-    if algorithm not in _PRECISIONS:
-        raise CheckpointError(f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}: quantize the original again")
+    if not isinstance(algorithm, str) or algorithm not in _PRECISIONS:
+        raise CheckpointError(
+            f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}: quantize the original again"
+        )
     return _PRECISIONS[algorithm]
 
 
@@ -79,7 +108,9 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
         if not isinstance(nested, dict):
             raise CheckpointError(f"{file}: its quantization is not an object")
         if (method := facts.get("quant_method", "modelopt")) != "modelopt":
-            raise CheckpointError(f"quantization_config: {path} is quantized by {method}, only ModelOpt's checkpoints are supported")
+            raise CheckpointError(
+                f"quantization_config: {path} is quantized by {method}, only ModelOpt's checkpoints are supported"
+            )
         return nested
     return None
 
@@ -91,9 +122,11 @@ def _algorithm_of_groups(facts: Mapping[str, Any]) -> str | None:
         return None
     found = set()
     for group in groups.values():
+        if not isinstance(group, dict):
+            return None
         weights, inputs = group.get("weights") or {}, group.get("input_activations")
-        kind = (weights.get("num_bits"), weights.get("type"), inputs is not None)
-        found.add({(8, "float", True): "FP8", (4, "int", False): "W4A16_AWQ"}.get(kind, f"{kind}"))
+        kind = f"{weights.get('num_bits')}-bit {weights.get('type')}{'' if inputs is None else ' with inputs'}"
+        found.add({"8-bit float with inputs": "FP8", "4-bit int": "W4A16_AWQ"}.get(kind, kind))
     return found.pop() if len(found) == 1 else None
 
 
@@ -106,12 +139,21 @@ def _check(spec: DecoderSpec, weights: Weights, path: Path) -> Weights:
     cache_scales = {name for name in weights if name.rpartition(".")[2] in ("k_scale", "v_scale")}
     plain = {name: weight for name, weight in weights.items() if name not in scales | cache_scales}
     layers = {name.rpartition(".")[0] for name in scales}
+    packed = {
+        name.rpartition(".")[0] for name, weight in plain.items() if weight.dtype in (torch.uint8, torch.float8_e4m3fn)
+    }
+    if bare := sorted(packed - layers):
+        raise CheckpointError(f"{path}: {bare[0]} is quantized and has no scale")
+    if strange := sorted(layer for layer in layers if not layer.endswith("_proj") and layer != "lm_head"):
+        raise CheckpointError(f"{path}: {strange[0]} is quantized, supported are projections and the LM head")
     for layer in sorted(layers):
         if f"{layer}.weight" not in plain or not is_quantized(weights, layer):
             raise CheckpointError(f"{path}: {layer} has scales and lacks its weight or weight_scale")
     # Two rows of an INT4 weight are one row of bytes.
     unpacked = {
-        name: torch.empty(2 * weight.shape[0], *weight.shape[1:], device="meta") if weight.dtype == torch.uint8 else weight
+        name: torch.empty(2 * weight.shape[0], *weight.shape[1:], device="meta")
+        if weight.dtype == torch.uint8
+        else weight
         for name, weight in plain.items()
     }
     kept = check_weights(spec, unpacked, path)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.console import add_device, add_precision, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, run_command
 from ssv.builder.environment import commit, machine, versions
 from ssv.builder.progress import Report, terminal_report
 from ssv.builder.prompts import read_prompts
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default: 1)")
+    add_engine(parser)
     add_precision(parser)
     add_device(parser)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -126,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    llm = LLM.load(args.bundle, precision=args.precision, device=args.device, max_batch=args.batch)
+    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device, max_batch=args.batch)
     with terminal_report() as report:
         rows = compare(
             llm,

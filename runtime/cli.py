@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssv.builder.console import add_device, add_precision, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, run_command
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.strategies import METHODS
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
     parser.add_argument("--max-delay", type=float, metavar="S", help="verify what is pending after so many seconds")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    add_engine(parser)
     add_precision(parser)
     add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no counts on stderr")
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
 
-    llm = LLM.load(args.bundle, precision=args.precision, device=args.device)
+    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device)
     ids = tuple(llm.tokenizer.encode(prompt)) if args.raw else llm.chat_ids(prompt)
     for chunk in llm.stream([Request(ids, args.method, params, args.num_draft_tokens)]):
         print(chunk.text, end="", flush=True)

@@ -194,7 +194,7 @@ class DecodeBatch:
         )
         if self.conditioned and out.features_BTF is not None:
             self._put_features(range(len(self.rows)), out.features_BTF)
-        verdicts = self._verdicts(out.logits_RV, judged, judged_at)
+        verdicts = self._verdicts(out, judged, judged_at)
         return [self._commit(*each) for each in zip(self.rows, judged, verdicts, strict=True)]
 
     def remove(self, row: int, moved: int) -> None:
@@ -282,6 +282,8 @@ class DecodeBatch:
         ahead = [(b, self.rows[b].num_pending) for b in drafting]
         logits_RV = self._without_early_eos(out.logits_RV, ahead, self._draft_eos)
         if self._all_greedy():
+            if out.token_R is not None and logits_RV is out.logits_RV:  # found on its way
+                return out.token_R.tolist()
             index_R = most_likely(logits_RV)
         else:
             prob_RV = probabilities(logits_RV.cpu(), self._sampling(drafting))
@@ -300,11 +302,12 @@ class DecodeBatch:
         self.draft_prob_BKV[list(rows), list(columns)] = full_RV
 
     def _verdicts(
-        self, logits_RV: Tensor, judged: Sequence[Sequence[bool]], judged_at: Sequence[tuple[int, int]]
+        self, out: StepOutput, judged: Sequence[Sequence[bool]], judged_at: Sequence[tuple[int, int]]
     ) -> list[Verdict]:
-        logits_RV = self._without_early_eos(logits_RV, judged_at, self.eos_ids)
+        logits_RV = self._without_early_eos(out.logits_RV, judged_at, self.eos_ids)
         if self._all_greedy():
-            chosen = iter(most_likely(logits_RV).tolist())
+            untouched = out.token_R if logits_RV is out.logits_RV else None
+            chosen = iter((untouched if untouched is not None else most_likely(logits_RV)).tolist())
             return [
                 greedy_verdict(row.pending, flags, list(islice(chosen, sum(flags))))
                 for row, flags in zip(self.rows, judged, strict=True)

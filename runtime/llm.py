@@ -1,7 +1,7 @@
 """A bundle that answers: requests in, text out.
 
 May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers; ssv.runtime.decoding, .engine, .request,
-.scheduler, .stats, .strategies, .text, .torch_engine.
+.scheduler, .stats, .strategies, .tensorrt_engine, .text, .torch_engine.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ssv.builder.checkpoint import load_checkpoint, read_safetensors
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import load_draft
-from ssv.builder.manifest import read_manifest
+from ssv.builder.manifest import Manifest, read_manifest
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
 from ssv.runtime.decoding import MAX_PENDING, DecodeBatch, Row
@@ -23,6 +23,7 @@ from ssv.runtime.request import Chunk, FinishReason, Output, Request, RequestErr
 from ssv.runtime.scheduler import Scheduler
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for
+from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.text import TextStream
 from ssv.runtime.torch_engine import Precision, draft_engine, target_engine
 
@@ -54,16 +55,19 @@ class LLM:
         cls,
         bundle: Path | str,
         *,
+        engine: Literal["torch", "tensorrt"] = "torch",
         precision: str | None = None,
         device: str = "cpu",
         max_batch: int = 1,
         max_length: int = 2048,
         verify: bool = True,
     ) -> LLM:
-        """Loads a bundle on the torch engine.
+        """Loads a bundle.
 
         Args:
-            precision: None for the bundle's default on a CPU and bf16 on CUDA.
+            engine: `tensorrt` for the bundle's compiled engines, on this machine's GPU; max_batch must not exceed theirs, max_length is cut
+                to it.
+            precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is compiled.
             max_length: tokens of prompt and output together; cut to what the model has positions for.
             verify: check the hash of every file first.
 
@@ -76,6 +80,8 @@ class LLM:
 
         bundle = Path(bundle)
         manifest = read_manifest(bundle, verify=verify)
+        if engine == "tensorrt":
+            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         precision = precision or (manifest.default_precision if torch.device(device).type == "cpu" else "bf16")
@@ -100,6 +106,29 @@ class LLM:
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
             max_length=max_length,
+        )
+
+    @classmethod
+    def _load_tensorrt(
+        cls, bundle: Path, manifest: Manifest, precision: str | None, max_batch: int, max_length: int
+    ) -> LLM:
+        from transformers import AutoTokenizer
+
+        entries = [choose_entry(bundle, manifest, role, precision) for role in ("target", "draft")]
+        # The draft's weights are in its engine; only its vocabulary is wanted from the file.
+        decoder = Decoder.from_weights(*load_checkpoint(bundle / "target"))
+        draft = load_draft(bundle / "draft" / "draft.safetensors", decoder)
+        engines = [
+            load_engine(bundle, manifest, entries[0], max_batch=max_batch),
+            load_engine(bundle, manifest, entries[1], draft, max_batch=max_batch),
+        ]
+        return cls(
+            engines[0],
+            engines[1],
+            AutoTokenizer.from_pretrained(bundle / "tokenizer"),
+            eos_token_ids=manifest.eos_token_ids,
+            tiers=manifest.policies,
+            max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
         )
 
     def chat_ids(self, prompt: str) -> tuple[int, ...]:

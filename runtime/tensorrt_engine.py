@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ssv.builder.checkpoint import DecoderSpec
 from ssv.builder.draft import Draft, DraftSpec
-from ssv.builder.manifest import EngineEntry, Manifest
-from ssv.builder.network import Limits, Profile, profiles
-from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt, logger
+from ssv.builder.manifest import EngineEntry, Manifest, engine_source
+from ssv.builder.network import Limits, profiles
+from ssv.builder.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, logger
 from ssv.runtime.engine import EngineError, StepOutput, check_step
 from ssv.runtime.kv_cache import KVCache
 
@@ -55,13 +55,19 @@ class TensorRTEngine:
         draft: DraftSpec | None = None,
         token_ids_V: Tensor | None = None,
         has_features_out: bool = False,
+        max_batch: int | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
         """Args:
         draft, token_ids_V: of a draft: its spec, and the vocabulary id of each logit unless that is its index.
         has_features_out: whether the plan is a target's that was built with a tap.
+        max_batch: rows of the cache; None for as many as the plan was built for.
         """
-        self.max_batch, self.max_length = entry.max_batch, entry.max_length
+        self.max_batch, self.max_length = max_batch or entry.max_batch, entry.max_length
+        if self.max_batch > entry.max_batch:
+            raise EngineError(
+                f"the {entry.role} engine was built for {entry.max_batch} rows, not {self.max_batch}: use fewer"
+            )
         self.num_features = spec.hidden_size if draft is not None and draft.kind == "conditioned" else 0
         self.has_scorer = draft is not None
         self.token_ids_V = token_ids_V
@@ -71,7 +77,7 @@ class TensorRTEngine:
         limits = Limits(entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk)
         self._limits, self._profiles = limits, profiles(limits, entry.flavor)
         dtype = torch.bfloat16 if entry.compute_type == "bfloat16" else torch.float16
-        self.cache = KVCache(spec, entry.max_batch, entry.max_length, dtype, self.device)
+        self.cache = KVCache(spec, self.max_batch, entry.max_length, dtype, self.device)
         self._key_positions = torch.arange(entry.max_length, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
@@ -170,38 +176,69 @@ class TensorRTEngine:
 
 
 def load_engine(
-    bundle: Path, manifest: Manifest, entry: EngineEntry, source: str, draft: Draft | None = None
+    bundle: Path, manifest: Manifest, entry: EngineEntry, draft: Draft | None = None, *, max_batch: int | None = None
 ) -> TensorRTEngine:
     """An engine of a bundle, on this machine's GPU.
 
     Args:
-        source: what `ssv.builder.engine.engine_source` gives for the bundle now.
         draft: for a draft's engine.
+        max_batch: rows of its cache; None for as many as it was built for.
 
     Raises:
         EngineError: the plan does not match this machine or this bundle; the message names both sides and the cure.
     """
-    if not torch.cuda.is_available():
-        raise EngineError("TensorRT engines run on an NVIDIA GPU and this machine has none: use the torch engine")
-    try:
-        trt = load_tensorrt(entry.flavor)
-    except EngineBuildError as error:
-        raise EngineError(str(error)) from error
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    check_entry(bundle, entry, source, trt.__version__, capability)
+    check_entry(bundle, manifest, entry, *_machine(entry.flavor))
+    trt = load_tensorrt(entry.flavor)
     spec = DecoderSpec.from_dict(manifest.target if draft is None else manifest.draft["decoder"])
     runner = PlanRunner(trt, bundle / entry.file)
     if draft is None:
-        return TensorRTEngine(runner, entry, spec, has_features_out=bool(manifest.draft["feature_layers"]))
+        has_tap = bool(manifest.draft["feature_layers"])
+        return TensorRTEngine(runner, entry, spec, has_features_out=has_tap, max_batch=max_batch)
     token_ids_V = draft.token_ids.cuda()
-    return TensorRTEngine(runner, entry, spec, draft=draft.spec, token_ids_V=token_ids_V)
+    return TensorRTEngine(runner, entry, spec, draft=draft.spec, token_ids_V=token_ids_V, max_batch=max_batch)
 
 
-def check_entry(bundle: Path, entry: EngineEntry, source: str, version: str, capability: str) -> None:
+def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | None) -> EngineEntry:
+    """The engine of a role, in a precision if one is asked for, that runs on this machine.
+
+    Raises:
+        EngineError: there is none; if there is one for another machine, the message says what does not match.
+    """
+    entries = [e for e in manifest.engines.values() if e.role == role and precision in (None, e.precision)]
+    if not entries:
+        raise EngineError(
+            f"{bundle} has no {role} engine{f' in {precision}' if precision else ''}: "
+            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} --compute-capability YOURS --out {bundle}`"
+        )
+    problem: EngineError | None = None
+    for entry in entries:
+        try:
+            check_entry(bundle, manifest, entry, *_machine(entry.flavor))
+            return entry
+        except EngineError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _machine(flavor: Flavor) -> tuple[str, str]:
+    """Version of TensorRT and compute capability of this machine."""
+    if not torch.cuda.is_available():
+        raise EngineError("TensorRT engines run on an NVIDIA GPU and this machine has none: use the torch engine")
+    try:
+        version = load_tensorrt(flavor).__version__
+    except EngineBuildError as error:
+        raise EngineError(str(error)) from error
+    return version, ".".join(map(str, torch.cuda.get_device_capability()))
+
+
+def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: str, capability: str) -> None:
     """Raises EngineError if a plan is not for this TensorRT, this GPU or these weights."""
+    quantized = " --checkpoint ITS_QUANTIZED_CHECKPOINT" if entry.checkpoint is not None else ""
     rebuild = (
         f"build it again with `ssv-build compile --role {entry.role} --precision {entry.precision} --flavor {entry.flavor} "
-        f"--compute-capability {capability} --out {bundle}`"
+        f"--compute-capability {capability} --max-batch {entry.max_batch} --max-length {entry.max_length} --max-pending "
+        f"{entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized} --out {bundle}`"
     )
     plan = bundle / entry.file
     if entry.tensorrt != version:
@@ -209,7 +246,7 @@ def check_entry(bundle: Path, entry: EngineEntry, source: str, version: str, cap
     if capability not in entry.compute_capabilities:
         built_for = ", ".join(entry.compute_capabilities)
         raise EngineError(f"{plan} is for compute capability {built_for}, this GPU has {capability}: {rebuild}")
-    if entry.source != source:
+    if entry.source != engine_source(manifest, entry.role):
         raise EngineError(f"{plan} was built from other weights than the bundle holds now: {rebuild}")
 
 
@@ -283,11 +320,13 @@ class PlanRunner:
         if not bound.context.execute_async_v3(self._stream.cuda_stream):
             raise EngineError(f"TensorRT cannot run this step: {self._log.last()}")
         self._stream.synchronize()
-        if bound.context.is_stream_capturable(self._stream.cuda_stream):
+        # TensorRT for RTX knows whether this can be captured; TensorRT does not say, and its loop-free networks can.
+        capturable = getattr(bound.context, "is_stream_capturable", None)
+        if capturable is None or capturable(self._stream.cuda_stream):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
-                bound.context.execute_async_v3(self._stream.cuda_stream)
-            bound.graph = graph
+                enqueued = bound.context.execute_async_v3(self._stream.cuda_stream)
+            bound.graph = graph if enqueued else None
 
     def _bind(self, profile: int, given: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> _Bound:
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)

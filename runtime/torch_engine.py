@@ -1,11 +1,12 @@
 """The engine contract on PyTorch: CPU in fp32, bf16, int8 and int4, CUDA in fp32 and bf16.
 
 int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On CUDA int8 and int4
-run as bf16 with weights rounded to the same values: for measuring their quality, not for speed.
+run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds
+quantized to FP8 or INT4 (`ssv.builder.quantized`), on either device and in fp32 or bf16.
 
 Shapes: see `engine.py`.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .scorer, .smoothing; ssv.runtime.engine, .kv_cache, .cpu_int8.
+May import: ssv.builder.checkpoint, .decoder, .draft, .quantized, .scorer, .smoothing; ssv.runtime.engine, .kv_cache, .cpu_int8.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, FeatureTap
-from ssv.builder.smoothing import Ranges, smooth_decoder, smooth_join, smoothing_factor
+from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
 from ssv.builder.scorer import Scorer
+from ssv.builder.smoothing import Ranges, smooth_decoder, smooth_join, smoothing_factor
 from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale
 from ssv.runtime.engine import EngineError, StepOutput, check_step
 from ssv.runtime.kv_cache import CachedAttend, KVCache
@@ -215,20 +218,27 @@ def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 M = TypeVar("M", Decoder, Draft, FeatureTap)
+N = TypeVar("N", bound=nn.Module)
 
 
 def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], None]) -> M:
     if precision not in get_args(Precision):
         raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
+    if (found := precision_of(module)) is not None and precision in ("int8", "int4"):
+        raise EngineError(
+            f"this checkpoint is quantized to {found} already, and cannot run in {precision}: use bf16 or fp32"
+        )
     # New modules over the same parameters: replacing one leaves the caller's module as it is.
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
     if precision == "int8":
         smooth(module)
+    _replace(module, Fp8Linear, _Dequantized)
+    _replace(module, AwqLinear, _Dequantized)
     on_cpu = _is_cpu(device)
     if precision == "int8":
-        _replace_linears(module, _int8_linear if on_cpu else _rounded_int8)
+        _replace(module, nn.Linear, _int8_linear if on_cpu else _rounded_int8)
     elif precision == "int4":
-        _replace_linears(module, _int4_linear if on_cpu else _rounded_int4)
+        _replace(module, nn.Linear, _int4_linear if on_cpu else _rounded_int4)
     keeps_fp32 = precision == "fp32" or (on_cpu and precision in ("int8", "int4"))
     _convert(module, device, torch.float32 if keeps_fp32 else torch.bfloat16)
     return module
@@ -273,10 +283,24 @@ def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _replace_linears(module: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+class _Dequantized(nn.Module):
+    """A layer of a quantized checkpoint, with its weights dequantized once and its inputs rounded as it says: what a quantized engine
+    computes, at the speed of one that is not."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self._layer = layer
+        self.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        return F.linear(self._layer.prepare_input(x_MI), self.weight, self.bias)
+
+
+def _replace(module: nn.Module, kind: type[N], replacement: Callable[[N], nn.Module]) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, kind):
                 setattr(parent, name, replacement(child))
 
 

@@ -12,7 +12,6 @@ import torch
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft
 from ssv.builder.manifest import EngineEntry
@@ -20,7 +19,6 @@ from ssv.builder.network import Graph, Limits, build_draft, build_target
 from ssv.builder.scorer import Scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import logger
-from ssv.runtime.engine import StepOutput
 from ssv.runtime.kv_cache import KVCache
 from ssv.runtime.tensorrt_engine import TensorRTEngine
 
@@ -89,38 +87,3 @@ def interpreted_draft(draft: Draft, dtype: torch.dtype, scorer: Scorer) -> Tenso
         token_ids_V=draft.token_ids,
         device="cpu",
     )
-
-
-def quantized_weights(spec: DecoderSpec, weights: Weights, precision: str, group: int = 16) -> Weights:
-    """Weights with every projection rounded, in ModelOpt's tensors; the factors of inputs are such that forgetting them shows."""
-    torch.manual_seed(9)
-    out = dict(weights)
-    for name, weight in weights.items():
-        if "_proj.weight" not in name:
-            continue
-        layer = name.removesuffix(".weight")
-        if precision == "fp8":
-            scale = weight.abs().amax() / 448
-            out[name] = (weight / scale).to(torch.float8_e4m3fn)
-            out |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(0.05)}
-            continue
-        factor = torch.rand(weight.shape[1]) + 0.5 if ("down_proj" in layer or "o_proj" in layer) else None
-        scaled = weight / factor if factor is not None else weight
-        packed, scale_OG = pack_int4(scaled, group)
-        out |= {name: packed, f"{layer}.weight_scale": scale_OG}
-        if factor is not None:
-            out[f"{layer}.pre_quant_scale"] = factor
-    return out
-
-
-def pack_int4(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Bytes [O / 2, I] and scales [O, G] of a weight rounded to the nearest."""
-    groups = weight_OI.view(len(weight_OI), -1, group)
-    scale_OG = groups.abs().amax(dim=-1) / 7
-    values = (groups / scale_OG[..., None]).round().to(torch.int8).view_as(weight_OI) & 15
-    return (values[::2] | values[1::2] << 4).to(torch.uint8), scale_OG
-
-
-def flat(outputs: list[StepOutput], name: str) -> Tensor:
-    """One output of several steps, one after another, as one vector."""
-    return torch.cat([getattr(out, name).flatten() for out in outputs])

@@ -15,7 +15,6 @@ from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec
 from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, RopeScaling
-from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
 from ssv.builder.draft import Draft, DraftKind, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import flat, interpreted_draft, interpreted_target, quantized_weights
+from drive import drive, flat, names
+from interpreted import interpreted_draft, interpreted_target
+from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, tiny_weights
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from ssv.builder.checkpoint import RopeScaling
 from ssv.builder.decoder import Decoder
 from ssv.builder.network import Graph
 from ssv.builder.scorer import Scorer
-from ssv.runtime.engine import Engine, EngineError, StepOutput
+from ssv.runtime.engine import EngineError
 from ssv.runtime.tensorrt_engine import TensorRTEngine
 from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
 
@@ -49,34 +51,6 @@ def pair(family: str, precision: str) -> tuple[Decoder, torch.dtype]:
 
 def torch_target(decoder: Decoder, draft: Any = None) -> TorchEngine:
     return target_engine(decoder, precision="fp32", max_batch=3, max_length=64, draft=draft)
-
-
-def drive(engine: Engine, features_out: bool = False) -> list[StepOutput]:
-    """Prefill, decoding, a ragged verification, a rollback, a second verification, a step of many chunks."""
-    features = engine.num_features
-    outputs = []
-
-    def step(shape: tuple[int, int], position: list[int], gather: list[int], first_row: int = 0) -> None:
-        seed = len(outputs) + 10
-        generator = torch.Generator().manual_seed(seed)
-        given = torch.randn(*shape, features, generator=generator) if features else None
-        position_B, rows_R = torch.tensor(position, dtype=torch.int32), torch.tensor(gather, dtype=torch.long)
-        ids_BT = tiny_ids(*shape, seed=seed)
-        outputs.append(engine.step(ids_BT, position_B, rows_R, given, features_out=features_out, first_row=first_row))
-
-    step((1, 9), [0], [8])
-    step((1, 5), [0], [4, 1], first_row=1)
-    for t in range(3):
-        step((2, 1), [9 + t, 5 + t], [0, 1])
-    step((2, 4), [12, 8], [0, 3, 4, 5])  # row 1 has two tokens, the others are padding
-    step((2, 5), [10, 9], [9, 2, 5])  # both rolled back, gathered out of order
-    step((1, 40), [15], list(range(3, 40)))  # wider than any profile, more rows than any gathers
-    step((2, 1), [55, 14], [1])
-    return outputs
-
-
-def names(features_out: bool = False) -> tuple[str, ...]:
-    return ("hidden_RH", "logits_RV", *(["features_BTF"] if features_out else []))
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)

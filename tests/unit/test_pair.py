@@ -125,3 +125,24 @@ def test_a_place_that_cannot_be_written(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match=r"cannot be written .*: choose another folder"):
         build(recipe, tmp_path / "file" / "bundle")
+
+
+def test_engines_of_the_recipe_are_compiled_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path)
+    engines = [
+        f"  - {{role: {role}, precision: {precision}, compute_capability: ['8.9'], max_length: 192, prefill_chunk: 64}}"
+        for role, precision in (("target", "int4"), ("draft", "fp16"))
+    ]
+    recipe.write_text(recipe.read_text() + "engines:\n" + "\n".join(engines) + "\n")
+    out = tmp_path / "out"
+    manifest = build(recipe, out)
+    assert {(e.role, e.precision) for e in manifest.engines.values()} == {("target", "int4"), ("draft", "fp16")}
+    assert read_manifest(out).engines == manifest.engines
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # neither stage nor quantized checkpoint
+
+    def never(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(pair, "_compile_apart", never)
+    assert build(recipe, out).engines == manifest.engines
+    assert read_manifest(out).engines == manifest.engines

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, DraftKind, draft_spec
-from ssv.builder.smoothing import Ranges, activation_ranges, smooth_decoder, smooth_join
 from ssv.builder.scorer import Scorer
+from ssv.builder.smoothing import Ranges, activation_ranges, smooth_decoder, smooth_join
 from ssv.runtime import cpu_int8, torch_engine
 from ssv.runtime.cpu_int8 import FusedScorer, quantize_rows
 from ssv.runtime.engine import EngineError, StepOutput

@@ -1,0 +1,122 @@
+"""From a model on disk to its quantized checkpoint on disk: reads, finds text to calibrate on, quantizes, trains if asked, writes.
+
+May import: ssv.builder.checkpoint, .config, .corpus, .decoder, .draft, .manifest, .progress, .prompts, .quantize, .recover, .target.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssv.builder.checkpoint import CheckpointError
+from ssv.builder.config import QuantizeConfig
+from ssv.builder.corpus import chat_pieces, write_conversations
+from ssv.builder.decoder import Decoder
+from ssv.builder.draft import load_draft
+from ssv.builder.manifest import MANIFEST_NAME
+from ssv.builder.progress import Report
+from ssv.builder.prompts import read_prompts
+from ssv.builder.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
+from ssv.builder.recover import Recovery, recover
+from ssv.builder.target import Target, load_target, openings_of
+
+_WINDOW = 512
+
+
+def load_source(source: Path) -> tuple[Target, Path | None]:
+    """The target of a bundle or of a checkpoint, and the bundle's draft."""
+    if (source / MANIFEST_NAME).is_file():
+        return load_target(source / "target", source / "tokenizer"), source / "draft" / "draft.safetensors"
+    return load_target(source), None
+
+
+def quantize(
+    target: Target, draft_file: Path | None, config: QuantizeConfig, out: Path, device: str, report: Report
+) -> None:
+    """Writes a quantized target (a folder) or draft (a file).
+
+    Args:
+        draft_file: for the draft's role.
+        out: must not be there yet.
+
+    Raises:
+        CheckpointError: `out` exists, or the draft is damaged or not the target's.
+        QuantizeError: see `ssv.builder.quantize`.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists: choose another place")
+    if config.role == "draft" and draft_file is None:
+        raise CheckpointError("there is no draft beside a plain checkpoint: give a bundle")
+    stage = f"quantize {config.role} {config.precision}"
+    decoder = target.decoder.to(device)
+    tokens_BT = calibration_tokens(target, decoder, config)
+    dtype = target.weights["model.embed_tokens.weight"].dtype
+    dtype = dtype if dtype == torch.float16 else torch.bfloat16
+    report(stage, 0, 2, f"calibrating on {tokens_BT.numel()} tokens")
+    if config.role == "draft":
+        assert draft_file is not None
+        draft = load_draft(draft_file, decoder).to(device)
+        student = quantize_draft(draft, decoder, tokens_BT, config.precision, group_size=config.group_size)
+        report(stage, 1, 2, "writing")
+        with _whole(out) as part:
+            save_quantized_draft(student, part, dtype)
+    else:
+        made = quantize_target(
+            decoder, tokens_BT, config.precision, group_size=config.group_size, lm_head=config.lm_head
+        )
+        if config.recover_tokens:
+            original = target.on(device)
+            pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target.tokenizer)
+            settings = Recovery(tokens=config.recover_tokens, learning_rate=config.recover_learning_rate)
+            made = recover(original, made, pieces, openings, settings, report)
+        report(stage, 1, 2, "writing")
+        with _whole(out) as part:
+            save_quantized_target(made.cpu(), part, target.eos_token_ids, dtype, target.tokenizer.save_pretrained)
+    report(stage, 2, 2, "done")
+
+
+def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig) -> Tensor:
+    """Text to calibrate on, int64 [B, T]: the user's prompts in the model's chat template, or what the target writes itself."""
+    if config.prompts_file is None:
+        rows = -(-config.tokens // _WINDOW)
+        openings = openings_of(config.openings_file, target.tokenizer)
+        written = write_conversations(
+            decoder, chat_pieces(target.tokenizer), openings, rows=rows, window=_WINDOW, seed=1
+        )
+        return written.tokens.long()
+    texts = [
+        target.tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
+        )
+        for p in read_prompts(config.prompts_file)
+    ]
+    ids = target.tokenizer.encode("".join(texts), add_special_tokens=False)[: config.tokens]
+    window = min(_WINDOW, len(ids))
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A place beside `out` that becomes it when the block succeeds and vanishes when it does not."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        yield part
+        part.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written ({error.strerror}): choose another place") from error
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

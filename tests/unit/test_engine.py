@@ -1,0 +1,473 @@
+"""Engines really compiled into a bundle by TensorRT for RTX: what it holds, what is refused, what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import pytest
+import tensorrt_rtx as trt
+import torch
+from quantized_weights import pack_int4, quantized_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import tiny_spec, tiny_weights
+from tiny_bundle import build, write_recipe
+
+from ssv.builder import engine, spill, tensorrt_api
+from ssv.builder.checkpoint import DecoderSpec, Weights, hf_config
+from ssv.builder.cli import main
+from ssv.builder.config import EngineConfig
+from ssv.builder.engine import checkpoint_digest, compile_engine, limits_of, load_networks
+from ssv.builder.manifest import EngineEntry, Manifest, engine_source, read_manifest
+from ssv.builder.network import Limits
+from ssv.builder.progress import silent
+from ssv.builder.quantized import precision_of
+from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt
+
+ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
+
+
+class Compiled(NamedTuple):
+    """Attributes:
+    name, entry, reports: of the engine; (stage, done, total) of each report.
+    """
+
+    bundle: Path
+    name: str
+    entry: EngineEntry
+    reports: list[tuple[str, int, int]]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("built")
+    build(write_recipe(base), base / "bundle")
+    return base / "bundle"
+
+
+@pytest.fixture(scope="module")
+def compiled(built: Path) -> Compiled:
+    """A bundle with an engine of its target."""
+    bundle = built.with_name("compiled")
+    shutil.copytree(built, bundle)
+    reports: list[tuple[str, int, int]] = []
+    name, entry = compile_engine(bundle, config(), lambda stage, done, total, _: reports.append((stage, done, total)))
+    return Compiled(bundle, name, entry, reports)
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def compiled_bundle(compiled: Compiled, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compiled.bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def imports() -> Iterator[None]:
+    """TensorRT is imported anew in the test, and after it."""
+    load_tensorrt.cache_clear()
+    yield
+    load_tensorrt.cache_clear()
+
+
+def config(role: str = "target", precision: str = "fp16", **changes: Any) -> EngineConfig:
+    settings = {"compute_capability": ["8.9"], "max_length": 128, "prefill_chunk": 64}
+    return EngineConfig.model_validate({"role": role, "precision": precision, **settings, **changes})
+
+
+def arguments(bundle: Path, *more: str) -> list[str]:
+    fixed = ["--role", "target", "--max-length", "128", "--prefill-chunk", "64", "--out", str(bundle)]
+    return ["compile", *fixed, *more]
+
+
+def quantized(folder: Path, precision: str, spec: DecoderSpec | None = None, seed: int = 0) -> Path:
+    """A checkpoint as ModelOpt writes it, of the tiny bundle's target unless told otherwise."""
+    spec = spec or tiny_spec()
+    weights = quantized_weights(spec, tiny_weights(spec, seed), precision, group=32)
+    return write_checkpoint(folder, spec, weights, ALGORITHMS[precision])
+
+
+def write_checkpoint(folder: Path, spec: DecoderSpec, weights: Weights, algorithm: str) -> Path:
+    folder.mkdir()
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config(spec, [1], torch.float32)))
+    facts = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "group_size": 32}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def quantized_draft(bundle: Path, path: Path, change: Callable[[Weights], object] | None = None) -> Path:
+    """The bundle's draft with the layers' products in INT4."""
+    source = bundle / "draft" / "draft.safetensors"
+    state = load_file(source)
+    for name in ("qkv", "o", "gate_up", "down"):
+        layer = f"decoder.layers.0.{name}"
+        state[f"{layer}.weight"], state[f"{layer}.weight_scale"] = pack_int4(state[f"{layer}.weight"].float(), 32)
+    if change is not None:
+        change(state)
+    with safe_open(source, framework="pt") as file:
+        save_file(state, path, metadata=file.metadata())
+    return path
+
+
+def part_files(bundle: Path) -> list[Path]:
+    return [path for path in bundle.rglob("*") if path.name.endswith(".part")]
+
+
+def write_no_plan(*args: Any) -> Literal["float16"]:
+    """Stands for `build_plan`."""
+    args[4].write_bytes(b"a plan")
+    return "float16"
+
+
+# --- What a bundle holds then ---------------------------------------------------------------------------------------
+
+
+def test_the_entry_says_what_was_asked_and_the_bundle_verifies(compiled: Compiled) -> None:
+    name, entry = "target-fp16-tensorrt_rtx-8.9", compiled.entry
+    manifest = read_manifest(compiled.bundle)
+    assert manifest.engines == {name: entry}
+    assert compiled.name == name
+    asked = ("target", "fp16", "tensorrt_rtx", "float16")
+    assert (entry.role, entry.precision, entry.flavor, entry.compute_type) == asked
+    assert (entry.tensorrt, entry.compute_capabilities) == (trt.__version__, ["8.9"])
+    assert (entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk) == (8, 128, 6, 64)
+    assert (entry.file, entry.checkpoint) == (f"target/{name}.engine", None)
+    assert entry.source == engine_source(manifest, "target")
+    assert (compiled.bundle / entry.file).stat().st_size > 100_000
+    assert entry.build_seconds > 0
+    assert entry.peak_memory_bytes > 50e6
+    assert part_files(compiled.bundle) == []
+
+
+def test_the_rest_of_the_manifest_stays(compiled: Compiled, built: Path) -> None:
+    before, after = read_manifest(built), read_manifest(compiled.bundle)
+    assert after.files.items() > before.files.items()
+    assert after.versions.items() >= before.versions.items()
+    assert after.versions["tensorrt-rtx-cu13"] == trt.__version__
+    changed: dict[str, object] = {"engines": {}, "files": {}, "versions": {}}
+    assert after.model_copy(update=changed) == before.model_copy(update=changed)
+
+
+def test_progress_never_goes_back_and_ends_when_all_is_done(compiled: Compiled) -> None:
+    assert {stage for stage, _, _ in compiled.reports} == {"compile target fp16"}
+    done = [done for _, done, _ in compiled.reports]
+    assert done == sorted(done)
+    assert all(done < total for _, done, total in compiled.reports[:-1])
+    assert len(done) > 20
+    assert compiled.reports[-1][1] == compiled.reports[-1][2]
+
+
+def test_a_command_compiles_a_draft_for_two_capabilities(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--role", "draft", "--compute-capability", "8.9,12.0", "--max-batch", "2", "--max-pending", "3")
+    assert main(arguments(bundle, "--precision", "fp16", *more)) == 0
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    plan_bytes, name = facts.pop("plan_bytes"), facts.pop("engine")
+    assert name == "draft-fp16-tensorrt_rtx-8.9-12.0"
+    assert read_manifest(bundle).engines == {name: EngineEntry.model_validate(facts)}
+    assert (facts["compute_capabilities"], facts["max_batch"], facts["max_pending"]) == (["8.9", "12.0"], 2, 3)
+    assert (bundle / facts["file"]).stat().st_size == plan_bytes
+    assert "compile draft fp16: " in printed.err
+
+
+def test_a_second_engine_of_the_same_name_replaces_the_first(
+    compiled: Compiled, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "build_plan", write_no_plan)
+    name, entry = compile_engine(compiled_bundle, config(max_batch=2), silent)
+    manifest = read_manifest(compiled_bundle)
+    assert entry.max_batch == 2
+    assert manifest.engines == {compiled.name: entry}
+    assert name == compiled.name
+    assert manifest.files[entry.file] != read_manifest(compiled.bundle).files[entry.file]
+    assert part_files(compiled_bundle) == []
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_a_quantized_target_is_compiled_from_its_checkpoint(bundle: Path, tmp_path: Path, precision: str) -> None:
+    checkpoint = quantized(tmp_path / "quantized", precision)
+    name, entry = compile_engine(bundle, config(precision=precision, checkpoint=checkpoint), silent)
+    assert name == f"target-{precision}-tensorrt_rtx-8.9"
+    assert (entry.precision, entry.compute_type, entry.checkpoint) == (
+        precision,
+        "bfloat16",
+        checkpoint_digest(checkpoint),
+    )
+    assert read_manifest(bundle).engines == {name: entry}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)], ids=["fp16", "bf16"]
+)
+def test_networks_have_the_type_asked_for(built: Path, precision: str, dtype: torch.dtype) -> None:
+    for network in load_networks(built, config(precision=precision)):
+        assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+
+
+def test_a_quantized_draft_is_taken_from_its_checkpoint(built: Path, tmp_path: Path) -> None:
+    checkpoint = quantized_draft(built, tmp_path / "draft.safetensors")
+    decoder, draft = load_networks(built, config("draft", "int4", checkpoint=checkpoint))
+    assert (precision_of(decoder), precision_of(draft)) == (None, "int4")
+
+
+def test_the_digest_of_a_checkpoint_follows_its_files(tmp_path: Path) -> None:
+    folder = quantized(tmp_path / "quantized", "int4")
+    before = checkpoint_digest(folder)
+    assert checkpoint_digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == before
+    with (folder / "hf_quant_config.json").open("a") as file:
+        file.write(" ")
+    assert checkpoint_digest(folder) != before
+    assert checkpoint_digest(folder / "model.safetensors") != checkpoint_digest(folder)
+
+
+def test_the_source_of_a_draft_includes_its_scorer(built: Path) -> None:
+    manifest = read_manifest(built)
+    other = {**manifest.files, "scorer.safetensors": manifest.files["scorer.json"]}
+    changed = manifest.model_copy(update={"files": other})
+    assert engine_source(changed, "draft") != engine_source(manifest, "draft")
+    assert engine_source(changed, "target") == engine_source(manifest, "target")
+
+
+# --- What is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+@pytest.mark.parametrize("precision", ["fp8", "int4"])
+def test_without_a_quantized_checkpoint_the_command_that_makes_one_is_named(
+    bundle: Path, capsys: pytest.CaptureFixture[str], role: str, precision: str
+) -> None:
+    argv = arguments(bundle, "--role", role, "--precision", precision, "--compute-capability", "8.9")
+    before = read_manifest(bundle)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"error: the bundle's {role} is not quantized" in error
+    assert f"hint: make one with `ssv-build quantize --role {role} --precision {precision}`" in error
+    assert read_manifest(bundle) == before
+    assert part_files(bundle) == []
+
+
+def test_a_checkpoint_of_another_precision(built: Path, tmp_path: Path) -> None:
+    int4, fp8 = quantized(tmp_path / "int4", "int4"), quantized(tmp_path / "fp8", "fp8")
+    with pytest.raises(EngineBuildError, match=r"int4 is quantized to int4, asked for is fp16: give --precision int4"):
+        load_networks(built, config(checkpoint=int4))
+    with pytest.raises(EngineBuildError, match=r"fp8 is quantized to fp8, an int4 engine is made from an int4"):
+        load_networks(built, config(precision="int4", checkpoint=fp8))
+
+
+@pytest.mark.parametrize(("changes", "seed"), [({}, 1), ({"num_layers": 3}, 0)], ids=["other weights", "other shape"])
+def test_a_checkpoint_of_another_model(built: Path, tmp_path: Path, changes: dict[str, int], seed: int) -> None:
+    other = quantized(tmp_path / "other", "int4", tiny_spec(**changes), seed)
+    with pytest.raises(EngineBuildError, match=rf"{other} is not the target of {built}: give the checkpoint"):
+        load_networks(built, config(precision="int4", checkpoint=other))
+
+
+def test_a_checkpoint_of_another_draft(built: Path, tmp_path: Path) -> None:
+    def exchange(state: Weights) -> None:
+        state["token_ids"] = state["token_ids"].flip(0)
+
+    other = quantized_draft(built, tmp_path / "other.safetensors", exchange)
+    with pytest.raises(EngineBuildError, match=rf"{other} is not the draft of {built}"):
+        load_networks(built, config("draft", "int4", checkpoint=other))
+
+
+def test_an_unknown_capability_names_the_known_ones(bundle: Path) -> None:
+    message = r"capability 9\.0 is not one .*choose from 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, .*the flavor tensorrt"
+    with pytest.raises(EngineBuildError, match=message):
+        compile_engine(bundle, config(compute_capability=["8.9", "9.0"]), silent)
+
+
+def test_the_flavor_tensorrt_needs_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch, imports: None) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        EngineBuildError, match=r"this machine has none: run this there .*or use the flavor tensorrt_rtx"
+    ):
+        compile_engine(bundle, config(flavor="tensorrt"), silent)
+
+
+def test_the_flavor_tensorrt_builds_for_its_own_gpu(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, imports: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(EngineBuildError, match=r"capability 9\.0, not for 8\.9: give --compute-capability 9\.0"):
+        compile_engine(bundle, config(flavor="tensorrt"), silent)
+
+
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
+def test_without_tensorrt_the_package_is_named(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    imports: None,
+    flavor: Literal["tensorrt", "tensorrt_rtx"],
+) -> None:
+    monkeypatch.setitem(sys.modules, flavor, None)
+    argv = arguments(bundle, "--precision", "fp16", "--compute-capability", "8.9", "--flavor", flavor)
+    assert main(argv) == 2
+    package = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}[flavor]
+    assert capsys.readouterr().err == f"error: {flavor} is not installed\nhint: pip install {package}\n"
+
+
+def test_tensorrt_without_its_libraries(monkeypatch: pytest.MonkeyPatch, imports: None) -> None:
+    def import_module(name: str) -> None:
+        raise OSError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt_api.importlib, "import_module", import_module)
+    with pytest.raises(EngineBuildError, match=r"cannot be loaded \(libnvinfer.so.11.*\): pip install"):
+        load_tensorrt("tensorrt_rtx")
+
+
+def test_tensorrt_that_is_too_old(monkeypatch: pytest.MonkeyPatch, imports: None) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(INetworkDefinition=object, __version__="10.9"))
+    with pytest.raises(EngineBuildError, match=r"tensorrt 10\.9 is too old.*pip install --upgrade tensorrt-cu13"):
+        load_tensorrt("tensorrt")
+
+
+@pytest.mark.parametrize("flavor", ["onnx", "os"])
+def test_another_flavor_is_not_imported(flavor: Any, imports: None) -> None:
+    with pytest.raises(EngineBuildError, match=f"flavor '{flavor}' is unknown; known: tensorrt, tensorrt_rtx"):
+        load_tensorrt(flavor)
+
+
+# --- Limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "limits", [(8, 128, 63, 64), (8, 128, 64, 64), (8, 128, 6, 129), (0, 128, 6, 64), (8, 128, 0, 64)]
+)
+def test_limits_out_of_range(limits: tuple[int, int, int, int]) -> None:
+    with pytest.raises(EngineBuildError, match="must be"):
+        Limits(*limits)
+
+
+def test_the_widest_limits() -> None:
+    assert Limits(1, 128, 62, 64).prefill_chunk == 64
+    assert Limits(1, 128, 6, 128).prefill_chunk == 128
+
+
+def test_limits_follow_the_bundles_tiers(built: Path) -> None:
+    manifest = read_manifest(built)
+    assert limits_of(config(), manifest).max_pending == 6
+    assert limits_of(config(max_pending=9), manifest).max_pending == 9
+    assert limits_of(config(prefill_chunk=256), manifest).prefill_chunk == 128
+
+
+def test_tiers_that_verify_more_than_a_chunk_are_refused(built: Path) -> None:
+    manifest = read_manifest(built)
+    data = manifest.model_dump(mode="json")
+    data["tiers"]["turbo"]["policy"]["max_pending"] = 63
+    with pytest.raises(EngineBuildError, match=r"prefill_chunk 64 must be more than max_pending \+ 1 = 64"):
+        limits_of(config(), Manifest.model_validate(data))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max-length", "64"),
+        ("prefill-chunk", "32"),
+        ("max-pending", "33"),
+        ("max-batch", "0"),
+        ("compute-capability", "ada"),
+        ("compute-capability", "8.9,8.9"),
+    ],
+)
+def test_settings_out_of_range_are_named(
+    bundle: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    argv = arguments(bundle, "--precision", "fp16", "--compute-capability", "8.9", f"--{option}", value)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert option.replace("-", "_") in error
+
+
+@pytest.mark.xfail(
+    strict=True, raises=pytest.fail.Exception, reason="an engine can be compiled longer than the model has positions"
+)
+def test_more_tokens_than_the_model_has_positions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "build_plan", write_no_plan)
+    with pytest.raises(EngineBuildError, match="512"):
+        compile_engine(bundle, config(max_length=513), silent)
+
+
+# --- What a failure leaves ------------------------------------------------------------------------------------------
+
+
+def test_no_space_for_the_plan(compiled_bundle: Path) -> None:
+    before = read_manifest(compiled_bundle)
+    (compiled_bundle / "target" / ".target-fp16-tensorrt_rtx-8.9.engine.part").symlink_to("/dev/full")
+    with pytest.raises(EngineBuildError, match=r"cannot be written \(No space left on device\): choose a place"):
+        compile_engine(compiled_bundle, config(max_batch=2), silent)
+    assert part_files(compiled_bundle) == []
+    assert read_manifest(compiled_bundle) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the full file, when it is closed
+def test_no_space_for_the_weights(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("wb")  # noqa: SIM115 - closed with the spill
+    monkeypatch.setattr(spill, "_SMALL", 0)
+    monkeypatch.setattr(spill.tempfile, "TemporaryFile", lambda dir: full)
+    before = read_manifest(bundle)
+    with pytest.raises(EngineBuildError, match=r"cannot be written \(No space left on device\)"):
+        compile_engine(bundle, config(), silent)
+    assert (part_files(bundle), read_manifest(bundle)) == ([], before)
+
+
+def test_no_plan_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_some(*args: Any) -> None:
+        write_no_plan(*args)
+        raise EngineBuildError("TensorRT refuses")
+
+    monkeypatch.setattr(engine, "build_plan", write_some)
+    before = sorted(bundle.rglob("*"))
+    with pytest.raises(EngineBuildError, match="TensorRT refuses"):
+        compile_engine(bundle, config(), silent)
+    assert sorted(bundle.rglob("*")) == before
+    assert read_manifest(bundle).engines == {}
+
+
+def test_a_damaged_bundle_is_refused_before_anything_is_compiled(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "build_plan", lambda *_: pytest.fail("compiled"))
+    (bundle / "scorer.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"scorer.safetensors does not match the manifest"):
+        compile_engine(bundle, config(), silent)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=ValueError, reason="the new plan takes the old one's place before the manifest says so"
+)
+def test_a_manifest_that_cannot_be_written_leaves_the_old_engine(
+    compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = read_manifest(compiled_bundle)
+    monkeypatch.setattr(engine, "build_plan", write_no_plan)
+    monkeypatch.setattr(engine, "write_manifest", fail)
+    with pytest.raises((EngineBuildError, OSError)):
+        compile_engine(compiled_bundle, config(), silent)
+    assert read_manifest(compiled_bundle) == before
+
+
+@pytest.mark.xfail(
+    strict=True, raises=EngineBuildError, reason="TensorRT's bindings swallow what a progress monitor raises"
+)
+def test_an_interrupt_is_not_called_a_failure_of_tensorrt(bundle: Path) -> None:
+    def interrupt(stage: str, done: int, total: int, detail: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_engine(bundle, config(), interrupt)
