@@ -51,7 +51,7 @@ class Spill:
         return int(view.ctypes.data)
 
     @contextmanager
-    def not_in_memory(self, seconds: float = 0.05) -> Iterator[None]:
+    def not_in_memory(self, seconds: float = 0.01) -> Iterator[None]:
         """Frees, every so often while the block runs, the memory of what has been read from the file; it stays readable."""
         done = threading.Event()
         thread = threading.Thread(target=lambda: self._let_go_until(done, seconds), daemon=True)

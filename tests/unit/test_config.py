@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ssv.builder import config
-from ssv.builder.config import Recipe, RecipeError, TargetConfig, load_recipe
+from ssv.builder.config import EngineConfig, Recipe, RecipeError, TargetConfig, checked, load_recipe
 
 RECIPE = """
 name: tiny
@@ -210,3 +210,27 @@ def test_presets_load(path: Path) -> None:
 
 def test_there_is_a_preset() -> None:
     assert PRESETS
+
+
+def test_engines_of_a_recipe() -> None:
+    engine = checked(EngineConfig, role="draft", precision="int4", compute_capability=["8.9", "12.0"])
+    assert (engine.flavor, engine.max_batch, engine.max_length, engine.max_pending) == ("tensorrt_rtx", 8, 2048, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"compute_capability": ["89"]}, "compute_capability"),
+        ({"compute_capability": []}, "compute_capability"),
+        ({"compute_capability": ["8.9", "8.9"]}, "names one twice"),
+        ({"precision": "int8"}, "precision"),
+        ({"flavor": "trt"}, "flavor"),
+        ({"max_pending": 33}, "max_pending"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_engine_out_of_range_is_named(changes: dict[str, object], named: str) -> None:
+    settings: dict[str, object] = {"role": "target", "precision": "fp16", "compute_capability": ["8.9"]}
+    with pytest.raises(RecipeError, match=named):
+        checked(EngineConfig, **(settings | changes))
