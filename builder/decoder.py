@@ -163,7 +163,7 @@ def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype =
     # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it is used.
     state = {"embed.weight": weights["model.embed_tokens.weight"].to(dtype, copy=True)}
     for module, sources in _sources(spec).items():
-        if is_quantized(weights, sources[0]):
+        if any(is_quantized(weights, source) for source in sources):
             continue
         for kind in ("weight", "bias"):
             found = [weights[f"{source}.{kind}"] for source in sources if f"{source}.{kind}" in weights]
@@ -184,7 +184,7 @@ def replace_quantized(
         dtype: of their biases.
     """
     for name, parts in sources.items():
-        if not is_quantized(weights, parts[0]):
+        if not any(is_quantized(weights, part) for part in parts):
             continue
         biases = [weights[f"{part}.bias"].to(dtype) for part in parts if f"{part}.bias" in weights]
         parent, _, child = name.rpartition(".")

@@ -63,6 +63,7 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
     def on_progress(done: int, total: int, what: str) -> None:
         report(f"compile {config.role} {config.precision}", done, total, what)
 
+    checkpoint = checkpoint_digest(config.checkpoint) if config.checkpoint is not None else None
     started = time.monotonic()
     with _lean_memory(), _part_file(bundle / config.role, name) as part:
         compute_type = build_plan(trt, bundle, config, limits, part, on_progress)
@@ -85,7 +86,7 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
         max_pending=limits.max_pending,
         prefill_chunk=limits.prefill_chunk,
         source=engine_source(manifest, config.role),
-        checkpoint=checkpoint_digest(config.checkpoint) if config.checkpoint is not None else None,
+        checkpoint=checkpoint,
         build_seconds=round(time.monotonic() - started, 2),
         peak_memory_bytes=peak,
     )
@@ -98,11 +99,12 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
     }
     try:
         write_manifest(bundle, manifest.model_copy(update=changes))
-    except OSError as error:
-        plan.unlink(missing_ok=True)
-        raise EngineBuildError(
-            f"{bundle} cannot be written ({error.strerror}): choose a place with more room"
-        ) from error
+    except BaseException as error:
+        if old is None or old.file != file:
+            plan.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise EngineBuildError(f"{bundle} cannot be written ({error}): choose a place with more room") from error
+        raise
     if old is not None and old.file != file:
         (bundle / old.file).unlink(missing_ok=True)
     return name, entry
@@ -145,12 +147,11 @@ def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
     given = config.checkpoint
     if config.role == "target" and given is not None:
         given_spec, given_weights = load_any(given)
-        # A target whose LM head is quantized is tied no more.
-        if replace(given_spec, tie_embeddings=spec.tie_embeddings) != spec or not _same_embedding(
-            given_weights, weights
-        ):
+        if "lm_head.weight_scale" in given_weights:  # a target whose LM head is quantized is tied no more
+            spec = replace(spec, tie_embeddings=given_spec.tie_embeddings)
+        if given_spec != spec or not _same_embedding(given_weights, weights):
             raise EngineBuildError(f"{given} is not the target of {bundle}: give the checkpoint that was made from it")
-        spec, weights = given_spec, given_weights
+        weights = given_weights
     stored = weights["model.embed_tokens.weight"].dtype
     dtype = _COMPUTE_TYPES.get(config.precision, torch.float16 if stored == torch.float16 else torch.bfloat16)
     decoder = Decoder.from_weights(spec, weights, dtype)

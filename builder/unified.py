@@ -124,7 +124,9 @@ def _algorithm_of_groups(facts: Mapping[str, Any]) -> str | None:
     for group in groups.values():
         if not isinstance(group, dict):
             return None
-        weights, inputs = group.get("weights") or {}, group.get("input_activations")
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        if not isinstance(weights, dict):
+            return None
         kind = f"{weights.get('num_bits')}-bit {weights.get('type')}{'' if inputs is None else ' with inputs'}"
         found.add({"8-bit float with inputs": "FP8", "4-bit int": "W4A16_AWQ"}.get(kind, kind))
     return found.pop() if len(found) == 1 else None

@@ -11,6 +11,7 @@ May import: ssv.builder.checkpoint, .draft, .manifest, .network, .tensorrt_api; 
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -260,12 +261,14 @@ class _Bound:
     Attributes:
         inputs: what is copied before each run; caches are bound where they lie.
         graph: of the run, once it has been captured.
+        can_capture: False once that has failed.
     """
 
     context: Any
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     graph: torch.cuda.CUDAGraph | None = None
+    can_capture: bool = True
 
 
 class PlanRunner:
@@ -322,11 +325,13 @@ class PlanRunner:
         self._stream.synchronize()
         # TensorRT for RTX knows whether this can be captured; TensorRT does not say, and its loop-free networks can.
         capturable = getattr(bound.context, "is_stream_capturable", None)
-        if capturable is None or capturable(self._stream.cuda_stream):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
-                enqueued = bound.context.execute_async_v3(self._stream.cuda_stream)
-            bound.graph = graph if enqueued else None
+        if bound.can_capture and (capturable is None or capturable(self._stream.cuda_stream)):
+            graph, bound.can_capture = torch.cuda.CUDAGraph(), False
+            # Where it fails, each run goes through TensorRT: slower, and right.
+            with contextlib.suppress(RuntimeError):
+                with torch.cuda.graph(graph, stream=self._stream):
+                    enqueued = bound.context.execute_async_v3(self._stream.cuda_stream)
+                bound.graph = graph if enqueued else None
 
     def _bind(self, profile: int, given: Mapping[str, Tensor], caches: Mapping[str, Tensor]) -> _Bound:
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
