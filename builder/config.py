@@ -181,7 +181,7 @@ class QuantizeConfig(_Strict):
     group_size: Literal[32, 64, 128] | None = None
     lm_head: bool = False
     recover_tokens: Annotated[int, Field(ge=0)] = 0
-    recover_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    recover_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
     openings_file: Path | None = None
 
     @model_validator(mode="after")

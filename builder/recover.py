@@ -1,6 +1,6 @@
 """Wins back what quantizing cost: trains a quantized target to say what the original says.
 
-Quantization-aware distillation (Liu et al. 2023, LLM-QAT, arXiv:2305.17888): the weights behind the rounded ones and their scales are trained through
+Quantization-aware distillation (Liu et al. 2023, LLM-QAT, arXiv:2305.17888): the weights behind the rounded ones, their scales and the norms are trained through
 the rounding (straight-through; for INT4 with learned steps, Esser et al. 2020, LSQ, arXiv:1902.08153) on the KL divergence to the original's
 distribution, over text that the original writes itself. What comes out has the same tensors as before.
 
@@ -63,7 +63,7 @@ def recover(
     """
     trained = copy.deepcopy(student).to(original.embed.weight.device)
     layers = _make_trainable(original, trained)
-    parameters = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     num_steps = max(1, config.tokens // (config.batch_rows * config.window))
     batches = _batches(original, pieces, openings, config)
@@ -215,4 +215,7 @@ def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _Trainable
     for trainable in layers.values():
         for parameter in trainable.parameters(recurse=False):
             parameter.requires_grad_(True)
+    for norm in trained.modules():
+        if isinstance(norm, nn.RMSNorm):
+            norm.weight = nn.Parameter(norm.weight.clone(), requires_grad=True)
     return layers

@@ -115,7 +115,7 @@ class TorchEngine:
         x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
         if self.draft is None or features_in_BTF is None:
             return x_MH, None
-        features_MF = features_in_BTF.to(self.dtype).flatten(0, 1)
+        features_MF = features_in_BTF.to(self.device, self.dtype).flatten(0, 1)
         if self._fused_join is None:
             return self.draft.join_features(x_MH, features_MF), None
         # A copy: the layers work in place, and these are the caller's.
