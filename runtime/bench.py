@@ -198,7 +198,7 @@ def document(rows: Sequence[MethodRow], args: argparse.Namespace, llm: LLM) -> d
     return {
         "rows": [asdict(row) for row in rows],
         "settings": settings,
-        "machine": machine(args.device),
+        "machine": machine("cuda" if args.engine == "tensorrt" else args.device),
         "versions": versions("ssv", "torch", "transformers"),
         "commit": commit(),
     }
