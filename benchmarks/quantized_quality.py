@@ -56,7 +56,7 @@ def main() -> int:
         found[name]["precision"] = quantization_of(Path(folder))
         print(name, found[name], file=sys.stderr)
     figures = {"texts": len(texts), "tokens": sum(len(text.ids) for text in texts), "quantized": found}
-    write_record(figures, args.out, versions("torch", "nvidia-modelopt"))
+    write_record(figures, args.out, versions("torch", "nvidia-modelopt"), args.device)
     return 0
 
 

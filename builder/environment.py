@@ -52,12 +52,14 @@ def commit() -> str:
         return "unknown"
 
 
-def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, str]) -> None:
+def write_record(
+    figures: dict[str, Any], out: Path | None, packages: dict[str, str], device: str = "cpu"
+) -> None:
     """Prints a benchmark's figures with command, machine, versions, commit and date; writes them to a file if one is given."""
     record = {
         **figures,
         "command": " ".join(["python", *sys.argv]),
-        "machine": machine(),
+        "machine": machine(device),
         "versions": packages,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
