@@ -52,9 +52,7 @@ def commit() -> str:
         return "unknown"
 
 
-def write_record(
-    figures: dict[str, Any], out: Path | None, packages: dict[str, str], device: str = "cpu"
-) -> None:
+def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, str], device: str = "cpu") -> None:
     """Prints a benchmark's figures with command, machine, versions, commit and date; writes them to a file if one is given."""
     record = {
         **figures,

@@ -406,8 +406,7 @@ class Graph:
 
     def _awq_product(self, x_MI: Any, layer: AwqLinear) -> Any:
         if layer.input_factor_I is not None:
-            factor = self._new_constant(layer.input_factor_I[None], torch.float32)
-            x_MI = self.cast(self.mul(self.cast(x_MI, torch.float32), factor), self.dtype)
+            x_MI = self.mul(x_MI, self._new_constant(layer.input_factor_I[None], self.dtype))
         # TensorRT wants INT4 weights as [I, O], two outputs in a byte, and groups along the first axis.
         packed_IP = layer.packed_PI.t().contiguous()
         inputs, outputs = packed_IP.shape[0], 2 * packed_IP.shape[1]
