@@ -215,7 +215,7 @@ def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _Trainable
     for trainable in layers.values():
         for parameter in trainable.parameters(recurse=False):
             parameter.requires_grad_(True)
-    for norm in trained.modules():
-        if isinstance(norm, nn.RMSNorm):
-            norm.weight = nn.Parameter(norm.weight.clone(), requires_grad=True)
+    for part in trained.modules():
+        if isinstance(part, nn.RMSNorm):
+            part.weight = nn.Parameter(part.weight.clone(), requires_grad=True)
     return layers
