@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import load_checkpoint
 from ssv.builder.decoder import Decoder
 from ssv.builder.environment import versions, write_record
 from ssv.builder.prompts import read_prompts
@@ -73,8 +72,7 @@ def _texts(bundle: Path, prompts: list[str], max_tokens: int) -> list[Text]:
 
 
 def _engine(folder: Path, device: str) -> TorchEngine:
-    spec, weights = load_any(folder) if quantization_of(folder) else load_checkpoint(folder)
-    decoder = Decoder.from_weights(spec, weights)
+    decoder = Decoder.from_weights(*load_any(folder))
     return target_engine(decoder, precision="bf16", max_batch=1, max_length=_MAX_LENGTH, device=device)
 
 

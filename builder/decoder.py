@@ -187,14 +187,13 @@ def replace_quantized(
         if not any(is_quantized(weights, part) for part in parts):
             continue
         biases = [weights[f"{part}.bias"].to(dtype) for part in parts if f"{part}.bias" in weights]
-        parent, _, child = name.rpartition(".")
         layer = quantized_linear(weights, parts, torch.cat(biases) if biases else None)
         plain = module.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         expected = tuple(plain.weight.shape)
         if layer.shape != expected or (layer.bias is not None and layer.bias.shape != expected[:1]):
             raise CheckpointError(f"quantized {' + '.join(parts)} has shape {layer.shape}, expected {expected}")
-        setattr(module.get_submodule(parent), child, layer)
+        module.set_submodule(name, layer)
 
 
 def hf_names(spec: DecoderSpec) -> dict[str, list[tuple[str, int]]]:

@@ -216,16 +216,7 @@ def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) 
     Raises:
         CheckpointError: damaged file, weights that do not fit the spec, or a draft made for another target.
     """
-    state = read_safetensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if "ssv_draft" not in metadata:
-        raise CheckpointError(f"{path} is not a draft: build one with `ssv-build distill`")
-    try:
-        facts = json.loads(metadata["ssv_draft"])
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its metadata is not JSON ({error})") from error
-    spec = DraftSpec.from_dict(facts)
+    spec, state = _read_draft(path)
     for field in ("vocab_size", "hidden_size"):
         mine, theirs = getattr(spec.decoder, field), getattr(target.spec, field)
         if mine != theirs:
@@ -247,12 +238,54 @@ def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) 
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise CheckpointError(f"{path}: weight {wrong[0]} is missing, unknown or misshapen")
     replace_quantized(draft, {name: (name,) for name in linears}, state, dtype)
-    token_ids = state.pop("token_ids").long()
-    if token_ids.min() < 0 or token_ids.max() >= spec.decoder.vocab_size:
-        raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.decoder.vocab_size}")
-    if len(token_ids.unique()) != len(token_ids):
-        raise CheckpointError(f"{path}: token_ids name a token twice")
+    token_ids = _checked_token_ids(spec, state.pop("token_ids"), path)
     plain = {name: value.to(dtype) for name, value in state.items() if name not in quantized}
     draft.load_state_dict(plain, assign=True, strict=False)
     draft.share_target(target, token_ids)
     return draft.requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftHead:
+    """What is to be known of a draft beside a compiled engine of it.
+
+    Attributes:
+        token_ids: int64 [V], the vocabulary id of each LM head row.
+    """
+
+    spec: DraftSpec
+    token_ids: Tensor
+
+
+def load_draft_head(path: Path) -> DraftHead:
+    """Reads what an engine's draft covers, without its target.
+
+    Raises:
+        CheckpointError: damaged file, or not a draft.
+    """
+    spec, state = _read_draft(path)
+    if "token_ids" not in state or state["token_ids"].shape != (spec.head_size,):
+        raise CheckpointError(f"{path}: weight token_ids is missing or misshapen")
+    return DraftHead(spec, _checked_token_ids(spec, state["token_ids"], path))
+
+
+def _read_draft(path: Path) -> tuple[DraftSpec, dict[str, Tensor]]:
+    state = read_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "ssv_draft" not in metadata:
+        raise CheckpointError(f"{path} is not a draft: build one with `ssv-build distill`")
+    try:
+        facts = json.loads(metadata["ssv_draft"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its metadata is not JSON ({error})") from error
+    return DraftSpec.from_dict(facts), state
+
+
+def _checked_token_ids(spec: DraftSpec, token_ids: Tensor, path: Path) -> Tensor:
+    token_ids = token_ids.long()
+    if token_ids.min() < 0 or token_ids.max() >= spec.decoder.vocab_size:
+        raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.decoder.vocab_size}")
+    if len(token_ids.unique()) != len(token_ids):
+        raise CheckpointError(f"{path}: token_ids name a token twice")
+    return token_ids

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
 import resource
 import sys
 import time
@@ -27,13 +26,13 @@ from ssv.builder.config import EngineConfig
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, load_draft
 from ssv.builder.environment import versions
-from ssv.builder.manifest import EngineEntry, Manifest, engine_source, file_entry, read_manifest, write_manifest
+from ssv.builder.manifest import EngineEntry, Manifest, digest, engine_source, file_entry, read_manifest, write_manifest
 from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
 from ssv.builder.progress import Report
 from ssv.builder.quantized import precision_of
 from ssv.builder.scorer import load_scorer
 from ssv.builder.spill import Spill
-from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, logger
+from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
 from ssv.builder.unified import load_any
 
 OnProgress = Callable[[int, int, str], None]
@@ -65,7 +64,8 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
 
     checkpoint = checkpoint_digest(config.checkpoint) if config.checkpoint is not None else None
     started = time.monotonic()
-    with _lean_memory(), _part_file(bundle / config.role, name) as part:
+    _spare_memory()
+    with _part_file(bundle / config.role, name) as part:
         compute_type = build_plan(trt, bundle, config, limits, part, on_progress)
         peak = _peak_memory_bytes()
         found = file_entry(part)
@@ -133,7 +133,7 @@ def checkpoint_digest(checkpoint: Path) -> str:
         if checkpoint.is_file()
         else sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
     )
-    return hashlib.sha256("\n".join(file_entry(file).sha256 for file in files).encode()).hexdigest()
+    return digest(file_entry(file).sha256 for file in files)
 
 
 def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
@@ -255,7 +255,7 @@ def _check_gpu(config: EngineConfig) -> None:
             "the flavor tensorrt builds on the GPU that will run the engine, and this machine has none: run this there "
             "(pip install tensorrt-cu13), or use the flavor tensorrt_rtx"
         )
-    found = ".".join(map(str, torch.cuda.get_device_capability()))
+    found = local_capability()
     if config.compute_capability != [found]:
         raise EngineBuildError(
             f"the flavor tensorrt builds for this machine's compute capability {found}, not for "
@@ -372,9 +372,8 @@ def _part_file(folder: Path, name: str) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _lean_memory() -> Iterator[None]:
-    """Gives memory that is freed back at once, and starts the peak's measurement anew, where the system can.
+def _spare_memory() -> None:
+    """Has memory that is freed given back at once from now on, and starts the peak's measurement anew, where the system can.
 
     TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for SmolLM2-135M.
     """
@@ -386,14 +385,13 @@ def _lean_memory() -> Iterator[None]:
         libc.malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    yield
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def _peak_memory_bytes() -> int:
-    """Largest resident memory of this process, since `_lean_memory` where the system can tell."""
+    """Largest resident memory of this process, since `_spare_memory` where the system can tell."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,7 +127,12 @@ def engine_source(manifest: Manifest, role: str) -> str:
     names = ["target/model.safetensors", "draft/draft.safetensors"] + (
         ["scorer.safetensors"] if role == "draft" else []
     )
-    return hashlib.sha256("\n".join(manifest.files[name].sha256 for name in names).encode()).hexdigest()
+    return digest(manifest.files[name].sha256 for name in names)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """SHA-256 over texts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def file_entry(path: Path) -> FileEntry:

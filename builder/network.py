@@ -27,7 +27,8 @@ May import: ssv.builder.decoder, .draft, .quantized, .scorer, .spill, .tensorrt_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -124,7 +125,7 @@ def build_target(graph: Graph, decoder: Decoder, limits: Limits, tap: FeatureTap
         tap: of a conditioned draft; its features are then an output.
     """
     step = _Step(graph, decoder, limits)
-    x_MH = graph.cast(graph.gather(graph.constant(decoder.embed.weight, graph.dtype), step.ids_M), torch.float32)
+    x_MH = _embedded(graph, decoder, step)
     x_MH, tapped = _layers(graph, decoder, step, x_MH, tap.layers if tap is not None else ())
     if tap is not None:
         scaled = graph.mul(graph.concat(tapped, axis=1), graph.scalar(1 / _TAP_SCALE, rank=2))
@@ -141,7 +142,7 @@ def build_draft(graph: Graph, draft: Draft, limits: Limits, scorer: Scorer | Non
     """Adds the network of a draft, and its scorer's."""
     decoder = draft.decoder
     step = _Step(graph, decoder, limits)
-    x_MH = graph.cast(graph.gather(graph.constant(decoder.embed.weight, graph.dtype), step.ids_M), torch.float32)
+    x_MH = _embedded(graph, decoder, step)
     if draft.conditioned:
         hidden = decoder.spec.hidden_size
         features_MF = graph.reshape(graph.input("features", torch.float32, (-1, -1, hidden)), (-1, hidden))
@@ -223,6 +224,11 @@ def rms_norm(graph: Graph, x: Any, norm: nn.RMSNorm) -> Any:
 def _over_rms(graph: Graph, x: Any, eps: float) -> Any:
     mean_square = graph.mean(graph.mul(x, x))
     return graph.div(x, graph.sqrt(graph.add(mean_square, graph.scalar(eps, rank=len(x.shape)))))
+
+
+def _embedded(graph: Graph, decoder: Decoder, step: _Step) -> Any:
+    rows_MH = graph.gather(graph.constant(decoder.embed.weight, graph.dtype), step.ids_M)
+    return graph.cast(rows_MH, torch.float32)
 
 
 def _layers(
@@ -348,9 +354,14 @@ class Graph:
         self._head_shapes: dict[tuple[int, int], Any] = {}
         self._scope: list[str] = []
 
-    def scope(self, name: str) -> _Scope:
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
         """Names of layers added within begin with this one's, for profiles and error messages."""
-        return _Scope(self._scope, name)
+        self._scope.append(name)
+        try:
+            yield
+        finally:
+            self._scope.pop()
 
     def input(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
         self.inputs[name] = shape
@@ -585,14 +596,3 @@ class Graph:
 
     def _where(self) -> str:
         return f" in {'.'.join(self._scope)}" if self._scope else ""
-
-
-class _Scope:
-    def __init__(self, stack: list[str], name: str) -> None:
-        self._stack, self._name = stack, name
-
-    def __enter__(self) -> None:
-        self._stack.append(self._name)
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.pop()

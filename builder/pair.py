@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ssv.builder.manifest import (
     FileEntry,
     Manifest,
     TierEntry,
+    digest,
     engine_source,
     file_entry,
     read_manifest,
@@ -57,7 +58,7 @@ from ssv.builder.quantize_job import quantize
 from ssv.builder.scorer import Scorer, load_scorer, save_scorer
 from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.builder.smoothing import activation_ranges
-from ssv.builder.target import Target, digest, load_target, openings_of
+from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt
 from ssv.builder.tiers import Policy
 
@@ -174,23 +175,28 @@ class _Parts:
 
     def reuse(self, part: str, *sources: object) -> bool:
         """Notes what a part is made from; takes it over from the old bundle if that was made from the same."""
-        self.sources[part] = digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
-        if self._old is None or self._old.sources.get(part) != self.sources[part]:
+        old = self._unchanged(part, sources)
+        if old is None:
             return False
-        for name in self._old.files:
+        for name in old.files:
             if name.startswith(_PART_FILES[part]):
                 self._link(name)
         return True
 
-    def reuse_engine(self, name: str, *sources: object) -> EngineEntry | None:
-        """The same for an engine, whose entry is returned if it is taken over."""
-        part = f"engine {name}"
-        self.sources[part] = digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
-        old = self._old
-        if old is None or old.sources.get(part) != self.sources[part] or name not in old.engines:
+    def reuse_engine(self, name: str, *sources: object) -> tuple[EngineEntry, FileEntry] | None:
+        """The same for an engine; its entry and its plan's are returned if it is taken over."""
+        old = self._unchanged(f"engine {name}", sources)
+        if old is None or name not in old.engines:
             return None
-        self._link(old.engines[name].file)
-        return old.engines[name]
+        entry = old.engines[name]
+        self._link(entry.file)
+        return entry, old.files[entry.file]
+
+    def _unchanged(self, part: str, sources: Sequence[object]) -> Manifest | None:
+        """Notes what a part is made from; the old bundle's manifest if it was made from the same there."""
+        self.sources[part] = digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
+        same = self._old is not None and self._old.sources.get(part) == self.sources[part]
+        return self._old if same else None
 
     def _link(self, name: str) -> None:
         dest = self.stage / name
@@ -287,9 +293,11 @@ def _write_engine(
         engine_source(manifest, config.role),
         load_tensorrt(config.flavor).__version__,
     )
-    entry = parts.reuse_engine(name, *made_from)
-    if entry is not None:
-        changes = {"engines": {**manifest.engines, name: entry}, "files": _files(stage)}
+    reused = parts.reuse_engine(name, *made_from)
+    if reused is not None:
+        entry, plan = reused
+        engines, files = {**manifest.engines, name: entry}, {**manifest.files, entry.file: plan}
+        manifest = manifest.model_copy(update={"engines": engines, "files": files})
     else:
         with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".quantized-") as work:
             if config.checkpoint is None and config.precision in ("fp8", "int4"):
@@ -302,8 +310,7 @@ def _write_engine(
                 config = config.model_copy(update={"checkpoint": made})
             _compile_apart(stage, config)
         manifest = read_manifest(stage, verify=False)
-        changes = {}
-    write_manifest(stage, manifest.model_copy(update={**changes, "sources": parts.sources}))
+    write_manifest(stage, manifest.model_copy(update={"sources": parts.sources}))
 
 
 def _compile_apart(stage: Path, config: EngineConfig) -> None:
@@ -340,6 +347,8 @@ def _tiers(calibration: dict[str, Any]) -> dict[str, TierEntry]:
 
 
 def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers: dict[str, TierEntry]) -> Manifest:
+    stage = parts.stage
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
     return Manifest(
         name=recipe.name,
         target=target.spec.to_dict(),
@@ -347,28 +356,15 @@ def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers
         eos_token_ids=target.eos_token_ids,
         default_precision=recipe.precision,
         tiers=tiers,
-        files=_files(parts.stage),
+        files={name: file_entry(stage / name) for name in names if name != MANIFEST_NAME},
         sources=parts.sources,
         versions=versions("ssv", "torch", "transformers", "safetensors"),
     )
 
 
-def _files(stage: Path) -> dict[str, FileEntry]:
-    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
-    return {name: file_entry(stage / name) for name in names if name != MANIFEST_NAME}
-
-
 def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens: int = 2048) -> dict[str, Tensor]:
     """Activation ranges of target ("target." and, for the tap, "target.tap.project") and draft ("draft."), on chat-formatted prompts."""
-    texts = [
-        target.tokenizer.apply_chat_template(
-            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
-        )
-        for p in prompts
-    ]
-    ids = target.tokenizer.encode("".join(texts), add_special_tokens=False)[:num_tokens]
-    window = min(512, len(ids))
-    tokens_BT = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    tokens_BT = prompt_tokens(target, prompts, num_tokens)
 
     def run() -> None:
         for step in draft_passes(draft, tokens_BT, view_target(target.decoder, draft, tokens_BT), depth=3):

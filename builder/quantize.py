@@ -71,9 +71,7 @@ def quantize_target(
             student.logits(hidden_MH)
 
     _replace(student, precision, group_size, run, skip=() if lm_head else ("lm_head",))
-    for layer in student.blocks():
-        _fold(layer, "qkv", [layer.attn_norm])
-        _fold(layer, "gate_up", [layer.mlp_norm])
+    _fold_layers(student)
     _fold(student, "lm_head", [student.norm])
     student.embed = target.embed
     if not lm_head:
@@ -94,9 +92,7 @@ def quantize_draft(
             pass
 
     _replace(student, precision, group_size, run, skip=("decoder.lm_head", "tap.project"))
-    for layer in student.decoder.blocks():
-        _fold(layer, "qkv", [layer.attn_norm])
-        _fold(layer, "gate_up", [layer.mlp_norm])
+    _fold_layers(student.decoder)
     if student.conditioned:
         _fold(student, "join", [student.embed_norm, student.feature_norm])
     student.decoder.embed = target.embed
@@ -155,9 +151,7 @@ def unified_weights(student: Decoder, dtype: torch.dtype) -> Weights:
     for module, parts in hf_names(student.spec).items():
         if module == "lm_head" and _is_plain(student.lm_head) and student.spec.tie_embeddings:
             continue
-        layer = student.get_submodule(module) if _has(student, module) else None
-        if layer is None:
-            continue
+        layer = student.get_submodule(module)
         sizes = [size for _, size in parts]
         if isinstance(layer, QuantizedLinear):
             for (name, _), tensors in zip(parts, layer_tensors(layer, sizes, dtype), strict=True):
@@ -215,19 +209,15 @@ def _replace(
         # ModelOpt changes a layer's class in place: it is the same object.
         found = {name: _taken(tools, linear, group_size) for name, linear in linears.items()}
     for name, layer in found.items():
-        _put(student, name, layer)
+        student.set_submodule(name, layer)
+    modules = dict(student.named_modules())
     for name in skip:
-        if _has(student, name):
-            old = student.get_submodule(name)
+        old = modules.get(name)  # a standalone draft has no tap
+        if old is not None:
             assert isinstance(old, nn.Linear) and old.bias is None
             plain = nn.Linear(old.in_features, old.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(old.weight.detach(), requires_grad=False)
-            _put(student, name, plain)
-
-
-def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, layer)
+            student.set_submodule(name, plain)
 
 
 def _settings(
@@ -238,9 +228,7 @@ def _settings(
     for rule in rules:
         if precision == "int4" and rule["quantizer_name"] == "*weight_quantizer":
             rule["cfg"]["block_sizes"] = {-1: group_size, "type": "static"}
-    if "lm_head" not in skip and not any(
-        name.endswith(".lm_head") for name in skip
-    ):  # ModelOpt leaves LM heads out by itself
+    if not any(name.endswith("lm_head") for name in skip):  # ModelOpt leaves LM heads out by itself
         kinds = ("weight_quantizer", "input_quantizer") if precision == "fp8" else ("weight_quantizer",)
         for kind in kinds:
             usual = next(rule for rule in rules if rule["quantizer_name"] == f"*{kind}")
@@ -303,6 +291,12 @@ def _group_size(wanted: int | None, linears: dict[str, nn.Linear]) -> int:
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
+def _fold_layers(decoder: Decoder) -> None:
+    for layer in decoder.blocks():
+        _fold(layer, "qkv", [layer.attn_norm])
+        _fold(layer, "gate_up", [layer.mlp_norm])
+
+
 @torch.no_grad()
 def _fold(parent: nn.Module, name: str, norms: list[nn.RMSNorm]) -> None:
     """Puts the factor of a layer's inputs into the norms that make them."""
@@ -334,10 +328,3 @@ def _split(bias: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
 
 def _bias(bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
     return {} if bias is None else {"bias": bias.to(dtype)}
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    try:
-        return module.get_submodule(name) is not None
-    except AttributeError:
-        return False

@@ -23,9 +23,7 @@ from ssv.builder.progress import Report
 from ssv.builder.prompts import read_prompts
 from ssv.builder.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
 from ssv.builder.recover import Recovery, recover
-from ssv.builder.target import Target, load_target, openings_of
-
-_WINDOW = 512
+from ssv.builder.target import WINDOW, Target, load_target, openings_of, prompt_tokens
 
 
 def load_source(source: Path) -> tuple[Target, Path | None]:
@@ -53,7 +51,7 @@ def quantize(
     if config.role == "draft" and draft_file is None:
         raise CheckpointError("there is no draft beside a plain checkpoint: give a bundle")
     stage = f"quantize {config.role} {config.precision}"
-    decoder = target.decoder.to(device)
+    decoder = target.on(device, torch.float32)
     tokens_BT = calibration_tokens(target, decoder, config)
     dtype = target.weights["model.embed_tokens.weight"].dtype
     dtype = dtype if dtype == torch.float16 else torch.bfloat16
@@ -83,21 +81,13 @@ def quantize(
 def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig) -> Tensor:
     """Text to calibrate on, int64 [B, T]: the user's prompts in the model's chat template, or what the target writes itself."""
     if config.prompts_file is None:
-        rows = -(-config.tokens // _WINDOW)
+        rows = -(-config.tokens // WINDOW)
         openings = openings_of(config.openings_file, target.tokenizer)
         written = write_conversations(
-            decoder, chat_pieces(target.tokenizer), openings, rows=rows, window=_WINDOW, seed=1
+            decoder, chat_pieces(target.tokenizer), openings, rows=rows, window=WINDOW, seed=1
         )
         return written.tokens.long()
-    texts = [
-        target.tokenizer.apply_chat_template(
-            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
-        )
-        for p in read_prompts(config.prompts_file)
-    ]
-    ids = target.tokenizer.encode("".join(texts), add_special_tokens=False)[: config.tokens]
-    window = min(_WINDOW, len(ids))
-    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    return prompt_tokens(target, read_prompts(config.prompts_file), config.tokens)
 
 
 @contextmanager

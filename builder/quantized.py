@@ -80,8 +80,12 @@ class Fp8Linear(QuantizedLinear):
         return self.values_OI.float() * self.scale_O[:, None]
 
     def prepare_input(self, x_MI: Tensor) -> Tensor:
-        scaled = (x_MI.float() / self.input_scale).clamp(-FP8_MAX, FP8_MAX)
-        return (scaled.to(torch.float8_e4m3fn).float() * self.input_scale).to(x_MI.dtype)
+        return (to_fp8(x_MI, self.input_scale).float() * self.input_scale).to(x_MI.dtype)
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Values over a scale, in float8_e4m3fn; what is too large becomes the largest."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 class AwqLinear(QuantizedLinear):

@@ -25,7 +25,7 @@ from ssv.builder.corpus import ChatPieces, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
 from ssv.builder.progress import Report
-from ssv.builder.quantized import FP8_MAX, AwqLinear, Fp8Linear, QuantizedLinear
+from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, to_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,7 @@ def recover(
         if step % 20 == 0 or step + 1 == num_steps:
             report("recover", step + 1, num_steps, f"KL {loss.item():.4f}")
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(trained.get_submodule(parent), child, layer.frozen())
+        trained.set_submodule(name, layer.frozen())
     return trained.requires_grad_(False)
 
 
@@ -122,12 +121,8 @@ def _loss(original: Decoder, trained: Decoder, tokens_BT: Tensor) -> Tensor:
 
 def _divergence(found_MH: Tensor, wanted_MH: Tensor, trained: Decoder, original: Decoder) -> Tensor:
     wanted = F.log_softmax(original.lm_head(wanted_MH).float(), dim=-1)
-    found = F.log_softmax(trained.lm_head(found_MH.to(_weight_type(trained))).float(), dim=-1)
+    found = F.log_softmax(trained.lm_head(found_MH.to(trained.embed.weight.dtype)).float(), dim=-1)
     return F.kl_div(found, wanted, reduction="sum", log_target=True)
-
-
-def _weight_type(decoder: Decoder) -> torch.dtype:
-    return decoder.embed.weight.dtype
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -166,19 +161,15 @@ class _TrainableFp8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.layer.scale_O[:, None]
-        weight = self.weight + (_rounded_fp8(self.weight, scale) - self.weight).detach()
+        rounded = to_fp8(self.weight, scale).float() * scale
+        weight = self.weight + (rounded - self.weight).detach()
         x = x + (self.layer.prepare_input(x) - x).detach()
         return F.linear(x, weight, self.layer.bias)
 
     @torch.no_grad()
     def frozen(self) -> Fp8Linear:
         layer = self.layer
-        values = (self.weight / layer.scale_O[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        return Fp8Linear(values, layer.scale_O, layer.input_scale, layer.bias)
-
-
-def _rounded_fp8(weight_OI: Tensor, scale: Tensor) -> Tensor:
-    return (weight_OI / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+        return Fp8Linear(to_fp8(self.weight, layer.scale_O[:, None]), layer.scale_O, layer.input_scale, layer.bias)
 
 
 @torch.no_grad()
@@ -210,8 +201,7 @@ def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _Trainable
         else:
             assert isinstance(layer, Fp8Linear)
             layers[name] = _TrainableFp8(layer, weight_OI)
-        parent, _, child = name.rpartition(".")
-        setattr(trained.get_submodule(parent), child, layers[name])
+        trained.set_submodule(name, layers[name])
     for trainable in layers.values():
         for parameter in trainable.parameters(recurse=False):
             parameter.requires_grad_(True)

@@ -5,17 +5,20 @@ May import: ssv.builder.checkpoint, .decoder, .manifest.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, DecoderSpec, Weights, load_checkpoint
 from ssv.builder.decoder import Decoder
-from ssv.builder.manifest import file_entry
+from ssv.builder.manifest import digest, file_entry
+
+WINDOW = 512
+"""Tokens that are run at a time when a model is calibrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,11 @@ class Target:
     tokenizer: Any
     sha256: str
 
-    def on(self, device: str) -> Decoder:
-        """The network for building steps: bf16 on CUDA."""
+    def on(self, device: str, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+        """The network for building steps: `decoder` itself on the CPU, on CUDA a copy in a type."""
         if torch.device(device).type == "cpu":
             return self.decoder
-        return Decoder.from_weights(self.spec, self.weights).to(device, torch.bfloat16)
+        return Decoder.from_weights(self.spec, self.weights).to(device, dtype)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -78,6 +81,14 @@ def openings_of(file: Path | None, tokenizer: Any) -> list[list[int]]:
     return [tokenizer.encode(line, add_special_tokens=False) for line in lines if line]
 
 
-def digest(parts: Iterable[str]) -> str:
-    """SHA-256 over texts."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def prompt_tokens(target: Target, prompts: Sequence[str], num_tokens: int) -> Tensor:
+    """The first tokens of prompts in the model's chat template, one after the other in windows of 512, int64 [B, T]."""
+    texts = [
+        target.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+    ids = target.tokenizer.encode("".join(texts), add_special_tokens=False)[:num_tokens]
+    window = min(WINDOW, len(ids))
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)

@@ -60,6 +60,13 @@ def data_type(trt: ModuleType, dtype: torch.dtype) -> Any:
     return getattr(trt, {"float8_e4m3fn": "fp8"}.get(name, name))
 
 
+def local_capability() -> str:
+    """Compute capability of this machine's GPU."""
+    import torch  # what only wants names here must not wait for it
+
+    return ".".join(map(str, torch.cuda.get_device_capability()))
+
+
 def logger(trt: ModuleType) -> Any:
     """A `trt.ILogger` that keeps errors in its attribute `errors`, for messages of ours; nothing is printed."""
 

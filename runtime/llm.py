@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from ssv.builder.checkpoint import load_checkpoint, read_safetensors
 from ssv.builder.decoder import Decoder
-from ssv.builder.draft import load_draft
+from ssv.builder.draft import load_draft, load_draft_head
 from ssv.builder.manifest import Manifest, read_manifest
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
@@ -115,9 +115,7 @@ class LLM:
         from transformers import AutoTokenizer
 
         entries = [choose_entry(bundle, manifest, role, precision) for role in ("target", "draft")]
-        # The draft's weights are in its engine; only its vocabulary is wanted from the file.
-        decoder = Decoder.from_weights(*load_checkpoint(bundle / "target"))
-        draft = load_draft(bundle / "draft" / "draft.safetensors", decoder)
+        draft = load_draft_head(bundle / "draft" / "draft.safetensors")  # its weights are in its engine
         engines = [
             load_engine(bundle, manifest, entries[0], max_batch=max_batch),
             load_engine(bundle, manifest, entries[1], draft, max_batch=max_batch),

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ssv.builder.checkpoint import DecoderSpec
-from ssv.builder.draft import Draft, DraftSpec
+from ssv.builder.draft import DraftHead, DraftSpec
 from ssv.builder.manifest import EngineEntry, Manifest, engine_source
 from ssv.builder.network import Limits, profiles
-from ssv.builder.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, logger
+from ssv.builder.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
 from ssv.runtime.engine import EngineError, StepOutput, check_step
 from ssv.runtime.kv_cache import KVCache
 
@@ -77,8 +77,7 @@ class TensorRTEngine:
         self._runner, self._has_features_out = runner, has_features_out
         limits = Limits(entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk)
         self._limits, self._profiles = limits, profiles(limits, entry.flavor)
-        dtype = torch.bfloat16 if entry.compute_type == "bfloat16" else torch.float16
-        self.cache = KVCache(spec, self.max_batch, entry.max_length, dtype, self.device)
+        self.cache = KVCache(spec, self.max_batch, entry.max_length, getattr(torch, entry.compute_type), self.device)
         self._key_positions = torch.arange(entry.max_length, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
@@ -177,7 +176,12 @@ class TensorRTEngine:
 
 
 def load_engine(
-    bundle: Path, manifest: Manifest, entry: EngineEntry, draft: Draft | None = None, *, max_batch: int | None = None
+    bundle: Path,
+    manifest: Manifest,
+    entry: EngineEntry,
+    draft: DraftHead | None = None,
+    *,
+    max_batch: int | None = None,
 ) -> TensorRTEngine:
     """An engine of a bundle, on this machine's GPU.
 
@@ -230,7 +234,7 @@ def _machine(flavor: Flavor) -> tuple[str, str]:
         version = load_tensorrt(flavor).__version__
     except EngineBuildError as error:
         raise EngineError(str(error)) from error
-    return version, ".".join(map(str, torch.cuda.get_device_capability()))
+    return version, local_capability()
 
 
 def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: str, capability: str) -> None:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, RopeScaling
 from ssv.builder.distill import CausalAttend
-from ssv.builder.draft import Draft, DraftKind, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
+from ssv.builder.draft import (
+    Draft,
+    DraftKind,
+    DraftSpec,
+    draft_spec,
+    load_draft,
+    load_draft_head,
+    save_draft,
+    start_from_target,
+)
 
 any_kind = pytest.mark.parametrize("kind", ["conditioned", "standalone"])
 
@@ -252,3 +261,11 @@ def test_safetensors_that_are_no_draft(tmp_path: Path, metadata: dict[str, str] 
     save_file({"weight": torch.zeros(3)}, tmp_path / "scorer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match="is not a draft: build one with `ssv-build distill`"):
         load_draft(tmp_path / "scorer.safetensors", tiny_decoder())
+
+
+def test_head_is_read_without_the_target(tmp_path: Path) -> None:
+    draft = random_draft(tiny_decoder(), "conditioned")
+    save_draft(draft, tmp_path / "draft.safetensors")
+    head = load_draft_head(tmp_path / "draft.safetensors")
+    assert head.spec == draft.spec
+    assert torch.equal(head.token_ids, draft.token_ids)

@@ -20,6 +20,7 @@ from interpreted import entry as interpreted_entry
 from tiny import random_draft, tiny_decoder, tiny_spec
 from torch import Tensor
 
+from ssv.builder.draft import DraftHead
 from ssv.builder.manifest import EngineEntry, FileEntry, Manifest, engine_source
 from ssv.builder.tensorrt_api import EngineBuildError
 from ssv.runtime import tensorrt_engine
@@ -361,7 +362,8 @@ def test_no_engine_of_a_role_or_precision() -> None:
 
 def load(bundle: Path, made: EngineEntry) -> TensorRTEngine:
     draft = random_draft(tiny_decoder(), "conditioned") if made.role == "draft" else None
-    return load_engine(bundle, manifest_of(), made, draft)
+    head = DraftHead(draft.spec, draft.token_ids) if draft is not None else None
+    return load_engine(bundle, manifest_of(), made, head)
 
 
 def test_without_a_gpu_no_engine_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
