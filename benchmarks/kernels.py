@@ -1,0 +1,222 @@
+"""What the kernels cost on a GPU: time, bytes moved, share of the measured copy bandwidth, and the same in eager PyTorch operations.
+
+Every time is the median over replays of a CUDA graph that runs the op on one set of buffers after the other, together several times as
+large as the L2 cache, divided by their number: gaps between launches are in it, Python's are not.
+
+    python benchmarks/kernels.py --out benchmarks/records/kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssv.builder.environment import versions, write_record
+from ssv.plugins import launch, reference
+
+L2_SHARE = 4
+"""The buffers that are rotated through are together so many times as large as the L2 cache."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=128_256)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--replays", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="record to write")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: this measures kernels on a GPU, and there is none", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    bench = Bench(args.replays)
+    figures: dict[str, Any] = {"copy_gb_per_s": round(bench.copy_bandwidth / 1e9), "ops": []}
+    for rows in (1, 8, 64, 512):
+        figures["ops"].append(score_figures(bench, rows, args.vocab, args.hidden))
+    for batch, tokens in ((1, 9), (8, 9), (256, 8)):
+        figures["ops"].append(gather_figures(bench, batch, tokens, args.hidden))
+    for batch in (1, 8, 64):
+        figures["ops"].append(greedy_figures(bench, batch, 8, args.vocab))
+        figures["ops"].append(sampled_figures(bench, batch, 8, args.vocab))
+    for op in figures["ops"]:
+        print(op, file=sys.stderr)
+    write_record(figures, args.out, versions("torch", "triton"), "cuda")
+    return 0
+
+
+def score_figures(bench: Bench, rows: int, vocab: int, hidden: int) -> dict[str, Any]:
+    """`score` of bf16 rows; "eager" is the definition in PyTorch operations."""
+    weight, bias = torch.randn(hidden + 3, device="cuda") / 64, torch.randn(1, device="cuda")
+
+    def buffers() -> tuple[Tensor, ...]:
+        return _bf16(rows, hidden), _bf16(rows, vocab)
+
+    us = bench.time(lambda h, x: launch.score(h, x, weight, bias), buffers)
+    num_bytes = rows * (vocab + hidden) * 2
+    return {
+        "op": "score",
+        "shape": f"{rows} x {vocab}",
+        **bench.figures(us, num_bytes),
+        "read_kernel_us": (read := bench.time(lambda h, x: read_once(x), buffers)),
+        "times_read_kernel": round(us / read, 2),
+        "eager_us": (eager := bench.time(lambda h, x: reference.score(h, x, weight, bias), buffers)),
+        "speedup_over_eager": round(eager / us, 1),
+    }
+
+
+def gather_figures(bench: Bench, batch: int, tokens: int, hidden: int) -> dict[str, Any]:
+    """`sparse_gather` of bf16 states of which one in eight rows is judged; bytes are those of the judged rows, read and written."""
+    weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+    zone = torch.zeros(batch, tokens, dtype=torch.int32, device="cuda")
+    length = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    if tokens > 8:  # the bonus row is judged anyway
+        zone[:, 0] = 1
+    judged = int(reference.sparse_gather(_bf16(batch, tokens, hidden), zone, length, weight, 1e-5).start_B1[-1])
+
+    def buffers() -> tuple[Tensor, ...]:
+        return (_bf16(batch, tokens, hidden),)
+
+    us = bench.time(lambda x: launch.sparse_gather(x, zone, length, weight, 1e-5), buffers)
+    rows = torch.nonzero((zone.flatten() != 0))[:, 0].int()
+    return {
+        "op": "sparse_gather",
+        "shape": f"{judged} of {batch * tokens} x {hidden}",
+        **bench.figures(us, 2 * judged * hidden * 2),
+        "gather_norm_us": bench.time(lambda x: launch.gather_norm(x.view(-1, hidden), rows, weight, 1e-5), buffers)
+        if len(rows)
+        else None,
+    }
+
+
+def greedy_figures(bench: Bench, batch: int, drafted: int, vocab: int) -> dict[str, Any]:
+    """`verify_greedy` where every drafted token is judged and kept, which reads most; beside reading the logits once."""
+    rows, start = _all_judged(batch, drafted)
+    ids = torch.full((batch, drafted), vocab // 2, dtype=torch.int32, device="cuda")
+
+    def buffers() -> tuple[Tensor, ...]:
+        logits = _bf16(batch * (drafted + 1), vocab)
+        logits[:, vocab // 2] = 100
+        return (logits,)
+
+    us = bench.time(lambda x: launch.verify_greedy(x, rows, start, ids), buffers)
+    read = bench.time(read_once, buffers)
+    eager = bench.time(lambda x: x.argmax(dim=1), buffers)
+    return {
+        "op": "verify_greedy",
+        "shape": f"{batch} x {drafted} tokens x {vocab}",
+        **bench.figures(us, batch * (drafted + 1) * vocab * 2),
+        "read_kernel_us": read,
+        "beside_read_kernel_us": round(us - read, 2),
+        "eager_argmax_us": eager,
+    }
+
+
+def sampled_figures(bench: Bench, batch: int, drafted: int, vocab: int) -> dict[str, Any]:
+    """`verify_sampled` where the middle token is rejected: a row of each distribution is read."""
+    rows, start = _all_judged(batch, drafted)
+    ids = torch.full((batch, drafted), vocab // 2, dtype=torch.int32, device="cuda")
+    uniform = torch.full((batch, drafted), 1e-6, device="cuda")
+    uniform[:, drafted // 2] = 0.999999
+    next_uniform = torch.rand(batch, device="cuda")
+
+    def buffers() -> tuple[Tensor, ...]:
+        p = torch.randn(batch * (drafted + 1), vocab, device="cuda").softmax(dim=1)
+        q = torch.randn(batch, drafted, vocab, device="cuda").softmax(dim=2)
+        q[:, :, vocab // 2] = 0.5
+        return p, q
+
+    us = bench.time(lambda p, q: launch.verify_sampled(p, q, rows, start, ids, uniform, next_uniform), buffers)
+    return {
+        "op": "verify_sampled",
+        "shape": f"{batch} x {drafted} tokens x {vocab}",
+        **bench.figures(us, batch * 2 * vocab * 4),
+    }
+
+
+class Bench:
+    """Times ops on the current GPU.
+
+    Attributes:
+        copy_bandwidth: bytes read and written per second by a copy of 1 GiB.
+    """
+
+    def __init__(self, replays: int) -> None:
+        self._replays = replays
+        self._l2_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
+        source, dest = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda").unbind()
+        times = [_elapsed_us(lambda: dest.copy_(source)) for _ in range(20)]
+        self.copy_bandwidth = 2 * source.numel() / (statistics.median(times) * 1e-6)
+
+    def time(self, op: Callable[..., object], buffers: Callable[[], Sequence[Tensor]]) -> float:
+        """Microseconds that an op takes on its buffers."""
+        first = buffers()
+        size = sum(x.numel() * x.element_size() for x in first)
+        num = min(max(-(-L2_SHARE * self._l2_bytes // size), 4), 256)
+        sets = [first, *(buffers() for _ in range(num - 1))]
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for each in sets[:3]:
+                op(*each)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for each in sets:
+                op(*each)
+        with torch.cuda.stream(stream):
+            graph.replay()
+            times = [_elapsed_us(graph.replay) for _ in range(self._replays)]
+        return round(statistics.median(times) / num, 2)
+
+    def figures(self, us: float, num_bytes: int) -> dict[str, Any]:
+        at_bandwidth = num_bytes / self.copy_bandwidth * 1e6
+        return {
+            "us": us,
+            "mb": round(num_bytes / 1e6, 2),
+            "us_at_copy_bandwidth": round(at_bandwidth, 2),
+            "share_of_copy_bandwidth": round(at_bandwidth / us, 3),
+        }
+
+
+@triton.jit
+def _read_kernel(x, out, num, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + at, mask=at < num, other=0.0)
+    tl.store(out + tl.program_id(0), tl.max(values.to(tl.float32), axis=0))
+
+
+def read_once(x: Tensor) -> Tensor:
+    """The least that reads a tensor: the largest value of each block."""
+    block = 16384
+    out = torch.empty(triton.cdiv(x.numel(), block), device=x.device)
+    _read_kernel[(len(out),)](x, out, x.numel(), BLOCK=block, num_warps=16)
+    return out
+
+
+def _all_judged(batch: int, drafted: int) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(batch * (drafted + 1), dtype=torch.int32, device="cuda")
+    return rows, torch.arange(0, len(rows) + 1, drafted + 1, dtype=torch.int32, device="cuda")
+
+
+def _bf16(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _elapsed_us(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

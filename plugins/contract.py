@@ -1,0 +1,213 @@
+"""What the ops take and return, and the one error for what they do not: shared by the definition and the kernels.
+
+Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H hidden, V vocab,
+F features of the scorer.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_VOCAB = 262_144
+MAX_HIDDEN = 65_536
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+NUM_CONFIDENCE = 3
+"""Features of a scorer beside the hidden state: log(1 - p1), entropy, margin."""
+
+
+class OpError(ValueError):
+    """An argument that an op does not take.
+
+    Attributes:
+        name: the argument, as "score: logits".
+        expected, got: in words.
+    """
+
+    def __init__(self, name: str, expected: str, got: str) -> None:
+        super().__init__(f"{name}: expected {expected}, got {got}")
+        self.name, self.expected, self.got = name, expected, got
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How sure a draft is of each row's most likely token, and what the scorer makes of it.
+
+    Attributes:
+        token_R: int32, index of the largest logit, the first of equals.
+        prob_R: fp32, its probability at temperature 1.
+        entropy_R: fp32, in nats.
+        margin_R: fp32, difference of the two largest logits, at most 1e4.
+        reject_prob_R: fp32, probability that the target would reject the token.
+    """
+
+    token_R: Tensor
+    prob_R: Tensor
+    entropy_R: Tensor
+    margin_R: Tensor
+    reject_prob_R: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The judged rows of a step, first to last. How many there are is known on the device: the tensors have room for all M, and what lies
+    beyond the last of them is undefined.
+
+    Attributes:
+        normed_MH: their hidden states after the final norm, in the norm's dtype.
+        row_M: int32, where each stands among the step's M rows.
+        start_B1: int32 [B + 1], the first judged row of each sequence, and behind them the number of judged rows.
+    """
+
+    normed_MH: Tensor
+    row_M: Tensor
+    start_B1: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What the target decided about each sequence.
+
+    Attributes:
+        num_kept_B: int32, drafted tokens that are kept, trusted ones included.
+        next_token_B: int32, the target's token after them: the correction of a rejected one, or the bonus; -1 for a sequence without
+            judged rows, and where a distribution gives no token any probability.
+    """
+
+    num_kept_B: Tensor
+    next_token_B: Tensor
+
+
+def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> None:
+    """Raises OpError for arguments that `score` does not take."""
+    rows, vocab = _matrix("score: logits", logits_RV)
+    _, hidden = _matrix("score: hidden", hidden_RH)
+    device = logits_RV.device
+    _tensor("score: logits", logits_RV, (rows, vocab), FLOATS, device)
+    _vocab("score: logits", vocab)
+    _tensor("score: hidden", hidden_RH, (rows, hidden), FLOATS, device)
+    _hidden("score: hidden", hidden)
+    features = weight_F.shape[0] if weight_F.dim() == 1 else None
+    if features not in (NUM_CONFIDENCE, hidden + NUM_CONFIDENCE):
+        expected = f"shape ({NUM_CONFIDENCE},) or ({hidden + NUM_CONFIDENCE},)"
+        raise OpError("score: weight", expected, _shape(weight_F))
+    _tensor("score: weight", weight_F, tuple(weight_F.shape), (torch.float32,), device)
+    _tensor("score: bias", bias_1, (1,), (torch.float32,), device)
+
+
+def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor) -> None:
+    """Raises OpError for arguments that `gather_norm` does not take."""
+    rows, hidden = _matrix("gather_norm: hidden", hidden_MH)
+    device = hidden_MH.device
+    _tensor("gather_norm: hidden", hidden_MH, (rows, hidden), FLOATS, device)
+    _hidden("gather_norm: hidden", hidden)
+    gathered = _vector("gather_norm: rows", row_R)
+    _tensor("gather_norm: rows", row_R, (gathered,), (torch.int32,), device)
+    _tensor("gather_norm: weight", weight_H, (hidden,), FLOATS, device)
+
+
+def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor) -> None:
+    """Raises OpError for arguments that `sparse_gather` does not take."""
+    if hidden_BTH.dim() != 3:
+        raise OpError("sparse_gather: hidden", "three axes", _shape(hidden_BTH))
+    batch, tokens, hidden = hidden_BTH.shape
+    device = hidden_BTH.device
+    _tensor("sparse_gather: hidden", hidden_BTH, (batch, tokens, hidden), FLOATS, device)
+    _hidden("sparse_gather: hidden", hidden)
+    _tensor("sparse_gather: zones", zone_BT, (batch, tokens), (torch.int32,), device)
+    _tensor("sparse_gather: lengths", length_B, (batch,), (torch.int32,), device)
+    _tensor("sparse_gather: weight", weight_H, (hidden,), FLOATS, device)
+
+
+def check_verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> None:
+    """Raises OpError for arguments that `verify_greedy` does not take."""
+    rows, vocab = _matrix("verify_greedy: logits", logits_RV)
+    _tensor("verify_greedy: logits", logits_RV, (rows, vocab), FLOATS, logits_RV.device)
+    _vocab("verify_greedy: logits", vocab)
+    _judged_rows("verify_greedy", rows, row_R, start_B1, drafted_BK, logits_RV.device)
+
+
+def check_verify_sampled(
+    target_prob_RV: Tensor,
+    draft_prob_BKV: Tensor,
+    row_R: Tensor,
+    start_B1: Tensor,
+    drafted_BK: Tensor,
+    accept_uniform_BK: Tensor,
+    next_uniform_B: Tensor,
+) -> None:
+    """Raises OpError for arguments that `verify_sampled` does not take."""
+    rows, vocab = _matrix("verify_sampled: target probabilities", target_prob_RV)
+    device = target_prob_RV.device
+    _tensor("verify_sampled: target probabilities", target_prob_RV, (rows, vocab), (torch.float32,), device)
+    _vocab("verify_sampled: target probabilities", vocab)
+    batch, drafted = _judged_rows("verify_sampled", rows, row_R, start_B1, drafted_BK, device)
+    shape = (batch, drafted, vocab)
+    _tensor("verify_sampled: draft probabilities", draft_prob_BKV, shape, (torch.float32,), device)
+    _tensor("verify_sampled: accept uniforms", accept_uniform_BK, (batch, drafted), (torch.float32,), device)
+    _tensor("verify_sampled: next uniforms", next_uniform_B, (batch,), (torch.float32,), device)
+
+
+def check_draw(prob_RV: Tensor, uniform_R: Tensor) -> None:
+    """Raises OpError for arguments that `draw` does not take."""
+    rows, vocab = _matrix("draw: probabilities", prob_RV)
+    _tensor("draw: probabilities", prob_RV, (rows, vocab), (torch.float32,), prob_RV.device)
+    _vocab("draw: probabilities", vocab)
+    _tensor("draw: uniforms", uniform_R, (rows,), (torch.float32,), prob_RV.device)
+
+
+def _judged_rows(
+    op: str, rows: int, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor, device: torch.device
+) -> tuple[int, int]:
+    batch, drafted = _matrix(f"{op}: drafted", drafted_BK)
+    _tensor(f"{op}: drafted", drafted_BK, (batch, drafted), (torch.int32,), device)
+    _tensor(f"{op}: rows", row_R, (rows,), (torch.int32,), device)
+    _tensor(f"{op}: starts", start_B1, (batch + 1,), (torch.int32,), device)
+    return batch, drafted
+
+
+def _matrix(name: str, tensor: Tensor) -> tuple[int, int]:
+    if tensor.dim() != 2:
+        raise OpError(name, "two axes", _shape(tensor))
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _vector(name: str, tensor: Tensor) -> int:
+    if tensor.dim() != 1:
+        raise OpError(name, "one axis", _shape(tensor))
+    return tensor.shape[0]
+
+
+def _tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if tuple(tensor.shape) != shape:
+        raise OpError(name, f"shape {shape}", _shape(tensor))
+    if tensor.dtype not in dtypes:
+        raise OpError(name, " or ".join(map(_dtype, dtypes)), _dtype(tensor.dtype))
+    if tensor.device != device:
+        raise OpError(name, f"a tensor on {device}", f"one on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise OpError(name, "a contiguous tensor", f"strides {tensor.stride()} for {_shape(tensor)}")
+
+
+def _vocab(name: str, vocab: int) -> None:
+    if not 1 <= vocab <= MAX_VOCAB:
+        raise OpError(name, f"1 to {MAX_VOCAB} columns", str(vocab))
+
+
+def _hidden(name: str, hidden: int) -> None:
+    if not 1 <= hidden <= MAX_HIDDEN:
+        raise OpError(name, f"1 to {MAX_HIDDEN} columns", str(hidden))
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

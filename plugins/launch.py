@@ -1,0 +1,195 @@
+"""The ops by Triton kernels: signatures, results and errors of `reference.py`, without waiting for the device.
+
+Block sizes and shares are what was fastest on an H200 (`benchmarks/kernels.py`).
+
+Shapes: see `contract.py`.
+
+May import: ssv.plugins.contract, .kernels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ssv.plugins import kernels
+from ssv.plugins.contract import (
+    Judged,
+    Score,
+    Verdicts,
+    check_draw,
+    check_gather_norm,
+    check_score,
+    check_sparse_gather,
+    check_verify_greedy,
+    check_verify_sampled,
+)
+
+BLOCKS, LANES, WARPS = 4, 256, 8
+"""Of a program that reads logits: loads that each lane has under way, lanes, and warps."""
+
+SAMPLED_BLOCK, SAMPLED_WARPS = 4096, 8
+ZONE_BLOCK = 1024
+
+
+def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
+    """See `reference.score`."""
+    check_score(hidden_RH, logits_RV, weight_F, bias_1)
+    rows, vocab = logits_RV.shape
+    hidden, device = hidden_RH.shape[1], logits_RV.device
+    token_R = torch.empty(rows, dtype=torch.int32, device=device)
+    prob_R, entropy_R, margin_R, reject_R = torch.empty(4, rows, dtype=torch.float32, device=device).unbind()
+    tiles = _Tiles(vocab, logits_RV.dtype)
+    splits = _splits(rows, tiles.num, device)
+    if rows:
+        kernels.score_kernel[(rows, splits + 1 if splits > 1 else 1)](
+            hidden_RH, logits_RV, weight_F, bias_1, token_R, prob_R, entropy_R, margin_R, reject_R,
+            torch.empty(rows * (splits + 1) * 8, device=device) if splits > 1 else None,
+            _arrivals(rows, device) if splits > 1 else None,
+            HIDDEN=hidden, VOCAB=vocab, USES_HIDDEN=len(weight_F) > hidden,
+            BLOCK_H=triton.next_power_of_2(hidden), BLOCKS=tiles.blocks, LANES=LANES, PIECE=tiles.piece,
+            SPLITS=splits, num_warps=WARPS,
+        )  # fmt: skip
+    return Score(token_R, prob_R, entropy_R, margin_R, reject_R)
+
+
+def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.gather_norm`."""
+    check_gather_norm(hidden_MH, row_R, weight_H)
+    rows, hidden = len(row_R), hidden_MH.shape[1]
+    gathered_RH = torch.empty(rows, hidden, dtype=hidden_MH.dtype, device=hidden_MH.device)
+    normed_RH = torch.empty(rows, hidden, dtype=weight_H.dtype, device=hidden_MH.device)
+    if rows:
+        block = triton.next_power_of_2(hidden)
+        kernels.gather_norm_kernel[(rows,)](
+            hidden_MH, row_R, weight_H, len(hidden_MH), gathered_RH, normed_RH,
+            HIDDEN=hidden, EPS=eps, BLOCK_H=block, num_warps=row_warps(block),
+        )  # fmt: skip
+    return gathered_RH, normed_RH
+
+
+def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> Judged:
+    """See `reference.sparse_gather`."""
+    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H)
+    batch, tokens, hidden = hidden_BTH.shape
+    device = hidden_BTH.device
+    normed_MH = torch.empty(batch * tokens, hidden, dtype=weight_H.dtype, device=device)
+    row_M = torch.empty(batch * tokens, dtype=torch.int32, device=device)
+    if not batch * tokens:
+        return Judged(normed_MH, row_M, torch.zeros(batch + 1, dtype=torch.int32, device=device))
+    start_B1 = torch.empty(batch + 1, dtype=torch.int32, device=device)
+    block = triton.next_power_of_2(hidden)
+    kernels.sparse_gather_kernel[(batch * tokens,)](
+        hidden_BTH, zone_BT, length_B, weight_H, batch, tokens, normed_MH, row_M, start_B1,
+        HIDDEN=hidden, EPS=eps, BLOCK_H=block,
+        BLOCK_M=min(ZONE_BLOCK, triton.next_power_of_2(batch * tokens)), num_warps=row_warps(block),
+    )  # fmt: skip
+    return Judged(normed_MH, row_M, start_B1)
+
+
+def verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> Verdicts:
+    """See `reference.verify_greedy`."""
+    check_verify_greedy(logits_RV, row_R, start_B1, drafted_BK)
+    (rows, vocab), (batch, drafted) = logits_RV.shape, drafted_BK.shape
+    device = logits_RV.device
+    kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
+    tiles = _Tiles(vocab, logits_RV.dtype)
+    splits = _splits(rows, tiles.num, device)
+    if batch:
+        kernels.verify_greedy_kernel[(batch, splits, drafted + 1 if splits > 1 else 1)](
+            logits_RV, row_R, start_B1, drafted_BK, batch, drafted + 1, kept_B, next_B,
+            torch.empty(rows * splits * 2, device=device) if splits > 1 else None,
+            _arrivals(batch, device) if splits > 1 else None,
+            VOCAB=vocab, BLOCKS=tiles.blocks, LANES=LANES, PIECE=tiles.piece, SPLITS=splits,
+            BLOCK_J=triton.next_power_of_2(drafted + 1), num_warps=WARPS,
+        )  # fmt: skip
+    return Verdicts(kept_B, next_B)
+
+
+def verify_sampled(
+    target_prob_RV: Tensor,
+    draft_prob_BKV: Tensor,
+    row_R: Tensor,
+    start_B1: Tensor,
+    drafted_BK: Tensor,
+    accept_uniform_BK: Tensor,
+    next_uniform_B: Tensor,
+) -> Verdicts:
+    """See `reference.verify_sampled`."""
+    check_verify_sampled(
+        target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B
+    )
+    batch, drafted = drafted_BK.shape
+    vocab = target_prob_RV.shape[1]
+    device = target_prob_RV.device
+    kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
+    block = min(SAMPLED_BLOCK, triton.next_power_of_2(vocab))
+    blocks = triton.next_power_of_2(triton.cdiv(vocab, block))
+    splits = _splits(batch, blocks, device)
+    if batch:
+        kernels.verify_sampled_kernel[(batch, splits)](
+            target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B,
+            drafted + 1, kept_B, next_B,
+            torch.empty(batch * blocks, dtype=torch.int64, device=device) if splits > 1 else None,
+            _arrivals(batch, device) if splits > 1 else None,
+            VOCAB=vocab, BLOCK_V=block, BLOCKS=blocks, SPLITS=splits,
+            BLOCK_J=triton.next_power_of_2(drafted + 1), num_warps=SAMPLED_WARPS,
+        )  # fmt: skip
+    return Verdicts(kept_B, next_B)
+
+
+def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """See `reference.draw`: the verdict on sequences of which nothing was drafted."""
+    check_draw(prob_RV, uniform_R)
+    rows, device = len(prob_RV), prob_RV.device
+    start_R1 = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    nothing_R0 = torch.empty(rows, 0, device=device)
+    verdicts = verify_sampled(
+        prob_RV, prob_RV.new_empty(rows, 0, prob_RV.shape[1]), start_R1[:rows], start_R1, nothing_R0.int(), nothing_R0, uniform_R
+    )  # fmt: skip
+    return verdicts.next_token_B
+
+
+def row_warps(block: int) -> int:
+    """Warps for a program that holds a row of `block` elements: 32 elements a thread, within what a block can have."""
+    return min(max(block // 1024, 1), 16)
+
+
+class _Tiles:
+    """How a row of logits is cut: `piece` logits are 16 bytes, `num` tiles of `blocks` x LANES pieces cover the row."""
+
+    def __init__(self, vocab: int, dtype: torch.dtype) -> None:
+        self.piece = 16 // dtype.itemsize
+        self.blocks = min(BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, LANES * self.piece)))
+        self.num = triton.cdiv(vocab, self.blocks * LANES * self.piece)
+
+
+def _splits(rows: int, most: int, device: torch.device) -> int:
+    """Programs that share a row of the vocabulary: as many as fill the GPU, no more than there are parts to share."""
+    wanted = triton.cdiv(2 * _num_multiprocessors(device), max(rows, 1))
+    return min(triton.next_power_of_2(wanted), triton.next_power_of_2(most))
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    # Triton's interpreter runs on the CPU: few programs, so that it is fast, and more than one, so that it shares rows.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+_ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrivals(num: int, device: torch.device) -> Tensor:
+    """Counters that are 0: of this stream alone, as kernels of two streams may run at once, and set back by the kernel that used them.
+
+    A CUDA graph may be replayed beside anything, so it gets its own, cleared in the graph."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(num, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    held = _ARRIVALS.get(key)
+    if held is None or len(held) < num:
+        held = _ARRIVALS[key] = torch.zeros(max(num, 1024), dtype=torch.int32, device=device)
+    return held
