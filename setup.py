@@ -13,10 +13,13 @@ TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
     "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate"],
+    # Compiles the kernels of the plugins. PyTorch's CUDA builds bring the Triton that they want along.
+    "kernels": [*TORCH, "triton"],
     # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
     "engines": [*TORCH, *TOKENIZER, "nvidia-modelopt==0.47.0", "tensorrt-rtx-cu13==1.7.1.116"],
     "plot": ["matplotlib"],
-    "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
+    # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
+    "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "tensorrt-cu13-bindings==11.4.0.106"],
 }
 
 setup(

@@ -86,7 +86,7 @@ def gather_figures(bench: Bench, batch: int, tokens: int, hidden: int) -> dict[s
         return (_bf16(batch, tokens, hidden),)
 
     us = bench.time(lambda x: launch.sparse_gather(x, zone, length, weight, 1e-5), buffers)
-    rows = torch.nonzero((zone.flatten() != 0))[:, 0].int()
+    rows = torch.nonzero(zone.flatten() != 0)[:, 0].int()
     return {
         "op": "sparse_gather",
         "shape": f"{judged} of {batch * tokens} x {hidden}",

@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--prefill-chunk", type=int, default=256, help="most tokens of a row in one step (default: 256)"
     )
+    compile_.add_argument(
+        "--plugins",
+        default="auto",
+        choices=["on", "off", "auto"],
+        help="kernels of ours in the engine, which TensorRT for RTX cannot have (default: auto, where they can be)",
+    )
     compile_.add_argument("--out", type=Path, required=True, help="bundle that the engine is added to")
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("bundle", type=Path)
@@ -214,6 +220,7 @@ def _compile(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         max_pending=args.max_pending,
         prefill_chunk=args.prefill_chunk,
+        plugins=args.plugins,
     )
     with terminal_report() as report:
         name, entry = compile_engine(args.out, config, report)

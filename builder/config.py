@@ -206,6 +206,8 @@ class EngineConfig(_Strict):
         max_length: tokens that each row of the cache holds; the runtime keeps 64 of them for drafting.
         max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
         prefill_chunk: most tokens of a row in one step.
+        plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of TensorRT; auto takes plugins
+            where there are any.
     """
 
     role: Literal["target", "draft"]
@@ -217,6 +219,7 @@ class EngineConfig(_Strict):
     max_length: Annotated[int, Field(ge=128)] = 2048
     max_pending: Annotated[int, Field(ge=1, le=32)] | None = None
     prefill_chunk: Annotated[int, Field(ge=64)] = 256
+    plugins: Literal["on", "off", "auto"] = "auto"
 
     @model_validator(mode="after")
     def _names_each_capability_once(self) -> EngineConfig:

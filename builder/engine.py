@@ -3,7 +3,7 @@
 TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on. The plan is
 written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never holds half an engine.
 
-May import: ssv.builder.config, .decoder, .draft, .environment, .manifest, .network, .progress, .quantized, .scorer, .spill, .tensorrt_api, .unified.
+May import: ssv.builder.config, .decoder, .draft, .environment, .manifest, .network, .progress, .quantized, .scorer, .spill, .tensorrt_api, .unified; ssv.plugins.contract, .tensorrt.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from ssv.builder.scorer import load_scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
 from ssv.builder.unified import load_any
+from ssv.plugins.contract import OpError
+from ssv.plugins.tensorrt import NativeOps, NetworkOps, PluginOps
 
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
@@ -50,6 +52,7 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
             model or precision; the plan cannot be written.
         CheckpointError, BundleError: the checkpoint or the bundle is damaged.
     """
+    uses_plugins(config)  # what cannot be is refused before anything is loaded
     trt = load_tensorrt(config.flavor)
     manifest = read_manifest(bundle)
     limits = limits_of(config, manifest)
@@ -87,6 +90,7 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
         prefill_chunk=limits.prefill_chunk,
         source=engine_source(manifest, config.role),
         checkpoint=checkpoint,
+        plugins=uses_plugins(config),
         build_seconds=round(time.monotonic() - started, 2),
         peak_memory_bytes=peak,
     )
@@ -113,6 +117,19 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
 def engine_name(config: EngineConfig) -> str:
     """What an engine is called in the manifest: one of each kind can be there."""
     return "-".join((config.role, config.precision, config.flavor, *config.compute_capability))
+
+
+def uses_plugins(config: EngineConfig) -> bool:
+    """Whether an engine has ops as plugins: where its TensorRT has plugins, unless told otherwise.
+
+    Raises:
+        EngineBuildError: they are asked for and there are none.
+    """
+    if config.plugins == "on" and config.flavor == "tensorrt_rtx":
+        raise EngineBuildError(
+            "TensorRT for RTX has no plugins: give --plugins auto, which takes its own layers, or --flavor tensorrt"
+        )
+    return config.plugins == "on" or (config.plugins == "auto" and config.flavor == "tensorrt")
 
 
 def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
@@ -211,10 +228,16 @@ def add_network(
     """Adds the layers of an engine to a network. The weights are gone from memory when it returns."""
     decoder, draft = load_networks(bundle, config)
     graph = Graph(trt, network, decoder.embed.weight.dtype, complaint, spill)
-    if config.role == "target":
-        build_target(graph, decoder, limits, draft.tap)
-    else:
-        build_draft(graph, draft, limits, load_scorer(bundle / "scorer.safetensors", decoder.spec.hidden_size))
+    ops: NetworkOps
+    try:
+        ops = PluginOps(graph) if uses_plugins(config) else NativeOps(graph)
+        if config.role == "target":
+            build_target(graph, decoder, limits, draft.tap, ops)
+        else:
+            scorer = load_scorer(bundle / "scorer.safetensors", decoder.spec.hidden_size)
+            build_draft(graph, draft, limits, scorer, ops)
+    except OpError as error:
+        raise EngineBuildError(str(error)) from error
     graph.forget()
     return graph
 

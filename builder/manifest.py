@@ -66,6 +66,7 @@ class EngineEntry(_Strict):
         max_batch, max_length, max_pending, prefill_chunk: what it was built for, see `ssv.builder.network.Limits`.
         source: SHA-256 of what it was compiled from: an engine of other weights than the bundle's is refused.
         checkpoint: SHA-256 of the quantized checkpoint, if it was compiled from one.
+        plugins: whether it holds kernels of ours (`ssv.plugins`); what it computes is the same.
         build_seconds, peak_memory_bytes: of compiling it.
     """
 
@@ -82,6 +83,7 @@ class EngineEntry(_Strict):
     prefill_chunk: PositiveInt
     source: str
     checkpoint: str | None = None
+    plugins: bool = False
     build_seconds: float
     peak_memory_bytes: int
 

@@ -22,7 +22,9 @@ The softmax of attention is TensorRT's own, which accumulates in fp32.
 Shapes: B rows, T tokens, M = B * T, R gathered rows, H hidden, I inputs and O outputs of a linear layer, N query heads, K key/value heads, D head
 dim, P = D / 2, S cache length, V positions looked at or head rows, F features, L layers.
 
-May import: ssv.builder.decoder, .draft, .quantized, .scorer, .spill, .tensorrt_api.
+The gather with the final norm, and what is read off a draft's logits, are ops of `ssv.plugins`: plugins or layers of TensorRT.
+
+May import: ssv.builder.decoder, .draft, .quantized, .scorer, .spill, .tensorrt_api; ssv.plugins.contract, .tensorrt.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.builder.scorer import Scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import EngineBuildError, Flavor, data_type
+from ssv.plugins.contract import NUM_CONFIDENCE
+from ssv.plugins.tensorrt import NativeOps, NetworkOps
 
 # Tapped hidden states are divided by this before the tap's product and its result multiplied again, both exactly: the sums
 # of what is largest in the residual stream would overflow fp16.
@@ -118,11 +122,14 @@ def profiles(limits: Limits, flavor: Flavor) -> tuple[Profile, ...]:
     )
 
 
-def build_target(graph: Graph, decoder: Decoder, limits: Limits, tap: FeatureTap | None = None) -> None:
+def build_target(
+    graph: Graph, decoder: Decoder, limits: Limits, tap: FeatureTap | None = None, ops: NetworkOps | None = None
+) -> None:
     """Adds the network of a target.
 
     Args:
         tap: of a conditioned draft; its features are then an output.
+        ops: None for TensorRT's own layers.
     """
     step = _Step(graph, decoder, limits)
     x_MH = _embedded(graph, decoder, step)
@@ -131,15 +138,22 @@ def build_target(graph: Graph, decoder: Decoder, limits: Limits, tap: FeatureTap
         scaled = graph.mul(graph.concat(tapped, axis=1), graph.scalar(1 / _TAP_SCALE, rank=2))
         features = graph.linear(graph.cast(scaled, graph.dtype), tap.project)
         graph.output("features", graph.mul(graph.cast(features, torch.float32), graph.scalar(_TAP_SCALE, rank=2)))
-    hidden_RH, logits_RV = _head(graph, decoder, step, x_MH)
+    hidden_RH, logits_RV = _head(graph, decoder, step, x_MH, ops or NativeOps(graph))
     _, index_R1 = graph.top(logits_RV, 1)
     graph.output("hidden", hidden_RH)
     graph.output("logits", logits_RV)
     graph.output("token", graph.reshape(index_R1, (-1,)))
 
 
-def build_draft(graph: Graph, draft: Draft, limits: Limits, scorer: Scorer | None = None) -> None:
-    """Adds the network of a draft, and its scorer's."""
+def build_draft(
+    graph: Graph, draft: Draft, limits: Limits, scorer: Scorer | None = None, ops: NetworkOps | None = None
+) -> None:
+    """Adds the network of a draft, and its scorer's.
+
+    Args:
+        ops: None for TensorRT's own layers.
+    """
+    ops = ops or NativeOps(graph)
     decoder = draft.decoder
     step = _Step(graph, decoder, limits)
     x_MH = _embedded(graph, decoder, step)
@@ -149,15 +163,16 @@ def build_draft(graph: Graph, draft: Draft, limits: Limits, scorer: Scorer | Non
         joined = (rms_norm(graph, x_MH, draft.embed_norm), rms_norm(graph, features_MF, draft.feature_norm))
         x_MH = graph.add(features_MF, graph.cast(graph.linear(graph.concat(joined, axis=1), draft.join), torch.float32))
     x_MH, _ = _layers(graph, decoder, step, x_MH, ())
-    hidden_RH, logits_RV = _head(graph, decoder, step, x_MH)
-    confidence = _Confidence(graph, logits_RV)
+    hidden_RH, logits_RV = _head(graph, decoder, step, x_MH, ops)
+    weight_F = scorer.weight_F if scorer is not None else torch.zeros(NUM_CONFIDENCE)
+    bias_1 = scorer.bias.reshape(1) if scorer is not None else torch.zeros(1)
+    found = ops.score(hidden_RH, logits_RV, weight_F, bias_1)
     graph.output("hidden", hidden_RH)
     graph.output("logits", logits_RV)
-    token_ids_V = graph.constant(draft.token_ids, torch.int32)
-    graph.output("token", graph.gather(token_ids_V, graph.reshape(confidence.index_R1, (-1,))))
-    graph.output("token_prob", graph.reshape(confidence.prob_R1, (-1,)))
+    graph.output("token", graph.gather(graph.constant(draft.token_ids, torch.int32), found.token_R))
+    graph.output("token_prob", found.prob_R)
     if scorer is not None:
-        graph.output("reject_prob", graph.reshape(reject_prob(graph, hidden_RH, confidence, scorer), (-1,)))
+        graph.output("reject_prob", found.reject_prob_R)
 
 
 def add_profiles(graph: Graph, builder: Any, config: Any, limits: Limits, flavor: Flavor) -> None:
@@ -214,16 +229,9 @@ def visible(graph: Graph, position_BT: Any, keys_V: Any) -> Any:
 
 
 def rms_norm(graph: Graph, x: Any, norm: nn.RMSNorm) -> Any:
-    """Norm over the last axis of fp32, rounded to the compute type. TensorRT's own normalization subtracts the mean."""
+    """Norm over the last axis of fp32, rounded to the compute type."""
     assert norm.eps is not None
-    weight = norm.weight.view(*[1] * (len(x.shape) - 1), -1)
-    normal = _over_rms(graph, x, norm.eps)
-    return graph.cast(graph.mul(normal, graph.constant(weight, torch.float32)), graph.dtype)
-
-
-def _over_rms(graph: Graph, x: Any, eps: float) -> Any:
-    mean_square = graph.mean(graph.mul(x, x))
-    return graph.div(x, graph.sqrt(graph.add(mean_square, graph.scalar(eps, rank=len(x.shape)))))
+    return graph.rms_norm(x, norm.weight, norm.eps)
 
 
 def _embedded(graph: Graph, decoder: Decoder, step: _Step) -> Any:
@@ -287,49 +295,17 @@ def rotated(graph: Graph, layer: Layer, qk_BXTD: Any, step: _Step) -> Any:
     if layer.q_norm is not None and layer.k_norm is not None:
         weights = [norm.weight.expand(n, -1) for norm, n in zip((layer.q_norm, layer.k_norm), heads, strict=True)]
         weight_1X1D = torch.cat(weights)[None, :, None]
-        x = graph.mul(_over_rms(graph, x, spec.rms_norm_eps), graph.constant(weight_1X1D, torch.float32))
+        x = graph.mul(graph.over_rms(x, spec.rms_norm_eps), graph.constant(weight_1X1D, torch.float32))
     x = graph.rotary(x, step.cos_SP, step.sin_SP, step.position_BT)
     return graph.cast(graph.mul(x, graph.constant(step.scale_1X11, torch.float32)), graph.dtype)
 
 
-def _head(graph: Graph, decoder: Decoder, step: _Step, x_MH: Any) -> tuple[Any, Any]:
+def _head(graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, ops: NetworkOps) -> tuple[Any, Any]:
     """The gathered rows' hidden states, and their logits: the LM head sees no others."""
-    hidden_RH = graph.gather(x_MH, step.gather_rows_R)
-    logits_RV = graph.linear(rms_norm(graph, hidden_RH, decoder.norm), decoder.lm_head)
-    return hidden_RH, graph.cast(logits_RV, torch.float32)
-
-
-class _Confidence:
-    """How sure a draft is, each [R, 1]: `index` and `prob` of its top-1, and the scorer's features `log_rest` = log(1 - prob), `entropy`
-    in nats, and `margin` between the two largest log-probabilities."""
-
-    def __init__(self, graph: Graph, logits_RV: Any) -> None:
-        vocab = logits_RV.shape[1]
-        top, index = graph.top(logits_RV, min(2, vocab))
-        first, self.index_R1 = graph.columns(top, 0, 1), graph.columns(index, 0, 1)
-        below_RV = graph.sub(logits_RV, first)
-        exp_RV = graph.exp(below_RV)
-        # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability is near 1.
-        column_1V = graph.constant(torch.arange(vocab, dtype=torch.int32)[None], torch.int32)
-        is_top_RV = graph.equal(column_1V, self.index_R1)
-        others_R1 = graph.sum(graph.select(is_top_RV, graph.scalar(0.0, rank=2), exp_RV))
-        total_R1 = graph.add(others_R1, graph.scalar(1.0, rank=2))
-        self.prob_R1 = graph.div(graph.scalar(1.0, rank=2), total_R1)
-        rest_R1 = graph.div(others_R1, total_R1)
-        self.log_rest_R1 = graph.log(graph.max(rest_R1, graph.scalar(1e-7, rank=2)))
-        mean_below_R1 = graph.div(graph.sum(graph.mul(exp_RV, below_RV)), total_R1)
-        self.entropy_R1 = graph.sub(graph.log(total_R1), mean_below_R1)
-        self.margin_R1 = graph.sub(first, graph.columns(top, min(1, vocab - 1), 1))
-
-
-def reject_prob(graph: Graph, hidden_RH: Any, confidence: _Confidence, scorer: Scorer) -> Any:
-    """The scorer (`ssv.builder.scorer`) in fp32, [R, 1]."""
-    features = [confidence.log_rest_R1, confidence.entropy_R1, confidence.margin_R1]
-    if scorer.uses_hidden:
-        features.insert(0, _over_rms(graph, hidden_RH, 1e-6))
-    weight_F1 = graph.constant(scorer.weight_F[:, None], torch.float32)
-    score_R1 = graph.matmul(graph.concat(features, axis=1), weight_F1, transpose=False)
-    return graph.sigmoid(graph.add(score_R1, graph.scalar(float(scorer.bias), rank=2)))
+    norm = decoder.norm
+    assert norm.eps is not None
+    hidden_RH, normed_RH = ops.gather_norm(x_MH, step.gather_rows_R, norm.weight, norm.eps)
+    return hidden_RH, graph.cast(graph.linear(normed_RH, decoder.lm_head), torch.float32)
 
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -534,6 +510,64 @@ class Graph:
     def _reduce(self, x: Any, op: Any) -> Any:
         last = 1 << (len(x.shape) - 1)
         return self._add("reduce", self.network.add_reduce(x, op, last, True))
+
+    def over_rms(self, x: Any, eps: float) -> Any:
+        """fp32 divided by its root mean square over the last axis."""
+        mean_square = self.mean(self.mul(x, x))
+        return self.div(x, self.sqrt(self.add(mean_square, self.scalar(eps, rank=len(x.shape)))))
+
+    def rms_norm(self, x: Any, weight_H: Tensor, eps: float) -> Any:
+        """Norm over the last axis of fp32, rounded to the compute type. TensorRT's own normalization subtracts the mean."""
+        weight = weight_H.view(*[1] * (len(x.shape) - 1), -1)
+        return self.cast(self.mul(self.over_rms(x, eps), self.constant(weight, torch.float32)), self.dtype)
+
+    def cumulative_sum(self, x: Any, axis: int, *, reverse: bool = False) -> Any:
+        """Sums up to and with each element."""
+        number = self._new_constant(torch.tensor(axis, dtype=torch.int32), torch.int32)
+        op = self.trt.CumulativeOperation.SUM
+        return self._add("cumulative", self.network.add_cumulative(x, number, op, False, reverse))
+
+    def scatter(self, x_M: Any, place_R: Any, update_R: Any) -> Any:
+        """A vector with some elements replaced; no place may be named twice, unless by equal updates."""
+        mode = self.trt.ScatterMode.ELEMENT
+        return self._add("scatter", self.network.add_scatter(x_M, place_R, update_R, mode))
+
+    def gather_elements(self, x: Any, index: Any, axis: int) -> Any:
+        """One element of x along an axis, for each element of the index, which has x's other axes."""
+        layer = self.network.add_gather_v2(x, index, self.trt.GatherMode.ELEMENT)
+        layer.axis = axis
+        return self._add("elements", layer)
+
+    def without_last(self, x_M: Any) -> Any:
+        """A vector without its last element."""
+        size = self.sub(self.shape(x_M), self._new_constant(torch.tensor([1]), torch.int64))
+        slice_ = self.network.add_slice(x_M, (0,), (0,), (1,))
+        slice_.set_input(2, size)
+        return self._add("without_last", slice_)
+
+    def reshape_as(self, x: Any, like: Any) -> Any:
+        shuffle = self.network.add_shuffle(x)
+        shuffle.set_input(1, self.shape(like))
+        return self._add("reshape", shuffle)
+
+    def integer(self, value: int, rank: int) -> Any:
+        """int32, of as many axes as what it is combined with."""
+        return self._new_constant(torch.full((1,) * rank, value, dtype=torch.int32), torch.int32)
+
+    def largest(self, x: Any, axis: int) -> Any:
+        return self._add("reduce", self.network.add_reduce(x, self.trt.ReduceOperation.MAX, 1 << axis, True))
+
+    def and_(self, a: Any, b: Any) -> Any:
+        return self._elementwise(a, b, self.trt.ElementWiseOperation.AND)
+
+    def or_(self, a: Any, b: Any) -> Any:
+        return self._elementwise(a, b, self.trt.ElementWiseOperation.OR)
+
+    def min(self, a: Any, b: Any) -> Any:
+        return self._elementwise(a, b, self.trt.ElementWiseOperation.MIN)
+
+    def floor_div(self, a: Any, b: Any) -> Any:
+        return self._elementwise(a, b, self.trt.ElementWiseOperation.FLOOR_DIV)
 
     def add(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.SUM)

@@ -325,6 +325,7 @@ def _compile_apart(stage: Path, config: EngineConfig) -> None:
         "max-length": config.max_length,
         "max-pending": config.max_pending,
         "prefill-chunk": config.prefill_chunk,
+        "plugins": config.plugins,
         "out": stage,
     }
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]

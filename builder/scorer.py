@@ -1,11 +1,12 @@
 """The criticality scorer: one linear layer and a sigmoid over what the draft's forward pass already has.
 
 Features of a drafted token, in this order: the draft's hidden state (before its final norm, divided by its root mean square), then
-log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two largest of the draft's probabilities at temperature 1.
+log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two largest of the draft's probabilities at temperature 1. The op
+`score` of `ssv.plugins` computes them, and defines what degenerate logits give.
 
-Shapes: R drafted tokens, H hidden of the draft, V draft vocab.
+Shapes: R drafted tokens, H hidden of the draft, V draft vocab, F features.
 
-May import: ssv.builder.checkpoint.
+May import: ssv.builder.checkpoint; ssv.plugins.contract, .ops, .reference.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, read_safetensors
+from ssv.plugins.contract import Score
+from ssv.plugins.ops import on
+from ssv.plugins.reference import confidence
 
 CONFIDENCE_FEATURES = ("log_one_minus_p1", "entropy", "margin")
 
@@ -36,32 +40,17 @@ class Scorer:
     bias: Tensor
     uses_hidden: bool
 
-    def __call__(self, hidden_RH: Tensor, logits_RV: Tensor) -> Tensor:
-        """Reject probability of each row's argmax, fp32 [R]."""
-        confidence = confidence_features(logits_RV)
-        features = torch.cat((normalized(hidden_RH), confidence), dim=-1) if self.uses_hidden else confidence
-        return torch.sigmoid(features @ self.weight_F + self.bias)
+    def __call__(self, hidden_RH: Tensor, logits_RV: Tensor) -> Score:
+        """What is read off a draft's output: each row's argmax, how sure it is, and its reject probability."""
+        return on(logits_RV.device).score(hidden_RH, logits_RV, self.weight_F, self.bias.reshape(1))
 
     def to(self, device: torch.device | str) -> Scorer:
         return Scorer(self.weight_F.to(device), self.bias.to(device), self.uses_hidden)
 
 
-def normalized(hidden_RH: Tensor) -> Tensor:
-    """Rows divided by their root mean square, fp32: the residual stream's scale differs by an order between tokens."""
-    hidden_RH = hidden_RH.float()
-    return hidden_RH * torch.rsqrt(hidden_RH.square().mean(dim=-1, keepdim=True) + 1e-6)
-
-
 def confidence_features(logits_RV: Tensor) -> Tensor:
     """log(1 - p1), entropy and log p1 - log p2 of each row, fp32 [R, 3]."""
-    log_p_RV = logits_RV.float().log_softmax(dim=-1)
-    # Twice a maximum: topk of two takes several times as long on a CPU.
-    top_R, argmax_R = log_p_RV.max(dim=-1)
-    second_R = log_p_RV.scatter(1, argmax_R[:, None], -torch.inf).amax(dim=-1) if log_p_RV.shape[-1] > 1 else top_R
-    # 1 - p1 from p1 would lose everything once p1 rounds to 1.
-    rest_R = (-torch.expm1(top_R)).clamp(min=1e-7)
-    entropy_R = -torch.linalg.vecdot(log_p_RV.exp(), log_p_RV)
-    return torch.stack((rest_R.log(), entropy_R, top_R - second_R), dim=-1)
+    return confidence(logits_RV)[2]
 
 
 def save_scorer(scorer: Scorer, path: Path) -> None:

@@ -23,7 +23,8 @@ from ssv.builder.corpus import Conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import draft_passes, judged, view_target
 from ssv.builder.draft import Draft
-from ssv.builder.scorer import CONFIDENCE_FEATURES, Scorer, confidence_features, normalized
+from ssv.builder.scorer import CONFIDENCE_FEATURES, Scorer, confidence_features
+from ssv.plugins.reference import normalized
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ def sparse_gather_kernel(
             tl.store(start + batch, before + is_judged.to(tl.int32))
         if is_judged:
             tl.store(judged_row + before, m)
-            _store_normed(x, weight, normed + before.to(tl.int64) * HIDDEN, column, HIDDEN, EPS)
+            _store_normed(x, weight, normed + tl.cast(before, tl.int64) * HIDDEN, column, HIDDEN, EPS)
 
 
 @triton.jit
@@ -169,7 +169,6 @@ def verify_greedy_kernel(
     row,
     start,
     drafted,
-    batch,
     tokens,
     num_kept,
     next_token,
@@ -304,7 +303,13 @@ def verify_sampled_kernel(
 
 @triton.jit
 def _scored_share(
-    logits, first_tile, SHARE: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr
+    logits,
+    first_tile,
+    SHARE: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """Of tiles `first_tile` to `first_tile + SHARE` of a row: the largest logit, its index, and the second largest; with e = exp(x - largest) over
     all logits but that one, the sums of e and of e * (x - largest)."""
@@ -399,7 +404,13 @@ def _store_score(found, linear, of_rest, of_entropy, of_margin, token, prob, ent
 
 @triton.jit
 def _largest_of_share(
-    logits, first_tile, SHARE: tl.constexpr, VOCAB: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr
+    logits,
+    first_tile,
+    SHARE: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """The largest logit of tiles `first_tile` to `first_tile + SHARE` of a row, and the first index of it."""
     lane = tl.arange(0, LANES)
@@ -474,7 +485,15 @@ def _units(p_row, q_row, subtracts, column, mask):
 
 @triton.jit
 def _block_sums(
-    p_row, q_row, subtracts, first_block, SHARE: tl.constexpr, mask, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, BLOCKS: tl.constexpr
+    p_row,
+    q_row,
+    subtracts,
+    first_block,
+    SHARE: tl.constexpr,
+    mask,
+    VOCAB: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Sums of the units of blocks `first_block` to `first_block + SHARE`, each at its block's place."""
     s = tl.arange(0, BLOCKS)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssv.plugins import kernels
 from ssv.plugins.contract import (
+    NUM_CONFIDENCE,
     Judged,
     Score,
     Verdicts,
@@ -42,16 +43,13 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
     hidden, device = hidden_RH.shape[1], logits_RV.device
     token_R = torch.empty(rows, dtype=torch.int32, device=device)
     prob_R, entropy_R, margin_R, reject_R = torch.empty(4, rows, dtype=torch.float32, device=device).unbind()
-    tiles = _Tiles(vocab, logits_RV.dtype)
-    splits = _splits(rows, tiles.num, device)
+    splits = _splits(rows, _num_tiles(vocab, logits_RV.dtype), device)
     if rows:
         kernels.score_kernel[(rows, splits + 1 if splits > 1 else 1)](
             hidden_RH, logits_RV, weight_F, bias_1, token_R, prob_R, entropy_R, margin_R, reject_R,
             torch.empty(rows * (splits + 1) * 8, device=device) if splits > 1 else None,
             _arrivals(rows, device) if splits > 1 else None,
-            HIDDEN=hidden, VOCAB=vocab, USES_HIDDEN=len(weight_F) > hidden,
-            BLOCK_H=triton.next_power_of_2(hidden), BLOCKS=tiles.blocks, LANES=LANES, PIECE=tiles.piece,
-            SPLITS=splits, num_warps=WARPS,
+            **score_constants(hidden, vocab, logits_RV.dtype, len(weight_F) > NUM_CONFIDENCE), SPLITS=splits, num_warps=WARPS,
         )  # fmt: skip
     return Score(token_R, prob_R, entropy_R, margin_R, reject_R)
 
@@ -63,10 +61,9 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
     gathered_RH = torch.empty(rows, hidden, dtype=hidden_MH.dtype, device=hidden_MH.device)
     normed_RH = torch.empty(rows, hidden, dtype=weight_H.dtype, device=hidden_MH.device)
     if rows:
-        block = triton.next_power_of_2(hidden)
         kernels.gather_norm_kernel[(rows,)](
             hidden_MH, row_R, weight_H, len(hidden_MH), gathered_RH, normed_RH,
-            HIDDEN=hidden, EPS=eps, BLOCK_H=block, num_warps=row_warps(block),
+            **norm_constants(hidden, eps), num_warps=row_warps(hidden),
         )  # fmt: skip
     return gathered_RH, normed_RH
 
@@ -81,11 +78,9 @@ def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_
     if not batch * tokens:
         return Judged(normed_MH, row_M, torch.zeros(batch + 1, dtype=torch.int32, device=device))
     start_B1 = torch.empty(batch + 1, dtype=torch.int32, device=device)
-    block = triton.next_power_of_2(hidden)
     kernels.sparse_gather_kernel[(batch * tokens,)](
         hidden_BTH, zone_BT, length_B, weight_H, batch, tokens, normed_MH, row_M, start_B1,
-        HIDDEN=hidden, EPS=eps, BLOCK_H=block,
-        BLOCK_M=min(ZONE_BLOCK, triton.next_power_of_2(batch * tokens)), num_warps=row_warps(block),
+        **norm_constants(hidden, eps), BLOCK_M=ZONE_BLOCK, num_warps=row_warps(hidden),
     )  # fmt: skip
     return Judged(normed_MH, row_M, start_B1)
 
@@ -96,15 +91,13 @@ def verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK
     (rows, vocab), (batch, drafted) = logits_RV.shape, drafted_BK.shape
     device = logits_RV.device
     kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
-    tiles = _Tiles(vocab, logits_RV.dtype)
-    splits = _splits(rows, tiles.num, device)
+    splits = _splits(rows, _num_tiles(vocab, logits_RV.dtype), device)
     if batch:
         kernels.verify_greedy_kernel[(batch, splits, drafted + 1 if splits > 1 else 1)](
-            logits_RV, row_R, start_B1, drafted_BK, batch, drafted + 1, kept_B, next_B,
+            logits_RV, row_R, start_B1, drafted_BK, drafted + 1, kept_B, next_B,
             torch.empty(rows * splits * 2, device=device) if splits > 1 else None,
             _arrivals(batch, device) if splits > 1 else None,
-            VOCAB=vocab, BLOCKS=tiles.blocks, LANES=LANES, PIECE=tiles.piece, SPLITS=splits,
-            BLOCK_J=triton.next_power_of_2(drafted + 1), num_warps=WARPS,
+            **greedy_constants(vocab, drafted, logits_RV.dtype), SPLITS=splits, num_warps=WARPS,
         )  # fmt: skip
     return Verdicts(kept_B, next_B)
 
@@ -119,24 +112,20 @@ def verify_sampled(
     next_uniform_B: Tensor,
 ) -> Verdicts:
     """See `reference.verify_sampled`."""
-    check_verify_sampled(
-        target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B
-    )
+    check_verify_sampled(target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B)
     batch, drafted = drafted_BK.shape
     vocab = target_prob_RV.shape[1]
     device = target_prob_RV.device
     kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
-    block = min(SAMPLED_BLOCK, triton.next_power_of_2(vocab))
-    blocks = triton.next_power_of_2(triton.cdiv(vocab, block))
-    splits = _splits(batch, blocks, device)
+    constants = sampled_constants(vocab, drafted)
+    splits = _splits(batch, constants["BLOCKS"], device)
     if batch:
         kernels.verify_sampled_kernel[(batch, splits)](
             target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B,
             drafted + 1, kept_B, next_B,
-            torch.empty(batch * blocks, dtype=torch.int64, device=device) if splits > 1 else None,
+            torch.empty(batch * constants["BLOCKS"], dtype=torch.int64, device=device) if splits > 1 else None,
             _arrivals(batch, device) if splits > 1 else None,
-            VOCAB=vocab, BLOCK_V=block, BLOCKS=blocks, SPLITS=splits,
-            BLOCK_J=triton.next_power_of_2(drafted + 1), num_warps=SAMPLED_WARPS,
+            **constants, SPLITS=splits, num_warps=SAMPLED_WARPS,
         )  # fmt: skip
     return Verdicts(kept_B, next_B)
 
@@ -153,18 +142,47 @@ def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
     return verdicts.next_token_B
 
 
-def row_warps(block: int) -> int:
-    """Warps for a program that holds a row of `block` elements: 32 elements a thread, within what a block can have."""
-    return min(max(block // 1024, 1), 16)
+# --- what kernels are specialised to, here and ahead of time --------------------------------------------------------
 
 
-class _Tiles:
-    """How a row of logits is cut: `piece` logits are 16 bytes, `num` tiles of `blocks` x LANES pieces cover the row."""
+def score_constants(hidden: int, vocab: int, dtype: torch.dtype, uses_hidden: bool) -> dict[str, int]:
+    """Of `score_kernel`, but for its shares."""
+    sizes = {"HIDDEN": hidden, "USES_HIDDEN": uses_hidden, "BLOCK_H": triton.next_power_of_2(hidden)}
+    return {**sizes, **_tile_constants(vocab, dtype)}
 
-    def __init__(self, vocab: int, dtype: torch.dtype) -> None:
-        self.piece = 16 // dtype.itemsize
-        self.blocks = min(BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, LANES * self.piece)))
-        self.num = triton.cdiv(vocab, self.blocks * LANES * self.piece)
+
+def norm_constants(hidden: int, eps: float) -> dict[str, float]:
+    """Of kernels that norm rows."""
+    return {"HIDDEN": hidden, "EPS": eps, "BLOCK_H": triton.next_power_of_2(hidden)}
+
+
+def greedy_constants(vocab: int, drafted: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of `verify_greedy_kernel`, but for its shares."""
+    return {**_tile_constants(vocab, dtype), "BLOCK_J": triton.next_power_of_2(drafted + 1)}
+
+
+def sampled_constants(vocab: int, drafted: int) -> dict[str, int]:
+    """Of `verify_sampled_kernel`, but for its shares."""
+    block = min(SAMPLED_BLOCK, triton.next_power_of_2(vocab))
+    blocks = triton.next_power_of_2(triton.cdiv(vocab, block))
+    return {"VOCAB": vocab, "BLOCK_V": block, "BLOCKS": blocks, "BLOCK_J": triton.next_power_of_2(drafted + 1)}
+
+
+def row_warps(hidden: int) -> int:
+    """Warps for a program that holds a row: 32 elements a thread, and no fewer than count rows quickly."""
+    return min(max(triton.next_power_of_2(hidden) // 1024, 4), 16)
+
+
+def _tile_constants(vocab: int, dtype: torch.dtype) -> dict[str, int]:
+    """A piece is 16 bytes; a row that is shorter than a tile has a smaller one."""
+    piece = 16 // dtype.itemsize
+    blocks = min(BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, LANES * piece)))
+    return {"VOCAB": vocab, "BLOCKS": blocks, "LANES": LANES, "PIECE": piece}
+
+
+def _num_tiles(vocab: int, dtype: torch.dtype) -> int:
+    sizes = _tile_constants(vocab, dtype)
+    return triton.cdiv(vocab, sizes["BLOCKS"] * sizes["LANES"] * sizes["PIECE"])
 
 
 def _splits(rows: int, most: int, device: torch.device) -> int:

@@ -191,9 +191,7 @@ def verify_sampled(
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
-    check_verify_sampled(
-        target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B
-    )
+    check_verify_sampled(target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B)
     rows, starts, drafted, uniforms = (x.tolist() for x in (row_R, start_B1, drafted_BK, accept_uniform_BK))
     width = drafted_BK.shape[1] + 1
     num_kept, next_token = [0] * len(drafted), [-1] * len(drafted)

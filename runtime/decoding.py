@@ -6,7 +6,7 @@ code of each further tensor operation has to come from memory again.
 
 Shapes: B rows in use, T tokens of a step, K pending tokens, J = K + 1, R gathered rows, V vocab, F features.
 
-May import: ssv.builder.tiers; ssv.runtime.engine, .request, .sampling, .stats, .verify.
+May import: ssv.builder.tiers; ssv.plugins.contract, .ops, .reference; ssv.runtime.engine, .request, .sampling, .stats, .verify.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ssv.builder.tiers import Policy
+from ssv.plugins.contract import Verdicts
+from ssv.plugins.ops import on
+from ssv.plugins.reference import greedy_verdicts, most_likely
 from ssv.runtime.engine import Engine, EngineError, StepOutput
 from ssv.runtime.request import RequestError, SamplingParams
-from ssv.runtime.sampling import SamplingTensors, most_likely, probabilities
+from ssv.runtime.sampling import SamplingTensors, probabilities
 from ssv.runtime.stats import Counters
-from ssv.runtime.verify import Verdict, asks_for_pass, draw, greedy_verdict, judged_rows, sampled_verdict
+from ssv.runtime.verify import asks_for_pass, judged_rows, judged_tensors
 
 MAX_PENDING = 32
 """Most tokens that may be pending. Engines need this much cache beyond the longest sequence, for padding."""
@@ -195,7 +197,8 @@ class DecodeBatch:
         if self.conditioned and out.features_BTF is not None:
             self._put_features(range(len(self.rows)), out.features_BTF)
         verdicts = self._verdicts(out, judged, judged_at)
-        return [self._commit(*each) for each in zip(self.rows, judged, verdicts, strict=True)]
+        decided = zip(self.rows, judged, verdicts.num_kept_B.tolist(), verdicts.next_token_B.tolist(), strict=True)
+        return [self._commit(*each) for each in decided]
 
     def remove(self, row: int, moved: int) -> None:
         """Ends a row: row `moved`, the last one, takes its place."""
@@ -273,8 +276,8 @@ class DecodeBatch:
         logits_1V = self._without_early_eos(logits_1V, [(b, 0)], self.eos_ids)
         if self._all_greedy():
             return int(most_likely(logits_1V))
-        prob_1V = probabilities(logits_1V.cpu(), self._sampling([b]))
-        return int(draw(prob_1V, torch.tensor([self.rows[b].uniform()])))
+        prob_1V = probabilities(logits_1V, self._sampling([b], logits_1V.device))
+        return int(self._drawn(prob_1V, [b]))
 
     def _choose_drafted(self, out: StepOutput, drafting: Sequence[int]) -> list[int]:
         assert self.draft_engine is not None
@@ -286,65 +289,70 @@ class DecodeBatch:
                 return out.token_R.tolist()
             index_R = most_likely(logits_RV)
         else:
-            prob_RV = probabilities(logits_RV.cpu(), self._sampling(drafting))
-            index_R = draw(prob_RV, torch.tensor([self.rows[b].uniform() for b in drafting]))
+            prob_RV = probabilities(logits_RV, self._sampling(drafting, logits_RV.device))
+            index_R = self._drawn(prob_RV, drafting)
             self._keep_draft_prob(prob_RV, ids_V, ahead)
-        return (ids_V[index_R.to(ids_V.device)] if ids_V is not None else index_R).tolist()
+        return (ids_V[index_R] if ids_V is not None else index_R).tolist()
+
+    def _drawn(self, prob_RV: Tensor, rows: Sequence[int]) -> Tensor:
+        uniform_R = torch.tensor([self.rows[b].uniform() for b in rows]).to(prob_RV.device)
+        return _checked(on(prob_RV.device).draw(prob_RV, uniform_R))
 
     def _keep_draft_prob(self, prob_RV: Tensor, ids_V: Tensor | None, at: Sequence[tuple[int, int]]) -> None:
         vocab = self._vocab_size
         if self.draft_prob_BKV is None:
-            self.draft_prob_BKV = torch.zeros(self.target.max_batch, MAX_PENDING, vocab)
+            self.draft_prob_BKV = prob_RV.new_zeros(self.target.max_batch, MAX_PENDING, vocab)
         full_RV = prob_RV
         if ids_V is not None:
-            full_RV = torch.zeros(len(prob_RV), vocab).index_copy_(1, ids_V.cpu(), prob_RV)
+            full_RV = prob_RV.new_zeros(len(prob_RV), vocab).index_copy_(1, ids_V, prob_RV)
         rows, columns = zip(*at, strict=True)
         self.draft_prob_BKV[list(rows), list(columns)] = full_RV
 
     def _verdicts(
         self, out: StepOutput, judged: Sequence[Sequence[bool]], judged_at: Sequence[tuple[int, int]]
-    ) -> list[Verdict]:
+    ) -> Verdicts:
         logits_RV = self._without_early_eos(out.logits_RV, judged_at, self.eos_ids)
+        device, pending = logits_RV.device, [row.pending for row in self.rows]
         if self._all_greedy():
-            untouched = out.token_R if logits_RV is out.logits_RV else None
-            chosen = iter((untouched if untouched is not None else most_likely(logits_RV)).tolist())
-            return [
-                greedy_verdict(row.pending, flags, list(islice(chosen, sum(flags))))
-                for row, flags in zip(self.rows, judged, strict=True)
-            ]
-        width = max(map(len, judged))
-        prob_RV = probabilities(logits_RV.cpu(), self._sampling([b for b, _ in judged_at]))
-        draft_prob_BKV = self.draft_prob_BKV
-        if draft_prob_BKV is None:  # nothing has ever been drafted
-            draft_prob_BKV = torch.zeros(len(self.rows), max(width - 1, 1), prob_RV.shape[1])
-        judged_BJ = torch.zeros(len(self.rows), width, dtype=torch.bool)
-        drafted_BK = torch.zeros(len(self.rows), width - 1, dtype=torch.long)
+            rows = judged_tensors(judged, pending, max(map(len, judged)) - 1)
+            if out.token_R is not None and logits_RV is out.logits_RV:  # found on its way
+                return greedy_verdicts(out.token_R, rows.row_R, rows.start_B1, rows.drafted_BK)
+            rows = rows.to(device)
+            return on(device).verify_greedy(logits_RV, rows.row_R, rows.start_B1, rows.drafted_BK)
+        prob_RV = probabilities(logits_RV, self._sampling([b for b, _ in judged_at], device))
+        if self.draft_prob_BKV is None:  # nothing has ever been drafted
+            draft_prob_BKV = prob_RV.new_zeros(len(self.rows), 0, prob_RV.shape[1])
+        else:
+            draft_prob_BKV = self.draft_prob_BKV[: len(self.rows)]
+        width = draft_prob_BKV.shape[1]
+        rows = judged_tensors(judged, pending, width).to(device)
         # As many numbers as the row has pending tokens, whatever the other rows have: its output must not depend on them.
-        uniform_BK = torch.zeros(len(self.rows), width - 1)
-        for b, (row, flags) in enumerate(zip(self.rows, judged, strict=True)):
-            judged_BJ[b, : len(flags)] = torch.tensor(flags)
-            drafted_BK[b, : row.num_pending] = torch.tensor(row.pending, dtype=torch.long)
+        uniform_BK = torch.zeros(len(self.rows), width)
+        for b, row in enumerate(self.rows):
             uniform_BK[b, : row.num_pending] = torch.tensor([row.uniform() for _ in range(row.num_pending)])
-        return sampled_verdict(
-            drafted_BK,
-            judged_BJ,
-            torch.tensor([row.num_pending for row in self.rows]),
+        next_uniform_B = torch.tensor([row.uniform() for row in self.rows]).to(device)
+        verdicts = on(device).verify_sampled(
             prob_RV,
-            draft_prob_BKV[: len(self.rows), : max(width - 1, 1)],
-            uniform_BK,
-            torch.tensor([row.uniform() for row in self.rows]),
+            draft_prob_BKV,
+            rows.row_R,
+            rows.start_B1,
+            rows.drafted_BK,
+            uniform_BK.to(device),
+            next_uniform_B,
         )
+        _checked(verdicts.next_token_B)
+        return verdicts
 
     def _all_greedy(self) -> bool:
         return all(row.params.greedy for row in self.rows)
 
-    def _sampling(self, rows: Sequence[int]) -> SamplingTensors:
+    def _sampling(self, rows: Sequence[int], device: torch.device) -> SamplingTensors:
         params = [self.rows[b].params for b in rows]
         return SamplingTensors(
             torch.tensor([p.temperature for p in params], dtype=torch.float32),
             torch.tensor([p.top_k for p in params]),
             torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        )
+        ).to(device)
 
     def _without_early_eos(self, logits_RV: Tensor, at: Sequence[tuple[int, int]], eos: Tensor) -> Tensor:
         """Takes end-of-sequence from the logits of rows that have to go on.
@@ -367,9 +375,9 @@ class DecodeBatch:
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
-    def _commit(self, row: Row, judged: Sequence[bool], verdict: Verdict) -> list[int]:
+    def _commit(self, row: Row, judged: Sequence[bool], kept: int, next_token: int) -> list[int]:
         """Keeps what the verdict keeps, adds the target's token; returns what has not left yet."""
-        start, kept, counters = row.target_length + 1, verdict.num_kept, row.counters
+        start, counters = row.target_length + 1, row.counters
         kept_judged = sum(judged[:kept])
         counters.judged += sum(judged) - 1
         counters.accepted += kept_judged
@@ -377,7 +385,7 @@ class DecodeBatch:
         counters.rolled_back += row.num_pending - kept
         counters.target_passes += 1
         counters.target_tokens += row.num_pending + 1
-        row.tokens[start + kept :] = [verdict.next_token]
+        row.tokens[start + kept :] = [next_token]
         # Entries that a conditioned draft made of its own hidden states are made again from the target's features.
         row.draft_length = row.target_length if self.conditioned else min(row.draft_length, start + kept)
         row.target_length = start + kept
@@ -386,6 +394,15 @@ class DecodeBatch:
         row.released = 0
         row.last_commit = time.monotonic()
         return gained
+
+
+def _checked(token_R: Tensor) -> Tensor:
+    """Raises EngineError where a distribution gave no token any probability."""
+    if bool((token_R < 0).any()):
+        raise EngineError(
+            "an engine gave logits that are not numbers: its weights are damaged, or their type too narrow"
+        )
+    return token_R
 
 
 def _window(tokens: Sequence[int], start: int, width: int) -> list[int]:

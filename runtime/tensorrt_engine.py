@@ -240,10 +240,11 @@ def _machine(flavor: Flavor) -> tuple[str, str]:
 def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: str, capability: str) -> None:
     """Raises EngineError if a plan is not for this TensorRT, this GPU or these weights."""
     quantized = " --checkpoint ITS_QUANTIZED_CHECKPOINT" if entry.checkpoint is not None else ""
+    without = " --plugins off" if entry.flavor == "tensorrt" and not entry.plugins else ""
     rebuild = (
         f"build it again with `ssv-build compile --role {entry.role} --precision {entry.precision} --flavor {entry.flavor} "
         f"--compute-capability {capability} --max-batch {entry.max_batch} --max-length {entry.max_length} --max-pending "
-        f"{entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized} --out {bundle}`"
+        f"{entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized}{without} --out {bundle}`"
     )
     plan = bundle / entry.file
     if entry.tensorrt != version:

@@ -6,7 +6,7 @@ quantized to FP8 or INT4 (`ssv.builder.quantized`), on either device and in fp32
 
 Shapes: see `engine.py`.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .quantized, .scorer, .smoothing; ssv.runtime.engine, .kv_cache, .cpu_int8.
+May import: ssv.builder.checkpoint, .decoder, .draft, .quantized, .scorer, .smoothing; ssv.plugins.ops; ssv.runtime.engine, .kv_cache, .cpu_int8.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ssv.builder.draft import Draft, FeatureTap
 from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
 from ssv.builder.scorer import Scorer
 from ssv.builder.smoothing import Ranges, smooth_decoder, smooth_join, smoothing_factor
+from ssv.plugins.ops import on
 from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale
 from ssv.runtime.engine import EngineError, StepOutput, check_step
 from ssv.runtime.kv_cache import CachedAttend, KVCache
@@ -96,19 +97,37 @@ class TorchEngine:
             position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
             attend = CachedAttend(keys, values, position_BT, int(position_B.max()) + tokens)
             hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
-        hidden_RH = hidden_MH[gather_rows_R.to(self.device)]
-        logits_RV = self._logits(hidden_RH)
+        hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
+        token_R, reject_prob_R = self._scored(hidden_RH, logits_RV)
         return StepOutput(
             hidden_RH=hidden_RH,
             logits_RV=logits_RV,
             features_BTF=tap.project(tapped_MX).view(batch, tokens, -1) if tap is not None else None,
-            reject_prob_R=self._score(hidden_RH, logits_RV) if self._score is not None else None,
+            reject_prob_R=reject_prob_R,
+            token_R=token_R,
         )
 
-    def _logits(self, hidden_RH: Tensor) -> Tensor:
-        if not len(hidden_RH):  # filling the cache needs none
-            return hidden_RH.new_empty(0, self.vocab_size, dtype=torch.float32)
-        return (self.fused or self.decoder).logits(hidden_RH).float()
+    def _head(self, hidden_MH: Tensor, gather_rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        """The gathered rows' hidden states and their logits: the LM head sees no others."""
+        if not len(gather_rows_R):  # filling the cache needs none
+            return hidden_MH[:0], hidden_MH.new_empty(0, self.vocab_size, dtype=torch.float32)
+        if self.fused is not None:
+            hidden_RH = hidden_MH[gather_rows_R]
+            return hidden_RH, self.fused.logits(hidden_RH).float()
+        norm, rows_R = self.decoder.norm, gather_rows_R.to(self.device, torch.int32)
+        assert norm.eps is not None
+        hidden_RH, normed_RH = on(self.device).gather_norm(hidden_MH, rows_R, norm.weight, norm.eps)
+        return hidden_RH, self.decoder.lm_head(normed_RH).float()
+
+    def _scored(self, hidden_RH: Tensor, logits_RV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Each row's argmax, if it is found on the way, and its reject probability."""
+        if self._score is None:
+            return None, None
+        if isinstance(self._score, FusedScorer):
+            return None, self._score(hidden_RH, logits_RV)
+        found = self._score(hidden_RH, logits_RV)
+        token_R = found.token_R.long() if self.token_ids_V is None else self.token_ids_V[found.token_R]
+        return token_R, found.reject_prob_R
 
     def _embed(self, input_ids_M: Tensor, features_in_BTF: Tensor | None) -> tuple[Tensor, Scaled | None]:
         """What goes into the first layer, and what that layer has still to add to it."""

@@ -1,0 +1,455 @@
+"""The ops in a TensorRT network, in two forms with one interface: plugins, and TensorRT's own layers.
+
+`PluginOps` are "quickly deployable plugins" of full TensorRT (its documentation, "Adding custom operators in Python") with kernels that
+are compiled ahead of time: they end up inside the plan, and nothing has to be installed where it runs. TensorRT for RTX has no plugins;
+`NativeOps` builds the same ops from layers that both have.
+
+Tensors are TensorRT's, weights torch's. Sizes H and V, and M of what is compacted, have to be known when the network is built or lie in its
+profiles; row indices have to be valid.
+
+Shapes: see `contract.py`.
+
+May import: ssv.plugins.aot, .contract, .reference.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ssv.plugins.contract import Judged, OpError, Score, Verdicts
+from ssv.plugins.reference import DRAW_BITS, MIN_BELOW, MIN_REST, TRUSTED, UNIFORM_BITS
+
+if TYPE_CHECKING:
+    from ssv.plugins.aot import Spec
+
+
+class NetworkOps(Protocol):
+    """The ops on tensors of a network; `ssv.plugins.reference` describes and defines them."""
+
+    def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score: ...
+
+    def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]: ...
+
+    def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged: ...
+
+    def verify_greedy(self, logits_RV: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> Verdicts: ...
+
+    def verify_sampled(
+        self,
+        target_prob_RV: Any,
+        draft_prob_BKV: Any,
+        row_R: Any,
+        start_B1: Any,
+        drafted_BK: Any,
+        accept_uniform_BK: Any,
+        next_uniform_B: Any,
+    ) -> Verdicts: ...
+
+
+# --- plugins --------------------------------------------------------------------------------------------------------
+
+
+class PluginOps:
+    """The ops as plugins of full TensorRT.
+
+    Args:
+        graph: `ssv.builder.network.Graph` of the network that they are added to.
+
+    Raises:
+        OpError: Triton is missing, which compiles the kernels.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self._ops = register_plugins(importlib.import_module(f"{graph.trt.__name__}.plugin"))
+
+    def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score:
+        fp32 = torch.float32
+        weights = self._graph.constant(weight_F, fp32), self._graph.constant(bias_1, fp32)
+        return Score(*self._added("score", hidden_RH, logits_RV, *weights))
+
+    def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+        gathered, normed = self._added("gather_norm", hidden_MH, row_R, self._norm(weight_H), eps=float(eps))
+        return gathered, normed
+
+    def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged:
+        weight = self._norm(weight_H)
+        return Judged(*self._added("sparse_gather", hidden_BTH, zone_BT, length_B, weight, eps=float(eps)))
+
+    def verify_greedy(self, logits_RV: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> Verdicts:
+        return Verdicts(*self._added("verify_greedy", logits_RV, row_R, start_B1, drafted_BK))
+
+    def verify_sampled(
+        self,
+        target_prob_RV: Any,
+        draft_prob_BKV: Any,
+        row_R: Any,
+        start_B1: Any,
+        drafted_BK: Any,
+        accept_uniform_BK: Any,
+        next_uniform_B: Any,
+    ) -> Verdicts:
+        tensors = (target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B)
+        return Verdicts(*self._added("verify_sampled", *tensors))
+
+    def _norm(self, weight_H: Tensor) -> Any:
+        return self._graph.constant(weight_H, self._graph.dtype)
+
+    def _added(self, name: str, *tensors: Any, **attributes: float) -> list[Any]:
+        layer = self._graph.network.add_plugin(getattr(self._ops, name)(*tensors, **attributes), aot=True)
+        if layer is None:
+            raise OpError(f"{name}: plugin", "one that TensorRT takes", self._graph.complaint())
+        return [layer.get_output(i) for i in range(layer.num_outputs)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plugin:
+    """An op as TensorRT's plugin library wants it described.
+
+    Attributes:
+        attributes: numbers that are fixed with the network, by name.
+        outputs: describes the outputs, given TensorRT's descriptions of the inputs.
+        spec: the kernel, given dtypes and static sizes of the inputs, and the attributes.
+        sizes: a step's sizes by their letter, given the inputs' symbolic shapes.
+    """
+
+    inputs: Sequence[str]
+    attributes: Mapping[str, type]
+    num_outputs: int
+    outputs: Callable[..., tuple[Any, ...]]
+    spec: Callable[..., "Spec"]
+    sizes: Callable[..., dict[str, Any]]
+
+
+def register_plugins(trtp: Any) -> Any:
+    """Registers the ops with TensorRT's plugin library, once; returns the namespace of the functions that add them.
+
+    Raises:
+        OpError: Triton is missing.
+    """
+    import numpy.typing  # noqa: F401 - the library reads numpy.typing without importing it
+
+    try:
+        from ssv.plugins import aot
+    except ModuleNotFoundError as error:
+        raise OpError(
+            "plugins: Triton", "an installed one", f"{error}: pip install triton, or --plugins off"
+        ) from error
+    for name, plugin in _plugins(trtp, aot).items():
+        if not hasattr(trtp.op, "ssv") or not hasattr(trtp.op.ssv, name):
+            _register(trtp, aot, name, plugin)
+    return trtp.op.ssv
+
+
+def _register(trtp: Any, aot: Any, name: str, plugin: _Plugin) -> None:
+    def parameters(names: Sequence[str], kind: Any) -> list[inspect.Parameter]:
+        return [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for n in names]
+
+    def describe(*given: Any) -> Any:
+        described = plugin.outputs(*given[: len(plugin.inputs)])
+        return described if len(described) > 1 else described[0]
+
+    def implement(*given: Any) -> Any:
+        inputs, rest = given[: len(plugin.inputs)], given[len(plugin.inputs) :]
+        spec = plugin.spec(*map(_Described, inputs), *rest[: len(plugin.attributes)])
+        artefact = aot.compile_ahead(spec, ".".join(map(str, torch.cuda.get_device_capability())))
+        sizes = plugin.sizes(*(x.shape_expr for x in inputs))
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x = spec.grid(sizes)
+        launch.block_x, launch.shared_mem = artefact.threads, artefact.shared_bytes
+        values = spec.scalar_values(sizes)
+        scalars = trtp.SymIntExprs(len(values))
+        for index, value in enumerate(values):
+            scalars[index] = trtp.SymInt32(value)
+        return artefact.entry, artefact.ptx, launch, scalars
+
+    # The library reads the parameters off the signature; functions that differ in nothing else are written once.
+    inputs = parameters(plugin.inputs, trtp.TensorDesc)
+    attributes = [p for n, kind in plugin.attributes.items() for p in parameters([n], kind)]
+    several = tuple.__class_getitem__((trtp.TensorDesc,) * plugin.num_outputs)
+    describe.__signature__ = inspect.Signature([*inputs, *attributes], return_annotation=several)  # type: ignore[attr-defined]
+    tail = [*parameters(["outputs"], tuple[trtp.TensorDesc]), *parameters(["tactic"], int)]
+    returned = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    implement.__signature__ = inspect.Signature([*inputs, *attributes, *tail], return_annotation=returned)  # type: ignore[attr-defined]
+    trtp.register(f"ssv::{name}")(describe)
+    trtp.aot_impl(f"ssv::{name}")(implement)
+
+
+class _Described:
+    """What a kernel is specialised to, of TensorRT's description of a tensor: its dtype, and the largest size of each axis."""
+
+    def __init__(self, desc: Any) -> None:
+        names = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
+        self.dtype = names[desc.dtype.name]
+        self.sizes = [int(n) if n >= 0 else int(desc.shape.max[axis]) for axis, n in enumerate(desc.shape)]
+
+
+def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
+    trt = importlib.import_module(trtp.__name__.rpartition(".")[0])
+
+    def described(dtype: Any, *shape: Any) -> Any:
+        return trtp.from_shape_expr(shape, dtype=dtype)
+
+    def score_outputs(hidden: Any, logits: Any, weight: Any, bias: Any) -> tuple[Any, ...]:
+        rows = logits.shape_expr[0]
+        return described(trt.int32, rows), *(described(trt.float32, rows) for _ in range(4))
+
+    def gather_norm_outputs(hidden: Any, row: Any, weight: Any) -> tuple[Any, ...]:
+        shape = row.shape_expr[0], hidden.shape_expr[1]
+        return described(hidden.dtype, *shape), described(weight.dtype, *shape)
+
+    def sparse_gather_outputs(hidden: Any, zone: Any, length: Any, weight: Any) -> tuple[Any, ...]:
+        batch, tokens, width = hidden.shape_expr
+        rows = batch * tokens
+        return described(weight.dtype, rows, width), described(trt.int32, rows), described(trt.int32, batch + 1)
+
+    def verdict_outputs(drafted: Any) -> tuple[Any, ...]:
+        return described(trt.int32, drafted.shape_expr[0]), described(trt.int32, drafted.shape_expr[0])
+
+    return {
+        "score": _Plugin(
+            inputs=("hidden", "logits", "weight", "bias"),
+            attributes={},
+            num_outputs=5,
+            outputs=score_outputs,
+            spec=lambda hidden, logits, weight, bias: aot.score_spec(
+                hidden.sizes[1], logits.sizes[1], hidden.dtype, logits.dtype, weight.sizes[0]
+            ),
+            sizes=lambda hidden, logits, weight, bias: {"R": logits[0]},
+        ),
+        "gather_norm": _Plugin(
+            inputs=("hidden", "row", "weight"),
+            attributes={"eps": float},
+            num_outputs=2,
+            outputs=gather_norm_outputs,
+            spec=lambda hidden, row, weight, eps: aot.gather_norm_spec(
+                hidden.sizes[1], hidden.dtype, weight.dtype, eps
+            ),
+            sizes=lambda hidden, row, weight: {"M": hidden[0], "R": row[0]},
+        ),
+        "sparse_gather": _Plugin(
+            inputs=("hidden", "zone", "length", "weight"),
+            attributes={"eps": float},
+            num_outputs=3,
+            outputs=sparse_gather_outputs,
+            spec=lambda hidden, zone, length, weight, eps: aot.sparse_gather_spec(
+                hidden.sizes[2], hidden.dtype, weight.dtype, eps
+            ),
+            sizes=lambda hidden, zone, length, weight: {"B": zone[0], "T": zone[1]},
+        ),
+        "verify_greedy": _Plugin(
+            inputs=("logits", "row", "start", "drafted"),
+            attributes={},
+            num_outputs=2,
+            outputs=lambda logits, row, start, drafted: verdict_outputs(drafted),
+            spec=lambda logits, row, start, drafted: aot.verify_greedy_spec(
+                logits.sizes[1], drafted.sizes[1], logits.dtype
+            ),
+            sizes=lambda logits, row, start, drafted: {"B": drafted[0], "K": drafted[1]},
+        ),
+        "verify_sampled": _Plugin(
+            inputs=("target_prob", "draft_prob", "row", "start", "drafted", "accept_uniform", "next_uniform"),
+            attributes={},
+            num_outputs=2,
+            outputs=lambda p, q, row, start, drafted, accept, following: verdict_outputs(drafted),
+            spec=lambda p, q, row, start, drafted, accept, following: aot.verify_sampled_spec(
+                p.sizes[1], drafted.sizes[1]
+            ),
+            sizes=lambda p, q, row, start, drafted, accept, following: {"B": drafted[0], "K": drafted[1]},
+        ),
+    }
+
+
+# --- TensorRT's own layers ------------------------------------------------------------------------------------------
+
+
+class NativeOps:
+    """The ops by layers that every TensorRT has.
+
+    Args:
+        graph: `ssv.builder.network.Graph` of the network that they are added to.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score:
+        g, fp32 = self._graph, torch.float32
+        logits_RV = g.cast(logits_RV, fp32)
+        vocab = logits_RV.shape[1]
+        top_RK, index_RK = g.top(logits_RV, min(2, vocab))
+        first_R1, index_R1 = g.columns(top_RK, 0, 1), g.columns(index_RK, 0, 1)
+        least = g.scalar(MIN_BELOW, rank=2)
+        second_R1 = g.columns(top_RK, 1, 1) if vocab > 1 else g.add(first_R1, least)
+        below_RV = g.max(g.sub(logits_RV, first_R1), least)
+        # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability is near 1.
+        column_1V = g.constant(torch.arange(vocab, dtype=torch.int32)[None], torch.int32)
+        exp_RV = g.select(g.equal(column_1V, index_R1), g.scalar(0.0, rank=2), g.exp(below_RV))
+        others_R1 = g.sum(exp_RV)
+        total_R1 = g.add(others_R1, g.scalar(1.0, rank=2))
+        rest_R1 = g.log(g.max(g.div(others_R1, total_R1), g.scalar(MIN_REST, rank=2)))
+        entropy_R1 = g.sub(g.log(total_R1), g.div(g.sum(g.mul(exp_RV, below_RV)), total_R1))
+        margin_R1 = g.sub(g.scalar(0.0, rank=2), g.max(g.sub(second_R1, first_R1), least))
+        features = [rest_R1, entropy_R1, margin_R1]
+        if len(weight_F) > len(features):
+            features.insert(0, g.over_rms(g.cast(hidden_RH, fp32), 1e-6))
+        score_R1 = g.matmul(g.concat(features, axis=1), g.constant(weight_F[:, None], fp32), transpose=False)
+        reject_R1 = g.sigmoid(g.add(score_R1, g.constant(bias_1[None], fp32)))
+        prob_R1 = g.div(g.scalar(1.0, rank=2), total_R1)
+        return Score(*(g.reshape(x, (-1,)) for x in (index_R1, prob_R1, entropy_R1, margin_R1, reject_R1)))
+
+    def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+        gathered_RH = self._graph.gather(hidden_MH, row_R)
+        return gathered_RH, self._graph.rms_norm(gathered_RH, weight_H, eps)
+
+    def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged:
+        g = self._graph
+        one_BT = g.add(g.mul(zone_BT, g.integer(0, rank=2)), g.integer(1, rank=2))
+        column_BT, length_B1 = g.cumulative_sum(one_BT, axis=1), g.reshape(length_B, (-1, 1))  # columns count from 1
+        is_gray_BT = g.not_(g.equal(zone_BT, g.integer(TRUSTED, rank=2)))
+        before_last_BT = g.greater(length_B1, column_BT)
+        judged_BT = g.or_(g.and_(before_last_BT, is_gray_BT), g.equal(column_BT, length_B1))
+        judged_BT = g.cast(judged_BT, torch.int32)
+        judged_M, one_M = g.reshape(judged_BT, (-1,)), g.reshape(one_BT, (-1,))
+        one = g.integer(1, rank=1)
+        index_M, upto_M = g.sub(g.cumulative_sum(one_M, axis=0), one), g.cumulative_sum(judged_M, axis=0)
+        # Judged rows go to the front, the others behind them: each place is taken once.
+        count = g.largest(upto_M, axis=0)
+        behind_M = g.add(count, g.sub(index_M, upto_M))
+        place_M = g.select(g.equal(judged_M, one), g.sub(upto_M, one), behind_M)
+        row_M = g.scatter(index_M, place_M, index_M)
+        ends_B = g.cumulative_sum(g.reshape(g.sum(judged_BT), (-1,)), axis=0)
+        start_B1 = g.concat([g.integer(0, rank=1), ends_B], axis=0)
+        hidden_MH = g.reshape(hidden_BTH, (-1, hidden_BTH.shape[2]))
+        _, normed_MH = self.gather_norm(hidden_MH, row_M, weight_H, eps)
+        return Judged(normed_MH, row_M, start_B1)
+
+    def verify_greedy(self, logits_RV: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> Verdicts:
+        g = self._graph
+        _, token_R1 = g.top(g.cast(logits_RV, torch.float32), 1)
+        layout = _Layout(g, row_R, start_B1, drafted_BK)
+        target_BJ = layout.by_column(g.reshape(token_R1, (-1,)))
+        stop_BJ = layout.first_stop(g.not_(g.equal(target_BJ, layout.drafted_BJ)))
+        return Verdicts(layout.kept(stop_BJ), layout.at(stop_BJ, target_BJ))
+
+    def verify_sampled(
+        self,
+        target_prob_RV: Any,
+        draft_prob_BKV: Any,
+        row_R: Any,
+        start_B1: Any,
+        drafted_BK: Any,
+        accept_uniform_BK: Any,
+        next_uniform_B: Any,
+    ) -> Verdicts:
+        g = self._graph
+        layout = _Layout(g, row_R, start_B1, drafted_BK)
+        p_R1 = g.gather_elements(target_prob_RV, g.reshape(layout.drafted_R, (-1, 1)), axis=1)
+        p_BJ = layout.by_column(g.reshape(p_R1, (-1,)))
+        q_BK1 = g.gather_elements(draft_prob_BKV, g.unsqueeze(drafted_BK, (2,)), axis=2)
+        uq_BK = g.mul(g.reshape_as(q_BK1, drafted_BK), accept_uniform_BK)
+        # u < p / q, without dividing by a q of zero; what is compared in the bonus column does not matter.
+        uq_BJ = g.concat([uq_BK, g.mul(g.columns(uq_BK, 0, 1), g.scalar(0.0, rank=2))], axis=1)
+        stop_BJ = layout.first_stop(g.not_(g.greater(p_BJ, uq_BJ)))
+        kept_B = layout.kept(stop_BJ)
+
+        p_BV = g.gather(target_prob_RV, g.max(layout.at(stop_BJ, layout.index_BJ), g.integer(0, rank=1)))
+        vocab = target_prob_RV.shape[1]
+        q_MV, q_row_BK = g.reshape(draft_prob_BKV, (-1, vocab)), layout.index_like(drafted_BK)
+        q_row_BJ = g.concat([q_row_BK, layout.zero_B1], axis=1)
+        q_BV = g.gather(q_MV, g.max(layout.at(stop_BJ, q_row_BJ), g.integer(0, rank=1)))
+        p_units_BV = self._units(p_BV)
+        residual_BV = self._units(g.sub(p_BV, q_BV))
+        zero = g.integer(0, rank=2)
+        is_rejected_B1 = g.greater(g.sum(g.mul(stop_BJ, g.sub(g.integer(1, rank=2), layout.last_BJ))), zero)
+        wide_zero = g.cast(zero, torch.int64)
+        takes_residual_B1 = g.and_(is_rejected_B1, g.greater(g.sum(residual_BV), wide_zero))
+        units_BV = g.select(takes_residual_B1, residual_BV, p_units_BV)
+        upto_BV = g.cumulative_sum(units_BV, axis=1)
+        total_B1 = g.columns(upto_BV, vocab - 1, 1)
+        steps_B1 = g.mul(g.reshape(next_uniform_B, (-1, 1)), g.scalar(2.0**UNIFORM_BITS, rank=2))
+        steps_B1 = g.cast(g.min(steps_B1, g.scalar(2.0**UNIFORM_BITS - 1, rank=2)), torch.int64)
+        unit = g.cast(g.integer(1 << UNIFORM_BITS, rank=2), torch.int64)
+        threshold_B1 = g.floor_div(g.mul(steps_B1, total_B1), unit)
+        passed_BV = g.cast(g.greater(upto_BV, threshold_B1), torch.int32)
+        token_B1 = g.sum(g.sub(g.integer(1, rank=2), passed_BV))
+        has_token_B1 = g.and_(g.greater(total_B1, wide_zero), g.greater(g.sum(stop_BJ), zero))
+        next_B1 = g.select(has_token_B1, token_B1, g.integer(-1, rank=2))
+        return Verdicts(kept_B, g.reshape(next_B1, (-1,)))
+
+    def _units(self, prob_BV: Any) -> Any:
+        g = self._graph
+        positive_BV = g.select(g.greater(prob_BV, g.scalar(0.0, rank=2)), prob_BV, g.scalar(0.0, rank=2))
+        return g.cast(g.mul(positive_BV, g.scalar(2.0**DRAW_BITS, rank=2)), torch.int64)
+
+
+class _Layout:
+    """Judged rows where they stand in their sequences, [B, J] with J = K + 1, of which the last column is no drafted token's.
+
+    Attributes:
+        drafted_BJ: drafted tokens, -1 in the last column.
+        last_BJ: int32, 1 at the last judged row of a sequence.
+        index_BJ: which of the R rows stands there, 0 where none does.
+        drafted_R: the token that each row judges; 0 for a sequence's last.
+        zero_B1: zeros.
+    """
+
+    def __init__(self, graph: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> None:
+        g = self._graph = graph
+        zero, one = g.integer(0, rank=1), g.integer(1, rank=1)
+        self.zero_B1 = g.mul(g.columns(drafted_BK, 0, 1), g.integer(0, rank=2))
+        self.drafted_BJ = g.concat([drafted_BK, g.sub(self.zero_B1, g.integer(1, rank=2))], axis=1)
+        drafted_M = g.reshape(self.drafted_BJ, (-1,))
+        zero_M = g.mul(drafted_M, zero)
+        index_R = self.index_like(row_R)
+        # Rows beyond the last judged one are no rows: they go to one place more, which is cut off.
+        is_judged_R = g.greater(g.largest(start_B1, axis=0), index_R)
+        num_places = g.add(g.largest(self.index_like(zero_M), axis=0), one)
+        self._place_R = g.select(is_judged_R, row_R, num_places)
+        self._is_judged_R, self._zero_M1 = is_judged_R, g.concat([zero_M, zero], axis=0)
+        known_R = g.select(is_judged_R, row_R, g.mul(row_R, zero))
+        self.drafted_R = g.max(g.gather(drafted_M, known_R), zero)
+        self._judged_BJ = self.by_column(g.add(g.mul(index_R, zero), one))
+        self.index_BJ = self.by_column(index_R)
+        from_here_BJ = g.cumulative_sum(self._judged_BJ, axis=1, reverse=True)
+        self.last_BJ = g.mul(self._judged_BJ, g.cast(g.equal(from_here_BJ, g.integer(1, rank=2)), torch.int32))
+
+    def by_column(self, x_R: Any) -> Any:
+        """int32 or fp32 values of the rows, 0 where no row stands."""
+        g = self._graph
+        places = g.cast(self._zero_M1, torch.float32) if x_R.dtype == g.trt.float32 else self._zero_M1
+        return g.reshape_as(g.without_last(g.scatter(places, self._place_R, x_R)), self.drafted_BJ)
+
+    def first_stop(self, mismatch_BJ: Any) -> Any:
+        """int32, 1 at the first judged row of a sequence that mismatches or is its last."""
+        g = self._graph
+        rejected_BJ = g.mul(self._judged_BJ, g.cast(mismatch_BJ, torch.int32))
+        stops_BJ = g.max(rejected_BJ, self.last_BJ)
+        is_first_BJ = g.equal(g.cumulative_sum(stops_BJ, axis=1), g.integer(1, rank=2))
+        return g.mul(stops_BJ, g.cast(is_first_BJ, torch.int32))
+
+    def kept(self, stop_BJ: Any) -> Any:
+        """int32 [B], the column of the stop: the drafted tokens before it."""
+        g = self._graph
+        zero, one = g.integer(0, rank=2), g.integer(1, rank=2)
+        column_BJ = g.sub(g.cumulative_sum(g.add(g.mul(stop_BJ, zero), one), axis=1), one)
+        return g.reshape(g.sum(g.mul(stop_BJ, column_BJ)), (-1,))
+
+    def at(self, stop_BJ: Any, x_BJ: Any) -> Any:
+        """int32 [B], the value at the stop; -1 where there is none."""
+        g = self._graph
+        one = g.integer(1, rank=2)
+        return g.reshape(g.sub(g.sum(g.mul(stop_BJ, g.add(x_BJ, one))), one), (-1,))
+
+    def index_like(self, x: Any) -> Any:
+        """int32, the index of each element of a tensor, in its shape."""
+        g = self._graph
+        flat = g.reshape(x, (-1,))
+        one = g.integer(1, rank=1)
+        index = g.sub(g.cumulative_sum(g.add(g.mul(flat, g.integer(0, rank=1)), one), axis=0), one)
+        return g.reshape_as(index, x)
