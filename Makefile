@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
 
-.PHONY: demo test test-gpu test-tensorrt lint setup clean
+.PHONY: demo test test-gpu test-tensorrt sanitize lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -26,7 +26,14 @@ test: setup lint
 
 # On a machine with an NVIDIA GPU; torch there is the machine's own.
 test-gpu:
-	$(PYTHON) -m pytest tests/gpu/test_torch_engine_cuda.py
+	$(PYTHON) -m pytest tests/gpu/test_kernels_cuda.py tests/gpu/test_torch_engine_cuda.py
+
+# Memory is allocated piece by piece, or what lies beside a tensor would be torch's too.
+sanitize:
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
+	  $(PYTHON) -m pytest tests/gpu/test_kernels_cuda.py -k "not many_launches and not two_streams and not graph and not 4096" || exit; \
+	done
 
 test-tensorrt:
 	$(PYTHON) -m pytest tests/gpu/test_tensorrt_gpu.py

@@ -146,12 +146,23 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b, rounding_mode="floor")
 
 
+def _of_numbers(function: Operation) -> Operation:
+    """NVIDIA's page of the operator does not say whether MAX and MIN of NaN and a number are NaN."""
+
+    def checked(a: Tensor, b: Tensor) -> Tensor:
+        if a.isnan().any() or b.isnan().any():
+            raise NotImplementedError("elementwise MAX or MIN of NaN")
+        return function(a, b)
+
+    return checked
+
+
 # Operands have one dtype and one rank (TensorRT refuses others): torch promotes and broadcasts them as TensorRT does.
 _ELEMENTWISE: dict[str, Operation] = {
     "SUM": torch.add,
     "PROD": torch.mul,
-    "MAX": torch.maximum,
-    "MIN": torch.minimum,
+    "MAX": _of_numbers(torch.maximum),
+    "MIN": _of_numbers(torch.minimum),
     "SUB": torch.sub,
     "DIV": _divide,
     "POW": torch.pow,
@@ -241,10 +252,20 @@ def _activation(layer: Any) -> Operation:
 
 
 def _cast(layer: Any) -> Operation:
-    dtype = _torch_dtype(layer.get_output(0))
+    source, dtype = _torch_dtype(layer.get_input(0)), _torch_dtype(layer.get_output(0))
     if layer.to_type.name in ("FP8", "INT4"):
         raise NotImplementedError(f"cast to {layer.to_type.name}")
-    return lambda x: x.to(dtype)
+    if not source.is_floating_point or dtype.is_floating_point or dtype == torch.bool:
+        return lambda x: x.to(dtype)
+    below, beyond = float(torch.iinfo(dtype).min - 1), float(torch.iinfo(dtype).max + 1)
+
+    def truncate(x: Tensor) -> Tensor:
+        wide = x.double()
+        if not ((wide > below) & (wide < beyond)).all():  # NaN is neither
+            raise NotImplementedError(f"cast of a number that {dtype} does not hold")
+        return x.to(dtype)
+
+    return truncate
 
 
 def _identity(layer: Any) -> Operation:
@@ -286,6 +307,24 @@ def _reduce(layer: Any) -> Operation:
     return lambda x: operation(x).to(dtype)
 
 
+def _cumulative(layer: Any) -> Operation:
+    """Sums along an axis up to each element, or from it on; that one is left out if `exclusive`."""
+    _require("cumulative operation", layer.op.name, "SUM")
+    exclusive, reverse, dtype = layer.exclusive, layer.reverse, _torch_dtype(layer.get_input(0))
+    accumulator = torch.float32 if dtype.is_floating_point else dtype
+
+    def cumulative(x: Tensor, axis: Tensor) -> Tensor:
+        at = int(axis)  # raises unless it is one number
+        x = x.flip(at) if reverse else x
+        total = x.cumsum(at, dtype=accumulator)
+        if exclusive:
+            nothing = torch.zeros_like(total.narrow(at, 0, 1))
+            total = torch.cat((nothing, total.narrow(at, 0, x.shape[at] - 1)), at)
+        return (total.flip(at) if reverse else total).to(dtype)
+
+    return cumulative
+
+
 def _topk(layer: Any) -> Operation:
     """Sorted; of equal values the lower index first, as ONNX's TopK has it (NVIDIA's pages are silent on ties)."""
     axis, largest, index_dtype = _single_axis(layer.axes), layer.op.name == "MAX", _torch_dtype(layer.get_output(1))
@@ -325,6 +364,30 @@ def _gather(layer: Any) -> Operation:
     if mode not in modes:
         raise NotImplementedError(f"gather mode {mode}")
     return modes[mode]
+
+
+def _scatter(layer: Any) -> Operation:
+    """Data with output[.., index[.., i, ..], ..] = update[.., i, ..].
+
+    "The spec does not guarantee a specific execution ordering for the updates" (https://github.com/onnx/onnx/issues/3234), and NVIDIA's page
+    has none either: what different updates contend for becomes a value that is noticed wherever something depends on it.
+    """
+    axis, dtype = layer.axis, _torch_dtype(layer.get_input(0))
+    _require("scatter mode", layer.mode.name, "ELEMENT")
+    if dtype == torch.bool:
+        raise NotImplementedError("scatter of torch.bool")
+    undefined = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+
+    def scatter(data: Tensor, index: Tensor, update: Tensor) -> Tensor:
+        if index.shape != update.shape:
+            raise ValueError(f"scatter of {tuple(update.shape)} to {tuple(index.shape)}")
+        index = index.long()
+        result = data.scatter(axis, index, update)  # raises on an index out of bounds, negative ones included
+        lost = result.gather(axis, index) != update
+        contended = torch.zeros(data.shape, dtype=torch.int32).scatter_add(axis, index, lost.int()) > 0
+        return result.masked_fill(contended, undefined)
+
+    return scatter
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -569,6 +632,7 @@ _LAYERS: dict[str, tuple[str, Callable[[Any], Operation]]] = {
     "CAST": ("ICastLayer", _cast),
     "CONCATENATION": ("IConcatenationLayer", _concatenation),
     "CONSTANT": ("IConstantLayer", _constant),
+    "CUMULATIVE": ("ICumulativeLayer", _cumulative),
     "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "ELEMENTWISE": ("IElementWiseLayer", _elementwise),
     "FILL": ("IFillLayer", _fill),
@@ -579,6 +643,7 @@ _LAYERS: dict[str, tuple[str, Callable[[Any], Operation]]] = {
     "QUANTIZE": ("IQuantizeLayer", _quantize),
     "REDUCE": ("IReduceLayer", _reduce),
     "ROTARY_EMBEDDING": ("IRotaryEmbeddingLayer", _rotary_embedding),
+    "SCATTER": ("IScatterLayer", _scatter),
     "SELECT": ("ISelectLayer", _select),
     "SHAPE": ("IShapeLayer", _shape),
     "SHUFFLE": ("IShuffleLayer", _shuffle),
@@ -634,6 +699,8 @@ class NetworkInterpreter:
         self._check_caches(steps)
         self._constants: dict[int, Tensor] = {}
         self._steps = self._fold(self._sorted(steps))
+        if any(step.kind == "CUMULATIVE" and step.inputs[1] not in self._constants for step in self._steps):
+            raise NotImplementedError("cumulative along an axis that is no constant")
         self._widen_constant_factors()
         needed = {i for step in self._steps for i in step.inputs} | {*self._outputs}
         self._constants = {number: value for number, value in self._constants.items() if number in needed}

@@ -15,6 +15,11 @@ from ssv.builder.corpus import ChatPieces, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.progress import silent
 from ssv.builder.recover import Recovery, _loss, recover
+from ssv.builder.scorer import Scorer
+from ssv.builder.tiers import Policy
+from ssv.runtime.decoding import DecodeBatch, Row
+from ssv.runtime.request import SamplingParams
+from ssv.runtime.stats import Counters
 from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
 
 SIZES = {"max_batch": 3, "max_length": 64}
@@ -50,6 +55,39 @@ def test_draft(kind: str) -> None:
     expected = drive(draft_engine(draft, precision="fp32", **SIZES))  # type: ignore[arg-type]
     for name in names():
         assert relative_error(flat(found, name).cpu(), flat(expected, name)) < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("accept_below", [0.0, 0.4])
+def test_decoding_gives_the_same_tokens(temperature: float, accept_below: float) -> None:
+    # The kernels judge and draw here, the definition there: with equal distributions the tokens are equal, not only as likely.
+    policy = Policy(accept_below=accept_below, verify_above=0.9, risk_budget=0.9, max_pending=5)
+    params = [
+        SamplingParams(max_tokens=30, temperature=temperature, top_p=p, seed=7, ignore_eos=True) for p in (1.0, 0.9)
+    ]
+    found, expected = (decoded(device, params, policy) for device in ("cuda", "cpu"))
+    assert found == expected
+
+
+def decoded(device: str, params: list[SamplingParams], policy: Policy) -> list[list[int]]:
+    decoder = tiny_decoder()
+    draft = random_draft(decoder, "conditioned")
+    torch.manual_seed(3)
+    scorer = Scorer(torch.randn(decoder.spec.hidden_size + 3) / 4, torch.tensor(0.1), True)
+    settings = {"precision": "fp32", "device": device, "max_batch": 2, "max_length": 128}
+    target = target_engine(decoder, draft=draft, **settings)  # type: ignore[arg-type]
+    batch = DecodeBatch(target, draft_engine(draft, scorer=scorer, **settings), [1], 64)  # type: ignore[arg-type]
+    rows = [Row(each, policy, lambda ids: False, Counters()) for each in params]
+    outputs = [[batch.add([5, 6, 7 + b], row)] for b, row in enumerate(rows)]
+    for row in rows:
+        row.counters.emitted = 1
+    while max(map(len, outputs)) < 30:
+        batch.draft()
+        for gained in (batch.release(), batch.verify()):
+            for row, output, tokens in zip(rows, outputs, gained, strict=True):
+                output += tokens
+                row.counters.emitted += len(tokens)
+    return [output[:30] for output in outputs]
 
 
 def test_recovering_a_quantized_target_brings_it_nearer_to_the_original() -> None:

@@ -136,6 +136,8 @@ def test_elementwise_of_floats_broadcasts(net: _Network, operation: Any, functio
         (_OP.SUM, [9, -4, 7]),
         (_OP.PROD, [14, -21, 0]),
         (_OP.MAX, [7, 3, 7]),
+        (_OP.MIN, [2, -7, 0]),
+        (_OP.GREATER, [True, False, False]),
         (_OP.SUB, [5, -10, -7]),
         (_OP.FLOOR_DIV, [3, -3, 0]),
         (_OP.EQUAL, [False, False, False]),
@@ -147,6 +149,27 @@ def test_elementwise_of_integers(net: _Network, operation: Any, expected: list[A
     layer = net.network.add_elementwise(net.input(dtype, 3), net.input(dtype, 3), operation)
     (result,) = net.run(layer.get_output(0), a, b)
     _same(result, torch.tensor(expected, dtype=torch.bool if isinstance(expected[0], bool) else dtype))
+
+
+def test_elementwise_of_int64_is_exact(net: _Network) -> None:
+    a, b = torch.tensor([2**62 - 1, -(2**62) + 1]), torch.tensor([1 << 24, 1 << 24])
+    x = net.input(torch.int64, 2), net.input(torch.int64, 2)
+    outputs = [net.network.add_elementwise(*x, op).get_output(0) for op in (_OP.FLOOR_DIV, _OP.SUB, _OP.GREATER)]
+    quotient, difference, greater = net.run(outputs, a, b)
+    _same(quotient, torch.tensor([2**38 - 1, -(2**38)]))  # a double would make 2^38 of the first
+    _same(difference, torch.tensor([2**62 - 1 - 2**24, -(2**62) + 1 - 2**24]))
+    _same(greater, torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("operation", [_OP.MAX, _OP.MIN], ids=str)
+def test_the_larger_or_smaller_of_nan_and_a_number_raises(net: _Network, operation: Any) -> None:
+    layer = net.network.add_elementwise(net.input(torch.float32, 2), net.input(torch.float32, 2), operation)
+    interpreter = net.interpreter(layer.get_output(0))
+    numbers, one_nan = torch.tensor([torch.inf, 1.0]), torch.tensor([1.0, torch.nan])
+    assert interpreter.run({"x0": numbers, "x1": numbers})["y0"].tolist() == [torch.inf, 1.0]
+    for x0, x1 in ((numbers, one_nan), (one_nan, numbers)):
+        with pytest.raises(NotImplementedError, match="of NaN"):
+            interpreter.run({"x0": x0, "x1": x1})
 
 
 def test_integer_division_of_negatives_raises(net: _Network) -> None:
@@ -222,6 +245,39 @@ def test_cast(net: _Network, source: torch.dtype, target: torch.dtype) -> None:
     _same(result, x.to(target))
 
 
+@pytest.mark.parametrize("source", _FLOATS)
+@pytest.mark.parametrize("target", [torch.int32, torch.int64])
+def test_cast_to_integers_truncates(net: _Network, target: torch.dtype, source: torch.dtype) -> None:
+    x = torch.tensor([2.75, -2.75, 0.5, -0.5, 2.0**15, -0.0], dtype=source)
+    (result,) = net.run(net.network.add_cast(net.input(source, -1), _TRT_DTYPE[target]).get_output(0), x)
+    _same(result, torch.tensor([2, -2, 0, 0, 2**15, 0], dtype=target))
+
+
+def test_cast_to_int64_holds_what_int32_does_not(net: _Network) -> None:
+    x = torch.tensor([2.0**38, -(2.0**62)])
+    wide = net.network.add_cast(net.input(torch.float32, 2), trt.int64).get_output(0)
+    interpreter = net.interpreter(wide, net.network.add_cast(wide, trt.float32).get_output(0))
+    result = interpreter.run({"x0": x})
+    _same(result["y0"], torch.tensor([2**38, -(2**62)]))
+    _same(result["y1"], x)
+
+
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        (torch.int32, 2.0**31),
+        (torch.int32, -(2.0**31) - 2**8),
+        (torch.int64, 2.0**63),
+        (torch.int64, torch.inf),
+        (torch.int32, torch.nan),
+    ],
+)
+def test_cast_to_integers_of_what_they_do_not_hold_raises(net: _Network, target: torch.dtype, number: float) -> None:
+    interpreter = net.interpreter(net.network.add_cast(net.input(torch.float32, 1), _TRT_DTYPE[target]).get_output(0))
+    with pytest.raises(NotImplementedError, match="does not hold"):
+        interpreter.run({"x0": torch.tensor([number])})
+
+
 def test_select_broadcasts(net: _Network) -> None:
     condition, a, b = (
         torch.tensor([[True], [False]]),
@@ -276,6 +332,70 @@ def test_reduce_of_half_accumulates_in_fp32_and_of_int32_stays_int32(net: _Netwo
     _same(second, torch.tensor([6], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (trt.ReduceOperation.SUM, [[2**30 + 1], [-7]]),
+        (trt.ReduceOperation.MAX, [[2**30], [-3]]),
+        (trt.ReduceOperation.MIN, [[1], [-4]]),
+        (trt.ReduceOperation.PROD, [[2**30], [12]]),
+    ],
+    ids=str,
+)
+def test_reduce_of_integers(net: _Network, operation: Any, expected: list[Any], dtype: torch.dtype) -> None:
+    x = torch.tensor([[2**30, 1], [-3, -4]], dtype=dtype)
+    (result,) = net.run(net.network.add_reduce(net.input(dtype, -1, 2), operation, 0b10, True).get_output(0), x)
+    _same(result, torch.tensor(expected, dtype=dtype))
+
+
+def _cumulative(net: _Network, x: Any, axis: Any, exclusive: bool = False, reverse: bool = False) -> Any:
+    return net.network.add_cumulative(x, axis, trt.CumulativeOperation.SUM, exclusive, reverse).get_output(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, *_FLOATS])
+@pytest.mark.parametrize(
+    ("exclusive", "reverse", "expected"),
+    [  # https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/Cumulative.html has a table of them
+        (False, False, [[1, 3, 7], [-1, 4, 4]]),
+        (False, True, [[7, 6, 4], [4, 5, 0]]),
+        (True, False, [[0, 1, 3], [0, -1, 4]]),
+        (True, True, [[6, 4, 0], [5, 0, 0]]),
+    ],
+)
+def test_cumulative(
+    net: _Network, exclusive: bool, reverse: bool, expected: list[list[int]], dtype: torch.dtype
+) -> None:
+    x = torch.tensor([[1, 2, 4], [-1, 5, 0]], dtype=dtype)
+    data = net.input(dtype, -1, 3)
+    along_rows = _cumulative(net, data, net.constant(torch.tensor(1)), exclusive, reverse)
+    last_axis = _cumulative(net, data, net.constant(torch.tensor(-1, dtype=torch.int32)), exclusive, reverse)
+    for result in net.run([along_rows, last_axis], x):
+        _same(result, torch.tensor(expected, dtype=dtype))
+
+
+def test_cumulative_along_the_first_axis_and_of_int64_is_exact(net: _Network) -> None:
+    x = torch.tensor([[2**61, 1], [2**61 - 1, -1], [1, 2**40]])
+    data = net.input(torch.int64, -1, 2)
+    down = _cumulative(net, data, net.constant(torch.tensor(0)))
+    up = _cumulative(net, data, net.constant(torch.tensor(0)), reverse=True)
+    first, second = net.run([down, up], x)
+    _same(first, torch.tensor([[2**61, 1], [2**62 - 1, 0], [2**62, 2**40]]))
+    _same(second, torch.tensor([[2**62, 2**40], [2**61, 2**40 - 1], [1, 2**40]]))
+
+
+def test_cumulative_of_half_accumulates_in_fp32(net: _Network) -> None:
+    x = torch.tensor([2048.0, 1.0, 1.0], dtype=torch.float16)  # 2048 + 1 is 2048 in fp16
+    (result,) = net.run(_cumulative(net, net.input(torch.float16, 3), net.constant(torch.tensor(0))), x)
+    _same(result, torch.tensor([2048.0, 2048.0, 2050.0], dtype=torch.float16))
+
+
+def test_cumulative_along_an_axis_that_is_no_constant_raises(net: _Network) -> None:
+    # "axis must be a build-time constant 0D tensor", says NVIDIA's page.
+    with pytest.raises(NotImplementedError, match="no constant"):
+        net.interpreter(_cumulative(net, net.input(torch.int32, 3), net.input(torch.int32)))
+
+
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
 def test_topk_takes_the_first_of_equals(net: _Network, k: int, largest: bool) -> None:
@@ -319,6 +439,89 @@ def test_gather_default(net: _Network) -> None:
     for outside in (-1, 9):
         with pytest.raises((IndexError, RuntimeError)):  # which one is up to torch
             interpreter.run({"x0": torch.full((1, 3), outside, dtype=torch.int32)})
+
+
+def _gather_element(net: _Network, axis: int, *index_shape: int) -> NetworkInterpreter:
+    data, index = net.input(torch.float32, -1, 3, 4), net.input(torch.int32, *index_shape)
+    layer = net.network.add_gather_v2(data, index, trt.GatherMode.ELEMENT)
+    layer.axis = axis
+    return net.interpreter(layer.get_output(0))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gather_element_takes_one_element_for_each_of_the_index(net: _Network, axis: int) -> None:
+    x = _rand(2, 3, 4)
+    index = torch.randint(0, x.shape[axis], (2, 3, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    result = _gather_element(net, axis, -1, 3, 2).run({"x0": x, "x1": index})["y0"]
+    expected = torch.empty(2, 3, 2)
+    for i, j, k in np.ndindex(2, 3, 2):
+        at = [i, j, k]
+        at[axis] = int(index[i, j, k])
+        expected[i, j, k] = x[tuple(at)]
+    _same(result, expected)
+
+
+def test_gather_element_out_of_bounds_raises(net: _Network) -> None:
+    interpreter = _gather_element(net, 2, -1, 3, 1)
+    for outside in (-1, 4):
+        with pytest.raises((IndexError, RuntimeError)):  # which one is up to torch
+            interpreter.run({"x0": _rand(2, 3, 4), "x1": torch.full((2, 3, 1), outside, dtype=torch.int32)})
+
+
+def _scatter(net: _Network, dtype: torch.dtype, index_dtype: torch.dtype = torch.int32) -> NetworkInterpreter:
+    tensors = net.input(dtype, -1), net.input(index_dtype, -1), net.input(dtype, -1)
+    return net.interpreter(net.network.add_scatter(*tensors, trt.ScatterMode.ELEMENT).get_output(0))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, *_FLOATS])
+def test_scatter_replaces_elements(net: _Network, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
+    data, index = torch.tensor([1, 2, 3, 4], dtype=dtype), torch.tensor([3, 0], dtype=index_dtype)
+    kept = data.clone()
+    result = _scatter(net, dtype, index_dtype).run({"x0": data, "x1": index, "x2": torch.tensor([8, 9], dtype=dtype)})
+    _same(result["y0"], torch.tensor([9, 2, 3, 8], dtype=dtype))
+    _same(data, kept)
+
+
+def test_scatter_along_another_axis(net: _Network) -> None:
+    data, index = torch.zeros(2, 4), torch.tensor([[1, 3], [0, 2]], dtype=torch.int32)
+    update = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    tensors = net.input(torch.float32, 2, 4), net.input(torch.int32, 2, 2), net.input(torch.float32, 2, 2)
+    layer = net.network.add_scatter(*tensors, trt.ScatterMode.ELEMENT)
+    layer.axis = 1
+    (result,) = net.run(layer.get_output(0), data, index, update)
+    _same(result, torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "undefined"), [(torch.int32, -(2**31)), (torch.int64, -(2**63)), (torch.float32, torch.nan)]
+)
+def test_what_different_updates_contend_for_is_undefined(net: _Network, dtype: torch.dtype, undefined: float) -> None:
+    interpreter = _scatter(net, dtype)
+    data, index = torch.zeros(4, dtype=dtype), torch.tensor([1, 2, 1, 2, 3], dtype=torch.int32)
+    update = torch.tensor([5, 6, 5, 7, 8], dtype=dtype)  # the same twice at 1, not so at 2
+    result = interpreter.run({"x0": data, "x1": index, "x2": update})["y0"]
+    _same(result, torch.tensor([0, 5, undefined, 8], dtype=dtype))
+
+
+def test_scatter_out_of_bounds_raises(net: _Network) -> None:
+    interpreter = _scatter(net, torch.int32)
+    data, update = torch.zeros(4, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    for outside in (-1, 4):
+        with pytest.raises((IndexError, RuntimeError)):  # which one is up to torch
+            interpreter.run({"x0": data, "x1": torch.tensor([outside], dtype=torch.int32), "x2": update})
+    with pytest.raises(ValueError, match=r"scatter of \(1,\) to \(2,\)"):
+        interpreter.run({"x0": data, "x1": torch.tensor([0, 1], dtype=torch.int32), "x2": update})
+
+
+def test_scatter_of_other_kinds_raises(net: _Network) -> None:
+    with pytest.raises(NotImplementedError, match=r"scatter of torch\.bool"):
+        _scatter(net, torch.bool)
+    other = _Network()
+    tensors = other.input(torch.int32, 4), other.input(torch.int32, 1, 1), other.input(torch.int32, 1)
+    other.network.add_scatter(*tensors, trt.ScatterMode.ND)
+    with pytest.raises(NotImplementedError, match="scatter mode ND"):
+        NetworkInterpreter(trt, other.network)
 
 
 def test_gather_element_and_nd(net: _Network) -> None:
@@ -396,6 +599,17 @@ def test_slice_by_inputs(net: _Network) -> None:
     layer.set_input(2, net.input(torch.int64, 2))
     (result,) = net.run(layer.get_output(0), x, torch.tensor([1, 2]), torch.tensor([2, 4]))
     _same(result, x[1:3, 2:6])
+
+
+def test_slice_of_a_size_computed_by_the_network(net: _Network) -> None:
+    data = net.input(torch.int32, -1)
+    layer = net.network.add_slice(data, (0,), (0,), (1,))
+    size = net.network.add_shape(data).get_output(0)
+    layer.set_input(2, net.network.add_elementwise(size, net.constant(torch.tensor([1])), _OP.SUB).get_output(0))
+    interpreter = net.interpreter(layer.get_output(0))
+    for length in (1, 2, 5):
+        x = torch.arange(length, dtype=torch.int32)
+        _same(interpreter.run({"x0": x})["y0"], x[:-1])
 
 
 def test_slice_by_stride_and_axes_inputs(net: _Network) -> None:

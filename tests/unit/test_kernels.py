@@ -1,0 +1,118 @@
+"""The Triton kernels in Triton's interpreter, against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import (
+    SCORE_CASES,
+    STEP_CASES,
+    ScoreCase,
+    StepCase,
+    assert_same,
+    check_score,
+    check_step,
+    score_arguments,
+    step_arguments,
+)
+
+from ssv.plugins import launch, reference
+from ssv.plugins.contract import OpError
+from ssv.plugins.ops import on
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """Small programs, so that small rows have several tiles; long rows keep the real ones, or they would take minutes."""
+    if vocab < 10_000:
+        monkeypatch.setattr(launch, "LANES", 16)
+        monkeypatch.setattr(launch, "SAMPLED_BLOCK", 1024)
+
+
+@pytest.mark.parametrize("case", SCORE_CASES, ids=str)
+def test_score(monkeypatch: pytest.MonkeyPatch, case: ScoreCase) -> None:
+    shrink(monkeypatch, case.vocab)
+    check_score(launch, case, "cpu")
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_row_shared_by_programs_is_one_row(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    # 3 blocks of 1,024 in each tile, 5 tiles: the last share is shorter, and its last tile too.
+    monkeypatch.setattr(launch, "_splits", lambda rows, most, device: splits)
+    monkeypatch.setattr(launch, "LANES", 128)
+    for logits in ("random", "ties"):
+        check_score(launch, ScoreCase(2, 20_000, logits=logits, dtype=torch.bfloat16), "cpu")
+    check_step(launch, StepCase(2, 4, vocab=20_000), "cpu")
+
+
+def test_score_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 1)
+    check_score(launch, ScoreCase(989, 3, uses_hidden=False), "cpu")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, "all -inf"])
+def test_a_row_without_a_distribution_is_nan_and_alone(monkeypatch: pytest.MonkeyPatch, bad: float | str) -> None:
+    shrink(monkeypatch, 1)
+    hidden_RH, logits_RV, weight_F, bias_1 = score_arguments(ScoreCase(3, 300), "cpu")
+    expected = launch.score(hidden_RH, logits_RV, weight_F, bias_1)
+    logits_RV[1, 200 if isinstance(bad, float) else slice(None)] = bad if isinstance(bad, float) else -torch.inf
+    found = launch.score(hidden_RH, logits_RV, weight_F, bias_1)
+    for name in ("prob_R", "entropy_R", "margin_R", "reject_prob_R"):
+        assert getattr(found, name)[1].isnan()
+        assert torch.equal(getattr(found, name)[::2], getattr(expected, name)[::2])
+    assert 0 <= int(found.token_R[1]) < 300
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+def test_step(monkeypatch: pytest.MonkeyPatch, case: StepCase) -> None:
+    shrink(monkeypatch, case.vocab)
+    check_step(launch, case, "cpu")
+
+
+def test_989_rows_are_gathered() -> None:
+    s = step_arguments(StepCase(43, 23, judged="none", hidden=8), "cpu")
+    found = launch.sparse_gather(s.hidden_BTH, s.zone_BT, s.length_B, s.weight_H, 1e-5)
+    assert found.start_B1.tolist() == list(range(44))
+    assert found.row_M[:43].tolist() == [23 * b + 22 for b in range(43)]
+    row_R = torch.arange(989, dtype=torch.int32).flip(0)
+    assert torch.equal(
+        launch.gather_norm(s.hidden_BTH.view(989, 8), row_R, s.weight_H, 1e-5)[0], s.hidden_BTH.view(989, 8).flip(0)
+    )
+
+
+def test_no_rows() -> None:
+    score = launch.score(torch.empty(0, 8), torch.empty(0, 30), torch.zeros(11), torch.zeros(1))
+    assert score.token_R.shape == score.reject_prob_R.shape == (0,)
+    empty = torch.empty(0, dtype=torch.int32)
+    gathered, normed = launch.gather_norm(torch.zeros(3, 8), empty, torch.ones(8), 1e-5)
+    assert gathered.shape == normed.shape == (0, 8)
+    judged = launch.sparse_gather(torch.empty(0, 5, 8), empty.view(0, 5), empty, torch.ones(8), 1e-5)
+    assert judged.start_B1.tolist() == [0]
+    verdicts = launch.verify_greedy(torch.empty(0, 30), empty, torch.zeros(1).int(), empty.view(0, 4))
+    assert verdicts.num_kept_B.shape == (0,)
+    assert launch.draw(torch.empty(0, 30), torch.empty(0)).shape == (0,)
+
+
+def test_counters_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(launch, "_arrivals", lambda num, device: counters)
+    monkeypatch.setattr(launch, "_splits", lambda rows, most, device: 2)
+    arguments = score_arguments(ScoreCase(3, 9000, dtype=torch.bfloat16), "cpu")
+    s = step_arguments(StepCase(3, 4, vocab=3000), "cpu")
+    for _ in range(2):
+        assert_same(launch.score(*arguments), reference.score(*arguments))
+        assert not counters.any()
+        launch.verify_greedy(s.logits_RV, s.row_R, s.start_B1, s.drafted_BK)
+        assert not counters.any()
+
+
+def test_kernels_refuse_what_the_definition_refuses() -> None:
+    hidden_RH, logits_RV, weight_F, bias_1 = score_arguments(ScoreCase(3, 30), "cpu")
+    with pytest.raises(OpError, match=r"score: logits: expected a contiguous tensor, got strides \(1, 3\)"):
+        launch.score(hidden_RH, logits_RV.t().contiguous().t(), weight_F, bias_1)
+    with pytest.raises(OpError, match="score: weight: expected float32, got float16"):
+        launch.score(hidden_RH, logits_RV, weight_F.half(), bias_1)
+
+
+def test_the_definition_runs_on_the_cpu_and_kernels_on_cuda() -> None:
+    assert on(torch.device("cpu")) is reference
+    assert on(torch.device("cuda")) is launch
