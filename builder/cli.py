@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssv.builder.config import CalibrationConfig, EngineConfig, QuantizeConfig, TargetConfig, checked, load_recipe
+from ssv.builder.config import (
+    CalibrationConfig,
+    EngineConfig,
+    KernelsConfig,
+    QuantizeConfig,
+    TargetConfig,
+    checked,
+    load_recipe,
+)
 from ssv.builder.console import add_device, add_precision, run_command
 
 if TYPE_CHECKING:
@@ -99,6 +107,18 @@ def _parser() -> argparse.ArgumentParser:
         help="kernels of ours in the engine, which TensorRT for RTX cannot have (default: auto, where they can be)",
     )
     compile_.add_argument("--out", type=Path, required=True, help="bundle that the engine is added to")
+    kernels = command("kernels", _kernels, "compile the kernels of a bundle's models to PTX, without a GPU")
+    kernels.add_argument("bundle", type=Path)
+    kernels.add_argument(
+        "--compute-capability",
+        default="8.0,8.9,9.0,10.0,12.0",
+        metavar="8.9[,12.0]",
+        help="GPUs (default: %(default)s)",
+    )
+    kernels.add_argument(
+        "--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"], help="of states and logits"
+    )
+    kernels.add_argument("--out", type=Path, required=True, help="folder to write")
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("bundle", type=Path)
     inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
@@ -226,6 +246,17 @@ def _compile(args: argparse.Namespace) -> int:
         name, entry = compile_engine(args.out, config, report)
     facts = {"engine": name, **entry.model_dump(mode="json"), "plan_bytes": (args.out / entry.file).stat().st_size}
     print(json.dumps(facts))
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from ssv.builder.kernels import write_kernels
+    from ssv.builder.progress import terminal_report
+
+    config = checked(KernelsConfig, compute_capability=args.compute_capability.split(","), dtype=args.dtype)
+    with terminal_report() as report:
+        written = write_kernels(args.bundle, config, args.out, report)
+    print(*written, sep="\n")
     return 0
 
 

@@ -228,6 +228,18 @@ class EngineConfig(_Strict):
         return self
 
 
+class KernelsConfig(_Strict):
+    """Kernels compiled ahead of time.
+
+    Attributes:
+        compute_capability: GPUs that they are for, such as "9.0".
+        dtype: of hidden states and logits.
+    """
+
+    compute_capability: Annotated[list[Capability], Field(min_length=1)]
+    dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
+
+
 class Recipe(_Strict):
     """A whole recipe. Paths are absolute once loaded.
 

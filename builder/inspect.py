@@ -60,7 +60,7 @@ def _engine_table(manifest: Manifest) -> Table:
         column.justify = "right"
     for engine in manifest.engines.values():
         table.add_row(
-            f"{engine.role} {engine.precision}",
+            f"{engine.role} {engine.precision}{' with plugins' if engine.plugins else ''}",
             f"{'RTX ' if engine.flavor == 'tensorrt_rtx' else ''}{engine.tensorrt}",
             "SM " + ", ".join(engine.compute_capabilities),
             str(engine.max_batch),

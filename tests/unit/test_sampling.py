@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ssv.runtime.sampling import SamplingTensors, most_likely, probabilities
+from ssv.runtime.sampling import SamplingTensors, probabilities
 
 
 def settings(rows: Sequence[tuple[float, int, float]]) -> SamplingTensors:
@@ -113,12 +113,6 @@ def test_tokens_taken_out_before_stay_out() -> None:
 def test_half_precision_logits_become_fp32() -> None:
     found = probabilities(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), settings([(0.7, 1, 1.0)]))
     assert found.dtype == torch.float32
-
-
-def test_most_likely_token_is_the_first_of_equals() -> None:
-    logits_RV = torch.tensor([[0.0, 2.0, 2.0], [-torch.inf, -torch.inf, -3.0], [5.0, 5.0, 5.0]])
-    assert most_likely(logits_RV).tolist() == [1, 2, 0]
-    assert most_likely(logits_RV).dtype == torch.long
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

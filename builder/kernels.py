@@ -1,0 +1,63 @@
+"""Compiles the kernels of a bundle's models ahead of time and writes them to files, as they would be put into engines.
+
+`ssv-build compile` does this by itself where TensorRT has plugins. Here they can be looked at, profiled and launched by other programs, and it is
+seen without a GPU that they assemble for it.
+
+May import: ssv.builder.checkpoint, .config, .draft, .manifest, .progress, .scorer, .tensorrt_api; ssv.plugins.aot, .contract.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ssv.builder.checkpoint import DecoderSpec
+from ssv.builder.config import KernelsConfig
+from ssv.builder.draft import load_draft_head
+from ssv.builder.manifest import read_manifest
+from ssv.builder.progress import Report
+from ssv.builder.scorer import load_scorer
+from ssv.builder.tensorrt_api import EngineBuildError
+from ssv.plugins.contract import OpError
+
+
+def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report) -> list[Path]:
+    """Writes `<role>/<op>-sm_<capability>.ptx`, and beside each a JSON file that says how it is launched; returns the PTX files.
+
+    Raises:
+        EngineBuildError: Triton is missing, or a kernel cannot be compiled for a capability.
+        BundleError, CheckpointError: the bundle is damaged.
+        OSError: the folder cannot be written.
+    """
+    try:
+        from ssv.plugins import aot
+    except ModuleNotFoundError as error:
+        raise EngineBuildError(f"{error}: pip install triton, which compiles the kernels") from error
+    manifest = read_manifest(bundle)
+    target = DecoderSpec.from_dict(manifest.target)
+    draft = load_draft_head(bundle / "draft" / "draft.safetensors").spec
+    scorer = load_scorer(bundle / "scorer.safetensors", draft.decoder.hidden_size)
+    dtype = getattr(torch, config.dtype)
+    drafted = max(tier.policy.max_pending for tier in manifest.tiers.values())
+    specs = [
+        ("target", aot.gather_norm_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
+        ("target", aot.sparse_gather_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
+        ("target", aot.verify_greedy_spec(target.vocab_size, drafted, dtype)),
+        ("target", aot.verify_sampled_spec(target.vocab_size, drafted)),
+        ("draft", aot.gather_norm_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
+        (
+            "draft",
+            aot.score_spec(draft.decoder.hidden_size, draft.head_size, dtype, dtype, len(scorer.weight_F)),
+        ),
+    ]
+    jobs = [(role, spec, capability) for capability in config.compute_capability for role, spec in specs]
+    written = []
+    for done, (role, spec, capability) in enumerate(jobs):
+        report("compile kernels", done, len(jobs), f"{role} {spec.name} {capability}")
+        try:
+            written.append(aot.write_artefact(aot.compile_ahead(spec, capability), out / role))
+        except OpError as error:
+            raise EngineBuildError(str(error)) from error
+    report("compile kernels", len(jobs), len(jobs), f"{len(written)} kernels")
+    return written
