@@ -5,7 +5,7 @@ before was right: what the draft meets when it drafts.
 
 Shapes: N samples, F features, B rows, T tokens, H hidden, V draft vocab.
 
-May import: ssv.builder.config, .corpus, .decoder, .distill, .draft, .scorer.
+May import: ssv.builder.config, .corpus, .decoder, .distill, .draft, .scorer; ssv.plugins.reference.
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ _PTX_VERSION = 87
 _MAX_SHARED_BYTES = 48 * 1024
 """A kernel may use this much without asking for more, which TensorRT's interface has no place for."""
 
+_ALONE = {"SPLITS": 1, "partial": None, "arrived": None}
+"""Of a kernel of which each program has a whole row, and so needs no scratch memory."""
+
 Sizes = Mapping[str, Any]
 """A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: B, K, M, R, T."""
 
@@ -96,10 +99,8 @@ def score_spec(hidden: int, vocab: int, hidden_type: torch.dtype, logits_type: t
         scalars=(),
         outputs={"token": i, "prob": f, "entropy": f, "margin": f, "reject_prob": f},
         constants={
-            **launch.score_constants(hidden, vocab, logits_type, num_features > NUM_CONFIDENCE),
-            "SPLITS": 1,
-            "partial": None,
-            "arrived": None,
+            **launch.score_constants(hidden, vocab, logits_type, num_features > NUM_CONFIDENCE, 1, launch.LANES),
+            **_ALONE,
         },
         num_warps=launch.WARPS,
         grid=lambda sizes: sizes["R"],
@@ -147,12 +148,7 @@ def verify_greedy_spec(vocab: int, max_drafted: int, logits_type: torch.dtype) -
         inputs={"logits": logits_type, "row": i, "start": i, "drafted": i},
         scalars=("tokens",),
         outputs={"num_kept": i, "next_token": i},
-        constants={
-            **launch.greedy_constants(vocab, max_drafted, logits_type),
-            "SPLITS": 1,
-            "partial": None,
-            "arrived": None,
-        },
+        constants={**launch.greedy_constants(vocab, max_drafted, logits_type), **_ALONE},
         num_warps=launch.WARPS,
         grid=lambda sizes: sizes["B"],
         scalar_values=lambda sizes: (sizes["K"] + 1,),
@@ -176,12 +172,7 @@ def verify_sampled_spec(vocab: int, max_drafted: int) -> Spec:
         },
         scalars=("tokens",),
         outputs={"num_kept": i, "next_token": i},
-        constants={
-            **launch.sampled_constants(vocab, max_drafted),
-            "SPLITS": 1,
-            "partial": None,
-            "arrived": None,
-        },
+        constants={**launch.sampled_constants(vocab, max_drafted), **_ALONE},
         num_warps=launch.SAMPLED_WARPS,
         grid=lambda sizes: sizes["B"],
         scalar_values=lambda sizes: (sizes["K"] + 1,),

@@ -7,6 +7,9 @@ A program reads its share of a row a tile at a time. A lane of it has a piece of
 holds. What is found in a lane's pieces is joined to what the lane knows; lanes are joined at the end, then the programs of a row by the one
 that comes last. So nothing waits inside the loop, and one exponential is taken of each logit.
 
+Exponents of `score` are to base 2 and counted from a row's, a share's or a lane's `_base`: x * log2(e) - base is one instruction, and so is 2 to
+it. The base is a rounded number, but one and the same in all sums that are added, and exponents are rounded only once.
+
 Rows are contiguous. Offsets of rows are int64: 16,384 rows of 262,144 exceed int32.
 
 Shapes: see `contract.py`; U blocks of a tile, L lanes, C logits of a piece, S programs that share a row.
@@ -26,6 +29,9 @@ _DRAW_BITS = tl.constexpr(38)
 _UNIFORM_BITS = tl.constexpr(24)
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-1e30)
+_MAX_LOGIT = tl.constexpr(2e38)
 _PARTIAL = tl.constexpr(8)
 """Numbers that a program of `score` leaves for the one that finishes its row."""
 
@@ -52,54 +58,68 @@ def score_kernel(
     PIECE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Grid (R, SPLITS + 1), the last program of a row for the hidden state; with SPLITS = 1 it is (R,)."""
+    """Grid (R, SPLITS): a program reads its share of the logits of a row, and of its hidden state."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    hidden += row * HIDDEN
     logits += row * VOCAB
     token += row
     prob += row
     entropy += row
     margin += row
     reject_prob += row
-    # Asked for early, so that the program that comes last does not wait for them.
+    # All that is not logits is asked for before them, so that nothing waits for it at the end.
     confidence = weight + (HIDDEN if USES_HIDDEN else 0)
     of_rest = tl.load(confidence)
     of_entropy = tl.load(confidence + 1)
     of_margin = tl.load(confidence + 2)
     linear = tl.load(bias)
+    column = split * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_used = (column < HIDDEN) & USES_HIDDEN
+    h = tl.load(hidden + column, mask=is_used, other=0.0)
+    w = tl.load(weight + column, mask=is_used, other=0.0)
     TILE: tl.constexpr = BLOCKS * LANES * PIECE
     SHARE: tl.constexpr = (VOCAB + SPLITS * TILE - 1) // (SPLITS * TILE)
+    top, index, second, rest, weighted = _scored_share(logits, split * SHARE, SHARE, VOCAB, BLOCKS, LANES, PIECE)
+    h = h.to(tl.float32)
+    product = tl.sum(h * w, axis=0)
+    square = tl.sum(h * h, axis=0)
     if SPLITS == 1:
-        if USES_HIDDEN:
-            linear += _hidden_score(hidden + row * HIDDEN, weight, HIDDEN, BLOCK_H)
-        found = _scored_share(logits, 0, SHARE, VOCAB, BLOCKS, LANES, PIECE)
+        linear += product / tl.sqrt(square / HIDDEN + 1e-6)
+        found = (top, index, second, rest, weighted)
         _store_score(found, linear, of_rest, of_entropy, of_margin, token, prob, entropy, margin, reject_prob)
     else:
-        own = partial + (row * (SPLITS + 1) + split) * _PARTIAL
-        if split == SPLITS:
-            if USES_HIDDEN:
-                linear += _hidden_score(hidden + row * HIDDEN, weight, HIDDEN, BLOCK_H)
-            tl.store(own, linear)
-        else:
-            found = _scored_share(logits, split * SHARE, SHARE, VOCAB, BLOCKS, LANES, PIECE)
-            tl.store(own, found[0])
-            tl.store(own + 1, found[1].to(tl.float32))  # exact: below 2^24
-            tl.store(own + 2, found[2])
-            tl.store(own + 3, found[3])
-            tl.store(own + 4, found[4])
-        if _arrive(arrived + row, SPLITS + 1):
-            first = partial + row * (SPLITS + 1) * _PARTIAL
-            at = first + tl.arange(0, SPLITS) * _PARTIAL
+        own = partial + (row * SPLITS + split) * _PARTIAL
+        tl.store(own, top)
+        tl.store(own + 1, index.to(tl.float32))  # exact: below 2^24
+        tl.store(own + 2, second)
+        tl.store(own + 3, rest)
+        tl.store(own + 4, weighted)
+        tl.store(own + 5, product)
+        tl.store(own + 6, square)
+        if _arrive(arrived + row, SPLITS):
             # From L2: other multiprocessors wrote it.
+            at = partial + (row * SPLITS + tl.arange(0, SPLITS)) * _PARTIAL
             top_S = tl.load(at, cache_modifier=".cg")
             index_S = tl.load(at + 1, cache_modifier=".cg").to(tl.int32)
             second_S = tl.load(at + 2, cache_modifier=".cg")
             rest_S = tl.load(at + 3, cache_modifier=".cg")
             weighted_S = tl.load(at + 4, cache_modifier=".cg")
-            linear = tl.load(first + SPLITS * _PARTIAL, cache_modifier=".cg")
-            # Near the largest of a share is nothing but itself.
-            one_S = tl.full((SPLITS,), 1.0, tl.float32)
-            found = _joined(top_S, index_S, second_S, rest_S, weighted_S, one_S, one_S - 1)
+            product = tl.sum(tl.load(at + 5, cache_modifier=".cg"), axis=0)
+            square = tl.sum(tl.load(at + 6, cache_modifier=".cg"), axis=0)
+            linear += product / tl.sqrt(square / HIDDEN + 1e-6)
+            top = tl.max(top_S, axis=0)
+            index = tl.min(tl.where(top_S == top, index_S, VOCAB - 1), axis=0)
+            # The largest of the other shares belong to the rest.
+            is_other = index_S != index
+            exponent = _exponent(top_S, _base(top_S))
+            e = tl.exp2(exponent)
+            rest_S += tl.where(is_other, e, 0.0)
+            weighted_S += tl.where(is_other, e * exponent, 0.0)
+            rest_S, weighted_S = _rebased(rest_S, weighted_S, _base(top_S), _base(top))
+            # No share's second is above its largest: that of each share may count.
+            second = tl.max(tl.maximum(second_S, tl.where(is_other, top_S, -float("inf"))), axis=0)
+            found = (top, index, second, tl.sum(rest_S, axis=0), tl.sum(weighted_S, axis=0))
             _store_score(found, linear, of_rest, of_entropy, of_margin, token, prob, entropy, margin, reject_prob)
 
 
@@ -311,91 +331,89 @@ def _scored_share(
     LANES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Of tiles `first_tile` to `first_tile + SHARE` of a row: the largest logit, its index, and the second largest; with e = exp(x - largest) over
-    all logits but that one, the sums of e and of e * (x - largest)."""
+    """Of tiles `first_tile` to `first_tile + SHARE` of a row: the largest logit, its index, and the second largest; and over all logits but that
+    one, the sums of e = 2^exponent and of e * exponent, counted from the base of the largest."""
     lane = tl.arange(0, LANES)
-    block = tl.arange(0, BLOCKS)
-    offset = (block[:, None, None] * LANES + lane[None, :, None]) * PIECE + tl.arange(0, PIECE)[None, None, :]
-    TILE: tl.constexpr = BLOCKS * LANES * PIECE
+    in_piece = tl.arange(0, PIECE)
+    offset = lane[:, None] * PIECE + in_piece[None, :]
+    first_block = first_tile * BLOCKS
     top = tl.full((LANES,), -float("inf"), tl.float32)
-    piece = first_tile * BLOCKS * LANES + lane
-    second = top
-    rest = tl.zeros((LANES,), tl.float32)
-    weighted = rest
-    own = rest
-    own_weighted = rest
-    x_next = tl.load(logits + first_tile * TILE + offset, mask=first_tile * TILE + offset < VOCAB, other=-float("inf"))
+    block = tl.zeros((LANES,), tl.int32) + first_block  # in which `top` is
+    base = _base(top)
+    total = tl.zeros((LANES,), tl.float32)
+    weighted = total
     for tile in range(first_tile, first_tile + SHARE):
-        x = x_next.to(tl.float32)
-        # The next tile is asked for before this one is worked on.
-        column = (tile + 1) * TILE + offset
-        x_next = tl.load(logits + column, mask=(column < VOCAB) & (tile + 1 < first_tile + SHARE), other=-float("inf"))
-        top_UL = tl.max(x, axis=2)
-        top2 = tl.max(top_UL, axis=0)
-        block2 = tl.min(tl.where(top_UL == top2[None, :], block[:, None], BLOCKS - 1), axis=0)
-        below = _below(x, top2[None, :, None])
-        e = tl.exp2(below * _LOG2E)
-        own2 = tl.sum(tl.sum(e, axis=2), axis=0)
-        own_weighted2 = tl.sum(tl.sum(e * below, axis=2), axis=0)
-        # The lane's largest is in this tile or in one before: all that is not in its tile belongs to the rest.
-        is_new = top2 > top
-        largest = tl.maximum(top, top2)
-        below = _below(tl.minimum(top, top2), largest)
-        e = tl.exp2(below * _LOG2E)
-        lost = tl.where(is_new, rest + own, own2)
-        lost_weighted = tl.where(is_new, weighted + own_weighted, own_weighted2)
-        rest = tl.where(is_new, 0.0, rest) + e * lost
-        weighted = tl.where(is_new, 0.0, weighted) + e * (lost_weighted + below * lost)
-        second = tl.maximum(second, tl.minimum(top, top2))
-        own = tl.where(is_new, own2, own)
-        own_weighted = tl.where(is_new, own_weighted2, own_weighted)
-        piece = tl.where(is_new, (tile * BLOCKS + block2) * LANES + lane, piece)
-        top = largest
-    top, piece, second, rest, weighted = _joined(top, piece, second, rest, weighted, own, own_weighted)
-    # What one lane has read of one tile is read once more: with the largest logit in its sum, what is small beside it would be lost.
-    piece_U = (piece // (BLOCKS * LANES) * BLOCKS + block) * LANES + piece % LANES
-    column = piece_U[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-    x = tl.load(logits + column, mask=column < VOCAB, other=-float("inf")).to(tl.float32)
-    index = tl.min(tl.min(tl.where(x == top, column, VOCAB - 1), axis=1), axis=0)
-    is_other = column != index
-    below = _below(x, top)
-    e = tl.where(is_other, tl.exp2(below * _LOG2E), 0.0)
-    rest += tl.sum(tl.sum(e, axis=1), axis=0)
-    weighted += tl.sum(tl.sum(e * below, axis=1), axis=0)
-    second = tl.maximum(second, tl.max(tl.max(tl.where(is_other, x, -float("inf")), axis=1), axis=0))
-    return top, index, second, rest, weighted
+        # Blocks are unrolled, not a dimension: what is reduced stays within a thread, whatever the layout.
+        pieces = ()
+        for u in tl.static_range(BLOCKS):
+            column = (tile * BLOCKS + u) * (LANES * PIECE) + offset
+            pieces += (tl.load(logits + column, mask=column < VOCAB, other=-float("inf")),)
+        for u in tl.static_range(BLOCKS):
+            top_u = tl.max(pieces[u].to(tl.float32), axis=1)
+            block = tl.where(top_u > top, tile * BLOCKS + u, block)
+            top = tl.maximum(top, top_u)
+        total, weighted = _rebased(total, weighted, base, _base(top))
+        base = _base(top)
+        for u in tl.static_range(BLOCKS):
+            exponent = _exponent(pieces[u].to(tl.float32), base[:, None])
+            e = tl.exp2(exponent)
+            total += tl.sum(e, axis=1)
+            weighted += tl.sum(e * exponent, axis=1)
+    largest = tl.max(top, axis=0)
+    place = block * LANES + lane
+    first = tl.min(tl.where(top == largest, place, 2**31 - 1), axis=0)
+    is_other = place != first
+    # What the lane of the largest has read is read once more: with the largest in its sum, what is small beside it would be lost.
+    again = tl.arange(0, triton.next_power_of_2(SHARE * BLOCKS))
+    column = ((first_block + again[:, None]) * LANES + first % LANES) * PIECE + in_piece[None, :]
+    mask = (again[:, None] < SHARE * BLOCKS) & (column < VOCAB)
+    x = tl.load(logits + column, mask=mask, other=-float("inf")).to(tl.float32)
+    index = tl.min(tl.min(tl.where(x == largest, column, VOCAB - 1), axis=1), axis=0)
+    x = tl.where(column == index, -float("inf"), x)
+    exponent = _exponent(x, _base(largest))
+    e = tl.exp2(exponent)
+    total, weighted = _rebased(tl.where(is_other, total, 0.0), tl.where(is_other, weighted, 0.0), base, _base(largest))
+    rest = tl.sum(total, axis=0) + tl.sum(tl.sum(e, axis=1), axis=0)
+    weighted = tl.sum(weighted, axis=0) + tl.sum(tl.sum(e * exponent, axis=1), axis=0)
+    second = tl.maximum(tl.max(tl.where(is_other, top, -float("inf")), axis=0), tl.max(tl.max(x, axis=1), axis=0))
+    return largest, index, second, rest, weighted
 
 
 @triton.jit
-def _joined(top, place, second, rest, weighted, own, own_weighted):
-    """Parts of a row as one, without what is near its largest logit.
+def _base(top):
+    """What exponents are counted from where `top` is the largest logit."""
+    return tl.maximum(top * _LOG2E, _LOWEST)
 
-    A part is: its largest logit; the place of that; a bound from below on its second largest; and with e = exp(x - largest), sums of e and of e *
-    (x - largest) over what is far from that place, and over what is near it (`own`). Of equals the first in the row counts as the larger.
-    """
-    largest = tl.max(top, axis=0)
-    first = tl.min(tl.where(top == largest, place, 2**31 - 1), axis=0)
-    is_first = place == first
-    below = _below(top, largest)
-    e = tl.exp2(below * _LOG2E)
-    rest += tl.where(is_first, 0.0, own)
-    weighted += tl.where(is_first, 0.0, own_weighted)
-    second = tl.max(tl.where(is_first, second, top), axis=0)
-    return largest, first, second, tl.sum(e * rest, axis=0), tl.sum(e * (weighted + below * rest), axis=0)
+
+@triton.jit
+def _exponent(x, base):
+    """Of a logit; bounded from below, so that its product with 2 to it is finite."""
+    return tl.maximum(tl.fma(x, _LOG2E, -base), _MIN_BELOW, propagate_nan=_KEEP_NAN)
+
+
+@triton.jit
+def _rebased(total, weighted, base, new_base):
+    """Sums of 2^exponent and of 2^exponent * exponent, counted from another base."""
+    shift = base - new_base
+    scale = tl.exp2(shift)
+    return scale * total, scale * (weighted + shift * total)
 
 
 @triton.jit
 def _store_score(found, linear, of_rest, of_entropy, of_margin, token, prob, entropy, margin, reject_prob):
     """Writes the results of a row of which everything has been found."""
-    top = found[0]
+    top, index, second, rest, weighted = found
+    # The base is rounded, so the largest logit's own exponent is not quite 0.
+    exponent = _exponent(top, _base(top))
+    rest, weighted = _rebased(rest, weighted, 0.0, exponent)
     # A row without a distribution.
-    others = tl.where(tl.abs(top) < float("inf"), found[3], float("nan"))
-    total = 1.0 + others
-    mean = tl.log(total) - found[4] / total
-    gap = tl.where(others == others, -tl.maximum(found[2] - top, _MIN_BELOW), float("nan"))
-    rest = tl.log(tl.maximum(others / total, _MIN_REST, propagate_nan=_KEEP_NAN))
-    linear += of_rest * rest + of_entropy * mean + of_margin * gap
-    tl.store(token, found[1])
+    rest = tl.where(tl.abs(top) < _MAX_LOGIT, rest, float("nan"))
+    total = 1.0 + rest
+    mean = tl.log(total) - _LN2 * weighted / total
+    gap = tl.where(rest == rest, -tl.maximum(second - top, _MIN_BELOW), float("nan"))
+    log_rest = tl.log(tl.maximum(rest / total, _MIN_REST, propagate_nan=_KEEP_NAN))
+    linear += of_rest * log_rest + of_entropy * mean + of_margin * gap
+    tl.store(token, index)
     tl.store(prob, 1.0 / total)
     tl.store(entropy, mean)
     tl.store(margin, gap)
@@ -414,30 +432,24 @@ def _largest_of_share(
 ):
     """The largest logit of tiles `first_tile` to `first_tile + SHARE` of a row, and the first index of it."""
     lane = tl.arange(0, LANES)
-    block = tl.arange(0, BLOCKS)
     in_piece = tl.arange(0, PIECE)
-    offset = (block[:, None, None] * LANES + lane[None, :, None]) * PIECE + in_piece[None, None, :]
+    offset = lane[:, None] * PIECE + in_piece[None, :]
     top = tl.full((LANES,), -float("inf"), tl.float32)
-    piece = first_tile * BLOCKS * LANES + lane
+    block = tl.zeros((LANES,), tl.int32) + first_tile * BLOCKS
     for tile in range(first_tile, first_tile + SHARE):
-        column = tile * (BLOCKS * LANES * PIECE) + offset
-        x = tl.load(logits + column, mask=column < VOCAB, other=-float("inf"))
-        top_UL = tl.max(x, axis=2).to(tl.float32)
-        top2 = tl.max(top_UL, axis=0)
-        block2 = tl.min(tl.where(top_UL == top2[None, :], block[:, None], BLOCKS - 1), axis=0)
-        piece = tl.where(top2 > top, (tile * BLOCKS + block2) * LANES + lane, piece)
-        top = tl.maximum(top, top2)
+        pieces = ()
+        for u in tl.static_range(BLOCKS):
+            column = (tile * BLOCKS + u) * (LANES * PIECE) + offset
+            pieces += (tl.load(logits + column, mask=column < VOCAB, other=-float("inf")),)
+        for u in tl.static_range(BLOCKS):
+            top_u = tl.max(pieces[u], axis=1).to(tl.float32)
+            block = tl.where(top_u > top, tile * BLOCKS + u, block)
+            top = tl.maximum(top, top_u)
     largest = tl.max(top, axis=0)
-    piece = tl.min(tl.where(top == largest, piece, 2**31 - 1), axis=0)
+    piece = tl.min(tl.where(top == largest, block * LANES + lane, 2**31 - 1), axis=0)
     column = piece * PIECE + in_piece
     x = tl.load(logits + column, mask=column < VOCAB, other=-float("inf")).to(tl.float32)
     return largest, tl.min(tl.where(x == largest, column, VOCAB - 1), axis=0)
-
-
-@triton.jit
-def _below(x, top):
-    """x - top, at least _MIN_BELOW; what has nothing above -inf is that far below anything."""
-    return tl.maximum(x - tl.where(top == -float("inf"), 0.0, top), _MIN_BELOW, propagate_nan=_KEEP_NAN)
 
 
 @triton.jit
@@ -448,14 +460,6 @@ def _arrive(counter, expected):
     if is_last:
         tl.store(counter, 0)
     return is_last
-
-
-@triton.jit
-def _hidden_score(hidden, weight, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr):
-    column = tl.arange(0, BLOCK_H)
-    h = tl.load(hidden + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0)
-    return tl.sum(h * w, axis=0) / tl.sqrt(tl.sum(h * h, axis=0) / HIDDEN + 1e-6)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ May import: ssv.plugins.contract, .kernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -32,6 +33,12 @@ from ssv.plugins.contract import (
 BLOCKS, LANES, WARPS = 4, 256, 8
 """Of a program that reads logits: loads that each lane has under way, lanes, and warps."""
 
+SCORE_LANES, SCORE_WARPS = 32, 1
+"""The same of `score` where programs share a row: one of a single warp joins its lanes without a barrier."""
+
+SCORE_PROGRAMS, SCORE_TILES = 12, 8
+"""Programs of `score` for each multiprocessor, if there are tiles enough; and the most tiles for each program."""
+
 SAMPLED_BLOCK, SAMPLED_WARPS = 4096, 8
 ZONE_BLOCK = 1024
 
@@ -43,13 +50,14 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
     hidden, device = hidden_RH.shape[1], logits_RV.device
     token_R = torch.empty(rows, dtype=torch.int32, device=device)
     prob_R, entropy_R, margin_R, reject_R = torch.empty(4, rows, dtype=torch.float32, device=device).unbind()
-    splits = _splits(rows, _num_tiles(vocab, logits_RV.dtype), device)
+    splits = _score_splits(rows, vocab, logits_RV.dtype, device)
+    uses_hidden = len(weight_F) > NUM_CONFIDENCE
     if rows:
-        kernels.score_kernel[(rows, splits + 1 if splits > 1 else 1)](
+        kernels.score_kernel[(rows, splits)](
             hidden_RH, logits_RV, weight_F, bias_1, token_R, prob_R, entropy_R, margin_R, reject_R,
-            torch.empty(rows * (splits + 1) * 8, device=device) if splits > 1 else None,
+            torch.empty(rows * splits * 8, device=device) if splits > 1 else None,
             _arrivals(rows, device) if splits > 1 else None,
-            **score_constants(hidden, vocab, logits_RV.dtype, len(weight_F) > NUM_CONFIDENCE), SPLITS=splits, num_warps=WARPS,
+            **score_constants(hidden, vocab, logits_RV.dtype, uses_hidden, splits, SCORE_LANES), num_warps=SCORE_WARPS,
         )  # fmt: skip
     return Score(token_R, prob_R, entropy_R, margin_R, reject_R)
 
@@ -91,7 +99,7 @@ def verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK
     (rows, vocab), (batch, drafted) = logits_RV.shape, drafted_BK.shape
     device = logits_RV.device
     kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
-    splits = _splits(rows, _num_tiles(vocab, logits_RV.dtype), device)
+    splits = _splits(rows, _num_tiles(vocab, logits_RV.dtype, LANES), device)
     if batch:
         kernels.verify_greedy_kernel[(batch, splits, drafted + 1 if splits > 1 else 1)](
             logits_RV, row_R, start_B1, drafted_BK, drafted + 1, kept_B, next_B,
@@ -145,10 +153,13 @@ def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
 # --- what kernels are specialised to, here and ahead of time --------------------------------------------------------
 
 
-def score_constants(hidden: int, vocab: int, dtype: torch.dtype, uses_hidden: bool) -> dict[str, int]:
-    """Of `score_kernel`, but for its shares."""
-    sizes = {"HIDDEN": hidden, "USES_HIDDEN": uses_hidden, "BLOCK_H": triton.next_power_of_2(hidden)}
-    return {**sizes, **_tile_constants(vocab, dtype)}
+def score_constants(
+    hidden: int, vocab: int, dtype: torch.dtype, uses_hidden: bool, splits: int, lanes: int
+) -> dict[str, int]:
+    """Of `score_kernel`."""
+    block = triton.next_power_of_2(triton.cdiv(hidden, splits))
+    sizes = {"HIDDEN": hidden, "USES_HIDDEN": uses_hidden, "BLOCK_H": block, "SPLITS": splits}
+    return {**sizes, **_tile_constants(vocab, dtype, lanes)}
 
 
 def norm_constants(hidden: int, eps: float) -> dict[str, float]:
@@ -158,7 +169,7 @@ def norm_constants(hidden: int, eps: float) -> dict[str, float]:
 
 def greedy_constants(vocab: int, drafted: int, dtype: torch.dtype) -> dict[str, int]:
     """Of `verify_greedy_kernel`, but for its shares."""
-    return {**_tile_constants(vocab, dtype), "BLOCK_J": triton.next_power_of_2(drafted + 1)}
+    return {**_tile_constants(vocab, dtype, LANES), "BLOCK_J": triton.next_power_of_2(drafted + 1)}
 
 
 def sampled_constants(vocab: int, drafted: int) -> dict[str, int]:
@@ -173,16 +184,25 @@ def row_warps(hidden: int) -> int:
     return min(max(triton.next_power_of_2(hidden) // 1024, 4), 16)
 
 
-def _tile_constants(vocab: int, dtype: torch.dtype) -> dict[str, int]:
+def _tile_constants(vocab: int, dtype: torch.dtype, lanes: int) -> dict[str, int]:
     """A piece is 16 bytes; a row that is shorter than a tile has a smaller one."""
     piece = 16 // dtype.itemsize
-    blocks = min(BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, LANES * piece)))
-    return {"VOCAB": vocab, "BLOCKS": blocks, "LANES": LANES, "PIECE": piece}
+    blocks = min(BLOCKS, triton.next_power_of_2(triton.cdiv(vocab, lanes * piece)))
+    return {"VOCAB": vocab, "BLOCKS": blocks, "LANES": lanes, "PIECE": piece}
 
 
-def _num_tiles(vocab: int, dtype: torch.dtype) -> int:
-    sizes = _tile_constants(vocab, dtype)
-    return triton.cdiv(vocab, sizes["BLOCKS"] * sizes["LANES"] * sizes["PIECE"])
+def _num_tiles(vocab: int, dtype: torch.dtype, lanes: int) -> int:
+    sizes = _tile_constants(vocab, dtype, lanes)
+    return triton.cdiv(vocab, sizes["BLOCKS"] * lanes * sizes["PIECE"])
+
+
+def _score_splits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Programs that share a row of `score`."""
+    tiles = _num_tiles(vocab, dtype, SCORE_LANES)
+    wanted = max(
+        triton.cdiv(SCORE_PROGRAMS * _num_multiprocessors(device), max(rows, 1)), triton.cdiv(tiles, SCORE_TILES)
+    )
+    return min(triton.next_power_of_2(wanted), triton.next_power_of_2(tiles))
 
 
 def _splits(rows: int, most: int, device: torch.device) -> int:
@@ -197,15 +217,24 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+_NUM_CAPTURED, _CAPTURED_SIZE = 1 << 20, 1 << 10
+_CAPTURED: dict[torch.device, Iterator[Tensor]] = {}
 _ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrivals(num: int, device: torch.device) -> Tensor:
-    """Counters that are 0: of this stream alone, as kernels of two streams may run at once, and set back by the kernel that used them.
+    """Counters that are 0, and set back by the kernel that used them: of this stream alone, as kernels of two streams may run at once.
 
-    A CUDA graph may be replayed beside anything, so it gets its own, cleared in the graph."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    A CUDA graph may be replayed beside anything, so every captured call has its own: from a store that was cleared before the capture, while
+    there are any, as clearing them in the graph costs 1 us each time."""
+    if device.type != "cuda":
         return torch.zeros(num, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        own = next(_CAPTURED[device], None) if device in _CAPTURED and num <= _CAPTURED_SIZE else None
+        return own if own is not None else torch.zeros(num, dtype=torch.int32, device=device)
+    if device not in _CAPTURED:
+        _CAPTURED[device] = iter(torch.zeros(_NUM_CAPTURED, dtype=torch.int32, device=device).split(_CAPTURED_SIZE))
+        torch.cuda.synchronize(device)  # once: graphs on any stream will use them
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     held = _ARRIVALS.get(key)
     if held is None or len(held) < num:

@@ -28,6 +28,9 @@ TRUSTED, GRAY, CRITICAL = 0, 1, 2
 MIN_BELOW = -1e4
 """Logits count as at most this far below the largest: e to it is 0 in fp32, and products with it are finite where those with -inf are not."""
 
+MAX_LOGIT = 2e38
+"""A row whose largest logit is not within this has no distribution: times log2(e) it would be no fp32 number."""
+
 MIN_REST = 1e-7
 """1 - p1 counts as at least this, so that its logarithm is finite."""
 
@@ -42,7 +45,7 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
     The features are the hidden state over its root mean square (if F = H + 3), log(1 - p1), entropy, and margin of the two largest logits
     (`ssv.builder.scorer`).
 
-    A row with NaN or +inf, or with no logit above -inf, has no distribution: all but its token is NaN, and its token is any.
+    A row with NaN, or whose largest logit is infinite or beyond 2e38 either way, has no distribution: all but its token is NaN, and its token is any.
 
     Args:
         hidden_RH, logits_RV: fp16, bf16 or fp32.
@@ -68,7 +71,7 @@ def confidence(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     below_RV = (logits_RV - top_R1).clamp(min=MIN_BELOW)
     # The top-1's own summand is left out: taking it from the sum would lose what is left once its probability is near 1.
     exp_RV = below_RV.exp().scatter(1, index_R1, 0.0)
-    others_R = exp_RV.sum(dim=1).where(top_R1[:, 0].isfinite(), torch.nan)
+    others_R = exp_RV.sum(dim=1).where(top_R1[:, 0].abs() < MAX_LOGIT, torch.nan)
     total_R = 1 + others_R
     log_rest_R = (others_R / total_R).clamp(min=MIN_REST).log()
     entropy_R = total_R.log() - torch.linalg.vecdot(exp_RV, below_RV) / total_R

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ssv.plugins.contract import Judged, OpError, Score, Verdicts
-from ssv.plugins.reference import DRAW_BITS, MIN_BELOW, MIN_REST, TRUSTED, UNIFORM_BITS
+from ssv.plugins.reference import DRAW_BITS, MAX_LOGIT, MIN_BELOW, MIN_REST, TRUSTED, UNIFORM_BITS
 
 if TYPE_CHECKING:
     from ssv.plugins.aot import Spec
@@ -150,8 +150,9 @@ def _register(trtp: Any, aot: Any, name: str, plugin: _Plugin) -> None:
     def parameters(names: Sequence[str], kind: Any) -> list[inspect.Parameter]:
         return [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for n in names]
 
-    def describe(*given: Any) -> Any:
-        described = plugin.outputs(*given[: len(plugin.inputs)])
+    # The library gives the attributes by name here, and by place to `implement`.
+    def describe(*given: Any, **attributes: Any) -> Any:
+        described = plugin.outputs(*given)
         return described if len(described) > 1 else described[0]
 
     def implement(*given: Any) -> Any:
@@ -284,17 +285,22 @@ class NativeOps:
         vocab = logits_RV.shape[1]
         top_RK, index_RK = g.top(logits_RV, min(2, vocab))
         first_R1, index_R1 = g.columns(top_RK, 0, 1), g.columns(index_RK, 0, 1)
-        least = g.scalar(MIN_BELOW, rank=2)
-        second_R1 = g.columns(top_RK, 1, 1) if vocab > 1 else g.add(first_R1, least)
-        below_RV = g.max(g.sub(logits_RV, first_R1), least)
+        below_RV = self._at_least(MIN_BELOW, g.sub(logits_RV, first_R1))
         # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability is near 1.
         column_1V = g.constant(torch.arange(vocab, dtype=torch.int32)[None], torch.int32)
         exp_RV = g.select(g.equal(column_1V, index_R1), g.scalar(0.0, rank=2), g.exp(below_RV))
         others_R1 = g.sum(exp_RV)
+        # NaN for a row without a distribution, which all that is found of it is added to: its largest logit may hide it.
+        most = g.scalar(MAX_LOGIT, rank=2)
+        is_within_R1 = g.and_(g.greater(first_R1, g.scalar(-MAX_LOGIT, rank=2)), g.greater(most, first_R1))
+        is_known_R1 = g.and_(is_within_R1, g.greater(most, others_R1))
+        unknown_R1 = g.select(is_known_R1, g.scalar(0.0, rank=2), g.scalar(torch.nan, rank=2))
+        others_R1 = g.add(others_R1, unknown_R1)
         total_R1 = g.add(others_R1, g.scalar(1.0, rank=2))
-        rest_R1 = g.log(g.max(g.div(others_R1, total_R1), g.scalar(MIN_REST, rank=2)))
+        rest_R1 = g.log(self._at_least(MIN_REST, g.div(others_R1, total_R1)))
         entropy_R1 = g.sub(g.log(total_R1), g.div(g.sum(g.mul(exp_RV, below_RV)), total_R1))
-        margin_R1 = g.sub(g.scalar(0.0, rank=2), g.max(g.sub(second_R1, first_R1), least))
+        second_R1 = g.sub(g.columns(top_RK, 1, 1), first_R1) if vocab > 1 else g.scalar(MIN_BELOW, rank=2)
+        margin_R1 = g.sub(unknown_R1, self._at_least(MIN_BELOW, second_R1))
         features = [rest_R1, entropy_R1, margin_R1]
         if len(weight_F) > len(features):
             features.insert(0, g.over_rms(g.cast(hidden_RH, fp32), 1e-6))
@@ -303,9 +309,15 @@ class NativeOps:
         prob_R1 = g.div(g.scalar(1.0, rank=2), total_R1)
         return Score(*(g.reshape(x, (-1,)) for x in (index_R1, prob_R1, entropy_R1, margin_R1, reject_R1)))
 
+    def _at_least(self, least: float, x_RX: Any) -> Any:
+        """The larger of both; NaN stays NaN, of which TensorRT's MAX says nothing."""
+        g, bound = self._graph, self._graph.scalar(least, rank=2)
+        return g.select(g.greater(bound, x_RX), bound, x_RX)
+
     def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
-        gathered_RH = self._graph.gather(hidden_MH, row_R)
-        return gathered_RH, self._graph.rms_norm(gathered_RH, weight_H, eps)
+        g = self._graph
+        gathered_RH = g.gather(hidden_MH, row_R)
+        return gathered_RH, g.rms_norm(g.cast(gathered_RH, torch.float32), weight_H, eps)
 
     def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged:
         g = self._graph

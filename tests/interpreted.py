@@ -76,7 +76,7 @@ def interpreted_target(decoder: Decoder, dtype: torch.dtype, draft: Draft | None
     return engine
 
 
-def interpreted_draft(draft: Draft, dtype: torch.dtype, scorer: Scorer) -> TensorRTEngine:
+def interpreted_draft(draft: Draft, dtype: torch.dtype, scorer: Scorer | None) -> TensorRTEngine:
     graph, network, keep = new_graph(dtype)
     build_draft(graph, draft, LIMITS, scorer)
     return TensorRTEngine(

@@ -10,7 +10,6 @@ process of its own, see `apart`.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import operator
@@ -70,7 +69,11 @@ class Size:
 
 
 def size_of(size: int | str) -> Size:
-    return Size(operator.itemgetter(size), constant=False) if isinstance(size, str) else Size(lambda _: size, constant=True)
+    return (
+        Size(operator.itemgetter(size), constant=False)
+        if isinstance(size, str)
+        else Size(lambda _: size, constant=True)
+    )
 
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -116,14 +119,10 @@ class Tensor:
 
 
 class _Layer:
-    """`trt.ILayer`.
+    """`trt.ILayer`."""
 
-    Attributes:
-        values: of a constant that is fp32.
-    """
-
-    def __init__(self, outputs: Sequence[Tensor], values: list[float] | None = None) -> None:
-        self.name, self._outputs, self.values = "", outputs, values
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        self.name, self._outputs = "", outputs
 
     @property
     def num_outputs(self) -> int:
@@ -144,17 +143,12 @@ class Launch:
 
 
 class PluginLayer(_Layer):
-    """A plugin in a network.
-
-    Attributes:
-        inputs: of the layer.
-        is_ahead: it is compiled ahead of time.
-    """
+    """A plugin in a network."""
 
     def __init__(self, trt: Any, create: Callable[..., Any], aot: bool) -> None:
         request = trt.QuickPluginCreationRequest
         self.inputs, _, self._plugin = create(request.STRICT_AOT if aot else request.STRICT_JIT)
-        self._trt, self.is_ahead = trt, aot
+        self._trt = trt
         types = self._plugin.get_output_data_types(
             [tensor.dtype for tensor in self.inputs], [len(tensor.sizes) for tensor in self.inputs]
         )
@@ -211,11 +205,7 @@ class Network:
         return Tensor(name, dtype, [size_of(size) for size in shape])
 
     def add_constant(self, shape: Sequence[int], weights: Any) -> _Layer:
-        values = None
-        if weights.dtype == self._trt.float32:
-            values = list((ctypes.c_float * weights.size).from_address(weights.address))
-        tensor = Tensor(f"constant {self.num_layers}", weights.dtype, [size_of(size) for size in shape])
-        return self._added(_Layer([tensor], values))
+        return self._added(_Layer([Tensor("constant", weights.dtype, [size_of(size) for size in shape])]))
 
     def add_plugin(self, create: Callable[..., Any], aot: bool) -> _Layer:
         return self._added(PluginLayer(self._trt, create, aot))
@@ -287,7 +277,13 @@ def _played() -> ModuleType:
         "TensorRTPhase": "BUILD RUNTIME",
     }.items():
         setattr(trt, name, IntEnum(name, members, start=0))
-    for name, dtype in {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32", "int64": "INT64"}.items():
+    for name, dtype in {
+        "float32": "FLOAT",
+        "float16": "HALF",
+        "bfloat16": "BF16",
+        "int32": "INT32",
+        "int64": "INT64",
+    }.items():
         setattr(trt, name, trt.DataType[dtype])
     for name in (
         "IPluginCreatorV3Quick",

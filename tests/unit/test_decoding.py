@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.builder.tiers import Policy
+from ssv.plugins.contract import Verdicts
+from ssv.plugins.reference import draw, verify_sampled
 from ssv.runtime import decoding
 from ssv.runtime.decoding import MAX_PENDING, DecodeBatch, Row
-from ssv.runtime.engine import EngineError
+from ssv.runtime.engine import EngineError, StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
-from ssv.runtime.verify import Verdict, draw, sampled_verdict
 
 # Under the names of the tiers, so that one batch can mix them.
 LOSSLESS = {
@@ -221,6 +222,51 @@ def test_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
     for request, output in zip(prompts, run(llm, [Request(p, "speculative", params, 3) for p in prompts]), strict=True):
         assert visible(output) == reference(target_of(llm), request, params)
         assert output.counters.rolled_back == 0
+
+
+def tell_tokens(monkeypatch: pytest.MonkeyPatch, engine: type[FakeTarget | FakeDraft]) -> list[int]:
+    """Has steps return the argmax that they find on their way; the list counts those of each step."""
+    plain, found = engine.step, []
+
+    def step(self: FakeTarget | FakeDraft, *args: Any, **options: Any) -> StepOutput:
+        out = plain(self, *args, **options)
+        index_R = out.logits_RV.argmax(dim=1)
+        found.append(len(index_R))
+        return replace(out, token_R=index_R if self.token_ids_V is None else self.token_ids_V[index_R])
+
+    monkeypatch.setattr(engine, "step", step)
+    return found
+
+
+@pytest.mark.parametrize("min_tokens", [0, 5])
+@pytest.mark.parametrize("token_ids", [None, SUBSET], ids=["whole_head", "subset_head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_engines_that_tell_their_argmax(
+    monkeypatch: pytest.MonkeyPatch, kind: str, token_ids: list[int] | None, min_tokens: int
+) -> None:
+    """It is the token, unless end-of-sequence is taken from the logits: the same output at the same cost."""
+    options = {"kind": kind, "token_ids": token_ids, "agreement": 0.8, "eos_bias": 1.0, "max_batch": 4}
+    params = SamplingParams(max_tokens=14, min_tokens=min_tokens)
+    prompts = [prompt(i) for i in range(3)]
+    expected = assert_lossless(make_llm(**options), params, prompts)
+    told = [tell_tokens(monkeypatch, engine) for engine in (FakeTarget, FakeDraft)]
+    outputs = assert_lossless(make_llm(**options), params, prompts)
+    assert [costs(output) for output in outputs] == [costs(output) for output in expected]
+    assert all(sum(counts) > 50 for counts in told)
+
+
+def test_told_argmax_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above would pass for nothing if it were not read."""
+    plain = FakeTarget.step
+
+    def step(self: FakeTarget, *args: Any, **options: Any) -> StepOutput:
+        out = plain(self, *args, **options)
+        return replace(out, token_R=torch.full((len(out.logits_RV),), 7))
+
+    monkeypatch.setattr(FakeTarget, "step", step)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    output = run(make_llm(agreement=0.5), [Request((1, 2), "autoregressive", params)])[0]
+    assert output.token_ids[1:] == (7,) * 5  # the first is of the prompt, and read off its logits
 
 
 # --- where an output ends -------------------------------------------------------------------------------------------
@@ -665,18 +711,19 @@ def test_every_decision_has_a_random_number_of_its_own(monkeypatch: pytest.Monke
     """One number for two tokens of a block would tie their fates, which few draws would show."""
     used: list[float] = []
 
-    def recording_draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    def recording_draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:  # the verdict's samples are drawn with it too
         used.extend(uniform_R.tolist())
-        return draw(weight_RV, uniform_R)
+        return draw(prob_RV, uniform_R)
 
-    def recording_verdict(*args: Any) -> list[Verdict]:
-        *_, accept_uniform_BK, next_uniform_B = args
-        pending_BK = torch.arange(accept_uniform_BK.shape[1]) < args[2][:, None]
-        used.extend(accept_uniform_BK[pending_BK].tolist() + next_uniform_B.tolist())
-        return sampled_verdict(*args)
+    def recording_verdict(*args: Tensor) -> Verdicts:
+        _, _, row_R, start_B1, _, accept_uniform_BK, _ = args
+        width = accept_uniform_BK.shape[1]
+        num_pending_B = row_R[start_B1[1:] - 1] % (width + 1)  # what comes before the bonus row
+        used.extend(accept_uniform_BK[torch.arange(width) < num_pending_B[:, None]].tolist())
+        return verify_sampled(*args)
 
-    monkeypatch.setattr(decoding, "draw", recording_draw)
-    monkeypatch.setattr(decoding, "sampled_verdict", recording_verdict)
+    monkeypatch.setattr("ssv.plugins.reference.draw", recording_draw)
+    monkeypatch.setattr("ssv.plugins.reference.verify_sampled", recording_verdict)
     params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True) for seed in range(3)]
     outputs = run(make_llm(max_batch=3), [Request((1, 2), "speculative", p, 4) for p in params])
     assert len(used) == sum(1 + 2 * o.counters.drafted + o.counters.target_passes for o in outputs)
@@ -746,22 +793,20 @@ def test_sampled_output_has_the_target_distribution(
     assert sampled_p_value(small_llm(kind, token_ids=token_ids), method, k, params, 4000) > 1e-4
 
 
-def always_accept(*args: Any) -> list[Verdict]:
+def always_accept(*args: Tensor) -> Verdicts:
     *rest, accept_uniform_BK, next_uniform_B = args
-    return sampled_verdict(*rest, torch.full_like(accept_uniform_BK, -1.0), next_uniform_B)
+    return verify_sampled(*rest, torch.full_like(accept_uniform_BK, -1.0), next_uniform_B)
 
 
-def resample_from_target(*args: Any) -> list[Verdict]:
-    _, judged_BJ, _, target_prob_RV, *_, next_uniform_B = args
-    kept = [verdict.num_kept for verdict in sampled_verdict(*args)]
-    row_BJ = judged_BJ.flatten().cumsum(0).view_as(judged_BJ) - 1
-    p_BV = target_prob_RV[row_BJ.gather(1, torch.tensor(kept)[:, None])[:, 0]]
-    return list(map(Verdict, kept, draw(p_BV, next_uniform_B).tolist()))
+def resample_from_target(*args: Tensor) -> Verdicts:
+    target_prob_RV, _, _, start_B1, *_, next_uniform_B = args
+    kept_B = verify_sampled(*args).num_kept_B
+    return Verdicts(kept_B, draw(target_prob_RV[start_B1[:-1] + kept_B], next_uniform_B))
 
 
 @pytest.mark.parametrize("broken", [always_accept, resample_from_target])
-def test_broken_rule_is_caught(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., list[Verdict]]) -> None:
-    monkeypatch.setattr(decoding, "sampled_verdict", broken)
+def test_broken_rule_is_caught(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Verdicts]) -> None:
+    monkeypatch.setattr("ssv.plugins.reference.verify_sampled", broken)
     params = SamplingParams(temperature=0.9, max_tokens=4)
     assert sampled_p_value(small_llm("standalone"), "speculative", 2, params, 800) < 1e-4
 
@@ -775,6 +820,45 @@ def test_fake_states_do_not_collide() -> None:
 
 
 # --- what cannot run ------------------------------------------------------------------------------------------------
+
+
+def damaged(where: str) -> LLM:
+    """Engines of which one gives logits that are not numbers: the target for the first token or from then on, or the draft."""
+    llm = make_llm(agreement=1.0, max_batch=2)
+    target, draft = target_of(llm), draft_of(llm)
+    if where == "draft":
+        draft.same_NV.fill_(torch.nan)
+        draft.other_NV.fill_(torch.nan)
+    else:
+        at_prompt_N = torch.arange(NUM_STATES) == target.state((1, 2))
+        target.logits_NV[at_prompt_N if where == "first" else ~at_prompt_N] = torch.nan
+    return llm
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=["plain", "top_k", "top_p"])
+@pytest.mark.parametrize(
+    ("where", "method", "target_steps"),
+    [
+        ("first", "speculative", 1),
+        ("first", "autoregressive", 1),
+        ("draft", "speculative", 1),
+        ("verify", "speculative", 2),
+        ("verify", "autoregressive", 2),
+    ],
+)
+def test_sampling_from_what_is_not_a_number(
+    where: str, method: str, target_steps: int, settings: dict[str, Any]
+) -> None:
+    llm = damaged(where)
+    params = SamplingParams(temperature=1.0, seed=0, max_tokens=9, ignore_eos=True, **settings)
+    sampled = Request((1, 2), method, params, 3)
+    with pytest.raises(EngineError, match="an engine gave logits that are not numbers: its weights are damaged"):
+        llm.generate([sampled])
+    assert len(target_of(llm).calls) == target_steps
+    # Nor does a greedy request beside it hide it.
+    greedy = Request((1, 2), method, SamplingParams(max_tokens=9, ignore_eos=True), 3)
+    with pytest.raises(EngineError, match="not numbers"):
+        llm.generate([greedy, sampled])
 
 
 def test_one_stream_at_a_time() -> None:

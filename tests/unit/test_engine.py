@@ -28,7 +28,10 @@ from ssv.builder.manifest import EngineEntry, Manifest, engine_source, read_mani
 from ssv.builder.network import Limits
 from ssv.builder.progress import silent
 from ssv.builder.quantized import AwqLinear, precision_of
+from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt
+from ssv.plugins.contract import OpError
+from ssv.plugins.tensorrt import NativeOps
 
 ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
 
@@ -154,6 +157,7 @@ def test_the_entry_says_what_was_asked_and_the_bundle_verifies(compiled: Compile
     digest = manifest.files[entry.file].sha256
     assert (entry.file, entry.checkpoint) == (f"target/{name}-{digest[:12]}.engine", None)
     assert entry.source == engine_source(manifest, "target")
+    assert not entry.plugins
     assert (compiled.bundle / entry.file).stat().st_size > 100_000
     assert entry.build_seconds > 0
     assert entry.peak_memory_bytes > 50e6
@@ -280,6 +284,78 @@ def test_the_source_of_a_draft_includes_its_scorer(built: Path) -> None:
     changed = manifest.model_copy(update={"files": other})
     assert engine_source(changed, "draft") != engine_source(manifest, "draft")
     assert engine_source(changed, "target") == engine_source(manifest, "target")
+
+
+# --- Plugins --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flavor", "plugins", "expected"),
+    [
+        ("tensorrt", "auto", True),
+        ("tensorrt", "on", True),
+        ("tensorrt", "off", False),
+        ("tensorrt_rtx", "auto", False),
+        ("tensorrt_rtx", "off", False),
+    ],
+)
+def test_plugins_are_where_there_are_any_unless_told_otherwise_and_the_entry_says_so(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, imports: None, flavor: str, plugins: str, expected: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(engine, "build_plan", write_no_plan)
+    name, entry = compile_engine(bundle, config(flavor=flavor, plugins=plugins), silent)
+    assert entry.plugins == expected
+    assert read_manifest(bundle).engines[name].plugins == expected
+
+
+def test_plugins_that_tensorrt_for_rtx_does_not_have(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "load_tensorrt", lambda _: pytest.fail("imported"))
+    argv = arguments(bundle, "--precision", "fp16", "--compute-capability", "8.9", "--plugins", "on")
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: TensorRT for RTX has no plugins\nhint: give --plugins auto")
+    assert "--flavor tensorrt" in error
+    assert read_manifest(bundle).engines == {}
+
+
+def added(bundle: Path, tmp_path: Path, **changes: Any) -> None:
+    """Adds the network of an engine, and nothing else."""
+    asked, log = config(**changes), tensorrt_api.logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    limits = limits_of(asked, read_manifest(bundle))
+    engine.add_network(trt, network, bundle, asked, limits, log.last, Spill(tmp_path))
+
+
+@pytest.mark.parametrize(("role", "ops"), [("target", ["gather_norm"]), ("draft", ["gather_norm", "score"])])
+def test_a_network_has_its_ops_as_plugins(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, ops: list[str]
+) -> None:
+    used: list[str] = []
+
+    class Plugins(NativeOps):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("gather_norm", "score"):
+                used.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(engine, "PluginOps", Plugins)
+    added(built, tmp_path, role=role, flavor="tensorrt", plugins="off")
+    assert used == []
+    added(built, tmp_path, role=role, flavor="tensorrt")
+    assert used == ops
+
+
+def test_plugins_that_cannot_be_compiled(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(graph: Any) -> None:
+        raise OpError("plugins: Triton", "an installed one", "none: pip install triton, or --plugins off")
+
+    monkeypatch.setattr(engine, "PluginOps", refused)
+    with pytest.raises(EngineBuildError, match=r"^plugins: Triton: .*: pip install triton, or --plugins off$"):
+        added(built, tmp_path, flavor="tensorrt")
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

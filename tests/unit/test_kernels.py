@@ -25,6 +25,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
     """Small programs, so that small rows have several tiles; long rows keep the real ones, or they would take minutes."""
     if vocab < 10_000:
         monkeypatch.setattr(launch, "LANES", 16)
+        monkeypatch.setattr(launch, "SCORE_LANES", 16)
         monkeypatch.setattr(launch, "SAMPLED_BLOCK", 1024)
 
 
@@ -36,8 +37,9 @@ def test_score(monkeypatch: pytest.MonkeyPatch, case: ScoreCase) -> None:
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_row_shared_by_programs_is_one_row(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    # 3 blocks of 1,024 in each tile, 5 tiles: the last share is shorter, and its last tile too.
+    # With four shares the last is shorter, and its last tile too.
     monkeypatch.setattr(launch, "_splits", lambda rows, most, device: splits)
+    monkeypatch.setattr(launch, "_score_splits", lambda rows, vocab, dtype, device: splits)
     monkeypatch.setattr(launch, "LANES", 128)
     for logits in ("random", "ties"):
         check_score(launch, ScoreCase(2, 20_000, logits=logits, dtype=torch.bfloat16), "cpu")
@@ -96,6 +98,7 @@ def test_counters_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(launch, "_arrivals", lambda num, device: counters)
     monkeypatch.setattr(launch, "_splits", lambda rows, most, device: 2)
+    monkeypatch.setattr(launch, "_score_splits", lambda rows, vocab, dtype, device: 2)
     arguments = score_arguments(ScoreCase(3, 9000, dtype=torch.bfloat16), "cpu")
     s = step_arguments(StepCase(3, 4, vocab=3000), "cpu")
     for _ in range(2):

@@ -93,8 +93,26 @@ def test_draft_and_scorer_equal_the_torch_engine(kind: Any, uses_hidden: bool) -
     logits = torch.cat([out.logits_RV for out in found])
     assert torch.equal(flat(found, "token_R"), draft.token_ids[logits.argmax(dim=1)])
     # The scorer itself is exact: what differs above is the draft's fp16.
-    own = torch.cat([scorer(out.hidden_RH, out.logits_RV) for out in found])
+    own = torch.cat([scorer(out.hidden_RH, out.logits_RV).reject_prob_R for out in found])
     assert (flat(found, "reject_prob_R") - own).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("uses_hidden", [True, False, None], ids=["hidden", "confidence", "no scorer"])
+def test_a_draft_tells_its_tokens_probability_with_and_without_a_scorer(uses_hidden: bool | None) -> None:
+    scorer = tiny_scorer(uses_hidden) if uses_hidden is not None else None
+    engine = interpreted_draft(random_draft(tiny_decoder(), "standalone"), torch.float16, scorer)
+    runner, outputs = engine._runner, []
+
+    class Noting:
+        def run(self, profile: int, inputs: Any) -> dict[str, Tensor]:
+            outputs.append(runner.run(profile, inputs))
+            return outputs[-1]
+
+    engine._runner = Noting()
+    engine.step(tiny_ids(2, 4), at(0, 0), rows(0, 3, 5, 7))
+    (found,) = outputs
+    assert found.keys() == {"hidden", "logits", "token", "token_prob"} | ({"reject_prob"} if scorer else set())
+    torch.testing.assert_close(found["token_prob"], found["logits"].softmax(dim=1).amax(dim=1))
 
 
 def tiny_scorer(uses_hidden: bool) -> Scorer:
@@ -119,7 +137,7 @@ def test_a_draft_that_is_sure_keeps_its_features_finite() -> None:
     draft.decoder.lm_head.weight *= 40
     scorer = Scorer(torch.tensor([1.0, 1.0, 0.1]), torch.tensor(0.0), False)
     found = drive(interpreted_draft(draft, torch.float16, scorer))
-    own = torch.cat([scorer(out.hidden_RH, out.logits_RV) for out in found])
+    own = torch.cat([scorer(out.hidden_RH, out.logits_RV).reject_prob_R for out in found])
     assert (flat(found, "reject_prob_R") - own).abs().max() < 1e-4
 
 
@@ -149,8 +167,8 @@ def query_not_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def norm_without_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
-    over_rms = network._over_rms
-    monkeypatch.setattr(network, "_over_rms", lambda graph, x, eps: over_rms(graph, x, 1e-9))
+    over_rms = Graph.over_rms
+    monkeypatch.setattr(Graph, "over_rms", lambda self, x, eps: over_rms(self, x, 1e-9))
 
 
 def keys_and_values_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_a_row_with_one_token_is_sure_of_it(vocab: int, dtype: torch.dtype) -> N
 
 
 def test_margin_is_bounded() -> None:
-    logits_RV = torch.tensor([[0.0, 9_999.0], [10_001.0, 0.0], [-1e30, 1e30], [-3e38, -torch.inf]])
+    logits_RV = torch.tensor([[0.0, 9_999.0], [10_001.0, 0.0], [-1e30, 1e30], [-1e38, -torch.inf]])
     assert confidence(logits_RV)[2][:, 2].tolist() == [9_999.0, 1e4, 1e4, 1e4]
 
 
@@ -149,6 +149,8 @@ WITHOUT_DISTRIBUTION = {
     "inf and -inf": [-torch.inf, torch.inf, 0.0, -torch.inf],
     "nan and -inf": [-torch.inf, -torch.inf, torch.nan, -torch.inf],
     "nan and inf": [torch.inf, torch.nan, 0.0, 0.0],
+    "too large": [0.0, 1.0, 3e38, 2.0],
+    "too far below": [-3e38, -3e38, -torch.inf, -2.5e38],
 }
 
 
@@ -167,6 +169,14 @@ def test_a_row_without_a_distribution_is_nan(bad: list[float], uses_hidden: bool
         for name in FLOAT_FIELDS:
             assert getattr(found, name).isnan().tolist() == [False, True, False]
             assert torch.equal(getattr(found, name)[[0, 2]], getattr(expected, name)[[0, 2]])
+
+
+@pytest.mark.parametrize("largest", [1.9e38, -1.9e38])
+def test_a_row_of_very_large_logits_has_a_distribution(largest: float) -> None:
+    logits_RV = torch.tensor([[-3e38, largest, -3e38, largest]])
+    token_R, prob_R, feature_R3 = confidence(logits_RV)
+    assert (token_R.tolist(), prob_R.tolist()) == ([1], [0.5])
+    torch.testing.assert_close(feature_R3, torch.tensor([[math.log(0.5), math.log(2), 0.0]]))
 
 
 @pytest.mark.parametrize("others", [1, 5, 1000, 40_000])
@@ -620,6 +630,20 @@ def test_equal_distributions_reject_nothing(uniform: float) -> None:
     drafted_BK = ints([[token, token] for token in range(4)])
     verdicts = verify_sampled(*all_judged(4, "equal"), drafted_BK, torch.full((4, 2), uniform), torch.full((4,), 0.5))
     assert verdicts.num_kept_B.tolist() == [2] * 4
+
+
+def test_rejected_by_rounding_alone_is_drawn_from_the_target() -> None:
+    """What is uniform as a double may be 1 as a float: p = q is rejected then, and leaves no residual."""
+    p_JV, q_KV = torch.tensor([[0.25, 0.75], [1.0, 0.0]]), torch.tensor([[0.25, 0.75]])
+    verdicts = verify_sampled(
+        p_JV.repeat(2, 1),
+        q_KV.repeat(2, 1, 1),
+        *judged([[1, 1]] * 2),
+        ints([[1], [1]]),
+        torch.ones(2, 1),
+        torch.tensor([0.2, 0.3]),
+    )
+    assert decided(verdicts) == [(0, 0), (0, 1)]
 
 
 def test_ragged_sampled_rows_read_their_own_target_rows() -> None:

@@ -332,6 +332,21 @@ def test_a_quantized_plan_is_built_again_from_a_checkpoint() -> None:
         check_entry(Path("b"), manifest_of(), quantized, "1.8", "8.9")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"flavor": "tensorrt", "plugins": True}, False),
+        ({"flavor": "tensorrt", "plugins": False}, True),
+        ({"flavor": "tensorrt_rtx", "plugins": False}, False),  # which has none anyway
+    ],
+)
+def test_a_plan_is_built_again_with_or_without_plugins(changes: dict[str, Any], expected: bool) -> None:
+    with pytest.raises(EngineError, match=rf"--flavor {changes['flavor']} .*--out b`") as caught:
+        check_entry(Path("b"), manifest_of(), entry("target", **changes), "1.8", "8.9")
+    assert ("--plugins" in str(caught.value)) == expected
+    assert (" --prefill-chunk 16 --plugins off --out b`" in str(caught.value)) == expected
+
+
 def played_machine(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
     monkeypatch.setattr(tensorrt_engine, "load_tensorrt", lambda _: played_tensorrt(plan))
 

@@ -159,7 +159,8 @@ def test_a_step_that_gathers_nothing_fills_the_cache(precision: Precision) -> No
     engine, other = make_engine(decoder, precision), make_engine(decoder, precision)
     out = step(engine, ids_BT, [0, 0], [])
     assert out.logits_RV.shape == (0, 112) and out.logits_RV.dtype == torch.float32
-    assert out.hidden_RH.shape == (0, 64) and out.features_BTF is None and out.reject_prob_R is None
+    assert out.hidden_RH.shape == (0, 64) and out.features_BTF is None
+    assert out.reject_prob_R is None and out.token_R is None
     step(other, ids_BT, [0, 0])
     assert torch.equal(engine.cache.keys, other.cache.keys) and torch.equal(engine.cache.values, other.cache.values)
 
@@ -461,7 +462,7 @@ def test_fused_int8_draft_equals_its_modules(shape: dict[str, Any], uses_hidden:
         assert_equal_but_for_flips(found.hidden_RH, expected.hidden_RH)
         assert_equal_but_for_flips(found.logits_RV, expected.logits_RV)
         assert found.reject_prob_R is not None
-        rescored_R = scorer(found.hidden_RH, found.logits_RV)
+        rescored_R = scorer(found.hidden_RH, found.logits_RV).reject_prob_R
         assert torch.allclose(found.reject_prob_R, rescored_R, rtol=1e-4, atol=1e-6)
     assert torch.equal(features_BTF, given)
 
@@ -478,16 +479,15 @@ def test_fused_scorer_equals_the_scorer(vocab: int, uses_hidden: bool) -> None:
     logits_RV[4, vocab // 3 + 1 :] = -torch.inf
     hidden_RH = torch.randn(rows, hidden) * torch.tensor([1.0, 1e-4, 0, 30, 1, 1, 1, 1, 1])[:, None]
     scorer = Scorer(torch.randn(3 + hidden * uses_hidden) / 8, torch.tensor(0.2), uses_hidden)
-    found, logits_RV = FusedScorer(scorer)(hidden_RH, logits_RV), logits_RV.clamp(min=-1e6)
-    # Next to a probability that rounds to 1, `Scorer` itself is good to a percent: the reference is its formula in fp64.
-    assert torch.allclose(found, scorer(hidden_RH, logits_RV), rtol=2e-2, atol=1e-6)
-    log_p_RV = logits_RV.double().log_softmax(dim=1)
-    top_R2 = torch.cat((log_p_RV, log_p_RV), dim=1).topk(2, dim=1).values if vocab == 1 else log_p_RV.topk(2).values
+    found = FusedScorer(scorer)(hidden_RH, logits_RV)
+    assert torch.allclose(found, scorer(hidden_RH, logits_RV).reject_prob_R, rtol=2e-4, atol=1e-6)
+    log_p_RV = logits_RV.double().clamp(min=-1e6).log_softmax(dim=1)
+    top_R2 = log_p_RV.topk(min(vocab, 2)).values
     confidence = torch.stack(
         (
             (-torch.expm1(top_R2[:, 0])).clamp(min=1e-7).log(),
             -(log_p_RV.exp() * log_p_RV).sum(dim=1),
-            top_R2[:, 0] - top_R2[:, 1],
+            (top_R2[:, 0] - top_R2[:, 1]).clamp(max=1e4) if vocab > 1 else torch.full((rows,), 1e4).double(),
         ),
         dim=1,
     )
@@ -495,6 +495,14 @@ def test_fused_scorer_equals_the_scorer(vocab: int, uses_hidden: bool) -> None:
     features = torch.cat((state, confidence), dim=1) if uses_hidden else confidence
     expected = torch.sigmoid(features @ scorer.weight_F.double() + scorer.bias)
     assert torch.allclose(found.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits", [[3.0], [-torch.inf, 0.5], [0.0, 1e30, -torch.inf], [-9e3, 0.0]], ids=str)
+def test_fused_scorer_bounds_the_margin_as_the_scorer_does(logits: list[float]) -> None:
+    """With a weight that does not drown in the sigmoid."""
+    scorer = Scorer(torch.tensor([0.0, 0.0, 1e-4]), torch.tensor(-0.5), False)
+    hidden_RH, logits_RV = torch.zeros(1, 4), torch.tensor([logits])
+    assert torch.allclose(FusedScorer(scorer)(hidden_RH, logits_RV), scorer(hidden_RH, logits_RV).reject_prob_R)
 
 
 def test_quantizing_rows_with_and_without_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -798,6 +806,35 @@ def test_draft_tells_how_likely_a_rejection_is(kind: DraftKind, uses_hidden: boo
     assert out.reject_prob_R is not None and out.reject_prob_R.dtype == torch.float32
     assert float(expected.max() - expected.min()) > 0.01
     assert relative_error(out.reject_prob_R, expected) < 1e-5
+
+
+@pytest.mark.parametrize("head", ["subset", "reordered", "whole"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_draft_with_a_scorer_tells_its_argmax(precision: Precision, head: str) -> None:
+    """As an id of the target's vocabulary; the fused scorer does not look for it."""
+    target = tiny_decoder()
+    draft = make_draft(target, "standalone", (0, 1), 48 if head == "subset" else None)
+    if head == "whole":
+        draft.share_target(target, torch.arange(112))
+    scorer = Scorer(torch.tensor([0.3, -0.2, 0.1]), torch.tensor(0.1), False)
+    engine = make_draft_engine(draft, precision, scorer)
+    assert (engine.token_ids_V is None) == (head == "whole")
+    if precision == "int8":
+        assert step(engine, tiny_ids(2, 5), [0, 0]).token_R is None
+        without_stages(engine, scorer)
+    out = step(engine, tiny_ids(2, 5), [0, 0], [9, 2, 4])
+    assert out.token_R is not None and out.token_R.dtype == torch.int64
+    assert out.token_R.tolist() == draft.token_ids[out.logits_RV.argmax(dim=1)].tolist()
+    nothing = step(engine, tiny_ids(2, 5), [5, 5], [])
+    assert nothing.token_R is not None and nothing.token_R.shape == (0,)
+    assert nothing.reject_prob_R is not None and nothing.reject_prob_R.shape == (0,)
+
+
+def test_engines_without_a_scorer_do_not_tell_their_argmax() -> None:
+    target, ids_BT = tiny_decoder(), tiny_ids(2, 5)
+    for engine in (make_engine(target), make_draft_engine(make_draft(target, "standalone", (0,)))):
+        out = step(engine, ids_BT, [0, 0])
+        assert out.token_R is None and out.reject_prob_R is None
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 3e-2), ("int8", 0.12), ("int4", 0.4)])
