@@ -99,7 +99,7 @@ def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: 
     _tensor("score: bias", bias_1, (1,), (torch.float32,), device)
 
 
-def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor) -> None:
+def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> None:
     """Raises OpError for arguments that `gather_norm` does not take."""
     rows, hidden = _matrix("gather_norm: hidden", hidden_MH)
     device = hidden_MH.device
@@ -108,9 +108,10 @@ def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor) -> Non
     gathered = _vector("gather_norm: rows", row_R)
     _tensor("gather_norm: rows", row_R, (gathered,), (torch.int32,), device)
     _tensor("gather_norm: weight", weight_H, (hidden,), FLOATS, device)
+    _positive("gather_norm: eps", eps)
 
 
-def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor) -> None:
+def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> None:
     """Raises OpError for arguments that `sparse_gather` does not take."""
     if hidden_BTH.dim() != 3:
         raise OpError("sparse_gather: hidden", "three axes", _shape(hidden_BTH))
@@ -121,6 +122,7 @@ def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, w
     _tensor("sparse_gather: zones", zone_BT, (batch, tokens), (torch.int32,), device)
     _tensor("sparse_gather: lengths", length_B, (batch,), (torch.int32,), device)
     _tensor("sparse_gather: weight", weight_H, (hidden,), FLOATS, device)
+    _positive("sparse_gather: eps", eps)
 
 
 def check_verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> None:
@@ -203,6 +205,11 @@ def _vocab(name: str, vocab: int) -> None:
 def _hidden(name: str, hidden: int) -> None:
     if not 1 <= hidden <= MAX_HIDDEN:
         raise OpError(name, f"1 to {MAX_HIDDEN} columns", str(hidden))
+
+
+def _positive(name: str, number: float) -> None:
+    if not number > 0:
+        raise OpError(name, "a number above 0", str(number))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -64,7 +64,7 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
 
 def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `reference.gather_norm`."""
-    check_gather_norm(hidden_MH, row_R, weight_H)
+    check_gather_norm(hidden_MH, row_R, weight_H, eps)
     rows, hidden = len(row_R), hidden_MH.shape[1]
     gathered_RH = torch.empty(rows, hidden, dtype=hidden_MH.dtype, device=hidden_MH.device)
     normed_RH = torch.empty(rows, hidden, dtype=weight_H.dtype, device=hidden_MH.device)
@@ -78,7 +78,7 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
 
 def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> Judged:
     """See `reference.sparse_gather`."""
-    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H)
+    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, eps)
     batch, tokens, hidden = hidden_BTH.shape
     device = hidden_BTH.device
     normed_MH = torch.empty(batch * tokens, hidden, dtype=weight_H.dtype, device=device)
@@ -206,8 +206,9 @@ def _score_splits(rows: int, vocab: int, dtype: torch.dtype, device: torch.devic
 
 
 def _splits(rows: int, most: int, device: torch.device) -> int:
-    """Programs that share a row of the vocabulary: as many as fill the GPU, no more than there are parts to share."""
-    wanted = triton.cdiv(2 * _num_multiprocessors(device), max(rows, 1))
+    """Programs that share a row of the vocabulary: as many as fill the GPU, no more than there are parts to share. At least four: alone,
+    a program reads slower than memory gives."""
+    wanted = max(triton.cdiv(2 * _num_multiprocessors(device), max(rows, 1)), 4)
     return min(triton.next_power_of_2(wanted), triton.next_power_of_2(most))
 
 

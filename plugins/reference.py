@@ -107,7 +107,7 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
-    check_gather_norm(hidden_MH, row_R, weight_H)
+    check_gather_norm(hidden_MH, row_R, weight_H, eps)
     known_R1 = ((row_R >= 0) & (row_R < len(hidden_MH)))[:, None]
     if not len(hidden_MH):
         gathered_RH = hidden_MH.new_zeros(len(row_R), hidden_MH.shape[1])
@@ -129,7 +129,7 @@ def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
-    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H)
+    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, eps)
     batch, tokens, hidden = hidden_BTH.shape
     column_T, length_B1 = torch.arange(tokens, device=zone_BT.device), length_B[:, None]
     judged_BT = (column_T < length_B1) & ((zone_BT != TRUSTED) | (column_T == length_B1 - 1))

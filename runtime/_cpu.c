@@ -92,13 +92,14 @@ static void join_rows(const float *embedded, const float *features, const float 
     }
 }
 
-/* The scorer of ssv/builder/scorer.py: sigmoid(weight . features + bias) of each row; hidden = 0 leaves the state out. */
+/* The op `score` of ssv/plugins/reference.py: sigmoid(weight . features + bias) of each row; hidden = 0 leaves the state out.
+   Logits have to be numbers: a row without a distribution is not told apart. */
 MULTIVERSION
 static void score_rows(const float *state, const float *logits, const float *weight, float bias, float *out, long rows,
                        long hidden, long vocab) {
     for (long m = 0; m < rows; m++) {
         const float *row = logits + m * vocab, *h = state + m * hidden, *confidence = weight + hidden;
-        float top = row[0], second = -3.0e38f, rest = 0.0f, weighted = 0.0f, squares = 0.0f, dot = 0.0f;
+        float top = row[0], second = -1.0e4f, rest = 0.0f, weighted = 0.0f, squares = 0.0f, dot = 0.0f;
         int ties = 0;
         for (long i = 0; i < vocab; i++) top = row[i] > top ? row[i] : top;
         for (long i = 0; i < vocab; i++) {
@@ -111,7 +112,7 @@ static void score_rows(const float *state, const float *logits, const float *wei
             second = below < 0.0f && below > second ? below : second;
         }
         rest += (float)(ties - 1);
-        if (ties > 1 || vocab == 1) second = 0.0f;
+        if (ties > 1) second = 0.0f;
         float total = 1.0f + rest, left = rest / total;
         float score = bias + confidence[0] * logf(left > 1e-7f ? left : 1e-7f) +
                       confidence[1] * (logf(total) - weighted / total) - confidence[2] * second;

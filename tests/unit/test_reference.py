@@ -7,6 +7,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ FLOAT_FIELDS = ("prob_R", "entropy_R", "margin_R", "reject_prob_R")
 any_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
-def ints(values: Sequence[int]) -> Tensor:
+def ints(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
@@ -409,18 +410,16 @@ def test_greedy_verdicts_side_by_side() -> None:
     assert found == [case[3] for case in GREEDY_CASES]
 
 
-RAGGED = {
-    # Pending tokens: 2, 0, none at all, 1, 2.
-    "flags": [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 1]],
-    "drafted": [[1, 2], [0, 0], [7, 7], [4, 0], [5, 6]],
-    # Of row 0: token 2 and the bonus; of row 1: the bonus; of row 3: token 1 and the bonus; of row 4: token 1 and the bonus.
-    "target": [2, 3, 7, 8, 9, 5, 6],
-}
+# Pending tokens: 2, 0, none at all, 1, 2.
+RAGGED_FLAGS = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 1]]
+RAGGED_DRAFTED = [[1, 2], [0, 0], [7, 7], [4, 0], [5, 6]]
+# Of row 0: token 2 and the bonus; of row 1: the bonus; of row 3: token 1 and the bonus; of row 4: token 1 and the bonus.
+RAGGED_TARGET = [2, 3, 7, 8, 9, 5, 6]
 RAGGED_VERDICTS = [(2, 3), (0, 7), (0, -1), (0, 8), (2, 6)]
 
 
 def test_ragged_greedy_rows_read_their_own_target_rows() -> None:
-    assert both_greedy(RAGGED["target"], *judged(RAGGED["flags"]), ints(RAGGED["drafted"])) == RAGGED_VERDICTS
+    assert both_greedy(RAGGED_TARGET, *judged(RAGGED_FLAGS), ints(RAGGED_DRAFTED)) == RAGGED_VERDICTS
 
 
 def test_greedy_verdict_takes_the_first_of_equals() -> None:
@@ -528,7 +527,7 @@ def inverted_ratio(*args: Tensor) -> Verdicts:
     return Verdicts(kept_B.int(), verify_sampled(*args).next_token_B)
 
 
-COUNT = 6_000
+COUNT = 4_000  # enough to tell the broken rules; the test of the paper's rule is the closer one
 # p of drafted tokens 1 and 2 and of the bonus, q of drafted tokens 1 and 2.
 DISTRIBUTIONS = {
     "different": (
@@ -649,10 +648,10 @@ def test_rejected_by_rounding_alone_is_drawn_from_the_target() -> None:
 def test_ragged_sampled_rows_read_their_own_target_rows() -> None:
     """Rows of the target are packed: what one sequence judges shifts the rows of those after it."""
     verdicts = verify_sampled(
-        one_hot(RAGGED["target"]),
-        torch.stack([one_hot(tokens) for tokens in RAGGED["drafted"]]),
-        *judged(RAGGED["flags"]),
-        ints(RAGGED["drafted"]),
+        one_hot(RAGGED_TARGET),
+        torch.stack([one_hot(tokens) for tokens in RAGGED_DRAFTED]),
+        *judged(RAGGED_FLAGS),
+        ints(RAGGED_DRAFTED),
         torch.full((5, 2), 0.5),
         torch.full((5,), 0.5),
     )
@@ -915,3 +914,12 @@ def test_scorer_of_another_number_of_features(features: int) -> None:
         "shape (3,) or (8,)",
         f"shape ({features},)",
     )
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan")])
+def test_eps_is_positive(eps: float) -> None:
+    # A row of zeros, as unknown rows give, would be divided by nothing.
+    with pytest.raises(OpError, match="gather_norm: eps: expected a number above 0"):
+        gather_norm(torch.zeros(2, 4), torch.zeros(1, dtype=torch.int32), torch.ones(4), eps)
+    with pytest.raises(OpError, match="sparse_gather: eps: expected a number above 0"):
+        sparse_gather(torch.zeros(1, 2, 4), torch.zeros(1, 2).int(), torch.ones(1).int(), torch.ones(4), eps)

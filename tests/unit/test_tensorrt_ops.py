@@ -144,8 +144,8 @@ def awkward_rows(vocab: int) -> Tensor:
     rows[4, -1] = 1.0
     for row, above in ((5, 9.0), (6, 17.0), (7, 200.0), (8, 3e4)):
         rows[row, vocab // 3] += above
-    rows[9] = -3e38
-    rows[9, -1] = 3e38
+    rows[9] = -1.9e38
+    rows[9, -1] = 1.9e38
     rows[10] -= 1e4
     return rows
 
@@ -170,16 +170,18 @@ def test_score_of_halves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocab", [1, 2, 99])
 def test_rows_without_a_distribution_have_a_token_and_nothing_else(vocab: int) -> None:
-    logits = normal(5, vocab)
+    logits = normal(7, vocab)
     logits[0] = -torch.inf
     logits[1, vocab // 2] = torch.inf
     logits[2, vocab // 2] = torch.nan
     logits[3, 0] = torch.inf
     logits[3, -1] = torch.nan
-    token, *numbers = native("score", vocab).run(normal(5, HIDDEN), logits)
+    logits[4, vocab // 2] = 2.1e38
+    logits[5] = -2.1e38
+    token, *numbers = native("score", vocab).run(normal(7, HIDDEN), logits)
     assert ((token >= 0) & (token < vocab)).all()
     for number in numbers:
-        assert number.isnan().tolist() == [True] * 4 + [False]
+        assert number.isnan().tolist() == [True] * 6 + [False]
 
 
 # --- gather and norm ------------------------------------------------------------------------------------------------
