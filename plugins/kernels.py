@@ -282,8 +282,10 @@ def verify_sampled_kernel(
     is_token = j < num_judged - 1
     drafted_row = b.to(tl.int64) * (tokens - 1) + k
     x = tl.load(drafted + drafted_row, mask=is_token, other=0)
-    p = tl.load(target_prob + (begin + j).to(tl.int64) * VOCAB + x, mask=is_token, other=0.0)
-    q = tl.load(draft_prob + drafted_row * VOCAB + x, mask=is_token, other=0.0)
+    # What is no token has no probability, and is rejected.
+    is_known = is_token & (x >= 0) & (x < VOCAB)
+    p = tl.load(target_prob + (begin + j).to(tl.int64) * VOCAB + x, mask=is_known, other=0.0)
+    q = tl.load(draft_prob + drafted_row * VOCAB + x, mask=is_known, other=0.0)
     u = tl.load(accept_uniform + drafted_row, mask=is_token, other=0.0)
     at = tl.min(tl.where(is_token & (u * q >= p), j, num_judged - 1), axis=0)
     k_at = tl.sum(tl.where((j == at) & (j < num_judged), k, 0), axis=0)

@@ -188,7 +188,7 @@ def verify_sampled(
     Args:
         target_prob_RV: fp32, p of the judged rows, each summing to 1.
         draft_prob_BKV: fp32, q that each token was drawn from.
-        row_R, start_B1, drafted_BK: see `verify_greedy`.
+        row_R, start_B1, drafted_BK: see `verify_greedy`; what is no token of the vocabulary is rejected.
         accept_uniform_BK, next_uniform_B: fp32, uniform random numbers in [0, 1): of each acceptance, and of each sample.
 
     Raises:
@@ -202,7 +202,7 @@ def verify_sampled(
         for r in range(starts[b], starts[b + 1]):
             k = rows[r] - b * width
             is_last = r == starts[b + 1] - 1
-            if not is_last:
+            if not is_last and 0 <= drafted_K[k] < target_prob_RV.shape[1]:
                 # u < p / q, without dividing by a q of zero.
                 p, q = target_prob_RV[r, drafted_K[k]], draft_prob_BKV[b, k, drafted_K[k]]
                 if uniforms[b][k] * q < p:

@@ -170,6 +170,9 @@ def check_step(ops: Ops, case: StepCase, device: str) -> None:
     # Where p and q are the same nothing is rejected; where p is nowhere above q, what is rejected is drawn from p.
     nothing = s.target_prob_RV * 0, *sampled[1:]
     assert_same(ops.verify_sampled(*nothing), reference.verify_sampled(*nothing))
+    strange = torch.where(s.drafted_BK % 2 == 0, s.drafted_BK - case.vocab - 1, s.drafted_BK + case.vocab)
+    unknown = *sampled[:4], strange, *sampled[5:]
+    assert_same(ops.verify_sampled(*unknown), reference.verify_sampled(*unknown))
     uniform_R = torch.linspace(0, 1, rows, device=device)
     assert torch.equal(ops.draw(s.target_prob_RV, uniform_R), reference.draw(s.target_prob_RV, uniform_R))
 
