@@ -30,8 +30,12 @@ from ssv.plugins.contract import NUM_CONFIDENCE, OpError
 
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0", "12.0")
 
-_PTX_VERSION = 87
-"""PTX 8.7, of CUDA 12.8: the first that knows compute capability 12.0. A driver refuses PTX newer than itself."""
+_PTX_VERSIONS = {
+    **dict.fromkeys(("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0"), 87),
+    **dict.fromkeys(("10.3", "12.1"), 88),
+    "11.0": 90,
+}
+"""Compute capabilities, and the PTX for each: 8.7, of CUDA 12.8, or the first that knows it. A driver refuses PTX newer than itself."""
 
 _MAX_SHARED_BYTES = 48 * 1024
 """A kernel may use this much without asking for more, which TensorRT's interface has no place for."""
@@ -185,8 +189,8 @@ def compile_ahead(spec: Spec, capability: str) -> Artefact:
     Raises:
         OpError: the capability is unknown, kernels are being interpreted, or the kernel cannot be launched as TensorRT does.
     """
-    if not re.fullmatch(r"\d+\.\d", capability):
-        raise OpError(f"{spec.name}: compute capability", "one such as 9.0", capability)
+    if capability not in _PTX_VERSIONS:  # the compiler would end the process
+        raise OpError(f"{spec.name}: compute capability", f"one of {', '.join(_PTX_VERSIONS)}", capability)
     if not isinstance(spec.kernel, JITFunction):
         raise OpError(f"{spec.name}: kernel", "one that Triton compiles", "an interpreted one: unset TRITON_INTERPRET")
     names = spec.kernel.arg_names
@@ -205,7 +209,7 @@ def compile_ahead(spec: Spec, capability: str) -> Artefact:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", int(capability.replace(".", "")), 32),
-            options={"num_warps": spec.num_warps, "ptx_version": _PTX_VERSION},
+            options={"num_warps": spec.num_warps, "ptx_version": _PTX_VERSIONS[capability]},
         )
     meta = compiled.metadata
     if meta.global_scratch_size or meta.profile_scratch_size or meta.shared > _MAX_SHARED_BYTES:

@@ -270,7 +270,7 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
 
 
 class NativeOps:
-    """The ops by layers that every TensorRT has.
+    """The ops by layers that every TensorRT has. Of each sequence at least one token has been drafted.
 
     Args:
         graph: `ssv.builder.network.Graph` of the network that they are added to.
@@ -360,18 +360,18 @@ class NativeOps:
         next_uniform_B: Any,
     ) -> Verdicts:
         g = self._graph
-        layout = _Layout(g, row_R, start_B1, drafted_BK)
-        p_R1 = g.gather_elements(target_prob_RV, g.reshape(layout.drafted_R, (-1, 1)), axis=1)
+        layout, vocab = _Layout(g, row_R, start_B1, drafted_BK), target_prob_RV.shape[1]
+        p_R1 = g.gather_elements(target_prob_RV, g.reshape(self._token(layout.drafted_R, vocab, 1), (-1, 1)), axis=1)
         p_BJ = layout.by_column(g.reshape(p_R1, (-1,)))
-        q_BK1 = g.gather_elements(draft_prob_BKV, g.unsqueeze(drafted_BK, (2,)), axis=2)
+        q_BK1 = g.gather_elements(draft_prob_BKV, g.unsqueeze(self._token(drafted_BK, vocab, 2), (2,)), axis=2)
         uq_BK = g.mul(g.reshape_as(q_BK1, drafted_BK), accept_uniform_BK)
         # u < p / q, without dividing by a q of zero; what is compared in the bonus column does not matter.
         uq_BJ = g.concat([uq_BK, g.mul(g.columns(uq_BK, 0, 1), g.scalar(0.0, rank=2))], axis=1)
-        stop_BJ = layout.first_stop(g.not_(g.greater(p_BJ, uq_BJ)))
+        is_token_BJ = g.equal(layout.drafted_BJ, self._token(layout.drafted_BJ, vocab, 2))
+        stop_BJ = layout.first_stop(g.not_(g.and_(g.greater(p_BJ, uq_BJ), is_token_BJ)))
         kept_B = layout.kept(stop_BJ)
 
         p_BV = g.gather(target_prob_RV, g.max(layout.at(stop_BJ, layout.index_BJ), g.integer(0, rank=1)))
-        vocab = target_prob_RV.shape[1]
         q_MV, q_row_BK = g.reshape(draft_prob_BKV, (-1, vocab)), layout.index_like(drafted_BK)
         q_row_BJ = g.concat([q_row_BK, layout.zero_B1], axis=1)
         q_BV = g.gather(q_MV, g.max(layout.at(stop_BJ, q_row_BJ), g.integer(0, rank=1)))
@@ -394,6 +394,11 @@ class NativeOps:
         next_B1 = g.select(has_token_B1, token_B1, g.integer(-1, rank=2))
         return Verdicts(kept_B, g.reshape(next_B1, (-1,)))
 
+    def _token(self, x: Any, vocab: int, rank: int) -> Any:
+        """int32, the token of the vocabulary that is nearest."""
+        g = self._graph
+        return g.min(g.max(x, g.integer(0, rank)), g.integer(vocab - 1, rank))
+
     def _units(self, prob_BV: Any) -> Any:
         g = self._graph
         positive_BV = g.select(g.greater(prob_BV, g.scalar(0.0, rank=2)), prob_BV, g.scalar(0.0, rank=2))
@@ -407,7 +412,7 @@ class _Layout:
         drafted_BJ: drafted tokens, -1 in the last column.
         last_BJ: int32, 1 at the last judged row of a sequence.
         index_BJ: which of the R rows stands there, 0 where none does.
-        drafted_R: the token that each row judges; 0 for a sequence's last.
+        drafted_R: the token that each row judges; -1 in the last column.
         zero_B1: zeros.
     """
 
@@ -425,7 +430,7 @@ class _Layout:
         self._place_R = g.select(is_judged_R, row_R, num_places)
         self._is_judged_R, self._zero_M1 = is_judged_R, g.concat([zero_M, zero], axis=0)
         known_R = g.select(is_judged_R, row_R, g.mul(row_R, zero))
-        self.drafted_R = g.max(g.gather(drafted_M, known_R), zero)
+        self.drafted_R = g.gather(drafted_M, known_R)
         self._judged_BJ = self.by_column(g.add(g.mul(index_R, zero), one))
         self.index_BJ = self.by_column(index_R)
         from_here_BJ = g.cumulative_sum(self._judged_BJ, axis=1, reverse=True)

@@ -397,6 +397,17 @@ def test_a_token_without_probability_is_rejected() -> None:
     assert token[0] != 5
 
 
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_drafted_id_that_is_no_token_is_rejected(vocab: int) -> None:
+    case = Sampling([[0, -1], [vocab, 0], [2**31 - 1, 0], [0, -(2**31)]], vocab)
+    case.accept_BK[:] = 0.0
+    assert case.verdicts()[0] == [1, 0, 0, 1]
+    case.judged = [[2], [1, 2], [2], [0, 2]]  # trusted, or padding
+    assert case.verdicts()[0] == [2, 2, 2, 2]
+    drafted = case.drafted_BK.tolist()
+    assert greedy([[0, 0, 0]] * 4, [[0, 1, 2]] * 4, drafted, vocab) == ([1, 0, 0, 1], [0] * 4)
+
+
 @pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_tokens_are_drawn_at_the_ends_of_the_unit_interval(vocab: int, uniform: float) -> None:
