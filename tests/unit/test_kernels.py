@@ -22,11 +22,11 @@ from ssv.plugins.ops import on
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
-    """Small programs, so that small rows have several tiles; long rows keep the real ones, or they would take minutes."""
-    if vocab < 10_000:
-        monkeypatch.setattr(launch, "LANES", 16)
-        monkeypatch.setattr(launch, "SCORE_LANES", 16)
-        monkeypatch.setattr(launch, "SAMPLED_BLOCK", 1024)
+    """Small programs, so that small rows have several tiles; for long rows large ones, or they would take minutes."""
+    is_long = vocab > 10_000
+    monkeypatch.setattr(launch, "LANES", 256 if is_long else 16)
+    monkeypatch.setattr(launch, "SCORE_LANES", 256 if is_long else 16)
+    monkeypatch.setattr(launch, "SAMPLED_BLOCK", 8192 if is_long else 1024)
 
 
 @pytest.mark.parametrize("case", SCORE_CASES, ids=str)
