@@ -23,7 +23,8 @@ from ssv.plugins.contract import OpError
 
 
 def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report) -> list[Path]:
-    """Writes `<role>/<op>-sm_<capability>.ptx`, and beside each a JSON file that says how it is launched; returns the PTX files.
+    """Writes `<role>/<op>-sm_<capability>.ptx`, and beside each a JSON file that says how it is launched; returns the PTX files. Nothing is
+    written before all are compiled.
 
     Raises:
         EngineBuildError: Triton is missing, or a kernel cannot be compiled for a capability.
@@ -52,12 +53,13 @@ def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report
         ),
     ]
     jobs = [(role, spec, capability) for capability in config.compute_capability for role, spec in specs]
-    written = []
+    compiled = []
     for done, (role, spec, capability) in enumerate(jobs):
         report("compile kernels", done, len(jobs), f"{role} {spec.name} {capability}")
         try:
-            written.append(aot.write_artefact(aot.compile_ahead(spec, capability), out / role))
+            compiled.append((out / role, aot.compile_ahead(spec, capability)))
         except OpError as error:
             raise EngineBuildError(str(error)) from error
+    written = [aot.write_artefact(artefact, folder) for folder, artefact in compiled]
     report("compile kernels", len(jobs), len(jobs), f"{len(written)} kernels")
     return written
