@@ -31,6 +31,8 @@ def score_arguments(case: ScoreCase, device: str) -> tuple[Tensor, ...]:
     logits_RV = torch.randn(case.rows, case.vocab, generator=generator) * 5
     if case.logits == "ties":
         logits_RV[:, :: max(case.vocab // 3, 1)] = 30.0
+    elif case.logits == "coarse":  # so few values that the largest stands in many places
+        logits_RV = (logits_RV / 5).round().clamp(max=2)
     elif case.logits == "-inf":
         logits_RV[:, torch.rand(case.vocab, generator=generator) < 0.9] = -torch.inf
         logits_RV[:, case.vocab // 2] = 1.0
@@ -58,6 +60,7 @@ class StepCase:
     hidden: int = 64
     dtype: torch.dtype = torch.float32
     accepted: float = 0.8
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def step_arguments(case: StepCase, device: str) -> Step:
     rows = int(judged.start_B1[-1])
     row_R = judged.row_M[:rows].clone()
     logits_RV = (torch.randn(rows, vocab, generator=generator) * 4).to(case.dtype)
+    if case.coarse:  # the largest stands in many places
+        logits_RV = (logits_RV / 4).round().clamp(max=2)
     drafted_BK = torch.randint(0, vocab, (batch, tokens - 1), generator=generator).int()
     best_R = reference.most_likely(logits_RV)
     for r, row in enumerate(row_R.tolist()):
@@ -121,6 +126,8 @@ SCORE_CASES = [
     ScoreCase(3, 989, logits="ties"),
     ScoreCase(3, 5000, logits="ties", dtype=torch.bfloat16),
     ScoreCase(2, 4099, logits="equal"),
+    ScoreCase(5, 9000, logits="coarse", dtype=torch.bfloat16),
+    ScoreCase(5, 3000, logits="coarse"),
     ScoreCase(3, 5000, logits="large", dtype=torch.float16),
     ScoreCase(3, 5000, logits="large"),
     ScoreCase(4, 5000, logits="peaked"),
@@ -134,6 +141,8 @@ STEP_CASES = [
     StepCase(11, 9),
     StepCase(4, 33, dtype=torch.bfloat16, hidden=100),
     StepCase(3, 9, dtype=torch.float16, accepted=1.0),
+    StepCase(3, 9, vocab=3000, coarse=True),
+    StepCase(2, 4, vocab=9000, judged="all", coarse=True, dtype=torch.bfloat16),
     StepCase(2, 3, vocab=1, judged="all"),
     StepCase(2, 3, vocab=49_152, judged="all"),
     StepCase(1, 2, vocab=151_936, judged="all", dtype=torch.bfloat16),
