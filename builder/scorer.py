@@ -6,7 +6,7 @@ log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two larges
 
 Shapes: R drafted tokens, H hidden of the draft, V draft vocab, F features.
 
-May import: ssv.builder.checkpoint; ssv.plugins.contract, .ops, .reference.
+May import: ssv.builder.checkpoint; ssv.plugins.contract, .ops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 from ssv.builder.checkpoint import CheckpointError, read_safetensors
 from ssv.plugins.contract import Score
 from ssv.plugins.ops import on
-from ssv.plugins.reference import confidence
 
 CONFIDENCE_FEATURES = ("log_one_minus_p1", "entropy", "margin")
 
@@ -46,11 +45,6 @@ class Scorer:
 
     def to(self, device: torch.device | str) -> Scorer:
         return Scorer(self.weight_F.to(device), self.bias.to(device), self.uses_hidden)
-
-
-def confidence_features(logits_RV: Tensor) -> Tensor:
-    """log(1 - p1), entropy and log p1 - log p2 of each row, fp32 [R, 3]."""
-    return confidence(logits_RV)[2]
 
 
 def save_scorer(scorer: Scorer, path: Path) -> None:

@@ -23,8 +23,8 @@ from ssv.builder.corpus import Conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import draft_passes, judged, view_target
 from ssv.builder.draft import Draft
-from ssv.builder.scorer import CONFIDENCE_FEATURES, Scorer, confidence_features
-from ssv.plugins.reference import normalized
+from ssv.builder.scorer import CONFIDENCE_FEATURES, Scorer
+from ssv.plugins.reference import confidence, normalized
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _window_samples(
         rejected_N = wrong_BT[alive]
         if config.label == "divergence":
             rejected_N = rejected_N & (view.gap(token_BT, rows)[alive] > config.margin)
-        confidence_N3 = confidence_features(logits_NV)
+        _, _, confidence_N3 = confidence(logits_NV)
         yield Samples(torch.cat((normalized(hidden_NH), confidence_N3), dim=-1), rejected_N, confidence_N3[:, 0].exp())
         alive = alive & ~wrong_BT
 

@@ -28,8 +28,6 @@ from triton.runtime.jit import JITFunction
 from ssv.plugins import kernels, launch
 from ssv.plugins.contract import NUM_CONFIDENCE, OpError
 
-CAPABILITIES = ("8.0", "8.9", "9.0", "10.0", "12.0")
-
 _PTX_VERSIONS = {
     **dict.fromkeys(("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0"), 87),
     **dict.fromkeys(("10.3", "12.1"), 88),

@@ -88,9 +88,9 @@ def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: 
     _, hidden = _matrix("score: hidden", hidden_RH)
     device = logits_RV.device
     _tensor("score: logits", logits_RV, (rows, vocab), FLOATS, device)
-    _vocab("score: logits", vocab)
+    _columns("score: logits", vocab, MAX_VOCAB)
     _tensor("score: hidden", hidden_RH, (rows, hidden), FLOATS, device)
-    _hidden("score: hidden", hidden)
+    _columns("score: hidden", hidden, MAX_HIDDEN)
     features = weight_F.shape[0] if weight_F.dim() == 1 else None
     if features not in (NUM_CONFIDENCE, hidden + NUM_CONFIDENCE):
         expected = f"shape ({NUM_CONFIDENCE},) or ({hidden + NUM_CONFIDENCE},)"
@@ -104,7 +104,7 @@ def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: f
     rows, hidden = _matrix("gather_norm: hidden", hidden_MH)
     device = hidden_MH.device
     _tensor("gather_norm: hidden", hidden_MH, (rows, hidden), FLOATS, device)
-    _hidden("gather_norm: hidden", hidden)
+    _columns("gather_norm: hidden", hidden, MAX_HIDDEN)
     gathered = _vector("gather_norm: rows", row_R)
     _tensor("gather_norm: rows", row_R, (gathered,), (torch.int32,), device)
     _tensor("gather_norm: weight", weight_H, (hidden,), FLOATS, device)
@@ -118,7 +118,7 @@ def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, w
     batch, tokens, hidden = hidden_BTH.shape
     device = hidden_BTH.device
     _tensor("sparse_gather: hidden", hidden_BTH, (batch, tokens, hidden), FLOATS, device)
-    _hidden("sparse_gather: hidden", hidden)
+    _columns("sparse_gather: hidden", hidden, MAX_HIDDEN)
     _tensor("sparse_gather: zones", zone_BT, (batch, tokens), (torch.int32,), device)
     _tensor("sparse_gather: lengths", length_B, (batch,), (torch.int32,), device)
     _tensor("sparse_gather: weight", weight_H, (hidden,), FLOATS, device)
@@ -129,7 +129,7 @@ def check_verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, draf
     """Raises OpError for arguments that `verify_greedy` does not take."""
     rows, vocab = _matrix("verify_greedy: logits", logits_RV)
     _tensor("verify_greedy: logits", logits_RV, (rows, vocab), FLOATS, logits_RV.device)
-    _vocab("verify_greedy: logits", vocab)
+    _columns("verify_greedy: logits", vocab, MAX_VOCAB)
     _judged_rows("verify_greedy", rows, row_R, start_B1, drafted_BK, logits_RV.device)
 
 
@@ -146,7 +146,7 @@ def check_verify_sampled(
     rows, vocab = _matrix("verify_sampled: target probabilities", target_prob_RV)
     device = target_prob_RV.device
     _tensor("verify_sampled: target probabilities", target_prob_RV, (rows, vocab), (torch.float32,), device)
-    _vocab("verify_sampled: target probabilities", vocab)
+    _columns("verify_sampled: target probabilities", vocab, MAX_VOCAB)
     batch, drafted = _judged_rows("verify_sampled", rows, row_R, start_B1, drafted_BK, device)
     shape = (batch, drafted, vocab)
     _tensor("verify_sampled: draft probabilities", draft_prob_BKV, shape, (torch.float32,), device)
@@ -158,7 +158,7 @@ def check_draw(prob_RV: Tensor, uniform_R: Tensor) -> None:
     """Raises OpError for arguments that `draw` does not take."""
     rows, vocab = _matrix("draw: probabilities", prob_RV)
     _tensor("draw: probabilities", prob_RV, (rows, vocab), (torch.float32,), prob_RV.device)
-    _vocab("draw: probabilities", vocab)
+    _columns("draw: probabilities", vocab, MAX_VOCAB)
     _tensor("draw: uniforms", uniform_R, (rows,), (torch.float32,), prob_RV.device)
 
 
@@ -197,14 +197,9 @@ def _tensor(
         raise OpError(name, "a contiguous tensor", f"strides {tensor.stride()} for {_shape(tensor)}")
 
 
-def _vocab(name: str, vocab: int) -> None:
-    if not 1 <= vocab <= MAX_VOCAB:
-        raise OpError(name, f"1 to {MAX_VOCAB} columns", str(vocab))
-
-
-def _hidden(name: str, hidden: int) -> None:
-    if not 1 <= hidden <= MAX_HIDDEN:
-        raise OpError(name, f"1 to {MAX_HIDDEN} columns", str(hidden))
+def _columns(name: str, number: int, most: int) -> None:
+    if not 1 <= number <= most:
+        raise OpError(name, f"1 to {most} columns", str(number))
 
 
 def _positive(name: str, number: float) -> None:

@@ -14,7 +14,7 @@ Rows are contiguous. Offsets of rows are int64: 16,384 rows of 262,144 exceed in
 
 Shapes: see `contract.py`; U blocks of a tile, L lanes, C logits of a piece, S programs that share a row.
 
-May import: nothing else of ssv.
+May import: ssv.plugins.reference.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The same numbers as in `reference.py`; compiled code takes globals as constants.
-_MIN_BELOW = tl.constexpr(-1e4)
-_MIN_REST = tl.constexpr(1e-7)
-_DRAW_BITS = tl.constexpr(38)
-_UNIFORM_BITS = tl.constexpr(24)
+from ssv.plugins import reference
+
+# Compiled code takes such globals as constants.
+_MIN_BELOW = tl.constexpr(reference.MIN_BELOW)
+_MIN_REST = tl.constexpr(reference.MIN_REST)
+_MAX_LOGIT = tl.constexpr(reference.MAX_LOGIT)
+_DRAW_BITS = tl.constexpr(reference.DRAW_BITS)
+_UNIFORM_BITS = tl.constexpr(reference.UNIFORM_BITS)
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-1e30)
-_MAX_LOGIT = tl.constexpr(2e38)
-_PARTIAL = tl.constexpr(8)
+PARTIAL = tl.constexpr(8)
 """Numbers that a program of `score` leaves for the one that finishes its row."""
 
 
@@ -89,7 +91,7 @@ def score_kernel(
         found = (top, index, second, rest, weighted)
         _store_score(found, linear, of_rest, of_entropy, of_margin, token, prob, entropy, margin, reject_prob)
     else:
-        own = partial + (row * SPLITS + split) * _PARTIAL
+        own = partial + (row * SPLITS + split) * PARTIAL
         tl.store(own, top)
         tl.store(own + 1, index.to(tl.float32))  # exact: below 2^24
         tl.store(own + 2, second)
@@ -99,7 +101,7 @@ def score_kernel(
         tl.store(own + 6, square)
         if _arrive(arrived + row, SPLITS):
             # From L2: other multiprocessors wrote it.
-            at = partial + (row * SPLITS + tl.arange(0, SPLITS)) * _PARTIAL
+            at = partial + (row * SPLITS + tl.arange(0, SPLITS)) * PARTIAL
             top_S = tl.load(at, cache_modifier=".cg")
             index_S = tl.load(at + 1, cache_modifier=".cg").to(tl.int32)
             second_S = tl.load(at + 2, cache_modifier=".cg")

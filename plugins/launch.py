@@ -55,7 +55,7 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
     if rows:
         kernels.score_kernel[(rows, splits)](
             hidden_RH, logits_RV, weight_F, bias_1, token_R, prob_R, entropy_R, margin_R, reject_R,
-            torch.empty(rows * splits * 8, device=device) if splits > 1 else None,
+            torch.empty(rows * splits * kernels.PARTIAL.value, device=device) if splits > 1 else None,
             _arrivals(rows, device) if splits > 1 else None,
             **score_constants(hidden, vocab, logits_RV.dtype, uses_hidden, splits, SCORE_LANES), num_warps=SCORE_WARPS,
         )  # fmt: skip

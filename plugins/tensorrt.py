@@ -428,7 +428,7 @@ class _Layout:
         is_judged_R = g.greater(g.largest(start_B1, axis=0), index_R)
         num_places = g.add(g.largest(self.index_like(zero_M), axis=0), one)
         self._place_R = g.select(is_judged_R, row_R, num_places)
-        self._is_judged_R, self._zero_M1 = is_judged_R, g.concat([zero_M, zero], axis=0)
+        self._zero_M1 = g.concat([zero_M, zero], axis=0)
         known_R = g.select(is_judged_R, row_R, g.mul(row_R, zero))
         self.drafted_R = g.gather(drafted_M, known_R)
         self._judged_BJ = self.by_column(g.add(g.mul(index_R, zero), one))

@@ -197,8 +197,9 @@ class DecodeBatch:
         if self.conditioned and out.features_BTF is not None:
             self._put_features(range(len(self.rows)), out.features_BTF)
         verdicts = self._verdicts(out, judged, judged_at)
-        decided = zip(self.rows, judged, verdicts.num_kept_B.tolist(), verdicts.next_token_B.tolist(), strict=True)
-        return [self._commit(*each) for each in decided]
+        kept, following = verdicts.num_kept_B.tolist(), verdicts.next_token_B.tolist()
+        _check_drawn(following)
+        return [self._commit(*each) for each in zip(self.rows, judged, kept, following, strict=True)]
 
     def remove(self, row: int, moved: int) -> None:
         """Ends a row: row `moved`, the last one, takes its place."""
@@ -296,7 +297,9 @@ class DecodeBatch:
 
     def _drawn(self, prob_RV: Tensor, rows: Sequence[int]) -> Tensor:
         uniform_R = torch.tensor([self.rows[b].uniform() for b in rows]).to(prob_RV.device)
-        return _checked(on(prob_RV.device).draw(prob_RV, uniform_R))
+        token_R = on(prob_RV.device).draw(prob_RV, uniform_R)
+        _check_drawn(token_R.tolist())
+        return token_R
 
     def _keep_draft_prob(self, prob_RV: Tensor, ids_V: Tensor | None, at: Sequence[tuple[int, int]]) -> None:
         vocab = self._vocab_size
@@ -331,7 +334,7 @@ class DecodeBatch:
         for b, row in enumerate(self.rows):
             uniform_BK[b, : row.num_pending] = torch.tensor([row.uniform() for _ in range(row.num_pending)])
         next_uniform_B = torch.tensor([row.uniform() for row in self.rows]).to(device)
-        verdicts = on(device).verify_sampled(
+        return on(device).verify_sampled(
             prob_RV,
             draft_prob_BKV,
             rows.row_R,
@@ -340,8 +343,6 @@ class DecodeBatch:
             uniform_BK.to(device),
             next_uniform_B,
         )
-        _checked(verdicts.next_token_B)
-        return verdicts
 
     def _all_greedy(self) -> bool:
         return all(row.params.greedy for row in self.rows)
@@ -396,13 +397,12 @@ class DecodeBatch:
         return gained
 
 
-def _checked(token_R: Tensor) -> Tensor:
+def _check_drawn(tokens: Sequence[int]) -> None:
     """Raises EngineError where a distribution gave no token any probability."""
-    if bool((token_R < 0).any()):
+    if min(tokens) < 0:
         raise EngineError(
             "an engine gave logits that are not numbers: its weights are damaged, or their type too narrow"
         )
-    return token_R
 
 
 def _window(tokens: Sequence[int], start: int, width: int) -> list[int]:
