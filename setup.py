@@ -17,9 +17,11 @@ EXTRAS = {
     "kernels": [*TORCH, "triton"],
     # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
     "engines": [*TORCH, *TOKENIZER, "nvidia-modelopt==0.47.0", "tensorrt-rtx-cu13==1.7.1.116"],
+    # tritonserver with its Python backend, watched over; and the OpenAI API before it.
+    "serve": [*TORCH, *TOKENIZER, "nvidia-pytriton==0.7.0", "tritonclient[grpc]", "psutil", "fastapi", "uvicorn"],
     "plot": ["matplotlib"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
-    "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "tensorrt-cu13-bindings==11.4.0.106"],
+    "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "openai", "tensorrt-cu13-bindings==11.4.0.106"],
 }
 
 setup(
@@ -31,16 +33,28 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
-    packages=["ssv.builder", "ssv.builder.presets", "ssv.runtime", "ssv.runtime.strategies", "ssv.plugins"],
+    packages=[
+        "ssv.builder",
+        "ssv.builder.presets",
+        "ssv.runtime",
+        "ssv.runtime.strategies",
+        "ssv.plugins",
+        "ssv.triton_repo",
+        "ssv.client",
+    ],
     package_dir={
         "ssv.builder": "builder",
         "ssv.runtime": "runtime",
         "ssv.plugins": "plugins",
+        "ssv.triton_repo": "triton_repo",
+        "ssv.client": "client",
     },
     package_data={
         "ssv.builder": ["py.typed", "presets/**/*"],
         "ssv.runtime": ["py.typed"],
         "ssv.plugins": ["py.typed"],
+        "ssv.triton_repo": ["py.typed", "*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
+        "ssv.client": ["py.typed"],
     },
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
     ext_modules=[
@@ -57,7 +71,8 @@ setup(
     entry_points={
         "console_scripts": [
             "ssv-build = ssv.builder.cli:main",
-            "ssv-generate = ssv.runtime.cli:main",
+            "ssv-generate = ssv.client.cli:main",
+            "ssv-serve = ssv.triton_repo.serve:main",
             "ssv-bench = ssv.runtime.bench:main",
         ]
     },

@@ -9,7 +9,7 @@
  * the last bit whether it is decoded alone or verified among others.
  *
  * Pointers arrive as integers (tensor.data_ptr()); the caller owns the memory and has checked shapes and lengths.
- * All tensors are contiguous, rows first, and fp32 but for the positions, which are int32. M rows of the step.
+ * All tensors are contiguous, rows first, and fp32 but for positions and counts, which are int32. M rows of the step.
  * Compiled with -ffast-math (vector expf), never linked with it (that would flush subnormals in the whole process).
  */
 #define PY_SSIZE_T_CLEAN
@@ -23,10 +23,17 @@
 #define MULTIVERSION
 #endif
 
+/* A helper that the compiler leaves on its own would not be cloned with its caller, and have the oldest processor's instructions. */
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
 /* 7 bits, centred: the AVX2 int8 product adds pairs of u8 * s8 in 16 bits, which 8-bit activations would saturate. */
 #define LEVELS 63.0f
 
-static inline float largest_magnitude(const float *x, long n) {
+INLINE float largest_magnitude(const float *x, long n) {
     float largest = 0.0f;
     for (long i = 0; i < n; i++) {
         float magnitude = fabsf(x[i]);
@@ -36,7 +43,7 @@ static inline float largest_magnitude(const float *x, long n) {
 }
 
 /* Scales a row so that its largest magnitude is LEVELS; returns what undoes it. */
-static inline float scale_to_levels(float *x, long n) {
+INLINE float scale_to_levels(float *x, long n) {
     float largest = largest_magnitude(x, n);
     if (largest == 0.0f) return 0.0f;
     float factor = LEVELS / largest;
@@ -150,7 +157,7 @@ static void gated_rows(const float *product, const float *product_scale, const f
 }
 
 /* One head of one token: RMSNorm if there is a weight, then rotation of pairs half a head apart. */
-static inline void norm_and_rotate(const float *in, float scale, const float *bias, const float *norm, float eps,
+INLINE void norm_and_rotate(const float *in, float scale, const float *bias, const float *norm, float eps,
                                    const float *cosine, const float *sine, float *out, long dim) {
     float head[dim];
     for (long d = 0; d < dim; d++) head[d] = in[d] * scale + (bias ? bias[d] : 0.0f);
@@ -168,20 +175,20 @@ static inline void norm_and_rotate(const float *in, float scale, const float *bi
 }
 
 typedef struct {
-    long batch, tokens, heads, kv_heads, dim, length; /* length: S, positions a cache row holds */
+    long batch, heads, kv_heads, dim, length; /* length: S, positions a cache row holds */
 } Shape;
 
 /* Splits the scaled qkv product into heads, rotates queries and keys, stores keys and values into the cache.
- * cosine, sine: [length, dim / 2], by position; keys, values: [batch, kv_heads, length, dim]; queries out: [batch,
- * tokens, heads, dim]. */
+ * counts: tokens of each row, one row after the other; cosine, sine: [length, dim / 2], by position; keys, values: [batch,
+ * kv_heads, length, dim]; queries out: [rows, heads, dim]. */
 MULTIVERSION
 static void store_rows(const float *qkv, const float *qkv_scale, const float *bias, const float *q_norm,
                        const float *k_norm, float eps, const float *cosine, const float *sine, float *queries,
-                       float *keys, float *values, const int32_t *position, const Shape *s) {
-    long width = (s->heads + 2 * s->kv_heads) * s->dim, half = s->dim / 2;
+                       float *keys, float *values, const int32_t *position, const int32_t *counts, const Shape *s) {
+    long width = (s->heads + 2 * s->kv_heads) * s->dim, half = s->dim / 2, m = 0;
     for (long b = 0; b < s->batch; b++) {
-        for (long t = 0; t < s->tokens; t++) {
-            long m = b * s->tokens + t, at = position[b] + t;
+        for (long t = 0; t < counts[b]; t++, m++) {
+            long at = position[b] + t;
             const float *row = qkv + m * width, *c = cosine + at * half, *sn = sine + at * half;
             for (long n = 0; n < s->heads; n++)
                 norm_and_rotate(row + n * s->dim, qkv_scale[m], bias ? bias + n * s->dim : NULL, q_norm, eps, c, sn,
@@ -211,7 +218,7 @@ typedef int Lanes __attribute__((vector_size(32)));
 #endif
 
 /* Sums of the lanes of four vectors, each step halving two of them into one. */
-static inline void sum_lanes(const Eight *s, float factor, float *out) {
+INLINE void sum_lanes(const Eight *s, float factor, float *out) {
     Eight a = LANES(s[0], s[1], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[0], s[1], 2, 10, 3, 11, 6, 14, 7, 15);
     Eight b = LANES(s[2], s[3], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[2], s[3], 2, 10, 3, 11, 6, 14, 7, 15);
     Eight c = LANES(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + LANES(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
@@ -219,7 +226,7 @@ static inline void sum_lanes(const Eight *s, float factor, float *out) {
 }
 
 /* weights[j] = query . key j * root, for all keys seen. */
-static inline void dot_keys(const float *query, const float *key, float root, float *weights, long seen, long dim) {
+INLINE void dot_keys(const float *query, const float *key, float root, float *weights, long seen, long dim) {
     long j = 0, d, whole = dim - dim % EIGHT;
     for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
         const float *k0 = key + j * dim, *k1 = k0 + dim, *k2 = k1 + dim, *k3 = k2 + dim;
@@ -248,7 +255,7 @@ static inline void dot_keys(const float *query, const float *key, float root, fl
 }
 
 /* out = weighted sum of the values seen * factor. */
-static inline void mix_values(const float *weights, const float *value, float factor, float *out, long seen, long dim) {
+INLINE void mix_values(const float *weights, const float *value, float factor, float *out, long seen, long dim) {
     long d = 0;
     for (; d + 8 * EIGHT <= dim; d += 8 * EIGHT) { /* as many sums as registers hold */
         Eight s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0};
@@ -278,12 +285,12 @@ static inline void mix_values(const float *weights, const float *value, float fa
  * weights: room for [heads / kv_heads, length]. */
 MULTIVERSION
 static void attend_rows(const float *queries, const float *keys, const float *values, const int32_t *position,
-                        float *weights, float *out, float *out_scale, const Shape *s) {
-    long groups = s->heads / s->kv_heads, dim = s->dim;
+                        const int32_t *counts, float *weights, float *out, float *out_scale, const Shape *s) {
+    long groups = s->heads / s->kv_heads, dim = s->dim, m = 0;
     float root = 1.0f / sqrtf((float)dim);
     for (long b = 0; b < s->batch; b++) {
-        for (long t = 0; t < s->tokens; t++) {
-            long m = b * s->tokens + t, seen = position[b] + t + 1;
+        for (long t = 0; t < counts[b]; t++, m++) {
+            long seen = position[b] + t + 1;
             for (long k = 0; k < s->kv_heads; k++) {
                 long base = (b * s->kv_heads + k) * s->length * dim, first = (m * s->heads + k * groups) * dim;
                 /* All heads over the keys, then all over the values: each is read from afar once. */
@@ -379,11 +386,11 @@ static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t 
     Args a;
     double eps;
     if (read_float_and_args(objects, given, 20, &eps, &a)) return NULL;
-    Shape shape = {a.number[14], a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]};
+    Shape shape = {a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]};
     store_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
-               a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], &shape);
+               a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], a.pointer[11], &shape);
     attend_rows(a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], a.pointer[11], a.pointer[12], a.pointer[13],
-                &shape);
+                a.pointer[14], &shape);
     Py_RETURN_NONE;
 }
 
@@ -394,8 +401,8 @@ static PyMethodDef methods[] = {
     {"gated", (PyCFunction)(void (*)(void))py_gated, METH_FASTCALL,
      "gated(product, product_scale, bias, out, out_scale, rows, inner)"},
     {"attend", (PyCFunction)(void (*)(void))py_attend, METH_FASTCALL,
-     "attend(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, position, weights, out, "
-     "out_scale, batch, tokens, heads, kv_heads, dim, length)"},
+     "attend(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, position, counts, weights, out, "
+     "out_scale, batch, heads, kv_heads, dim, length)"},
     {"join", (PyCFunction)(void (*)(void))py_join, METH_FASTCALL,
      "join(eps, embedded, features, embed_weight, feature_weight, out, out_scale, rows, hidden)"},
     {"score", (PyCFunction)(void (*)(void))py_score, METH_FASTCALL,

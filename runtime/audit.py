@@ -25,12 +25,38 @@ class Audit:
     margin: int
 
 
+class RunningAudit:
+    """An audit of one output, a chunk at a time, in a cache row that nobody uses.
+
+    Attributes:
+        num_tokens: of the output.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], output_ids: Sequence[int], chunk: int) -> None:
+        self.num_tokens = len(output_ids)
+        self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins again, in whatever row comes next."""
+        self._done = self._strict = self._margin = 0
+
+    def step(self, target: Engine, row: int) -> Audit | None:
+        """Runs the next chunk, in the row of the one before; returns what was found when that was the last."""
+        start, stop = self._done, min(self._done + self._chunk, len(self._tokens) - 1)
+        rows_R = torch.arange(min(max(self._first, start), stop), stop)
+        at = torch.tensor([start], dtype=torch.int32)
+        out = target.step(self._tokens[None, start:stop], at, rows_R - start, first_row=row)
+        emitted_R1 = self._tokens[rows_R + 1, None].to(out.logits_RV.device)
+        gap_R = out.logits_RV.amax(dim=1) - out.logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
+        self._strict += int((gap_R > 0).sum())
+        self._margin += int((gap_R > 1).sum())
+        self._done = stop
+        return Audit(self._strict, self._margin) if stop == len(self._tokens) - 1 else None
+
+
 def audit(target: Engine, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Audit:
-    """Runs one full target pass over prompt and output (in cache row 0, which is overwritten)."""
-    tokens = torch.tensor([*prompt_ids, *output_ids])
-    first = len(prompt_ids) - 1
-    rows = torch.arange(first, first + len(output_ids))
-    logits_RV = target.step(tokens[None, :-1], torch.zeros(1, dtype=torch.int32), rows).logits_RV
-    emitted_R1 = tokens[len(prompt_ids) :, None].to(logits_RV.device)
-    gap_R = logits_RV.amax(dim=1) - logits_RV.gather(1, emitted_R1)[:, 0]
-    return Audit(strict=int((gap_R > 0).sum()), margin=int((gap_R > 1).sum()))
+    """Audits at once, in cache row 0, which is overwritten."""
+    found = RunningAudit(prompt_ids, output_ids, len(prompt_ids) + len(output_ids)).step(target, 0)
+    assert found is not None
+    return found

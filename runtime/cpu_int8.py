@@ -6,7 +6,7 @@ activation scales keep rows independent: verifying eight tokens gives bit for bi
 Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smooth_decoder` wins back most of
 what that costs in quality.
 
-Shapes: M tokens of the step (B rows x T tokens), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,
+Shapes: M tokens of the step (of all its B rows), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,
 D head dim, P rotated pairs (D / 2), S cache length, R gathered rows, V vocab, F features of the scorer.
 
 May import: ssv.builder.decoder, .draft, .scorer; ssv.runtime.engine.
@@ -164,6 +164,7 @@ class FusedInt8Layers:
         self,
         x_MH: Tensor,
         position_B: Tensor,
+        count_B: Tensor,
         keys_LBKSD: Tensor,
         values_LBKSD: Tensor,
         tapped_layers: tuple[int, ...] = (),
@@ -172,14 +173,13 @@ class FusedInt8Layers:
         """As `Decoder.run_layers`, over rows of a cache.
 
         Args:
-            x_MH: fp32, contiguous; overwritten.
-            position_B: int32, contiguous.
+            x_MH: fp32, contiguous; overwritten. The tokens of one row after those of the other, without padding.
+            position_B, count_B: int32, contiguous; where each row's tokens begin, and how many it has.
             keys_LBKSD, values_LBKSD: fp32, the step's rows of the cache, each layer's contiguous.
             joined: what is still to be added to `x_MH` (see `FusedJoin`).
         """
         spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
         num_tokens, batch = x_MH.shape[0], position_B.shape[0]
-        tokens = num_tokens // batch
         if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_GS.shape[1]:
             self._scratch = _Scratch(self.decoder, num_tokens, max_length)
         s = self._scratch
@@ -187,7 +187,7 @@ class FusedInt8Layers:
             x[:num_tokens] for x in (s.normed_MH, s.queries_MN, s.attended_MN, s.gated_MI)
         )
         scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
-        shape = (batch, tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
+        counts, shape = count_B.data_ptr(), (batch, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
         cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_GS.data_ptr()
         # Addresses of a layer's cache by arithmetic: slicing the tensors costs more than a stage does.
         keys, values = keys_LBKSD.data_ptr(), values_LBKSD.data_ptr()
@@ -211,7 +211,7 @@ class FusedInt8Layers:
             offset = index * layer_bytes
             _cpu.attend(
                 eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
-                queries_at, keys + offset, values + offset, position, weights, attended_at, product_scale, *shape,
+                queries_at, keys + offset, values + offset, position, counts, weights, attended_at, product_scale, *shape,
             )  # fmt: skip
             product, added_scale = layer.o(attended), product_scale
             _cpu.add_norm(

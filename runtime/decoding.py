@@ -6,7 +6,8 @@ code of each further tensor operation has to come from memory again.
 
 Shapes: B rows in use, T tokens of a step, K pending tokens, J = K + 1, R gathered rows, V vocab, F features.
 
-May import: ssv.builder.tiers; ssv.plugins.contract, .ops, .reference; ssv.runtime.engine, .request, .sampling, .stats, .verify.
+May import: ssv.builder.tiers; ssv.plugins.contract, .ops, .reference; ssv.runtime.engine, .prompt_cache, .request,
+.sampling, .stats, .verify.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ssv.plugins.contract import Verdicts
 from ssv.plugins.ops import on
 from ssv.plugins.reference import greedy_verdicts, most_likely
 from ssv.runtime.engine import Engine, EngineError, StepOutput
+from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.sampling import SamplingTensors, probabilities
 from ssv.runtime.stats import Counters
@@ -32,7 +34,8 @@ from ssv.runtime.verify import asks_for_pass, judged_rows, judged_tensors
 MAX_PENDING = 32
 """Most tokens that may be pending. Engines need this much cache beyond the longest sequence, for padding."""
 
-_PREFILL_CHUNK = 512
+PREFILL_CHUNK = 64
+"""Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
 
 
 @dataclass(slots=True)
@@ -79,25 +82,71 @@ class Row:
         return self.rng.random()
 
 
+@dataclass(frozen=True, slots=True)
+class PromptBlock:
+    """What a chunk of a prompt left in the caches.
+
+    Attributes:
+        target, draft: see `Engine.read_cache`; no draft of a row that does not draft.
+        last_feature_11F: of the chunk's last token, for a conditioned draft.
+    """
+
+    target: Tensor
+    draft: Tensor | None
+    last_feature_11F: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.target, self.draft, self.last_feature_11F)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A row whose prompt has been run up to `done`."""
+
+    row: Row
+    ids_1T: Tensor
+    done: int = 0
+    last_feature_11F: Tensor | None = None
+
+
 class DecodeBatch:
     """Rows over a target and, unless all are autoregressive, a draft.
+
+    A row joins behind the others: its prompt is run a chunk at a time, between their rounds.
 
     A conditioned draft's entry i joins token i + 1 with the features of token i, so its cache runs one token behind.
     """
 
-    def __init__(self, target: Engine, draft: Engine | None, eos_ids: Sequence[int], max_length: int) -> None:
+    def __init__(
+        self,
+        target: Engine,
+        draft: Engine | None,
+        eos_ids: Sequence[int],
+        max_length: int,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prompt_cache: PromptCache[PromptBlock] | None = None,
+    ) -> None:
+        """Args:
+        max_length: tokens of prompt and output together.
+        prefill_chunk: tokens of a prompt that `prefill` runs at a time.
+        prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
+        """
         if draft is not None and draft.max_batch < target.max_batch:
             raise EngineError(
                 f"the draft's cache has {draft.max_batch} rows, the target's {target.max_batch}: make them the same"
             )
         self.target, self.draft_engine = target, draft
-        self.max_length = max_length
+        self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self._eos_set = frozenset(eos_ids)
         self.conditioned = draft is not None and draft.num_features > 0
         self._draft_offset = 1 if self.conditioned else 0
         self._draft_eos = _positions_of(self.eos_ids, draft.token_ids_V) if draft is not None else self.eos_ids
         self.rows: list[Row] = []
+        self._joining: _Prefill | None = None
         # Allocated by the first sampled request: greedy decoding never needs whole distributions.
         self.draft_prob_BKV: Tensor | None = None
         self._vocab_size = 0
@@ -125,32 +174,55 @@ class DecodeBatch:
         if not policy.lossless and self.draft_engine is not None and not self.draft_engine.has_scorer:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 
-    def add(self, prompt_ids: Sequence[int], row: Row) -> int:
-        """Starts a row after the last one: runs its prompt, returns its first token."""
+    def begin(self, prompt_ids: Sequence[int], row: Row) -> None:
+        """Takes a row whose prompt `prefill` runs; no other may be on its way.
+
+        Raises:
+            RequestError: see `check`.
+        """
         self.check(prompt_ids, row.params, row.policy)
-        b, length = len(self.rows), len(prompt_ids)
-        self.rows.append(row)
+        assert self._joining is None, "one row joins at a time"
         row.tokens = list(prompt_ids)
-        ids_1T = torch.tensor([row.tokens])
+        row.counters.prompt_tokens = len(prompt_ids)
+        self._joining = _Prefill(row, torch.tensor([row.tokens]))
+        self._restore(self._joining)
+
+    def prefill(self) -> int | None:
+        """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
+        joining = self._joining
+        assert joining is not None
+        row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
         drafts = row.policy.max_pending > 0
-        for start in range(0, length, _PREFILL_CHUNK):
-            stop = min(start + _PREFILL_CHUNK, length)
-            out = self.target.step(
-                ids_1T[:, start:stop],
-                torch.tensor([start], dtype=torch.int32),
-                torch.tensor([stop - start - 1]),
-                features_out=drafts and self.conditioned,
-                first_row=b,
-            )
-            if drafts:
-                self._prefill_draft(b, ids_1T, start, stop, out.features_BTF)
+        start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
+        out = self.target.step(
+            joining.ids_1T[:, start:stop],
+            torch.tensor([start], dtype=torch.int32),
+            torch.tensor([stop - start - 1]),
+            features_out=drafts and self.conditioned,
+            first_row=b,
+        )
+        if drafts:
+            self._prefill_draft(joining, start, stop, out.features_BTF)
+        joining.done = stop
+        if stop - start == self.prefill_chunk:
+            self._keep(joining, start, stop)
+        if stop < length:
+            return None
+        self._joining = None
+        self.rows.append(row)
+        if joining.last_feature_11F is not None:
+            self._put_features([b], joining.last_feature_11F)
         self._vocab_size = out.logits_RV.shape[1]
         row.target_length = length
+        row.draft_length = length - self._draft_offset if drafts else 0
         first = self._choose_first(out.logits_RV, b)
         row.tokens.append(first)
-        row.counters.prompt_tokens = length
         row.last_commit = time.monotonic()
         return first
+
+    def abandon(self) -> None:
+        """Drops the row that joins."""
+        self._joining = None
 
     def draft(self) -> None:
         """Drafts in every row until it asks for a target pass."""
@@ -192,6 +264,7 @@ class DecodeBatch:
             torch.tensor([_window(row.tokens, row.target_length, width) for row in self.rows]),
             torch.tensor([row.target_length for row in self.rows], dtype=torch.int32),
             torch.tensor([b * width + j for b, j in judged_at]),
+            count_B=torch.tensor([row.num_pending + 1 for row in self.rows], dtype=torch.int32),
             features_out=self.conditioned and any(row.policy.max_pending for row in self.rows),
         )
         if self.conditioned and out.features_BTF is not None:
@@ -202,33 +275,71 @@ class DecodeBatch:
         return [self._commit(*each) for each in zip(self.rows, judged, kept, following, strict=True)]
 
     def remove(self, row: int, moved: int) -> None:
-        """Ends a row: row `moved`, the last one, takes its place."""
+        """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
         if row != moved:
             self.rows[row] = self.rows[moved]
-            self.target.move_row(moved, row, self.rows[row].target_length)
-            if self.draft_engine is not None:
-                self.draft_engine.move_row(moved, row, self.rows[row].draft_length)
+            self._move(moved, row, self.rows[row].target_length, self.rows[row].draft_length)
             if self._features_BTF is not None:
                 self._features_BTF[row] = self._features_BTF[moved]
         self.rows.pop()
+        if self._joining is not None:
+            done = self._joining.done
+            self._move(len(self.rows) + 1, len(self.rows), done, max(done - self._draft_offset, 0))
 
-    # --- drafting ---------------------------------------------------------------------------------------------------
+    def _move(self, source: int, dest: int, target_length: int, draft_length: int) -> None:
+        self.target.move_row(source, dest, target_length)
+        if self.draft_engine is not None:
+            self.draft_engine.move_row(source, dest, draft_length)
 
-    def _prefill_draft(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
-        # The last entry waits for the token that the target is about to choose (conditioned), or for the first draft step.
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def _prefill_draft(self, joining: _Prefill, start: int, stop: int, features_BTF: Tensor | None) -> None:
+        """Makes the draft's entries up to the one that waits for a token after the chunk."""
         assert self.draft_engine is not None
-        end = stop
+        first, last = self._draft_entries(start, stop)
         if self.conditioned:
             assert features_BTF is not None
-            if stop == ids_1T.shape[1]:
-                end -= 1
-                self._put_features([b], features_BTF[:, -1:])
-            features_BTF = features_BTF[:, : end - start]
-        if end > start:
-            ids = ids_1T[:, start + self._draft_offset : end + self._draft_offset]
+            held = joining.last_feature_11F
+            joining.last_feature_11F = features_BTF[:, -1:].clone()
+            features_BTF = features_BTF[:, :-1] if held is None else torch.cat((held, features_BTF[:, :-1]), dim=1)
+        if last > first:
+            ids = joining.ids_1T[:, first + self._draft_offset : last + self._draft_offset]
             no_rows = torch.empty(0, dtype=torch.long)
-            self.draft_engine.step(ids, torch.tensor([start], dtype=torch.int32), no_rows, features_BTF, first_row=b)
-        self.rows[b].draft_length = end
+            at = torch.tensor([first], dtype=torch.int32)
+            self.draft_engine.step(ids, at, no_rows, features_BTF, first_row=len(self.rows))
+
+    def _draft_entries(self, start: int, stop: int) -> tuple[int, int]:
+        """The draft's entries that tokens `start` to `stop` of a prompt complete."""
+        return max(start - self._draft_offset, 0), stop - self._draft_offset
+
+    def _restore(self, joining: _Prefill) -> None:
+        """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to give logits."""
+        if self.prompt_cache is None:
+            return
+        prompt, row, drafts = joining.row.tokens, len(self.rows), joining.row.policy.max_pending > 0
+        for block in self.prompt_cache.find(prompt[:-1], drafts):
+            stop = joining.done + self.prefill_chunk
+            self.target.write_cache(row, joining.done, block.target)
+            if drafts and block.draft is not None:
+                assert self.draft_engine is not None
+                self.draft_engine.write_cache(row, self._draft_entries(joining.done, stop)[0], block.draft)
+            joining.done, joining.last_feature_11F = stop, block.last_feature_11F
+        joining.row.counters.cached_tokens = joining.done
+
+    def _keep(self, joining: _Prefill, start: int, stop: int) -> None:
+        """Puts a chunk into the cache of prompts."""
+        drafts = joining.row.policy.max_pending > 0
+        if self.prompt_cache is None or not self.prompt_cache.wants(joining.row.tokens[:stop], drafts):
+            return
+        row = len(self.rows)
+        draft = None
+        if drafts:
+            assert self.draft_engine is not None
+            draft = self.draft_engine.read_cache(row, *self._draft_entries(start, stop))
+        block = PromptBlock(self.target.read_cache(row, start, stop), draft, joining.last_feature_11F)
+        self.prompt_cache.put(joining.row.tokens[:stop], drafts, block, block.num_bytes)
+
+    # --- drafting ---------------------------------------------------------------------------------------------------
 
     def _draft_step(self, drafting: Sequence[int]) -> StepOutput:
         """Feeds each drafting row what its draft has not seen yet; the others are padding."""
@@ -236,12 +347,16 @@ class DecodeBatch:
         starts = [row.draft_length for row in self.rows]
         counts = [len(self.rows[b].tokens) - self._draft_offset - starts[b] for b in drafting]
         width = max(counts)
+        all_counts = [0] * len(self.rows)
+        for b, count in zip(drafting, counts, strict=True):
+            all_counts[b] = count
         windows = [_window(row.tokens, row.draft_length + self._draft_offset, width) for row in self.rows]
         out = self.draft_engine.step(
             torch.tensor(windows),
             torch.tensor(starts, dtype=torch.int32),
             torch.tensor([b * width + count - 1 for b, count in zip(drafting, counts, strict=True)]),
             self._features_BTF[: len(self.rows), :width] if self._features_BTF is not None else None,
+            count_B=torch.tensor(all_counts, dtype=torch.int32),
         )
         for b, count in zip(drafting, counts, strict=True):
             self.rows[b].draft_length += count

@@ -63,6 +63,7 @@ class Engine(Protocol):
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
@@ -77,6 +78,7 @@ class Engine(Protocol):
             position_B: int32, tokens already in each row's cache.
             gather_rows_R: int64, rows of the flattened [B * T] hidden states that get logits.
             features_in_BTF: for a feature-conditioned draft.
+            count_B: int32, tokens of each row that are no padding, 0 to T; None where all rows have T. An engine may leave padding out.
             features_out: whether the features of all tokens are wanted, from a target that has a tap.
             first_row: cache row of the step's first row; the others follow it.
 
@@ -89,6 +91,14 @@ class Engine(Protocol):
         """Copies the first `length` positions of one cache row over another."""
         ...
 
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        """A copy of what a cache row holds of positions `start` to `stop`, in a form of the engine's own, on its device."""
+        ...
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        """Puts what `read_cache` gave into a row, from position `start` on."""
+        ...
+
 
 def check_step(
     engine: Engine,
@@ -96,6 +106,7 @@ def check_step(
     position_B: Tensor,
     gather_rows_R: Tensor,
     features_in_BTF: Tensor | None,
+    count_B: Tensor | None,
     first_row: int,
 ) -> None:
     """Raises EngineError for a step that the cache has no room for, that lacks its features, or whose indices point elsewhere:
@@ -109,6 +120,12 @@ def check_step(
         raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {positions}")
     if gathered and not 0 <= min(gathered) <= max(gathered) < batch * tokens:
         raise EngineError(f"gather_rows {gathered} lie outside the step's {batch * tokens} rows")
+    if count_B is not None:
+        counts = count_B.tolist()
+        if count_B.shape != (batch,) or count_B.dtype != torch.int32 or not 0 <= min(counts) <= max(counts) <= tokens:
+            raise EngineError(f"count must be int32, 0 to {tokens} for each of {batch} rows, got {count_B.dtype} {counts}")
+        if padding := [row for row in gathered if row % tokens >= counts[row // tokens]]:
+            raise EngineError(f"gather_rows {padding} are padding: the rows have {counts} tokens of {tokens}")
     last_position = max(positions)
     if first_row < 0:
         raise EngineError(f"first_row {first_row} is negative")

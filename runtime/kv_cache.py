@@ -34,6 +34,15 @@ class KVCache:
         for cache in (self.keys, self.values):
             cache[:, dest, :, :length] = cache[:, source, :, :length]
 
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        """A copy of positions `start` to `stop` of a row, [2, L, K, stop - start, D]."""
+        return torch.stack([cache[:, row, :, start:stop] for cache in (self.keys, self.values)])
+
+    def write(self, row: int, start: int, held_2LKMD: Tensor) -> None:
+        """Puts what `read` gave into a row, from position `start` on."""
+        for cache, held in zip((self.keys, self.values), held_2LKMD, strict=True):
+            cache[:, row, :, start : start + held.shape[2]] = held
+
 
 class CachedAttend:
     """Attention of one step over the cache: `ssv.builder.decoder.Attend`."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ssv.runtime.stats import Counters
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 class RequestError(ValueError):
@@ -80,12 +80,15 @@ class Request:
     Attributes:
         prompt_ids: token ids, at least one.
         method: one of `ssv.runtime.strategies.METHODS`.
+        num_draft_tokens: of `speculative`.
+        deadline: time.monotonic() at which the request ends with what it has; None for none.
     """
 
     prompt_ids: tuple[int, ...]
     method: str
     params: SamplingParams = field(default_factory=SamplingParams)
     num_draft_tokens: int = 5
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +99,15 @@ class Chunk:
         index: of the request among those given.
         text: new text, never half a character.
         token_ids: new tokens.
+        counters: of the whole request so far.
         finish_reason: set in the last chunk of a request.
-        counters: of the whole request, in its last chunk.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    counters: Counters
     finish_reason: FinishReason | None = None
-    counters: Counters | None = None
 
 
 @dataclass(frozen=True, slots=True)

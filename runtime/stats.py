@@ -15,6 +15,7 @@ class Counters:
     Attributes:
         requests: how many these counts are of.
         prompt_tokens: length of the prompts.
+        cached_tokens: of the prompts, those whose keys and values were there from a request before.
         emitted: output tokens.
         drafted: tokens proposed by the draft.
         judged: drafted tokens that the target judged.
@@ -23,12 +24,13 @@ class Counters:
         rolled_back: drafted tokens that were dropped.
         target_passes: target steps after the prompt's.
         target_tokens: tokens that went through those steps.
-        first_token_s: seconds from the start to the first token (TTFT).
-        total_s: seconds from the start to the last token.
+        first_token_s: seconds from submission to the first token (TTFT).
+        total_s: seconds from submission to the last token.
     """
 
     requests: int = 1
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     emitted: int = 0
     drafted: int = 0
     judged: int = 0

@@ -88,11 +88,12 @@ class TensorRTEngine:
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
         """See `Engine.step`. TensorRT ignores writes beyond the cache in silence: `check_step` refuses them before."""
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
         if features_out and not self._has_features_out:
             raise EngineError("features_out: this engine was compiled without the tap of a conditioned draft")
         tokens = input_ids_BT.shape[1]
@@ -106,6 +107,14 @@ class TensorRTEngine:
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
         self.cache.move_row(source, dest, length)
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        """See `Engine.read_cache`."""
+        return self.cache.read(row, start, stop)
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        """See `Engine.write_cache`."""
+        self.cache.write(row, start, held)
 
     def _pieces(self, batch: int, tokens: int, gather_rows_R: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Cuts a step into runs: their first and last token, the rows they gather, and where these stand among the step's.

@@ -5,6 +5,7 @@ May import: nothing else of ssv.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 _HALF_CHARACTER = "\ufffd"
@@ -79,3 +80,50 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class StreamError(RuntimeError):
+    """A piece of a stream whose beginning is not known here; the message says what to do."""
+
+
+class Detokenizer:
+    """The texts of many streams, whose pieces come in their order, each stream's with a key.
+
+    Streams that break off without a last piece are forgotten once `max_streams` others have come after them.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], max_streams: int) -> None:
+        self._decode, self._max_streams = decode, max_streams
+        self._streams: OrderedDict[str, tuple[TextStream, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def push(self, key: str, number: int, token_ids: Sequence[int], stop: Sequence[str], is_last: bool) -> str:
+        """Text that can leave after this piece.
+
+        Args:
+            number: of the piece in its stream, from 0.
+            stop: strings that end the stream's text, which does not include them; the same in every piece.
+
+        Raises:
+            StreamError: pieces before it are missing.
+        """
+        if number == 0:
+            self._streams[key] = (TextStream(self._decode, stop), 0)
+            while len(self._streams) > self._max_streams:
+                self._streams.popitem(last=False)
+        stream, expected = self._streams.pop(key, (None, -1))
+        if stream is None or number != expected:
+            raise StreamError("the server has lost the beginning of this answer, as it was restarted: ask again")
+        text = ""
+        if stop:
+            for token in token_ids:
+                if not stream.stopped:
+                    text += stream.push(token)
+        elif token_ids:
+            text = stream.push(*token_ids)
+        if is_last:
+            return text + stream.flush()
+        self._streams[key] = (stream, number + 1)
+        return text

@@ -77,12 +77,12 @@ class TorchEngine:
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
         """See `Engine.step`. Positions and gathered rows are on the CPU: checking them must not wait for the device."""
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
-        position_B = position_B.contiguous()
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
         if features_out and self.tap is None:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
         batch, tokens = input_ids_BT.shape
@@ -90,19 +90,37 @@ class TorchEngine:
         keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
         tap = self.tap if features_out else None
         tapped_layers = tap.layers if tap is not None else ()
-        x_MH, joined = self._embed(input_ids_BT.to(self.device).flatten(), features_in_BTF)
+        ids_M = input_ids_BT.to(self.device).flatten()
+        features_MF = None if features_in_BTF is None else features_in_BTF.to(self.device, self.dtype).flatten(0, 1)
+        kept_M = None
         if self.fused is not None:
-            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, position_B, keys, values, tapped_layers, joined)
+            if count_B is None:
+                count_B = torch.full((batch,), tokens, dtype=torch.int32)
+            elif (kept_M := _without_padding(count_B, tokens)) is not None:
+                ids_M = ids_M[kept_M]
+                features_MF = None if features_MF is None else features_MF[kept_M]
+                gather_rows_R = torch.searchsorted(kept_M, gather_rows_R)
+            x_MH, joined = self._embed(ids_M, features_MF)
+            hidden_MH, tapped_MX = self.fused.run_layers(
+                x_MH, position_B.contiguous(), count_B.contiguous(), keys, values, tapped_layers, joined
+            )
         else:
+            x_MH, joined = self._embed(ids_M, features_MF)
             position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
             attend = CachedAttend(keys, values, position_BT, int(position_B.max()) + tokens)
             hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
         hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
         token_R, reject_prob_R = self._scored(hidden_RH, logits_RV)
+        features_BTF = None
+        if tap is not None:
+            features_MF = tap.project(tapped_MX)
+            if kept_M is not None:
+                features_MF = features_MF.new_zeros(batch * tokens, features_MF.shape[1]).index_copy_(0, kept_M, features_MF)
+            features_BTF = features_MF.view(batch, tokens, -1)
         return StepOutput(
             hidden_RH=hidden_RH,
             logits_RV=logits_RV,
-            features_BTF=tap.project(tapped_MX).view(batch, tokens, -1) if tap is not None else None,
+            features_BTF=features_BTF,
             reject_prob_R=reject_prob_R,
             token_R=token_R,
         )
@@ -129,12 +147,11 @@ class TorchEngine:
         token_R = found.token_R.long() if self.token_ids_V is None else self.token_ids_V[found.token_R]
         return token_R, found.reject_prob_R
 
-    def _embed(self, input_ids_M: Tensor, features_in_BTF: Tensor | None) -> tuple[Tensor, Scaled | None]:
+    def _embed(self, input_ids_M: Tensor, features_MF: Tensor | None) -> tuple[Tensor, Scaled | None]:
         """What goes into the first layer, and what that layer has still to add to it."""
         x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
-        if self.draft is None or features_in_BTF is None:
+        if self.draft is None or features_MF is None:
             return x_MH, None
-        features_MF = features_in_BTF.to(self.device, self.dtype).flatten(0, 1)
         if self._fused_join is None:
             return self.draft.join_features(x_MH, features_MF), None
         # A copy: the layers work in place, and these are the caller's.
@@ -144,6 +161,14 @@ class TorchEngine:
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
         self.cache.move_row(source, dest, length)
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        """See `Engine.read_cache`."""
+        return self.cache.read(row, start, stop)
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        """See `Engine.write_cache`."""
+        self.cache.write(row, start, held)
 
 
 def target_engine(
@@ -234,6 +259,14 @@ def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = ((high - low) / 15).clamp(min=1e-8)
     values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
     return values.view(outputs, inputs), scale, low
+
+
+def _without_padding(count_B: Tensor, tokens: int) -> Tensor | None:
+    """Which of the step's [B * T] tokens are no padding, int64 in their order; None where all are."""
+    counts = count_B.tolist()
+    if min(counts) == tokens:
+        return None
+    return torch.tensor([b * tokens + t for b, count in enumerate(counts) for t in range(count)], dtype=torch.long)
 
 
 M = TypeVar("M", Decoder, Draft, FeatureTap)

@@ -1,11 +1,14 @@
-"""Steps that every engine must answer alike."""
+"""Steps that every engine must answer alike, and rows brought to decode."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from tiny import tiny_ids
 from torch import Tensor
 
+from ssv.runtime.decoding import DecodeBatch, Row
 from ssv.runtime.engine import Engine, StepOutput
 
 
@@ -40,3 +43,11 @@ def names(features_out: bool = False) -> tuple[str, ...]:
 def flat(outputs: list[StepOutput], name: str) -> Tensor:
     """One output of several steps, one after another, as one vector."""
     return torch.cat([getattr(out, name).flatten() for out in outputs])
+
+
+def start(batch: DecodeBatch, prompt_ids: Sequence[int], row: Row) -> int:
+    """Runs the whole prompt of a row; returns its first token."""
+    batch.begin(prompt_ids, row)
+    while (first := batch.prefill()) is None:
+        pass
+    return first

@@ -45,14 +45,22 @@ class _TokenCache:
         self.calls: list[StepRecord] = []
 
     def write(
-        self, input_ids_BT: Tensor, position_B: Tensor, gather_rows_R: Tensor, first_row: int
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        count_B: Tensor | None,
+        first_row: int,
     ) -> tuple[Tensor, Tensor]:
-        """Stores a step's tokens; returns row and position of the gathered ones."""
+        """Stores a step's tokens; returns row and position of the gathered ones. Padding is noise: nothing may read it."""
         dtypes = (input_ids_BT.dtype, position_B.dtype, gather_rows_R.dtype)
         if dtypes != (torch.int64, torch.int32, torch.int64):
             raise EngineError(f"input_ids, position, gather_rows have dtypes {dtypes}")
         batch, tokens = input_ids_BT.shape
         at_BT = position_B.long()[:, None] + torch.arange(tokens)
+        if count_B is not None:
+            is_padding_BT = torch.arange(tokens) >= count_B[:, None]
+            input_ids_BT = input_ids_BT.masked_fill(is_padding_BT, self.unwritten)
         self.tokens_BS[first_row : first_row + batch].scatter_(1, at_BT, input_ids_BT)
         row_R, at_R = first_row + gather_rows_R // tokens, at_BT.flatten()[gather_rows_R]
         gathered = tuple(zip(row_R.tolist(), at_R.tolist(), strict=True))
@@ -115,14 +123,15 @@ class FakeTarget:
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
         if features_out and not self.tap:
             raise EngineError("features_out: this engine was made without a tap")
         batch, tokens = input_ids_BT.shape
-        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, first_row)
+        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, count_B, first_row)
         self.steps_B[first_row : first_row + batch] += 1
         self.cache.check_written(row_R, at_R)
         row_B = torch.arange(first_row, first_row + batch)
@@ -137,6 +146,12 @@ class FakeTarget:
     def move_row(self, source: int, dest: int, length: int) -> None:
         self.cache.move_row(source, dest, length)
         self.steps_B[dest] = self.steps_B[source]
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        return self.cache.tokens_BS[row, start:stop].clone()
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        self.cache.tokens_BS[row, start : start + len(held)] = held
 
     def state(self, tokens: Sequence[int]) -> int:
         """Row of the table that gives the token after these."""
@@ -210,12 +225,13 @@ class FakeDraft:
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, first_row)
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
         assert not features_out, "a draft has no features to give"
-        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, first_row)
+        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, count_B, first_row)
         if features_in_BTF is not None:
             self._keep_features(features_in_BTF, position_B, first_row)
         if not len(row_R):  # filling the cache
@@ -233,6 +249,16 @@ class FakeDraft:
         self.cache.move_row(source, dest, length)
         self.features_BSF[dest, :length] = self.features_BSF[source, :length]
         self.written_BS[dest, :length] = self.written_BS[source, :length]
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        return torch.cat(
+            (self.cache.tokens_BS[row, start:stop, None], self.features_BSF[row, start:stop].long()), dim=1
+        )
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        at = slice(start, start + len(held))
+        self.cache.tokens_BS[row, at], self.features_BSF[row, at] = held[:, 0], held[:, 1:].float()
+        self.written_BS[row, at] = self.target.steps_B[row]
 
     def predict(self, state_R: Tensor, predicted_R: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the head and reject_prob for tokens at positions `predicted_R`."""

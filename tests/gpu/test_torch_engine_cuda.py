@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drive import drive, flat, names
+from drive import drive, flat, names, start
 from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_spec, tiny_weights
 
@@ -78,7 +78,7 @@ def decoded(device: str, params: list[SamplingParams], policy: Policy) -> list[l
     target = target_engine(decoder, draft=draft, **settings)  # type: ignore[arg-type]
     batch = DecodeBatch(target, draft_engine(draft, scorer=scorer, **settings), [1], 64)  # type: ignore[arg-type]
     rows = [Row(each, policy, lambda ids: False, Counters()) for each in params]
-    outputs = [[batch.add([5, 6, 7 + b], row)] for b, row in enumerate(rows)]
+    outputs = [[start(batch, [5, 6, 7 + b], row)] for b, row in enumerate(rows)]
     for row in rows:
         row.counters.emitted = 1
     while max(map(len, outputs)) < 30:

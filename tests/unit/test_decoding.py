@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chi_square import p_value
+from drive import start
 from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
@@ -17,11 +18,13 @@ from ssv.builder.tiers import Policy
 from ssv.plugins.contract import Verdicts
 from ssv.plugins.reference import draw, verify_sampled
 from ssv.runtime import decoding
-from ssv.runtime.decoding import MAX_PENDING, DecodeBatch, Row
+from ssv.runtime.decoding import MAX_PENDING, PREFILL_CHUNK, DecodeBatch, Row
 from ssv.runtime.engine import EngineError, StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
+from ssv.runtime.strategies import policy_for
+from ssv.runtime.tokenizer import BundleTokenizer
 
 # Under the names of the tiers, so that one batch can mix them.
 LOSSLESS = {
@@ -57,6 +60,7 @@ def make_llm(
     max_length: int = 40,
     vocab_size: int = VOCAB_SIZE,
     eos_bias: float = 0.0,
+    prefill_chunk: int = PREFILL_CHUNK,
     **draft_options: Any,
 ) -> LLM:
     """Engines with just the room that `MAX_PENDING` promises to be enough."""
@@ -64,7 +68,15 @@ def make_llm(
     target = FakeTarget(seed=seed, tap=kind == "conditioned", eos_bias=eos_bias, **sizes)
     draft = FakeDraft(target, seed=seed + 1000, conditioned=kind == "conditioned", **draft_options) if kind else None
     tiers = LOSSLESS if tiers is None else tiers
-    return LLM(target, draft, FakeTokenizer(), eos_token_ids=[EOS], tiers=tiers, max_length=max_length)
+    return LLM(
+        target,
+        draft,
+        BundleTokenizer(FakeTokenizer()),
+        eos_token_ids=[EOS],
+        tiers=tiers,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+    )
 
 
 def target_of(llm: LLM) -> FakeTarget:
@@ -214,14 +226,15 @@ def test_draft_without_scorer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
-def test_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int) -> None:
-    monkeypatch.setattr(decoding, "_PREFILL_CHUNK", chunk)
-    prompts = [tuple(range(1, n + 1)) for n in (1, 2, 3, 5, 6, 10)]
-    llm = make_llm(kind=kind, agreement=1.0, max_batch=4)
+def test_prompt_in_chunks(kind: str, chunk: int) -> None:
+    prompts = [tuple(range(1, n + 1)) for n in (10, 1, 2, 3, 5, 6)]
+    llm = make_llm(kind=kind, agreement=1.0, max_batch=4, prefill_chunk=chunk)
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     for request, output in zip(prompts, run(llm, [Request(p, "speculative", params, 3) for p in prompts]), strict=True):
         assert visible(output) == reference(target_of(llm), request, params)
         assert output.counters.rolled_back == 0
+    sizes = [min(chunk, 10 - start) for start in range(0, 10, chunk)]
+    assert [call.tokens for call in target_of(llm).calls[: len(sizes)]] == sizes
 
 
 def tell_tokens(monkeypatch: pytest.MonkeyPatch, engine: type[FakeTarget | FakeDraft]) -> list[int]:
@@ -430,8 +443,8 @@ def test_engines_can_be_used_again(kind: str) -> None:
     """A second run over caches full of the first one's entries."""
     llm = make_llm(kind=kind, max_batch=3)
     params = SamplingParams(max_tokens=10)
-    for start in (0, 6, 12):
-        assert_lossless(llm, params, [prompt(start), prompt(start + 1)])
+    for first in (0, 6, 12):
+        assert_lossless(llm, params, [prompt(first), prompt(first + 1)])
 
 
 def test_conditioned_draft_when_the_batch_grows_by_a_row_without_draft() -> None:
@@ -460,7 +473,7 @@ def test_stream_gives_every_token_once() -> None:
         assert sum((chunk.token_ids for chunk in mine), ()) == output.token_ids
         assert "".join(chunk.text for chunk in mine) == output.text
         assert [chunk.finish_reason for chunk in mine] == [None] * (len(mine) - 1) + [output.finish_reason]
-        assert [chunk.counters is not None for chunk in mine] == [False] * (len(mine) - 1) + [True]
+        assert replace(mine[-1].counters, first_token_s=0.0, total_s=0.0) == costs(output)
         assert all(chunk.token_ids for chunk in mine)
 
 
@@ -657,7 +670,7 @@ def test_release_gives_a_trusted_prefix_before_the_pass(kind: str) -> None:
         twin = slow_twin(target, draft, prompt(seed), LOSSY["turbo"], 25)
         row = Row(SamplingParams(max_tokens=25), LOSSY["turbo"], lambda _: False, Counters())
         batch = DecodeBatch(target, draft, [EOS], llm.max_length)
-        tokens = [batch.add(prompt(seed), row)]
+        tokens = [start(batch, prompt(seed), row)]
         for expected in twin.releases:
             row.counters.emitted = len(tokens)
             batch.draft()
@@ -764,12 +777,25 @@ def exact_distribution(
 
 
 def sampled_p_value(llm: LLM, method: str, k: int, params: SamplingParams, count: int) -> float:
-    prompt_ids = (3,)
-    requests = [Request(prompt_ids, method, replace(params, seed=seed), k) for seed in range(count)]
+    """Of rows that all join before the first round: the loop lets one join a round, and would run few of them side by side."""
+    prompt_ids, policy = (3,), policy_for(method, llm.tiers, k)
     expected = exact_distribution(target_of(llm), prompt_ids, params)
     counts = dict.fromkeys(expected, 0)
-    for output in run(llm, requests):
-        counts[output.token_ids] += 1
+    for first in range(0, count, llm.target.max_batch):
+        batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length)
+        seeds = range(first, min(first + llm.target.max_batch, count))
+        rows = [Row(replace(params, seed=seed), policy, lambda _: False, Counters()) for seed in seeds]
+        outputs = [[start(batch, prompt_ids, row)] for row in rows]
+        while min(map(len, outputs)) < params.max_tokens:
+            for row, output in zip(rows, outputs, strict=True):
+                row.counters.emitted = len(output)
+            batch.draft()
+            for output, gained in zip(outputs, batch.verify(), strict=True):
+                output += gained
+        for output in outputs:
+            end = output.index(EOS) + 1 if EOS in output else len(output)
+            counts[tuple(output[: min(end, params.max_tokens)])] += 1
+    assert draft_of(llm).wrong_features == 0
     return p_value(list(counts.values()), list(expected.values()))
 
 

@@ -62,13 +62,21 @@ def step(
     gather: list[int] | None = None,
     features: Tensor | None = None,
     *,
+    counts: list[int] | None = None,
     features_out: bool = False,
     first_row: int = 0,
 ) -> StepOutput:
     """A step that gathers every row unless told otherwise."""
     gather_rows_R = torch.arange(ids_BT.numel()) if gather is None else torch.tensor(gather, dtype=torch.int64)
-    position_B = torch.tensor(positions, dtype=torch.int32)
-    return engine.step(ids_BT, position_B, gather_rows_R, features, features_out=features_out, first_row=first_row)
+    return engine.step(
+        ids_BT,
+        torch.tensor(positions, dtype=torch.int32),
+        gather_rows_R,
+        features,
+        count_B=None if counts is None else torch.tensor(counts, dtype=torch.int32),
+        features_out=features_out,
+        first_row=first_row,
+    )
 
 
 def run_chunks(engine: TorchEngine, ids_BT: Tensor, chunks: list[int], first_row: int = 0) -> Tensor:
@@ -198,6 +206,114 @@ def test_move_row(source: int, dest: int) -> None:
     assert relative_error(out.logits_RV, expected) < 1e-5
 
 
+def assert_same_cache(found: TorchEngine, expected: TorchEngine) -> None:
+    assert torch.equal(found.cache.keys, expected.cache.keys)
+    assert torch.equal(found.cache.values, expected.cache.values)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_reading_and_writing_the_cache_is_moving_a_row(precision: Precision) -> None:
+    """In pieces, one of them empty."""
+    engine, moved = (make_engine(tiny_decoder(), precision, max_batch=3) for _ in range(2))
+    for each in (engine, moved):
+        step(each, tiny_ids(3, 12), [0, 0, 0])
+    for start, stop in ((3, 8), (3, 3), (0, 3)):
+        engine.write_cache(0, start, engine.read_cache(2, start, stop))
+    moved.move_row(2, 0, 8)
+    assert_same_cache(engine, moved)
+    ids_BT = tiny_ids(1, 3, seed=5)
+    assert torch.equal(step(engine, ids_BT, [8]).logits_RV, step(moved, ids_BT, [8]).logits_RV)
+
+
+def test_what_was_read_outlives_its_row() -> None:
+    engine, moved = (make_engine(tiny_decoder(), max_batch=3) for _ in range(2))
+    for each in (engine, moved):
+        step(each, tiny_ids(3, 12), [0, 0, 0])
+    moved.move_row(1, 2, 9)
+    held = engine.read_cache(1, 0, 9)
+    for each in (engine, moved):
+        step(each, tiny_ids(1, 12, seed=5), [0], first_row=1)
+    engine.write_cache(2, 0, held)
+    assert_same_cache(engine, moved)
+
+
+# --- Padding --------------------------------------------------------------------------------------------------------
+
+
+def without_a_compiler(precision: Precision) -> TorchEngine:
+    return without_stages(make_engine(tiny_decoder(), precision, max_batch=4))
+
+
+def tapped_engine(precision: Precision) -> TorchEngine:
+    decoder = tiny_decoder(**BIASES)
+    return make_engine(decoder, precision, max_batch=4, draft=make_draft(decoder, "conditioned", (0, 1)))
+
+
+def scored_draft(kind: DraftKind, precision: Precision) -> TorchEngine:
+    weight_F = torch.randn(67, generator=torch.Generator().manual_seed(0)) / 5
+    return make_draft_engine(
+        make_draft(tiny_decoder(), kind, (0, 1)), precision, Scorer(weight_F, torch.tensor(0.3), True)
+    )
+
+
+RAGGED_ENGINES: dict[str, Callable[[], TorchEngine]] = {
+    "fp32": lambda: tapped_engine("fp32"),
+    "bf16": lambda: tapped_engine("bf16"),
+    "int4": lambda: tapped_engine("int4"),
+    "int8": lambda: tapped_engine("int8"),
+    "int8-no-compiler": lambda: without_a_compiler("int8"),
+    "fp32-conditioned": lambda: scored_draft("conditioned", "fp32"),
+    "int8-conditioned": lambda: scored_draft("conditioned", "int8"),
+    "int8-standalone": lambda: scored_draft("standalone", "int8"),
+}
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 2, 0], [5, 5, 5], [1, 1, 1], [0, 4, 1], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("make", RAGGED_ENGINES.values(), ids=RAGGED_ENGINES)
+def test_what_padding_is_told_changes_nothing(make: Callable[[], TorchEngine], counts: list[int]) -> None:
+    """To the last bit: outputs of the rows' own tokens, the cache up to them, and the step after. Fused stages leave padding out."""
+    padded, told, positions = make(), make(), [6, 4, 2]
+    features_BTF = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)) if padded.num_features else None
+    for engine in (padded, told):
+        step(engine, tiny_ids(4, 7), [0] * 4, features=None if features_BTF is None else features_BTF[:, :7])
+    before = told.cache.keys.clone()
+    given = None if features_BTF is None else features_BTF[1:, 2:7] * 2  # no copy: rows that do not lie side by side
+    own = [(b, t) for b, count in enumerate(counts) for t in range(count)]
+    gather = [5 * b + t for b, t in own[::-1] + own[:1]]
+    settings: dict[str, Any] = {"features": given, "features_out": padded.tap is not None, "first_row": 1}
+    expected = step(padded, tiny_ids(3, 5, seed=2), positions, gather, **settings)
+    found = step(told, tiny_ids(3, 5, seed=2), positions, gather, counts=counts, **settings)
+    for name in ("hidden_RH", "logits_RV", "reject_prob_R", "token_R"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+    if padded.tap is not None:
+        assert found.features_BTF is not None and expected.features_BTF is not None
+        assert found.features_BTF.shape == expected.features_BTF.shape
+        for b, t in own:
+            assert torch.equal(found.features_BTF[b, t], expected.features_BTF[b, t])
+    lengths = [position + count for position, count in zip(positions, counts, strict=True)]
+    for row, length in ((0, 7), *enumerate(lengths, start=1)):
+        assert torch.equal(told.cache.keys[:, row, :, :length], padded.cache.keys[:, row, :, :length])
+        assert torch.equal(told.cache.values[:, row, :, :length], padded.cache.values[:, row, :, :length])
+        if told.fused is not None:
+            assert torch.equal(told.cache.keys[:, row, :, length:], before[:, row, :, length:])
+    given = None if given is None else given[:, :1]
+    after = [step(engine, tiny_ids(3, 1, seed=3), lengths, features=given, first_row=1) for engine in (padded, told)]
+    assert torch.equal(after[1].logits_RV, after[0].logits_RV)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_padding_holds_is_not_seen(precision: Precision) -> None:
+    first, second = (make_engine(tiny_decoder(), precision) for _ in range(2))
+    ids_BT, counts = tiny_ids(2, 5), [2, 4]
+    other_BT = tiny_ids(2, 5, seed=9)
+    for b, count in enumerate(counts):
+        other_BT[b, :count] = ids_BT[b, :count]
+    gather = [0, 1, 5, 6, 7, 8]
+    expected = step(first, ids_BT, [0, 0], gather, counts=counts)
+    assert torch.equal(step(second, other_BT, [0, 0], gather, counts=counts).logits_RV, expected.logits_RV)
+
+
 # --- What cannot be -------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +355,39 @@ def test_indices_that_point_elsewhere(
     engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
     with pytest.raises(EngineError, match=named):
         engine.step(tiny_ids(2, 3), position, torch.tensor(gather), first_row=first_row)
+    assert not engine.cache.keys.any()
+
+
+OUT_OF_RANGE = "count must be int32, 0 to 3 for each of 2 rows, got torch"
+
+
+@pytest.mark.parametrize(
+    ("count", "gather", "named"),
+    [
+        (torch.tensor([1], dtype=torch.int32), [0], rf"{OUT_OF_RANGE}.int32 \[1\]"),
+        (torch.tensor([1, 1, 1], dtype=torch.int32), [0], OUT_OF_RANGE),
+        (torch.tensor([[1, 1]], dtype=torch.int32), [0], OUT_OF_RANGE),
+        (torch.tensor([], dtype=torch.int32), [], OUT_OF_RANGE),
+        (torch.tensor(1, dtype=torch.int32), [0], OUT_OF_RANGE),
+        (torch.tensor([1, 1]), [0], f"{OUT_OF_RANGE}.int64"),
+        (torch.tensor([1.0, 1.0]), [0], f"{OUT_OF_RANGE}.float32"),
+        (torch.tensor([1, -1], dtype=torch.int32), [0], OUT_OF_RANGE),
+        (torch.tensor([4, 1], dtype=torch.int32), [0], OUT_OF_RANGE),
+        (
+            torch.tensor([1, 3], dtype=torch.int32),
+            [0, 1, 2],
+            r"gather_rows \[1, 2\] are padding: .* \[1, 3\] tokens of 3",
+        ),
+        (torch.tensor([3, 0], dtype=torch.int32), [2, 3], r"gather_rows \[3\] are padding"),
+        (torch.tensor([3, 2], dtype=torch.int32), [5], r"gather_rows \[5\] are padding"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_counts_that_cannot_be(precision: Precision, count: Tensor, gather: list[int], named: str) -> None:
+    engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
+    position, gathered = torch.tensor([0, 0], dtype=torch.int32), torch.tensor(gather, dtype=torch.int64)
+    with pytest.raises(EngineError, match=named):
+        engine.step(tiny_ids(2, 3), position, gathered, count_B=count)
     assert not engine.cache.keys.any()
 
 

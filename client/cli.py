@@ -1,0 +1,115 @@
+"""ssv-generate: streams an answer to a prompt, from a bundle here or from a server.
+
+May import: ssv.builder.console; ssv.runtime.llm, .request, .strategies; ssv.client.triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssv.builder.console import add_device, add_engine, add_precision, run_command
+from ssv.runtime.request import Request, SamplingParams
+from ssv.runtime.strategies import METHODS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ssv-generate", description="Stream an answer to a prompt.")
+    parser.add_argument("prompt", help="the user's message; - reads it from stdin")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--bundle", type=Path, help="decode here")
+    where.add_argument("--url", help="ask a server: grpc://host:8001, or grpcs:// for TLS")
+    parser.add_argument("--method", default="premium", choices=METHODS, help="default: premium")
+    parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5); not with --url")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--min-tokens", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
+    parser.add_argument("--max-delay", type=float, metavar="S", help="verify what is pending after so many seconds; not with --url")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    parser.add_argument("--tls-ca", type=Path, help="PEM that the server's certificate is checked with (grpcs://)")
+    add_engine(parser)
+    add_precision(parser)
+    add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="no counts on stderr")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    params = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        min_tokens=args.min_tokens,
+        stop=tuple(args.stop),
+        max_delay=args.max_delay,
+    )
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    summary = _ask(args, prompt, params) if args.url else _decode(args, prompt, params)
+    print(flush=True)
+    if not args.quiet:
+        print(f"[{args.method}: {summary}]", file=sys.stderr)
+    return 0
+
+
+def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
+    from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
+
+    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device)
+    ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
+    for chunk in llm.stream([Request(ids, args.method, params, args.num_draft_tokens)]):
+        print(chunk.text, end="", flush=True)
+    c = chunk.counters
+    return (
+        f"{c.emitted} tokens, {c.emitted / c.total_s:.0f} tokens/s, first after {c.first_token_s * 1e3:.0f} ms; "
+        f"{c.target_passes} target passes, {c.drafted} drafted, {c.accepted} accepted, {c.trusted} trusted unseen; "
+        f"ended by {chunk.finish_reason}"
+    )
+
+
+def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
+    from ssv.client.triton import Client, Settings
+
+    unused = {"--engine": args.engine != "torch", "--precision": args.precision, "--device": args.device != "cpu"}
+    unused |= {"--max-delay": args.max_delay, "--num-draft-tokens": args.num_draft_tokens != 5}
+    if wrong := [name for name, is_given in unused.items() if is_given]:
+        raise ValueError(f"{', '.join(wrong)} cannot be set for a server, which has its own: give --bundle to decode here")
+    settings = Settings(
+        tier=args.method,
+        chat=not args.raw,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens or None,
+        temperature=params.temperature,
+        top_k=params.top_k or None,
+        top_p=params.top_p,
+        seed=params.seed,
+        stop=params.stop,
+    )
+    started, first, num_tokens = time.monotonic(), 0.0, 0
+    with Client(args.url, ca=args.tls_ca) as client:
+        for reply in client.stream(prompt, settings):
+            first = first or time.monotonic() - started
+            num_tokens += reply.num_output_tokens
+            print(reply.text, end="", flush=True)
+    return (
+        f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, first after {first * 1e3:.0f} ms; "
+        f"{reply.target_passes} target passes, {reply.accepted} of {reply.judged} judged accepted, "
+        f"{reply.unverified} trusted unseen; lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

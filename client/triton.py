@@ -1,0 +1,222 @@
+"""A client of the server's `ensemble` over gRPC.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+MODEL = "ensemble"
+
+# Without it errors of a stream lose their status on the way.
+_HEADERS = {"triton_grpc_error": "true"}
+
+
+class ServerError(RuntimeError):
+    """The server refused or failed, or is not there.
+
+    Attributes:
+        status: gRPC's, such as "UNAVAILABLE".
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of one request; None leaves a setting to the server.
+
+    Attributes:
+        tier: premium, balanced or turbo, or autoregressive or speculative, for comparison.
+        max_divergence: the fastest tier whose measured divergence stays below it, instead of `tier`.
+        chat: whether the prompt is a user's message, or a text to continue.
+        timeout: seconds after which the answer ends with what there is.
+    """
+
+    tier: str | None = None
+    max_divergence: float | None = None
+    chat: bool = True
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One response of a stream.
+
+    Attributes:
+        text: new text.
+        num_output_tokens: new tokens.
+        finish_reason: "" but for the last.
+        judged, accepted: drafted tokens that the target judged, and kept, so far; `unverified`: emitted ones that it never judged.
+        cached_tokens: of the prompt, those that had been computed before.
+    """
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    judged: int
+    accepted: int
+    unverified: int
+    target_passes: int
+    cached_tokens: int
+    tier: str
+    lossless: bool
+
+
+def request_inputs(
+    prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, stream: bool
+) -> list[grpcclient.InferInput]:
+    """The tensors of a request.
+
+    Args:
+        prompt: a text, or the messages of a conversation, each with "role" and "content".
+    """
+    is_text = isinstance(prompt, str)
+    values: list[tuple[str, str, Any]] = [
+        ("text_input", "BYTES", prompt if is_text else ""),
+        ("ssv_messages", "BYTES", None if is_text else json.dumps(list(prompt))),
+        ("ssv_chat", "BOOL", settings.chat if is_text else None),
+        ("stream", "BOOL", stream),
+        ("ssv_tier", "BYTES", settings.tier),
+        ("ssv_max_divergence", "FP32", settings.max_divergence),
+        ("max_tokens", "INT32", settings.max_tokens),
+        ("min_tokens", "INT32", settings.min_tokens),
+        ("temperature", "FP32", settings.temperature),
+        ("top_k", "INT32", settings.top_k),
+        ("top_p", "FP32", settings.top_p),
+        ("seed", "UINT64", settings.seed),
+        ("stop_words", "BYTES", list(settings.stop) or None),
+        ("ignore_eos", "BOOL", settings.ignore_eos),
+        ("ssv_timeout", "FP32", settings.timeout),
+    ]
+    return [_tensor(name, datatype, value) for name, datatype, value in values if value is not None]
+
+
+def read_reply(result: grpcclient.InferResult) -> Reply:
+    """A response's tensors."""
+
+    def value(name: str) -> Any:
+        return result.as_numpy(name).reshape(-1)[0]
+
+    return Reply(
+        text=value("text_output").decode(),
+        finish_reason=value("finish_reason").decode(),
+        num_input_tokens=int(value("num_input_tokens")),
+        num_output_tokens=int(value("num_output_tokens")),
+        judged=int(value("total_draft_tokens")),
+        accepted=int(value("total_accepted_draft_tokens")),
+        unverified=int(value("ssv_unverified_tokens")),
+        target_passes=int(value("ssv_target_passes")),
+        cached_tokens=int(value("ssv_cached_tokens")),
+        tier=value("ssv_tier_used").decode(),
+        lossless=bool(value("ssv_lossless")),
+    )
+
+
+def split_url(url: str) -> tuple[str, bool]:
+    """Address and whether TLS is spoken.
+
+    Raises:
+        ValueError: not grpc://host:port or grpcs://host:port.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or parts.port is None or parts.path.strip("/"):
+        raise ValueError(f"{url!r} is not the address of a server: give grpc://host:port, or grpcs://host:port for TLS")
+    return parts.netloc, parts.scheme == "grpcs"
+
+
+class Client:
+    """One stream at a time, over a connection of its own."""
+
+    def __init__(self, url: str, *, ca: Path | None = None) -> None:
+        """Args:
+            ca: PEM that the server's certificate is checked with; None for the system's.
+
+        Raises:
+            ValueError: see `split_url`.
+        """
+        self._url = url
+        address, secure = split_url(url)
+        self._client = grpcclient.InferenceServerClient(
+            address, ssl=secure, root_certificates=str(ca) if ca is not None else None
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
+        self._client.close()
+
+    def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str = "", stream: bool = True
+    ) -> Iterator[Reply]:
+        """Responses as they come; leaving the iteration cancels the request.
+
+        Args:
+            prompt: see `request_inputs`.
+            stream: False for one response, at the end.
+
+        Raises:
+            ServerError: the server refused, failed, or is not there.
+        """
+        replies: queue.Queue[grpcclient.InferResult | InferenceServerException] = queue.Queue()
+        try:
+            self._client.start_stream(lambda result, error: replies.put(error or result), headers=_HEADERS)
+            inputs = request_inputs(prompt, settings, stream=stream)
+            self._client.async_stream_infer(MODEL, inputs, request_id=request_id)
+            while True:
+                result = replies.get()
+                if isinstance(result, InferenceServerException):
+                    raise _server_error(result, self._url)
+                reply = read_reply(result)
+                yield reply
+                if reply.finish_reason:
+                    return
+        except InferenceServerException as error:
+            raise _server_error(error, self._url) from error
+        finally:
+            self._client.stop_stream(cancel_requests=True)
+
+
+def _server_error(error: InferenceServerException, url: str) -> ServerError:
+    status = (error.status() or "").removeprefix("StatusCode.")
+    message = error.message() or ""
+    if "failed to connect" in message or "Connection refused" in message:
+        message = f"no server answers at {url}: start one with `ssv-serve`"
+    return ServerError(message.removeprefix(f"in ensemble '{MODEL}', "), status)
+
+
+def _tensor(name: str, datatype: str, value: Any) -> grpcclient.InferInput:
+    kinds = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
+    values = value if isinstance(value, list) else [value]
+    if datatype == "BYTES":
+        values = [text.encode() for text in values]
+    tensor = grpcclient.InferInput(name, [1, len(values)], datatype)
+    tensor.set_data_from_numpy(np.array([values], dtype=kinds[datatype]))
+    return tensor

@@ -1,0 +1,83 @@
+"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch.
+
+May import: ssv.runtime.intake, .request, .stats.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssv.runtime.intake import Settings
+from ssv.runtime.request import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """All of a response but its text, and what its text has to be made with.
+
+    Attributes:
+        key: of the answer; `number`: of the piece in it, from 0.
+        token_ids: new since the piece before.
+        stop: strings that end the text.
+        fields: the other outputs of `ensemble`, by name.
+    """
+
+    key: str
+    number: int
+    token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    is_last: bool
+    fields: dict[str, Any]
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it has no response: it only gives `postprocessing` the occasion to learn that nobody waits any more."""
+        return not self.fields
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Piece:
+        given = json.loads(text)
+        return cls(**{**given, "token_ids": tuple(given["token_ids"]), "stop": tuple(given["stop"])})
+
+
+class Answer:
+    """The pieces of one request: one for each chunk, or a single one at the end."""
+
+    def __init__(self, key: str, settings: Settings, lossless: bool) -> None:
+        self._key, self._settings, self._lossless = key, settings, lossless
+        self._number = 0
+        self._held: list[int] = []
+
+    def probe(self) -> Piece:
+        """What to send when nothing has been sent for a while."""
+        return Piece(self._key, self._number, (), (), False, {})
+
+    def piece(self, chunk: Chunk) -> Piece | None:
+        """What to send after a chunk, if anything."""
+        self._held.extend(chunk.token_ids)
+        is_last = chunk.finish_reason is not None
+        if not (is_last or self._settings.stream):
+            return None
+        token_ids, self._held = tuple(self._held), []
+        counters = chunk.counters
+        fields = {
+            "finish_reason": chunk.finish_reason or "",
+            "num_input_tokens": counters.prompt_tokens,
+            "num_output_tokens": len(token_ids),
+            "acceptance_rate": counters.acceptance_rate,
+            "total_accepted_draft_tokens": counters.accepted,
+            "total_draft_tokens": counters.judged,
+            "ssv_tier_used": self._settings.method,
+            "ssv_lossless": self._lossless,
+            "ssv_unverified_tokens": counters.trusted,
+            "ssv_target_passes": counters.target_passes,
+            "ssv_cached_tokens": counters.cached_tokens,
+        }
+        piece = Piece(self._key, self._number, token_ids, self._settings.params.stop, is_last, fields)
+        self._number += 1
+        return piece

@@ -1,0 +1,53 @@
+"""Triton's view of `ssv.runtime.text.Detokenizer`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from ssv.runtime.control import ControlSender
+from ssv.runtime.pieces import Piece
+from ssv.runtime.server_config import ServerConfig
+from ssv.runtime.text import Detokenizer, StreamError
+from ssv.runtime.tokenizer import BundleTokenizer
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        config = ServerConfig.from_model_config(json.loads(args["model_config"]))
+        self._control = ControlSender(os.getppid())
+        # Streams that were broken off stay until others have come in their place.
+        self._texts = Detokenizer(BundleTokenizer.load(config.bundle).decode, 4 * config.max_rows)
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            response = self._respond(request)
+            sender = request.get_response_sender()
+            if response is not None:
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            else:
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _respond(self, request: Any) -> Any | None:
+        piece = Piece.from_json(pb_utils.get_input_tensor_by_name(request, "piece").as_numpy()[0, 0])
+        if not piece.is_last and request.is_cancelled():
+            self._control.cancel(piece.key)
+        if piece.is_probe:
+            return None
+        try:
+            text = self._texts.push(piece.key, piece.number, piece.token_ids, piece.stop, piece.is_last)
+        except StreamError as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE))
+        outputs = {"text_output": text, **piece.fields}
+        return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
+
+
+def _tensor(name: str, value: str | bool | int | float) -> Any:
+    if isinstance(value, str):
+        return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
+    dtypes = {bool: np.bool_, int: np.int32, float: np.float32}
+    return pb_utils.Tensor(name, np.array([[value]], dtype=dtypes[type(value)]))

@@ -1,0 +1,188 @@
+"""Triton's view of `ssv.runtime.service`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+from ssv.runtime.audit import Audit
+from ssv.runtime.control import ControlReceiver
+from ssv.runtime.intake import Settings
+from ssv.runtime.llm import LLM
+from ssv.runtime.pieces import Answer, Piece
+from ssv.runtime.request import Chunk, Request
+from ssv.runtime.scheduler import QueueFull
+from ssv.runtime.server_config import ServerConfig
+from ssv.runtime.server_log import log_event, log_to_stderr
+from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS, counts_of, gauges_of
+from ssv.runtime.service import Load, Service, ServiceError
+from ssv.runtime.strategies import policy_for
+
+log = logging.getLogger("ssv.server")
+
+GAUGE_SECONDS = 0.25
+"""Gauges are not set more often while requests run: each costs a message to the server."""
+
+PROBE_SECONDS = 0.25
+"""After so long without a response a request asks whether its client is still there; see `Piece`."""
+
+EXIT_ENGINE_FAILED = 70
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        log_to_stderr()
+        config = ServerConfig.from_model_config(json.loads(args["model_config"]))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._llm = LLM.load(
+            config.bundle,
+            engine=config.engine,
+            precision=config.precision or None,
+            device=config.device,
+            max_batch=config.max_rows,
+            max_length=config.max_length,
+            prefill_chunk=config.prefill_chunk or None,
+        )
+        # The server's library does not bear calls from two threads at a time.
+        self._ipc = threading.Lock()
+        self._metrics = _Metrics(self._ipc)
+        self._sinks: weakref.WeakValueDictionary[str, _Sink] = weakref.WeakValueDictionary()
+        self._service = Service(
+            self._llm,
+            max_waiting=config.max_waiting,
+            prompt_cache_bytes=config.prompt_cache_mb << 20,
+            audit_share=config.audit_share,
+            on_finish=self._metrics.finished,
+            on_audit=self._metrics.audited,
+            on_round=self._metrics.round,
+            on_death=self._die,
+        )
+        self._control = ControlReceiver(os.getppid(), self._cancel, self._drain)
+        log_event(log, "ready", bundle=config.bundle, rows=config.max_rows, threads=torch.get_num_threads())
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sink = _Sink(request, self._llm, self._ipc)
+            self._sinks[sink.key] = sink
+            try:
+                self._service.submit(sink.request, sink)
+            except (QueueFull, ServiceError) as error:
+                sink.fail(error)
+
+    def finalize(self) -> None:
+        self._service.drain(timeout=5.0)
+
+    def _cancel(self, key: str) -> None:
+        if (sink := self._sinks.get(key)) is not None:
+            sink.cancelled = True
+
+    def _drain(self) -> None:
+        log_event(log, "draining")
+        self._service.refuse("the server is shutting down: try another one")
+
+    def _die(self, error: Exception) -> None:
+        # Nothing of an engine that has failed can be trusted. Who supervises the server sees the process end.
+        log_event(log, "engine failed", logging.ERROR, error=error)
+        self._metrics.round(self._service.load, alive=False)
+        time.sleep(1.0)  # the errors shall reach their clients
+        os._exit(EXIT_ENGINE_FAILED)
+
+
+class _Sink:
+    """Sends a request's output to its client."""
+
+    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock) -> None:
+        self._sender, self._ipc, self._id = request.get_response_sender(), ipc, request.request_id()
+        self.key, self.cancelled, self._sent_at = secrets.token_hex(16), False, time.monotonic()
+        settings = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
+        prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
+        deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
+        self.request = Request(tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline)
+        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless)
+
+    def is_cancelled(self) -> bool:
+        if time.monotonic() - self._sent_at > PROBE_SECONDS:
+            self._send_piece(self._answer.probe())
+        return self.cancelled
+
+    def send(self, chunk: Chunk) -> None:
+        if (piece := self._answer.piece(chunk)) is not None:
+            self._send_piece(piece)
+        if chunk.finish_reason is not None:
+            self._log(logging.INFO, reason=chunk.finish_reason, **chunk.counters.to_dict())
+
+    def fail(self, error: Exception) -> None:
+        refused = isinstance(error, (QueueFull, ServiceError))
+        code = pb_utils.TritonError.UNAVAILABLE if refused else pb_utils.TritonError.INVALID_ARG
+        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), True)
+        self._log(logging.WARNING, reason="error", error=error)
+
+    def _send_piece(self, piece: Piece) -> None:
+        tensor = pb_utils.Tensor("piece", np.array([[piece.to_json().encode()]], dtype=np.object_))
+        self._send(pb_utils.InferenceResponse([tensor]), piece.is_last)
+
+    def _send(self, response: Any, is_last: bool) -> None:
+        self._sent_at = time.monotonic()
+        with self._ipc:
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
+
+    def _log(self, level: int, **fields: object) -> None:
+        log_event(log, "request", level, id=self._id, key=self.key, tier=self.request.method, **fields)
+
+
+class _Metrics:
+    """The server's metrics; see `ssv.runtime.server_metrics`."""
+
+    def __init__(self, ipc: threading.Lock) -> None:
+        self._ipc = ipc
+        kinds = pb_utils.MetricFamily
+        self._counters = {n: kinds(name=n, description=d, kind=kinds.COUNTER) for n, d in COUNTERS.items()}
+        self._requests = kinds(name=REQUESTS[0], description=REQUESTS[1], kind=kinds.COUNTER)
+        families = {n: kinds(name=n, description=d, kind=kinds.GAUGE) for n, d in GAUGES.items()}
+        self._gauges = {name: family.Metric(labels={}) for name, family in families.items()}
+        self._gauge_families = families
+        self._metrics: dict[tuple[str, ...], Any] = {}
+        self._set: dict[str, float] = {}
+        self._set_at = 0.0
+
+    def finished(self, chunk: Chunk, method: str) -> None:
+        for name, value in counts_of(chunk.counters).items():
+            self._add(name, method, value)
+        with self._ipc:
+            key = (REQUESTS[0], method, str(chunk.finish_reason))
+            if key not in self._metrics:
+                self._metrics[key] = self._requests.Metric(labels={"tier": method, "reason": str(chunk.finish_reason)})
+            self._metrics[key].increment(1)
+
+    def audited(self, audit: Audit, method: str, tokens: int) -> None:
+        self._add("ssv_audited_tokens", method, tokens)
+        self._add("ssv_audit_mismatches", method, audit.strict)
+
+    def round(self, load: Load, alive: bool = True) -> None:
+        is_idle = not (load.decoding or load.joining or load.waiting)
+        if not is_idle and time.monotonic() - self._set_at < GAUGE_SECONDS:
+            return
+        self._set_at = time.monotonic()
+        with self._ipc:
+            for name, value in gauges_of(load, alive).items():
+                if self._set.get(name) != value:
+                    self._gauges[name].set(value)
+                    self._set[name] = value
+
+    def _add(self, name: str, method: str, value: float) -> None:
+        with self._ipc:
+            if (name, method) not in self._metrics:
+                self._metrics[name, method] = self._counters[name].Metric(labels={"tier": method})
+            if value:
+                self._metrics[name, method].increment(value)
