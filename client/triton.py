@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from tritonclient.utils import InferenceServerException
 
 MODEL = "ensemble"
 
-# Without it errors of a stream lose their status on the way.
-_HEADERS = {"triton_grpc_error": "true"}
+# What Triton puts before a message, and what our models do.
+_BEFORE = re.compile(r"^(in ensemble 'ensemble', |\[request id: [^\]]*\] )+")
+_STATUS = re.compile(r"^([A-Z_]+): (.*)$", re.DOTALL)
 
 
 class ServerError(RuntimeError):
@@ -170,7 +172,6 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._client.stop_stream(cancel_requests=True)
         self._client.close()
 
     def stream(
@@ -185,31 +186,39 @@ class Client:
         Raises:
             ServerError: the server refused, failed, or is not there.
         """
+        is_over = False
         replies: queue.Queue[grpcclient.InferResult | InferenceServerException] = queue.Queue()
         try:
-            self._client.start_stream(lambda result, error: replies.put(error or result), headers=_HEADERS)
+            self._client.start_stream(lambda result, error: replies.put(error or result))
             inputs = request_inputs(prompt, settings, stream=stream)
             self._client.async_stream_infer(MODEL, inputs, request_id=request_id)
             while True:
                 result = replies.get()
                 if isinstance(result, InferenceServerException):
-                    raise _server_error(result, self._url)
+                    raise result
                 reply = read_reply(result)
                 yield reply
                 if reply.finish_reason:
+                    is_over = True
                     return
         except InferenceServerException as error:
-            raise _server_error(error, self._url) from error
+            is_over = True
+            raise server_error(error, self._url) from error
         finally:
-            self._client.stop_stream(cancel_requests=True)
+            self._client.stop_stream(cancel_requests=not is_over)
 
 
-def _server_error(error: InferenceServerException, url: str) -> ServerError:
-    status = (error.status() or "").removeprefix("StatusCode.")
-    message = error.message() or ""
+def server_error(error: InferenceServerException, url: str) -> ServerError:
+    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.pieces`)."""
+    message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
-        message = f"no server answers at {url}: start one with `ssv-serve`"
-    return ServerError(message.removeprefix(f"in ensemble '{MODEL}', "), status)
+        return ServerError(f"no server answers at {url}: start one with `ssv-serve`", "UNAVAILABLE")
+    message = _BEFORE.sub("", message)
+    if "Exceeds maximum queue size" in message:
+        return ServerError("too many requests are waiting already: try again later", "UNAVAILABLE")
+    if match := _STATUS.match(message):
+        status, message = match.groups()
+    return ServerError(message, status or "UNKNOWN")
 
 
 def _tensor(name: str, datatype: str, value: Any) -> grpcclient.InferInput:

@@ -6,6 +6,7 @@ May import: ssv.runtime.intake, .request, .stats.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,23 +47,28 @@ class Piece:
 
 
 class Answer:
-    """The pieces of one request: one for each chunk, or a single one at the end."""
+    """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
-    def __init__(self, key: str, settings: Settings, lossless: bool) -> None:
-        self._key, self._settings, self._lossless = key, settings, lossless
+    def __init__(self, key: str, settings: Settings, lossless: bool, interval: float) -> None:
+        """Args:
+        interval: seconds between two pieces, at least: each costs the server's processes as much as some rounds' tokens are worth.
+        """
+        self._key, self._settings, self._lossless, self._interval = key, settings, lossless, interval
         self._number = 0
+        self._sent_at = -math.inf
         self._held: list[int] = []
 
     def probe(self) -> Piece:
         """What to send when nothing has been sent for a while."""
         return Piece(self._key, self._number, (), (), False, {})
 
-    def piece(self, chunk: Chunk) -> Piece | None:
-        """What to send after a chunk, if anything."""
+    def piece(self, chunk: Chunk, now: float) -> Piece | None:
+        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always are."""
         self._held.extend(chunk.token_ids)
         is_last = chunk.finish_reason is not None
-        if not (is_last or self._settings.stream):
+        if not (is_last or (self._settings.stream and now - self._sent_at >= self._interval)):
             return None
+        self._sent_at = now
         token_ids, self._held = tuple(self._held), []
         counters = chunk.counters
         fields = {
@@ -81,3 +87,8 @@ class Answer:
         piece = Piece(self._key, self._number, token_ids, self._settings.params.stop, is_last, fields)
         self._number += 1
         return piece
+
+
+def error_text(status: str, error: Exception | str) -> str:
+    """An error's message with its status in front: Triton does not hand the status on to clients of a stream."""
+    return f"{status}: {error}"

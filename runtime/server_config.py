@@ -33,6 +33,7 @@ class ServerConfig(BaseModel):
         max_prompt_bytes: of a prompt's text.
         prefill_chunk: tokens of a prompt between two rounds; 0 for what fits the device.
         prompt_cache_mb: memory for beginnings of prompts; 0 for none.
+        stream_interval_ms: between two responses of a stream, at least.
         audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
     """
 
@@ -50,6 +51,7 @@ class ServerConfig(BaseModel):
     max_prompt_bytes: PositiveInt = 65536
     prefill_chunk: Annotated[int, Field(ge=0)] = 0
     prompt_cache_mb: Annotated[int, Field(ge=0)] = 256
+    stream_interval_ms: Annotated[int, Field(ge=0)] = 40
     audit_share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @classmethod

@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt-cache-mb", type=int, default=default.prompt_cache_mb, help="for beginnings of prompts (default: %(default)s)"
     )
     parser.add_argument(
+        "--stream-interval-ms",
+        type=int,
+        default=default.stream_interval_ms,
+        help="between two responses of a stream, at least (default: %(default)s)",
+    )
+    parser.add_argument(
         "--audit-share", type=float, default=0.0, help="share of lossy requests that the target judges afterwards (default: 0)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address of all ports (default: this machine only)")

@@ -269,6 +269,7 @@ def test_first_token_that_is_the_last() -> None:
     for i in range(3):
         assert [(chunk.index, chunk.finish_reason) for chunk in play.step()] == [(i, "length")]
     assert not play.loop.has_work
+    assert len(play.target.calls) == 3  # the prompts: no round is run for nothing
     play.assert_as_alone()
 
 
@@ -296,7 +297,7 @@ def test_without_text() -> None:
 
 def test_times_are_counted_from_submission(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that goes by one a round: what waits for a row waits for its first token."""
-    now = 0.0
+    now = 70.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     play = Play(None, max_batch=1)
     for i in range(2):
@@ -337,7 +338,9 @@ def test_leaving(monkeypatch: pytest.MonkeyPatch, kind: str, reason: str, leaver
     }
     waiting = [i for i in (3, 4) if i not in leavers]
     joining = 2 if 2 not in leavers else waiting.pop(0) if waiting else None
-    assert play.held() == ([i for i in (0, 1) if i not in leavers], joining, waiting)
+    left = [i for i in (0, 1) if i not in leavers]
+    assert play.held() == (left, joining, waiting)
+    assert not left or len(play.target.calls[-1].position) == len(left)  # nor is the round run for those that leave
     play.finish()
     for index in range(5):
         if index in leavers:
@@ -365,6 +368,20 @@ def test_rows_end_while_a_prompt_joins(kind: str, lengths: tuple[int, int]) -> N
     assert joined_behind == sorted(joined_behind, reverse=True) and {0, 2} <= set(joined_behind)
     play.finish()
     play.assert_as_alone()
+
+
+def test_the_row_of_one_that_left_is_for_the_next_in_the_same_round() -> None:
+    play = Play("conditioned", max_batch=1)
+    for i in range(2):
+        play.submit(request(prompt(4, i)))
+    for _ in range(3):
+        play.step()
+    assert play.held() == ([0], None, [1])
+    play.leaving.add(0)
+    play.step()
+    assert play.held() == ([], 1, [])
+    play.finish()
+    play.assert_as_alone(1)
 
 
 def test_leaving_after_the_end_is_nothing() -> None:

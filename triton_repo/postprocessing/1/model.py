@@ -10,7 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ssv.runtime.control import ControlSender
-from ssv.runtime.pieces import Piece
+from ssv.runtime.pieces import Piece, error_text
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.text import Detokenizer, StreamError
 from ssv.runtime.tokenizer import BundleTokenizer
@@ -41,7 +41,8 @@ class TritonPythonModel:
         try:
             text = self._texts.push(piece.key, piece.number, piece.token_ids, piece.stop, piece.is_last)
         except StreamError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE))
+            text = error_text("UNAVAILABLE", error)
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE))
         outputs = {"text_output": text, **piece.fields}
         return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
 

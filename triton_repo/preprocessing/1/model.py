@@ -10,6 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from ssv.builder.manifest import read_manifest
 from ssv.runtime.intake import Intake, declared_inputs
+from ssv.runtime.pieces import error_text
 from ssv.runtime.request import RequestError
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.tokenizer import BundleTokenizer
@@ -30,7 +31,8 @@ class TritonPythonModel:
             tensors = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
             prompt_ids, settings = self._intake.prepare(tensors)
         except RequestError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            text = error_text("INVALID_ARGUMENT", error)
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("prompt_ids", np.array([prompt_ids], dtype=np.int32)),

@@ -19,7 +19,7 @@ from ssv.runtime.audit import Audit
 from ssv.runtime.control import ControlReceiver
 from ssv.runtime.intake import Settings
 from ssv.runtime.llm import LLM
-from ssv.runtime.pieces import Answer, Piece
+from ssv.runtime.pieces import Answer, Piece, error_text
 from ssv.runtime.request import Chunk, Request
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.server_config import ServerConfig
@@ -54,6 +54,7 @@ class TritonPythonModel:
             max_length=config.max_length,
             prefill_chunk=config.prefill_chunk or None,
         )
+        self._interval = config.stream_interval_ms / 1000
         # The server's library does not bear calls from two threads at a time.
         self._ipc = threading.Lock()
         self._metrics = _Metrics(self._ipc)
@@ -73,7 +74,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sink = _Sink(request, self._llm, self._ipc)
+            sink = _Sink(request, self._llm, self._ipc, self._interval)
             self._sinks[sink.key] = sink
             try:
                 self._service.submit(sink.request, sink)
@@ -102,14 +103,14 @@ class TritonPythonModel:
 class _Sink:
     """Sends a request's output to its client."""
 
-    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock) -> None:
+    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, interval: float) -> None:
         self._sender, self._ipc, self._id = request.get_response_sender(), ipc, request.request_id()
         self.key, self.cancelled, self._sent_at = secrets.token_hex(16), False, time.monotonic()
         settings = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
         prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
         deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
         self.request = Request(tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline)
-        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless)
+        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless, interval)
 
     def is_cancelled(self) -> bool:
         if time.monotonic() - self._sent_at > PROBE_SECONDS:
@@ -117,7 +118,7 @@ class _Sink:
         return self.cancelled
 
     def send(self, chunk: Chunk) -> None:
-        if (piece := self._answer.piece(chunk)) is not None:
+        if (piece := self._answer.piece(chunk, time.monotonic())) is not None:
             self._send_piece(piece)
         if chunk.finish_reason is not None:
             self._log(logging.INFO, reason=chunk.finish_reason, **chunk.counters.to_dict())
@@ -125,7 +126,8 @@ class _Sink:
     def fail(self, error: Exception) -> None:
         refused = isinstance(error, (QueueFull, ServiceError))
         code = pb_utils.TritonError.UNAVAILABLE if refused else pb_utils.TritonError.INVALID_ARG
-        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), True)
+        text = error_text("UNAVAILABLE" if refused else "INVALID_ARGUMENT", error)
+        self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code)), True)
         self._log(logging.WARNING, reason="error", error=error)
 
     def _send_piece(self, piece: Piece) -> None:

@@ -1,0 +1,150 @@
+"""A server of this repository, started for a measurement and watched from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import psutil
+
+from ssv.client.triton import Client, Reply, ServerError, Settings
+
+
+class ServerUnderTest:
+    """ssv-serve on free ports of this machine.
+
+    Attributes:
+        grpc_url, http_url: endpoints.
+        process: ssv-serve's.
+    """
+
+    def __init__(self, bundle: Path, *options: str) -> None:
+        ports = _free_ports(3)
+        self.grpc_url, self.http_url = f"grpc://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[0]}"
+        self._metrics_url = f"http://127.0.0.1:{ports[2]}/metrics"
+        self._log_path = Path(tempfile.mkstemp(prefix="ssv-serve-", suffix=".log")[1])
+        names = ("--http-port", "--grpc-port", "--metrics-port")
+        command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle.resolve()), *options]
+        command += [part for pair in zip(names, map(str, ports), strict=True) for part in pair]
+        with self._log_path.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.wait_serving(1)
+
+    def __enter__(self) -> ServerUnderTest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        self._log_path.unlink()
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The server's log lines of one event."""
+        lines = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == name]
+
+    def wait_serving(self, times: int, timeout: float = 300.0) -> None:
+        """Until the server has become ready so many times."""
+        deadline = time.monotonic() + timeout
+        while len(self.events("serving")) < times:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"ssv-serve did not start:\n{self.log}")
+            time.sleep(0.2)
+
+    def stop(self) -> int:
+        """Sends SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(120)
+
+    def client(self) -> Client:
+        return Client(self.grpc_url)
+
+    def stubs(self) -> dict[str, psutil.Process]:
+        """Processes of the Python models, by model."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            match = re.search(r"/models/(\w+)/1/model.py", " ".join(process.cmdline()))
+            if match:
+                found[match.group(1)] = process
+        return found
+
+    def memory_mb(self) -> dict[str, float]:
+        """Resident memory of each process of the server, and what it has in shared memory."""
+        server = psutil.Process(self.process.pid).children()[0]
+        found = {name: process.memory_info().rss / 2**20 for name, process in self.stubs().items()}
+        found["tritonserver"] = server.memory_info().rss / 2**20
+        found["shared"] = sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob("triton_python*")) / 2**20  # noqa: S108
+        return {name: round(mb, 1) for name, mb in found.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over labels, by name."""
+        with urlopen(self._metrics_url, timeout=10) as response:  # noqa: S310
+            text = response.read().decode()
+        sums: dict[str, float] = {}
+        for line in text.splitlines():
+            if match := re.match(r"(\w+)(?:\{.*\})? ([-+.\deE]+)$", line):
+                sums[match.group(1)] = sums.get(match.group(1), 0.0) + float(match.group(2))
+        return sums
+
+    def num_requests(self) -> int:
+        """Requests in the server."""
+        names = ("ssv_requests_decoding", "ssv_requests_joining", "ssv_requests_waiting")
+        return int(sum(self.metrics().get(name, 0.0) for name in names))
+
+    def wait_idle(self, timeout: float = 60.0) -> float:
+        """Until there are none; the seconds that took."""
+        start = time.monotonic()
+        while self.num_requests():
+            if time.monotonic() - start > timeout:
+                raise SystemExit(f"requests are left in the server after {timeout} s:\n{self.log[-4000:]}")
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+
+def ask(client: Client, prompt: str, settings: Settings, stream: bool = True) -> tuple[str, Reply | ServerError]:
+    """Text and last reply of a request, or how it failed."""
+    text = ""
+    try:
+        for reply in client.stream(prompt, settings, stream=stream):
+            text += reply.text
+    except ServerError as error:
+        return text, error
+    return text, reply
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def _free_ports(num: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(num)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def pid_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""What the server costs: one stream over gRPC against the same decoding in-process, and eight streams against one.
+
+Each round decodes the same prompts in-process and over gRPC, one after the other, in turns; then with one client and with eight at the
+same time. In-process decoding and the server take turns too: neither runs while the other is measured. The ratios within the run are what
+counts. The outputs of all are compared.
+
+    python benchmarks/serving.py --bundle bundles/smollm2-135m --out benchmarks/records/serving.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from server_under_test import ServerUnderTest, percentile
+
+from ssv.builder.environment import versions, write_record
+from ssv.builder.prompts import read_prompts
+from ssv.client.triton import Settings
+from ssv.runtime.llm import LLM
+from ssv.runtime.request import Request, SamplingParams
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/demo.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--tiers", default="premium,balanced,turbo,autoregressive")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    prompts = read_prompts(args.prompts)[: args.num_prompts]
+    tiers = args.tiers.split(",")
+    llm = LLM.load(args.bundle, max_batch=args.clients)
+    # Neither run may find what another has computed.
+    with ServerUnderTest(args.bundle, "--max-rows", str(args.clients), "--prompt-cache-mb", "0") as server:
+        figures = {tier: measure(llm, server, prompts, tier, args) for tier in tiers}
+        status = server.stop()
+    write_record(
+        {"tiers": figures, "exit_status": status}, args.out, versions("torch", "nvidia-pytriton", "tritonclient", "grpcio")
+    )
+    return 0
+
+
+def measure(llm: LLM, server: ServerUnderTest, prompts: list[str], tier: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Ratios of one tier."""
+    settings = Settings(tier=tier, max_tokens=args.max_tokens)
+    params = SamplingParams(max_tokens=args.max_tokens)
+    client = server.client()
+
+    def inside(prompt: str) -> tuple[str, int, float]:
+        start = time.perf_counter()
+        output = llm.generate([Request(llm.chat_ids(prompt), tier, params)])[0]
+        return output.text, output.counters.emitted, time.perf_counter() - start
+
+    def outside(prompt: str) -> tuple[str, float, float]:
+        start, first, text = time.perf_counter(), 0.0, ""
+        for reply in client.stream(prompt, settings):
+            first = first or time.perf_counter() - start
+            text += reply.text
+        return text, first, time.perf_counter() - start
+
+    inside(prompts[0]), outside(prompts[0])
+    expected, ratios, firsts, alone, together, different = {}, [], [], [], [], 0
+    for number in range(args.rounds):
+        for prompt in prompts:
+            if number % 2:
+                (served, first, served_s), (text, tokens, own_s) = outside(prompt), inside(prompt)
+            else:
+                (text, tokens, own_s), (served, first, served_s) = inside(prompt), outside(prompt)
+            expected[prompt] = text
+            different += served != text
+            ratios.append(own_s / served_s)
+            firsts.append(first)
+        alone.append(load(server, prompts, settings, 1, expected))
+        together.append(load(server, prompts * 3, settings, args.clients, expected))
+        print(f"{tier} round {number + 1}: {ratios[-1]:.3f} {alone[-1][0]:.1f} {together[-1][0]:.1f}", file=sys.stderr, flush=True)
+    client.close()
+    different += sum(wrong for *_, wrong in (*alone, *together))
+    gains = [many[0] / one[0] for one, many in zip(alone, together, strict=True)]
+    return {
+        "one_stream_of_in_process": round(statistics.median(ratios), 3),
+        "one_stream_of_in_process_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "first_token_ms_median": round(statistics.median(firsts) * 1e3, 1),
+        "tokens_per_s_one": round(statistics.median(rate for rate, *_ in alone), 1),
+        "tokens_per_s_together": round(statistics.median(rate for rate, *_ in together), 1),
+        "together_over_one": round(statistics.median(gains), 2),
+        "together_over_one_range": [round(min(gains), 2), round(max(gains), 2)],
+        "first_token_ms_together_p95": round(percentile([f for _, all, _ in together for f in all], 0.95) * 1e3, 1),
+        "different_outputs": different,
+        "outputs_compared": args.rounds * len(prompts) * 5,
+    }
+
+
+def load(
+    server: ServerUnderTest, prompts: list[str], settings: Settings, clients: int, expected: dict[str, str]
+) -> tuple[float, list[float], int]:
+    """Tokens per second of so many clients that share the prompts, times to first tokens, and how many outputs were other than expected."""
+    todo, lock = list(prompts), threading.Lock()
+    firsts: list[float] = []
+    tokens = wrong = 0
+
+    def work() -> None:
+        nonlocal tokens, wrong
+        with server.client() as client:
+            while True:
+                with lock:
+                    if not todo:
+                        return
+                    prompt = todo.pop()
+                start, first, text, count = time.perf_counter(), 0.0, "", 0
+                for reply in client.stream(prompt, settings):
+                    first = first or time.perf_counter() - start
+                    text += reply.text
+                    count += reply.num_output_tokens
+                with lock:
+                    firsts.append(first)
+                    tokens += count
+                    wrong += text != expected[prompt]
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return tokens / (time.perf_counter() - start), firsts, wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Half an hour of mixed load: tiers, sampling, streaming and not, long and short, some clients that leave. No error may come, and memory
+has to stay flat.
+
+    python benchmarks/serving_soak.py --bundle bundles/smollm2-135m --out benchmarks/records/serving_soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from server_under_test import ServerUnderTest
+
+from ssv.builder.environment import versions, write_record
+from ssv.builder.prompts import read_prompts
+from ssv.client.triton import ServerError, Settings
+
+ROOT = Path(__file__).parents[1]
+TIERS = ("premium", "balanced", "turbo", "autoregressive")
+SYSTEM = "You are a patient teacher. Answer in plain words, with one example. " * 12
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--warm-up-minutes", type=float, default=3.0, help="before memory is compared")
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    prompts = read_prompts(args.prompts)
+    # A cache of prompts that is full after minutes, and evicts from then on.
+    with ServerUnderTest(args.bundle, "--prompt-cache-mb", "64", "--audit-share", "0.2") as server:
+        load = Load(server, prompts, args.clients)
+        samples: list[dict[str, float]] = []
+        start = time.monotonic()
+        while (minute := (time.monotonic() - start) / 60) < args.minutes:
+            time.sleep(15)
+            samples.append({"minute": round(minute, 1), **server.memory_mb()})
+            print(samples[-1], dict(load.outcomes), file=sys.stderr, flush=True)
+        load.stop()
+        server.wait_idle()
+        metrics = server.metrics()
+        deaths, status = len(server.events("server died")), server.stop()
+    figures = {
+        "minutes": args.minutes,
+        "outcomes": dict(load.outcomes),
+        "errors": load.errors,
+        "server_died": deaths,
+        "exit_status": status,
+        "memory": growth(samples, args.warm_up_minutes),
+        "memory_mb": samples[::4],
+        "metrics": {name: value for name, value in metrics.items() if name.startswith(("ssv_", "spec_decode"))},
+    }
+    write_record(figures, args.out, versions("torch", "nvidia-pytriton", "tritonclient", "grpcio"))
+    return int(bool(load.errors or deaths))
+
+
+def growth(samples: list[dict[str, float]], warm_up: float) -> dict[str, Any]:
+    """Memory in the first and the last quarter after the warm-up, the means of each process and of all, and the change in percent."""
+    counted = [sample for sample in samples if sample["minute"] >= warm_up]
+    quarter = max(len(counted) // 4, 1)
+    names = [name for name in samples[0] if name != "minute"]
+
+    def mean(part: list[dict[str, float]]) -> dict[str, float]:
+        means = {name: sum(sample[name] for sample in part) / len(part) for name in names}
+        return {**means, "all": sum(means.values())}
+
+    first, last = mean(counted[:quarter]), mean(counted[-quarter:])
+    return {
+        name: {
+            "first_mb": round(first[name], 1),
+            "last_mb": round(last[name], 1),
+            "change_percent": round((last[name] / first[name] - 1) * 100, 2),
+        }
+        for name in first
+    }
+
+
+class Load:
+    """Clients that ask until they are stopped.
+
+    Attributes:
+        outcomes: how requests ended.
+        errors: messages of those that failed.
+    """
+
+    def __init__(self, server: ServerUnderTest, prompts: list[str], clients: int) -> None:
+        self._server, self._prompts = server, prompts
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self.outcomes: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, number: int) -> None:
+        rng = random.Random(number)
+        with self._server.client() as client:
+            while not self._stopping.is_set():
+                prompt: Any = rng.choice(self._prompts)
+                if rng.random() < 0.3:
+                    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+                settings = Settings(
+                    tier=rng.choice(TIERS),
+                    max_tokens=rng.choice((8, 32, 64, 128)),
+                    temperature=rng.choice((0.0, 0.0, 0.7, 1.0)),
+                    top_p=rng.choice((1.0, 0.9)),
+                    seed=rng.randrange(2**31),
+                    stop=rng.choice(((), (), ("\n\n",), ("the end", "."))),
+                )
+                leaves_after = rng.randint(1, 4) if rng.random() < 0.1 else None
+                outcome, error = self._ask(client, prompt, settings, rng.random() < 0.8, leaves_after)
+                with self._lock:
+                    self.outcomes[outcome] += 1
+                    if error:
+                        self.errors.append(error)
+                if rng.random() < 0.2:
+                    time.sleep(rng.random())
+
+    @staticmethod
+    def _ask(client: Any, prompt: Any, settings: Settings, stream: bool, leaves_after: int | None) -> tuple[str, str]:
+        try:
+            for count, reply in enumerate(client.stream(prompt, settings, stream=stream), 1):
+                if count == leaves_after and not reply.finish_reason:
+                    return "left", ""
+        except ServerError as error:
+            return "error", f"{error.status}: {error}"
+        return reply.finish_reason, ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,835 @@
+"""The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
+
+POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200 when the server is
+ready, else 503. No API key is asked for.
+
+A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
+NAME:autoregressive and NAME:speculative.
+
+What is left out, or null, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
+/v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
+are joined by line feeds, and the role "developer" is "system".
+
+Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the same as a model's suffix; ssv_max_divergence
+for the fastest tier within it; and ssv_timeout, seconds after which an answer ends with what there is ("length"). Responses disclose under
+`ssv` what was done: the whole of it, or the last chunk with a choice.
+
+`user`, `metadata`, `store` false and `service_tier` "auto" or "default" are taken and change nothing. What is not supported is refused,
+whether it is a field or a value: nothing is ignored in silence.
+
+Errors are OpenAI's objects. The exception is a connection too many, which is refused with a plain 503 before it gets here.
+
+May import: ssv.builder.console, .manifest; ssv.client.triton; ssv.runtime.server_log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import secrets
+import socket
+import ssl
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import grpc
+import tritonclient.grpc.aio as grpcclient
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from tritonclient.utils import InferenceServerException
+
+from ssv.builder.console import run_command
+from ssv.builder.manifest import MANIFEST_NAME, read_manifest
+from ssv.client.triton import MODEL, Reply, ServerError, Settings, read_reply, request_inputs, split_url
+from ssv.runtime.server_log import log_event, log_to_stderr
+
+log = logging.getLogger("ssv.openai")
+
+DEFAULT_MAX_BODY_BYTES = 1 << 20
+DEFAULT_MAX_CONNECTIONS = 1024
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOP = 64
+"""Each is looked for at every token; OpenAI takes 4."""
+
+BASELINES = ("autoregressive", "speculative")
+"""Every bundle can be decoded so, beside its tiers."""
+
+HEALTH_TIMEOUT = 2.0
+GRACE_SECONDS = 4
+"""For requests that run when it is told to stop: ssv-serve, which lets them finish before, waits five seconds."""
+
+KEEP_ALIVE_SECONDS = 30
+"""Longer than clients keep idle connections, or one is closed while they send."""
+
+DRAINED_BODIES = 8
+"""So many times the largest body is read and dropped, that a client which only sends gets to read why it was refused."""
+
+_FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
+
+
+class ApiError(HTTPException):
+    """An answer other than 200.
+
+    Attributes:
+        param: field that is wrong; None if it is none, or several.
+        code: OpenAI's, for programs.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message, {"Retry-After": "1"} if status == 503 else None)
+        self.param, self.code = param, code
+
+
+class Backend(Protocol):
+    """What answers requests."""
+
+    def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        """Replies to a prompt, the last with a finish reason; closing the generator cancels the request.
+
+        Raises:
+            ServerError: the server refused, failed, or is not there.
+        """
+
+    async def is_ready(self) -> bool:
+        """Whether requests would be answered."""
+
+    async def aclose(self) -> None:
+        """Ends what runs."""
+
+
+class TritonBackend:
+    """A server's `ensemble`, over one connection. Made where its event loop runs."""
+
+    def __init__(self, url: str, *, certificate: Path | None = None, name: str | None = None) -> None:
+        """Args:
+        certificate: PEM of the server's own certificate, with grpcs://.
+        name: that it is valid for: the server may be reached by another.
+        """
+        address, secure = split_url(url)
+        options: list[tuple[str, int | str]] = [
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_reconnect_backoff_ms", 1000),  # a server that is started again is back in seconds
+        ]
+        if name is not None:
+            options.append(("grpc.ssl_target_name_override", name))
+        root = str(certificate) if certificate is not None else None
+        self._client = grpcclient.InferenceServerClient(
+            address, ssl=secure, root_certificates=root, channel_args=options
+        )
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        inputs = request_inputs(prompt, settings, stream=stream)
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            yield {"model_name": MODEL, "inputs": inputs, "request_id": request_id}
+
+        # Without the header errors of a stream lose their status on the way.
+        responses = self._client.stream_infer(requests(), headers={"triton_grpc_error": "true"})
+        try:
+            async for result, error in responses:
+                if error is not None:
+                    raise ServerError(error.message(), "UNKNOWN")
+                reply = read_reply(result)
+                yield reply
+                if reply.finish_reason:
+                    return
+        except grpc.aio.AioRpcError as error:
+            raise _server_error(error) from error
+        finally:
+            responses.cancel()
+        raise ServerError("the server ended the stream before the answer was complete", "UNAVAILABLE")
+
+    async def is_ready(self) -> bool:
+        try:
+            return await self._client.is_server_ready(
+                client_timeout=HEALTH_TIMEOUT
+            ) and await self._client.is_model_ready(MODEL, client_timeout=HEALTH_TIMEOUT)
+        except InferenceServerException:
+            return False
+
+    async def aclose(self) -> None:
+        await self._client.close()
+
+
+def _server_error(error: grpc.aio.AioRpcError) -> ServerError:
+    message = error.details() or ""
+    if "failed to connect" in message:  # the rest are addresses, of no use to a client
+        message = "the model server is not there: try again"
+    return ServerError(message.removeprefix(f"in ensemble '{MODEL}', "), error.code().name)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Names under which a bundle can be asked.
+
+    Attributes:
+        name: of the bundle.
+        tiers: that it has.
+        created: Unix time.
+    """
+
+    name: str
+    tiers: tuple[str, ...]
+    created: int
+
+    @classmethod
+    def of_bundle(cls, bundle: Path) -> Models:
+        """Reads the manifest and nothing else.
+
+        Raises:
+            BundleError: see `read_manifest`.
+        """
+        manifest = read_manifest(bundle, verify=False)
+        return cls(manifest.name, tuple(manifest.tiers), int((bundle / MANIFEST_NAME).stat().st_mtime))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (*self.tiers, *BASELINES)
+
+    def method_of(self, model: str) -> str | None:
+        """What a model's suffix says; None without one.
+
+        Raises:
+            ApiError: 404, there is no such model.
+        """
+        if model == self.name:
+            return None
+        method = model.removeprefix(f"{self.name}:")
+        if method == model or method not in self.methods:
+            known = ", ".join((self.name, *(f"{self.name}:{method}" for method in self.methods)))
+            raise ApiError(404, f"there is no model {model!r}; known: {known}", "model", "model_not_found")
+        return method
+
+    def tier_of(self, request: _Request) -> str | None:
+        """What the request's model and its `ssv_tier` say together; None leaves it to the server.
+
+        Raises:
+            ApiError: 404, there is no such model; 400, there is no such tier, or they contradict each other.
+        """
+        suffix, tier = self.method_of(request.model), request.ssv_tier
+        if tier is not None and tier not in self.methods:
+            raise ApiError(400, f"there is no tier {tier!r}; known: {', '.join(self.methods)}", "ssv_tier")
+        if None not in (suffix, tier) and suffix != tier:
+            raise ApiError(400, f"the model says {suffix} and ssv_tier says {tier}: give one of them", "ssv_tier")
+        return suffix or tier
+
+    def listed(self) -> list[dict[str, Any]]:
+        return [self.entry(name) for name in (self.name, *(f"{self.name}:{tier}" for tier in self.tiers))]
+
+    def entry(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv"}
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{message}", {"message": message})
+
+
+def _only(*neutral: Any) -> AfterValidator:
+    """A field of which only values that change nothing are supported."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        # True is 1 in Python.
+        if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
+            return value
+        but = f" but for {' and '.join(json.dumps(one) for one in neutral)}" if neutral else ""
+        raise _refuse(f"{info.field_name} is not supported{but}: leave it out")
+
+    return AfterValidator(check)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message's parts."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise _refuse(f"a content part of type {str(kind)[:40]!r} is not supported: give text")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise _refuse('a content part must be {"type": "text", "text": TEXT}, and nothing else')
+    return "\n".join(part["text"] for part in content)
+
+
+def _one_prompt(prompt: Any) -> Any:
+    if not isinstance(prompt, list):
+        return prompt
+    if any(isinstance(entry, (int, list)) for entry in prompt):
+        raise _refuse("token ids are not supported: give the prompt's text")
+    if len(prompt) != 1:
+        raise _refuse(f"{len(prompt)} prompts in one request are not supported: give one")
+    return prompt[0]
+
+
+def _listed(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class _Strict(BaseModel):
+    # Text that could be read as a number is not one, and what is unknown is wrong.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined)]
+    # In what a client got as an answer and sends back.
+    refusal: Annotated[Any, _only()] = None
+    annotations: Annotated[Any, _only([])] = None
+    audio: Annotated[Any, _only()] = None
+    tool_calls: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only()] = None
+
+
+_Int32 = Annotated[int, Field(lt=2**31)]
+
+
+class _Request(_Strict):
+    """What both kinds of requests have."""
+
+    model: str
+    max_tokens: Annotated[_Int32, Field(ge=1)] | None = None
+    min_tokens: Annotated[_Int32, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[_Int32, Field(ge=-1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            BeforeValidator(_listed),
+            Field(max_length=MAX_STOP),
+        ]
+        | None
+    ) = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    user: str | None = None
+    ssv_tier: str | None = None
+    ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
+    ssv_timeout: Annotated[float, Field(gt=0)] | None = None
+    n: Annotated[Any, _only(1)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    repetition_penalty: Annotated[Any, _only(1)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+
+    def settings(self, tier: str | None) -> Settings:
+        return Settings(
+            tier=tier,
+            max_divergence=self.ssv_max_divergence,
+            chat=False,
+            max_tokens=self.output_limit(),
+            min_tokens=self.min_tokens,
+            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=None if self.seed is None else self.seed % 2**64,
+            stop=self.stop or (),
+            ignore_eos=self.ignore_eos,
+            timeout=self.ssv_timeout,
+        )
+
+    def output_limit(self) -> int | None:
+        """Tokens of the output, at most; None leaves it to the server."""
+        raise NotImplementedError
+
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of it.
+
+        Raises:
+            ApiError: 400, it is no stream.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options without stream: give stream true, or leave them out", "stream_options")
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatRequest(_Request):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[_Int32, Field(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+    store: Annotated[Any, _only(False)] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none")] = None
+
+    def prompt(self) -> list[dict[str, str]]:
+        roles = {"developer": "system"}
+        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
+
+    def output_limit(self) -> int | None:
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
+        return given.pop() if given else None
+
+
+class CompletionRequest(_Request):
+    """Body of /v1/completions."""
+
+    prompt_text: Annotated[str, BeforeValidator(_one_prompt), Field(alias="prompt")]
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only()] = None
+    best_of: Annotated[Any, _only(1)] = None
+    logprobs: Annotated[Any, _only()] = None
+
+    def prompt(self) -> str:
+        return self.prompt_text
+
+    def output_limit(self) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+@dataclass
+class _Answer:
+    """An answer in the making, in the shape of what was asked.
+
+    Attributes:
+        is_chat: else it is a completion.
+        with_usage: whether a stream's chunks have it.
+        output_tokens: so far.
+        reply: the latest.
+    """
+
+    model: str
+    is_chat: bool
+    with_usage: bool
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()), init=False)
+    output_tokens: int = field(default=0, init=False)
+    reply: Reply = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
+
+    def take(self, reply: Reply) -> None:
+        self.output_tokens += reply.num_output_tokens
+        self.reply = reply
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """The response that is no stream."""
+        content = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
+        )
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._finish_reason()}
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._head(kind), "choices": [choice], "usage": self._usage(), "ssv": self._disclosure()}
+
+    def opening(self) -> list[bytes]:
+        """What a stream begins with."""
+        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.is_chat else []
+
+    def piece(self, text: str) -> bytes:
+        return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text})
+
+    def closing(self) -> list[bytes]:
+        """What a stream ends with."""
+        content: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
+        chunks = [self._chunk(content, self._finish_reason(), ssv=self._disclosure())]
+        if self.with_usage:
+            chunks.append(_event({**self._chunk_head(), "choices": [], "usage": self._usage()}))
+        return [*chunks, b"data: [DONE]\n\n"]
+
+    def _chunk(self, content: dict[str, Any], reason: str | None = None, **extra: Any) -> bytes:
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if self.with_usage else {}
+        return _event({**self._chunk_head(), "choices": [choice], **usage, **extra})
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self.is_chat else "text_completion")
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _finish_reason(self) -> str:
+        return _FINISH_REASONS[self.reply.finish_reason]
+
+    def _usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.reply.num_input_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self.reply.num_input_tokens + self.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.reply.cached_tokens},
+        }
+
+    def _disclosure(self) -> dict[str, Any]:
+        reply = self.reply
+        return {
+            "tier": reply.tier,
+            "lossless": reply.lossless,
+            "unverified_tokens": reply.unverified,
+            "target_passes": reply.target_passes,
+            "acceptance_rate": reply.accepted / reply.judged if reply.judged else 0.0,
+        }
+
+
+def _json(content: object) -> bytes:
+    # ASCII: there are clients that take U+2028 for the end of a line.
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _event(content: object) -> bytes:
+    return b"data: " + _json(content) + b"\n\n"
+
+
+def _error_object(error: StarletteHTTPException) -> dict[str, Any]:
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
+    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+
+
+def _translated(error: ServerError) -> ApiError:
+    status = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
+    if status == 500:
+        log_event(log, "request failed", logging.ERROR, status=error.status, error=error)
+    return ApiError(status, str(error))
+
+
+async def _while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
+    """Replies as they come, closed at once when the client leaves.
+
+    Raises:
+        ClientDisconnect: it has left.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def next_reply() -> Reply | None:
+        return await anext(replies, None)
+
+    gone = asyncio.create_task(disconnected())
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(replies.aclose)
+        stack.push_async_callback(_cancel, gone)
+        while True:
+            step = asyncio.create_task(next_reply())
+            try:
+                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    raise ClientDisconnect
+            finally:
+                await _cancel(step)
+            if (reply := step.result()) is None:
+                return
+            yield reply
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _whole(answer: _Answer, replies: AsyncGenerator[Reply, None]) -> Response:
+    texts = []
+    async with aclosing(replies):
+        async for reply in replies:
+            texts.append(reply.text)
+            answer.take(reply)
+    return Response(_json(answer.whole("".join(texts))), media_type="application/json")
+
+
+async def _events(answer: _Answer, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[bytes, None]:
+    """A stream's events; an error before the first is raised, a later one is an event."""
+    has_begun = False
+    try:
+        async with aclosing(replies):
+            async for reply in replies:
+                answer.take(reply)
+                chunks = [] if has_begun else answer.opening()
+                if reply.text:
+                    chunks.append(answer.piece(reply.text))
+                for chunk in chunks:
+                    has_begun = True
+                    yield chunk
+        for chunk in answer.closing():
+            yield chunk
+    except ServerError as error:
+        if not has_begun:
+            raise
+        yield _event(_error_object(_translated(error)))
+    except ClientDisconnect:
+        if not has_begun:
+            raise
+
+
+class _EventStream(Response):
+    """Server-sent events, whose generator is closed when nobody listens any more."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for event in self._rest:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _BodyLimit:
+    """Refuses bodies that are too large while they are read, whatever length their headers say."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes <= self._max_bytes:
+                return message
+            while message.get("more_body") and num_bytes <= DRAINED_BODIES * self._max_bytes:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+            raise ApiError(413, f"the body has more than {self._max_bytes} bytes: shorten it")
+
+        await self._app(scope, limited, send)
+
+
+def create_app(backend: Backend, models: Models, *, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> FastAPI:
+    """The API; it closes the backend when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await backend.aclose()
+
+    app = FastAPI(title="ssv", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
+    _add_error_handlers(app)
+
+    async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        settings = body.settings(models.tier_of(body))
+        answer = _Answer(body.model, isinstance(body, ChatRequest), body.wants_usage())
+        stream = bool(body.stream)
+        replies = backend.stream(body.prompt(), settings, request_id=answer.id, stream=stream)
+        if not stream:
+            return await _whole(answer, _while_connected(request, replies))
+        events = _events(answer, _while_connected(request, replies))
+        # Waited for, so that what the server refuses has a status of its own.
+        return _EventStream(await anext(events), events)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await respond(request, body)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await respond(request, body)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": models.listed()}
+
+    @app.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> dict[str, Any]:
+        models.method_of(model)
+        return models.entry(model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not await backend.is_ready():
+            raise ApiError(503, "the model server is not ready: try again")
+        return Response(status_code=200)
+
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: StarletteHTTPException) -> Response:
+        return Response(_json(_error_object(error)), error.status_code, error.headers, "application/json")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await refused(request, ApiError(400, *_problem(error.errors()[0])))
+
+    @app.exception_handler(ServerError)
+    async def failed(request: Request, error: ServerError) -> Response:
+        return await refused(request, _translated(error))
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, _: Exception) -> Response:
+        return await refused(request, ApiError(500, "internal error: the server's log says more"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+
+def _problem(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What a body's first problem is, and in which field."""
+    _, *path = error["loc"]
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}", None
+    if not path:
+        return "the body must be a JSON object, sent with Content-Type: application/json", None
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    if error["type"] == "extra_forbidden":
+        return f"{param} is unknown or not supported: leave it out", param
+    if error["type"] == "missing":
+        return f"{param} is missing: give it", param
+    return error["msg"] if error["type"] == "unsupported" else f"{param}: {error['msg']}", param
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Serve the OpenAI API before a running ssv-serve."
+    parser = argparse.ArgumentParser(
+        prog="python -m ssv.client.openai_api", description=description, allow_abbrev=False
+    )
+    parser.add_argument("--url", required=True, help="grpc://host:port, or grpcs:// for TLS")
+    parser.add_argument("--bundle", type=Path, required=True, help="for the names of its tiers")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs://")
+    parser.add_argument("--tls-key", type=Path, help="PEM")
+    parser.add_argument("--max-body-bytes", type=int, default=DEFAULT_MAX_BODY_BYTES, help="default: %(default)s")
+    parser.add_argument(
+        "--max-connections",
+        type=int,
+        default=DEFAULT_MAX_CONNECTIONS,
+        help="more are refused at once (default: %(default)s)",
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    log_to_stderr()
+    _log_warnings_of_uvicorn()
+    _check(args)
+    name = _certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
+    models = Models.of_bundle(args.bundle)
+    with _listen(args.host, args.port) as listener:
+        return asyncio.run(_serve(args, models, listener, name))
+
+
+def _check(args: argparse.Namespace) -> None:
+    _, secure = split_url(args.url)
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ValueError("--tls-cert and --tls-key belong together: give both")
+    if args.tls_cert is not None and not secure:
+        raise ValueError(f"--tls-cert is also that of the server at {args.url}: give grpcs://host:port")
+    for option in ("max_body_bytes", "max_connections"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
+
+
+async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
+    backend = TritonBackend(args.url, certificate=args.tls_cert, name=name)
+    config = uvicorn.Config(
+        create_app(backend, models, max_body_bytes=args.max_body_bytes),
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=args.max_connections + 1,  # what it refuses from
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        ssl_certfile=args.tls_cert,
+        ssl_keyfile=args.tls_key,
+    )
+    log_event(log, "serving", host=args.host, port=args.port, url=args.url, model=models.name)
+    await uvicorn.Server(config).serve(sockets=[listener])
+    return 0
+
+
+def _log_warnings_of_uvicorn() -> None:
+    logger = logging.getLogger("uvicorn")
+    logger.handlers = logging.getLogger("ssv").handlers
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket: uvicorn itself would start first and then end in its own way.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
+
+
+def _certificate_name(certificate: Path, key: Path) -> str:
+    """A name that a certificate is valid for, found by shaking hands with it.
+
+    Raises:
+        ValueError: files that cannot be used, are not a certificate and its key, or a certificate without a name.
+    """
+    server_side, client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client_side.check_hostname = False
+    client_side.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, whoever signed it
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        server_side.load_cert_chain(certificate, key)
+        client_side.load_verify_locations(certificate)
+        client = client_side.wrap_bio(to_client, to_server)
+        server = server_side.wrap_bio(to_server, to_client, server_side=True)
+        for _ in range(3):  # as often as messages go back and forth
+            for side in (client, server):
+                with suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        names = (client.getpeercert() or {}).get("subjectAltName", ())
+    except OSError as error:
+        raise ValueError(
+            f"{certificate} and {key} cannot be used ({error}): give a certificate and its key as PEM files"
+        ) from error
+    if not names:
+        raise ValueError(f"{certificate} has no name in subjectAltName: give one that has, gRPC asks for it")
+    return str(names[0][1]).replace("*", "ssv")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

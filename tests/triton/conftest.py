@@ -1,0 +1,111 @@
+"""A real server over the demo's bundle, started once for all tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ssv.runtime.llm import LLM
+
+ROOT = Path(__file__).parents[2]
+MAX_ROWS = 4
+MAX_WAITING = 8
+READY_SECONDS = 180.0
+STOP_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Attributes:
+    grpc_url, http_url, metrics_url, openai_url: as announced; the last is None without the OpenAI API.
+    pid: of ssv-serve.
+    log: what it and its server write.
+    max_rows, max_waiting: see `ServerConfig`.
+    """
+
+    grpc_url: str
+    http_url: str
+    metrics_url: str
+    openai_url: str | None
+    pid: int
+    log: Path
+    max_rows: int = MAX_ROWS
+    max_waiting: int = MAX_WAITING
+
+    @property
+    def grpc_address(self) -> str:
+        return self.grpc_url.removeprefix("grpc://")
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    folder = Path(os.environ.get("SSV_TEST_BUNDLE", ROOT / "bundles" / "smollm2-135m"))
+    if not (folder / "manifest.json").is_file():
+        pytest.fail(f"{folder} is not a bundle: run `make demo`, or set SSV_TEST_BUNDLE to the folder of one")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    has_openai = (ROOT / "client" / "openai_api.py").exists()
+    names = ("grpc", "http", "metrics", *(["openai"] if has_openai else []))
+    command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle), "--threads", "1"]
+    command += ["--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
+    for name, port in zip(names, _free_ports(len(names)), strict=True):
+        command += [f"--{name}-port", str(port)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        urls = _announced(process, log, names)
+        yield Server(urls["grpc"], urls["http"], urls["metrics"], urls.get("openai"), process.pid, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            status = process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"the server did not stop within {STOP_SECONDS} s:\n{_end(log)}")
+        if status != 0:
+            pytest.fail(f"the server ended with status {status}:\n{_end(log)}")
+
+
+@pytest.fixture(scope="session")
+def llm(bundle: Path) -> LLM:
+    """The bundle in this process: what the server's answers are compared with."""
+    return LLM.load(bundle, verify=False)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _announced(process: subprocess.Popen[bytes], log: Path, names: tuple[str, ...]) -> dict[str, str]:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        urls = dict(re.findall(r"^(\w+) +(\w+://\S+)$", log.read_text(errors="replace"), re.MULTILINE))
+        if urls.keys() >= set(names):
+            return urls
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with status {process.returncode} before it was ready:\n{_end(log)}")
+        time.sleep(0.2)
+    pytest.fail(f"the server has not announced {', '.join(names)} within {READY_SECONDS} s:\n{_end(log)}")
+
+
+def _end(log: Path) -> str:
+    return log.read_text(errors="replace")[-8000:]

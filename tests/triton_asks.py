@@ -1,0 +1,112 @@
+"""What the tests of a real server ask it with: tensors, a gRPC stream, its metrics."""
+
+from __future__ import annotations
+
+import queue
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+DTYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
+SECONDS = 60.0
+
+
+def tensor(name: str, datatype: str, *values: Any, shape: Sequence[int] | None = None) -> grpcclient.InferInput:
+    """An input, [1, n] unless told otherwise."""
+    held = [v.encode() if isinstance(v, str) else v for v in values]
+    shape = list(shape) if shape is not None else [1, len(held)]
+    made = grpcclient.InferInput(name, shape, datatype)
+    made.set_data_from_numpy(np.array(held, dtype=DTYPES[datatype]).reshape(shape))
+    return made
+
+
+def is_final(result: grpcclient.InferResult) -> bool:
+    parameters = result.get_response().parameters
+    return "triton_final_response" in parameters and parameters["triton_final_response"].bool_param
+
+
+def value(result: grpcclient.InferResult, name: str) -> Any:
+    """The one value of an output, text as text."""
+    array = result.as_numpy(name)
+    assert array is not None and array.size == 1, f"{name}: {array}"
+    held = array.reshape(-1)[0]
+    return held.decode() if isinstance(held, bytes) else held.item()
+
+
+def texts(results: Sequence[grpcclient.InferResult]) -> str:
+    return "".join(value(result, "text_output") for result in results)
+
+
+class Stream:
+    """A gRPC stream, as most clients use it."""
+
+    def __init__(self, address: str, with_status: bool = False) -> None:
+        self._client = grpcclient.InferenceServerClient(address)
+        self._found: queue.Queue[grpcclient.InferResult | InferenceServerException] = queue.Queue()
+        headers = {"triton_grpc_error": "true"} if with_status else None
+        self._client.start_stream(lambda result, error: self._found.put(error or result), headers=headers)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+        self._client.close()
+
+    def cancel(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
+
+    def send(self, *inputs: grpcclient.InferInput, model: str = "ensemble", **options: Any) -> None:
+        self._client.async_stream_infer(model, list(inputs), **options)
+
+    def next(self, seconds: float = SECONDS) -> grpcclient.InferResult:
+        """The next response; raises what the server says is wrong, and queue.Empty when it says nothing."""
+        found = self._found.get(timeout=seconds)
+        if isinstance(found, InferenceServerException):
+            raise found
+        return found
+
+    def rest(self) -> list[grpcclient.InferResult]:
+        """Responses up to the one with a finish reason."""
+        results = [self.next()]
+        while not value(results[-1], "finish_reason"):
+            results.append(self.next())
+        return results
+
+    def is_silent(self, seconds: float = 0.5) -> bool:
+        """Whether nothing more comes."""
+        try:
+            self.next(seconds)
+        except queue.Empty:
+            return True
+        return False
+
+
+def read_metrics(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Value of each metric, by name and labels."""
+    with urlopen(url, timeout=10.0) as response:
+        text = response.read().decode()
+    found = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line):
+            labels = frozenset(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+            found[match[1], labels] = float(match[3])
+    return found
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """Value of a metric, 0 as long as nothing has been counted."""
+    return read_metrics(url).get((name, frozenset(labels.items())), 0.0)
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)

@@ -1,0 +1,184 @@
+"""The models' config files: one contract, said in four places."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from google.protobuf.json_format import MessageToDict
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from ssv.runtime import intake
+from ssv.runtime.intake import Settings, declared_inputs
+from ssv.runtime.pieces import Answer
+from ssv.runtime.request import Chunk, SamplingParams
+from ssv.runtime.server_config import ConfigError, ServerConfig
+from ssv.runtime.stats import Counters
+from ssv.triton_repo.repository import HERE, MODELS, write_repository
+
+PYTHON_MODELS = tuple(name for name in MODELS if name != "ensemble")
+
+
+def read(name: str, folder: Path = HERE) -> ModelConfig:
+    return text_format.Parse((folder / name / "config.pbtxt").read_text(), ModelConfig())
+
+
+def wanted_type(name: str) -> tuple[int, list[int]]:
+    if name in intake.STRINGS:
+        return pb.TYPE_STRING, [1]
+    if name in intake.STRING_LISTS:
+        return pb.TYPE_STRING, [-1]
+    if name in intake.FLAGS:
+        return pb.TYPE_BOOL, [1]
+    if name == "seed":
+        return pb.TYPE_UINT64, [1]
+    return (pb.TYPE_INT32 if name in intake.WHOLE_NUMBERS else pb.TYPE_FP32), [1]
+
+
+def ports(config: ModelConfig, side: str) -> dict[str, tuple[int, list[int]]]:
+    return {port.name: (port.data_type, list(port.dims)) for port in getattr(config, side)}
+
+
+def settings_of(config: ModelConfig) -> ServerConfig:
+    return ServerConfig.from_model_config(MessageToDict(config, preserving_proto_field_name=True))
+
+
+def make(**given: object) -> ServerConfig:
+    return ServerConfig(**{"bundle": Path("/a b/ü"), **given})
+
+
+# --- the contract ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_batches(name: str) -> None:
+    config = read(name)
+    assert config.name == name
+    assert config.max_batch_size == 1
+    assert (HERE / name / "1").is_dir()
+    if name != "ensemble":
+        assert config.backend == "python"
+        assert [group.count for group in config.instance_group] == [1]
+        assert (HERE / name / "1" / "model.py").is_file()
+
+
+@pytest.mark.parametrize("name", ["ensemble", "preprocessing"])
+def test_inputs_are_those_that_are_taken_in(name: str) -> None:
+    config = read(name)
+    assert ports(config, "input") == {each: wanted_type(each) for each in declared_inputs()}
+    assert len(config.input) == len(declared_inputs())
+
+
+def test_of_the_ensemble_only_the_text_has_to_be_sent() -> None:
+    assert [port.name for port in read("ensemble").input if not port.optional] == ["text_input"]
+    assert [port.name for port in read("preprocessing").input if not port.optional] == ["text_input"]
+
+
+def test_outputs_of_the_ensemble_are_those_of_postprocessing() -> None:
+    assert ports(read("ensemble"), "output") == ports(read("postprocessing"), "output")
+
+
+def test_outputs_are_the_fields_of_a_piece() -> None:
+    answer = Answer("key", Settings("premium", SamplingParams(), stream=True, timeout=None), lossless=True)
+    piece = answer.piece(Chunk(0, "", (1,), Counters()))
+    assert piece is not None
+    types = {str: pb.TYPE_STRING, bool: pb.TYPE_BOOL, int: pb.TYPE_INT32, float: pb.TYPE_FP32}
+    wanted = {name: (types[type(value)], [1]) for name, value in {"text_output": "", **piece.fields}.items()}
+    assert ports(read("postprocessing"), "output") == wanted
+
+
+def test_the_ensemble_passes_every_tensor_on() -> None:
+    steps = {step.model_name: step for step in read("ensemble").ensemble_scheduling.step}
+    assert tuple(steps) == PYTHON_MODELS
+    for name, step in steps.items():
+        config = read(name)
+        assert set(step.input_map) == set(ports(config, "input"))
+        assert set(step.output_map) == set(ports(config, "output"))
+    assert all(key == value for key, value in steps["preprocessing"].input_map.items())
+    assert all(key == value for key, value in steps["postprocessing"].output_map.items())
+    for before, after in zip(PYTHON_MODELS, PYTHON_MODELS[1:], strict=False):
+        made = {steps[before].output_map[name]: kind for name, kind in ports(read(before), "output").items()}
+        used = {steps[after].input_map[name]: kind for name, kind in ports(read(after), "input").items()}
+        assert made == used
+
+
+def test_who_sends_more_than_one_response() -> None:
+    decoupled = {name: read(name).model_transaction_policy.decoupled for name in PYTHON_MODELS}
+    assert decoupled == {"preprocessing": False, "ssv": True, "postprocessing": True}
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PYTHON_MODELS)
+def test_files_are_taken_as_they_are(name: str) -> None:
+    """With the defaults of the command line, but for the bundle: they are what a container starts from."""
+    config = read(name)
+    assert set(config.parameters) <= ServerConfig.model_fields.keys()
+    assert settings_of(config) == ServerConfig(bundle=Path("/models/bundle"))
+
+
+@pytest.mark.parametrize("name", PYTHON_MODELS)
+def test_unknown_parameters_are_refused(name: str) -> None:
+    config = read(name)
+    config.parameters["max_row"].string_value = "3"
+    with pytest.raises(ConfigError, match=f"parameters of model {name}: max_row"):
+        settings_of(config)
+
+
+def test_the_ensemble_has_none() -> None:
+    assert not read("ensemble").parameters
+
+
+def test_the_engines_are_told_all_but_what_is_for_prompts() -> None:
+    assert set(read("ssv").parameters) == ServerConfig.model_fields.keys() - {"max_prompt_bytes"}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_written(tmp_path: Path) -> None:
+    config = make(max_rows=3, max_waiting=5, max_length=100, max_tokens=7, max_prompt_bytes=11, audit_share=0.125)
+    write_repository(config, tmp_path / "models")
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(MODELS)
+    for name in PYTHON_MODELS:
+        written = read(name, tmp_path / "models")
+        found = settings_of(written)
+        for parameter in written.parameters:
+            assert getattr(found, parameter) == getattr(config, parameter)
+        assert set(written.parameters) == set(read(name).parameters)
+    queue = read("preprocessing", tmp_path / "models").dynamic_batching.default_queue_policy
+    assert queue.max_queue_size == 8
+
+
+def test_nothing_else_is_changed(tmp_path: Path) -> None:
+    write_repository(make(max_rows=3), tmp_path / "models")
+    for name in MODELS:
+        ours, written = read(name), read(name, tmp_path / "models")
+        for config in (ours, written):
+            config.ClearField("parameters")
+            config.dynamic_batching.Clear()
+        assert ours == written
+        for path in (HERE / name / "1").iterdir():
+            if path.is_file():
+                assert (tmp_path / "models" / name / "1" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_compiled_files_stay_behind(tmp_path: Path) -> None:
+    write_repository(make(), tmp_path / "models")
+    assert not list((tmp_path / "models").rglob("__pycache__"))
+
+
+def test_the_defaults_of_the_queue_agree() -> None:
+    """A request that `ssv` would refuse need not be tokenized first."""
+    config = ServerConfig(bundle=Path())
+    assert read("preprocessing").dynamic_batching.default_queue_policy.max_queue_size >= config.max_rows + config.max_waiting
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        write_repository(make(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
