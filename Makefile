@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
 
-.PHONY: demo test test-gpu test-tensorrt sanitize lint setup clean
+.PHONY: demo serve test test-triton test-gpu test-tensorrt sanitize lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -21,8 +21,19 @@ demo: setup
 	$(BIN)/ssv-generate --bundle $(BUNDLE) --max-tokens 120 "Explain how rainbows form."
 	$(BIN)/ssv-bench --bundle $(BUNDLE) --prompts benchmarks/prompts/demo.jsonl --plot bundles/demo.png
 
+$(BUNDLE)/manifest.json: | setup
+	$(BIN)/ssv-build pair builder/presets/smollm2-135m.yaml --out $(BUNDLE)
+
+# A Triton Inference Server over the demo bundle, with the OpenAI API beside it; ends with Ctrl-C.
+serve: setup $(BUNDLE)/manifest.json
+	$(BIN)/ssv-serve --bundle $(BUNDLE) --openai-port 8003
+
 test: setup lint
 	$(BIN)/pytest
+
+# Real servers over the demo bundle: minutes, and a machine that does nothing else.
+test-triton: setup $(BUNDLE)/manifest.json
+	$(BIN)/pytest tests/triton
 
 # On a machine with an NVIDIA GPU; torch there is the machine's own.
 test-gpu:
@@ -44,8 +55,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy reads the package as it is imported: the folders under one name.
-	@mkdir -p build/typing/ssv && for d in builder runtime plugins; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
-	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins
+	@mkdir -p build/typing/ssv && for d in builder runtime plugins triton_repo client; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
+	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins -p ssv.triton_repo -p ssv.client
 
 clean:
 	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so

@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 # Torch is asked for by version: without one, pip brings a build with several GB of CUDA packages along.
 TORCH = ["torch==2.13.0", "numpy<2", "safetensors"]
 TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
+SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicorn"]
 
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
@@ -17,11 +18,12 @@ EXTRAS = {
     "kernels": [*TORCH, "triton"],
     # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
     "engines": [*TORCH, *TOKENIZER, "nvidia-modelopt==0.47.0", "tensorrt-rtx-cu13==1.7.1.116"],
-    # tritonserver with its Python backend, watched over; and the OpenAI API before it.
-    "serve": [*TORCH, *TOKENIZER, "nvidia-pytriton==0.7.0", "tritonclient[grpc]", "psutil", "fastapi", "uvicorn"],
+    # What watches over a tritonserver that is there, and the OpenAI API before it; `serve` brings a tritonserver along.
+    "server": SERVER,
+    "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
     "plot": ["matplotlib"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
-    "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "openai", "tensorrt-cu13-bindings==11.4.0.106"],
+    "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-protobuf", "types-grpcio", "openai", "httpx", "kubernetes-validate", "tensorrt-cu13-bindings==11.4.0.106"],
 }
 
 setup(

@@ -38,7 +38,7 @@ class ServerUnderTest:
         command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle.resolve()), *options]
         command += [part for pair in zip(names, map(str, ports), strict=True) for part in pair]
         with self._log_path.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603
         self.wait_serving(1)
 
     def __enter__(self) -> ServerUnderTest:

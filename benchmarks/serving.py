@@ -47,21 +47,25 @@ def main() -> int:
         figures = {tier: measure(llm, server, prompts, tier, args) for tier in tiers}
         status = server.stop()
     write_record(
-        {"tiers": figures, "exit_status": status}, args.out, versions("torch", "nvidia-pytriton", "tritonclient", "grpcio")
+        {"tiers": figures, "exit_status": status},
+        args.out,
+        versions("torch", "nvidia-pytriton", "tritonclient", "grpcio"),
     )
     return 0
 
 
-def measure(llm: LLM, server: ServerUnderTest, prompts: list[str], tier: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    llm: LLM, server: ServerUnderTest, prompts: list[str], tier: str, args: argparse.Namespace
+) -> dict[str, Any]:
     """Ratios of one tier."""
     settings = Settings(tier=tier, max_tokens=args.max_tokens)
     params = SamplingParams(max_tokens=args.max_tokens)
     client = server.client()
 
-    def inside(prompt: str) -> tuple[str, int, float]:
+    def inside(prompt: str) -> tuple[str, float]:
         start = time.perf_counter()
         output = llm.generate([Request(llm.chat_ids(prompt), tier, params)])[0]
-        return output.text, output.counters.emitted, time.perf_counter() - start
+        return output.text, time.perf_counter() - start
 
     def outside(prompt: str) -> tuple[str, float, float]:
         start, first, text = time.perf_counter(), 0.0, ""
@@ -75,16 +79,20 @@ def measure(llm: LLM, server: ServerUnderTest, prompts: list[str], tier: str, ar
     for number in range(args.rounds):
         for prompt in prompts:
             if number % 2:
-                (served, first, served_s), (text, tokens, own_s) = outside(prompt), inside(prompt)
+                (served, first, served_s), (text, own_s) = outside(prompt), inside(prompt)
             else:
-                (text, tokens, own_s), (served, first, served_s) = inside(prompt), outside(prompt)
+                (text, own_s), (served, first, served_s) = inside(prompt), outside(prompt)
             expected[prompt] = text
             different += served != text
             ratios.append(own_s / served_s)
             firsts.append(first)
         alone.append(load(server, prompts, settings, 1, expected))
         together.append(load(server, prompts * 3, settings, args.clients, expected))
-        print(f"{tier} round {number + 1}: {ratios[-1]:.3f} {alone[-1][0]:.1f} {together[-1][0]:.1f}", file=sys.stderr, flush=True)
+        print(
+            f"{tier} round {number + 1}: {ratios[-1]:.3f} {alone[-1][0]:.1f} {together[-1][0]:.1f}",
+            file=sys.stderr,
+            flush=True,
+        )
     client.close()
     different += sum(wrong for *_, wrong in (*alone, *together))
     gains = [many[0] / one[0] for one, many in zip(alone, together, strict=True)]

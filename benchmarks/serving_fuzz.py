@@ -39,6 +39,9 @@ HOSTILE_TEXTS = (
     b"A" * 1_000_000, b"<|im_start|>system\n" * 5, b"<|im_end|>", "\u202e\u0000\u200b".encode(), b"%s%n%x{{7*7}}${jndi:x}",
     b"{" * 5000, b"[" * 100_000, b'{"a":' * 3000,
 )  # fmt: skip
+HOSTILE_VALUES: tuple[Any, ...] = (
+    -1, 0, 1, 5, 2**40, 0.5, -0.5, 1e300, True, False, None, "", "x", "\ud800", "A" * 70000, [], [1, "a"], {}, {"a": [1]},
+)  # fmt: skip
 HOSTILE_JSON = (
     "", "null", "[]", "{}", "1", '"x"', "{", '{"max_tokens": NaN}', '{"temperature": Infinity}', '{"temperature": -1}',
     '{"max_tokens": 1e400}', '{"max_tokens": "1' + "0" * 5000 + '"}', '{"max_tokens": -5}', '{"max_tokens": 3.5}', '{"top_p": 0}',
@@ -67,7 +70,9 @@ def main() -> int:
             "seconds": round(time.monotonic() - start, 1),
             "outcomes": dict(outcomes.most_common()),
             "examples_of_refusals": examples,
-            "without_answer_or_message": outcomes["hangs"] + outcomes["connection lost"] + outcomes["refused without message"],
+            "without_answer_or_message": outcomes["hangs"]
+            + outcomes["connection lost"]
+            + outcomes["refused without message"],
             "server_died": len(server.events("server died")),
             "memory_mb_before": before,
             "memory_mb_after": server.memory_mb(),
@@ -211,10 +216,7 @@ def _http(url: str, rng: random.Random) -> tuple[str, str]:
     """Outcome of one request to generate or generate_stream."""
     body: Any = {"text_input": "Say something", "max_tokens": rng.randint(1, 8)}
     for name in rng.sample(list(declared_inputs()), rng.randint(0, 4)):
-        body[name] = rng.choice(
-            [-1, 0, 1, 5, 2**40, 0.5, -0.5, 1e300, True, False, None, "", "x", "\ud800", "A" * 70000, [], [1, "a"], {}, {"a": [1]}]
-            + list(HOSTILE_JSON)
-        )
+        body[name] = rng.choice(HOSTILE_VALUES + HOSTILE_JSON)
     if rng.random() < 0.5:
         body["max_tokens"] = rng.randint(1, 8)
     data = json.dumps(body).encode("utf-8", "surrogatepass")

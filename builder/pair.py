@@ -405,9 +405,18 @@ def _staging(out: Path) -> Iterator[Path]:
         raise BundleError(f"{out.parent} cannot be written ({error.strerror}): choose another folder") from error
     try:
         yield stage
+        for path in stage.rglob("*"):
+            # Some files come from libraries that write them for their owner alone; a server runs as another user.
+            path.chmod(path.stat().st_mode | 0o444 & ~_umask())
         if out.exists():
             out.rename(retired)
         stage.rename(out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
-    parser.add_argument("--max-delay", type=float, metavar="S", help="verify what is pending after so many seconds; not with --url")
+    parser.add_argument(
+        "--max-delay", type=float, metavar="S", help="verify what is pending after so many seconds; not with --url"
+    )
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     parser.add_argument("--tls-ca", type=Path, help="PEM that the server's certificate is checked with (grpcs://)")
     add_engine(parser)
@@ -86,7 +88,9 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     unused = {"--engine": args.engine != "torch", "--precision": args.precision, "--device": args.device != "cpu"}
     unused |= {"--max-delay": args.max_delay, "--num-draft-tokens": args.num_draft_tokens != 5}
     if wrong := [name for name, is_given in unused.items() if is_given]:
-        raise ValueError(f"{', '.join(wrong)} cannot be set for a server, which has its own: give --bundle to decode here")
+        raise ValueError(
+            f"{', '.join(wrong)} cannot be set for a server, which has its own: give --bundle to decode here"
+        )
     settings = Settings(
         tier=args.method,
         chat=not args.raw,

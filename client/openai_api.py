@@ -10,9 +10,9 @@ What is left out, or null, is as OpenAI has it: temperature 1.0, top_p 1.0, a se
 /v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
 are joined by line feeds, and the role "developer" is "system".
 
-Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the same as a model's suffix; ssv_max_divergence
-for the fastest tier within it; and ssv_timeout, seconds after which an answer ends with what there is ("length"). Responses disclose under
-`ssv` what was done: the whole of it, or the last chunk with a choice.
+Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the same as a
+model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an answer ends with what there is
+("length"). Responses disclose under `ssv` what was done: the whole of it, or the last chunk with a choice.
 
 `user`, `metadata`, `store` false and `service_tier` "auto" or "default" are taken and change nothing. What is not supported is refused,
 whether it is a field or a value: nothing is ignored in silence.
@@ -53,7 +53,7 @@ from tritonclient.utils import InferenceServerException
 
 from ssv.builder.console import run_command
 from ssv.builder.manifest import MANIFEST_NAME, read_manifest
-from ssv.client.triton import MODEL, Reply, ServerError, Settings, read_reply, request_inputs, split_url
+from ssv.client.triton import MODEL, Reply, ServerError, Settings, read_reply, request_inputs, server_error, split_url
 from ssv.runtime.server_log import log_event, log_to_stderr
 
 log = logging.getLogger("ssv.openai")
@@ -74,9 +74,6 @@ GRACE_SECONDS = 4
 
 KEEP_ALIVE_SECONDS = 30
 """Longer than clients keep idle connections, or one is closed while they send."""
-
-DRAINED_BODIES = 8
-"""So many times the largest body is read and dropped, that a client which only sends gets to read why it was refused."""
 
 _FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
@@ -121,6 +118,7 @@ class TritonBackend:
         certificate: PEM of the server's own certificate, with grpcs://.
         name: that it is valid for: the server may be reached by another.
         """
+        self._url = url
         address, secure = split_url(url)
         options: list[tuple[str, int | str]] = [
             ("grpc.max_send_message_length", -1),
@@ -142,20 +140,25 @@ class TritonBackend:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": MODEL, "inputs": inputs, "request_id": request_id}
 
-        # Without the header errors of a stream lose their status on the way.
-        responses = self._client.stream_infer(requests(), headers={"triton_grpc_error": "true"})
+        responses = self._client.stream_infer(requests())
+        failure: InferenceServerException | None = None
+        is_over = False
         try:
+            # To the end, also of what is over: a stream that is left before is cancelled.
             async for result, error in responses:
-                if error is not None:
-                    raise ServerError(error.message(), "UNKNOWN")
-                reply = read_reply(result)
-                yield reply
-                if reply.finish_reason:
-                    return
+                failure = failure or error
+                if failure is None and not is_over:
+                    reply = read_reply(result)
+                    is_over = bool(reply.finish_reason)
+                    yield reply
         except grpc.aio.AioRpcError as error:
-            raise _server_error(error) from error
+            failure = InferenceServerException(error.details() or "", str(error.code()))
         finally:
             responses.cancel()
+        if is_over:
+            return
+        if failure is not None:
+            raise server_error(failure, self._url) from failure
         raise ServerError("the server ended the stream before the answer was complete", "UNAVAILABLE")
 
     async def is_ready(self) -> bool:
@@ -168,13 +171,6 @@ class TritonBackend:
 
     async def aclose(self) -> None:
         await self._client.close()
-
-
-def _server_error(error: grpc.aio.AioRpcError) -> ServerError:
-    message = error.details() or ""
-    if "failed to connect" in message:  # the rest are addresses, of no use to a client
-        message = "the model server is not there: try again"
-    return ServerError(message.removeprefix(f"in ensemble '{MODEL}', "), error.code().name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +300,8 @@ class _Message(_Strict):
 
 
 _Int32 = Annotated[int, Field(lt=2**31)]
+_StopText = Annotated[str, Field(min_length=1)]
+_StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
 
 
 class _Request(_Strict):
@@ -316,14 +314,7 @@ class _Request(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[_Int32, Field(ge=-1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1)]],
-            BeforeValidator(_listed),
-            Field(max_length=MAX_STOP),
-        ]
-        | None
-    ) = None
+    stop: _StopTexts | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -513,7 +504,7 @@ def _error_object(error: StarletteHTTPException) -> dict[str, Any]:
 def _translated(error: ServerError) -> ApiError:
     status = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
     if status == 500:
-        log_event(log, "request failed", logging.ERROR, status=error.status, error=error)
+        log_event(log, "request failed", level=logging.ERROR, status=error.status, error=error)
     return ApiError(status, str(error))
 
 
@@ -618,12 +609,9 @@ class _BodyLimit:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes <= self._max_bytes:
-                return message
-            while message.get("more_body") and num_bytes <= DRAINED_BODIES * self._max_bytes:
-                message = await receive()
-                num_bytes += len(message.get("body", b""))
-            raise ApiError(413, f"the body has more than {self._max_bytes} bytes: shorten it")
+            if num_bytes > self._max_bytes:
+                raise ApiError(413, f"the body has more than {self._max_bytes} bytes: shorten it")
+            return message
 
         await self._app(scope, limited, send)
 
@@ -704,6 +692,8 @@ def _problem(error: Mapping[str, Any]) -> tuple[str, str | None]:
     _, *path = error["loc"]
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}", None
+    if error["type"] == "string_unicode" and not path:
+        return "the body has a field whose name is not valid Unicode", None
     if not path:
         return "the body must be a JSON object, sent with Content-Type: application/json", None
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")

@@ -175,7 +175,12 @@ class Client:
         self._client.close()
 
     def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str = "", stream: bool = True
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        settings: Settings,
+        *,
+        request_id: str = "",
+        stream: bool = True,
     ) -> Iterator[Reply]:
         """Responses as they come; leaving the iteration cancels the request.
 

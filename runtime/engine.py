@@ -123,7 +123,9 @@ def check_step(
     if count_B is not None:
         counts = count_B.tolist()
         if count_B.shape != (batch,) or count_B.dtype != torch.int32 or not 0 <= min(counts) <= max(counts) <= tokens:
-            raise EngineError(f"count must be int32, 0 to {tokens} for each of {batch} rows, got {count_B.dtype} {counts}")
+            raise EngineError(
+                f"count must be int32, 0 to {tokens} for each of {batch} rows, got {count_B.dtype} {counts}"
+            )
         if padding := [row for row in gathered if row % tokens >= counts[row // tokens]]:
             raise EngineError(f"gather_rows {padding} are padding: the rows have {counts} tokens of {tokens}")
     last_position = max(positions)

@@ -138,7 +138,9 @@ class Intake:
         text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
         for name in ("text_input", "ssv_messages"):
             if (size := len(fields.get(name, "").encode())) > self._limits.max_prompt_bytes:
-                raise RequestError(f"{name} has {size} bytes, at most {self._limits.max_prompt_bytes} are taken: shorten it")
+                raise RequestError(
+                    f"{name} has {size} bytes, at most {self._limits.max_prompt_bytes} are taken: shorten it"
+                )
         if messages:
             if text:
                 raise RequestError("text_input and ssv_messages are both given: give one of them")

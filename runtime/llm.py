@@ -84,6 +84,7 @@ class LLM:
             EngineError: precision or device not to be had.
         """
         import torch
+
         bundle = Path(bundle)
         manifest = read_manifest(bundle, verify=verify)
         if engine == "tensorrt":
@@ -118,7 +119,13 @@ class LLM:
 
     @classmethod
     def _load_tensorrt(
-        cls, bundle: Path, manifest: Manifest, precision: str | None, max_batch: int, max_length: int, prefill_chunk: int | None
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        precision: str | None,
+        max_batch: int,
+        max_length: int,
+        prefill_chunk: int | None,
     ) -> LLM:
         entries = [choose_entry(bundle, manifest, role, precision) for role in ("target", "draft")]
         draft = load_draft_head(bundle / "draft" / "draft.safetensors")  # its weights are in its engine

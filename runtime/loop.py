@@ -59,7 +59,9 @@ class Running:
             if counters.emitted >= params.max_tokens:
                 self.finish_reason = "length"
                 break
-        if unsaid and self.text is not None:  # no stop string can end the output among them: decoded once, not token by token
+        if (
+            unsaid and self.text is not None
+        ):  # no stop string can end the output among them: decoded once, not token by token
             texts.append(self.text.push(*unsaid))
         if self.finish_reason is not None:
             return self._last(texts, taken)

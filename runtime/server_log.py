@@ -33,6 +33,6 @@ def log_to_stderr() -> None:
     logger.propagate = False
 
 
-def log_event(logger: logging.Logger, event: str, level: int = logging.INFO, **fields: object) -> None:
+def log_event(logger: logging.Logger, event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
     """Writes an event with fields."""
     logger.log(level, event, extra={"ssv": fields})

@@ -1,6 +1,6 @@
 """A decoding loop in a thread of its own, for callers in any thread.
 
-May import: ssv.runtime.audit, .llm, .loop, .prompt_cache, .request, .scheduler, .stats, .strategies, .text.
+May import: ssv.runtime.audit, .llm, .loop, .prompt_cache, .request, .scheduler, .strategies, .text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ssv.runtime.llm import LLM
 from ssv.runtime.prompt_cache import CacheStats
 from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.runtime.scheduler import QueueFull
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.text import TextStream
 

@@ -115,7 +115,9 @@ class TorchEngine:
         if tap is not None:
             features_MF = tap.project(tapped_MX)
             if kept_M is not None:
-                features_MF = features_MF.new_zeros(batch * tokens, features_MF.shape[1]).index_copy_(0, kept_M, features_MF)
+                features_MF = features_MF.new_zeros(batch * tokens, features_MF.shape[1]).index_copy_(
+                    0, kept_M, features_MF
+                )
             features_BTF = features_MF.view(batch, tokens, -1)
         return StepOutput(
             hidden_RH=hidden_RH,

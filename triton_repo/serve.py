@@ -4,12 +4,13 @@ The server is started with a model repository made for the bundle. Should one of
 ready, and requests hang or fail: the whole server is stopped then, which ends its clients' streams with an error, and started again, a few
 times before ssv-serve gives up with exit status 70. SIGTERM and SIGINT drain: no more requests are taken, those that run are finished.
 
-May import: everything of ssv: it is the composition root of the server.
+The composition root of the server: it may import everything of ssv.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -60,18 +61,30 @@ def _parser() -> argparse.ArgumentParser:
     add_precision(parser)
     add_device(parser)
     parser.add_argument("--threads", type=int, default=default.threads, help="of a CPU engine (default: 0, one a core)")
-    parser.add_argument("--max-rows", type=int, default=default.max_rows, help="requests decoded side by side (default: %(default)s)")
+    parser.add_argument(
+        "--max-rows", type=int, default=default.max_rows, help="requests decoded side by side (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-waiting", type=int, default=default.max_waiting, help="more are refused at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-length", type=int, default=default.max_length, help="tokens of prompt and output together (default: %(default)s)"
+        "--max-length",
+        type=int,
+        default=default.max_length,
+        help="tokens of prompt and output together (default: %(default)s)",
     )
-    parser.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of an output, at most (default: %(default)s)")
-    parser.add_argument("--max-prompt-bytes", type=int, default=default.max_prompt_bytes, help="default: %(default)s")
-    parser.add_argument("--prefill-chunk", type=int, default=0, help="tokens of a prompt between two rounds (default: by device)")
     parser.add_argument(
-        "--prompt-cache-mb", type=int, default=default.prompt_cache_mb, help="for beginnings of prompts (default: %(default)s)"
+        "--max-tokens", type=int, default=default.max_tokens, help="of an output, at most (default: %(default)s)"
+    )
+    parser.add_argument("--max-prompt-bytes", type=int, default=default.max_prompt_bytes, help="default: %(default)s")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=0, help="tokens of a prompt between two rounds (default: by device)"
+    )
+    parser.add_argument(
+        "--prompt-cache-mb",
+        type=int,
+        default=default.prompt_cache_mb,
+        help="for beginnings of prompts (default: %(default)s)",
     )
     parser.add_argument(
         "--stream-interval-ms",
@@ -80,23 +93,37 @@ def _parser() -> argparse.ArgumentParser:
         help="between two responses of a stream, at least (default: %(default)s)",
     )
     parser.add_argument(
-        "--audit-share", type=float, default=0.0, help="share of lossy requests that the target judges afterwards (default: 0)"
+        "--audit-share",
+        type=float,
+        default=0.0,
+        help="share of lossy requests that the target judges afterwards (default: 0)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address of all ports (default: this machine only)")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--openai-port", type=int, help="serves the OpenAI API as well")
-    parser.add_argument("--tls-cert", type=Path, help="PEM; gRPC and the OpenAI API speak TLS, HTTP stays on this machine")
+    parser.add_argument(
+        "--tls-cert", type=Path, help="PEM; gRPC and the OpenAI API speak TLS, HTTP stays on this machine"
+    )
     parser.add_argument("--tls-key", type=Path, help="PEM")
     parser.add_argument(
-        "--admin-key", metavar="NAME=VALUE", help="header that the administrative protocols ask for; without it they are shut to all"
+        "--admin-key",
+        metavar="NAME=VALUE",
+        help="header that the administrative protocols ask for; without it they are shut to all",
     )
-    parser.add_argument("--tritonserver", type=Path, help="another server than nvidia-pytriton's, such as the container's")
-    parser.add_argument("--ready-timeout", type=float, default=300.0, help="seconds to start (default: %(default)s)")
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds to finish requests (default: %(default)s)")
     parser.add_argument(
-        "--restarts", type=int, default=3, help="of a server that died, in ten minutes; then exit status 70 (default: %(default)s)"
+        "--tritonserver", type=Path, help="another server than nvidia-pytriton's, such as the container's"
+    )
+    parser.add_argument("--ready-timeout", type=float, default=300.0, help="seconds to start (default: %(default)s)")
+    parser.add_argument(
+        "--drain-timeout", type=float, default=30.0, help="seconds to finish requests (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        help="of a server that died, in ten minutes; then exit status 70 (default: %(default)s)",
     )
     return parser
 
@@ -104,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     log_to_stderr()
     _check(args)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
     config = ServerConfig(
         bundle=args.bundle.resolve(),
         precision=args.precision or "",
@@ -114,9 +144,6 @@ def _run(args: argparse.Namespace) -> int:
         work = Path(folder)
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
         write_repository(config, work / "models")
-        stopping = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.set())
         return _Supervisor(args, installation, work / "models", stopping).run()
 
 
@@ -159,7 +186,7 @@ class _Supervisor:
                     return EXIT_DIED
                 now = time.monotonic()
                 deaths = [at for at in deaths if now - at < RESTART_WINDOW_SECONDS] + [now]
-                log_event(log, "server died", logging.ERROR, why=why, deaths=len(deaths))
+                log_event(log, "server died", level=logging.ERROR, why=why, deaths=len(deaths))
                 self._kill()
                 if len(deaths) > self._args.restarts:
                     print(f"error: {why}; it has died {len(deaths)} times, which is too often", file=sys.stderr)
@@ -170,7 +197,7 @@ class _Supervisor:
 
     def _serve(self) -> str | None:
         """Runs the server until it is told to stop, which gives None, or dies, which gives how."""
-        self._server = subprocess.Popen(
+        self._server = subprocess.Popen(  # noqa: S603
             [str(self._installation.binary), *self._installation.arguments, *self._arguments()],
             env=os.environ | self._installation.environment,
             start_new_session=True,  # a terminal's Ctrl-C is for us
@@ -244,7 +271,7 @@ class _Supervisor:
             endpoints["openai"] = f"http{'s' if secure else ''}://{args.host}:{args.openai_port}/v1"
         for kind, url in endpoints.items():
             print(f"{kind:8}{url}", flush=True)
-        log_event(log, "serving", pid=os.getpid(), **endpoints)
+        log_event(log, "serving", pid=os.getpid(), endpoints=endpoints)
 
     def _start_openai(self) -> subprocess.Popen[bytes]:
         args = self._args
@@ -252,7 +279,7 @@ class _Supervisor:
         url = f"grpc{'s' if secure else ''}://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.grpc_port}"  # noqa: S104
         command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
-        return subprocess.Popen(command, start_new_session=True)
+        return subprocess.Popen(command, start_new_session=True)  # noqa: S603
 
     def _drain(self) -> None:
         """Lets what runs come to its end, then stops the server."""
@@ -268,7 +295,7 @@ class _Supervisor:
         try:
             self._server.wait(10.0)
         except subprocess.TimeoutExpired:
-            log_event(log, "tritonserver does not end by itself", logging.WARNING)
+            log_event(log, "tritonserver does not end by itself", level=logging.WARNING)
         log_event(log, "stopped")
 
     def _num_requests(self) -> float:
@@ -279,7 +306,7 @@ class _Supervisor:
     def _get(self, port: int, path: str, host: str) -> str | None:
         host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
         try:
-            with urlopen(f"http://{host}:{port}{path}", timeout=5.0) as response:  # noqa: S310
+            with urlopen(f"http://{host}:{port}{path}", timeout=5.0) as response:
                 return response.read().decode()
         except (URLError, OSError):
             return None
@@ -302,10 +329,8 @@ class _Supervisor:
         except psutil.NoSuchProcess:
             left = []
         for process in {*self._children, *left}:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         if self._server.poll() is None:
             self._server.kill()
         self._server.wait()

@@ -62,6 +62,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     has_openai = (ROOT / "client" / "openai_api.py").exists()
     names = ("grpc", "http", "metrics", *(["openai"] if has_openai else []))
     command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle), "--threads", "1"]
+    command += ["--audit-share", "1"]
     command += ["--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
     for name, port in zip(names, _free_ports(len(names)), strict=True):
         command += [f"--{name}-port", str(port)]

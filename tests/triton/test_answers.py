@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytest
+from triton_asks import Stream, is_final, tensor, value
 
 from ssv.client.triton import Client, Reply, Settings
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Output, Request, SamplingParams
 from ssv.runtime.strategies import METHODS
-from triton_asks import Stream, is_final, tensor, value
 
 LOSSLESS = ("autoregressive", "speculative", "premium")
 QUESTION = "Explain how rainbows form."
@@ -121,7 +121,7 @@ def test_stop_string_across_chunks(server: Server, llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("method", ["premium", "turbo"])
-@pytest.mark.parametrize("prompt", ["😀🎉🚀 " * 12, "你好，世界。今天天气很好。" * 6])
+@pytest.mark.parametrize("prompt", ["😀🎉🚀 " * 12, "今天天气很好。" * 12])
 def test_characters_are_never_halved(server: Server, llm: LLM, prompt: str, method: str) -> None:
     case = Case(prompt, method, chat=False, max_tokens=60, temperature=0.6, seed=3, ignore_eos=True)
     expected = case.here(llm)
@@ -129,7 +129,9 @@ def test_characters_are_never_halved(server: Server, llm: LLM, prompt: str, meth
     assert_same(replies, expected, case)
     wide = [character for character in expected.text if ord(character) > 0x2000 and character != "\ufffd"]
     assert len(wide) > 10, "the output has to be what this test is about"
-    assert any(not reply.text and reply.num_output_tokens for reply in replies) or len(replies) < len(expected.token_ids)
+    assert any(not reply.text and reply.num_output_tokens for reply in replies) or len(replies) < len(
+        expected.token_ids
+    )
     # What the model itself never completes is all that may be shown as broken.
     assert text_of(replies).count("\ufffd") == expected.text.count("\ufffd")
     assert sum("\ufffd" in reply.text for reply in replies[:-1]) <= expected.text.count("\ufffd")

@@ -12,9 +12,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from tritonclient.utils import InferenceServerException
-
 from triton_asks import Stream, is_final, tensor, texts, value
+from tritonclient.utils import InferenceServerException
 
 PROMPT = "What is machine learning?"
 
@@ -106,7 +105,9 @@ def test_genai_perf_vllm_with_extra_inputs(server: Server) -> None:
 
 
 def test_genai_perf_with_defaults_only(server: Server) -> None:
-    results = GenaiPerf(server).ask("9", {"text_input": ["The capital of France is"], "exclude_input_in_output": [True]})
+    results = GenaiPerf(server).ask(
+        "9", {"text_input": ["The capital of France is"], "exclude_input_in_output": [True]}
+    )
     assert len(results) == 1
     assert value(results[0], "text_output")
 
@@ -146,9 +147,9 @@ def test_openai_frontend_in_the_format_for_tensorrtllm(server: Server, streaming
     assert (len(results) > 1) == streaming
     assert all(result.as_numpy("text_output").size == 1 for result in results)
     assert 0 < sum(value(result, "num_output_tokens") for result in results) <= 16
-    assert {result.as_numpy(name).dtype for result in results for name in ("num_input_tokens", "num_output_tokens")} == {
-        np.dtype(np.int32)
-    }
+    assert {
+        result.as_numpy(name).dtype for result in results for name in ("num_input_tokens", "num_output_tokens")
+    } == {np.dtype(np.int32)}
 
 
 def test_end_to_end_client_of_tensorrtllm(server: Server) -> None:
@@ -256,13 +257,13 @@ def test_bench_client_of_vllm(server: Server, ignore_eos: bool) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        '{"text_input": "What is machine learning?", "max_tokens": 20, "bad_words": "", "stop_words": ""}',
-        '{"text_input": "What is machine learning?", "max_tokens": 20, "bad_words": "", "stop_words": "", '
+        '{"text_input": "The future of AI is", "max_tokens": 20, "bad_words": "", "stop_words": ""}',
+        '{"text_input": "The future of AI is", "max_tokens": 20, "bad_words": "", "stop_words": "", '
         '"pad_id": 2, "end_id": 2}',
-        '{"text_input": "What is ML?", "max_tokens": 20, "bad_words": [], "stop_words": ["focuses", "learn"], "end_id": 2}',
+        '{"text_input": "The future of AI is", "max_tokens": 20, "bad_words": [], "stop_words": ["focuses", "learn"], "end_id": 2}',
         '{"text_input": "The future of AI is", "max_tokens": 10}',
-        '{"text_input": "What is machine learning?", "max_tokens": 10, "parameters": {"stream": false, "temperature": 0}}',
-        '{"text_input": "What is machine learning?", "stream": false, "sampling_parameters": "{\\"temperature\\": 0, \\"max_tokens\\": 9}"}',
+        '{"text_input": "The future of AI is", "max_tokens": 10, "parameters": {"stream": false, "temperature": 0}}',
+        '{"text_input": "The future of AI is", "stream": false, "sampling_parameters": "{\\"temperature\\": 0, \\"max_tokens\\": 9}"}',
     ],
 )
 def test_documented_curl(server: Server, data: str) -> None:
@@ -274,7 +275,7 @@ def test_documented_curl(server: Server, data: str) -> None:
 
 
 def test_documented_curl_of_a_stream(server: Server) -> None:
-    data = '{"text_input": "What is machine learning?", "max_tokens": 12, "parameters": {"stream": true, "temperature": 0}}'
+    data = '{"text_input": "The future of AI is", "max_tokens": 12, "parameters": {"stream": true, "temperature": 0}}'
     url = f"{server.http_url}/v2/models/ensemble/generate_stream"
     out = subprocess.run(["curl", "-s", "-X", "POST", url, "-d", data], capture_output=True, timeout=60.0, check=True)
     events = out.stdout.decode().split("\n\n")

@@ -15,11 +15,11 @@ from urllib.request import Request, urlopen
 
 import pytest
 import tritonclient.grpc as grpcclient
+from triton_asks import Stream, metric, read_metrics, tensor, value, wait_until
 from tritonclient.utils import InferenceServerException
 
 from ssv.client.triton import Client, ServerError, Settings
 from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS
-from triton_asks import Stream, metric, read_metrics, tensor, value, wait_until
 
 BUSY = ("ssv_requests_decoding", "ssv_requests_joining", "ssv_requests_waiting")
 ENDLESS = {"max_tokens": 1000, "ignore_eos": True}
@@ -84,17 +84,31 @@ def test_metrics_count_a_request(server: Server) -> None:
     assert gained["ssv_tokens_trusted"] == last.unverified > 0
     # Each pass takes what was drafted and one token more.
     drafted = gained["ssv_target_tokens"] - gained["ssv_target_passes"]
-    assert drafted == last.judged + gained["ssv_tokens_rolled_back"] + last.unverified - (last.judged - last.accepted) or (
-        drafted >= last.judged + last.unverified
-    )
+    assert drafted == last.accepted + last.unverified + gained["ssv_tokens_rolled_back"]
     assert 0 < gained["ssv_first_token_seconds"] < gained["ssv_request_seconds"]
     assert metric(server.metrics_url, REQUESTS[0], tier="turbo", reason="length") == ended + 1
 
 
-def test_all_metrics_are_there(server: Server) -> None:
-    """Audits have families, and values once there are any."""
+def test_audits_are_counted(server: Server) -> None:
+    """The tests' server audits every request that can be."""
+
+    def audited(tier: str) -> float:
+        return metric(server.metrics_url, "ssv_audited_tokens", tier=tier)
+
+    before = audited("balanced")
     with Client(server.grpc_url) as client:
-        list(client.stream("Hello", Settings(max_tokens=2)))
+        for tier in ("premium", "balanced"):
+            list(client.stream("Name three colours.", Settings(tier=tier, max_tokens=30, ignore_eos=True)))
+    wait_until(lambda: audited("balanced") == before + 30, "the answer is audited")
+    assert audited("premium") == 0
+    assert 0 <= metric(server.metrics_url, "ssv_audit_mismatches", tier="balanced") < audited("balanced")
+
+
+def test_all_metrics_are_there(server: Server) -> None:
+    """Those of audits once there has been one."""
+    with Client(server.grpc_url) as client:
+        list(client.stream("Hello", Settings(tier="turbo", max_tokens=2)))
+    wait_until(lambda: metric(server.metrics_url, "ssv_audited_tokens", tier="turbo") > 0, "the answer is audited")
     with urlopen(server.metrics_url, timeout=10.0) as response:
         text = response.read().decode()
     families = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
@@ -148,7 +162,14 @@ def test_leaving_the_iteration_frees_the_row(server: Server) -> None:
     wait_until(lambda: cancelled(server) == before + 1, "it is counted as cancelled", seconds=5.0)
 
 
-@pytest.mark.parametrize("path", ["generate_stream", "generate"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "generate_stream",
+        # Triton does not look at a connection before it has something to write.
+        pytest.param("generate", marks=pytest.mark.xfail(strict=True, reason="Triton notices no disconnect here")),
+    ],
+)
 def test_disconnecting_http_frees_the_row(server: Server, path: str) -> None:
     before = cancelled(server)
     body = json.dumps({"text_input": "Once upon a time", "stream": path == "generate_stream", **ENDLESS}).encode()
@@ -159,7 +180,7 @@ def test_disconnecting_http_frees_the_row(server: Server, path: str) -> None:
         if path == "generate_stream":
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         wait_until(lambda: metric(server.metrics_url, "ssv_requests_decoding") == 1, "the request decodes")
-    wait_until(lambda: cancelled(server) == before + 1, "it is counted as cancelled", seconds=5.0)
+    wait_until(lambda: cancelled(server) == before + 1, "it is counted as cancelled", seconds=3.0)
 
 
 def test_killing_a_client_frees_the_row(server: Server) -> None:
@@ -180,9 +201,7 @@ def test_cancelling_a_request_that_waits(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(server.max_rows):
             stack.enter_context(Stream(server.grpc_address)).send(*endless())
-        wait_until(
-            lambda: metric(server.metrics_url, "ssv_requests_decoding") == server.max_rows, "all rows are taken"
-        )
+        wait_until(lambda: metric(server.metrics_url, "ssv_requests_decoding") == server.max_rows, "all rows are taken")
         with Stream(server.grpc_address) as waiting:
             waiting.send(*endless())
             wait_until(lambda: metric(server.metrics_url, "ssv_requests_waiting") == 1, "one waits")
@@ -207,10 +226,34 @@ def test_more_than_can_wait_are_refused_at_once(server: Server) -> None:
         with pytest.raises(ServerError, match=r"waiting already: try again later") as raised:
             next(client.stream("Hello", Settings(max_tokens=2)))
         assert raised.value.status == "UNAVAILABLE"
+        with pytest.raises(HTTPError) as refused:
+            body = json.dumps({"text_input": "Hello"}).encode()
+            urlopen(Request(f"{server.http_url}/v2/models/ensemble/generate", body), timeout=10.0)
+        assert "try again later" in refused.value.read().decode()
         assert metric(server.metrics_url, "ssv_requests_decoding") == server.max_rows
     wait_until(lambda: is_idle(server), "all have left")
     with Client(server.grpc_url) as client:
         assert list(client.stream("Hello", Settings(max_tokens=2)))
+
+
+def test_bug_refused_requests_are_counted_as_errors(server: Server) -> None:
+    """As the description of the metric has it."""
+
+    def errors() -> float:
+        found = read_metrics(server.metrics_url)
+        return sum(n for (name, labels), n in found.items() if name == REQUESTS[0] and ("reason", "error") in labels)
+
+    before = errors()
+    with contextlib.ExitStack() as stack:
+        for _ in range(server.max_rows + server.max_waiting):
+            stack.enter_context(Stream(server.grpc_address)).send(*endless())
+        wait_until(
+            lambda: metric(server.metrics_url, "ssv_requests_waiting") == server.max_waiting, "the queue is full"
+        )
+        client = stack.enter_context(Client(server.grpc_url))
+        with pytest.raises(ServerError):
+            next(client.stream("Hello", Settings(max_tokens=2)))
+    assert errors() == before + 1
 
 
 # --- doors that are shut --------------------------------------------------------------------------------------------
@@ -224,7 +267,7 @@ def test_administration_is_refused_over_grpc(server: Server) -> None:
             lambda: client.get_model_repository_index(),
             lambda: client.register_system_shared_memory("a", "/a", 8),
             lambda: client.get_system_shared_memory_status(),
-            lambda: client.register_cuda_shared_memory("a", b"abc", 0, 8),
+            lambda: client.register_cuda_shared_memory("a", b"YWJj", 0, 8),
             lambda: client.update_log_settings({"log_verbose_level": 4}),
             lambda: client.update_trace_settings("ensemble", {"trace_level": ["TENSORS"]}),
         ):

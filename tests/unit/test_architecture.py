@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"builder": "ssv.builder", "runtime": "ssv.runtime", "plugins": "ssv.plugins"}
-MODULES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if p.name != "__init__.py")
-COMPOSITION_ROOTS = {"builder/cli.py"}
+FOLDERS = ("builder", "plugins", "runtime", "triton_repo", "client")
+MODULES = sorted(
+    p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if p.name not in ("__init__.py", "model.py")
+)
+SHIMS = sorted((ROOT / "triton_repo").glob("*/1/model.py"))
+COMPOSITION_ROOTS = {"builder/cli.py", "triton_repo/serve.py"}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -29,7 +32,13 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_imported_from_the_right(path: Path) -> None:
-    banned = {"builder": ("ssv.runtime",), "plugins": ("ssv.",), "runtime": ("ssv.triton_repo",)}
+    banned = {
+        "plugins": ("ssv.",),
+        "builder": ("ssv.runtime", "ssv.triton_repo", "ssv.client"),
+        "runtime": ("ssv.triton_repo", "ssv.client"),
+        "triton_repo": ("ssv.client",),
+        "client": ("ssv.triton_repo",),
+    }
     if name_of(path) in COMPOSITION_ROOTS:
         return
     folder = path.relative_to(ROOT).parts[0]
@@ -48,7 +57,7 @@ def test_every_module_says_what_it_may_import_and_keeps_to_it(path: Path) -> Non
     text = re.sub(r"\s+", " ", stated.group(1))
     if "everything" in text:
         return
-    used = {m for m in imports_of(path) if re.fullmatch(r"ssv\.(builder|runtime|plugins)\.\w+", m)}
+    used = {m for m in imports_of(path) if re.fullmatch(r"ssv\.(builder|runtime|plugins|triton_repo|client)\.\w+", m)}
     used = {m for m in used if (ROOT / Path(*m.split(".")[1:])).with_suffix(".py").exists()}
     # `ssv.builder.a, .b; ssv.runtime.c` lists modules of one package after its first.
     allowed = set()
@@ -59,8 +68,15 @@ def test_every_module_says_what_it_may_import_and_keeps_to_it(path: Path) -> Non
     assert used <= allowed, f"imports {sorted(used - allowed)}, allows {sorted(allowed)}"
 
 
-def test_the_scheduler_imports_no_torch() -> None:
-    assert not any(m.split(".")[0] == "torch" for m in imports_of(ROOT / "runtime" / "scheduler.py"))
+@pytest.mark.parametrize("name", ["scheduler", "prompt_cache", "intake", "pieces", "server_metrics", "tokenizer", "text"])
+def test_what_is_no_arithmetic_imports_no_torch(name: str) -> None:
+    assert not any(m.split(".")[0] == "torch" for m in imports_of(ROOT / "runtime" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("path", SHIMS, ids=name_of)
+def test_models_of_the_server_import_the_runtime_alone(path: Path) -> None:
+    wrong = [m for m in imports_of(path) if m.startswith(("ssv.triton_repo", "ssv.client", "ssv.plugins"))]
+    assert SHIMS and not wrong
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

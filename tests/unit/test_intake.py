@@ -517,7 +517,9 @@ def test_bug_a_key_given_twice_in_sampling_parameters() -> None:
         vllm('{"max_tokens": 9, "max_tokens": 12}')
 
 
-@pytest.mark.parametrize("given", [{"sampling_parameters": '{"stop": ["' + "x" * 2000 + '"]}'}, {"stop_words": ["x" * 2000]}])
+@pytest.mark.parametrize(
+    "given", [{"sampling_parameters": '{"stop": ["' + "x" * 2000 + '"]}'}, {"stop_words": ["x" * 2000]}]
+)
 def test_bug_stop_words_are_bounded(given: dict[str, Any]) -> None:
     """They are looked for at every token by the thread that decodes for all, and travel with every piece."""
     refused("bytes", **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,13 @@ def test_engines_of_the_recipe_are_compiled_and_taken_over(tmp_path: Path, monke
     monkeypatch.setattr(pair, "_compile_apart", never)
     assert build(recipe, out).engines == manifest.engines
     assert read_manifest(out).engines == manifest.engines
+
+
+def test_files_of_a_bundle_can_be_read_by_others(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    mask = os.umask(0o022)
+    try:
+        build(write_recipe(tmp_path), out)
+    finally:
+        os.umask(mask)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in out.rglob("*"))

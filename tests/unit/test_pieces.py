@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ssv.runtime.intake import Settings
-from ssv.runtime.pieces import Answer, Piece
+from ssv.runtime.pieces import Answer, Piece, error_text
 from ssv.runtime.request import Chunk, FinishReason, SamplingParams
 from ssv.runtime.stats import Counters
 
@@ -17,8 +17,10 @@ COUNTERS = Counters(
 )
 
 
-def make(*, stream: bool, stop: tuple[str, ...] = (), lossless: bool = True, method: str = "premium") -> Answer:
-    return Answer("key", Settings(method, SamplingParams(stop=stop), stream, None), lossless)
+def make(
+    *, stream: bool, stop: tuple[str, ...] = (), lossless: bool = True, method: str = "premium", interval: float = 0.0
+) -> Answer:
+    return Answer("key", Settings(method, SamplingParams(stop=stop), stream, None), lossless, interval)
 
 
 def chunk(*token_ids: int, reason: FinishReason | None = None, counters: Counters = COUNTERS) -> Chunk:
@@ -26,7 +28,7 @@ def chunk(*token_ids: int, reason: FinishReason | None = None, counters: Counter
 
 
 def pieces(answer: Answer, *chunks: Chunk) -> list[Piece]:
-    return [piece for each in chunks if (piece := answer.piece(each)) is not None]
+    return [piece for each in chunks if (piece := answer.piece(each, 0.0)) is not None]
 
 
 def test_streaming_has_a_piece_for_each_chunk() -> None:
@@ -36,6 +38,18 @@ def test_streaming_has_a_piece_for_each_chunk() -> None:
     assert [piece.is_last for piece in found] == [False, False, True]
     assert [piece.fields["finish_reason"] for piece in found] == ["", "", "stop"]
     assert [piece.fields["num_output_tokens"] for piece in found] == [1, 2, 0]
+
+
+def test_pieces_keep_their_distance() -> None:
+    """Tokens that come too soon leave with the next ones; the first ones and the end never wait."""
+    answer = make(stream=True, interval=0.5)
+    times = [100.0, 100.25, 100.49, 100.5, 100.6, 101.2, 101.3]
+    found = [answer.piece(chunk(i), now) for i, now in enumerate(times)]
+    assert [piece and piece.token_ids for piece in found] == [(0,), None, None, (1, 2, 3), None, (4, 5), None]
+    last = answer.piece(chunk(reason="cancelled"), 101.3)
+    assert last is not None
+    assert (last.token_ids, last.number, last.is_last) == ((6,), 3, True)
+    assert last.fields["num_output_tokens"] == 1
 
 
 def test_otherwise_there_is_one_with_all_tokens() -> None:
@@ -84,7 +98,7 @@ def test_types_of_fields_survive_json() -> None:
 def test_counters_are_those_of_the_moment() -> None:
     """A chunk's counters are the request's own, which go on counting."""
     answer, counters = make(stream=True), Counters(target_passes=1)
-    first = answer.piece(chunk(1, counters=counters))
+    first = answer.piece(chunk(1, counters=counters), 0.0)
     counters.target_passes = 2
     assert first is not None
     assert first.fields["ssv_target_passes"] == 1
@@ -100,7 +114,7 @@ def test_json(stop: tuple[str, ...]) -> None:
 
 def test_probe() -> None:
     answer = make(stream=True, stop=("END",))
-    first, probe, second = answer.piece(chunk(1)), answer.probe(), answer.piece(chunk(2))
+    first, probe, second = answer.piece(chunk(1), 0.0), answer.probe(), answer.piece(chunk(2), 0.0)
     assert first is not None and second is not None
     assert probe.is_probe and not first.is_probe
     assert (probe.key, probe.token_ids, probe.is_last) == ("key", (), False)
@@ -110,7 +124,7 @@ def test_probe() -> None:
 
 def test_probe_takes_no_tokens_along() -> None:
     answer = make(stream=False)
-    assert answer.piece(chunk(1)) is None
+    assert answer.piece(chunk(1), 0.0) is None
     assert answer.probe().token_ids == ()
     (piece,) = pieces(answer, chunk(2, reason="stop"))
     assert piece.token_ids == (1, 2)
@@ -120,3 +134,7 @@ def test_probe_takes_no_tokens_along() -> None:
 def test_what_is_no_piece_raises(text: Any) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
         Piece.from_json(text)
+
+
+def test_errors_have_their_status_in_front() -> None:
+    assert error_text("UNAVAILABLE", ValueError("no: later")) == "UNAVAILABLE: no: later"

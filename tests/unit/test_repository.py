@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -42,7 +42,9 @@ def ports(config: ModelConfig, side: str) -> dict[str, tuple[int, list[int]]]:
 
 
 def settings_of(config: ModelConfig) -> ServerConfig:
-    return ServerConfig.from_model_config(MessageToDict(config, preserving_proto_field_name=True))
+    """As Triton hands a config to a model."""
+    parameters = {name: {"string_value": parameter.string_value} for name, parameter in config.parameters.items()}
+    return ServerConfig.from_model_config({"name": config.name, "parameters": parameters})
 
 
 def make(**given: object) -> ServerConfig:
@@ -81,8 +83,8 @@ def test_outputs_of_the_ensemble_are_those_of_postprocessing() -> None:
 
 
 def test_outputs_are_the_fields_of_a_piece() -> None:
-    answer = Answer("key", Settings("premium", SamplingParams(), stream=True, timeout=None), lossless=True)
-    piece = answer.piece(Chunk(0, "", (1,), Counters()))
+    answer = Answer("key", Settings("premium", SamplingParams(), stream=True, timeout=None), True, 0.0)
+    piece = answer.piece(Chunk(0, "", (1,), Counters()), 0.0)
     assert piece is not None
     types = {str: pb.TYPE_STRING, bool: pb.TYPE_BOOL, int: pb.TYPE_INT32, float: pb.TYPE_FP32}
     wanted = {name: (types[type(value)], [1]) for name, value in {"text_output": "", **piece.fields}.items()}
@@ -98,7 +100,7 @@ def test_the_ensemble_passes_every_tensor_on() -> None:
         assert set(step.output_map) == set(ports(config, "output"))
     assert all(key == value for key, value in steps["preprocessing"].input_map.items())
     assert all(key == value for key, value in steps["postprocessing"].output_map.items())
-    for before, after in zip(PYTHON_MODELS, PYTHON_MODELS[1:], strict=False):
+    for before, after in pairwise(PYTHON_MODELS):
         made = {steps[before].output_map[name]: kind for name, kind in ports(read(before), "output").items()}
         used = {steps[after].input_map[name]: kind for name, kind in ports(read(after), "input").items()}
         assert made == used
@@ -174,7 +176,10 @@ def test_compiled_files_stay_behind(tmp_path: Path) -> None:
 def test_the_defaults_of_the_queue_agree() -> None:
     """A request that `ssv` would refuse need not be tokenized first."""
     config = ServerConfig(bundle=Path())
-    assert read("preprocessing").dynamic_batching.default_queue_policy.max_queue_size >= config.max_rows + config.max_waiting
+    assert (
+        read("preprocessing").dynamic_batching.default_queue_policy.max_queue_size
+        >= config.max_rows + config.max_waiting
+    )
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:

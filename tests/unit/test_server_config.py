@@ -35,7 +35,14 @@ def manifest(max_positions: int) -> Manifest:
 
 
 def test_texts_become_what_they_say() -> None:
-    given = {"bundle": "/b", "engine": "tensorrt", "precision": "fp8", "device": "cuda", "threads": "3", "max_rows": "2"}
+    given = {
+        "bundle": "/b",
+        "engine": "tensorrt",
+        "precision": "fp8",
+        "device": "cuda",
+        "threads": "3",
+        "max_rows": "2",
+    }
     given |= {"max_waiting": "0", "max_length": "100", "max_tokens": "50", "max_prompt_bytes": "10"}
     given |= {"prefill_chunk": "32", "prompt_cache_mb": "0", "audit_share": "0.25"}
     assert ServerConfig.from_model_config(model_config(**given)) == ServerConfig(

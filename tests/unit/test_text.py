@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
 from fakes import FakeTokenizer
-from ssv.runtime.text import TextStream
+from ssv.runtime.text import Detokenizer, StreamError, TextStream
 
 HALF = "\ufffd"
 
@@ -208,3 +209,98 @@ def test_stop_string_followed_by_half_a_character_in_the_last_token() -> None:
     if not stream.stopped:
         text += stream.flush()
     assert text == "some "
+
+
+# --- the texts of many streams --------------------------------------------------------------------------------------
+
+
+def detokenizer(max_streams: int = 8) -> Detokenizer:
+    return Detokenizer(ByteTokenizer().decode, max_streams)
+
+
+def test_pieces_of_streams_that_interleave() -> None:
+    texts = detokenizer()
+    assert texts.push("a", 0, b"x\xe2", (), False) == "x"
+    assert texts.push("b", 0, b"\xf0\x9f", (), False) == ""
+    assert texts.push("a", 1, b"\x82\xacy", (), False) == "€y"
+    assert texts.push("b", 1, b"\x98\x80", (), True) == "😀"
+    assert texts.push("a", 2, b"", (), True) == ""
+    assert len(texts) == 0
+
+
+def test_a_stream_of_one_piece() -> None:
+    assert detokenizer().push("a", 0, "naïve €".encode(), (), True) == "naïve €"
+
+
+def test_an_empty_stream() -> None:
+    assert detokenizer().push("a", 0, b"", ("END",), True) == ""
+
+
+def test_a_last_piece_gives_what_was_held_back() -> None:
+    texts = detokenizer()
+    assert texts.push("a", 0, b"xEN", ("END",), False) == "x"
+    assert texts.push("a", 1, b"", ("END",), True) == "EN"
+    assert texts.push("b", 0, b"x\xe2", (), True) == "x" + HALF
+
+
+def test_nothing_of_or_after_a_stop_string_leaves() -> None:
+    texts = detokenizer()
+    assert texts.push("a", 0, b"some EN", ("END",), False) == "some "
+    assert texts.push("a", 1, b"D more", ("END",), False) == ""
+    assert texts.push("a", 2, b"and more", ("END",), True) == ""
+    assert texts.push("b", 0, b"some END more", ("END",), True) == "some "
+
+
+def test_any_cut_into_pieces_gives_the_text_in_one_go() -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        data = "".join(rng.choices("abé€😀", k=12)).encode() + rng.choice([b"", b"\xe2\x82", b"\xff"])
+        stop = tuple("".join(rng.choices("abé", k=rng.randint(1, 3))) for _ in range(rng.randint(0, 2)))
+        whole = byte_stream(*stop)
+        expected = "".join(push_all(whole, data)) + whole.flush()
+        texts, cuts = detokenizer(), sorted(rng.choices(range(len(data) + 1), k=rng.randint(0, 5)))
+        bounds = [0, *cuts, len(data)]
+        found = [
+            texts.push("a", n, data[start:end], stop, n == len(cuts)) for n, (start, end) in enumerate(pairwise(bounds))
+        ]
+        assert "".join(found) == expected
+        assert not any(HALF in piece for piece in found[:-1]) or HALF in expected
+        assert len(texts) == 0
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_a_piece_whose_beginning_is_unknown(number: int) -> None:
+    texts = detokenizer()
+    with pytest.raises(StreamError, match="ask again"):
+        texts.push("a", number, b"x", (), False)
+    assert len(texts) == 0
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_piece_missing_or_sent_twice(number: int) -> None:
+    texts = detokenizer()
+    texts.push("a", 0, b"x", (), False)
+    texts.push("a", 1, b"y", (), False)
+    with pytest.raises(StreamError):
+        texts.push("a", number, b"z", (), False)
+    with pytest.raises(StreamError):  # and the rest is of no use
+        texts.push("a", 2, b"z", (), False)
+
+
+def test_after_its_last_piece_a_stream_is_over() -> None:
+    texts = detokenizer()
+    texts.push("a", 0, b"x", (), True)
+    with pytest.raises(StreamError):
+        texts.push("a", 1, b"y", (), True)
+
+
+def test_streams_that_break_off_are_forgotten() -> None:
+    texts = detokenizer(max_streams=3)
+    texts.push("living", 0, b"0", (), False)
+    for n in range(1, 50):
+        texts.push(f"broken {n}", 0, b"x", (), False)
+        assert texts.push("living", n, b"y", (), False) == "y"
+        assert len(texts) <= 3
+    with pytest.raises(StreamError):
+        texts.push("broken 1", 1, b"x", (), False)
+    assert texts.push("broken 49", 1, b"z", (), True) == "z"

@@ -69,6 +69,7 @@ class TritonPythonModel:
             on_round=self._metrics.round,
             on_death=self._die,
         )
+        self._metrics.round(self._service.load)
         self._control = ControlReceiver(os.getppid(), self._cancel, self._drain)
         log_event(log, "ready", bundle=config.bundle, rows=config.max_rows, threads=torch.get_num_threads())
 
@@ -94,7 +95,7 @@ class TritonPythonModel:
 
     def _die(self, error: Exception) -> None:
         # Nothing of an engine that has failed can be trusted. Who supervises the server sees the process end.
-        log_event(log, "engine failed", logging.ERROR, error=error)
+        log_event(log, "engine failed", level=logging.ERROR, error=error)
         self._metrics.round(self._service.load, alive=False)
         time.sleep(1.0)  # the errors shall reach their clients
         os._exit(EXIT_ENGINE_FAILED)
@@ -140,7 +141,7 @@ class _Sink:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
 
     def _log(self, level: int, **fields: object) -> None:
-        log_event(log, "request", level, id=self._id, key=self.key, tier=self.request.method, **fields)
+        log_event(log, "request", level=level, id=self._id, key=self.key, tier=self.request.method, **fields)
 
 
 class _Metrics:

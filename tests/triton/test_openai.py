@@ -1,0 +1,255 @@
+"""The OpenAI API of a real server, asked with OpenAI's own package."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import pytest
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
+
+from ssv.builder.manifest import read_manifest
+
+WAIT_SECONDS = 30.0
+MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
+
+
+class Server(Protocol):
+    """What is used of the fixture."""
+
+    @property
+    def openai_url(self) -> str | None: ...
+    @property
+    def metrics_url(self) -> str: ...
+
+
+@pytest.fixture(scope="module")
+def url(server: Server) -> str:
+    """Of the API, once it answers: it is started after the server."""
+    assert server.openai_url is not None
+    address = urlsplit(server.openai_url).netloc
+
+    def answers() -> bool:
+        try:
+            with urlopen(f"http://{address}/health", timeout=5.0) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    wait_until(answers)
+    return server.openai_url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> str:
+    return read_manifest(bundle, verify=False).name
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {WAIT_SECONDS} s"
+        time.sleep(0.1)
+
+
+def disclosed(response: Any) -> dict[str, Any]:
+    return dict(response.model_extra["ssv"])
+
+
+def metric(server: Server, start: str) -> float:
+    with urlopen(server.metrics_url, timeout=10.0) as response:
+        text = response.read().decode()
+    return sum(float(value) for value in re.findall(rf"^{re.escape(start)}\S* (\S+)$", text, re.MULTILINE))
+
+
+def test_models(client: OpenAI, model: str, bundle: Path) -> None:
+    tiers = read_manifest(bundle, verify=False).tiers
+    assert [entry.id for entry in client.models.list()] == [model, *(f"{model}:{tier}" for tier in tiers)]
+    assert client.models.retrieve(f"{model}:premium").object == "model"
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("huge")
+
+
+@pytest.mark.parametrize("tier", ["premium", "balanced", "turbo", "autoregressive", "speculative"])
+def test_every_tier_answers_and_is_disclosed(client: OpenAI, model: str, tier: str) -> None:
+    answer = client.chat.completions.create(model=f"{model}:{tier}", messages=MESSAGES, max_tokens=24, temperature=0)
+    assert answer.model == f"{model}:{tier}"
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    what = disclosed(answer)
+    assert what["tier"] == tier
+    assert what["lossless"] == (tier not in ("balanced", "turbo"))
+    assert not (what["lossless"] and what["unverified_tokens"])
+    assert 0 <= what["acceptance_rate"] <= 1
+
+
+def test_lossless_tiers_say_the_same(client: OpenAI, model: str) -> None:
+    texts = {
+        client.completions.create(model=f"{model}:{tier}", prompt="The sea", max_tokens=32, temperature=0)
+        .choices[0]
+        .text
+        for tier in ("premium", "autoregressive", "speculative")
+    }
+    assert len(texts) == 1
+
+
+def test_a_chat_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
+    asked: Any = {"model": model, "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    *answer, last = chunks
+    texts = [chunk.choices[0].delta.content for chunk in answer]
+    assert "".join(text or "" for text in texts) == whole.choices[0].message.content
+    assert len(texts) > 4  # it came in pieces
+    assert all(texts[1:-1])  # and none of them empty
+    assert answer[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert disclosed(answer[-1]) == disclosed(whole)
+    assert last.choices == [] and last.usage is not None and whole.usage is not None
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_completion_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
+    asked: Any = {"model": f"{model}:turbo", "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**asked)
+    chunks = list(client.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_the_async_client_reads_streams_side_by_side(url: str, model: str) -> None:
+    async def answer(client: AsyncOpenAI, seed: int) -> str:
+        stream = await client.completions.create(model=model, prompt="The sea", max_tokens=16, seed=seed, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def test() -> list[str]:
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(answer(client, seed) for seed in (1, 2, 3, 1)))
+
+    texts = asyncio.run(test())
+    assert texts[0] == texts[3]
+    assert len(set(texts)) > 1  # temperature is 1 unless it is said
+
+
+def test_settings_have_their_effect(client: OpenAI, model: str) -> None:
+    def ask(**fields: Any) -> Any:
+        return client.completions.create(**{"model": model, "prompt": "One, two, three,", "temperature": 0, **fields})
+
+    assert ask().usage.completion_tokens == 16
+    assert ask(max_tokens=5).usage.completion_tokens == 5
+    text = ask(max_tokens=30).choices[0].text
+    word = text.split()[3]
+    stopped = ask(max_tokens=30, stop=word)
+    assert stopped.choices[0].text == text[: text.index(word)]
+    assert stopped.choices[0].finish_reason == "stop"
+    assert ask(temperature=1.5, extra_body={"top_k": 1}, max_tokens=30).choices[0].text == text
+    forced = ask(max_tokens=300, extra_body={"ignore_eos": True, "min_tokens": 300})
+    assert forced.usage.completion_tokens == 300
+    assert forced.choices[0].finish_reason == "length"
+    cut = ask(max_tokens=1000, extra_body={"ignore_eos": True, "ssv_timeout": 0.5})
+    assert 0 < cut.usage.completion_tokens < 1000
+    assert cut.choices[0].finish_reason == "length"
+
+
+def test_a_conversation_goes_on_and_its_beginning_is_in_the_cache(client: OpenAI, model: str) -> None:
+    first = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=48, temperature=0)
+    messages = [
+        *MESSAGES,
+        first.choices[0].message,
+        {"role": "user", "content": [{"type": "text", "text": "And why?"}]},
+    ]
+    second = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None
+    assert (second.usage.prompt_tokens_details.cached_tokens or 0) > 0
+
+
+def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, model: str) -> None:
+    answer = client.completions.create(model=model, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 0.0})
+    assert disclosed(answer)["lossless"]
+    answer = client.completions.create(model=model, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 1.0})
+    assert disclosed(answer)["tier"] == "turbo"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_tokens": 100_000}, "max_tokens 100000: at most"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens 6"),
+        ({"prompt": "x " * 50_000}, "shorten it"),
+        ({"n": 2}, "n is not supported"),
+        ({"extra_body": {"top": 5}}, "top is unknown"),
+        ({"extra_body": {"ssv_tier": "turbo", "ssv_max_divergence": 0.001}}, "exceeds ssv_max_divergence"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_says_why(
+    client: OpenAI, model: str, fields: dict[str, Any], words: str, stream: bool
+) -> None:
+    with pytest.raises(BadRequestError, match=re.escape(words)) as raised:
+        client.completions.create(**{"model": model, "prompt": "Hi", "stream": stream, **fields})
+    assert raised.value.type == "invalid_request_error"
+    # Neither Triton's words nor a status of gRPC's come before it.
+    assert not re.search(r"ensemble|request id|INVALID", raised.value.message)
+
+
+def test_a_body_too_large_is_413(client: OpenAI, model: str) -> None:
+    with pytest.raises(APIStatusError) as raised:
+        client.completions.create(model=model, prompt="x" * 3_000_000)
+    assert raised.value.status_code == 413
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(server: Server, url: str, model: str, stream: bool) -> None:
+    cancelled = metric(server, 'ssv_requests{reason="cancelled"')
+    address = urlsplit(url)
+    body = {"model": model, "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=WAIT_SECONDS) as connection:
+        connection.sendall(head.encode() + content)
+        if stream:
+            assert b"200 OK" in connection.recv(1 << 16)
+        else:
+            wait_until(lambda: metric(server, "ssv_requests_decoding") > 0)
+    wait_until(lambda: metric(server, 'ssv_requests{reason="cancelled"') == cancelled + 1)
+    wait_until(lambda: metric(server, "ssv_requests_decoding") == 0)
+
+
+def test_a_full_queue_is_503_and_tells_when_to_come_again(url: str, model: str) -> None:
+    async def ask(client: AsyncOpenAI) -> APIStatusError | None:
+        try:
+            await client.completions.create(model=model, prompt="Hi", max_tokens=64, extra_body={"ignore_eos": True})
+        except APIStatusError as error:
+            return error
+        return None
+
+    async def test() -> list[APIStatusError | None]:
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300.0) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(40)))
+
+    errors = asyncio.run(test())
+    refused = [error for error in errors if error is not None]
+    assert 0 < len(refused) < len(errors)
+    for error in refused:
+        assert isinstance(error, InternalServerError)
+        assert error.status_code == 503
+        assert error.response.headers["retry-after"] == "1"
+        assert error.type == "server_error"
