@@ -23,7 +23,19 @@ EXTRAS = {
     "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
     "plot": ["matplotlib"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
-    "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-protobuf", "types-grpcio", "openai", "httpx", "kubernetes-validate", "tensorrt-cu13-bindings==11.4.0.106"],
+    "dev": [
+        "pytest",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "types-psutil",
+        "types-protobuf",
+        "types-grpcio",
+        "openai",
+        "httpx",
+        "kubernetes-validate",
+        "tensorrt-cu13-bindings==11.4.0.106",
+    ],
 }
 
 setup(

@@ -32,7 +32,20 @@ class RunningAudit:
         num_tokens: of the output.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], output_ids: Sequence[int], chunk: int) -> None:
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
+        chunk: int,
+        *,
+        eos_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+    ) -> None:
+        """Args:
+        chunk: tokens of a step.
+        eos_ids: what the target could not choose among the first `min_tokens` of the output.
+        """
+        self._eos, self._banned = torch.tensor(list(eos_ids), dtype=torch.long), len(prompt_ids) - 1 + min_tokens
         self.num_tokens = len(output_ids)
         self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
         self.restart()
@@ -47,8 +60,14 @@ class RunningAudit:
         rows_R = torch.arange(min(max(self._first, start), stop), stop)
         at = torch.tensor([start], dtype=torch.int32)
         out = target.step(self._tokens[None, start:stop], at, rows_R - start, first_row=row)
-        emitted_R1 = self._tokens[rows_R + 1, None].to(out.logits_RV.device)
-        gap_R = out.logits_RV.amax(dim=1) - out.logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
+        logits_RV = out.logits_RV
+        if len(rows_R) and start < self._banned and len(self._eos):
+            is_banned_R = rows_R < self._banned
+            columns_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
+            columns_V[self._eos] = True
+            logits_RV = logits_RV.masked_fill((is_banned_R[:, None] & columns_V).to(logits_RV.device), -torch.inf)
+        emitted_R1 = self._tokens[rows_R + 1, None].to(logits_RV.device)
+        gap_R = logits_RV.amax(dim=1) - logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
         self._strict += int((gap_R > 0).sum())
         self._margin += int((gap_R > 1).sum())
         self._done = stop

@@ -10,9 +10,12 @@ May import: nothing else of ssv.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 _MAX_BYTES = 4096
 
@@ -32,11 +35,19 @@ class ControlReceiver:
 
     def _receive(self) -> None:
         while True:
-            message = json.loads(self._socket.recv(_MAX_BYTES))
-            if "cancel" in message:
-                self._on_cancel(message["cancel"])
-            elif "drain" in message:
-                self._on_drain()
+            data = self._socket.recv(_MAX_BYTES)
+            try:
+                self._take(json.loads(data))
+            except Exception:  # whatever came: those after it have to be heard
+                log.exception("a control message was not understood, or failed")
+
+    def _take(self, message: object) -> None:
+        if not isinstance(message, dict):
+            raise ValueError(f"{message!r} is no message")
+        if isinstance(key := message.get("cancel"), str):
+            self._on_cancel(key)
+        elif "drain" in message:
+            self._on_drain()
 
 
 class ControlSender:

@@ -28,6 +28,9 @@ GREEDY_BELOW = 1e-5
 LARGEST_SEED = 2**64 - 1
 DEFAULT_MAX_TOKENS = 256
 
+MAX_STOP_WORDS, MAX_STOP_BYTES = 16, 256
+"""Stop words, and bytes of each: they are looked for at every token."""
+
 STRINGS = ("text_input", "ssv_messages", "sampling_parameters", "ssv_tier")
 STRING_LISTS = ("stop_words", "bad_words")
 FLAGS = (
@@ -38,22 +41,46 @@ FLAGS = (
     "return_num_input_tokens",
     "return_num_output_tokens",
     "return_finish_reason",
+    "return_log_probs",
+    "return_context_logits",
+    "return_generation_logits",
     "ssv_chat",
 )
-WHOLE_NUMBERS = ("max_tokens", "min_tokens", "min_length", "top_k", "seed", "end_id", "pad_id")
+WHOLE_NUMBERS = (
+    "max_tokens",
+    "min_tokens",
+    "min_length",
+    "top_k",
+    "seed",
+    "random_seed",
+    "end_id",
+    "pad_id",
+    "beam_width",
+    "num_return_sequences",
+)
 NUMBERS = (
     "temperature",
     "top_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "length_penalty",
     "ssv_max_divergence",
     "ssv_timeout",
 )
-"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed`: UINT64) and FP32 [1]."""
+"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
 
 # Settings that change the output and are not supported, and the value that changes nothing.
-_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_NEUTRAL: dict[str, Any] = {
+    **_PENALTIES,
+    "length_penalty": 1.0,
+    "beam_width": 1,
+    "num_return_sequences": 1,
+    "return_log_probs": False,
+    "return_context_logits": False,
+    "return_generation_logits": False,
+}
 # Of vLLM's sampling parameters, beside those above that have the same name.
 _VLLM_NEUTRAL: dict[str, Any] = {
     "n": 1,
@@ -66,7 +93,7 @@ _VLLM_NEUTRAL: dict[str, Any] = {
     "logprobs": 0,
     "prompt_logprobs": 0,
 }
-_VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", *_NEUTRAL)
+_VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", *_PENALTIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +148,10 @@ class Intake:
             RequestError: what cannot be served.
         """
         fields = {name: _plain(name, tensor) for name, tensor in tensors.items()}
+        for name in STRINGS:
+            size, most = len(fields.get(name, "").encode()), self._limits.max_prompt_bytes
+            if size > most:
+                raise RequestError(f"{name} has {size} bytes, at most {most} are taken: shorten it")
         _merge_sampling_parameters(fields)
         prompt = self._prompt(fields)
         room = self._limits.max_length - len(prompt)
@@ -136,11 +167,6 @@ class Intake:
 
     def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
-        for name in ("text_input", "ssv_messages"):
-            if (size := len(fields.get(name, "").encode())) > self._limits.max_prompt_bytes:
-                raise RequestError(
-                    f"{name} has {size} bytes, at most {self._limits.max_prompt_bytes} are taken: shorten it"
-                )
         if messages:
             if text:
                 raise RequestError("text_input and ssv_messages are both given: give one of them")
@@ -168,7 +194,16 @@ class Intake:
         if None not in (min_tokens, min_length) and min_tokens != min_length:
             raise RequestError(f"min_tokens {min_tokens} and min_length {min_length} are the same setting: give one")
         temperature = fields.get("temperature", 0.0)
-        seed = fields.get("seed")
+        seed = fields.get("seed", fields.get("random_seed"))
+        if seed != fields.get("random_seed", seed):
+            raise RequestError(f"seed {seed} and random_seed {fields['random_seed']} are the same setting: give one")
+        stop = tuple(word for word in fields.get("stop_words", ()) if word)
+        longest = max((len(word.encode()) for word in stop), default=0)
+        if len(stop) > MAX_STOP_WORDS or longest > MAX_STOP_BYTES:
+            raise RequestError(
+                f"{len(stop)} stop_words, the longest of {longest} bytes: at most {MAX_STOP_WORDS} of {MAX_STOP_BYTES} bytes "
+                "are taken"
+            )
         if seed is not None and not 0 <= seed <= LARGEST_SEED:
             raise RequestError(f"seed {seed} must be between 0 and {LARGEST_SEED}")
         top_k = fields.get("top_k", 0)
@@ -179,7 +214,7 @@ class Intake:
             seed=secrets.randbits(64) if seed is None else seed,
             max_tokens=max_tokens,
             min_tokens=min_tokens or min_length or 0,
-            stop=tuple(word for word in fields.get("stop_words", ()) if word),
+            stop=stop,
             ignore_eos=bool(fields.get("ignore_eos", False)) or self._never_ends(fields.get("end_id")),
         )
 
@@ -230,8 +265,10 @@ def _plain(name: str, tensor: np.ndarray) -> Any:
         values = texts
     if len(values) != 1:
         raise RequestError(f"{name} has {len(values)} values, one is wanted")
-    if name in NUMBERS and not math.isfinite(values[0]):
-        raise RequestError(f"{name} {values[0]} is not a number that can be used")
+    if name in NUMBERS:
+        if not math.isfinite(values[0]):
+            raise RequestError(f"{name} {values[0]} is not a number that can be used")
+        return float(str(np.float32(values[0])))  # 0.7 as it was meant, not fp32's 0.699999988
     return values[0]
 
 
@@ -294,7 +331,7 @@ def _cast(name: str, value: Any, kind: type) -> Any:
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             number = kind(value)
-            if math.isfinite(number) and (kind is float or float(value) == number):
+            if math.isfinite(number) and (kind is float or isinstance(value, str) or number == value):
                 return number
         except (ValueError, OverflowError):
             pass
@@ -302,10 +339,20 @@ def _cast(name: str, value: Any, kind: type) -> Any:
 
 
 def _json(name: str, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise RequestError(f"{name} has a key twice: {', '.join(key for key, _ in pairs)}")
+        return found
+
     try:
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate can be written in JSON, and in no text
+    except RequestError:
+        raise
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is not valid JSON: {error}") from error
+    return value
 
 
 def declared_inputs() -> Sequence[str]:

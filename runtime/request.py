@@ -5,13 +5,17 @@ May import: ssv.runtime.stats.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ssv.runtime.stats import Counters
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+MAX_COUNT = 2**31 - 1
+MAX_TEMPERATURE = 1e4
+"""What is asked for becomes tensors of limited types."""
 
 
 class RequestError(ValueError):
@@ -51,14 +55,14 @@ class SamplingParams:
         for name in ("top_k", "seed", "max_tokens", "min_tokens"):
             if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
                 raise RequestError(f"{name} {value!r} must be a whole number")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature {self.temperature} must be a number of at least 0")
-        if self.top_k < 0:
-            raise RequestError(f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise RequestError(f"temperature {self.temperature} must be a number between 0 and {MAX_TEMPERATURE:g}")
+        if not 0 <= self.top_k <= MAX_COUNT:
+            raise RequestError(f"top_k {self.top_k} must be between 0 (keeps all tokens) and {MAX_COUNT}")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens {self.max_tokens} must be at least 1")
+        if not 1 <= self.max_tokens <= MAX_COUNT:
+            raise RequestError(f"max_tokens {self.max_tokens} must be between 1 and {MAX_COUNT}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} must lie between 0 and max_tokens {self.max_tokens}")
         if isinstance(self.stop, str):

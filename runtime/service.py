@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ssv.runtime.audit import Audit, RunningAudit
 from ssv.runtime.llm import LLM
@@ -22,6 +22,8 @@ from ssv.runtime.strategies import policy_for
 from ssv.runtime.text import TextStream
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_AUDITS_WAITING = 16
 
@@ -65,6 +67,19 @@ class _Client:
     request: Request
     is_audited: bool
     output_ids: list[int] = field(default_factory=list)
+    is_lost: bool = False
+
+    def is_cancelled(self) -> bool:
+        return self.is_lost or bool(self.call(self.sink.is_cancelled))
+
+    def call(self, method: Callable[..., T], *args: object) -> T | None:
+        """Calls the sink, whose errors are its client's and nobody else's: it counts as gone."""
+        try:
+            return method(*args)
+        except Exception:
+            log.exception("a client cannot be reached")
+            self.is_lost = True
+            return None
 
 
 class Service:
@@ -101,7 +116,7 @@ class Service:
         self._next = 0
         self._max_inbox = max_waiting + llm.target.max_batch
         self._refuses: str | None = None
-        self._stops = self._aborts = False
+        self._stops = self._aborts = self._has_failed = False
         self._audits: deque[tuple[RunningAudit, str]] = deque()
         self._audit_place: tuple[int, int] | None = None
         self._random = random.Random(0)
@@ -150,8 +165,8 @@ class Service:
             self._stops = True
             self._changed.notify()
         self._thread.join(timeout)
-        if finished := not self._thread.is_alive():
-            return finished
+        if not self._thread.is_alive():
+            return not self._has_failed
         self._refuses = "the server was shut down before the request was finished: try another one"
         self._aborts = True
         self._thread.join()
@@ -170,6 +185,7 @@ class Service:
         except Exception as error:
             log.exception("decoding failed")
             with self._changed:
+                self._has_failed = True
                 self._refuses = f"the engine has failed and takes no more requests: {error}"
             self._fail_all(ServiceError(f"the engine failed while the request ran: {error}"))
             self._on_death(error)
@@ -188,12 +204,13 @@ class Service:
             try:
                 policy = policy_for(request.method, self._llm.tiers, request.num_draft_tokens)
                 text = TextStream(self._llm.tokenizer.decode, params.stop) if params.stop else None
-                self._loop.submit(self._next, request, policy, text, sink.is_cancelled)
+                audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share
+                client = _Client(sink, request, audited)
+                self._loop.submit(self._next, request, policy, text, client.is_cancelled)
             except (RequestError, QueueFull) as error:
-                sink.fail(error)
+                _Client(sink, request, False).call(sink.fail, error)
                 continue
-            audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share
-            self._clients[self._next] = _Client(sink, request, audited)
+            self._clients[self._next] = client
             self._next += 1
 
     def _deliver(self, chunk: Chunk) -> None:
@@ -203,9 +220,15 @@ class Service:
             del self._clients[chunk.index]
             self._on_finish(chunk, client.request.method)
             if client.is_audited and client.output_ids and len(self._audits) < MAX_AUDITS_WAITING:
-                audit = RunningAudit(client.request.prompt_ids, client.output_ids, self._llm.prefill_chunk)
+                audit = RunningAudit(
+                    client.request.prompt_ids,
+                    client.output_ids,
+                    self._llm.prefill_chunk,
+                    eos_ids=sorted(self._llm.eos_token_ids),
+                    min_tokens=client.request.params.min_tokens,
+                )
                 self._audits.append((audit, client.request.method))
-        client.sink.send(chunk)
+        client.call(client.sink.send, chunk)
 
     def _audit(self) -> None:
         """One chunk of an audit, in the row behind those in use, if that is free."""
@@ -225,8 +248,8 @@ class Service:
 
     def _fail_all(self, error: ServiceError) -> None:
         with self._changed:
-            waiting = [sink for _, sink in self._inbox]
+            waiting = [_Client(sink, request, False) for request, sink in self._inbox]
             self._inbox.clear()
-        for sink in (*(client.sink for client in self._clients.values()), *waiting):
-            sink.fail(error)
+        for client in (*self._clients.values(), *waiting):
+            client.call(client.sink.fail, error)
         self._clients.clear()

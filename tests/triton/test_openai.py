@@ -169,9 +169,10 @@ def test_settings_have_their_effect(client: OpenAI, model: str) -> None:
 
 
 def test_a_conversation_goes_on_and_its_beginning_is_in_the_cache(client: OpenAI, model: str) -> None:
-    first = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=48, temperature=0)
+    beginning: Any = [{"role": "system", "content": "Be brief, and say nothing twice. " * 40}, *MESSAGES]
+    first = client.chat.completions.create(model=model, messages=beginning, max_tokens=16, temperature=0)
     messages = [
-        *MESSAGES,
+        *beginning,
         first.choices[0].message,
         {"role": "user", "content": [{"type": "text", "text": "And why?"}]},
     ]

@@ -68,7 +68,9 @@ def test_every_module_says_what_it_may_import_and_keeps_to_it(path: Path) -> Non
     assert used <= allowed, f"imports {sorted(used - allowed)}, allows {sorted(allowed)}"
 
 
-@pytest.mark.parametrize("name", ["scheduler", "prompt_cache", "intake", "pieces", "server_metrics", "tokenizer", "text"])
+@pytest.mark.parametrize(
+    "name", ["scheduler", "prompt_cache", "intake", "pieces", "server_metrics", "tokenizer", "text"]
+)
 def test_what_is_no_arithmetic_imports_no_torch(name: str) -> None:
     assert not any(m.split(".")[0] == "torch" for m in imports_of(ROOT / "runtime" / f"{name}.py"))
 

@@ -78,7 +78,7 @@ def test_words_that_mean_nothing_are_ignored() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"\xff", b"1", b"null", b"[" * 4000, b'{"cancel": ' + b"1" * 5000])
-def test_bug_nonsense_does_not_end_the_receiver(data: bytes) -> None:
+def test_nonsense_does_not_end_the_receiver(data: bytes) -> None:
     """Any process of the machine can write to it; without it no cancellation is heard any more."""
     heard = Heard()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
@@ -92,7 +92,7 @@ def test_bug_nonsense_does_not_end_the_receiver(data: bytes) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_bug_an_error_of_a_callback_does_not_end_the_receiver() -> None:
+def test_an_error_of_a_callback_does_not_end_the_receiver() -> None:
     words: queue.Queue[str] = queue.Queue()
 
     def on_cancel(key: str) -> None:

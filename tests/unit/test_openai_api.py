@@ -811,6 +811,7 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
                 finally:
                     self.cancelled.put(True)
             yield response_of("lo", "stop")
+            await asyncio.sleep(0.05)  # Triton ends a stream a moment later
             self.ended.put(what)
 
 

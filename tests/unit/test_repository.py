@@ -32,7 +32,7 @@ def wanted_type(name: str) -> tuple[int, list[int]]:
         return pb.TYPE_STRING, [-1]
     if name in intake.FLAGS:
         return pb.TYPE_BOOL, [1]
-    if name == "seed":
+    if name in ("seed", "random_seed"):
         return pb.TYPE_UINT64, [1]
     return (pb.TYPE_INT32 if name in intake.WHOLE_NUMBERS else pb.TYPE_FP32), [1]
 

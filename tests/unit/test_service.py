@@ -371,7 +371,7 @@ def test_clients_hear_of_a_failure_before_the_process_may_end(make: Callable[...
     assert told == [True, True]
 
 
-def test_bug_drain_after_a_failure_does_not_say_that_all_were_finished(make: Callable[..., Bench]) -> None:
+def test_drain_after_a_failure_does_not_say_that_all_were_finished(make: Callable[..., Bench]) -> None:
     bench = make()
     (sink,) = bench.hold(request(0))
     bench.gate.fail(EngineError("x"))
@@ -380,7 +380,7 @@ def test_bug_drain_after_a_failure_does_not_say_that_all_were_finished(make: Cal
     assert not bench.service.drain(SECONDS)
 
 
-def test_bug_one_sink_that_raises_does_not_keep_others_from_their_error(make: Callable[..., Bench]) -> None:
+def test_one_sink_that_raises_does_not_keep_others_from_their_error(make: Callable[..., Bench]) -> None:
     bench = make(max_batch=1)
     bad, good = bench.hold(request(0), request(1))
 
@@ -473,7 +473,7 @@ def test_a_share_is_a_share(make: Callable[..., Bench]) -> None:
     assert 10 <= bench.audits.qsize() <= 30
 
 
-def test_bug_tokens_that_min_tokens_forces_are_no_mismatches(make: Callable[..., Bench]) -> None:
+def test_tokens_that_min_tokens_forces_are_no_mismatches(make: Callable[..., Bench]) -> None:
     """Where the target would have ended and must not, it chooses the next best, and so does its policy."""
     asked = next(
         each

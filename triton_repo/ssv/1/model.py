@@ -26,7 +26,7 @@ from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
 from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS, counts_of, gauges_of
 from ssv.runtime.service import Load, Service, ServiceError
-from ssv.runtime.strategies import policy_for
+from ssv.runtime.strategies import METHODS, policy_for
 
 log = logging.getLogger("ssv.server")
 
@@ -75,7 +75,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sink = _Sink(request, self._llm, self._ipc, self._interval)
+            sink = _Sink(request, self._llm, self._ipc, self._interval, self._metrics)
             self._sinks[sink.key] = sink
             try:
                 self._service.submit(sink.request, sink)
@@ -104,8 +104,9 @@ class TritonPythonModel:
 class _Sink:
     """Sends a request's output to its client."""
 
-    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, interval: float) -> None:
+    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, interval: float, metrics: _Metrics) -> None:
         self._sender, self._ipc, self._id = request.get_response_sender(), ipc, request.request_id()
+        self._metrics = metrics
         self.key, self.cancelled, self._sent_at = secrets.token_hex(16), False, time.monotonic()
         settings = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
         prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
@@ -129,6 +130,7 @@ class _Sink:
         code = pb_utils.TritonError.UNAVAILABLE if refused else pb_utils.TritonError.INVALID_ARG
         text = error_text("UNAVAILABLE" if refused else "INVALID_ARGUMENT", error)
         self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code)), True)
+        self._metrics.ended(self.request.method, "error")
         self._log(logging.WARNING, reason="error", error=error)
 
     def _send_piece(self, piece: Piece) -> None:
@@ -154,19 +156,22 @@ class _Metrics:
         self._requests = kinds(name=REQUESTS[0], description=REQUESTS[1], kind=kinds.COUNTER)
         families = {n: kinds(name=n, description=d, kind=kinds.GAUGE) for n, d in GAUGES.items()}
         self._gauges = {name: family.Metric(labels={}) for name, family in families.items()}
-        self._gauge_families = families
-        self._metrics: dict[tuple[str, ...], Any] = {}
+        self._gauge_families = families  # metrics go with their family
+        self._metrics = {(n, m): f.Metric(labels={"tier": m}) for n, f in self._counters.items() for m in METHODS}
+        self._ended: dict[tuple[str, str], Any] = {}
         self._set: dict[str, float] = {}
         self._set_at = 0.0
 
     def finished(self, chunk: Chunk, method: str) -> None:
         for name, value in counts_of(chunk.counters).items():
             self._add(name, method, value)
+        self.ended(method, str(chunk.finish_reason))
+
+    def ended(self, method: str, reason: str) -> None:
         with self._ipc:
-            key = (REQUESTS[0], method, str(chunk.finish_reason))
-            if key not in self._metrics:
-                self._metrics[key] = self._requests.Metric(labels={"tier": method, "reason": str(chunk.finish_reason)})
-            self._metrics[key].increment(1)
+            if (method, reason) not in self._ended:
+                self._ended[method, reason] = self._requests.Metric(labels={"tier": method, "reason": reason})
+            self._ended[method, reason].increment(1)
 
     def audited(self, audit: Audit, method: str, tokens: int) -> None:
         self._add("ssv_audited_tokens", method, tokens)
@@ -184,8 +189,6 @@ class _Metrics:
                     self._set[name] = value
 
     def _add(self, name: str, method: str, value: float) -> None:
-        with self._ipc:
-            if (name, method) not in self._metrics:
-                self._metrics[name, method] = self._counters[name].Metric(labels={"tier": method})
-            if value:
+        if value:
+            with self._ipc:
                 self._metrics[name, method].increment(value)
