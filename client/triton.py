@@ -98,7 +98,7 @@ def request_inputs(
     is_text = isinstance(prompt, str)
     values: list[tuple[str, str, Any]] = [
         ("text_input", "BYTES", prompt if is_text else ""),
-        ("ssv_messages", "BYTES", None if is_text else json.dumps(list(prompt))),
+        ("ssv_messages", "BYTES", None if is_text else json.dumps(list(prompt), ensure_ascii=False)),
         ("ssv_chat", "BOOL", settings.chat if is_text else None),
         ("stream", "BOOL", stream),
         ("ssv_tier", "BYTES", settings.tier),

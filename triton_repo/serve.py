@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -206,8 +207,8 @@ class _Supervisor:
             return None if self._stopping.is_set() else why
         self._was_ready = True
         self._children = psutil.Process(self._server.pid).children(recursive=True)
-        if self._args.openai_port and self._openai is None:
-            self._openai = self._start_openai()
+        if self._args.openai_port and self._openai is None and (why := self._start_openai()) is not None:
+            return why
         self._announce()
         while not self._stopping.wait(POLL_SECONDS):
             if (status := self._server.poll()) is not None:
@@ -215,8 +216,9 @@ class _Supervisor:
             for child in self._children:
                 if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
                     return f"the process of a Python model ended (pid {child.pid})"
-            if self._openai is not None and self._openai.poll() is not None:
-                self._openai = self._start_openai()
+            if self._openai is not None and (status := self._openai.poll()) is not None:
+                self._openai = None
+                return f"the OpenAI API ended with status {status}"
         self._drain()
         return None
 
@@ -273,13 +275,27 @@ class _Supervisor:
             print(f"{kind:8}{url}", flush=True)
         log_event(log, "serving", pid=os.getpid(), endpoints=endpoints)
 
-    def _start_openai(self) -> subprocess.Popen[bytes]:
+    def _start_openai(self) -> str | None:
+        """Starts the API and waits until it answers; how it failed, if it did."""
         args = self._args
         secure = ["--tls-cert", str(args.tls_cert), "--tls-key", str(args.tls_key)] if args.tls_cert else []
-        url = f"grpc{'s' if secure else ''}://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.grpc_port}"  # noqa: S104
+        url = f"grpc{'s' if secure else ''}://{_reachable(args.host)}:{args.grpc_port}"
         command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
-        return subprocess.Popen(command, start_new_session=True)  # noqa: S603
+        self._openai = subprocess.Popen(command, start_new_session=True)  # noqa: S603
+        deadline = time.monotonic() + self._args.ready_timeout
+        while not self._stopping.is_set():
+            if (status := self._openai.poll()) is not None:
+                self._openai = None
+                return f"the OpenAI API ended with status {status} before it was ready"
+            try:
+                with socket.create_connection((_reachable(args.host), args.openai_port), timeout=1.0):
+                    return None
+            except OSError:
+                if time.monotonic() > deadline:
+                    return f"the OpenAI API was not ready after {self._args.ready_timeout:g} s"
+                time.sleep(POLL_SECONDS)
+        return None
 
     def _drain(self) -> None:
         """Lets what runs come to its end, then stops the server."""
@@ -304,9 +320,8 @@ class _Supervisor:
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(names))
 
     def _get(self, port: int, path: str, host: str) -> str | None:
-        host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
         try:
-            with urlopen(f"http://{host}:{port}{path}", timeout=5.0) as response:
+            with urlopen(f"http://{_reachable(host)}:{port}{path}", timeout=5.0) as response:
                 return response.read().decode()
         except (URLError, OSError):
             return None
@@ -336,6 +351,11 @@ class _Supervisor:
         self._server.wait()
         self._server, self._children = None, []
         _remove_shared_memory()
+
+
+def _reachable(host: str) -> str:
+    """Where this machine reaches a server that listens at `host`."""
+    return "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
 
 
 def _remove_shared_memory() -> None:

@@ -460,6 +460,34 @@ def test_conditioned_draft_when_the_batch_grows_by_a_row_without_draft() -> None
         assert visible(output) == reference(target_of(llm), request.prompt_ids, request.params)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_engines_are_told_what_is_padding(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Rows have tokens up to the last that is gathered, and none where none is."""
+    counts: dict[type, list[list[int]]] = {FakeTarget: [], FakeDraft: []}
+
+    def told(engine: type[FakeTarget | FakeDraft]) -> Callable[..., StepOutput]:
+        plain = engine.step
+
+        def step(self: FakeTarget | FakeDraft, ids_BT: Tensor, *args: Any, **options: Any) -> StepOutput:
+            out = plain(self, ids_BT, *args, **options)
+            if (count_B := options.get("count_B")) is not None:
+                counts[engine].append(count_B.tolist())
+                last = {row: at for row, at in self.calls[-1].gathered}
+                position = self.calls[-1].position
+                assert counts[engine][-1] == [last[b] - position[b] + 1 if b in last else 0 for b in range(len(ids_BT))]
+            return out
+
+        return step
+
+    for engine in counts:
+        monkeypatch.setattr(engine, "step", told(engine))
+    llm = make_llm(kind=kind, max_batch=4, tiers=LOSSY)
+    outputs = run(llm, [Request(prompt(i), m, SamplingParams(max_tokens=12), k) for i, (m, k) in enumerate(METHODS)])
+    assert sum(map(sum, counts[FakeTarget])) == sum(output.counters.target_tokens for output in outputs)
+    assert sum(map(sum, counts[FakeDraft])) >= sum(output.counters.drafted for output in outputs) > 0
+    assert any(0 in each for each in counts[FakeDraft])
+
+
 def test_stream_gives_every_token_once() -> None:
     llm = make_llm(max_batch=3, tiers=LOSSY)
     requests = [

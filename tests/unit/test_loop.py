@@ -10,18 +10,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.builder.tiers import Policy
 from ssv.runtime import loop as module
-from ssv.runtime.decoding import MAX_PENDING
+from ssv.runtime.decoding import MAX_PENDING, DecodeBatch, PromptBlock
 from ssv.runtime.llm import LLM
+from ssv.runtime.loop import DecodeLoop
+from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.runtime.torch_engine import Precision, draft_engine, target_engine
 
 TIERS = {
     "premium": Policy(accept_below=0.0, verify_above=0.3, risk_budget=0.6, max_pending=6),
@@ -609,3 +614,29 @@ def test_without_a_cache_of_prompts() -> None:
     play.assert_as_alone()
     assert play.loop.prompt_cache is None
     assert cached(play) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_what_comes_from_the_cache_is_what_was_computed_to_the_last_bit(precision: Precision) -> None:
+    """Of real engines: keys and values of the whole prompt, and the output."""
+    decoder = tiny_decoder()
+    draft = random_draft(decoder, "conditioned")
+    settings: dict[str, Any] = {"precision": precision, "max_batch": 2, "max_length": 40 + 2 * MAX_PENDING}
+    target, drafting = target_engine(decoder, draft=draft, **settings), draft_engine(draft, **settings)
+    cache: PromptCache[PromptBlock] = PromptCache(4, 10**6)
+    batch = DecodeBatch(target, drafting, [], 40, prefill_chunk=4, prompt_cache=cache)
+    loop = DecodeLoop(batch, frozenset())
+    found = []
+    for _ in range(2):
+        params = SamplingParams(max_tokens=10, temperature=0.7, seed=3)
+        loop.submit(0, Request(tuple(tiny_ids(19).tolist()), "speculative", params), TIERS["premium"], None)
+        tokens: tuple[int, ...] = ()
+        while loop.has_work:
+            for chunk in loop.step():
+                tokens += chunk.token_ids
+        found.append((tokens, target.read_cache(0, 0, 19), drafting.read_cache(0, 0, 18)))
+        for engine in (target, drafting):  # what is not written again would be seen
+            engine.write_cache(0, 0, torch.full_like(engine.read_cache(0, 0, 19), 9.0))
+    assert chunk.counters.cached_tokens == 16
+    assert found[1][0] == found[0][0]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[1][1:], found[0][1:], strict=True))

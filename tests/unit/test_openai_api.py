@@ -19,10 +19,6 @@ from typing import Any
 import grpc
 import httpx2
 import pytest
-
-pytest.importorskip("tritonclient.grpc")
-pytest.importorskip("fastapi")
-
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from starlette.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
