@@ -30,6 +30,37 @@
 #define INLINE static inline
 #endif
 
+/* Rows are shared between the threads of the OpenMP runtime that torch has loaded: its products have just used them, so they are awake,
+ * and a runtime of our own would fight with them for the cores. Without one (see use_threads) a single thread does all. */
+typedef void (*Fork)(void (*)(void *), void *, unsigned, unsigned);
+typedef int (*Count)(void);
+static Fork fork_threads;
+static Count thread_number, num_threads;
+static unsigned max_threads = 1;
+
+typedef void (*Part)(const void *context, long first, long last, long thread);
+
+typedef struct {
+    Part part;
+    const void *context;
+    long rows;
+} Job;
+
+static void run_part(void *data) {
+    const Job *job = data;
+    long thread = thread_number(), threads = num_threads();
+    job->part(job->context, job->rows * thread / threads, job->rows * (thread + 1) / threads, thread);
+}
+
+static void share_rows(Part part, const void *context, long rows) {
+    Job job = {part, context, rows};
+    if (rows < 2 || max_threads < 2) {
+        part(context, 0, rows, 0);
+        return;
+    }
+    fork_threads(run_part, &job, rows < (long)max_threads ? (unsigned)rows : max_threads, 0);
+}
+
 /* 7 bits, centred: the AVX2 int8 product adds pairs of u8 * s8 in 16 bits, which 8-bit activations would saturate. */
 #define LEVELS 63.0f
 
@@ -184,10 +215,12 @@ typedef struct {
 MULTIVERSION
 static void store_rows(const float *qkv, const float *qkv_scale, const float *bias, const float *q_norm,
                        const float *k_norm, float eps, const float *cosine, const float *sine, float *queries,
-                       float *keys, float *values, const int32_t *position, const int32_t *counts, const Shape *s) {
+                       float *keys, float *values, const int32_t *position, const int32_t *counts, const Shape *s,
+                       long first_row, long last_row) {
     long width = (s->heads + 2 * s->kv_heads) * s->dim, half = s->dim / 2, m = 0;
     for (long b = 0; b < s->batch; b++) {
         for (long t = 0; t < counts[b]; t++, m++) {
+            if (m < first_row || m >= last_row) continue;
             long at = position[b] + t;
             const float *row = qkv + m * width, *c = cosine + at * half, *sn = sine + at * half;
             for (long n = 0; n < s->heads; n++)
@@ -282,14 +315,16 @@ INLINE void mix_values(const float *weights, const float *value, float factor, f
 }
 
 /* Attention of every query to the keys up to its own position; out [rows, heads * dim] scaled to LEVELS.
- * weights: room for [heads / kv_heads, length]. */
+ * weights: room for [heads / kv_heads, length]. Rows before first_row and from last_row on are left out. */
 MULTIVERSION
 static void attend_rows(const float *queries, const float *keys, const float *values, const int32_t *position,
-                        const int32_t *counts, float *weights, float *out, float *out_scale, const Shape *s) {
+                        const int32_t *counts, float *weights, float *out, float *out_scale, const Shape *s,
+                        long first_row, long last_row) {
     long groups = s->heads / s->kv_heads, dim = s->dim, m = 0;
     float root = 1.0f / sqrtf((float)dim);
     for (long b = 0; b < s->batch; b++) {
         for (long t = 0; t < counts[b]; t++, m++) {
+            if (m < first_row || m >= last_row) continue;
             long seen = position[b] + t + 1;
             for (long k = 0; k < s->kv_heads; k++) {
                 long base = (b * s->kv_heads + k) * s->length * dim, first = (m * s->heads + k * groups) * dim;
@@ -375,22 +410,61 @@ static PyObject *py_scale(PyObject *self, PyObject *const *objects, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
+static void gated_part(const void *context, long first, long last, long thread) {
+    const Args *a = context;
+    long inner = a->number[6];
+    (void)thread;
+    gated_rows((float *)a->pointer[0] + 2 * first * inner, (float *)a->pointer[1] + first, a->pointer[2],
+               (float *)a->pointer[3] + first * inner, (float *)a->pointer[4] + first, last - first, inner);
+}
+
 static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
     if (read_args(objects, given, 7, &a)) return NULL;
-    gated_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], a.number[5], a.number[6]);
+    share_rows(gated_part, &a, a.number[5]);
     Py_RETURN_NONE;
+}
+
+typedef struct {
+    const Args *args;
+    Shape shape;
+    float eps;
+} Attention;
+
+static void store_part(const void *context, long first, long last, long thread) {
+    const Attention *c = context;
+    void *const *p = c->args->pointer;
+    (void)thread;
+    store_rows(p[0], p[1], p[2], p[3], p[4], c->eps, p[5], p[6], p[7], p[8], p[9], p[10], p[11], &c->shape, first, last);
+}
+
+static void attend_part(const void *context, long first, long last, long thread) {
+    const Attention *c = context;
+    void *const *p = c->args->pointer;
+    float *weights = (float *)p[12] + thread * (c->shape.heads / c->shape.kv_heads) * c->shape.length;
+    attend_rows(p[7], p[8], p[9], p[10], p[11], weights, p[13], p[14], &c->shape, first, last);
 }
 
 static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
     double eps;
     if (read_float_and_args(objects, given, 20, &eps, &a)) return NULL;
-    Shape shape = {a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]};
-    store_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
-               a.pointer[6], a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], a.pointer[11], &shape);
-    attend_rows(a.pointer[7], a.pointer[8], a.pointer[9], a.pointer[10], a.pointer[11], a.pointer[12], a.pointer[13],
-                a.pointer[14], &shape);
+    Attention c = {&a, {a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]}, (float)eps};
+    const int32_t *counts = a.pointer[11];
+    long rows = 0;
+    for (long b = 0; b < c.shape.batch; b++) rows += counts[b];
+    share_rows(store_part, &c, rows);
+    share_rows(attend_part, &c, rows);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_use_threads(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+    Args a;
+    if (read_args(objects, given, 4, &a)) return NULL;
+    fork_threads = (Fork)a.pointer[0];
+    thread_number = (Count)a.pointer[1];
+    num_threads = (Count)a.pointer[2];
+    max_threads = (unsigned)a.number[3];
     Py_RETURN_NONE;
 }
 
@@ -407,6 +481,8 @@ static PyMethodDef methods[] = {
      "join(eps, embedded, features, embed_weight, feature_weight, out, out_scale, rows, hidden)"},
     {"score", (PyCFunction)(void (*)(void))py_score, METH_FASTCALL,
      "score(bias, state, logits, weight, out, rows, hidden, vocab)"},
+    {"use_threads", (PyCFunction)(void (*)(void))py_use_threads, METH_FASTCALL,
+     "use_threads(GOMP_parallel, omp_get_thread_num, omp_get_num_threads, threads)"},
     {NULL, NULL, 0, NULL},
 };
 

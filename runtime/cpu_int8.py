@@ -14,10 +14,12 @@ May import: ssv.builder.decoder, .draft, .scorer; ssv.runtime.engine.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +128,8 @@ class _Scratch:
         self.gated_MI = torch.empty(num_tokens, spec.intermediate_size)
         self.scale_M = torch.empty(num_tokens)
         self.product_scale_M = torch.empty(num_tokens)
-        self.weights_GS = torch.empty(spec.num_heads // spec.num_kv_heads, max_length)
+        # Room for each thread.
+        self.weights_TGS = torch.empty(torch.get_num_threads(), spec.num_heads // spec.num_kv_heads, max_length)
         rotate = decoder.rotation(torch.arange(max_length), torch.float32)
         self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
 
@@ -144,6 +147,20 @@ class Scaled:
     scale_M: Tensor
 
 
+def _use_threads_of_torch() -> None:
+    """Has the stages share their rows between torch's threads."""
+    threads = torch.get_num_threads()
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    loaded = {line.split()[-1] for line in lines if "libgomp" in line}
+    if len(loaded) != 1:  # torch built with another OpenMP, or two of them: none is surely torch's
+        return
+    library = ctypes.CDLL(loaded.pop())
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+    _cpu.use_threads(*addresses, threads)
+
+
 class FusedInt8Layers:
     """The layers of a decoder whose linear layers are `Int8Linear`, over a KV cache in fp32.
 
@@ -153,6 +170,7 @@ class FusedInt8Layers:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.layers = [_FusedLayer(layer) for layer in decoder.blocks()]
+        _use_threads_of_torch()
         self._scratch = _Scratch(decoder, 16, 1024)
 
     @staticmethod
@@ -180,7 +198,7 @@ class FusedInt8Layers:
         """
         spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
         num_tokens, batch = x_MH.shape[0], position_B.shape[0]
-        if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_GS.shape[1]:
+        if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_TGS.shape[2]:
             self._scratch = _Scratch(self.decoder, num_tokens, max_length)
         s = self._scratch
         normed, queries, attended, gated = (
@@ -188,7 +206,7 @@ class FusedInt8Layers:
         )
         scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
         counts, shape = count_B.data_ptr(), (batch, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
-        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_GS.data_ptr()
+        cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_TGS.data_ptr()
         # Addresses of a layer's cache by arithmetic: slicing the tensors costs more than a stage does.
         keys, values = keys_LBKSD.data_ptr(), values_LBKSD.data_ptr()
         layer_bytes = keys_LBKSD.stride(0) * keys_LBKSD.element_size()

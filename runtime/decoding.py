@@ -128,16 +128,21 @@ class DecodeBatch:
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         prompt_cache: PromptCache[PromptBlock] | None = None,
+        pass_tokens: int | None = None,
     ) -> None:
         """Args:
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that `prefill` runs at a time.
         prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
+        pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
         """
         if draft is not None and draft.max_batch < target.max_batch:
             raise EngineError(
                 f"the draft's cache has {draft.max_batch} rows, the target's {target.max_batch}: make them the same"
             )
+        self.pass_tokens = pass_tokens
+        # A block of another length would be put where others belong.
+        assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.draft_engine = target, draft
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
@@ -187,6 +192,11 @@ class DecodeBatch:
         self._joining = _Prefill(row, torch.tensor([row.tokens]))
         self._restore(self._joining)
 
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of the prompt of the row that joins that have been run, or were known."""
+        return self._joining.done if self._joining is not None else 0
+
     def prefill(self) -> int | None:
         """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
         joining = self._joining
@@ -229,7 +239,7 @@ class DecodeBatch:
         if not any(row.policy.max_pending for row in self.rows):
             return
         # The pass itself gives one more token, so no more than the rest but one is of use.
-        limits = [min(row.policy.max_pending, row.params.max_tokens - row.counters.emitted - 1) for row in self.rows]
+        limits = [min(self._most_pending(row), row.params.max_tokens - row.counters.emitted - 1) for row in self.rows]
         drafting = [b for b, limit in enumerate(limits) if limit > 0]
         while drafting:
             out = self._draft_step(drafting)
@@ -244,6 +254,13 @@ class DecodeBatch:
                 if not (asks_for_pass(row.reject_prob, row.policy, limits[b]) or self._must_ask(row, token)):
                     go_on.append(b)
             drafting = go_on
+
+    def _most_pending(self, row: Row) -> int:
+        """Fewer where many rows share a pass, if the row's output is the same whenever it is verified."""
+        most = row.policy.max_pending
+        if self.pass_tokens is None or not (row.params.greedy and row.policy.lossless):
+            return most
+        return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 
     def release(self) -> list[list[int]]:
         """Pending tokens that may leave before the pass, by row: trusted, like every one before them."""

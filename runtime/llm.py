@@ -30,6 +30,9 @@ from ssv.runtime.torch_engine import Precision, draft_engine, target_engine
 
 GPU_PREFILL_CHUNK = 512
 
+CPU_PASS_TOKENS = 8
+"""On two cores a target pass of eight tokens costs 1.5 times one of a single token, and each further one a twelfth of it."""
+
 
 class LLM:
     """A target and its draft, ready to decode.
@@ -38,6 +41,7 @@ class LLM:
         tokenizer: the bundle's.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
+        pass_tokens: see `DecodeBatch`.
     """
 
     def __init__(
@@ -50,10 +54,11 @@ class LLM:
         tiers: Mapping[str, Policy],
         max_length: int,
         prefill_chunk: int = PREFILL_CHUNK,
+        pass_tokens: int | None = None,
     ) -> None:
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self._streaming = False
 
     @classmethod
@@ -115,6 +120,7 @@ class LLM:
             tiers=manifest.policies,
             max_length=max_length,
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
+            pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
         )
 
     @classmethod
@@ -187,6 +193,7 @@ class LLM:
             self.max_length,
             prefill_chunk=self.prefill_chunk,
             prompt_cache=cache,
+            pass_tokens=self.pass_tokens,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

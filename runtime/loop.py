@@ -59,9 +59,8 @@ class Running:
             if counters.emitted >= params.max_tokens:
                 self.finish_reason = "length"
                 break
-        if (
-            unsaid and self.text is not None
-        ):  # no stop string can end the output among them: decoded once, not token by token
+        # No stop string can end the output among these: they are decoded at once, not token by token.
+        if unsaid and self.text is not None:
             texts.append(self.text.push(*unsaid))
         if self.finish_reason is not None:
             return self._last(texts, taken)
@@ -133,15 +132,23 @@ class DecodeLoop:
             self._drop_finished()
 
     def _join(self) -> list[Chunk]:
-        scheduler = self.scheduler
-        if (running := scheduler.admit()) is not None:
-            self.batch.begin(running.request.prompt_ids, running.row)
-        if (running := scheduler.joining) is None or (first := self.batch.prefill()) is None:
-            return []
-        scheduler.joined()
-        chunk = running.push([first], self.eos_token_ids)
-        self._drop_finished()
-        return [chunk] if chunk is not None else []
+        """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts."""
+        scheduler, chunks, budget = self.scheduler, [], self.batch.prefill_chunk
+        while budget > 0:
+            if (running := scheduler.admit()) is not None:
+                self.batch.begin(running.request.prompt_ids, running.row)
+            if (running := scheduler.joining) is None:
+                break
+            before = self.batch.num_prefilled
+            first = self.batch.prefill()
+            if first is None:
+                break
+            budget -= len(running.request.prompt_ids) - before
+            scheduler.joined()
+            if (chunk := running.push([first], self.eos_token_ids)) is not None:
+                chunks.append(chunk)
+            self._drop_finished()
+        return chunks
 
     def _leave(self) -> list[Chunk]:
         """Ends requests that were cancelled or whose time is over."""

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny_bundle import build, write_recipe
 
-from ssv.runtime import bench, cli
+from ssv.client import cli
+from ssv.runtime import bench
 
 METHODS = ["autoregressive", "speculative", "premium", "balanced", "turbo"]
 

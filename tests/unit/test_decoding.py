@@ -545,6 +545,15 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
     assert target_of(llm).calls == []
 
 
+def test_a_row_that_cannot_run_does_not_begin() -> None:
+    llm = make_llm(max_length=20)
+    batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length)
+    row = Row(SamplingParams(max_tokens=19), LOSSLESS["turbo"], lambda _: False, Counters())
+    with pytest.raises(RequestError, match="max_tokens 19 exceed the cache of 20"):
+        batch.begin((1, 2), row)
+    assert start(batch, (1,), row) == reference(target_of(llm), (1,), row.params)[0][0]
+
+
 def test_chat_ids() -> None:
     llm = make_llm()
     assert llm.chat_ids("ab c") == (3, 4, EOS, 3)

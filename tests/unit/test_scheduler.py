@@ -202,6 +202,7 @@ def test_state_follows_its_item(seed: int) -> None:
         assert [state[row] for row in range(len(state))] == held
         assert len(held) <= 4
     assert admitted == [item for item in range(30) if item not in dropped]
+    assert scheduler.num_admitted == len(admitted)
     assert dropped and not state
 
 
