@@ -49,11 +49,8 @@ class Piece:
 class Answer:
     """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
-    def __init__(self, key: str, settings: Settings, lossless: bool, interval: float) -> None:
-        """Args:
-        interval: seconds between two pieces, at least: each costs the server's processes as much as some rounds' tokens are worth.
-        """
-        self._key, self._settings, self._lossless, self._interval = key, settings, lossless, interval
+    def __init__(self, key: str, settings: Settings, lossless: bool) -> None:
+        self._key, self._settings, self._lossless = key, settings, lossless
         self._number = 0
         self._sent_at = -math.inf
         self._held: list[int] = []
@@ -62,11 +59,15 @@ class Answer:
         """What to send when nothing has been sent for a while."""
         return Piece(self._key, self._number, (), (), False, {})
 
-    def piece(self, chunk: Chunk, now: float) -> Piece | None:
-        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always are."""
+    def piece(self, chunk: Chunk, now: float, interval: float) -> Piece | None:
+        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always are.
+
+        Args:
+            interval: seconds between two pieces, at least: each costs the server's processes as much as some tokens are worth.
+        """
         self._held.extend(chunk.token_ids)
         is_last = chunk.finish_reason is not None
-        if not (is_last or (self._settings.stream and now - self._sent_at >= self._interval)):
+        if not (is_last or (self._settings.stream and now - self._sent_at >= interval)):
             return None
         self._sent_at = now
         token_ids, self._held = tuple(self._held), []

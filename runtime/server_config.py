@@ -34,6 +34,8 @@ class ServerConfig(BaseModel):
         prefill_chunk: tokens of a prompt between two rounds; 0 for what fits the device.
         prompt_cache_mb: memory for beginnings of prompts; 0 for none.
         stream_interval_ms: between two responses of a stream, at least.
+        responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores, each response takes
+            time from the engines.
         audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
     """
 
@@ -52,6 +54,7 @@ class ServerConfig(BaseModel):
     prefill_chunk: Annotated[int, Field(ge=0)] = 0
     prompt_cache_mb: Annotated[int, Field(ge=0)] = 256
     stream_interval_ms: Annotated[int, Field(ge=0)] = 40
+    responses_per_s: Annotated[int, Field(ge=0)] = 40
     audit_share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @classmethod

@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         help="between two responses of a stream, at least (default: %(default)s)",
     )
     parser.add_argument(
+        "--responses-per-s",
+        type=int,
+        help="of all streams together, at most; 0 for no bound (default: 40 on a CPU, which the engines need, and 0 on a GPU)",
+    )
+    parser.add_argument(
         "--audit-share",
         type=float,
         default=0.0,
@@ -132,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     log_to_stderr()
     _check(args)
+    if args.responses_per_s is None:
+        on_cpu = args.device == "cpu" and args.engine == "torch"
+        args.responses_per_s = ServerConfig.model_fields["responses_per_s"].default if on_cpu else 0
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

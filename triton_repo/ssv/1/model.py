@@ -59,7 +59,7 @@ class TritonPythonModel:
                 max_length=config.max_length,
                 prefill_chunk=config.prefill_chunk or None,
             ).result()
-        self._interval = config.stream_interval_ms / 1000
+        self._streams = _Streams(config.stream_interval_ms / 1000, config.responses_per_s)
         # The server's library does not bear calls from two threads at a time.
         self._ipc = threading.Lock()
         self._metrics = _Metrics(self._ipc)
@@ -71,7 +71,7 @@ class TritonPythonModel:
             audit_share=config.audit_share,
             on_finish=self._metrics.finished,
             on_audit=self._metrics.audited,
-            on_round=self._metrics.round,
+            on_round=self._round,
             on_death=self._die,
         )
         self._metrics.round(self._service.load)
@@ -80,7 +80,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sink = _Sink(request, self._llm, self._ipc, self._interval, self._metrics)
+            sink = _Sink(request, self._llm, self._ipc, self._streams, self._metrics)
             self._sinks[sink.key] = sink
             try:
                 self._service.submit(sink.request, sink)
@@ -89,6 +89,10 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._service.drain(timeout=5.0)
+
+    def _round(self, load: Load) -> None:
+        self._streams.num = load.decoding
+        self._metrics.round(load)
 
     def _cancel(self, key: str) -> None:
         if (sink := self._sinks.get(key)) is not None:
@@ -106,18 +110,34 @@ class TritonPythonModel:
         os._exit(EXIT_ENGINE_FAILED)
 
 
+class _Streams:
+    """How often a stream may have a response: seldom enough that all together do not take the cores from the engines.
+
+    Attributes:
+        num: streams that decode now.
+    """
+
+    def __init__(self, interval: float, responses_per_s: int) -> None:
+        self._interval, self._responses_per_s = interval, responses_per_s
+        self.num = 0
+
+    @property
+    def interval(self) -> float:
+        return max(self._interval, self.num / self._responses_per_s) if self._responses_per_s else self._interval
+
+
 class _Sink:
     """Sends a request's output to its client."""
 
-    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, interval: float, metrics: _Metrics) -> None:
+    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, streams: _Streams, metrics: _Metrics) -> None:
         self._sender, self._ipc, self._id = request.get_response_sender(), ipc, request.request_id()
-        self._metrics = metrics
+        self._streams, self._metrics = streams, metrics
         self.key, self.cancelled, self._sent_at = secrets.token_hex(16), False, time.monotonic()
         settings = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
         prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
         deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
         self.request = Request(tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline)
-        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless, interval)
+        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless)
 
     def is_cancelled(self) -> bool:
         if time.monotonic() - self._sent_at > PROBE_SECONDS:
@@ -125,7 +145,7 @@ class _Sink:
         return self.cancelled
 
     def send(self, chunk: Chunk) -> None:
-        if (piece := self._answer.piece(chunk, time.monotonic())) is not None:
+        if (piece := self._answer.piece(chunk, time.monotonic(), self._streams.interval)) is not None:
             self._send_piece(piece)
         if chunk.finish_reason is not None:
             self._log(logging.INFO, reason=chunk.finish_reason, **chunk.counters.to_dict())
