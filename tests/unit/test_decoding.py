@@ -972,3 +972,32 @@ def test_gathered_rows_outside_the_step(gather: list[int]) -> None:
     ids, position = torch.tensor([[1, 2, 3, 4]]), torch.tensor([0], dtype=torch.int32)
     with pytest.raises(EngineError, match=r"gather_rows .* outside the step's 4 rows"):
         FakeTarget().step(ids, position, torch.tensor(gather))
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_share_a_pass_draft_less(kind: str, pass_tokens: int) -> None:
+    """Greedy output that is lossless anyway is the same; no pass is larger than it has to be."""
+    llm = make_llm(kind=kind, agreement=0.9, max_batch=4)
+    llm.pass_tokens = pass_tokens
+    params = SamplingParams(max_tokens=14, ignore_eos=True)
+    prompts = [prompt(i) for i in range(4)]
+    for asked, output in zip(prompts, run(llm, [Request(p, "speculative", params, 5) for p in prompts]), strict=True):
+        assert visible(output) == reference(target_of(llm), asked, params)
+    rounds = [call for call in target_of(llm).calls if len(call.position) == 4]
+    assert rounds and all(call.tokens <= max(pass_tokens // 4, 2) for call in rounds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_depends_on_when_it_is_verified_drafts_as_much_as_ever(kind: str) -> None:
+    """Sampled output, which a seed fixes, and lossy tiers must not depend on the load."""
+    for method, params in (
+        ("speculative", SamplingParams(max_tokens=14, ignore_eos=True, temperature=1.0, seed=3)),
+        ("turbo", SamplingParams(max_tokens=14, ignore_eos=True)),
+    ):
+        outputs = []
+        for pass_tokens in (None, 1):
+            llm = make_llm(kind=kind, max_batch=4)
+            llm.pass_tokens = pass_tokens
+            outputs.append([o.token_ids for o in run(llm, [Request(prompt(i), method, params, 5) for i in range(4)])])
+        assert outputs[0] == outputs[1]

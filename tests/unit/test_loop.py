@@ -248,31 +248,31 @@ def test_who_decodes_gains_tokens_in_every_round_while_a_long_prompt_joins(kind:
     play.assert_as_alone()
 
 
-def test_one_joins_after_the_other() -> None:
+def test_prompts_join_for_a_chunks_worth_of_tokens_a_round() -> None:
+    """One chunk of a long prompt, or several short prompts; never two rows on their way."""
     play = Play("conditioned", max_batch=4)
-    for i, length in enumerate((7, 2, 4)):
+    for i, length in enumerate((7, 2, 1, 4)):
         play.submit(request(prompt(length, i), max_tokens=30))
     states = []
-    for _ in range(6):
+    for _ in range(5):
         play.step()
         states.append(play.held())
     assert states == [
-        ([], 0, [1, 2]),
-        ([], 0, [1, 2]),
-        ([0], None, [1, 2]),
-        ([0, 1], None, [2]),
-        ([0, 1], 2, []),
-        ([0, 1, 2], None, []),
+        ([], 0, [1, 2, 3]),
+        ([], 0, [1, 2, 3]),
+        ([0, 1], None, [2, 3]),
+        ([0, 1, 2], 3, []),
+        ([0, 1, 2, 3], None, []),
     ]
 
 
 def test_first_token_that_is_the_last() -> None:
-    """Its row is free for the next in the round after."""
+    """Its row is free for the next, in the same round while there is room in it for prompts."""
     play = Play("conditioned", max_batch=1)
     for i in range(3):
         play.submit(request(prompt(2, i), max_tokens=1))
-    for i in range(3):
-        assert [(chunk.index, chunk.finish_reason) for chunk in play.step()] == [(i, "length")]
+    assert [(chunk.index, chunk.finish_reason) for chunk in play.step()] == [(0, "length"), (1, "length")]
+    assert [(chunk.index, chunk.finish_reason) for chunk in play.step()] == [(2, "length")]
     assert not play.loop.has_work
     assert len(play.target.calls) == 3  # the prompts: no round is run for nothing
     play.assert_as_alone()

@@ -17,10 +17,8 @@ COUNTERS = Counters(
 )
 
 
-def make(
-    *, stream: bool, stop: tuple[str, ...] = (), lossless: bool = True, method: str = "premium", interval: float = 0.0
-) -> Answer:
-    return Answer("key", Settings(method, SamplingParams(stop=stop), stream, None), lossless, interval)
+def make(*, stream: bool, stop: tuple[str, ...] = (), lossless: bool = True, method: str = "premium") -> Answer:
+    return Answer("key", Settings(method, SamplingParams(stop=stop), stream, None), lossless)
 
 
 def chunk(*token_ids: int, reason: FinishReason | None = None, counters: Counters = COUNTERS) -> Chunk:
@@ -28,7 +26,7 @@ def chunk(*token_ids: int, reason: FinishReason | None = None, counters: Counter
 
 
 def pieces(answer: Answer, *chunks: Chunk) -> list[Piece]:
-    return [piece for each in chunks if (piece := answer.piece(each, 0.0)) is not None]
+    return [piece for each in chunks if (piece := answer.piece(each, 0.0, 0.0)) is not None]
 
 
 def test_streaming_has_a_piece_for_each_chunk() -> None:
@@ -42,11 +40,11 @@ def test_streaming_has_a_piece_for_each_chunk() -> None:
 
 def test_pieces_keep_their_distance() -> None:
     """Tokens that come too soon leave with the next ones; the first ones and the end never wait."""
-    answer = make(stream=True, interval=0.5)
+    answer = make(stream=True)
     times = [100.0, 100.25, 100.49, 100.5, 100.6, 101.2, 101.3]
-    found = [answer.piece(chunk(i), now) for i, now in enumerate(times)]
+    found = [answer.piece(chunk(i), now, 0.5) for i, now in enumerate(times)]
     assert [piece and piece.token_ids for piece in found] == [(0,), None, None, (1, 2, 3), None, (4, 5), None]
-    last = answer.piece(chunk(reason="cancelled"), 101.3)
+    last = answer.piece(chunk(reason="cancelled"), 101.3, 0.5)
     assert last is not None
     assert (last.token_ids, last.number, last.is_last) == ((6,), 3, True)
     assert last.fields["num_output_tokens"] == 1
@@ -98,7 +96,7 @@ def test_types_of_fields_survive_json() -> None:
 def test_counters_are_those_of_the_moment() -> None:
     """A chunk's counters are the request's own, which go on counting."""
     answer, counters = make(stream=True), Counters(target_passes=1)
-    first = answer.piece(chunk(1, counters=counters), 0.0)
+    first = answer.piece(chunk(1, counters=counters), 0.0, 0.0)
     counters.target_passes = 2
     assert first is not None
     assert first.fields["ssv_target_passes"] == 1
@@ -114,7 +112,7 @@ def test_json(stop: tuple[str, ...]) -> None:
 
 def test_probe() -> None:
     answer = make(stream=True, stop=("END",))
-    first, probe, second = answer.piece(chunk(1), 0.0), answer.probe(), answer.piece(chunk(2), 0.0)
+    first, probe, second = answer.piece(chunk(1), 0.0, 0.0), answer.probe(), answer.piece(chunk(2), 0.0, 0.0)
     assert first is not None and second is not None
     assert probe.is_probe and not first.is_probe
     assert (probe.key, probe.token_ids, probe.is_last) == ("key", (), False)
@@ -124,7 +122,7 @@ def test_probe() -> None:
 
 def test_probe_takes_no_tokens_along() -> None:
     answer = make(stream=False)
-    assert answer.piece(chunk(1), 0.0) is None
+    assert answer.piece(chunk(1), 0.0, 0.0) is None
     assert answer.probe().token_ids == ()
     (piece,) = pieces(answer, chunk(2, reason="stop"))
     assert piece.token_ids == (1, 2)
