@@ -25,11 +25,11 @@ def attend(
     keys: int,
     values: int,
     position: int,
+    counts: int,
     weights: int,
     out: int,
     out_scale: int,
     batch: int,
-    tokens: int,
     heads: int,
     kv_heads: int,
     dim: int,
@@ -47,3 +47,4 @@ def join(
     hidden: int,
 ) -> None: ...
 def score(bias: float, state: int, logits: int, weight: int, out: int, rows: int, hidden: int, vocab: int) -> None: ...
+def use_threads(fork: int, thread_number: int, num_threads: int, threads: int) -> None: ...

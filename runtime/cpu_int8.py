@@ -156,9 +156,9 @@ def _use_threads_of_torch() -> None:
     if len(loaded) != 1:  # torch built with another OpenMP, or two of them: none is surely torch's
         return
     library = ctypes.CDLL(loaded.pop())
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
-    _cpu.use_threads(*addresses, threads)
+    functions = (library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads)
+    fork, number, num = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    _cpu.use_threads(fork, number, num, threads)
 
 
 class FusedInt8Layers:
