@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     figures: dict[str, Any] = {}
-    options = ["--max-rows", str(ROWS), "--max-waiting", str(WAITING)]
+    options = ["--max-rows", str(ROWS), "--max-waiting", str(WAITING), "--threads", "1"]
     with ServerUnderTest(args.bundle, *options) as server:
         expected = reference(server)
         for name, fault in (

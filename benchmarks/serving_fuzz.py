@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    with ServerUnderTest(args.bundle, "--prompt-cache-mb", "64") as server:
+    with ServerUnderTest(args.bundle, "--prompt-cache-mb", "64", "--threads", "1") as server:
         expected = reference(server)
         run(server, min(1000, args.requests), args.clients, seed=1)  # pools and caches have their size afterwards
         server.wait_idle()
