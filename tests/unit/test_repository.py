@@ -83,8 +83,8 @@ def test_outputs_of_the_ensemble_are_those_of_postprocessing() -> None:
 
 
 def test_outputs_are_the_fields_of_a_piece() -> None:
-    answer = Answer("key", Settings("premium", SamplingParams(), stream=True, timeout=None), True, 0.0)
-    piece = answer.piece(Chunk(0, "", (1,), Counters()), 0.0)
+    answer = Answer("key", Settings("premium", SamplingParams(), stream=True, timeout=None), True)
+    piece = answer.piece(Chunk(0, "", (1,), Counters()), 0.0, 0.0)
     assert piece is not None
     types = {str: pb.TYPE_STRING, bool: pb.TYPE_BOOL, int: pb.TYPE_INT32, float: pb.TYPE_FP32}
     wanted = {name: (types[type(value)], [1]) for name, value in {"text_output": "", **piece.fields}.items()}
