@@ -127,6 +127,13 @@ def ask(client: Client, prompt: str, settings: Settings, stream: bool = True) ->
     return text, reply
 
 
+def reference(server: ServerUnderTest) -> str:
+    """Text of a request whose output is known: whether the server is well."""
+    with server.client() as client:
+        text, last = ask(client, "Explain how rainbows form.", Settings(max_tokens=32))
+    return str(last) if isinstance(last, ServerError) else text
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from server_under_test import ServerUnderTest, ask, percentile, pid_exists
+from server_under_test import ServerUnderTest, ask, percentile, pid_exists, reference
 
 from ssv.builder.environment import versions, write_record
 from ssv.client.triton import Client, ServerError, Settings
@@ -57,13 +57,6 @@ def main() -> int:
         print("SIGTERM", figures["SIGTERM under load"], file=sys.stderr, flush=True)
     write_record(figures, args.out, versions("torch", "nvidia-pytriton", "tritonclient", "grpcio"))
     return 0
-
-
-def reference(server: ServerUnderTest) -> str:
-    """Text of a request whose output is known: whether the server is well."""
-    with server.client() as client:
-        text, last = ask(client, "Explain how rainbows form.", Settings(max_tokens=32))
-    return str(last) if isinstance(last, ServerError) else text
 
 
 def disconnects(server: ServerUnderTest, times: int) -> dict[str, Any]:

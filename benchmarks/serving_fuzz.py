@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import tritonclient.grpc as grpcclient
-from server_under_test import ServerUnderTest, ask
+from server_under_test import ServerUnderTest, reference
 from tritonclient.utils import InferenceServerException
 
 from ssv.builder.environment import versions, write_record
-from ssv.client.triton import MODEL, ServerError, Settings, server_error, split_url
+from ssv.client.triton import MODEL, ServerError, server_error, split_url
 from ssv.runtime.intake import FLAGS, NUMBERS, STRING_LISTS, STRINGS, WHOLE_NUMBERS, declared_inputs
 
 DTYPES = {
@@ -80,12 +80,6 @@ def main() -> int:
         }
     write_record(figures, args.out, versions("torch", "nvidia-pytriton", "tritonclient", "grpcio"))
     return int(bool(figures["without_answer_or_message"] or figures["server_died"] or not figures["normal_afterwards"]))
-
-
-def reference(server: ServerUnderTest) -> str:
-    with server.client() as client:
-        text, last = ask(client, "Explain how rainbows form.", Settings(max_tokens=32))
-    return str(last) if isinstance(last, ServerError) else text
 
 
 def run(server: ServerUnderTest, num: int, clients: int, seed: int) -> tuple[Counter[str], dict[str, str]]:

@@ -1,6 +1,6 @@
 """What the target says of an output, after the fact.
 
-May import: ssv.runtime.engine.
+May import: ssv.runtime.engine, .sampling.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ssv.runtime.engine import Engine
+from ssv.runtime.sampling import without_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,7 @@ class RunningAudit:
         out = target.step(self._tokens[None, start:stop], at, rows_R - start, first_row=row)
         logits_RV = out.logits_RV
         if len(rows_R) and start < self._banned and len(self._eos):
-            is_banned_R = rows_R < self._banned
-            columns_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
-            columns_V[self._eos] = True
-            logits_RV = logits_RV.masked_fill((is_banned_R[:, None] & columns_V).to(logits_RV.device), -torch.inf)
+            logits_RV = without_tokens(logits_RV, rows_R < self._banned, self._eos)
         emitted_R1 = self._tokens[rows_R + 1, None].to(logits_RV.device)
         gap_R = logits_RV.amax(dim=1) - logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
         self._strict += int((gap_R > 0).sum())

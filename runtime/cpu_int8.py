@@ -19,6 +19,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ class _Scratch:
         self.scale_M = torch.empty(num_tokens)
         self.product_scale_M = torch.empty(num_tokens)
         # Room for each thread.
-        self.weights_TGS = torch.empty(torch.get_num_threads(), spec.num_heads // spec.num_kv_heads, max_length)
+        self.weights_TGS = torch.empty(_stage_threads(), spec.num_heads // spec.num_kv_heads, max_length)
         rotate = decoder.rotation(torch.arange(max_length), torch.float32)
         self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
 
@@ -147,18 +148,20 @@ class Scaled:
     scale_M: Tensor
 
 
-def _use_threads_of_torch() -> None:
-    """Has the stages share their rows between torch's threads."""
-    threads = torch.get_num_threads()
+@cache
+def _stage_threads() -> int:
+    """Has the stages share their rows between torch's threads; as many as they were at the first call, for good: scratch is made for them."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     loaded = {line.split()[-1] for line in lines if "libgomp" in line}
     if len(loaded) != 1:  # torch built with another OpenMP, or two of them: none is surely torch's
-        return
+        return 1
     library = ctypes.CDLL(loaded.pop())
     functions = (library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads)
     fork, number, num = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    threads = torch.get_num_threads()
     _cpu.use_threads(fork, number, num, threads)
+    return threads
 
 
 class FusedInt8Layers:
@@ -170,7 +173,6 @@ class FusedInt8Layers:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.layers = [_FusedLayer(layer) for layer in decoder.blocks()]
-        _use_threads_of_torch()
         self._scratch = _Scratch(decoder, 16, 1024)
 
     @staticmethod

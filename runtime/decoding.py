@@ -26,13 +26,10 @@ from ssv.plugins.ops import on
 from ssv.plugins.reference import greedy_verdicts, most_likely
 from ssv.runtime.engine import Engine, EngineError, StepOutput
 from ssv.runtime.prompt_cache import PromptCache
-from ssv.runtime.request import RequestError, SamplingParams
-from ssv.runtime.sampling import SamplingTensors, probabilities
+from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
+from ssv.runtime.sampling import SamplingTensors, probabilities, without_tokens
 from ssv.runtime.stats import Counters
 from ssv.runtime.verify import asks_for_pass, judged_rows, judged_tensors
-
-MAX_PENDING = 32
-"""Most tokens that may be pending. Engines need this much cache beyond the longest sequence, for padding."""
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
@@ -497,10 +494,7 @@ class DecodeBatch:
         if all(row.params.min_tokens == 0 for row in self.rows):
             return logits_RV
         early = torch.tensor([self._must_go_on(self.rows[b], ahead) for b, ahead in at])
-        columns = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
-        columns[eos] = True
-        banned_RV = early[:, None] & columns
-        return logits_RV.masked_fill(banned_RV.to(logits_RV.device), -torch.inf)
+        return without_tokens(logits_RV, early, eos)
 
     @staticmethod
     def _must_go_on(row: Row, ahead: int) -> bool:

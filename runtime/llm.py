@@ -17,11 +17,11 @@ from ssv.builder.draft import load_draft, load_draft_head
 from ssv.builder.manifest import Manifest, read_manifest
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
-from ssv.runtime.decoding import MAX_PENDING, PREFILL_CHUNK, DecodeBatch, PromptBlock
+from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engine import Engine, EngineError
 from ssv.runtime.loop import DecodeLoop
 from ssv.runtime.prompt_cache import PromptCache
-from ssv.runtime.request import Chunk, Output, Request, RequestError
+from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.text import TextStream

@@ -50,3 +50,11 @@ def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
     probability_RV = scaled_RV.softmax(dim=1)
     one_hot_RV = torch.zeros_like(probability_RV).scatter_(1, logits_RV.argmax(dim=1, keepdim=True), 1.0)
     return torch.where(greedy_R[:, None], one_hot_RV, probability_RV)
+
+
+def without_tokens(logits_RV: Tensor, is_banned_R: Tensor, token_ids: Tensor) -> Tensor:
+    """Logits of which some rows, bool [R] on the CPU, cannot choose some tokens (columns, int64)."""
+    columns_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
+    columns_V[token_ids] = True
+    banned_RV = is_banned_R[:, None] & columns_V
+    return logits_RV.masked_fill(banned_RV.to(logits_RV.device), -torch.inf)

@@ -1,6 +1,6 @@
 """Settings of a server: one set of names for the command line, the models' config files and the container.
 
-May import: ssv.builder.manifest; ssv.runtime.intake.
+May import: ssv.builder.manifest; ssv.runtime.intake, .request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ssv.builder.manifest import Manifest
 from ssv.runtime.intake import Limits
+from ssv.runtime.request import MAX_PENDING
 
 
 class ConfigError(ValueError):
@@ -73,6 +74,5 @@ class ServerConfig(BaseModel):
 
     def limits(self, manifest: Manifest) -> Limits:
         """What a request may ask for, with this bundle."""
-        # As much cache as padding needs is left beyond the longest sequence; see `LLM.load`.
-        most = int(manifest.target["max_positions"]) - 64
+        most = int(manifest.target["max_positions"]) - 2 * MAX_PENDING  # as `LLM.load` has it
         return Limits(min(self.max_length, most), self.max_tokens, self.max_prompt_bytes)

@@ -39,6 +39,10 @@ from ssv.triton_repo.repository import write_repository
 log = logging.getLogger("ssv.serve")
 
 EXIT_DIED = 70
+
+ADMIN_PROTOCOLS = "shared-memory,model-repository,logging,trace"
+"""Of Triton, all but health, metadata, configs and statistics, which clients look at."""
+
 POLL_SECONDS = 0.25
 RESTART_WINDOW_SECONDS = 600.0
 
@@ -56,54 +60,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssv-serve", description="Serve a bundle from a Triton Inference Server.", allow_abbrev=False
     )
-    default = ServerConfig(bundle=Path())
     parser.add_argument("--bundle", type=Path, required=True)
     add_engine(parser)
     add_precision(parser)
     add_device(parser)
-    parser.add_argument("--threads", type=int, default=default.threads, help="of a CPU engine (default: 0, one a core)")
-    parser.add_argument(
-        "--max-rows", type=int, default=default.max_rows, help="requests decoded side by side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-waiting", type=int, default=default.max_waiting, help="more are refused at once (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=default.max_length,
-        help="tokens of prompt and output together (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=default.max_tokens, help="of an output, at most (default: %(default)s)"
-    )
-    parser.add_argument("--max-prompt-bytes", type=int, default=default.max_prompt_bytes, help="default: %(default)s")
-    parser.add_argument(
-        "--prefill-chunk", type=int, default=0, help="tokens of a prompt between two rounds (default: by device)"
-    )
-    parser.add_argument(
-        "--prompt-cache-mb",
-        type=int,
-        default=default.prompt_cache_mb,
-        help="for beginnings of prompts (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stream-interval-ms",
-        type=int,
-        default=default.stream_interval_ms,
-        help="between two responses of a stream, at least (default: %(default)s)",
-    )
+
+    def setting(name: str, kind: type, help: str) -> None:
+        """An option of the name and the default that the models' setting has."""
+        default = ServerConfig.model_fields[name].default
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=default, help=f"{help} (default: {default})")
+
+    setting("threads", int, "of a CPU engine; 0 for one a core")
+    setting("max_rows", int, "requests decoded side by side")
+    setting("max_waiting", int, "requests that wait for a row; more are refused at once")
+    setting("max_length", int, "tokens of prompt and output together")
+    setting("max_tokens", int, "of an output, at most")
+    setting("max_prompt_bytes", int, "of a prompt's text, at most")
+    setting("prefill_chunk", int, "tokens of a prompt between two rounds; 0 for what fits the device")
+    setting("prompt_cache_mb", int, "for beginnings of prompts")
+    setting("stream_interval_ms", int, "between two responses of a stream, at least")
     parser.add_argument(
         "--responses-per-s",
         type=int,
         help="of all streams together, at most; 0 for no bound (default: 40 on a CPU, which the engines need, and 0 on a GPU)",
     )
-    parser.add_argument(
-        "--audit-share",
-        type=float,
-        default=0.0,
-        help="share of lossy requests that the target judges afterwards (default: 0)",
-    )
+    setting("audit_share", float, "share of lossy requests that the target judges afterwards")
     parser.add_argument("--host", default="127.0.0.1", help="address of all ports (default: this machine only)")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
@@ -232,11 +214,8 @@ class _Supervisor:
 
     def _arguments(self) -> list[str]:
         args = self._args
-        admin = ["shared-memory", "model-repository", "model-config", "logging", "trace", "statistics"]
-        # A key that nobody has shuts what nobody has asked for; configs and statistics are what clients of Triton look at.
-        open_to_all = ("model-config", "statistics")
+        # A key that nobody has shuts what nobody has asked for.
         name, _, value = (args.admin_key or f"ssv-admin={os.urandom(16).hex()}").partition("=")
-        shut = ",".join(protocol for protocol in admin if protocol not in open_to_all)
         given = [
             f"--model-repository={self._models}",
             "--model-control-mode=none",
@@ -249,8 +228,8 @@ class _Supervisor:
             f"--grpc-port={args.grpc_port}",
             f"--metrics-address={args.host}",
             f"--metrics-port={args.metrics_port}",
-            f"--http-restricted-api={shut}:{name}={value}",
-            f"--grpc-restricted-protocol={shut}:{name}={value}",
+            f"--http-restricted-api={ADMIN_PROTOCOLS}:{name}={value}",
+            f"--grpc-restricted-protocol={ADMIN_PROTOCOLS}:{name}={value}",
             "--log-info=false",
         ]
         if args.tls_cert:

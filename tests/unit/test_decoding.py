@@ -18,10 +18,10 @@ from ssv.builder.tiers import Policy
 from ssv.plugins.contract import Verdicts
 from ssv.plugins.reference import draw, verify_sampled
 from ssv.runtime import decoding
-from ssv.runtime.decoding import MAX_PENDING, PREFILL_CHUNK, DecodeBatch, Row
+from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, Row
 from ssv.runtime.engine import EngineError, StepOutput
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.tokenizer import BundleTokenizer

@@ -16,11 +16,11 @@ from tiny import random_draft, tiny_decoder, tiny_ids
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.builder.tiers import Policy
 from ssv.runtime import loop as module
-from ssv.runtime.decoding import MAX_PENDING, DecodeBatch, PromptBlock
+from ssv.runtime.decoding import DecodeBatch, PromptBlock
 from ssv.runtime.llm import LLM
 from ssv.runtime.loop import DecodeLoop
 from ssv.runtime.prompt_cache import PromptCache
-from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for

@@ -13,10 +13,9 @@ import pytest
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.builder.tiers import Policy
 from ssv.runtime.audit import Audit, audit
-from ssv.runtime.decoding import MAX_PENDING
 from ssv.runtime.engine import EngineError
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.service import Load, Service, ServiceError
 from ssv.runtime.tokenizer import BundleTokenizer
