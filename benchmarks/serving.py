@@ -27,6 +27,9 @@ from ssv.runtime.request import Request, SamplingParams
 
 ROOT = Path(__file__).parents[1]
 
+PAUSE_SECONDS = 0.3
+"""Between two measurements: OpenMP's threads of the one before still spin for a while, and take the cores from the one after."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,11 +66,13 @@ def measure(
     client = server.client()
 
     def inside(prompt: str) -> tuple[str, float]:
+        time.sleep(PAUSE_SECONDS)
         start = time.perf_counter()
         output = llm.generate([Request(llm.chat_ids(prompt), tier, params)])[0]
         return output.text, time.perf_counter() - start
 
     def outside(prompt: str) -> tuple[str, float, float]:
+        time.sleep(PAUSE_SECONDS)
         start, first, text = time.perf_counter(), 0.0, ""
         for reply in client.stream(prompt, settings):
             first = first or time.perf_counter() - start
