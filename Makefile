@@ -55,8 +55,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy reads the package as it is imported: the folders under one name.
-	@mkdir -p build/typing/ssv && for d in builder runtime plugins triton_repo client; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
-	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins -p ssv.triton_repo -p ssv.client
+	@mkdir -p build/typing/ssv && for d in builder runtime plugins triton_repo client ab; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
+	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins -p ssv.triton_repo -p ssv.client -p ssv.ab
 
 clean:
 	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so

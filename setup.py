@@ -22,6 +22,8 @@ EXTRAS = {
     "server": SERVER,
     "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
     "plot": ["matplotlib"],
+    # Comparisons need no torch: they ask servers.
+    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         "pytest",
@@ -55,6 +57,7 @@ setup(
         "ssv.plugins",
         "ssv.triton_repo",
         "ssv.client",
+        "ssv.ab",
     ],
     package_dir={
         "ssv.builder": "builder",
@@ -62,6 +65,7 @@ setup(
         "ssv.plugins": "plugins",
         "ssv.triton_repo": "triton_repo",
         "ssv.client": "client",
+        "ssv.ab": "ab",
     },
     package_data={
         "ssv.builder": ["py.typed", "presets/**/*"],
@@ -69,6 +73,7 @@ setup(
         "ssv.plugins": ["py.typed"],
         "ssv.triton_repo": ["py.typed", "*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
         "ssv.client": ["py.typed"],
+        "ssv.ab": ["py.typed", "report.html.jinja"],
     },
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
     ext_modules=[
@@ -88,6 +93,7 @@ setup(
             "ssv-generate = ssv.client.cli:main",
             "ssv-serve = ssv.triton_repo.serve:main",
             "ssv-bench = ssv.runtime.bench:main",
+            "ssv-ab = ssv.ab.cli:main",
         ]
     },
 )

@@ -19,7 +19,7 @@ whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects. The exception is a connection too many, which is refused with a plain 503 before it gets here.
 
-May import: ssv.builder.console, .manifest; ssv.client.triton; ssv.runtime.server_log.
+May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import grpc
-import tritonclient.grpc.aio as grpcclient
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -49,11 +47,11 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from tritonclient.utils import InferenceServerException
 
 from ssv.builder.console import run_command
 from ssv.builder.manifest import MANIFEST_NAME, read_manifest
-from ssv.client.triton import MODEL, Reply, ServerError, Settings, read_reply, request_inputs, server_error, split_url
+from ssv.client.triton import Reply, ServerError, Settings, split_url
+from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
 
 log = logging.getLogger("ssv.openai")
@@ -68,7 +66,6 @@ MAX_STOP = 64
 BASELINES = ("autoregressive", "speculative")
 """Every bundle can be decoded so, beside its tiers."""
 
-HEALTH_TIMEOUT = 2.0
 GRACE_SECONDS = 4
 """For requests that run when it is told to stop: ssv-serve, which lets them finish before, waits five seconds."""
 
@@ -108,69 +105,6 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Ends what runs."""
-
-
-class TritonBackend:
-    """A server's `ensemble`, over one connection. Made where its event loop runs."""
-
-    def __init__(self, url: str, *, certificate: Path | None = None, name: str | None = None) -> None:
-        """Args:
-        certificate: PEM of the server's own certificate, with grpcs://.
-        name: that it is valid for: the server may be reached by another.
-        """
-        self._url = url
-        address, secure = split_url(url)
-        options: list[tuple[str, int | str]] = [
-            ("grpc.max_send_message_length", -1),
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_reconnect_backoff_ms", 1000),  # a server that is started again is back in seconds
-        ]
-        if name is not None:
-            options.append(("grpc.ssl_target_name_override", name))
-        root = str(certificate) if certificate is not None else None
-        self._client = grpcclient.InferenceServerClient(
-            address, ssl=secure, root_certificates=root, channel_args=options
-        )
-
-    async def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
-    ) -> AsyncGenerator[Reply, None]:
-        inputs = request_inputs(prompt, settings, stream=stream)
-
-        async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": MODEL, "inputs": inputs, "request_id": request_id}
-
-        responses = self._client.stream_infer(requests())
-        failure: InferenceServerException | None = None
-        is_over = False
-        try:
-            # To the end, also of what is over: a stream that is left before is cancelled.
-            async for result, error in responses:
-                failure = failure or error
-                if failure is None and not is_over:
-                    reply = read_reply(result)
-                    is_over = bool(reply.finish_reason)
-                    yield reply
-        except grpc.aio.AioRpcError as error:
-            failure = InferenceServerException(error.details() or "", str(error.code()))
-        finally:
-            responses.cancel()
-        if is_over:
-            return
-        if failure is not None:
-            raise server_error(failure, self._url) from failure
-        raise ServerError("the server ended the stream before the answer was complete", "UNAVAILABLE")
-
-    async def is_ready(self) -> bool:
-        try:
-            return await self._client.is_server_ready(
-                client_timeout=HEALTH_TIMEOUT
-            ) and await self._client.is_model_ready(MODEL, client_timeout=HEALTH_TIMEOUT)
-        except InferenceServerException:
-            return False
-
-    async def aclose(self) -> None:
-        await self._client.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -752,7 +686,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
-    backend = TritonBackend(args.url, certificate=args.tls_cert, name=name)
+    backend = AsyncClient(args.url, certificate=args.tls_cert, name=name)
     config = uvicorn.Config(
         create_app(backend, models, max_body_bytes=args.max_body_bytes),
         http="h11",

@@ -181,12 +181,14 @@ class Client:
         *,
         request_id: str = "",
         stream: bool = True,
+        patience: float | None = None,
     ) -> Iterator[Reply]:
         """Responses as they come; leaving the iteration cancels the request.
 
         Args:
             prompt: see `request_inputs`.
             stream: False for one response, at the end.
+            patience: seconds to wait for each response; None for as long as it takes.
 
         Raises:
             ServerError: the server refused, failed, or is not there.
@@ -198,7 +200,7 @@ class Client:
             inputs = request_inputs(prompt, settings, stream=stream)
             self._client.async_stream_infer(MODEL, inputs, request_id=request_id)
             while True:
-                result = replies.get()
+                result = replies.get(timeout=patience)
                 if isinstance(result, InferenceServerException):
                     raise result
                 reply = read_reply(result)
@@ -209,8 +211,22 @@ class Client:
         except InferenceServerException as error:
             is_over = True
             raise server_error(error, self._url) from error
+        except queue.Empty:
+            raise ServerError(f"no response came in {patience:g} s", "DEADLINE_EXCEEDED") from None
         finally:
             self._client.stop_stream(cancel_requests=not is_over)
+
+    def parameter(self, name: str) -> str | None:
+        """What the server's config has under a name; None for nothing.
+
+        Raises:
+            ServerError: the server is not there.
+        """
+        try:
+            parameters = self._client.get_model_config(MODEL).config.parameters
+        except InferenceServerException as error:
+            raise server_error(error, self._url) from error
+        return parameters[name].string_value if name in parameters else None
 
 
 def server_error(error: InferenceServerException, url: str) -> ServerError:

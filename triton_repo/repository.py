@@ -1,24 +1,44 @@
 """The model repository of a bundle: the folders beside this file, with a server's settings put into their config files.
 
-May import: ssv.runtime.server_config.
+May import: ssv.builder.manifest; ssv.runtime.server_config.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+from ssv.builder.manifest import Manifest
 from ssv.runtime.server_config import ServerConfig
 
 MODELS = ("preprocessing", "ssv", "postprocessing", "ensemble")
+ROUTER = "ab_router"
+"""Only where live traffic is to be split."""
+
 HERE = Path(__file__).parent
 
 
-def write_repository(config: ServerConfig, folder: Path) -> None:
+def disclosure(bundle: Path, manifest: Manifest) -> str:
+    """What clients may learn of the tiers, as JSON: thresholds, whether each is lossless, its limit of divergence, and the bound that was
+    measured, with its confidence."""
+    tiers = {name: tier.model_dump() for name, tier in manifest.tiers.items()}
+    path = bundle / "calibration.json"
+    settings = json.loads(path.read_text())["settings"] if path.is_file() else {}
+    return json.dumps({"bundle": manifest.name, "tiers": tiers, "confidence": settings.get("confidence")})
+
+
+def write_repository(
+    config: ServerConfig, folder: Path, disclosed: str = "", router: Mapping[str, str] | None = None
+) -> None:
     """Copies the models to a folder that does not exist yet.
 
     Parameters that a model's config file has are set to the config's; the bound of the queue before `preprocessing` is what rows and queue
-    of `ssv` can take.
+    of `ssv` can take. `ensemble` has for a parameter what is disclosed.
+
+    Args:
+        router: parameters of `ab_router`; None for a server without it.
 
     Raises:
         FileExistsError: the folder exists.
@@ -27,8 +47,8 @@ def write_repository(config: ServerConfig, folder: Path) -> None:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     folder.mkdir(parents=True)
-    values = config.model_dump()
-    for name in MODELS:
+    values = config.model_dump() | {"ssv_disclosure": disclosed} | dict(router or {})
+    for name in (*MODELS, ROUTER) if router is not None else MODELS:
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         path = folder / name / "config.pbtxt"
         model = text_format.Parse(path.read_text(), ModelConfig())

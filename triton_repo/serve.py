@@ -28,13 +28,15 @@ from urllib.request import urlopen
 
 import psutil
 
+from ssv.ab.routing import read_routing
 from ssv.builder.console import add_device, add_engine, add_precision, run_command
 from ssv.builder.manifest import read_manifest
 from ssv.runtime.control import ControlSender
+from ssv.runtime.memory import GIVE_BACK
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
 from ssv.triton_repo.installation import Installation, bundled, given
-from ssv.triton_repo.repository import write_repository
+from ssv.triton_repo.repository import disclosure, write_repository
 
 log = logging.getLogger("ssv.serve")
 
@@ -92,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--openai-port", type=int, help="serves the OpenAI API as well")
     parser.add_argument(
+        "--ab", type=Path, metavar="FILE.yaml", help="arms that the model `ab_router` splits its requests between"
+    )
+    parser.add_argument(
         "--tls-cert", type=Path, help="PEM; gRPC and the OpenAI API speak TLS, HTTP stays on this machine"
     )
     parser.add_argument("--tls-key", type=Path, help="PEM")
@@ -130,11 +135,12 @@ def _run(args: argparse.Namespace) -> int:
         precision=args.precision or "",
         **{name: getattr(args, name) for name in ServerConfig.model_fields if name not in ("bundle", "precision")},
     )
-    read_manifest(args.bundle, verify=True)  # before anything is started
+    manifest = read_manifest(args.bundle, verify=True)  # before anything is started
+    router = _router(args) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
-        write_repository(config, work / "models")
+        write_repository(config, work / "models", disclosure(args.bundle, manifest), router)
         return _Supervisor(args, installation, work / "models", stopping).run()
 
 
@@ -150,6 +156,23 @@ def _check(args: argparse.Namespace) -> None:
     used = [port for port in ports if port is not None]
     if len(set(used)) < len(used) or not all(0 < port < 65536 for port in used):
         raise ServeError(f"ports {used} must be different, and between 1 and 65535: choose others")
+
+
+def _router(args: argparse.Namespace) -> dict[str, str]:
+    """Parameters of `ab_router`.
+
+    Raises:
+        ServeError: its file or its log cannot be used.
+    """
+    routing = read_routing(args.ab)
+    log_path = routing.log.absolute()
+    if not log_path.parent.is_dir():
+        raise ServeError(f"{args.ab}: the folder of log {log_path} does not exist: choose one that does")
+    return {
+        "routing": routing.model_copy(update={"log": log_path}).model_dump_json(),
+        "own_url": f"grpc{'s' if args.tls_cert else ''}://{_reachable(args.host)}:{args.grpc_port}",
+        "certificate": str(args.tls_cert.absolute()) if args.tls_cert else "",
+    }
 
 
 class _Supervisor:
@@ -190,7 +213,7 @@ class _Supervisor:
         """Runs the server until it is told to stop, which gives None, or dies, which gives how."""
         self._server = subprocess.Popen(  # noqa: S603
             [str(self._installation.binary), *self._installation.arguments, *self._arguments()],
-            env=os.environ | self._installation.environment,
+            env=GIVE_BACK | os.environ | self._installation.environment,
             start_new_session=True,  # a terminal's Ctrl-C is for us
         )
         if (why := self._wait_ready()) is not None or self._stopping.is_set():
@@ -222,6 +245,7 @@ class _Supervisor:
             "--strict-readiness=true",
             "--disable-auto-complete-config",  # the config files are complete
             "--exit-timeout-secs=5",
+            "--grpc-infer-allocation-pool-size=0",  # requests that are kept for reuse keep the size of the largest they were
             f"--http-address={self._http_host}",
             f"--http-port={args.http_port}",
             f"--grpc-address={args.host}",

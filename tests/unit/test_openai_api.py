@@ -26,8 +26,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from ssv.builder.manifest import Manifest, TierEntry, write_manifest
 from ssv.builder.tiers import Policy
 from ssv.client import openai_api
-from ssv.client.openai_api import Models, TritonBackend, create_app
+from ssv.client.openai_api import Models, create_app
 from ssv.client.triton import Reply, ServerError, Settings
+from ssv.client.triton_aio import AsyncClient
 
 MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -842,7 +843,7 @@ def with_triton(test: Any) -> None:
     async def body() -> None:
         triton = Triton()
         server, port = await serve(triton)
-        backend = TritonBackend(f"grpc://127.0.0.1:{port}")
+        backend = AsyncClient(f"grpc://127.0.0.1:{port}")
         try:
             await test(triton, backend)
         finally:
@@ -853,7 +854,7 @@ def with_triton(test: Any) -> None:
 
 
 def test_the_backend_asks_and_reads() -> None:
-    async def test(triton: Triton, backend: TritonBackend) -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
         settings = Settings(tier="turbo", chat=False, seed=2**64 - 1)
         replies = [r async for r in backend.stream("go", settings, request_id="cmpl-1", stream=True)]
         assert [(r.text, r.finish_reason) for r in replies] == [("Hel", ""), ("lo", "stop")]
@@ -875,7 +876,7 @@ def test_the_backend_asks_and_reads() -> None:
     ],
 )
 def test_the_backend_raises_what_the_server_says(prompt: str, status: str, message: str) -> None:
-    async def test(_: Triton, backend: TritonBackend) -> None:
+    async def test(_: Triton, backend: AsyncClient) -> None:
         with pytest.raises(ServerError) as raised:
             async for _reply in backend.stream(prompt, Settings(), request_id="", stream=True):
                 pass
@@ -885,7 +886,7 @@ def test_the_backend_raises_what_the_server_says(prompt: str, status: str, messa
 
 
 def test_closing_the_backends_stream_cancels_the_request() -> None:
-    async def test(triton: Triton, backend: TritonBackend) -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
         replies = backend.stream("hang", Settings(), request_id="", stream=True)
         assert (await anext(replies)).text == "Hel"
         await replies.aclose()
@@ -895,7 +896,7 @@ def test_closing_the_backends_stream_cancels_the_request() -> None:
 
 
 def test_the_backend_says_whether_the_server_is_ready() -> None:
-    async def test(triton: Triton, backend: TritonBackend) -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
         assert await backend.is_ready()
         triton.is_ready = False
         assert not await backend.is_ready()
@@ -907,7 +908,7 @@ def test_a_server_that_is_not_there_is_unavailable_and_not_ready() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-        backend = TritonBackend(f"grpc://127.0.0.1:{port}")
+        backend = AsyncClient(f"grpc://127.0.0.1:{port}")
         assert not await backend.is_ready()
         with pytest.raises(ServerError, match="no server answers") as raised:
             await anext(backend.stream("go", Settings(), request_id="", stream=True))

@@ -130,8 +130,12 @@ def test_unknown_parameters_are_refused(name: str) -> None:
         settings_of(config)
 
 
-def test_the_ensemble_has_none() -> None:
-    assert not read("ensemble").parameters
+def test_the_ensemble_tells_clients_of_its_tiers(tmp_path: Path) -> None:
+    write_repository(make(), tmp_path / "models", '{"bundle": "pair"}')
+    parameters = read("ensemble", tmp_path / "models").parameters
+    assert {name: parameter.string_value for name, parameter in parameters.items()} == {
+        "ssv_disclosure": '{"bundle": "pair"}'
+    }
 
 
 def test_the_engines_are_told_all_but_what_is_for_prompts() -> None:

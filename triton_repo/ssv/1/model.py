@@ -20,6 +20,7 @@ from ssv.runtime.audit import Audit
 from ssv.runtime.control import ControlReceiver
 from ssv.runtime.intake import Settings
 from ssv.runtime.llm import LLM
+from ssv.runtime.memory import keep_large_blocks
 from ssv.runtime.pieces import Answer, Piece, error_text
 from ssv.runtime.request import Chunk, Request
 from ssv.runtime.scheduler import QueueFull
@@ -43,6 +44,7 @@ EXIT_ENGINE_FAILED = 70
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         log_to_stderr()
+        keep_large_blocks()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         if config.threads:
             torch.set_num_threads(config.threads)

@@ -1,0 +1,119 @@
+"""What is compared: NAME=URL with settings, as it is written on the command line.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
+
+_FOR_ANY = ("gpus", "price_per_hour", "price_per_1m_tokens")
+_FOR_TRITON = ("tier", "max_divergence")
+_FOR_OPENAI = ("model",)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What an arm costs.
+
+    Attributes:
+        per_second: of its machine, in use or not.
+        per_token: what an API takes instead.
+    """
+
+    per_second: float = 0.0
+    per_token: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Attributes:
+    url: without the settings.
+    tier, max_divergence: asked of a server of ssv; None for its default.
+    model: asked of an OpenAI endpoint.
+    gpus, price_per_hour, price_per_1m_tokens: where they differ from those of the command line.
+    """
+
+    name: str
+    url: str
+    tier: str | None = None
+    max_divergence: float | None = None
+    model: str | None = None
+    gpus: float | None = None
+    price_per_hour: float | None = None
+    price_per_1m_tokens: float | None = None
+
+    @property
+    def is_openai(self) -> bool:
+        return self.url.startswith("http")
+
+    def price(self, *, per_hour: float | None, gpus: float, utilisation: float) -> Price | None:
+        """What it costs, given what the command line says for all; None if nobody says.
+
+        Args:
+            per_hour: of one GPU.
+            utilisation: share of the time that is paid for in which there is work.
+        """
+        if self.price_per_1m_tokens is not None:
+            return Price(per_token=self.price_per_1m_tokens / 1e6)
+        hourly = self.price_per_hour if self.price_per_hour is not None else per_hour
+        if hourly is None:
+            return None
+        return Price(per_second=(self.gpus or gpus) * hourly / 3600 / utilisation)
+
+
+def parse_arm(text: str) -> Arm:
+    """NAME=grpc://host:8001?tier=balanced, NAME=http://host:8003/v1?model=NAME; grpcs and https speak TLS.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    name, equals, url = text.partition("=")
+    if not equals or not _NAME.fullmatch(name):
+        raise ValueError(f"{text!r} is no arm: give NAME=grpc://host:port or NAME=http://host:port/v1?model=...")
+    parts = urlsplit(url)
+    if parts.scheme not in ("grpc", "grpcs", "http", "https") or not parts.hostname:
+        raise ValueError(f"arm {name}: {url!r} is no address: give grpc://host:port or http://host:port/v1")
+    known = _FOR_ANY + (_FOR_OPENAI if parts.scheme.startswith("http") else _FOR_TRITON)
+    settings = parse_qsl(parts.query, keep_blank_values=True)
+    given = dict(settings)
+    if len(given) < len(settings):
+        raise ValueError(f"arm {name}: {parts.query!r} says something twice: give each setting once")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"arm {name}: unknown setting {unknown[0]!r}; known for {parts.scheme}: {', '.join(known)}")
+    if parts.scheme.startswith("http") and not given.get("model"):
+        raise ValueError(f"arm {name} names no model: add ?model=... to its address")
+    if "tier" in given and "max_divergence" in given:
+        raise ValueError(f"arm {name} has a tier and a max_divergence: give one of them")
+    address = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    return Arm(
+        name,
+        address,
+        tier=given.get("tier"),
+        model=given.get("model"),
+        **{key: _number(name, key, given[key]) for key in (*_FOR_ANY, "max_divergence") if key in given},
+    )
+
+
+def check_arms(arms: Sequence[Arm]) -> None:
+    """Raises ValueError: fewer than two arms, or two of one name."""
+    names = [arm.name for arm in arms]
+    if len(arms) < 2:
+        raise ValueError("there is nothing to compare: give --a and --b")
+    if len(set(names)) < len(names):
+        raise ValueError(f"arms {', '.join(names)} must have different names: choose others")
+
+
+def _number(arm: str, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"arm {arm}: {key}={text} must be a number above 0")
+    return value

@@ -1,0 +1,70 @@
+"""Limits as they are written on a command line: "ttft_p95<500ms,error_rate<2%".
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+LATENCIES = tuple(f"{metric}_{statistic}" for metric in ("ttft", "tpot", "itl", "e2e") for statistic in STATISTICS)
+"""Time to the first token, time per output token after it, time between tokens, time to the end."""
+
+_LIMIT = re.compile(r"\s*(\w+)\s*<\s*(\d+(?:\.\d+)?)\s*(ms|s|%|)\s*")
+_SCALES = {"ms": 1e-3, "s": 1.0, "%": 1e-2, "": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Attributes:
+    name: what must stay below, such as "ttft_p95".
+    value: seconds, or a share.
+    """
+
+    name: str
+    value: float
+
+    @property
+    def metric(self) -> str:
+        """The name without its statistic."""
+        return self.name.rpartition("_")[0]
+
+    @property
+    def quantile(self) -> float | None:
+        """The statistic's; None for a mean."""
+        statistic = self.name.rpartition("_")[2]
+        return int(statistic[1:]) / 100 if statistic.startswith("p") else None
+
+    def __str__(self) -> str:
+        shown = f"{self.value * 1e3:g} ms" if self.name in LATENCIES else f"{self.value * 100:g} %"
+        return f"{self.name} < {shown}"
+
+
+def parse_limits(text: str, shares: Sequence[str] = (), latencies: Sequence[str] = LATENCIES) -> tuple[Limit, ...]:
+    """Args:
+        shares: names of shares, which have no unit, or %.
+        latencies: names of times that are known.
+
+    Raises:
+        ValueError: what is no limit, an unknown name, or the wrong unit.
+    """
+    limits = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _LIMIT.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{part!r} is no limit: give NAME<NUMBER and its unit, such as ttft_p95<500ms")
+        name, number, unit = match.groups()
+        if name not in (*latencies, *shares):
+            raise ValueError(f"unknown name {name!r} in {part!r}; known: {', '.join((*latencies, *shares))}")
+        if (unit in ("ms", "s")) != (name in latencies):
+            raise ValueError(f"{part!r} has the wrong unit: give ms or s for a time, % or nothing for a share")
+        value = float(number) * _SCALES[unit]
+        if value <= 0 or (name in shares and value >= 1):
+            raise ValueError(f"{part!r} can never hold, or always does: give a limit above 0, and a share below 100 %")
+        limits.append(Limit(name, value))
+    if not limits:
+        raise ValueError(f"{text!r} holds no limit: give such as ttft_p95<500ms")
+    return tuple(limits)

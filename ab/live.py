@@ -1,0 +1,283 @@
+"""The running comparison of live arms, from the router's log.
+
+Whoever was assigned counts once, with the first request: more requests of one user are not independent of each other. What an arm did not
+choose, answers in place of one out of service and copies for the shadow, is left out of the comparison.
+
+May import: ssv.ab.limits, .sequential, .statistics.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ssv.ab.limits import LATENCIES, Limit
+from ssv.ab.sequential import RunningDifference, RunningMean, bernoulli_interval, proportion_difference
+from ssv.ab.statistics import Interval
+
+ALPHA = 0.05
+
+BURN_IN = 200
+"""Latencies are skewed: fewer requests give intervals that do not hold."""
+
+MIN_AUDITED = 2000
+"""Audited tokens before a share of them means something."""
+
+METRICS = ("tpot", "ttft", "e2e", "passes")
+"""Seconds per output token after the first, to the first token, to the end; target passes per output token."""
+
+SHARES = ("error_rate", "divergence", "text_difference")
+
+
+@dataclass(slots=True)
+class ArmState:
+    """Attributes:
+    requests: that were assigned to the arm, and the copies it got; `errors`, `cancelled`: of them.
+    values: of the answers, by metric.
+    audited, mismatches: tokens, as the server's metrics say; None without them.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    cancelled: int = 0
+    output_tokens: int = 0
+    unverified: int = 0
+    target_passes: int = 0
+    tier: str = ""
+    values: dict[str, list[float]] = field(default_factory=lambda: {metric: [] for metric in METRICS})
+    means: dict[str, RunningMean] = field(
+        default_factory=lambda: {metric: RunningMean(burn_in=BURN_IN) for metric in METRICS}
+    )
+    above: dict[Limit, int] = field(default_factory=lambda: defaultdict(int))
+    audited: int | None = None
+    mismatches: int = 0
+
+    @property
+    def error_rate(self) -> float:
+        return self.errors / self.requests if self.requests else 0.0
+
+
+@dataclass(slots=True)
+class _Rivalry:
+    differences: dict[str, RunningDifference]
+    pairs: dict[str, RunningMean]
+    num_pairs: int = 0
+    num_different: int = 0
+    errors: list[int] = field(default_factory=lambda: [0, 0])
+    units: list[int] = field(default_factory=lambda: [0, 0])
+
+
+class LiveComparison:
+    """Takes records in the order of the log.
+
+    Attributes:
+        arms: by name, the first arm first.
+        skipped: outcomes of units that had counted before, or in place of an arm out of service.
+        malformed: records that make no sense.
+    """
+
+    def __init__(self, guards: Sequence[Limit] = ()) -> None:
+        self.guards = tuple(guards)
+        self.arms: dict[str, ArmState] = {}
+        self.skipped = self.malformed = 0
+        self._shares: dict[str, float] = {}
+        self._shadow: str | None = None
+        self._rivalries: dict[str, _Rivalry] = {}
+        self._units: set[str] = set()
+        self._half_pairs: dict[str, Mapping[str, Any]] = {}
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.arms))
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return tuple(self._rivalries)
+
+    @property
+    def shadow(self) -> str | None:
+        return self._shadow
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """A record of the log; one that makes no sense is counted, and left out."""
+        try:
+            if record.get("event") == "start":
+                self._start(record["routing"])
+            elif record.get("event") == "outcome":
+                self._outcome(record)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self.malformed += 1
+
+    def audits(self, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Args: counts: audited tokens and mismatches, by tier."""
+        for state in self.arms.values():
+            if state.tier in counts:
+                state.audited, state.mismatches = counts[state.tier]
+
+    def difference(self, arm: str, metric: str) -> Interval | None:
+        """Mean of an arm less that of the first, at any time; None as long as there are too few."""
+        rivalry, alpha = self._rivalries[arm], ALPHA / len(self._rivalries)
+        if arm == self._shadow:
+            return rivalry.pairs[metric].interval(alpha)
+        return rivalry.differences[metric].interval(alpha)
+
+    def error_difference(self, arm: str) -> Interval:
+        """Error rate of an arm less that of the first, at any time."""
+        rivalry = self._rivalries[arm]
+        (errors_a, errors_b), (units_a, units_b) = rivalry.errors, rivalry.units
+        return proportion_difference(errors_a, units_a, errors_b, units_b, alpha=ALPHA / len(self._rivalries))
+
+    def pairs(self, arm: str) -> tuple[int, int]:
+        """Pairs of an answer and its copy's, and how many of them are different texts."""
+        return self._rivalries[arm].num_pairs, self._rivalries[arm].num_different
+
+    def broken(self, arm: str) -> list[str]:
+        """Which guards an arm has certainly passed, in words."""
+        found = [self._check(limit, arm) for limit in self.guards]
+        return [words for words in found if words is not None]
+
+    def advice(self, arm: str, metric: str, equivalence: float) -> str:
+        """Whether one may stop.
+
+        Args:
+            equivalence: relative difference that does not matter.
+        """
+        interval, values = self.difference(arm, metric), self.arms[self.first].values[metric]
+        if interval is None or not values:
+            return f"go on: {arm} and {self.first} need {BURN_IN} answers each before {metric} can be compared"
+        mean = sum(values) / len(values)
+        shown = f"{interval.estimate / mean:+.1%} [{interval.low / mean:+.1%}, {interval.high / mean:+.1%}]"
+        if interval.high < 0:
+            return f"you may stop: {arm} has less {metric} than {self.first}, {shown}"
+        if interval.low > 0:
+            return f"you may stop: {arm} has more {metric} than {self.first}, {shown}"
+        if max(-interval.low, interval.high) < equivalence * mean:
+            return f"you may stop: {arm} and {self.first} differ by less than {equivalence:.0%} in {metric}, {shown}"
+        # The interval narrows as the root of the number of answers.
+        reach = (interval.high - interval.low) / 2
+        wanted = max(abs(interval.estimate), equivalence * mean - abs(interval.estimate))
+        times = (reach / wanted) ** 2 if wanted > 0 else float("inf")
+        more = (
+            f"about {max(times - 1, 0.1):.1f} times as many answers again" if times < 100 else "very many more answers"
+        )
+        return f"go on: {metric} of {arm} is not told from that of {self.first} yet, {shown}; {more} are needed"
+
+    def _start(self, routing: Mapping[str, Any]) -> None:
+        arms = routing["arms"]
+        self._shares = {name: float(arm["share"]) for name, arm in arms.items()}
+        self._shadow = routing.get("shadow")
+        for name in arms:
+            self.arms.setdefault(name, ArmState())
+        for name in list(self.arms)[1:]:
+            differences = {metric: RunningDifference(burn_in=BURN_IN) for metric in METRICS}
+            pairs = {metric: RunningMean(burn_in=BURN_IN) for metric in METRICS}
+            self._rivalries.setdefault(name, _Rivalry(differences, pairs))
+
+    def _outcome(self, record: Mapping[str, Any]) -> None:
+        arm, unit = str(record["arm"]), str(record["unit"])
+        values = _values(record)
+        is_error = bool(record["error"])
+        state = self.arms[arm]
+        if record["is_fallback"]:
+            self.skipped += 1
+            return
+        state.requests += 1
+        state.errors += is_error
+        state.cancelled += record["finish_reason"] == "cancelled"
+        state.output_tokens += int(record["output_tokens"])
+        state.unverified += int(record["unverified"])
+        state.target_passes += int(record["target_passes"])
+        state.tier = str(record["tier"]) or state.tier
+        for metric, value in values.items():
+            state.values[metric].append(value)
+            state.means[metric].push(value)
+        for limit in self.guards:
+            if limit.metric in values and limit.quantile is not None:
+                state.above[limit] += values[limit.metric] >= limit.value
+        if self._shadow is not None:
+            self._pair(record, values)
+        elif unit in self._units:
+            self.skipped += 1
+        else:
+            self._units.add(unit)
+            self._compare(arm, values, is_error)
+
+    def _compare(self, arm: str, values: Mapping[str, float], is_error: bool) -> None:
+        for name, rivalry in self._rivalries.items():
+            if arm in (self.first, name):
+                is_b = arm == name
+                rivalry.units[is_b] += 1
+                rivalry.errors[is_b] += is_error
+                share = self._shares[name] / (self._shares[name] + self._shares[self.first])
+                for metric, value in values.items():
+                    rivalry.differences[metric].push(is_b, share, value)
+
+    def _pair(self, record: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """Two outcomes of one id: the answer and its copy."""
+        other = self._half_pairs.pop(record["id"], None)
+        if other is None:
+            self._half_pairs[record["id"]] = record
+            return
+        a, b = (other, record) if record["is_shadow"] else (record, other)
+        rivalry = self._rivalries[b["arm"]]
+        for place, each in enumerate((a, b)):
+            rivalry.units[place] += 1
+            rivalry.errors[place] += bool(each["error"])
+        if a["error"] or b["error"] or "cancelled" in (a["finish_reason"], b["finish_reason"]):
+            return
+        rivalry.num_pairs += 1
+        rivalry.num_different += a["text_sha"] != b["text_sha"]
+        of_a, of_b = _values(a), _values(b)
+        for metric in of_a.keys() & of_b.keys():
+            rivalry.pairs[metric].push(of_b[metric] - of_a[metric])
+
+    def _check(self, limit: Limit, arm: str) -> str | None:
+        state, alpha = self.arms[arm], ALPHA / len(self.guards)
+        if limit.name == "divergence":
+            is_known = state.audited is not None and state.audited >= MIN_AUDITED
+            share = state.mismatches / state.audited if is_known and state.audited else 0.0
+            return f"{limit}: {share:.2%} of {state.audited} audited tokens" if share >= limit.value else None
+        if limit.name == "text_difference":
+            pairs, different = self.pairs(arm) if arm in self._rivalries else (0, 0)
+            return _passed(limit, different, pairs, limit.value, alpha)
+        if limit.name == "error_rate":
+            return _passed(limit, state.errors, state.requests, limit.value, alpha)
+        if limit.quantile is not None:
+            num = len(state.values[limit.metric])
+            return _passed(limit, state.above[limit], num, 1 - limit.quantile, alpha)
+        interval = state.means[limit.metric].interval(alpha)
+        if interval is None or interval.low < limit.value:
+            return None
+        return f"{limit}: it is {interval.estimate * 1e3:.0f} ms"
+
+
+def guard_names() -> tuple[str, ...]:
+    """Names of latencies that a log of outcomes has."""
+    return tuple(name for name in LATENCIES if name.partition("_")[0] in METRICS)
+
+
+def quantile(values: Sequence[float], q: float) -> float | None:
+    return float(np.quantile(values, q)) if len(values) else None
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured of an answer; nothing of one that failed or was left."""
+    if record["error"] or record["finish_reason"] == "cancelled" or record["ttft_s"] is None:
+        return {}
+    ttft, e2e, tokens = float(record["ttft_s"]), float(record["e2e_s"]), int(record["output_tokens"])
+    found = {"ttft": ttft, "e2e": e2e}
+    if tokens > 1:
+        found["tpot"] = (e2e - ttft) / (tokens - 1)
+    if tokens:
+        found["passes"] = int(record["target_passes"]) / tokens
+    return found
+
+
+def _passed(limit: Limit, events: int, trials: int, share: float, alpha: float) -> str | None:
+    """In words, if more than the share of the trials certainly are events, at any time."""
+    interval = bernoulli_interval(events, trials, alpha=alpha)
+    return f"{limit}: {events} of {trials} requests are above" if trials and interval.low > share else None

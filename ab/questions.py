@@ -1,0 +1,111 @@
+"""Prompts of a comparison, and what a right answer to them looks like.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RIGHT_OR_WRONG = ("exact", "contains", "number")
+CHECKS = (*RIGHT_OR_WRONG, "f1")
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt.
+
+    Attributes:
+        answers: any of them is right; none if answers cannot be checked.
+        check: `exact`: the text is an answer; `contains`: an answer's words stand in it; `number`: its last number is the answer; `f1`:
+            share of words in common, from 0 to 1, as SQuAD's (Rajpurkar et al. 2016). Letter case and punctuation do not count.
+    """
+
+    id: str
+    prompt: str
+    answers: tuple[str, ...] = ()
+    check: str = "contains"
+
+    def score(self, text: str) -> float | None:
+        """1 for right and 0 for wrong, between them for `f1`; None if it cannot be checked."""
+        if not self.answers:
+            return None
+        return max(_SCORES[self.check](text, answer) for answer in self.answers)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Prompts of a JSON lines file: `prompt`, and where wanted `id`, `answer` (a text, a number, or several) and `check`.
+
+    Raises:
+        ValueError: a line that is not so, naming it; an id that comes twice; no prompts.
+        OSError: there is no such file.
+    """
+    questions: list[Question] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line), number))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+    if not questions:
+        raise ValueError(f"{path} holds no prompts")
+    most, times = Counter(q.id for q in questions).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path}: the id {most!r} comes {times} times: give each prompt its own")
+    return questions
+
+
+def _question(given: Any, number: int) -> Question:
+    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str) or not given["prompt"].strip():
+        raise ValueError("expected a JSON object with a `prompt` that is not empty")
+    answer = given.get("answer", [])
+    answers = answer if isinstance(answer, list) else [answer]
+    if not all(isinstance(a, str | int | float) and not isinstance(a, bool) and str(a).strip() for a in answers):
+        raise ValueError("`answer` must be a text, a number, or a list of them")
+    is_number = bool(answers) and all(isinstance(a, int | float) for a in answers)
+    check = given.get("check", "number" if is_number else "contains")
+    if check not in CHECKS:
+        raise ValueError(f"unknown check {check!r}; known: {', '.join(CHECKS)}")
+    if check == "number" and not all(_NUMBER.fullmatch(str(a)) for a in answers):
+        raise ValueError("check `number` needs answers that are numbers")
+    if check != "number" and not all(_words(str(a)) for a in answers):
+        raise ValueError("`answer` holds no word or number, which is what is compared")
+    return Question(str(given.get("id", number)), given["prompt"], tuple(map(str, answers)), check)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _exact(text: str, answer: str) -> float:
+    return float(_words(text) == _words(answer))
+
+
+def _contains(text: str, answer: str) -> float:
+    return float(f" {' '.join(_words(answer))} " in f" {' '.join(_words(text))} ")
+
+
+def _number(text: str, answer: str) -> float:
+    found = _NUMBER.findall(text)
+    return float(bool(found) and _value(found[-1]) == _value(answer))
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
+
+
+def _f1(text: str, answer: str) -> float:
+    given, wanted = Counter(_words(text)), Counter(_words(answer))
+    common = sum((given & wanted).values())
+    return 2 * common / (given.total() + wanted.total())
+
+
+_SCORES = {"exact": _exact, "contains": _contains, "number": _number, "f1": _f1}

@@ -1,0 +1,114 @@
+"""A run's document as tables in the terminal.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show(document: Mapping[str, Any]) -> None:
+    console = _console()
+    if document["status"] != "complete":
+        console.print(f"[bold red]Partial report[/]: {escape(document['status'])}")
+    console.print(_figures(document))
+    for comparison in document["comparisons"]:
+        title = f"{comparison['arm']} against {comparison['against']}"
+        show_differences(
+            title, comparison["differences"], document["levels"]["differences"], comparison["identical_share"]
+        )
+    for comparison in document["comparisons"]:
+        console.print(f"[bold]{escape(comparison['verdict'])}[/]", highlight=False, soft_wrap=True)
+    for note in document["notes"]:
+        console.print(f"Note: {escape(note)}", highlight=False, soft_wrap=True, style="dim")
+
+
+def ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.0f}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def plain(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def interval_text(difference: Mapping[str, Any]) -> str:
+    """A relative difference and its interval."""
+    text, found = f"{difference['estimate']:+.1%}", difference["interval"]
+    return text if found is None else f"{text} [{found['low']:+.1%}, {found['high']:+.1%}]"
+
+
+FIGURE_COLUMNS = (
+    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95/p99 s", "goodput/s", "passes/token",
+    "unverified", "score", "cost/1M", "cost/correct", "failed",
+)  # fmt: skip
+
+
+def figure_cells(row: Mapping[str, Any]) -> list[str]:
+    """Cells of `FIGURE_COLUMNS`."""
+    latency: Mapping[str, Mapping[str, float]] = row["latency"]
+    ttft, tpot, e2e = (latency.get(metric, {}) for metric in ("ttft", "tpot", "e2e"))
+    return [
+        row["arm"],
+        str(row["concurrency"]),
+        plain(row["tokens_per_s"], 1),
+        f"{ms(ttft.get('p50'))} / {ms(ttft.get('p95'))}",
+        plain(tpot["mean"] * 1e3, 1) if tpot else "-",
+        " / ".join(plain(e2e.get(name), 2) for name in ("p50", "p95", "p99")),
+        "-" if row["goodput"] is None else f"{row['goodput']:.2f} ({row['good_share']:.0%})",
+        plain(row["target_passes_per_token"], 3),
+        percent(row["unverified_share"], 1),
+        percent(row["score"], 1),
+        plain(row["cost_per_1m_tokens"], 2),
+        plain(row["cost_per_correct"], 5),
+        f"{row['failed']}/{row['requests']}",
+    ]
+
+
+def _figures(document: Mapping[str, Any]) -> Table:
+    table = Table(*FIGURE_COLUMNS, title="ssv-ab")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    last = None
+    for row in document["figures"]:
+        if last is not None and row["concurrency"] != last:
+            table.add_section()
+        last = row["concurrency"]
+        table.add_row(*map(escape, figure_cells(row)))
+    return table
+
+
+def show_differences(
+    title: str, each: Mapping[str, Sequence[Mapping[str, Any]]], level: float, identical_share: float | None = None
+) -> None:
+    """A table of relative differences. Args: each: by concurrency."""
+    if not any(each.values()):
+        return
+    table = Table(
+        "difference",
+        *(f"{concurrency} streams" for concurrency in each),
+        title=escape(f"{title}, {level:.1%} intervals"),
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for metric in dict.fromkeys(d["metric"] for ds in each.values() for d in ds):
+        found = [next((d for d in ds if d["metric"] == metric), None) for ds in each.values()]
+        table.add_row(metric, *("-" if d is None else escape(interval_text(d)) for d in found))
+    if identical_share is not None:
+        table.caption = f"{identical_share:.1%} of the answers are the same text"
+    _console().print(table)
+
+
+def _console() -> Console:
+    # A narrow terminal must not cut the figures; in a log the width is unknown.
+    return Console(width=None if sys.stdout.isatty() else 170)

@@ -1,0 +1,155 @@
+"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that passes a guard-rail.
+
+May import: ssv.ab.journal, .limits, .live, .routing, .statistics, .terminal.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ssv.ab.journal import JournalReader
+from ssv.ab.limits import Limit
+from ssv.ab.live import ALPHA, METRICS, LiveComparison, quantile
+from ssv.ab.routing import Fallback, fall_back, fallback_path
+from ssv.ab.statistics import Interval
+from ssv.ab.terminal import ms, percent, plain
+
+EXIT_FELL_BACK = 4
+
+_AUDITED = re.compile(r'^ssv_(audited_tokens|audit_mismatches)\{.*?tier="(\w+)".*?\} (\S+)$', re.MULTILINE)
+
+
+def watch(
+    path: Path,
+    guards: Sequence[Limit],
+    *,
+    metric: str,
+    equivalence: float,
+    metrics_url: str | None,
+    every: float | None,
+    may_fall_back: bool,
+) -> int:
+    """Shows the comparison once, or as long as it is let; exit status.
+
+    Args:
+        metric: that the advice to stop goes by.
+        metrics_url: of the server, for audited divergence.
+        every: seconds between two looks; None for one look.
+        may_fall_back: whether arms that pass a guard are taken out of service.
+
+    Raises:
+        OSError: there is no such log.
+        ValueError: it is not a log of the router.
+    """
+    if any(limit.name == "divergence" for limit in guards) and metrics_url is None:
+        raise ValueError("the guard on divergence needs the server's audits: give --metrics-url")
+    reader, live = JournalReader(path), LiveComparison(guards)
+    fallback = Fallback(fallback_path(path))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    fell_back = False
+    while True:
+        for record in (*reader.read(), *(reader.rest() if every is None else ())):
+            live.take(record)
+        if not live.arms and every is None:
+            raise ValueError(f"{path} does not begin as a log of ab_router does: choose the `log` of its file of arms")
+        if metrics_url is not None:
+            live.audits(_audits(metrics_url))
+        broken = {arm: found for arm in live.rivals if (found := live.broken(arm))}
+        new = {arm: "; ".join(found) for arm, found in broken.items() if arm not in fallback.arms()}
+        if new and may_fall_back:
+            fall_back(fallback_path(path), new)
+            fell_back = True
+        if live.arms:
+            if console.is_terminal and every is not None:
+                console.clear()
+            _show(console, live, metric, equivalence, broken, fallback.arms(), reader.torn)
+        if every is None:
+            return EXIT_FELL_BACK if fell_back else 0
+        time.sleep(every)
+
+
+def _audits(url: str) -> dict[str, tuple[int, int]]:
+    """Audited tokens and mismatches by tier; nothing from a server that does not answer now."""
+    try:
+        with urlopen(url, timeout=5.0) as response:  # noqa: S310
+            text = response.read().decode()
+    except (URLError, OSError):
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for name, tier, value in _AUDITED.findall(text):
+        found.setdefault(tier, {})[name] = float(value)
+    return {tier: (int(c.get("audited_tokens", 0)), int(c.get("audit_mismatches", 0))) for tier, c in found.items()}
+
+
+def _show(
+    console: Console,
+    live: LiveComparison,
+    metric: str,
+    equivalence: float,
+    broken: Mapping[str, Sequence[str]],
+    fallen: Mapping[str, str],
+    torn: int,
+) -> None:
+    table = Table(
+        "arm", "requests", "errors", "left", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95 s", "passes/token", "unverified",
+        "audited divergence", title="ssv-ab watch",
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, state in live.arms.items():
+        ttft, e2e, tpot = (state.values[m] for m in ("ttft", "e2e", "tpot"))
+        table.add_row(
+            escape(name) + (" (out of service)" if name in fallen else ""),
+            str(state.requests),
+            f"{state.errors} ({state.error_rate:.1%})",
+            str(state.cancelled),
+            f"{ms(quantile(ttft, 0.5))} / {ms(quantile(ttft, 0.95))}",
+            plain(sum(tpot) / len(tpot) * 1e3 if tpot else None, 1),
+            f"{plain(quantile(e2e, 0.5), 2)} / {plain(quantile(e2e, 0.95), 2)}",
+            plain(state.target_passes / state.output_tokens if state.output_tokens else None, 3),
+            percent(state.unverified / state.output_tokens if state.output_tokens else None, 1),
+            f"{state.mismatches / state.audited:.2%} of {state.audited}" if state.audited else "-",
+        )
+    console.print(table)
+    for arm in live.rivals:
+        shown = Table("difference", "mean", title=escape(f"{arm} less {live.first}, {1 - ALPHA:.0%} at any time"))
+        shown.columns[1].justify = "right"
+        for name in METRICS:
+            shown.add_row(name, _text(live.difference(arm, name), name))
+        shown.add_row("error_rate", _text(live.error_difference(arm), "error_rate"))
+        if arm == live.shadow:
+            pairs, different = live.pairs(arm)
+            shown.caption = f"{different} of {pairs} answers differ from those of {live.first}"
+        console.print(shown)
+        for words in broken.get(arm, ()):
+            console.print(f"[bold red]guard-rail passed[/] by {escape(arm)}: {escape(words)}", soft_wrap=True)
+        console.print(escape(live.advice(arm, metric, equivalence)), soft_wrap=True, highlight=False)
+    for arm, why in fallen.items():
+        console.print(f"[bold red]{escape(arm)} is out of service[/]: {escape(why)}", soft_wrap=True)
+    left_out = {
+        "torn lines": torn,
+        "senseless records": live.malformed,
+        "further requests of the same user, or fallbacks": live.skipped,
+    }
+    if any(left_out.values()):
+        console.print(
+            "left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items() if count), soft_wrap=True
+        )
+
+
+def _text(interval: Interval | None, metric: str) -> str:
+    if interval is None:
+        return "too few"
+    scale, unit, digits = {"passes": (1.0, "", 3), "error_rate": (100.0, " points", 2)}.get(metric, (1e3, " ms", 1))
+    estimate, low, high = (f"{scale * value:+.{digits}f}" for value in (interval.estimate, interval.low, interval.high))
+    return f"{estimate}{unit} [{low}, {high}]"

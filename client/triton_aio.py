@@ -1,0 +1,94 @@
+"""A client of the server's `ensemble` for many streams at a time: one connection, in an event loop.
+
+May import: ssv.client.triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import tritonclient.grpc.aio as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from ssv.client.triton import MODEL, Reply, ServerError, Settings, read_reply, request_inputs, server_error, split_url
+
+HEALTH_TIMEOUT = 2.0
+
+
+class AsyncClient:
+    """Made where its event loop runs."""
+
+    def __init__(self, url: str, *, certificate: Path | None = None, name: str | None = None) -> None:
+        """Args:
+        certificate: PEM of the server's own certificate, with grpcs://.
+        name: that it is valid for: the server may be reached by another.
+        """
+        self._url = url
+        address, secure = split_url(url)
+        options: list[tuple[str, int | str]] = [
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_reconnect_backoff_ms", 1000),  # a server that is started again is back in seconds
+        ]
+        if name is not None:
+            options.append(("grpc.ssl_target_name_override", name))
+        root = str(certificate) if certificate is not None else None
+        self._client = grpcclient.InferenceServerClient(
+            address, ssl=secure, root_certificates=root, channel_args=options
+        )
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        """Replies to a prompt, the last with a finish reason; closing the generator cancels the request.
+
+        Raises:
+            ServerError: the server refused, failed, or is not there.
+        """
+        inputs = request_inputs(prompt, settings, stream=stream)
+        async with aclosing(self.forward(inputs, request_id=request_id)) as responses:
+            async for result in responses:
+                yield read_reply(result)
+
+    async def forward(
+        self, inputs: Sequence[grpcclient.InferInput], *, request_id: str
+    ) -> AsyncGenerator[grpcclient.InferResult, None]:
+        """As `stream`, of tensors as they are."""
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            yield {"model_name": MODEL, "inputs": list(inputs), "request_id": request_id}
+
+        responses = self._client.stream_infer(requests())
+        failure: InferenceServerException | None = None
+        is_over = False
+        try:
+            # To the end, also of what is over: a stream that is left before is cancelled.
+            async for result, error in responses:
+                failure = failure or error
+                if failure is None and not is_over:
+                    is_over = bool(result.as_numpy("finish_reason").reshape(-1)[0])
+                    yield result
+        except grpc.aio.AioRpcError as error:
+            failure = InferenceServerException(error.details() or "", str(error.code()))
+        finally:
+            responses.cancel()
+        if is_over:
+            return
+        if failure is not None:
+            raise server_error(failure, self._url) from failure
+        raise ServerError("the server ended the stream before the answer was complete", "UNAVAILABLE")
+
+    async def is_ready(self) -> bool:
+        try:
+            return await self._client.is_server_ready(
+                client_timeout=HEALTH_TIMEOUT
+            ) and await self._client.is_model_ready(MODEL, client_timeout=HEALTH_TIMEOUT)
+        except InferenceServerException:
+            return False
+
+    async def aclose(self) -> None:
+        await self._client.close()
