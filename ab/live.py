@@ -1,15 +1,17 @@
 """The running comparison of live arms, from the router's log.
 
 Whoever was assigned counts once, with the first request: more requests of one user are not independent of each other. What an arm did not
-choose, answers in place of one out of service and copies for the shadow, is left out of the comparison.
+choose, answers in place of one out of service, is left out of the comparison, and so is what the first arm answers meanwhile. A shadow
+is compared by pairs of an answer and its copy.
 
 May import: ssv.ab.limits, .sequential, .statistics.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,7 @@ MIN_AUDITED = 2000
 """Audited tokens before a share of them means something."""
 
 METRICS = ("tpot", "ttft", "e2e", "passes")
-"""Seconds per output token after the first, to the first token, to the end; target passes per output token."""
+"""Seconds per output token after those of the first response, to the first token, to the end; target passes per output token."""
 
 SHARES = ("error_rate", "divergence", "text_difference")
 
@@ -38,6 +40,7 @@ class ArmState:
     """Attributes:
     requests: that were assigned to the arm, and the copies it got; `errors`, `cancelled`: of them.
     values: of the answers, by metric.
+    judged: by guard of a quantile, how many requests took as long as its limit, and of how many it is known.
     audited, mismatches: tokens, as the server's metrics say; None without them.
     """
 
@@ -52,7 +55,7 @@ class ArmState:
     means: dict[str, RunningMean] = field(
         default_factory=lambda: {metric: RunningMean(burn_in=BURN_IN) for metric in METRICS}
     )
-    above: dict[Limit, int] = field(default_factory=lambda: defaultdict(int))
+    judged: dict[Limit, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     audited: int | None = None
     mismatches: int = 0
 
@@ -69,6 +72,7 @@ class _Rivalry:
     num_different: int = 0
     errors: list[int] = field(default_factory=lambda: [0, 0])
     units: list[int] = field(default_factory=lambda: [0, 0])
+    seen: set[str] = field(default_factory=set)
 
 
 class LiveComparison:
@@ -76,7 +80,7 @@ class LiveComparison:
 
     Attributes:
         arms: by name, the first arm first.
-        skipped: outcomes of units that had counted before, or in place of an arm out of service.
+        skipped: outcomes of units that had counted before, or while an arm was out of service.
         malformed: records that make no sense.
     """
 
@@ -87,7 +91,6 @@ class LiveComparison:
         self._shares: dict[str, float] = {}
         self._shadow: str | None = None
         self._rivalries: dict[str, _Rivalry] = {}
-        self._units: set[str] = set()
         self._half_pairs: dict[str, Mapping[str, Any]] = {}
 
     @property
@@ -109,7 +112,7 @@ class LiveComparison:
                 self._start(record["routing"])
             elif record.get("event") == "outcome":
                 self._outcome(record)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             self.malformed += 1
 
     def audits(self, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -150,6 +153,8 @@ class LiveComparison:
         if interval is None or not values:
             return f"go on: {arm} and {self.first} need {BURN_IN} answers each before {metric} can be compared"
         mean = sum(values) / len(values)
+        if mean <= 0:
+            return f"{metric} of {self.first} is 0: nothing can be compared with it"
         shown = f"{interval.estimate / mean:+.1%} [{interval.low / mean:+.1%}, {interval.high / mean:+.1%}]"
         if interval.high < 0:
             return f"you may stop: {arm} has less {metric} than {self.first}, {shown}"
@@ -170,6 +175,7 @@ class LiveComparison:
         arms = routing["arms"]
         self._shares = {name: float(arm["share"]) for name, arm in arms.items()}
         self._shadow = routing.get("shadow")
+        self._half_pairs.clear()  # of a router that was killed: the other half never comes
         for name in arms:
             self.arms.setdefault(name, ArmState())
         for name in list(self.arms)[1:]:
@@ -178,52 +184,69 @@ class LiveComparison:
             self._rivalries.setdefault(name, _Rivalry(differences, pairs))
 
     def _outcome(self, record: Mapping[str, Any]) -> None:
-        arm, unit = str(record["arm"]), str(record["unit"])
-        values = _values(record)
-        is_error = bool(record["error"])
+        # Everything is read before anything is counted.
+        arm, unit, without = str(record["arm"]), str(record["unit"]), frozenset(record["without"])
+        values, waited = _values(record), _waited(record)
+        is_error, is_cancelled = bool(record["error"]), record["finish_reason"] == "cancelled"
+        tokens, unverified, passes = (int(record[name]) for name in ("output_tokens", "unverified", "target_passes"))
+        tier, pair = str(record["tier"]), str(record["pair"])
         state = self.arms[arm]
         if record["is_fallback"]:
             self.skipped += 1
             return
         state.requests += 1
         state.errors += is_error
-        state.cancelled += record["finish_reason"] == "cancelled"
-        state.output_tokens += int(record["output_tokens"])
-        state.unverified += int(record["unverified"])
-        state.target_passes += int(record["target_passes"])
-        state.tier = str(record["tier"]) or state.tier
+        state.cancelled += is_cancelled
+        state.output_tokens += tokens
+        state.unverified += unverified
+        state.target_passes += passes
+        state.tier = tier or state.tier
         for metric, value in values.items():
             state.values[metric].append(value)
             state.means[metric].push(value)
         for limit in self.guards:
-            if limit.metric in values and limit.quantile is not None:
-                state.above[limit] += values[limit.metric] >= limit.value
+            if limit.quantile is not None:
+                took = values.get(limit.metric)
+                # Who has left after the limit, or got an error, would have waited longer yet.
+                if took is not None or waited.get(limit.metric, 0.0) >= limit.value:
+                    state.judged[limit][0] += took is None or took >= limit.value
+                    state.judged[limit][1] += 1
         if self._shadow is not None:
-            self._pair(record, values)
-        elif unit in self._units:
-            self.skipped += 1
+            self._pair(pair, unit, record)
         else:
-            self._units.add(unit)
-            self._compare(arm, values, is_error)
+            self._compare(arm, unit, without, values, is_error)
 
-    def _compare(self, arm: str, values: Mapping[str, float], is_error: bool) -> None:
+    def _compare(
+        self, arm: str, unit: str, without: Collection[str], values: Mapping[str, float], is_error: bool
+    ) -> None:
+        has_counted = False
         for name, rivalry in self._rivalries.items():
-            if arm in (self.first, name):
-                is_b = arm == name
-                rivalry.units[is_b] += 1
-                rivalry.errors[is_b] += is_error
-                share = self._shares[name] / (self._shares[name] + self._shares[self.first])
-                for metric, value in values.items():
-                    rivalry.differences[metric].push(is_b, share, value)
+            # While a rival is out of service all are in the first arm: by no chance, and later than the rival's.
+            if arm not in (self.first, name) or name in without or unit in rivalry.seen:
+                continue
+            has_counted, is_b = True, arm == name
+            rivalry.seen.add(unit)
+            rivalry.units[is_b] += 1
+            rivalry.errors[is_b] += is_error
+            share = self._shares[name] / (self._shares[name] + self._shares[self.first])
+            for metric, value in values.items():
+                rivalry.differences[metric].push(is_b, share, value)
+        self.skipped += not has_counted
 
-    def _pair(self, record: Mapping[str, Any], values: Mapping[str, float]) -> None:
-        """Two outcomes of one id: the answer and its copy."""
-        other = self._half_pairs.pop(record["id"], None)
+    def _pair(self, pair: str, unit: str, record: Mapping[str, Any]) -> None:
+        """An answer and its copy's."""
+        if not pair:
+            return
+        other = self._half_pairs.pop(pair, None)
         if other is None:
-            self._half_pairs[record["id"]] = record
+            self._half_pairs[pair] = record
             return
         a, b = (other, record) if record["is_shadow"] else (record, other)
         rivalry = self._rivalries[b["arm"]]
+        if unit in rivalry.seen:
+            self.skipped += 1
+            return
+        rivalry.seen.add(unit)
         for place, each in enumerate((a, b)):
             rivalry.units[place] += 1
             rivalry.errors[place] += bool(each["error"])
@@ -238,17 +261,17 @@ class LiveComparison:
     def _check(self, limit: Limit, arm: str) -> str | None:
         state, alpha = self.arms[arm], ALPHA / len(self.guards)
         if limit.name == "divergence":
-            is_known = state.audited is not None and state.audited >= MIN_AUDITED
-            share = state.mismatches / state.audited if is_known and state.audited else 0.0
-            return f"{limit}: {share:.2%} of {state.audited} audited tokens" if share >= limit.value else None
+            if state.audited is None or state.audited < MIN_AUDITED:
+                return None
+            return _passed(limit, state.mismatches, state.audited, limit.value, alpha, "audited tokens differ")
         if limit.name == "text_difference":
             pairs, different = self.pairs(arm) if arm in self._rivalries else (0, 0)
-            return _passed(limit, different, pairs, limit.value, alpha)
+            return _passed(limit, different, pairs, limit.value, alpha, "pairs differ")
         if limit.name == "error_rate":
-            return _passed(limit, state.errors, state.requests, limit.value, alpha)
+            return _passed(limit, state.errors, state.requests, limit.value, alpha, "requests failed")
         if limit.quantile is not None:
-            num = len(state.values[limit.metric])
-            return _passed(limit, state.above[limit], num, 1 - limit.quantile, alpha)
+            above, known = state.judged[limit]
+            return _passed(limit, above, known, 1 - limit.quantile, alpha, "requests took as long")
         interval = state.means[limit.metric].interval(alpha)
         if interval is None or interval.low < limit.value:
             return None
@@ -270,14 +293,25 @@ def _values(record: Mapping[str, Any]) -> dict[str, float]:
         return {}
     ttft, e2e, tokens = float(record["ttft_s"]), float(record["e2e_s"]), int(record["output_tokens"])
     found = {"ttft": ttft, "e2e": e2e}
-    if tokens > 1:
-        found["tpot"] = (e2e - ttft) / (tokens - 1)
+    later = tokens - int(record["first_tokens"])
+    if later > 0:
+        found["tpot"] = (e2e - ttft) / later
     if tokens:
         found["passes"] = int(record["target_passes"]) / tokens
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError("a time is not finite")
     return found
 
 
-def _passed(limit: Limit, events: int, trials: int, share: float, alpha: float) -> str | None:
+def _waited(record: Mapping[str, Any]) -> dict[str, float]:
+    """What times of a request that failed, or was left, would have been at least."""
+    if not record["error"] and record["finish_reason"] != "cancelled":
+        return {}
+    waited = float(record["e2e_s"])
+    return {"e2e": waited} if record["ttft_s"] is not None else {"e2e": waited, "ttft": waited}
+
+
+def _passed(limit: Limit, events: int, trials: int, share: float, alpha: float, what: str) -> str | None:
     """In words, if more than the share of the trials certainly are events, at any time."""
     interval = bernoulli_interval(events, trials, alpha=alpha)
-    return f"{limit}: {events} of {trials} requests are above" if trials and interval.low > share else None
+    return f"{limit}: {events} of {trials} {what}" if trials and interval.low > share else None

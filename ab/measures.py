@@ -24,8 +24,8 @@ from ssv.ab.statistics import (
     mcnemar,
     paired_proportions,
     paired_scores,
+    ratio_interval,
     relative_quantile,
-    relative_ratio,
 )
 
 MIN_BLOCKS = 6
@@ -151,17 +151,16 @@ def differences(
     common = sorted(_complete(a) & _complete(b))
     place = {block: number for number, block in enumerate(common)}
     sides = [[sample for sample in samples if sample.block in place] for samples in (a, b)]
+    if not common:
+        return []
     found = []
     for metric in DIFFERENCES:
-        statistic = _statistic_of(metric, sides, (price_a, price_b), place)
-        if statistic is None:
-            continue
-        estimate = float(statistic(np.ones((1, len(common)), dtype=np.int64))[0])
-        if not math.isfinite(estimate):
-            continue
-        is_enough = len(common) >= MIN_BLOCKS
-        interval = bootstrap(statistic, len(common), level=level, seed=seed) if is_enough else None
-        found.append(Difference(metric, estimate, interval))
+        if metric in ("cost", "tpot_mean", "target_passes"):
+            difference = _ratio(metric, sides, (price_a, price_b), place, level)
+        else:
+            difference = _quantile(metric, sides, place, level, seed)
+        if difference is not None:
+            found.append(difference)
     return found
 
 
@@ -196,7 +195,7 @@ class QualityFinding:
 
 
 def quality(a: Sequence[Sample], b: Sequence[Sample], *, margin: float, level: float) -> QualityFinding | None:
-    """Non-inferiority of b over all prompts that both were asked; None if none has an answer that can be checked.
+    """Non-inferiority of b over all prompts that both were asked; None if none has an answer that can be checked, or one alone a score.
 
     Args:
         a, b: at all concurrencies. The scores of a prompt's samples are averaged first: they are not independent.
@@ -213,6 +212,8 @@ def quality(a: Sequence[Sample], b: Sequence[Sample], *, margin: float, level: f
         both_right, neither = int((of_a * of_b).sum()), int(((1 - of_a) * (1 - of_b)).sum())
         interval, kind = paired_proportions(both_right, only_a, only_b, neither, level=level), Kind.RIGHT_OR_WRONG
         p = mcnemar(only_a, only_b)
+    elif len(common) < 2:
+        return None
     else:
         interval, kind = paired_scores(of_b - of_a, level=level, bound=1.0), Kind.SCORES
     return QualityFinding(
@@ -306,23 +307,14 @@ def _is_good(sample: Sample, slo: Sequence[Limit]) -> bool:
     return all(own.get(limit.metric, {}).get(_statistic(limit), 0.0) < limit.value for limit in slo)
 
 
-def _statistic_of(
-    metric: str, sides: Sequence[Sequence[Sample]], prices: Sequence[Price | None], place: Mapping[int, int]
-) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What to draw for a metric; None if it was not measured."""
-    if not place:
-        return None
-    if metric.startswith(("ttft", "e2e")):
-        name, _, statistic = metric.partition("_")
-        values_and_blocks: list[np.ndarray] = []
-        for samples in sides:
-            fine = [sample for sample in samples if not sample.error]
-            values, owners = _values(name, fine)
-            if not len(values):
-                return None
-            values_and_blocks += [values, np.array([place[fine[owner].block] for owner in owners])]
-        values_a, blocks_a, values_b, blocks_b = values_and_blocks
-        return relative_quantile(values_a, blocks_a, values_b, blocks_b, int(statistic[1:]) / 100)
+def _ratio(
+    metric: str,
+    sides: Sequence[Sequence[Sample]],
+    prices: Sequence[Price | None],
+    place: Mapping[int, int],
+    level: float,
+) -> Difference | None:
+    """Of something per token; None if it was not measured."""
     parts: list[np.ndarray] = []
     for samples, price in zip(sides, prices, strict=True):
         num, den = np.zeros(len(place)), np.zeros(len(place))
@@ -341,7 +333,36 @@ def _statistic_of(
         if not (num.any() and den.any()):
             return None
         parts += [num, den]
-    return relative_ratio(*parts)
+    num_a, den_a, num_b, den_b = parts
+    estimate = float((num_b.sum() / den_b.sum()) / (num_a.sum() / den_a.sum()) - 1)
+    # A block in which nothing was answered can be all that an arm has: then there is no interval.
+    has_interval = len(place) >= MIN_BLOCKS and all(np.count_nonzero(part) > 1 for part in parts)
+    return Difference(metric, estimate, ratio_interval(*parts, level=level) if has_interval else None)
+
+
+def _quantile(
+    metric: str, sides: Sequence[Sequence[Sample]], place: Mapping[int, int], level: float, seed: int
+) -> Difference | None:
+    """Of a latency; None if it was not measured."""
+    name, _, which = metric.partition("_")
+    values_and_blocks: list[np.ndarray] = []
+    for samples in sides:
+        fine = [sample for sample in samples if not sample.error]
+        values, owners = _values(name, fine)
+        if not len(values):
+            return None
+        values_and_blocks += [values, np.array([place[fine[owner].block] for owner in owners])]
+    values_a, blocks_a, values_b, blocks_b = values_and_blocks
+    statistic = relative_quantile(values_a, blocks_a, values_b, blocks_b, int(which[1:]) / 100)
+    estimate = float(statistic(np.ones((1, len(place)), dtype=np.int64))[0])
+    # Most draws must have something of both arms.
+    has_interval = len(place) >= MIN_BLOCKS and min(len(set(blocks_a)), len(set(blocks_b))) >= MIN_BLOCKS
+    draws = max(4000, round(200 / (1 - level)))  # a hundred in each tail
+    return Difference(
+        metric,
+        estimate,
+        bootstrap(statistic, len(place), level=level, seed=seed, num_draws=draws) if has_interval else None,
+    )
 
 
 def _score_by_prompt(samples: Sequence[Sample]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.samples import Sample
-from ssv.ab.terminal import FIGURE_COLUMNS, figure_cells, interval_text, percent
+from ssv.ab.terminal import figure_table, interval_text, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,11 +32,12 @@ def render(document: Mapping[str, Any], samples: Sequence[Sample]) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    columns, rows = figure_table(document)
     environment.filters |= {"percent": percent, "interval": interval_text}
     return environment.get_template("report.html.jinja").render(
         document=document,
-        columns=FIGURE_COLUMNS,
-        rows=[figure_cells(row) for row in document["figures"]],
+        columns=columns,
+        rows=rows,
         latencies=_svg(_latencies(document, samples)),
         trade=_svg(_trade(document)) if document["comparisons"] else None,
         settings=json.dumps(document["settings"], indent=1, ensure_ascii=False),
@@ -106,6 +107,8 @@ def _trade(document: Mapping[str, Any]) -> Figure:
             )  # fmt: skip
     axes.set_xlabel(f"cost per token against {_plain(document['arms'][0]['name'])}, % (left is cheaper)")
     axes.set_ylabel("score, points (dashed: the margin)" if margin is not None else "quality was not judged")
+    if margin is None:
+        axes.set_yticks([])
     axes.margins(0.15)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

@@ -19,7 +19,8 @@ _PRIOR = 0.5  # Beta(1/2, 1/2), which bets on proportions near 0 and 1 as well a
 
 
 def bernoulli_interval(successes: int, trials: int, *, alpha: float) -> Interval:
-    """A proportion, at any time (Robbins 1970, Annals of Mathematical Statistics 41:1397-1409; Howard et al. 2021, Annals of Statistics 49:1055-1080).
+    """A proportion, at any time (Robbins 1970, Annals of Mathematical Statistics 41:1397-1409; Howard, Ramdas, McAuliffe and Sekhon 2021,
+    "Time-uniform, nonparametric, nonasymptotic confidence sequences", Annals of Statistics 49:1055-1080).
 
     Those proportions under which the trials are more than `alpha` times as likely as under a mixture of all: a wager against the
     true one that starts with 1 reaches 1 / alpha with a chance of at most `alpha` (Ville). Exact for every number of trials.

@@ -1,9 +1,9 @@
 """What a comparison of two arms on the same prompts may claim: intervals, a verdict of non-inferiority, and how many prompts it takes.
 
-Arm `a` is what is in use and arm `b` the candidate; differences are b - a, or relative to a. Requests for one prompt are alike, so that
-prompts (clusters) are what is independent: they are what is resampled, with all their requests in both arms.
+Arm `a` is what is in use and arm `b` the candidate; differences are b - a, or relative to a. Requests of one cluster (a prompt, or prompts
+that ran together) are alike, so that clusters are what is independent: they are what is resampled, with all their requests in both arms.
 
-Shapes: C clusters (prompts), D draws of the bootstrap, N requests.
+Shapes: C clusters, D draws of the bootstrap, N requests.
 
 May import: nothing else of ssv.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,36 +49,61 @@ class Interval:
 # --- what is resampled ----------------------------------------------------------------------------------------------
 
 
-def bootstrap(
-    statistic: Statistic,
-    num_clusters: int,
-    *,
-    level: float,
-    num_draws: int = 4000,
-    seed: int = 0,
-    corrected: bool = True,
+def ratio_interval(
+    num_a_C: npt.ArrayLike, den_a_C: npt.ArrayLike, num_b_C: npt.ArrayLike, den_b_C: npt.ArrayLike, *, level: float
 ) -> Interval:
-    """Interval of a statistic of independent clusters: BCa (Efron 1987, "Better bootstrap confidence intervals", JASA 82:171-185).
+    """By how much a ratio of sums is greater in b than in a, relative to a (0.1: by 10 %), from independent clusters.
 
-    The acceleration is the jackknife's. Where that says nothing (a cluster without which the statistic is not finite, or none that
-    moves it; every draw on one side of the estimate) it is the percentile interval. A statistic that no cluster moves gets a point.
-    Both are taken further out for few clusters, as t is than normal (Hesterberg 2015, The American Statistician 69:371-386).
+    The jackknife's standard error of the logarithm (Efron 1982, "The jackknife, the bootstrap and other resampling plans") and Student's t.
+    Simulated with 8 to 100 clusters of skewed times, 94 to 95 % of its 95 % intervals hold the truth; of the percentile bootstrap's 92 to
+    94 %, of BCa's 91 to 92 %.
 
-    BCa's are still somewhat short, as correcting has to be learned from the same few clusters. Simulated, of 95 % intervals of relative
-    ratios of lognormal times 92 % hold the truth with 60 prompts and 94 % with 100, of quantiles 91 % and 92 %; of percentile
-    intervals, which suit two arms whose skewness cancels, 94 % and 95 %, of quantiles 97 %.
+    Args:
+        num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of seconds and of tokens.
+
+    Raises:
+        ValueError: lengths that differ, numbers that are not finite, fewer than 2 clusters, or a sum that is 0 without one of them.
+    """
+    _check_share("level", level)
+    columns = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
+    num_clusters = len(columns)
+    if num_clusters < 2:
+        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+    total = columns.sum(axis=0)
+    rest_C4 = total - columns
+    if np.any(rest_C4 <= 0):
+        raise ValueError("a sum is 0 without one of the clusters: give more prompts")
+    estimate, without_C = _log_of_ratios(total[None])[0], _log_of_ratios(rest_C4)
+    error = math.sqrt((num_clusters - 1) / num_clusters * float(np.sum((without_C - without_C.mean()) ** 2)))
+    reach = float(student_t.ppf((1 + level) / 2, num_clusters - 1)) * error
+    low, middle, high = (math.expm1(estimate + step) for step in (-reach, 0.0, reach))
+    return Interval(middle, low, high, level)
+
+
+def _log_of_ratios(sums_N4: Values) -> Values:
+    num_a, den_a, num_b, den_b = sums_N4.T
+    logs: Values = np.log(num_b / den_b) - np.log(num_a / den_a)
+    return logs
+
+
+def bootstrap(
+    statistic: Statistic, num_clusters: int, *, level: float, num_draws: int = 4000, seed: int = 0
+) -> Interval:
+    """Percentile interval of a statistic of independent clusters (Efron and Tibshirani 1993, "An introduction to the bootstrap").
+
+    The tails are taken further out for few clusters, as t is than normal (Hesterberg 2015, The American Statistician 69:371-386). BCa
+    was tried, and left: what it corrects by has to be learned from the same few clusters, and both arms' skewness cancels without it.
 
     Args:
         statistic: of counts [draws, clusters], how often each cluster was drawn (ones for the data), to values [draws].
         num_draws: those of which the statistic is not finite are left out. Levels nearer 1 need more: 100 in each tail are plenty.
-        corrected: False for the percentile interval.
 
     Raises:
         ValueError: fewer than 2 clusters, or no finite statistic of the data or of most draws.
     """
     _check_share("level", level)
     if num_clusters < 2:
-        raise ValueError(f"{num_clusters} prompts cannot be resampled: give more prompts")
+        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
     estimate = float(statistic(np.ones((1, num_clusters), np.int64))[0])
     if not math.isfinite(estimate):
         raise ValueError(f"the statistic of the data is {estimate}: give more prompts")
@@ -90,53 +115,8 @@ def bootstrap(
     if 2 * len(values_D) < num_draws:
         raise ValueError(f"{num_draws - len(values_D)} of {num_draws} draws have no finite value: give more prompts")
     reach = student_t.ppf((1 + level) / 2, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1))
-    tails = norm.cdf([-reach, reach])
-    if corrected:
-        tails = _corrected(tails, estimate, values_D, _without_each(statistic, num_clusters))
-    low, high = np.quantile(values_D, tails)
+    low, high = np.quantile(values_D, norm.cdf([-reach, reach]))
     return Interval(estimate, float(low), float(high), level)
-
-
-def relative_ratio(
-    num_a_C: npt.ArrayLike, den_a_C: npt.ArrayLike, num_b_C: npt.ArrayLike, den_b_C: npt.ArrayLike
-) -> Statistic:
-    """For `bootstrap`: by how much the ratio of sums is greater in b than in a, relative to a (0.1: by 10 %).
-
-    Args:
-        num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of tokens and of seconds.
-
-    Raises:
-        ValueError: lengths that differ, or numbers that are not finite.
-    """
-    sums = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
-
-    def statistic(weights_DC: Weights) -> Values:
-        num_a, den_a, num_b, den_b = (weights_DC @ sums).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (num_b / den_b) / (num_a / den_a) - 1
-
-    return statistic
-
-
-def mean_difference(
-    sum_a_C: npt.ArrayLike, count_a_C: npt.ArrayLike, sum_b_C: npt.ArrayLike, count_b_C: npt.ArrayLike
-) -> Statistic:
-    """For `bootstrap`: mean of b's requests less that of a's, in the values' unit.
-
-    Args:
-        sum_a_C, count_a_C, sum_b_C, count_b_C: sums of a cluster's values in an arm, and how many there are.
-
-    Raises:
-        ValueError: lengths that differ, or numbers that are not finite.
-    """
-    sums = _columns(sum_a_C, count_a_C, sum_b_C, count_b_C)
-
-    def statistic(weights_DC: Weights) -> Values:
-        sum_a, count_a, sum_b, count_b = (weights_DC @ sums).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return sum_b / count_b - sum_a / count_a
-
-    return statistic
 
 
 def relative_quantile(
@@ -148,8 +128,8 @@ def relative_quantile(
 ) -> Statistic:
     """For `bootstrap`: by how much the quantile over requests is greater in b than in a, relative to a (0.1: by 10 %).
 
-    A quantile is the least value that a share of at least `q` of the requests do not exceed. BCa's 95 % interval of the 95th
-    percentile holds the truth in 91 to 92 % of cases with 60 to 100 prompts of 4 requests, the percentile interval in 97 %.
+    A quantile is the least value that a share of at least `q` of the requests do not exceed. Simulated, 97 % of the 95 % intervals of the
+    95th percentile hold the truth, with 80 prompts of some 4 requests.
 
     Args:
         values_a_N, values_b_N: one for each request; the arms may differ in how many.
@@ -209,35 +189,6 @@ def _weighted_quantile(values_N: Values, cluster_N: npt.NDArray[np.intp], weight
 
 def _block_sizes(num_draws: int) -> list[int]:
     return [min(_BLOCK_DRAWS, num_draws - start) for start in range(0, num_draws, _BLOCK_DRAWS)]
-
-
-def _without_each(statistic: Statistic, num_clusters: int) -> Values:
-    """The statistic [C] of the data without each of the clusters."""
-    values = []
-    for start in range(0, num_clusters, _BLOCK_DRAWS):
-        left_out = np.arange(start, min(start + _BLOCK_DRAWS, num_clusters))
-        weights_DC = np.ones((len(left_out), num_clusters), np.int64)
-        weights_DC[np.arange(len(left_out)), left_out] = 0
-        values.append(statistic(weights_DC))
-    return np.concatenate(values)
-
-
-def _corrected(tails: Values, estimate: float, values_D: Values, jackknife_C: Values) -> Values:
-    """Which quantiles of the draws bound the interval: BCa's, or the tails themselves where those are not defined."""
-    # Draws equal to the estimate count half: quantiles take few values.
-    below = np.mean(values_D < estimate) + np.mean(values_D == estimate) / 2
-    if not np.all(np.isfinite(jackknife_C)) or not 0 < below < 1:
-        return tails
-    pull_C = jackknife_C.mean() - jackknife_C
-    spread = np.sum(pull_C**2)
-    if spread == 0:
-        return tails
-    bias, acceleration = norm.ppf(below), np.sum(pull_C**3) / (6 * spread**1.5)
-    shifted = bias + norm.ppf(tails)
-    if np.any(acceleration * shifted >= 1):
-        return tails
-    corrected: Values = norm.cdf(bias + shifted / (1 - acceleration * shifted))
-    return corrected
 
 
 # --- answers and their scores -----------------------------------------------------------------------------------------
@@ -449,24 +400,6 @@ def simultaneous_level(level: float, num_comparisons: int) -> float:
     if num_comparisons < 1:
         raise ValueError(f"{num_comparisons} comparisons: give at least one")
     return 1 - (1 - level) / num_comparisons
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values, in the order given (Holm 1979, Scandinavian Journal of Statistics 6:65-70).
-
-    Rejecting those up to alpha rejects any true hypothesis with a chance of at most alpha, however they depend on each other.
-
-    Raises:
-        ValueError: what is no probability.
-    """
-    adjusted = [0.0] * len(p_values)
-    greatest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if not 0 <= p_values[index] <= 1:
-            raise ValueError(f"a p-value is {p_values[index]}: give probabilities")
-        greatest = max(greatest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = greatest
-    return adjusted
 
 
 def _check_share(name: str, value: float) -> None:

@@ -75,16 +75,24 @@ def figure_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def figure_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of all arms, without columns in which there is nothing."""
+    rows = [figure_cells(row) for row in document["figures"]]
+    places = [place for place in range(len(FIGURE_COLUMNS)) if any(row[place] != "-" for row in rows)]
+    return [FIGURE_COLUMNS[place] for place in places], [[row[place] for place in places] for row in rows]
+
+
 def _figures(document: Mapping[str, Any]) -> Table:
-    table = Table(*FIGURE_COLUMNS, title="ssv-ab")
+    headers, rows = figure_table(document)
+    table = Table(*headers, title="ssv-ab")
     for column in table.columns[1:]:
         column.justify = "right"
     last = None
-    for row in document["figures"]:
-        if last is not None and row["concurrency"] != last:
+    for row in rows:
+        if last is not None and row[1] != last:
             table.add_section()
-        last = row["concurrency"]
-        table.add_row(*map(escape, figure_cells(row)))
+        last = row[1]
+        table.add_row(*map(escape, row))
     return table
 
 

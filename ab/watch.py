@@ -9,8 +9,8 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from rich.console import Console
@@ -62,8 +62,9 @@ def watch(
             live.take(record)
         if not live.arms and every is None:
             raise ValueError(f"{path} does not begin as a log of ab_router does: choose the `log` of its file of arms")
-        if metrics_url is not None:
-            live.audits(_audits(metrics_url))
+        audits = _audits(metrics_url) if metrics_url is not None else {}
+        if audits:
+            live.audits(audits)
         broken = {arm: found for arm in live.rivals if (found := live.broken(arm))}
         new = {arm: "; ".join(found) for arm, found in broken.items() if arm not in fallback.arms()}
         if new and may_fall_back:
@@ -73,18 +74,23 @@ def watch(
             if console.is_terminal and every is not None:
                 console.clear()
             _show(console, live, metric, equivalence, broken, fallback.arms(), reader.torn)
+            if audits is None:
+                console.print(
+                    f"[bold red]no metrics come from {escape(str(metrics_url))}[/]: audited divergence is not watched",
+                    soft_wrap=True,
+                )
         if every is None:
             return EXIT_FELL_BACK if fell_back else 0
         time.sleep(every)
 
 
-def _audits(url: str) -> dict[str, tuple[int, int]]:
-    """Audited tokens and mismatches by tier; nothing from a server that does not answer now."""
+def _audits(url: str) -> dict[str, tuple[int, int]] | None:
+    """Audited tokens and mismatches by tier; None from a server that does not answer now, or not as one does."""
     try:
         with urlopen(url, timeout=5.0) as response:  # noqa: S310
             text = response.read().decode()
-    except (URLError, OSError):
-        return {}
+    except (OSError, HTTPException, UnicodeDecodeError):
+        return None
     found: dict[str, dict[str, float]] = {}
     for name, tier, value in _AUDITED.findall(text):
         found.setdefault(tier, {})[name] = float(value)
@@ -139,7 +145,7 @@ def _show(
     left_out = {
         "torn lines": torn,
         "senseless records": live.malformed,
-        "further requests of the same user, or fallbacks": live.skipped,
+        "further requests of the same user, or while an arm was out of service": live.skipped,
     }
     if any(left_out.values()):
         console.print(
