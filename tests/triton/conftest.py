@@ -28,18 +28,20 @@ STOP_SECONDS = 60.0
 @dataclass(frozen=True, slots=True)
 class Server:
     """Attributes:
-    grpc_url, http_url, metrics_url, openai_url: as announced; the last is None without the OpenAI API.
+    grpc_url, http_url, metrics_url, openai_url: as announced.
     pid: of ssv-serve.
     log: what it and its server write.
+    outcomes: log of the router, between premium and turbo.
     max_rows, max_waiting: see `ServerConfig`.
     """
 
     grpc_url: str
     http_url: str
     metrics_url: str
-    openai_url: str | None
+    openai_url: str
     pid: int
     log: Path
+    outcomes: Path
     max_rows: int = MAX_ROWS
     max_waiting: int = MAX_WAITING
 
@@ -58,11 +60,13 @@ def bundle() -> Path:
 
 @pytest.fixture(scope="session")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    has_openai = (ROOT / "client" / "openai_api.py").exists()
-    names = ("grpc", "http", "metrics", *(["openai"] if has_openai else []))
+    folder = tmp_path_factory.mktemp("server")
+    log, outcomes, arms = folder / "log", folder / "outcomes.jsonl", folder / "arms.yaml"
+    half = "share: 0.5, tier:"
+    arms.write_text(f"salt: test\nlog: {outcomes}\narms: {{a: {{{half} premium}}, b: {{{half} turbo}}}}\n")
+    names = ("grpc", "http", "metrics", "openai")
     command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle), "--threads", "1"]
-    command += ["--audit-share", "1"]
+    command += ["--audit-share", "1", "--ab", str(arms)]
     command += ["--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
     for name, port in zip(names, _free_ports(len(names)), strict=True):
         command += [f"--{name}-port", str(port)]
@@ -70,7 +74,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         urls = _announced(process, log, names)
-        yield Server(urls["grpc"], urls["http"], urls["metrics"], urls.get("openai"), process.pid, log)
+        yield Server(urls["grpc"], urls["http"], urls["metrics"], urls["openai"], process.pid, log, outcomes)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -26,7 +26,7 @@ class Server(Protocol):
     """What is used of the fixture."""
 
     @property
-    def openai_url(self) -> str | None: ...
+    def openai_url(self) -> str: ...
     @property
     def metrics_url(self) -> str: ...
 
@@ -34,7 +34,6 @@ class Server(Protocol):
 @pytest.fixture(scope="module")
 def url(server: Server) -> str:
     """Of the API, once it answers: it is started after the server."""
-    assert server.openai_url is not None
     address = urlsplit(server.openai_url).netloc
 
     def answers() -> bool:
