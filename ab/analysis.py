@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ssv.ab.arms import Arm
+from ssv.ab.arms import Arm, Price
 from ssv.ab.limits import parse_limits
 from ssv.ab.measures import (
     MIN_BLOCKS,
@@ -81,10 +81,7 @@ def analyse(
     """
     found = by_arm(samples)
     slo = parse_limits(settings.slo) if settings.slo else ()
-    prices = {
-        arm.name: arm.price(per_hour=settings.price_per_hour, gpus=settings.gpus, utilisation=settings.utilisation)
-        for arm in settings.arms
-    }
+    prices = _prices(settings)
     rows = [
         figures(
             found[arm.name][concurrency],
@@ -175,6 +172,13 @@ def cost_in_words(difference: Difference) -> str:
     return f"dearer by {estimate:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
+def _prices(settings: RunSettings) -> dict[str, Price | None]:
+    return {
+        arm.name: arm.price(per_hour=settings.price_per_hour, gpus=settings.gpus, utilisation=settings.utilisation)
+        for arm in settings.arms
+    }
+
+
 def _disclosed(arm: Arm, rows: Sequence[Figures], disclosure: Mapping[str, Any] | None) -> dict[str, Any]:
     """An arm, the tiers that it answered with, and what the server says of them."""
     used = sorted({tier for row in rows if row.arm == arm.name for tier in row.tiers})
@@ -193,10 +197,11 @@ def _disclosed(arm: Arm, rows: Sequence[Figures], disclosure: Mapping[str, Any] 
 def _notes(settings: RunSettings, rows: Sequence[Figures], comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader has to know before relying on the figures."""
     notes = []
-    if failed := {row.arm: row.failed for row in rows if row.failed}:
+    failed = {arm.name: sum(row.failed for row in rows if row.arm == arm.name) for arm in settings.arms}
+    if any(failed.values()):
         notes.append(
             "Requests that failed count in cost and SLO, not in latencies, and as wrong answers: "
-            + ", ".join(f"{arm} {count}" for arm, count in failed.items())
+            + ", ".join(f"{arm} {count}" for arm, count in failed.items() if count)
             + "."
         )
     if any(d["interval"] is None for c in comparisons for ds in c["differences"].values() for d in ds):
@@ -219,8 +224,10 @@ def _notes(settings: RunSettings, rows: Sequence[Figures], comparisons: Sequence
         notes.append(
             "Tokens are as each endpoint counts them: with another tokenizer, cost per token is of other tokens."
         )
-    if settings.price_per_hour is None and all(arm.price_per_hour is None for arm in settings.arms):
-        notes.append("No price was given: differences in cost are of machine time per token.")
+    prices = _prices(settings)
+    if None in prices.values():
+        free = ", ".join(arm for arm, price in prices.items() if price is None)
+        notes.append(f"No price was given for {free}: differences in cost are of machine time per token there.")
     if settings.margin is None and settings.num_answers:
         notes.append("The prompts carry answers, but no margin was given: quality was not judged.")
     return notes

@@ -76,8 +76,12 @@ def parse_arm(text: str) -> Arm:
     name, equals, url = text.partition("=")
     if not equals or not _NAME.fullmatch(name):
         raise ValueError(f"{text!r} is no arm: give NAME=grpc://host:port or NAME=http://host:port/v1?model=...")
-    parts = urlsplit(url)
-    if parts.scheme not in ("grpc", "grpcs", "http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("grpc", "grpcs", "http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise ValueError(f"arm {name}: {url!r} is no address: give grpc://host:port or http://host:port/v1")
     known = _FOR_ANY + (_FOR_OPENAI if parts.scheme.startswith("http") else _FOR_TRITON)
     settings = parse_qsl(parts.query, keep_blank_values=True)

@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ssv.ab.arms import Arm
 from ssv.client.triton import Client, ServerError, Settings
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionChunk
+
+_T = TypeVar("_T")
 
 
 class EndpointError(RuntimeError):
@@ -100,19 +102,21 @@ class TritonEndpoint:
                     answer.arrivals.append((time.perf_counter() - start, reply.num_output_tokens))
         except ServerError as error:
             raise EndpointError(f"{error.status}: {error}") from error
+        except Exception as error:
+            raise EndpointError(f"what came is no response of ssv: {type(error).__name__}: {error}") from error
         answer.output_tokens = sum(tokens for _, tokens in answer.arrivals)
         answer.prompt_tokens, answer.cached_tokens = reply.num_input_tokens, reply.cached_tokens
         answer.finish_reason, answer.target_passes = reply.finish_reason, reply.target_passes
         answer.judged, answer.accepted, answer.unverified = reply.judged, reply.accepted, reply.unverified
         answer.tier, answer.lossless = reply.tier, reply.lossless
-        return _checked(answer)
+        return _checked(answer, sampling)
 
     def disclosure(self) -> dict[str, Any] | None:
         try:
-            text = self._client.parameter("ssv_disclosure")
-            return json.loads(text) if text is not None else None
+            found = json.loads(self._client.parameter("ssv_disclosure") or "null")
         except (ServerError, ValueError):
             return None
+        return found if isinstance(found, dict) and isinstance(found.get("tiers"), dict) else None
 
     def close(self) -> None:
         self._client.close()
@@ -146,7 +150,7 @@ class OpenAIEndpoint:
                 stream_options={"include_usage": True},
                 timeout=sampling.timeout,
             )
-            return _checked(self._read(iter(chunks), start))
+            return _checked(self._read(iter(chunks), start), sampling)
         except EndpointError:
             raise
         except OpenAIError as error:
@@ -178,9 +182,9 @@ class OpenAIEndpoint:
         for number, moment in enumerate(moments):
             until, before = (round(answer.output_tokens * n / len(moments)) for n in (number + 1, number))
             answer.arrivals.append((moment, until - before))
-        answer.tier, answer.lossless = own.get("tier"), own.get("lossless")
-        answer.target_passes, answer.unverified = own.get("target_passes"), own.get("unverified_tokens")
-        answer.judged, answer.accepted = own.get("draft_tokens"), own.get("accepted_draft_tokens")
+        answer.tier, answer.lossless = _known(own, "tier", str), _known(own, "lossless", bool)
+        answer.target_passes = _known(own, "target_passes", int)
+        answer.unverified = _known(own, "unverified_tokens", int)
         return answer
 
     def disclosure(self) -> dict[str, Any] | None:
@@ -190,9 +194,18 @@ class OpenAIEndpoint:
         self._client.close()
 
 
-def _checked(answer: Answer) -> Answer:
+def _known(given: dict[str, Any], name: str, kind: type[_T]) -> _T | None:
+    """What an endpoint says under a name, if it can be that."""
+    value = given.get(name)
+    return value if isinstance(value, kind) else None
+
+
+def _checked(answer: Answer, sampling: Sampling) -> Answer:
     if not answer.finish_reason:
         raise EndpointError("the stream ended before the answer did")
+    # Endpoints differ in whether they count the token that ends an answer, and some in more.
+    if answer.output_tokens > 2 * sampling.max_tokens:
+        raise EndpointError(f"{answer.output_tokens} tokens cannot be, of {sampling.max_tokens} at most")
     if answer.output_tokens < 0 or (answer.text and not answer.output_tokens):
         raise EndpointError(f"{answer.output_tokens} tokens for {len(answer.text)} characters cannot be")
     return answer

@@ -10,6 +10,7 @@ May import: ssv.ab.limits, .sequential, .statistics.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class ArmState:
     unverified: int = 0
     target_passes: int = 0
     tier: str = ""
-    values: dict[str, list[float]] = field(default_factory=lambda: {metric: [] for metric in METRICS})
+    values: dict[str, array[float]] = field(default_factory=lambda: {metric: array("d") for metric in METRICS})
     means: dict[str, RunningMean] = field(
         default_factory=lambda: {metric: RunningMean(burn_in=BURN_IN) for metric in METRICS}
     )

@@ -23,6 +23,9 @@ from ssv.builder.progress import Report
 MAX_FAILURES = 5
 """Requests of an arm that fail one after the other, beyond as many as run at the same time, end the run: the arm is gone."""
 
+MAX_ERROR = 500
+"""Characters of an error that are kept."""
+
 
 class ArmDown(RuntimeError):
     """An arm does not answer."""
@@ -69,19 +72,26 @@ class LoadGenerator:
         total = sum(len(turn.prompts) for turn in plan)
         warm: set[int] = set()
         lock = threading.Lock()
+        is_over = False
 
         def keep(sample: Sample) -> None:
             with lock:
+                if is_over:  # the journal may be closed, and its number another file's
+                    return
                 journal.append(sample.to_dict())
                 samples.append(sample)
                 speed = f"{sample.output_tokens / sample.e2e_s:.0f} tokens/s" if not sample.error else sample.error[:60]
                 report("requests", len(samples), total, f"{sample.arm} x{sample.concurrency}: {speed}")
 
-        for turn in plan:
-            if turn.concurrency not in warm:
-                self.warm_up(turn.concurrency)
-                warm.add(turn.concurrency)
-            self._run(turn, keep)
+        try:
+            for turn in plan:
+                if turn.concurrency not in warm:
+                    self.warm_up(turn.concurrency)
+                    warm.add(turn.concurrency)
+                self._run(turn, keep)
+        finally:
+            with lock:
+                is_over = True
         return samples
 
     def close(self) -> None:
@@ -112,10 +122,14 @@ class LoadGenerator:
                 broken.append(error)
 
         threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(turn.concurrency)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:
+            broken.append(error)  # the workers ask nothing more
+            raise
         if broken:
             raise broken[0]
         return done
@@ -142,7 +156,7 @@ class LoadGenerator:
             score = 0.0 if question.answers else None
             end = time.perf_counter()
             return Sample(
-                **planned, start_s=start - self._began, end_s=end - self._began, error=str(error), score=score
+                **planned, start_s=start - self._began, end_s=end - self._began, error=_brief(error), score=score
             )
         end = time.perf_counter()
         return answered(planned, answer, start - self._began, end - self._began, question.score(answer.text))
@@ -153,3 +167,9 @@ class LoadGenerator:
             raise ArmDown(
                 f"arm {sample.arm} has failed {self._failures[sample.arm]} times one after the other: {sample.error}"
             )
+
+
+def _brief(error: Exception) -> str:
+    """What an endpoint's error says, fit for terminals and files: it may be a page of HTML, or worse."""
+    text = "".join(character if character.isprintable() else " " for character in str(error)[:MAX_ERROR])
+    return text or type(error).__name__

@@ -68,7 +68,11 @@ class Outcome:
     Attributes:
         unit: hash of who was assigned, which the log can do without knowing.
         is_shadow: whether it was a copy; `is_fallback`: whether it was meant for another arm.
+        without: arms that were out of service when it began.
+        pair: of an answer and its copy, the same; "" where none was made. Clients choose the `id`, which need not be the only one.
+        ttft_s, e2e_s: seconds to the first token, and to the last response; of one that was not answered, to where it ended.
         error: "" if it was answered.
+        first_tokens: that the first response brought; `output_tokens`: all.
         text_sha: of the answer, to tell whether two are the same.
     """
 
@@ -77,12 +81,15 @@ class Outcome:
     arm: str
     is_shadow: bool = False
     is_fallback: bool = False
+    without: tuple[str, ...] = ()
+    pair: str = ""
     at: float = 0.0
     ttft_s: float | None = None
     e2e_s: float = 0.0
     error: str = ""
     finish_reason: str = ""
     output_tokens: int = 0
+    first_tokens: int = 0
     prompt_tokens: int = 0
     target_passes: int = 0
     judged: int = 0
@@ -136,29 +143,49 @@ class Router:
         self._fallback = Fallback(routing.fallback_path)
         self._fallen: Mapping[str, str] = {}
         self._shadows: set[asyncio.Task[None]] = set()
+        self._live: set[asyncio.Task[None]] = set()
         self._journal = Journal(routing.log)
         self._journal.append({"event": "start", "at": time.time(), "routing": routing.model_dump(mode="json")})
 
     async def serve(self, request: LiveRequest) -> None:
         """Answers a request; whatever happens, it ends with a last response or an error."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._live.add(task)
+        try:
+            outcome = self._assign(request)
+        except Exception as error:
+            log.exception("a request could not be assigned")
+            request.fail(f"INTERNAL: {type(error).__name__}: {error}")
+        else:
+            await self._ask(outcome, request.tensors, request)
+        finally:
+            self._live.discard(task)
+
+    def _assign(self, request: LiveRequest) -> Outcome:
+        """To its arm; sends the copy, if there is to be one, on its way."""
         unit = request.user or request.id or uuid.uuid4().hex
         fallen = self._look_for_fallback()
         assigned = self._routing.arm_of(unit)
         arm = self._routing.first if assigned in fallen else assigned
         key = request.id or uuid.uuid4().hex
         hashed = hashlib.sha256(unit.encode()).hexdigest()[:16]
+        outcome = Outcome(key, hashed, arm, is_fallback=arm != assigned, without=tuple(fallen))
         shadow = self._routing.shadow
         if shadow is not None and shadow not in fallen and self._routing.is_shadowed(unit):
-            copy = Outcome(key, hashed, shadow, is_shadow=True)
+            outcome.pair = uuid.uuid4().hex
+            copy = Outcome(key, hashed, shadow, is_shadow=True, without=outcome.without, pair=outcome.pair)
             task = asyncio.create_task(self._ask(copy, request.tensors, None))
             self._shadows.add(task)
             task.add_done_callback(self._shadows.discard)
-        await self._ask(Outcome(key, hashed, arm, is_fallback=arm != assigned), request.tensors, request)
+        return outcome
 
     async def close(self) -> None:
-        for task in self._shadows:
+        """Ends what still runs, each with an error."""
+        running = [*self._shadows, *self._live]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._shadows, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
         for client in self._clients.values():
             await client.aclose()
         self._journal.close()
@@ -173,7 +200,7 @@ class Router:
 
     async def _ask(self, outcome: Outcome, tensors: Mapping[str, np.ndarray], request: LiveRequest | None) -> None:
         outcome.at, start = time.time(), time.perf_counter()
-        text = hashlib.sha256()
+        text, is_over = hashlib.sha256(), False
         try:
             arm = self._routing.arms[outcome.arm]
             inputs = _inputs(tensors, tier=arm.tier, max_divergence=arm.max_divergence)
@@ -181,8 +208,9 @@ class Router:
             async with aclosing(responses):
                 while (result := await self._next(responses, request)) is not None:
                     reply = read_reply(result)
+                    outcome.e2e_s = time.perf_counter() - start
                     if reply.num_output_tokens and outcome.ttft_s is None:
-                        outcome.ttft_s = time.perf_counter() - start
+                        outcome.ttft_s, outcome.first_tokens = outcome.e2e_s, reply.num_output_tokens
                     text.update(reply.text.encode())
                     outcome.output_tokens += reply.num_output_tokens
                     outcome.finish_reason, outcome.tier, outcome.lossless = (
@@ -198,21 +226,29 @@ class Router:
                     )
                     if request is not None:
                         request.send(_outputs(result), outcome.arm, bool(reply.finish_reason))
-            if not outcome.finish_reason:
+                    is_over = bool(reply.finish_reason)
+            if not is_over:
                 outcome.finish_reason = "cancelled"
                 if request is not None:
                     request.fail("CANCELLED: the client is gone")
-        except ServerError as error:
-            outcome.error = f"{error.status}: {error}"
-            if request is not None:
-                request.fail(outcome.error)
+        except asyncio.CancelledError:
+            if not is_over:
+                outcome.finish_reason = "cancelled"
+                if request is not None:
+                    request.fail("UNAVAILABLE: the server is being stopped")
+            raise
         except Exception as error:
-            log.exception("a request could not be routed")
-            outcome.error = f"INTERNAL: {type(error).__name__}: {error}"
-            if request is not None:
-                request.fail(outcome.error)
+            status = error.status if isinstance(error, ServerError) else f"INTERNAL: {type(error).__name__}"
+            if is_over or not isinstance(error, ServerError):
+                log.exception("a request could not be routed")
+            if not is_over:  # else nothing may follow its last response
+                outcome.error = f"{status}: {error}"
+                if request is not None:
+                    request.fail(outcome.error)
         finally:
-            outcome.e2e_s, outcome.text_sha = time.perf_counter() - start, text.hexdigest()[:16]
+            if not is_over:
+                outcome.e2e_s = time.perf_counter() - start
+            outcome.text_sha = text.hexdigest()[:16]
             self._write(outcome.to_dict())
             self._on_outcome(outcome)
 

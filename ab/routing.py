@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class RoutingError(ValueError):
@@ -33,6 +33,13 @@ class LiveArm(BaseModel):
     url: Annotated[str, Field(pattern=r"^grpcs?://[^/]+:\d+$")] | None = None
     tier: str | None = None
     max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _has_a_port(cls, url: str | None) -> str | None:
+        if url is not None and not 0 < int(url.rpartition(":")[2]) < 65536:
+            raise ValueError(f"{url} has no port between 1 and 65535")
+        return url
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> LiveArm:
@@ -68,9 +75,8 @@ class Routing(BaseModel):
             if self.shadow not in list(self.arms)[1:]:
                 raise ValueError(f"shadow {self.shadow!r} is none of the arms after the first: {', '.join(self.arms)}")
         elif abs(sum(arm.share for arm in self.arms.values()) - 1) > 1e-9:
-            raise ValueError(
-                f"the shares add up to {sum(arm.share for arm in self.arms.values()):g}: they must be 1 together"
-            )
+            total = sum(arm.share for arm in self.arms.values())
+            raise ValueError(f"the shares add up to {total:.10g}: they must be 1 together")
         return self
 
     @property
@@ -105,12 +111,12 @@ def read_routing(path: Path) -> Routing:
     """Raises RoutingError: no such file, or not a file of arms."""
     try:
         return Routing.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RoutingError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise RoutingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
+        raise RoutingError(f"{path} cannot be read: {error}") from error
 
 
 def fallback_path(log: Path) -> Path:

@@ -85,7 +85,7 @@ def run(
 
     Raises:
         ValueError: the settings cannot be run, or the folder is not empty.
-        RuntimeError: an arm does not answer at all.
+        RuntimeError: an arm does not answer at all, or the run ended before anything was measured.
     """
     plan = make_plan(
         len(questions),
@@ -115,22 +115,24 @@ def run(
         except OSError as error:
             status = f"samples could not be written: {error}"
     load.close()
-    return make_report(folder, status)
+    if status != "complete":
+        _write(folder / RUN, json.dumps(header | {"ended": status}, indent=1))  # a report made again says it, too
+    if not (folder / SAMPLES).stat().st_size:
+        raise RuntimeError(f"nothing was measured: {status}")
+    return make_report(folder)
 
 
-def make_report(folder: Path, status: str | None = None) -> int:
+def make_report(folder: Path) -> int:
     """Reads a run's samples, writes its report and shows it; exit status.
-
-    Args:
-        status: how the run ended; None if only its samples can tell.
 
     Raises:
         ValueError: not a run's folder, or nothing was measured.
     """
     header, samples, torn = read_run(folder)
     settings = RunSettings.from_dict(header["settings"])
-    if status is None:
-        status = "complete" if len(samples) >= header["planned"] else "the run ended before its time"
+    # A run that was killed could not say how it ended: its samples can.
+    status = "complete" if len(samples) >= header["planned"] else "the run ended before its time"
+    status = header.get("ended", status)
     if status != "complete":
         status = f"{status}; {len(samples)} of {header['planned']} requests were made"
     if torn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ssv.runtime.pieces import Answer
 from ssv.runtime.request import Chunk, SamplingParams
 from ssv.runtime.server_config import ConfigError, ServerConfig
 from ssv.runtime.stats import Counters
-from ssv.triton_repo.repository import HERE, MODELS, write_repository
+from ssv.triton_repo.repository import HERE, MODELS, ROUTER, write_repository
 
 PYTHON_MODELS = tuple(name for name in MODELS if name != "ensemble")
 
@@ -140,6 +141,59 @@ def test_the_ensemble_tells_clients_of_its_tiers(tmp_path: Path) -> None:
 
 def test_the_engines_are_told_all_but_what_is_for_prompts() -> None:
     assert set(read("ssv").parameters) == ServerConfig.model_fields.keys() - {"max_prompt_bytes"}
+
+
+# --- the router -----------------------------------------------------------------------------------------------------
+
+ROUTING = {"routing": '{"salt": "ü\\"\\\\"}', "own_url": "grpcs://[::1]:8001", "certificate": "/a b/c.pem"}
+
+
+def test_the_router_takes_and_gives_what_the_ensemble_does_and_who_asks_and_who_answered() -> None:
+    router, ensemble = read(ROUTER), read("ensemble")
+    text = (pb.TYPE_STRING, [1])
+    assert ports(router, "input") == {**ports(ensemble, "input"), "ssv_user": text}
+    assert ports(router, "output") == {**ports(ensemble, "output"), "ssv_arm": text}
+    for side in ("input", "output"):
+        assert len(getattr(router, side)) == len(getattr(ensemble, side)) + 1
+    assert [port.name for port in router.input if not port.optional] == ["text_input"]
+
+
+def test_the_router_is_one_model_that_streams() -> None:
+    router = read(ROUTER)
+    assert (router.name, router.backend, router.max_batch_size) == (ROUTER, "python", 1)
+    assert router.model_transaction_policy.decoupled
+    assert [group.count for group in router.instance_group] == [1]
+    assert not router.HasField("dynamic_batching"), "requests are of many shapes"
+    assert (HERE / ROUTER / "1" / "model.py").is_file()
+    assert ROUTER not in MODELS
+
+
+def test_the_router_is_not_copied_where_traffic_is_not_split(tmp_path: Path) -> None:
+    write_repository(make(), tmp_path / "models")
+    assert not (tmp_path / "models" / ROUTER).exists()
+
+
+def test_the_router_is_told_its_arms(tmp_path: Path) -> None:
+    write_repository(make(), tmp_path / "models", "disclosed", ROUTING)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted((*MODELS, ROUTER))
+    written = read(ROUTER, tmp_path / "models")
+    assert {name: parameter.string_value for name, parameter in written.parameters.items()} == ROUTING
+    ours = read(ROUTER)
+    assert set(ours.parameters) == set(ROUTING)
+    for config in (ours, written):
+        config.ClearField("parameters")
+    assert ours == written
+    path = Path("1") / "model.py"
+    assert (tmp_path / "models" / ROUTER / path).read_bytes() == (HERE / ROUTER / path).read_bytes()
+    # The other models are told what they are told without it.
+    write_repository(make(), tmp_path / "without", "disclosed")
+    for name in MODELS:
+        assert read(name, tmp_path / "models") == read(name, tmp_path / "without")
+
+
+def test_a_parameter_that_is_not_given_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="certificate"):
+        write_repository(make(), tmp_path / "models", "", {"routing": json.dumps({}), "own_url": ""})
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ssv.ab.routing import Routing
 from ssv.triton_repo import installation, serve
 from ssv.triton_repo.installation import Installation, InstallationError
 
@@ -67,6 +68,67 @@ def test_an_admin_key_of_ones_own() -> None:
 def test_options_that_cannot_be(options: list[str], message: str) -> None:
     with pytest.raises(serve.ServeError, match=message):
         serve._check(parsed(*options))
+
+
+ARMS = """
+salt: s
+log: {log}
+arms:
+  now: {{share: 0.5}}
+  new: {{share: 0.5, tier: turbo}}
+"""
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What has been started, which nothing may be; over a bundle that is fine."""
+    started: list[object] = []
+    monkeypatch.setattr(serve, "read_manifest", lambda bundle, verify: None)
+    monkeypatch.setattr(serve, "bundled", started.append)
+    monkeypatch.setattr(serve, "_Supervisor", lambda *arguments: started.append(arguments))
+    # The handlers are this process's.
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve, "log_to_stderr", lambda: None)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "arms.yaml cannot be read: [Errno 2] No such file or directory"),
+        ("salt: [", "arms.yaml cannot be read: while parsing a flow node"),
+        ("", "arms.yaml: the file: Input should be"),
+        (ARMS.replace("0.5}}", "0.6}}"), "arms.yaml: the file: the shares add up to 1.1: they must be 1 together"),
+        (ARMS.replace("tier: turbo", "teir: turbo"), "arms.yaml: arms.new.teir: Extra inputs are not permitted"),
+        (ARMS.replace("{log}", "{log}/none/log"), "arms.yaml: the folder of log "),
+    ],
+)
+def test_bad_files_of_arms_end_before_anything_is_started(
+    text: str | None, message: str, never: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "arms.yaml"
+    if text is not None:
+        path.write_text(text.format(log=tmp_path))
+    assert serve.main(["--bundle", str(tmp_path), "--ab", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert "Traceback" not in captured.err
+    assert not captured.out
+    assert not never
+
+
+def test_the_router_is_told_where_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arms.yaml").write_text(ARMS.format(log="log.jsonl"))
+    given = serve._router(parsed("--ab", "arms.yaml", "--grpc-port", "9001"))
+    routing = Routing.model_validate_json(given.pop("routing"))
+    assert routing.log == tmp_path / "log.jsonl", "the model runs in another folder"
+    assert list(routing.arms) == ["now", "new"]
+    assert given == {"own_url": "grpc://127.0.0.1:9001", "certificate": ""}
+    secure = ("--tls-cert", "c.pem", "--tls-key", "k.pem", "--host", "0.0.0.0")
+    given = serve._router(parsed("--ab", "arms.yaml", *secure))
+    assert given["own_url"] == "grpcs://127.0.0.1:8001", "the address of all is nobody's"
+    assert given["certificate"] == str(tmp_path / "c.pem")
 
 
 def test_a_bundle_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

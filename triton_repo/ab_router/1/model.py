@@ -65,6 +65,7 @@ class _Request:
         user = tensors.pop("ssv_user", None)
         self.user = user.reshape(-1)[0].decode(errors="replace") if user is not None and user.size else None
         self.tensors: Mapping[str, np.ndarray] = tensors
+        self._is_over = False
 
     def send(self, outputs: Mapping[str, np.ndarray], arm: str, is_last: bool) -> None:
         labelled = {**outputs, "ssv_arm": np.array([[arm.encode()]], dtype=np.object_)}
@@ -74,10 +75,13 @@ class _Request:
         self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)), True)
 
     def is_cancelled(self) -> bool:
+        if self._is_over:  # asked of a request that has had its last response, the server crashes (Triton 2.51)
+            return False
         with self._ipc:
             return self._request.is_cancelled()
 
     def _send(self, response: Any, is_last: bool) -> None:
+        self._is_over = self._is_over or is_last
         with self._ipc:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
 
