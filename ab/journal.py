@@ -26,12 +26,17 @@ class Journal:
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
             os.write(self._file, b"\n")  # a line that a crash has cut must not take the next one with it
+        self._is_torn = False
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Raises OSError: the disk is full, or gone."""
-        data = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        while data:  # one write, but for a disk that is nearly full: lines of several threads do not mix
-            data = data[os.write(self._file, data) :]
+        # One write, but for a disk that is nearly full: lines of several threads do not mix. Of a line that did not fit, the part that
+        # did must not take the next one with it.
+        data = (b"\n" if self._is_torn else b"") + json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        while data:
+            written = os.write(self._file, data)
+            data = data[written:]
+            self._is_torn = bool(data)
 
     def close(self) -> None:
         os.close(self._file)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,30 +33,53 @@ MIN_AUDITED = 2000
 METRICS = ("tpot", "ttft", "e2e", "passes")
 """Seconds per output token after those of the first response, to the first token, to the end; target passes per output token."""
 
+REFUSED = "INVALID_ARGUMENT"
+"""Errors that are the client's: they would take an arm out of service at a client's will."""
+
 SHARES = ("error_rate", "divergence", "text_difference")
+
+
+@dataclass(slots=True)
+class _Watched:
+    """What the guards of an arm go by, since it was put into service.
+
+    Attributes:
+        judged: by guard of a quantile, how many requests took as long as its limit, and of how many it is known.
+        audited, mismatches, pairs, different: as they were before.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    means: dict[str, RunningMean] = field(
+        default_factory=lambda: {metric: RunningMean(burn_in=BURN_IN) for metric in METRICS}
+    )
+    judged: dict[Limit, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    audited: int = 0
+    mismatches: int = 0
+    pairs: int = 0
+    different: int = 0
 
 
 @dataclass(slots=True)
 class ArmState:
     """Attributes:
     requests: that were assigned to the arm, and the copies it got; `errors`, `cancelled`: of them.
+    refused: requests besides that were not as they should be, in any arm.
     values: of the answers, by metric.
-    judged: by guard of a quantile, how many requests took as long as its limit, and of how many it is known.
+    watched: what the guards go by.
     audited, mismatches: tokens, as the server's metrics say; None without them.
     """
 
     requests: int = 0
     errors: int = 0
     cancelled: int = 0
+    refused: int = 0
     output_tokens: int = 0
     unverified: int = 0
     target_passes: int = 0
     tier: str = ""
     values: dict[str, array[float]] = field(default_factory=lambda: {metric: array("d") for metric in METRICS})
-    means: dict[str, RunningMean] = field(
-        default_factory=lambda: {metric: RunningMean(burn_in=BURN_IN) for metric in METRICS}
-    )
-    judged: dict[Limit, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    watched: _Watched = field(default_factory=lambda: _Watched())
     audited: int | None = None
     mismatches: int = 0
 
@@ -93,6 +116,7 @@ class LiveComparison:
         self._shadow: str | None = None
         self._rivalries: dict[str, _Rivalry] = {}
         self._half_pairs: dict[str, Mapping[str, Any]] = {}
+        self._fallen: frozenset[str] = frozenset()
 
     @property
     def first(self) -> str:
@@ -111,10 +135,24 @@ class LiveComparison:
         try:
             if record.get("event") == "start":
                 self._start(record["routing"])
+            elif record.get("event") == "fallback":
+                self.out_of_service(record["arms"])
             elif record.get("event") == "outcome":
                 self._outcome(record)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             self.malformed += 1
+
+    def out_of_service(self, arms: Iterable[str]) -> None:
+        """Takes which arms are. For one that has been put back the guards begin anew, and their alpha with them: what took it out of
+        service has been mended, or it would be out again at once."""
+        fallen = frozenset(arms)
+        for arm in (self._fallen - fallen) & self.arms.keys():
+            state = self.arms[arm]
+            pairs, different = self.pairs(arm) if arm in self._rivalries else (0, 0)
+            state.watched = _Watched(
+                audited=state.audited or 0, mismatches=state.mismatches, pairs=pairs, different=different
+            )
+        self._fallen = fallen
 
     def audits(self, counts: Mapping[str, tuple[int, int]]) -> None:
         """Args: counts: audited tokens and mismatches, by tier."""
@@ -195,8 +233,14 @@ class LiveComparison:
         if record["is_fallback"]:
             self.skipped += 1
             return
+        if str(record["error"]).startswith(REFUSED):
+            state.refused += 1
+            return
+        watched = state.watched
         state.requests += 1
         state.errors += is_error
+        watched.requests += 1
+        watched.errors += is_error
         state.cancelled += is_cancelled
         state.output_tokens += tokens
         state.unverified += unverified
@@ -204,14 +248,14 @@ class LiveComparison:
         state.tier = tier or state.tier
         for metric, value in values.items():
             state.values[metric].append(value)
-            state.means[metric].push(value)
+            watched.means[metric].push(value)
         for limit in self.guards:
             if limit.quantile is not None:
                 took = values.get(limit.metric)
                 # Who has left after the limit, or got an error, would have waited longer yet.
                 if took is not None or waited.get(limit.metric, 0.0) >= limit.value:
-                    state.judged[limit][0] += took is None or took >= limit.value
-                    state.judged[limit][1] += 1
+                    watched.judged[limit][0] += took is None or took >= limit.value
+                    watched.judged[limit][1] += 1
         if self._shadow is not None:
             self._pair(pair, unit, record)
         else:
@@ -261,19 +305,24 @@ class LiveComparison:
 
     def _check(self, limit: Limit, arm: str) -> str | None:
         state, alpha = self.arms[arm], ALPHA / len(self.guards)
+        watched = state.watched
         if limit.name == "divergence":
-            if state.audited is None or state.audited < MIN_AUDITED:
+            audited = (state.audited or 0) - watched.audited
+            if audited < MIN_AUDITED:
                 return None
-            return _passed(limit, state.mismatches, state.audited, limit.value, alpha, "audited tokens differ")
+            return _passed(
+                limit, state.mismatches - watched.mismatches, audited, limit.value, alpha, "audited tokens differ"
+            )
         if limit.name == "text_difference":
             pairs, different = self.pairs(arm) if arm in self._rivalries else (0, 0)
+            different, pairs = different - watched.different, pairs - watched.pairs
             return _passed(limit, different, pairs, limit.value, alpha, "pairs differ")
         if limit.name == "error_rate":
-            return _passed(limit, state.errors, state.requests, limit.value, alpha, "requests failed")
+            return _passed(limit, watched.errors, watched.requests, limit.value, alpha, "requests failed")
         if limit.quantile is not None:
-            above, known = state.judged[limit]
+            above, known = watched.judged[limit]
             return _passed(limit, above, known, 1 - limit.quantile, alpha, "requests took as long")
-        interval = state.means[limit.metric].interval(alpha)
+        interval = watched.means[limit.metric].interval(alpha)
         if interval is None or interval.low < limit.value:
             return None
         return f"{limit}: it is {interval.estimate * 1e3:.0f} ms"

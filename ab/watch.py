@@ -65,6 +65,7 @@ def watch(
         audits = _audits(metrics_url) if metrics_url is not None else {}
         if audits:
             live.audits(audits)
+        live.out_of_service(fallback.arms())
         broken = {arm: found for arm in live.rivals if (found := live.broken(arm))}
         new = {arm: "; ".join(found) for arm, found in broken.items() if arm not in fallback.arms()}
         if new and may_fall_back:
@@ -143,6 +144,7 @@ def _show(
     for arm, why in fallen.items():
         console.print(f"[bold red]{escape(arm)} is out of service[/]: {escape(why)}", soft_wrap=True)
     left_out = {
+        "requests refused for what they asked": sum(state.refused for state in live.arms.values()),
         "torn lines": torn,
         "senseless records": live.malformed,
         "further requests of the same user, or while an arm was out of service": live.skipped,

@@ -62,8 +62,10 @@ def facts(live: LiveComparison) -> Any:
     """All that has been counted."""
     arms = {name: {field: getattr(arm, field) for field in arm.__slots__} for name, arm in live.arms.items()}
     for arm in arms.values():
-        arm["means"] = {metric: mean.count for metric, mean in arm["means"].items()}
-        arm["judged"] = dict(arm["judged"])
+        watched = arm["watched"]
+        arm["watched"] = {field: getattr(watched, field) for field in watched.__slots__}
+        arm["watched"]["means"] = {metric: mean.count for metric, mean in watched.means.items()}
+        arm["watched"]["judged"] = dict(watched.judged)
     return arms, [(live.error_difference(arm), live.pairs(arm)) for arm in live.rivals], live._half_pairs, live.skipped
 
 
@@ -283,12 +285,42 @@ def test_a_guard_is_passed_when_it_is_certain(guard: str, bad: Record, holds: fl
 def test_who_left_or_failed_before_the_limit_says_nothing_of_it(guard: str, gone: Record) -> None:
     live = took(start(), *many(400, 0.5, gone), guards=guard)
     assert live.broken("b") == []
-    assert live.arms["b"].judged[limits(guard)[0]] == [0, 200]
+    assert live.arms["b"].watched.judged[limits(guard)[0]] == [0, 200]
 
 
 def test_a_hanging_arm_is_found_although_it_never_answers() -> None:
     hangs = [outcome("b", number, **LEFT, e2e_s=30.0, ttft_s=None, output_tokens=0) for number in range(30)]
     assert took(start(), *hangs, guards="e2e_p95<5s").broken("b")
+
+
+def test_what_a_client_asked_wrongly_is_not_the_arms_error() -> None:
+    refused = outcome("b", 1, **(FAILED | {"error": "INVALID_ARGUMENT: max_tokens -1"}))
+    live = took(start(), *[refused] * 500, outcome("b", 1), guards="error_rate<2%,e2e_p95<5s")
+    assert (live.arms["b"].refused, live.arms["b"].errors, live.arms["b"].requests) == (500, 0, 1)
+    assert not live.broken("b") and live.skipped == 0  # and the unit's first request is the one that could be answered
+
+
+def test_an_arm_that_is_put_back_is_watched_anew() -> None:
+    bad = [outcome("b", number, **FAILED) for number in range(50)]
+    out, back = ({"event": "fallback", "at": 0.0, "arms": arms} for arms in ({"b": "errors"}, {}))
+    guards = "error_rate<2%"
+    assert took(start(), *bad, out, guards=guards).broken("b")
+    live = took(start(), *bad, out, back, guards=guards)
+    assert not live.broken("b") and live.arms["b"].errors == 50
+    for record in bad:
+        live.take(record)
+    assert live.broken("b")
+
+
+def test_audits_and_pairs_of_an_arm_that_is_put_back_count_anew() -> None:
+    pairs = [r for n in range(50) for r in answer_and_copy(n, str(n), {"text_sha": "x"}, {"text_sha": "y"})]
+    live = took(start(shadow="b"), *pairs, guards="text_difference<20%,divergence<5%")
+    live.audits({"turbo": (3000, 600)})
+    assert len(live.broken("b")) == 2
+    live.out_of_service({"b": "both"})
+    live.out_of_service({})
+    live.audits({"turbo": (6000, 620)})
+    assert live.broken("b") == [] and live.pairs("b") == (50, 50)
 
 
 def test_guards_share_alpha() -> None:

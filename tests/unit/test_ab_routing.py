@@ -258,6 +258,30 @@ def test_a_line_that_a_crash_has_cut_takes_no_other_with_it(tmp_path: Path) -> N
         assert reader.torn == (0 if cut == 1 else 1)
 
 
+def test_a_disk_that_was_full_for_a_while_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    write, room = os.write, [12, 0]
+
+    def full(file: int, data: bytes) -> int:
+        if not room:
+            return write(file, data)
+        size = room.pop(0)
+        if not size:
+            raise OSError(28, "No space left on device")
+        return write(file, data[:size])
+
+    with Journal(path) as journal:
+        journal.append({"number": 0})
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            journal.append({"number": 1, "text": "lost"})
+        journal.append({"number": 2})
+        journal.append({"number": 3})
+    reader = JournalReader(path)
+    assert [record["number"] for record in reader.read()] == [0, 2, 3]
+    assert reader.torn == 1
+
+
 def test_a_process_that_is_killed_while_it_writes_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     code = (
