@@ -166,7 +166,7 @@ def cost_in_words(difference: Difference) -> str:
     if interval is None:
         return f"cost undecided ({estimate:+.1%}, too few blocks for an interval)"
     if not interval.excludes(0.0):
-        return f"no difference in cost ({estimate:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}])"
+        return f"no difference in cost found ({estimate:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}])"
     if estimate < 0:
         return f"cheaper by {-estimate:.1%} [{-interval.high:.1%}, {-interval.low:.1%}]"
     return f"dearer by {estimate:.1%} [{interval.low:.1%}, {interval.high:.1%}]"

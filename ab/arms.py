@@ -83,6 +83,10 @@ def parse_arm(text: str) -> Arm:
         is_address = False
     if not is_address:
         raise ValueError(f"arm {name}: {url!r} is no address: give grpc://host:port or http://host:port/v1")
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"arm {name}: its address has a name or a key in it, which reports would show: give the key in SSV_AB_KEY_..."
+        )
     known = _FOR_ANY + (_FOR_OPENAI if parts.scheme.startswith("http") else _FOR_TRITON)
     settings = parse_qsl(parts.query, keep_blank_values=True)
     given = dict(settings)

@@ -29,9 +29,11 @@ def check_can_write() -> None:
 
 def render(document: Mapping[str, Any], samples: Sequence[Sample]) -> str:
     """The page. Args: samples: for the plots of latencies."""
-    from jinja2 import Environment, FileSystemLoader
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=ChainableUndefined
+    )
     columns, rows = figure_table(document)
     environment.filters |= {"percent": percent, "interval": interval_text}
     return environment.get_template("report.html.jinja").render(

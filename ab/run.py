@@ -169,7 +169,9 @@ def compare(before: Path, after: Path) -> int:
             found = differences(a, b, None, None, level=level, seed=old.seed)
             each[str(concurrency)] = [asdict(difference) for difference in found]
         terminal.show_differences(f"{name}: {after} against {before}", each, level)
-    print("The runs were made at different times: what their machines did besides is in these differences.")
+    print(
+        "The runs were made at different times: what their machines did besides is in these differences. Cost is time of the machine."
+    )
     return 0
 
 

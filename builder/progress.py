@@ -26,7 +26,7 @@ def terminal_report() -> Iterator[Report]:
         yield _line_report()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=console) as progress:
+    with Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=console) as progress:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int, detail: str) -> None:

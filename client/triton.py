@@ -198,7 +198,14 @@ class Client:
         try:
             self._client.start_stream(lambda result, error: replies.put(error or result))
             inputs = request_inputs(prompt, settings, stream=stream)
-            self._client.async_stream_infer(MODEL, inputs, request_id=request_id)
+            try:
+                self._client.async_stream_infer(MODEL, inputs, request_id=request_id)
+            except InferenceServerException as error:  # the stream has ended already: why, it says at the same moment
+                try:
+                    why = replies.get(timeout=1.0)
+                except queue.Empty:
+                    raise error from None
+                raise why if isinstance(why, InferenceServerException) else error from None
             while True:
                 result = replies.get(timeout=patience)
                 if isinstance(result, InferenceServerException):

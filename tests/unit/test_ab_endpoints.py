@@ -1,0 +1,400 @@
+"""What arms answer, and what they send instead of an answer: before servers that are made up, with the real clients."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import numpy as np
+import openai
+import pytest
+from ab_cases import Respond, chunk, events, http_server, send, usage, whole_answer
+from openai.resources.chat.completions import Completions
+from openai.types.chat import ChatCompletionChunk
+from starlette.testclient import TestClient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from ssv.ab import endpoints
+from ssv.ab.arms import parse_arm
+from ssv.ab.endpoints import Answer, EndpointError, OpenAIEndpoint, Sampling, connect
+from ssv.client.openai_api import Models, create_app
+from ssv.client.triton import Reply
+
+SAMPLING = Sampling(max_tokens=16, temperature=0.5, timeout=5.0)
+
+# OpenAI.
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "SSV_AB_KEY_API", "SSV_AB_KEY_API_1_X"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def ask(respond: Respond, *, arm: str = "api", sampling: Sampling = SAMPLING) -> Answer:
+    with http_server(respond) as url:
+        endpoint = connect(parse_arm(f"{arm}={url}?model=org/m"))
+        try:
+            assert endpoint.disclosure() is None
+            return endpoint.ask("Hi", sampling, 7)
+        finally:
+            endpoint.close()
+
+
+def sends(body: bytes, **options: Any) -> Respond:
+    return lambda handler, _: send(handler, body, **options)
+
+
+def test_a_request_is_openais_and_streams_with_usage() -> None:
+    taken: list[tuple[str, str | None, dict[str, Any]]] = []
+
+    def respond(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        taken.append((handler.path, handler.headers["authorization"], body))
+        send(handler, whole_answer())
+
+    answer = ask(respond)
+    assert taken == [
+        (
+            "/v1/chat/completions",
+            "Bearer none",
+            {
+                "model": "org/m",
+                "messages": [{"role": "user", "content": "Hi"}],
+                "max_tokens": 16,
+                "temperature": 0.5,
+                "seed": 7,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+        )
+    ]
+    assert (answer.text, answer.finish_reason) == ("Hello", "stop")
+    assert (answer.output_tokens, answer.prompt_tokens, answer.cached_tokens) == (4, 7, 0)
+    assert [tokens for _, tokens in answer.arrivals] == [2, 2]
+    moments = [moment for moment, _ in answer.arrivals]
+    assert 0 < moments[0] <= moments[1]
+    assert answer.target_passes is answer.unverified is answer.tier is answer.lossless is None
+
+
+@pytest.mark.parametrize(
+    ("arm", "environment", "key"),
+    [
+        ("api", {"OPENAI_API_KEY": "all"}, "all"),
+        ("api", {"OPENAI_API_KEY": "all", "SSV_AB_KEY_API": "own"}, "own"),
+        ("api-1.x", {"SSV_AB_KEY_API_1_X": "own"}, "own"),
+        ("api", {"SSV_AB_KEY_API_1_X": "another's"}, "none"),
+    ],
+)
+def test_the_key_is_the_arms_own_or_openais(
+    arm: str, environment: dict[str, str], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    keys = []
+
+    def respond(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        keys.append(handler.headers["authorization"])
+        send(handler, whole_answer())
+
+    ask(respond, arm=arm)
+    assert keys == [f"Bearer {key}"]
+
+
+def test_the_first_token_comes_with_the_first_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+
+    def stream(*_: Any, **__: Any) -> Iterator[ChatCompletionChunk]:
+        for now, content in (
+            (101.0, chunk("")),  # the role, at once
+            (102.0, chunk()),
+            (103.0, chunk("He")),
+            (103.5, chunk("llo")),
+            (105.0, chunk("!")),
+            (106.0, chunk(reason="stop")),
+            (109.0, usage(7)),
+        ):
+            clock.now = now
+            yield ChatCompletionChunk.model_validate(content)
+
+    monkeypatch.setattr(Completions, "create", stream)
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    answer = OpenAIEndpoint(parse_arm("api=http://127.0.0.1:1/v1?model=m")).ask("Hi", SAMPLING, 0)
+    assert [moment for moment, _ in answer.arrivals] == [3.0, 3.5, 5.0]
+    assert sum(tokens for _, tokens in answer.arrivals) == answer.output_tokens == 7
+
+
+def test_tokens_are_those_of_usage_shared_out_among_the_chunks() -> None:
+    body = events(
+        *(chunk(c) for c in "abc"), chunk(reason="length"), usage(16, prompt_tokens_details={"cached_tokens": 3})
+    )
+    answer = ask(sends(body))
+    assert (answer.output_tokens, answer.cached_tokens) == (16, 3)
+    assert [tokens for _, tokens in answer.arrivals] == [5, 6, 5]
+    fewer = ask(sends(events(*(chunk(c) for c in "abcd"), chunk(reason="stop"), usage(2))))
+    assert sum(tokens for _, tokens in fewer.arrivals) == fewer.output_tokens == 2
+
+
+def test_an_answer_without_text_is_one() -> None:
+    answer = ask(sends(events(chunk(""), chunk(reason="stop"), usage(1))))
+    assert (answer.text, answer.arrivals, answer.output_tokens) == ("", [], 1)
+
+
+class Backend:
+    """Behind ssv's own OpenAI API."""
+
+    async def stream(self, *_: Any, **__: Any) -> AsyncGenerator[Reply, None]:
+        known: dict[str, Any] = {"judged": 4, "accepted": 3, "unverified": 1, "target_passes": 2, "cached_tokens": 5}
+        for text, reason in (("Hel", ""), ("lo", "stop")):
+            yield Reply(text, reason, 7, 2, **known, tier="turbo", lossless=False)
+
+    async def is_ready(self) -> bool:
+        return True
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_what_ssvs_own_openai_api_discloses_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = TestClient(create_app(Backend(), Models("tiny", ("turbo",), 1)))
+    monkeypatch.setattr(openai, "OpenAI", functools.partial(openai.OpenAI, http_client=app))
+    answer = connect(parse_arm("api=http://testserver/v1?model=tiny:turbo")).ask("Hi", SAMPLING, 7)
+    assert (answer.text, answer.finish_reason, answer.output_tokens) == ("Hello", "stop", 4)
+    assert (answer.prompt_tokens, answer.cached_tokens) == (7, 5)
+    assert (answer.tier, answer.lossless, answer.unverified, answer.target_passes) == ("turbo", False, 1, 2)
+    assert answer.judged is answer.accepted is None  # it sends their ratio alone
+
+
+def test_what_is_disclosed_in_another_shape_is_not_known() -> None:
+    garbled = {"tier": {"x": 1}, "lossless": "no", "unverified_tokens": "many", "target_passes": [2]}
+    answer = ask(sends(events(chunk("a"), chunk(reason="stop", ssv=garbled), usage(2))))
+    assert (answer.tier, answer.lossless, answer.unverified, answer.target_passes) == (None, None, None, None)
+
+
+REFUSAL = json.dumps({"error": {"message": "no such model", "type": "x"}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "message"),
+    [
+        (b"<html>Bad gateway</html>", {"status": 500}, "InternalServerError: "),
+        (REFUSAL, {"status": 404}, "no such model"),
+        (b"", {"status": 429}, "RateLimitError: "),
+        (b"<html>Welcome!</html>", {}, "no usage came"),
+        (json.dumps({"choices": []}).encode(), {}, "no usage came"),
+        (b"", {}, "no usage came"),
+        (events(b"{not JSON"), {}, "what came is no stream of chat completions"),
+        (events(b"\xff\xfe"), {}, "what came is no stream of chat completions"),
+        (events([1, 2]), {}, "what came is no stream of chat completions"),
+        (events("text"), {}, "what came is no stream of chat completions"),
+        (events({"choices": None}), {}, "what came is no stream of chat completions"),
+        (events({"choices": [{"delta": None}]}), {}, "what came is no stream of chat completions"),
+        (events({"choices": [{"index": 0, "delta": {"content": 5}}]}), {}, "what came is no stream"),
+        (events({"choices": 7}), {}, "what came is no stream of chat completions"),
+        (events({"error": {"message": "out of memory"}}), {}, "out of memory"),
+        (events(chunk("a"), chunk(reason="stop"), usage("many")), {}, "what came is no stream"),
+        (events(chunk("a"), chunk(reason="stop"), usage(None)), {}, "what came is no stream"),
+        (events(chunk("a"), chunk(reason="stop", ssv=["turbo"]), usage(1)), {}, "what came is no stream"),
+        (events(chunk("a"), chunk(reason="stop")), {}, "no usage came: tokens cannot be counted"),
+        (events(chunk("a"), chunk(reason="stop"), usage(0)), {}, "0 tokens for 1 characters cannot be"),
+        (events(chunk("a"), chunk(reason="stop"), usage(-3)), {}, "-3 tokens for 1 characters cannot be"),
+        (events(chunk("a"), chunk(reason="stop"), usage(10**12)), {}, "1000000000000 tokens cannot be, of 16 at most"),
+        (events(chunk("a"), usage()), {}, "the stream ended before the answer did"),
+        (events(chunk("a"), done=False), {"missing": 50}, "APIConnectionError: Connection error"),
+    ],
+)  # fmt: skip
+def test_what_is_no_answer_is_an_error_that_says_so(body: bytes, options: dict[str, int], message: str) -> None:
+    with pytest.raises(EndpointError) as caught:
+        ask(sends(body, **options))
+    assert message in str(caught.value)
+
+
+def test_an_endpoint_that_is_not_there_or_hangs_up_or_never_answers_is_an_error() -> None:
+    endpoint = connect(parse_arm("api=http://127.0.0.1:1/v1?model=m"))
+    with pytest.raises(EndpointError, match="APIConnectionError"):
+        endpoint.ask("Hi", SAMPLING, 0)
+    with pytest.raises(EndpointError, match="APIConnectionError"):
+        ask(lambda handler, _: handler.connection.close())
+    with pytest.raises(EndpointError, match=r"[Tt]imed? ?out"):
+        ask(sends(events(chunk("a"), done=False), missing=50, stall=True), sampling=Sampling(16, 0.5, 0.1))
+
+
+def test_a_request_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def respond(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> None:
+        calls.append(1)
+        send(handler, b"", status=503)
+
+    with pytest.raises(EndpointError):
+        ask(respond)
+    assert len(calls) == 1
+
+
+# Triton.
+
+
+class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers as `ensemble` does: by what the prompt says."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.parameter: str | None = json.dumps({"bundle": "tiny", "tiers": {"turbo": {}}})
+
+    def ModelConfig(self, request: Any, context: Any) -> Any:
+        response = service_pb2.model__config__pb2.ModelConfig(name=request.name)
+        if self.parameter is not None:
+            response.parameters["ssv_disclosure"].string_value = self.parameter
+        return service_pb2.ModelConfigResponse(config=response)
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        for request in requests:
+            self.requests.append(request)
+            what = request.raw_input_contents[0][4:].decode()
+            if what == "refuse":
+                message = f"in ensemble 'ensemble', [request id: {request.id}] INVALID_ARGUMENT: no such tier"
+                yield service_pb2.ModelStreamInferResponse(error_message=message)
+                return
+            if what == "break off":
+                return
+            yield response_of("", "", num_output_tokens=0)
+            yield response_of("Hel", "", ssv_target_passes=1)
+            if what == "fail":
+                context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+            if what == "lacking":
+                yield response_of("lo", "stop", ssv_tier_used=None)
+            if what == "not text":
+                yield response_of(b"\xff\xfe", "stop")
+            if what == "no tokens":
+                yield response_of("lo", "stop", num_output_tokens=-2)
+            yield response_of("lo", "stop")
+
+
+def response_of(text: str | bytes, reason: str, **changes: Any) -> Any:
+    outputs: dict[str, Any] = {"text_output": text, "finish_reason": reason, "num_input_tokens": 7}
+    outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
+    outputs |= {"ssv_unverified_tokens": 1, "ssv_target_passes": 2, "ssv_cached_tokens": 5}
+    outputs |= {"ssv_tier_used": "turbo", "ssv_lossless": False, **changes}
+    response = service_pb2.ModelInferResponse(model_name="ensemble")
+    for name, value in outputs.items():
+        if value is None:
+            continue
+        if isinstance(value, str | bytes):
+            raw = value if isinstance(value, bytes) else value.encode()
+            datatype, content = "BYTES", len(raw).to_bytes(4, "little") + raw
+        elif isinstance(value, bool):
+            datatype, content = "BOOL", bytes([value])
+        else:
+            datatype, content = "INT32", value.to_bytes(4, "little", signed=True)
+        response.outputs.add(name=name, datatype=datatype, shape=[1, 1])
+        response.raw_output_contents.append(content)
+    return service_pb2.ModelStreamInferResponse(infer_response=response)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[Triton, int]]:
+    triton = Triton()
+    with ThreadPoolExecutor(4) as pool:
+        made = grpc.server(pool)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, made)
+        port = made.add_insecure_port("127.0.0.1:0")
+        made.start()
+        yield triton, port
+        made.stop(0).wait()
+
+
+def ask_triton(server: tuple[Triton, int], prompt: str, query: str = "", timeout: float = 5.0) -> Answer:
+    endpoint = connect(parse_arm(f"a=grpc://127.0.0.1:{server[1]}{query}"))
+    try:
+        return endpoint.ask(prompt, Sampling(16, 0.5, timeout), 7)
+    finally:
+        endpoint.close()
+
+
+def test_replies_of_ssv_are_an_answer_with_its_counts(server: tuple[Triton, int]) -> None:
+    answer = ask_triton(server, "Hi")
+    assert (answer.text, answer.finish_reason, answer.output_tokens) == ("Hello", "stop", 4)
+    assert [tokens for _, tokens in answer.arrivals] == [2, 2]  # a response without tokens is not the first
+    assert 0 < answer.arrivals[0][0] <= answer.arrivals[1][0]
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.target_passes) == (7, 5, 2)
+    assert (answer.judged, answer.accepted, answer.unverified) == (4, 3, 1)
+    assert (answer.tier, answer.lossless) == ("turbo", False)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", {}),
+        ("?tier=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
+        ("?max_divergence=0.25", {"ssv_max_divergence": np.float32(0.25).tobytes()}),
+    ],
+)
+def test_an_arms_settings_go_with_the_request(
+    server: tuple[Triton, int], query: str, expected: dict[str, bytes]
+) -> None:
+    ask_triton(server, "Hi", query)
+    request = server[0].requests[-1]
+    sent = dict(zip((tensor.name for tensor in request.inputs), request.raw_input_contents, strict=True))
+    assert {name: sent[name] for name in sent if name in ("ssv_tier", "ssv_max_divergence")} == expected
+    assert sent["max_tokens"] == (16).to_bytes(4, "little")
+    assert sent["seed"] == (7).to_bytes(8, "little")
+    assert sent["temperature"] == np.float32(0.5).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("refuse", "INVALID_ARGUMENT: no such tier"),
+        ("fail", "UNAVAILABLE: Socket closed"),
+        ("lacking", "what came is no response of ssv: "),
+        ("not text", "what came is no response of ssv: UnicodeDecodeError"),
+        ("no tokens", "0 tokens for 5 characters cannot be"),
+    ],
+)
+def test_what_ssv_sends_instead_of_an_answer_is_an_error(server: tuple[Triton, int], prompt: str, message: str) -> None:
+    with pytest.raises(EndpointError) as caught:
+        ask_triton(server, prompt)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_stream_that_ends_without_an_answer_is_waited_for_no_longer_than_the_timeout(
+    server: tuple[Triton, int],
+) -> None:
+    with pytest.raises(EndpointError, match=r"DEADLINE_EXCEEDED: no response came in 0\.1 s"):
+        ask_triton(server, "break off", timeout=0.1)
+
+
+def test_a_server_that_is_not_there_is_an_error() -> None:
+    endpoint = connect(parse_arm("a=grpc://127.0.0.1:1"))
+    # Which of the two tritonclient says first is chance.
+    with pytest.raises(EndpointError, match=r"no server answers at grpc://127\.0\.0\.1:1"):
+        endpoint.ask("Hi", SAMPLING, 0)
+    assert endpoint.disclosure() is None
+    with pytest.raises(ValueError, match="is not the address of a server"):
+        connect(parse_arm("a=grpc://127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "expected"),
+    [
+        ('{"bundle": "tiny", "tiers": {}}', {"bundle": "tiny", "tiers": {}}),
+        (None, None),
+        ("", None),
+        ("{", None),
+        ("[]", None),
+        ('"tiers"', None),
+        ('{"tiers": 7}', None),
+    ],
+)
+def test_a_server_discloses_its_tiers_or_nothing(
+    server: tuple[Triton, int], parameter: str | None, expected: dict[str, Any] | None
+) -> None:
+    server[0].parameter = parameter
+    endpoint = connect(parse_arm(f"a=grpc://127.0.0.1:{server[1]}"))
+    assert endpoint.disclosure() == expected
+    endpoint.close()
