@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -31,10 +31,12 @@ import psutil
 from ssv.ab.routing import read_routing
 from ssv.builder.console import add_device, add_engine, add_precision, run_command
 from ssv.builder.manifest import read_manifest
+from ssv.builder.tiers import Policy
 from ssv.runtime.control import ControlSender
 from ssv.runtime.memory import GIVE_BACK
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
+from ssv.runtime.strategies import policy_for
 from ssv.triton_repo.installation import Installation, bundled, given
 from ssv.triton_repo.repository import disclosure, write_repository
 
@@ -136,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in ServerConfig.model_fields if name not in ("bundle", "precision")},
     )
     manifest = read_manifest(args.bundle, verify=True)  # before anything is started
-    router = _router(args) if args.ab is not None else None
+    router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
@@ -158,14 +160,23 @@ def _check(args: argparse.Namespace) -> None:
         raise ServeError(f"ports {used} must be different, and between 1 and 65535: choose others")
 
 
-def _router(args: argparse.Namespace) -> dict[str, str]:
+def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, str]:
     """Parameters of `ab_router`.
+
+    Args:
+        tiers: of the bundle.
 
     Raises:
         ServeError: its file or its log cannot be used.
+        RequestError: an arm of this server has a tier that it has not.
     """
     routing = read_routing(args.ab)
+    for arm in routing.arms.values():
+        if arm.url is None and arm.tier is not None:
+            policy_for(arm.tier, tiers)
     log_path = routing.log.absolute()
+    if log_path.is_dir():
+        raise ServeError(f"{args.ab}: log {log_path} is a folder: choose a file")
     if not log_path.parent.is_dir():
         raise ServeError(f"{args.ab}: the folder of log {log_path} does not exist: choose one that does")
     return {

@@ -6,10 +6,12 @@ import argparse
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ssv.ab.routing import Routing
+from ssv.builder.tiers import Policy
 from ssv.triton_repo import installation, serve
 from ssv.triton_repo.installation import Installation, InstallationError
 
@@ -70,6 +72,7 @@ def test_options_that_cannot_be(options: list[str], message: str) -> None:
         serve._check(parsed(*options))
 
 
+TIERS = {"turbo": Policy(accept_below=0.4, verify_above=0.8, risk_budget=1.0, max_pending=6)}
 ARMS = """
 salt: s
 log: {log}
@@ -83,7 +86,7 @@ arms:
 def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What has been started, which nothing may be; over a bundle that is fine."""
     started: list[object] = []
-    monkeypatch.setattr(serve, "read_manifest", lambda bundle, verify: None)
+    monkeypatch.setattr(serve, "read_manifest", lambda bundle, verify: SimpleNamespace(policies=TIERS))
     monkeypatch.setattr(serve, "bundled", started.append)
     monkeypatch.setattr(serve, "_Supervisor", lambda *arguments: started.append(arguments))
     # The handlers are this process's.
@@ -101,6 +104,8 @@ def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (ARMS.replace("0.5}}", "0.6}}"), "arms.yaml: the file: the shares add up to 1.1: they must be 1 together"),
         (ARMS.replace("tier: turbo", "teir: turbo"), "arms.yaml: arms.new.teir: Extra inputs are not permitted"),
         (ARMS.replace("{log}", "{log}/none/log"), "arms.yaml: the folder of log "),
+        (ARMS, "is a folder"),
+        (ARMS.replace("{log}", "{log}/log").replace("tier: turbo", "tier: fast"), "'fast'"),
     ],
 )
 def test_bad_files_of_arms_end_before_anything_is_started(
@@ -120,13 +125,13 @@ def test_bad_files_of_arms_end_before_anything_is_started(
 def test_the_router_is_told_where_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "arms.yaml").write_text(ARMS.format(log="log.jsonl"))
-    given = serve._router(parsed("--ab", "arms.yaml", "--grpc-port", "9001"))
+    given = serve._router(parsed("--ab", "arms.yaml", "--grpc-port", "9001"), TIERS)
     routing = Routing.model_validate_json(given.pop("routing"))
     assert routing.log == tmp_path / "log.jsonl", "the model runs in another folder"
     assert list(routing.arms) == ["now", "new"]
     assert given == {"own_url": "grpc://127.0.0.1:9001", "certificate": ""}
     secure = ("--tls-cert", "c.pem", "--tls-key", "k.pem", "--host", "0.0.0.0")
-    given = serve._router(parsed("--ab", "arms.yaml", *secure))
+    given = serve._router(parsed("--ab", "arms.yaml", *secure), TIERS)
     assert given["own_url"] == "grpcs://127.0.0.1:8001", "the address of all is nobody's"
     assert given["certificate"] == str(tmp_path / "c.pem")
 
