@@ -49,8 +49,8 @@ def interval_text(difference: Mapping[str, Any]) -> str:
 
 
 FIGURE_COLUMNS = (
-    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95/p99 s", "goodput/s", "passes/token",
-    "unverified", "score", "cost/1M", "cost/correct", "failed",
+    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "per token ms", "e2e p50/p95/p99 s", "goodput/s", "passes/token",
+    "unverified", "score", "cost/1M", "cost/1000 correct", "failed",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def figure_cells(row: Mapping[str, Any]) -> list[str]:
         percent(row["unverified_share"], 1),
         percent(row["score"], 1),
         plain(row["cost_per_1m_tokens"], 2),
-        plain(row["cost_per_correct"], 5),
+        "-" if row["cost_per_correct"] is None else f"{1000 * row['cost_per_correct']:.3g}",
         f"{row['failed']}/{row['requests']}",
     ]
 
@@ -85,6 +85,8 @@ def figure_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 def _figures(document: Mapping[str, Any]) -> Table:
     headers, rows = figure_table(document)
     table = Table(*headers, title="ssv-ab")
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     last = None
@@ -119,4 +121,4 @@ def show_differences(
 
 def _console() -> Console:
     # A narrow terminal must not cut the figures; in a log the width is unknown.
-    return Console(width=None if sys.stdout.isatty() else 170)
+    return Console(width=None if sys.stdout.isatty() else 180)
