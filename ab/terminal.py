@@ -121,4 +121,4 @@ def show_differences(
 
 def _console() -> Console:
     # A narrow terminal must not cut the figures; in a log the width is unknown.
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return Console(width=None if sys.stdout.isatty() else 190)
