@@ -57,7 +57,8 @@ def text_of(replies: list[Reply]) -> str:
     return "".join(reply.text for reply in replies)
 
 
-def assert_same(replies: list[Reply], expected: Output, case: Case) -> None:
+def assert_same(replies: list[Reply], expected: Output, case: Case, alone: bool = True) -> None:
+    """Args: alone: whether no other request ran: greedy lossless ones draft less in company, which changes no token."""
     last, counters = replies[-1], expected.counters
     assert text_of(replies) == expected.text, case
     assert last.finish_reason == expected.finish_reason
@@ -66,7 +67,10 @@ def assert_same(replies: list[Reply], expected: Output, case: Case) -> None:
     assert {reply.tier for reply in replies} == {case.method}
     assert {reply.lossless for reply in replies} == {case.method in LOSSLESS}
     found = (last.judged, last.accepted, last.unverified, last.target_passes)
-    assert found == (counters.judged, counters.accepted, counters.trusted, counters.target_passes)
+    if alone or case.temperature > 0 or case.method not in LOSSLESS:
+        assert found == (counters.judged, counters.accepted, counters.trusted, counters.target_passes)
+    else:
+        assert last.unverified == 0 and last.accepted <= last.judged
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,7 +108,7 @@ def test_eight_different_requests_at_a_time(server: Server, llm: LLM) -> None:
         thread.join(120.0)
     assert len(found) == len(cases)
     for i, case in enumerate(cases):
-        assert_same(found[i], expected[i], case)
+        assert_same(found[i], expected[i], case, alone=False)
 
 
 def test_stop_string_across_chunks(server: Server, llm: LLM) -> None:
