@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,15 @@ def test_what_an_endpoint_does_that_is_no_answer_and_no_error_of_its_ends_the_ru
         load_of(Arms(a=broken, b=right)).warm_up(2)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, as it does in a terminal; in the background of a shell Python leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_answer_that_comes_after_an_interruption_is_written_nowhere(tmp_path: Path) -> None:
     released, main = threading.Event(), threading.main_thread()
     workers: list[threading.Thread] = []
