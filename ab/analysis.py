@@ -81,7 +81,10 @@ def analyse(
     """
     found = by_arm(samples)
     slo = parse_limits(settings.slo) if settings.slo else ()
-    prices = _prices(settings)
+    prices = {
+        arm.name: arm.price(per_hour=settings.price_per_hour, gpus=settings.gpus, utilisation=settings.utilisation)
+        for arm in settings.arms
+    }
     rows = [
         figures(
             found[arm.name][concurrency],
@@ -110,7 +113,7 @@ def analyse(
         "figures": [asdict(row) for row in rows],
         "levels": levels,
         "comparisons": comparisons,
-        "notes": _notes(settings, rows, comparisons),
+        "notes": _notes(settings, rows, comparisons, prices),
     }
 
 
@@ -172,13 +175,6 @@ def cost_in_words(difference: Difference) -> str:
     return f"dearer by {estimate:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
-def _prices(settings: RunSettings) -> dict[str, Price | None]:
-    return {
-        arm.name: arm.price(per_hour=settings.price_per_hour, gpus=settings.gpus, utilisation=settings.utilisation)
-        for arm in settings.arms
-    }
-
-
 def _disclosed(arm: Arm, rows: Sequence[Figures], disclosure: Mapping[str, Any] | None) -> dict[str, Any]:
     """An arm, the tiers that it answered with, and what the server says of them."""
     used = sorted({tier for row in rows if row.arm == arm.name for tier in row.tiers})
@@ -194,7 +190,12 @@ def _disclosed(arm: Arm, rows: Sequence[Figures], disclosure: Mapping[str, Any] 
     }
 
 
-def _notes(settings: RunSettings, rows: Sequence[Figures], comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(
+    settings: RunSettings,
+    rows: Sequence[Figures],
+    comparisons: Sequence[Mapping[str, Any]],
+    prices: Mapping[str, Price | None],
+) -> list[str]:
     """What a reader has to know before relying on the figures."""
     notes = []
     failed = {arm.name: sum(row.failed for row in rows if row.arm == arm.name) for arm in settings.arms}
@@ -224,7 +225,6 @@ def _notes(settings: RunSettings, rows: Sequence[Figures], comparisons: Sequence
         notes.append(
             "Tokens are as each endpoint counts them: with another tokenizer, cost per token is of other tokens."
         )
-    prices = _prices(settings)
     if None in prices.values():
         free = ", ".join(arm for arm, price in prices.items() if price is None)
         notes.append(f"No price was given for {free}: differences in cost are of machine time per token there.")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
-LATENCIES = tuple(f"{metric}_{statistic}" for metric in ("ttft", "tpot", "itl", "e2e") for statistic in STATISTICS)
+METRICS = ("ttft", "tpot", "itl", "e2e")
+LATENCIES = tuple(f"{metric}_{statistic}" for metric in METRICS for statistic in STATISTICS)
 """Time to the first token, time per output token after it, time between tokens, time to the end."""
 
 _LIMIT = re.compile(r"\s*(\w+)\s*<\s*(\d+(?:\.\d+)?)\s*(ms|s|%|)\s*")
@@ -33,10 +34,13 @@ class Limit:
         return self.name.rpartition("_")[0]
 
     @property
+    def statistic(self) -> str:
+        return self.name.rpartition("_")[2]
+
+    @property
     def quantile(self) -> float | None:
         """The statistic's; None for a mean."""
-        statistic = self.name.rpartition("_")[2]
-        return int(statistic[1:]) / 100 if statistic.startswith("p") else None
+        return int(self.statistic[1:]) / 100 if self.statistic.startswith("p") else None
 
     def __str__(self) -> str:
         shown = f"{self.value * 1e3:g} ms" if self.name in LATENCIES else f"{self.value * 100:g} %"

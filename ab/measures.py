@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from ssv.ab.arms import Price
-from ssv.ab.limits import STATISTICS, Limit
+from ssv.ab.limits import METRICS, STATISTICS, Limit
 from ssv.ab.samples import Sample
 from ssv.ab.statistics import (
     Interval,
@@ -101,9 +101,7 @@ def figures(
         latency=latency,
         good_share=good / len(samples) if good is not None else None,
         goodput=good / seconds if good is not None and seconds else None,
-        meets={
-            str(limit): latency.get(limit.metric, {}).get(_statistic(limit), math.inf) < limit.value for limit in slo
-        },
+        meets={str(limit): latency.get(limit.metric, {}).get(limit.statistic, math.inf) < limit.value for limit in slo},
         target_passes_per_token=_share(fine, lambda s: s.target_passes, lambda s: s.output_tokens),
         unverified_share=_share(fine, lambda s: s.unverified, lambda s: s.output_tokens),
         acceptance_rate=_share(fine, lambda s: s.accepted, lambda s: s.judged or 0),
@@ -285,9 +283,9 @@ def _values(metric: str, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndar
     return np.array([value for value, _ in pairs]), np.array([number for _, number in pairs], dtype=np.int64)
 
 
-def _latencies(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+def _latencies(samples: Sequence[Sample], metrics: Iterable[str] = METRICS) -> dict[str, dict[str, float]]:
     found = {}
-    for metric in ("ttft", "tpot", "itl", "e2e"):
+    for metric in metrics:
         values, _ = _values(metric, samples)
         if len(values):
             quantiles = {name: float(np.quantile(values, int(name[1:]) / 100)) for name in STATISTICS if name != "mean"}
@@ -295,16 +293,12 @@ def _latencies(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _statistic(limit: Limit) -> str:
-    return limit.name.rpartition("_")[2]
-
-
 def _is_good(sample: Sample, slo: Sequence[Limit]) -> bool:
     """Whether a request by itself meets the limits: its own time to the first token, its own mean or quantile between tokens."""
     if sample.error:
         return False
-    own = _latencies([sample])
-    return all(own.get(limit.metric, {}).get(_statistic(limit), 0.0) < limit.value for limit in slo)
+    own = _latencies([sample], {limit.metric for limit in slo})
+    return all(own.get(limit.metric, {}).get(limit.statistic, 0.0) < limit.value for limit in slo)
 
 
 def _ratio(

@@ -30,6 +30,11 @@ class Turn:
     prompts: tuple[int, ...]
 
 
+def block_size(concurrency: int, blocks_of: int | None) -> int:
+    """Prompts of a block: as many as were asked for, and no fewer than run together."""
+    return max(concurrency, blocks_of or concurrency)
+
+
 def make_plan(
     num_prompts: int, arms: Sequence[str], concurrencies: Sequence[int], *, blocks_of: int | None, seed: int
 ) -> list[Turn]:
@@ -46,7 +51,7 @@ def make_plan(
     turns: list[Turn] = []
     block = 0
     for concurrency in concurrencies:
-        size = max(concurrency, blocks_of or concurrency)
+        size = block_size(concurrency, blocks_of)
         if size > num_prompts:
             raise ValueError(
                 f"{num_prompts} prompts do not fill a block of {size}, for concurrency {concurrency}: give more prompts"

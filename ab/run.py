@@ -25,7 +25,7 @@ from ssv.ab.endpoints import Endpoint, Sampling
 from ssv.ab.journal import Journal
 from ssv.ab.load import ArmDown, LoadGenerator
 from ssv.ab.measures import MIN_BLOCKS, by_arm, differences
-from ssv.ab.plan import make_plan
+from ssv.ab.plan import block_size, make_plan
 from ssv.ab.questions import RIGHT_OR_WRONG, Question
 from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import prompts_needed_pairs, prompts_needed_scores, simultaneous_level
@@ -65,7 +65,7 @@ def power_in_words(settings: RunSettings, questions: Sequence[Question], discord
 
 def blocks_in_words(settings: RunSettings) -> str | None:
     """At which concurrencies there are too few blocks for intervals; None if at none."""
-    sizes = {concurrency: max(concurrency, settings.blocks_of or concurrency) for concurrency in settings.concurrency}
+    sizes = {concurrency: block_size(concurrency, settings.blocks_of) for concurrency in settings.concurrency}
     thin = {concurrency: size for concurrency, size in sizes.items() if settings.num_prompts // size < MIN_BLOCKS}
     if not thin:
         return None
