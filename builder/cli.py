@@ -21,7 +21,7 @@ from ssv.builder.config import (
     checked,
     load_recipe,
 )
-from ssv.builder.console import add_device, add_precision, run_command
+from ssv.builder.console import add_device, add_precision, add_threads, run_command
 
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
     pair.add_argument("--batch", type=int, default=8, help="prompts decoded side by side while calibrating")
+    add_threads(pair)
     distill = recipe_command("distill", _distill, "make a draft for a target")
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
     scorer = recipe_command("scorer", _scorer, "fit the criticality scorer of a draft")
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
     calibrate.add_argument("--batch", type=int, default=8, help="prompts decoded side by side")
     add_precision(calibrate)
+    add_threads(calibrate)
     quantize = command("quantize", _quantize, "quantize a target or a draft to FP8 or INT4 with NVIDIA ModelOpt")
     quantize.add_argument("source", type=Path, help="bundle, or (target only) Hugging Face folder or GGUF file")
     quantize.add_argument("--role", required=True, choices=["target", "draft"])
@@ -130,7 +132,9 @@ def _pair(args: argparse.Namespace) -> int:
     from ssv.builder.progress import terminal_report
 
     def make(bundle: Path, config: CalibrationConfig, report: Report) -> Calibration:
-        return calibrate_bundle(bundle, config, report, device=args.device, batch=args.batch, precision=None)
+        return calibrate_bundle(
+            bundle, config, report, device=args.device, batch=args.batch, precision=None, threads=args.threads
+        )
 
     recipe = _recipe(args)
     with terminal_report() as report:
@@ -194,7 +198,13 @@ def _calibrate(args: argparse.Namespace) -> int:
     target = load_target(recipe.target.locate())
     with terminal_report() as report:
         calibration = calibrate_bundle(
-            args.bundle, config, report, device=args.device, batch=args.batch, precision=args.precision
+            args.bundle,
+            config,
+            report,
+            device=args.device,
+            batch=args.batch,
+            precision=args.precision,
+            threads=args.threads,
         )
     document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +281,14 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def calibrate_bundle(
-    bundle: Path, config: CalibrationConfig, report: Report, *, device: str, batch: int, precision: str | None
+    bundle: Path,
+    config: CalibrationConfig,
+    report: Report,
+    *,
+    device: str,
+    batch: int,
+    precision: str | None,
+    threads: int | None,
 ) -> Calibration:
     """Calibrates a bundle by decoding with the torch engine."""
     from ssv.builder.calibrate import PromptResult, calibrate
@@ -280,7 +297,7 @@ def calibrate_bundle(
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
 
-    llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision)
+    llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, threads=threads)
     params = SamplingParams(max_tokens=config.max_tokens)
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
 

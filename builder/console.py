@@ -43,6 +43,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute (default: cpu)")
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    help = "of the torch engine on a CPU (default: as many as there are cores that nobody else uses)"
+    parser.add_argument("--threads", type=int, metavar="N", help=help)
+
+
 _CURES = (
     "build",
     "choose",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssv.builder.console import add_device, add_engine, add_precision, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, add_threads, run_command
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.strategies import METHODS
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add_engine(parser)
     add_precision(parser)
     add_device(parser)
+    add_threads(parser)
     parser.add_argument("--quiet", action="store_true", help="no counts on stderr")
     return parser
 
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
 
-    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device)
+    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device, threads=args.threads)
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
     for chunk in llm.stream([Request(ids, args.method, params, args.num_draft_tokens)]):
         print(chunk.text, end="", flush=True)
@@ -86,7 +87,11 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     from ssv.client.triton import Client, Settings
 
     unused = {"--engine": args.engine != "torch", "--precision": args.precision, "--device": args.device != "cpu"}
-    unused |= {"--max-delay": args.max_delay, "--num-draft-tokens": args.num_draft_tokens != 5}
+    unused |= {
+        "--threads": args.threads,
+        "--max-delay": args.max_delay,
+        "--num-draft-tokens": args.num_draft_tokens != 5,
+    }
     if wrong := [name for name, is_given in unused.items() if is_given]:
         raise ValueError(
             f"{', '.join(wrong)} cannot be set for a server, which has its own: give --bundle to decode here"

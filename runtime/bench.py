@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.console import add_device, add_engine, add_precision, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, add_threads, run_command
 from ssv.builder.environment import commit, machine, versions
 from ssv.builder.progress import Report, terminal_report
 from ssv.builder.prompts import read_prompts
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add_engine(parser)
     add_precision(parser)
     add_device(parser)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    add_threads(parser)
     parser.add_argument("--price-per-hour", type=float, help="of this machine, for the cost per 1M tokens")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against divergence")
     return parser
@@ -121,13 +121,16 @@ def _run(args: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     prompts = read_prompts(args.prompts)[: args.num_prompts]
 
-    import torch  # after the arguments have been checked: it takes seconds
+    from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
 
-    from ssv.runtime.llm import LLM
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device, max_batch=args.batch)
+    llm = LLM.load(
+        args.bundle,
+        engine=args.engine,
+        precision=args.precision,
+        device=args.device,
+        max_batch=args.batch,
+        threads=args.threads,
+    )
     with terminal_report() as report:
         rows = compare(
             llm,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class _Scratch:
         self.scale_M = torch.empty(num_tokens)
         self.product_scale_M = torch.empty(num_tokens)
         # Room for each thread.
-        self.weights_TGS = torch.empty(_stage_threads(), spec.num_heads // spec.num_kv_heads, max_length)
+        self.weights_TGS = torch.empty(_most_stage_threads(), spec.num_heads // spec.num_kv_heads, max_length)
         rotate = decoder.rotation(torch.arange(max_length), torch.float32)
         self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
 
@@ -149,19 +150,29 @@ class Scaled:
 
 
 @cache
-def _stage_threads() -> int:
-    """Has the stages share their rows between torch's threads; as many as they were at the first call, for good: scratch is made for them."""
+def _openmp() -> tuple[int, int, int] | None:
+    """GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has loaded; None if it is not known."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     loaded = {line.split()[-1] for line in lines if "libgomp" in line}
     if len(loaded) != 1:  # torch built with another OpenMP, or two of them: none is surely torch's
-        return 1
+        return None
     library = ctypes.CDLL(loaded.pop())
     functions = (library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads)
     fork, number, num = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-    threads = torch.get_num_threads()
-    _cpu.use_threads(fork, number, num, threads)
-    return threads
+    return fork, number, num
+
+
+@cache
+def _most_stage_threads() -> int:
+    """Threads that scratch has room for. It is decided once: scratch outlives changes of torch's number of threads."""
+    return max(os.cpu_count() or 1, torch.get_num_threads()) if _openmp() is not None else 1
+
+
+def share_stages(threads: int) -> None:
+    """Has the compiled stages share their rows between so many of torch's threads."""
+    if _cpu is not None and (functions := _openmp()) is not None:
+        _cpu.use_threads(*functions, min(threads, _most_stage_threads()))
 
 
 class FusedInt8Layers:
@@ -174,6 +185,7 @@ class FusedInt8Layers:
         self.decoder = decoder
         self.layers = [_FusedLayer(layer) for layer in decoder.blocks()]
         self._scratch = _Scratch(decoder, 16, 1024)
+        share_stages(torch.get_num_threads())
 
     @staticmethod
     def available() -> bool:

@@ -26,7 +26,7 @@ from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.torch_engine import Precision, draft_engine, target_engine
+from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, target_engine
 
 GPU_PREFILL_CHUNK = 512
 
@@ -72,6 +72,7 @@ class LLM:
         max_batch: int = 1,
         max_length: int = 2048,
         prefill_chunk: int | None = None,
+        threads: int | None = None,
         verify: bool = True,
     ) -> LLM:
         """Loads a bundle.
@@ -82,6 +83,8 @@ class LLM:
             precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is compiled.
             max_length: tokens of prompt and output together; cut to what the model has positions for.
             prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
+            threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8 follows while it
+                decodes. `OMP_NUM_THREADS`, or another number than torch's own set before, is kept.
             verify: check the hash of every file first.
 
         Raises:
@@ -91,12 +94,16 @@ class LLM:
         import torch
 
         bundle = Path(bundle)
+        on_cpu = torch.device(device).type == "cpu"
+        if threads is not None and not (engine == "torch" and on_cpu):
+            raise EngineError("threads are of the torch engine on a CPU: leave them out for another engine or device")
+        # Before the files are read: while they are, the machine shows how many cores are free.
+        thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         manifest = read_manifest(bundle, verify=verify)
         if engine == "tensorrt":
             return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
-        on_cpu = torch.device(device).type == "cpu"
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
         spec, weights = load_checkpoint(bundle / "target")
         decoder = Decoder.from_weights(spec, weights)
@@ -107,10 +114,13 @@ class LLM:
             "device": device,
             "max_batch": max_batch,
             "max_length": max_length + 2 * MAX_PENDING,
+            "threads": thread_count,
         }
         ranges = read_safetensors(bundle / "activation_ranges.safetensors")
         draft_ranges = {name.removeprefix("draft."): r for name, r in ranges.items() if name.startswith("draft.")}
         target_ranges = {name.removeprefix("target."): r for name, r in ranges.items() if name.startswith("target.")}
+        if thread_count is not None:
+            thread_count.follow()
         scorer = load_scorer(bundle / "scorer.safetensors", draft.spec.decoder.hidden_size)
         return cls(
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),

@@ -26,7 +26,7 @@ class ServerConfig(BaseModel):
     Attributes:
         bundle: folder.
         engine, precision, device: see `LLM.load`; precision "" is the bundle's choice.
-        threads: of the torch engine on a CPU; 0 for one for each core.
+        threads: of the torch engine on a CPU; 0 for as many as there are cores that nobody else uses.
         max_rows: requests that are decoded side by side.
         max_waiting: requests that wait for a row; more are refused at once.
         max_length: tokens of prompt and output together.

@@ -6,7 +6,8 @@ quantized to FP8 or INT4 (`ssv.builder.quantized`), on either device and in fp32
 
 Shapes: see `engine.py`.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .quantized, .scorer, .smoothing; ssv.plugins.ops; ssv.runtime.engine, .kv_cache, .cpu_int8.
+May import: ssv.builder.checkpoint, .decoder, .draft, .quantized, .scorer, .smoothing; ssv.plugins.ops; ssv.runtime.engine, .kv_cache, .cpu_int8,
+.threads.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precisi
 from ssv.builder.scorer import Scorer
 from ssv.builder.smoothing import Ranges, smooth_decoder, smooth_join, smoothing_factor
 from ssv.plugins.ops import on
-from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale
+from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale, share_stages
 from ssv.runtime.engine import EngineError, StepOutput, check_step
 from ssv.runtime.kv_cache import CachedAttend, KVCache
+from ssv.runtime.threads import ThreadCount, chosen_by_operator, default_threads
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 INT4_GROUP = 32
@@ -46,6 +48,7 @@ class TorchEngine:
         tap: FeatureTap | None = None,
         draft: Draft | None = None,
         scorer: Scorer | None = None,
+        threads: ThreadCount | None = None,
     ) -> None:
         if max_length > decoder.spec.max_positions:
             raise EngineError(f"max length {max_length} exceeds the model's {decoder.spec.max_positions} positions")
@@ -60,6 +63,8 @@ class TorchEngine:
         int8 = isinstance(decoder.lm_head, Int8Linear)
         self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
         self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
+        # The bits of fp32 and bf16 products depend on the number of threads, and an output must not depend on the machine's other work.
+        self._threads = threads if int8 and self.device.type == "cpu" else None
         self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
         self._fused_join = FusedJoin(draft) if self.fused and draft is not None and draft.conditioned else None
         self._score = FusedScorer(scorer) if self.fused and scorer is not None else scorer
@@ -85,6 +90,8 @@ class TorchEngine:
         check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
         if features_out and self.tap is None:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
+        if self._threads is not None:
+            self._threads.follow()
         batch, tokens = input_ids_BT.shape
         rows = slice(first_row, first_row + batch)
         keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
@@ -182,6 +189,7 @@ def target_engine(
     device: str = "cpu",
     draft: Draft | None = None,
     ranges: Ranges | None = None,
+    threads: ThreadCount | None = None,
 ) -> TorchEngine:
     """An engine over a target.
 
@@ -189,6 +197,7 @@ def target_engine(
         decoder: in fp32; left as it is.
         draft: the draft whose features the target shall return, if it is a conditioned one.
         ranges: activation ranges of the target, and of the draft's tap under "tap."; int8 smooths with them if given.
+        threads: which int8 on the CPU follows from step to step; None leaves torch's number alone.
 
     Raises:
         EngineError: precision unknown, or not to be had on this device.
@@ -197,7 +206,7 @@ def target_engine(
     decoder = _prepare(decoder, precision, device, lambda d: smooth_decoder(d, ranges) if ranges else None)
     if tap is not None:
         tap = _prepare_tap(tap, precision, device, ranges.get("tap.project") if ranges else None)
-    return TorchEngine(decoder, max_batch=max_batch, max_length=max_length, tap=tap)
+    return TorchEngine(decoder, max_batch=max_batch, max_length=max_length, tap=tap, threads=threads)
 
 
 def draft_engine(
@@ -209,6 +218,7 @@ def draft_engine(
     device: str = "cpu",
     scorer: Scorer | None = None,
     ranges: Ranges | None = None,
+    threads: ThreadCount | None = None,
 ) -> TorchEngine:
     """An engine over a draft, with its scorer; arguments as for `target_engine`."""
 
@@ -227,7 +237,41 @@ def draft_engine(
         max_length=max_length,
         draft=copied,
         scorer=scorer.to(device) if scorer is not None else None,
+        threads=threads,
     )
+
+
+_shared_count: ThreadCount | None = None
+
+
+def cpu_threads(threads: int | None) -> ThreadCount | None:
+    """Settles how many threads the engines of this process have on a CPU.
+
+    Args:
+        threads: so many, whatever the machine does; None to follow the cores that are free, up to torch's own number, unless the
+            environment says how many (`OMP_NUM_THREADS`).
+
+    Returns:
+        What an engine has to follow; None for a fixed number. One for the process, as torch's number is.
+
+    Raises:
+        EngineError: fewer than one.
+    """
+    global _shared_count
+    if threads is not None:
+        if threads < 1:
+            raise EngineError(f"threads must be 1 or more, got {threads}")
+        _set_threads(threads)
+    if threads is not None or chosen_by_operator():
+        _shared_count = None
+    elif _shared_count is None or _shared_count.current != torch.get_num_threads():  # or another number was set since
+        _shared_count = ThreadCount(default_threads(torch.get_num_threads()), _set_threads)
+    return _shared_count
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    share_stages(threads)
 
 
 class Int4Linear(nn.Module):

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, default=default, help=f"{help} (default: {default})")
 
-    setting("threads", int, "of a CPU engine; 0 for one a core")
+    setting("threads", int, "of a CPU engine; 0 for as many as there are cores that nobody else uses")
     setting("max_rows", int, "requests decoded side by side")
     setting("max_waiting", int, "requests that wait for a row; more are refused at once")
     setting("max_length", int, "tokens of prompt and output together")

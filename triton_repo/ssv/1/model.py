@@ -46,8 +46,6 @@ class TritonPythonModel:
         log_to_stderr()
         keep_large_blocks()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
-        if config.threads:
-            torch.set_num_threads(config.threads)
         # In a thread that ends, and takes the OpenMP threads with it that it has started: with those of the service's thread they would be
         # more than there are cores, and OpenMP then puts threads to sleep after every product, which makes decoding three times slower.
         with ThreadPoolExecutor(1) as loader:
@@ -60,6 +58,7 @@ class TritonPythonModel:
                 max_batch=config.max_rows,
                 max_length=config.max_length,
                 prefill_chunk=config.prefill_chunk or None,
+                threads=config.threads or None,
             ).result()
         self._streams = _Streams(config.stream_interval_ms / 1000, config.responses_per_s)
         # The server's library does not bear calls from two threads at a time.

@@ -1,0 +1,157 @@
+"""Threads of a CPU engine: as many as there are cores that nobody else uses.
+
+The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of them wait: beside one
+busy process two threads on two cores decode at a quarter of the speed of one. No way of waiting cures that, neither spinning nor sleeping
+(`benchmarks/busy_neighbours.py`), so the number of threads follows what the machine gives.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERVAL_SECONDS = 0.1
+"""Between two looks at the machine. The kernel counts in hundredths of a second: less would be noise."""
+
+STALE_SECONDS = 1.0
+"""What happened in a longer pause between two steps says little of now."""
+
+# Of a core: a thread is given up when so much of its core is missing, and taken back when no more than that is. Beside a core that is
+# taken for a third of the time one thread decodes as fast as two.
+_GIVE_UP, _TAKE_BACK = 0.4, 0.2
+
+_OPERATORS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Seconds since some time in the past.
+
+    Attributes:
+        cores: that this process may use.
+        at: of the clock.
+        busy: of these cores, together.
+        own: of this process.
+    """
+
+    cores: int
+    at: float
+    busy: float
+    own: float
+
+
+def read_cpu_times() -> CpuTimes | None:
+    """What the cores of this process have done (proc_stat(5)); None where the system does not tell.
+
+    Time of processes with a lower priority than this one is not counted: they give way.
+    """
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        niced = os.getpriority(os.PRIO_PROCESS, 0) > 0
+    except (OSError, AttributeError):
+        return None
+    ticks = 0
+    for line in lines:
+        name, *fields = line.split()
+        if name in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + system + irq + softirq + steal + (nice if niced else 0)
+    return CpuTimes(len(cores), time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
+
+
+def threads_for(free_cores: float, current: int, most: int) -> int:
+    """How many threads `free_cores` are enough for: at least 1, at most `most`; a little more is asked for a change upwards."""
+    grown = math.floor(free_cores + _TAKE_BACK)
+    kept = min(math.floor(free_cores + _GIVE_UP), current)
+    return max(1, min(max(grown, kept), most))
+
+
+def quota_of_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores that the control groups of this process grant it (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`); None for no limit."""
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    quotas = []
+    for _, controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root if not controllers else root / "cpu"
+        folder = base / path.lstrip("/")
+        # In a container the path is the host's: only the root is there, and it is the container's own.
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(base):
+                quotas.append(_quota_v1(group) if controllers else _quota_v2(group))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_v2(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _quota_v1(group: Path) -> float | None:
+    try:
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    except (OSError, ValueError):
+        return None
+    return quota / period if quota > 0 else None
+
+
+def default_threads(most: int) -> int:
+    """`most`, or what a quota on this process's cores leaves of it; a part of a core is worth a thread."""
+    quota = quota_of_cores()
+    return most if quota is None else max(1, min(most, math.ceil(quota)))
+
+
+def chosen_by_operator() -> bool:
+    """Whether the environment says how many threads there shall be."""
+    return any(os.environ.get(name) for name in _OPERATORS_VARIABLES)
+
+
+class ThreadCount:
+    """The number of threads, which follows the cores that are free.
+
+    Attributes:
+        current: threads now.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        apply: Callable[[int], None],
+        *,
+        read: Callable[[], CpuTimes | None] = read_cpu_times,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+        most: threads on an idle machine.
+        apply: sets the number of threads of the thread that calls `follow`.
+        """
+        self._most, self._apply, self._read, self._clock = most, apply, read, clock
+        self.current = most
+        self._last = read()
+        # Asked when it is due and not before: a look costs as much as a hundredth of a token.
+        self._due = clock() + INTERVAL_SECONDS
+        apply(most)
+
+    def follow(self) -> None:
+        """To be called before every step, in the thread that makes it."""
+        if self._clock() < self._due:
+            return
+        now, last = self._read(), self._last
+        self._last, self._due = now, self._clock() + INTERVAL_SECONDS
+        if now is not None and last is not None and 0 < now.at - last.at < STALE_SECONDS:
+            others = max(0.0, (now.busy - last.busy) - (now.own - last.own)) / (now.at - last.at)
+            self.current = threads_for(now.cores - others, self.current, self._most)
+        self._apply(self.current)  # always: a thread that decodes for the first time has its own number
