@@ -290,8 +290,9 @@ class Int4Linear(nn.Module):
         self.bias_O = bias_O
 
     def forward(self, x_MI: Tensor) -> Tensor:
-        x_MI = x_MI.to(torch.bfloat16).contiguous()
-        y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self._packed, INT4_GROUP, self._scales_GO2)
+        rounded_MI = x_MI.to(torch.bfloat16).contiguous()
+        y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded_MI, self._packed, INT4_GROUP, self._scales_GO2)
+        y_MO = y_MO.to(x_MI.dtype)  # as any linear layer: states and features of an engine have one type
         return y_MO if self.bias_O is None else y_MO + self.bias_O
 
 
