@@ -134,7 +134,8 @@ class CalibrationConfig(_Strict):
 
     Attributes:
         prompts_file: JSON lines with a `prompt` each, used for nothing else.
-        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds.
+        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds, and one that holds
+            less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
         max_tokens: of each output.
         families: settings tried of (verify_above, risk_budget, max_pending).
         accept_below: thresholds tried with each.

@@ -76,7 +76,11 @@ def _tier_table(manifest: Manifest) -> Table:
     table = Table("tier", "accept below", "verify above", "risk budget", "max pending", "lossless", "divergence")
     for name, tier in manifest.tiers.items():
         p = tier.policy
-        limit = "-" if tier.divergence is None else f"<= {tier.divergence:.1%} (bound {tier.divergence_bound:.2%})"
+        limit = (
+            "-"
+            if tier.divergence is None
+            else f"<= {tier.divergence:.1%} (asymptotic bound {tier.divergence_bound:.2%})"
+        )
         numbers = (f"{p.accept_below:g}", f"{p.verify_above:g}", f"{p.risk_budget:g}", str(p.max_pending))
         table.add_row(name, *numbers, "yes" if tier.lossless else "no", limit)
     return table

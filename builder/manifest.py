@@ -41,12 +41,15 @@ class TierEntry(_Strict):
     Attributes:
         divergence: share of emitted tokens that the target would not have chosen, at most.
         divergence_bound: upper confidence bound of the divergence measured.
+        bound_kind: "asymptotic": of a bootstrap over prompts, which holds as often as it says for very many of them, and less often for few;
+            a bundle without it was made before this was said, by the same method.
     """
 
     policy: Policy
     lossless: bool
     divergence: float | None = None
     divergence_bound: float | None = None
+    bound_kind: Literal["asymptotic"] | None = None
 
     @model_validator(mode="after")
     def _says_what_its_policy_is(self) -> TierEntry:
@@ -122,6 +125,11 @@ class Manifest(_Strict):
     @property
     def policies(self) -> dict[str, Policy]:
         return {name: tier.policy for name, tier in self.tiers.items()}
+
+    @property
+    def divergence_limits(self) -> dict[str, float]:
+        """Of the lossy tiers that were calibrated."""
+        return {name: tier.divergence for name, tier in self.tiers.items() if tier.divergence is not None}
 
 
 def engine_source(manifest: Manifest, role: str) -> str:

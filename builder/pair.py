@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssv.builder.calibrate import Calibration
+from ssv.builder.calibrate import BOUND_KIND, Calibration
 from ssv.builder.checkpoint import hf_config
 from ssv.builder.config import (
     CalibrationConfig,
@@ -149,6 +149,7 @@ def calibration_document(
         "made_for": made_for,
         "settings": config.model_dump(mode="json", exclude={"prompts_file"}),
         "prompts": {"name": config.prompts_file.name, "sha256": file_entry(config.prompts_file).sha256},
+        "bound": {"kind": BOUND_KIND, "method": "bootstrap over prompts, at least the Poisson bound"},
         "trials": [trial.to_dict() for trial in calibration.trials],
         "tiers": {name: trial.to_dict() for name, trial in calibration.tiers.items()},
     }
@@ -341,7 +342,9 @@ def _tiers(calibration: dict[str, Any]) -> dict[str, TierEntry]:
     for name, trial in calibration["tiers"].items():
         policy = Policy.model_validate(trial["policy"])
         limits = {} if policy.lossless else {
-            "divergence": calibration["settings"]["limits"][name], "divergence_bound": trial["divergence_bound"]
+            "divergence": calibration["settings"]["limits"][name],
+            "divergence_bound": trial["divergence_bound"],
+            "bound_kind": BOUND_KIND,
         }  # fmt: skip
         tiers[name] = TierEntry(policy=policy, lossless=policy.lossless, **limits)
     return tiers

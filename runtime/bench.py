@@ -13,7 +13,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ class MethodRow:
         target_passes_per_token, target_tokens_per_token: fewer passes is not fewer tokens through the target.
         divergence: share of emitted tokens that are not the target's argmax given the same prefix; `divergence_margin`: by
             more than 1 nat. Null for sampled output, where they say nothing.
+        divergence_low, divergence_high: its 95 % interval over prompts.
+        divergence_promised: what the tier's calibration bounds it to; null for a lossless method.
         identical: share of outputs that are the baseline's, token for token.
         ttft_ms: median time to the first token.
         cost_per_1m_tokens: at the given price per hour; null without one.
@@ -68,6 +70,9 @@ class MethodRow:
     rolled_back: int
     acceptance_rate: float
     divergence: float | None
+    divergence_low: float | None
+    divergence_high: float | None
+    divergence_promised: float | None
     divergence_margin: float | None
     identical: float
     ttft_ms: float
@@ -143,6 +148,9 @@ def _run(args: argparse.Namespace) -> int:
             report=report,
         )
     _print_table(rows, priced=args.price_per_hour is not None)
+    for row in rows:
+        if (broken := broken_promise(row)) is not None:
+            print(broken)
     if args.plot is not None:
         _plot(rows, args.plot)
     print(json.dumps(document(rows, args, llm)))
@@ -194,6 +202,23 @@ def compare(
     return rows
 
 
+def broken_promise(row: MethodRow) -> str | None:
+    """What is to be said of a tier that diverged more often than its calibration promises; None of one that did not."""
+    if row.divergence is None or row.divergence_promised is None or row.divergence <= row.divergence_promised:
+        return None
+    assert row.divergence_low is not None and row.divergence_high is not None
+    by_chance = row.divergence_low <= row.divergence_promised
+    return (
+        f"warning: {row.method} diverged in {row.divergence:.2%} of its tokens (95 %: {row.divergence_low:.2%} to "
+        f"{row.divergence_high:.2%}), above the {row.divergence_promised:.2%} that its calibration promises"
+        + (
+            "; with so few prompts that may be chance: try more of them"
+            if by_chance
+            else ": calibrate it on prompts like these"
+        )
+    )
+
+
 def document(rows: Sequence[MethodRow], args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     """What the last line of stdout holds."""
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
@@ -234,6 +259,10 @@ def _row(
     low, high = _speedup_interval(tally, baseline)
     first = sorted(output.counters.first_token_s for output in tally.outputs)
     emitted = counters.emitted
+    lengths = [len(output.token_ids) for output in tally.outputs]
+    interval = (None, None) if audits is None else _bootstrap(
+        len(audits), lambda drawn: sum(audits[i].strict for i in drawn) / sum(lengths[i] for i in drawn)
+    )  # fmt: skip
     same = [a.token_ids == b.token_ids for a, b in zip(tally.outputs, baseline.outputs, strict=True)]
     return MethodRow(
         method=method,
@@ -253,6 +282,9 @@ def _row(
         rolled_back=counters.rolled_back,
         acceptance_rate=counters.acceptance_rate,
         divergence=sum(a.strict for a in audits) / emitted if audits is not None else None,
+        divergence_low=interval[0],
+        divergence_high=interval[1],
+        divergence_promised=llm.limits.get(method),
         divergence_margin=sum(a.margin for a in audits) / emitted if audits is not None else None,
         identical=sum(same) / len(same),
         ttft_ms=first[len(first) // 2] * 1e3,
@@ -260,17 +292,19 @@ def _row(
     )
 
 
-def _speedup_interval(tally: _Tally, baseline: _Tally, num_draws: int = 2000) -> tuple[float, float]:
-    rng = random.Random(0)
-    indices = range(len(tally.seconds))
-    ratios = []
-    for _ in range(num_draws):
-        drawn = rng.choices(indices, k=len(indices))
+def _speedup_interval(tally: _Tally, baseline: _Tally) -> tuple[float, float]:
+    def ratio(drawn: Sequence[int]) -> float:
         mine = sum(tally.tokens[i] for i in drawn) / sum(tally.seconds[i] for i in drawn)
-        theirs = sum(baseline.tokens[i] for i in drawn) / sum(baseline.seconds[i] for i in drawn)
-        ratios.append(mine / theirs)
-    ratios.sort()
-    return ratios[int(0.025 * num_draws)], ratios[int(0.975 * num_draws)]
+        return mine / (sum(baseline.tokens[i] for i in drawn) / sum(baseline.seconds[i] for i in drawn))
+
+    return _bootstrap(len(tally.seconds), ratio)
+
+
+def _bootstrap(number: int, statistic: Callable[[Sequence[int]], float], num_draws: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic of units that are drawn by their index."""
+    rng = random.Random(0)
+    found = sorted(statistic(rng.choices(range(number), k=number)) for _ in range(num_draws))
+    return found[int(0.025 * num_draws)], found[int(0.975 * num_draws)]
 
 
 def _print_table(rows: Sequence[MethodRow], *, priced: bool) -> None:

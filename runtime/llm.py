@@ -39,6 +39,8 @@ class LLM:
 
     Attributes:
         tokenizer: the bundle's.
+        tiers: policies by name.
+        limits: largest divergence that each lossy tier's calibration promises.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
         pass_tokens: see `DecodeBatch`.
@@ -55,7 +57,9 @@ class LLM:
         max_length: int,
         prefill_chunk: int = PREFILL_CHUNK,
         pass_tokens: int | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
+        self.limits = dict(limits or {})
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
@@ -128,6 +132,7 @@ class LLM:
             BundleTokenizer.load(bundle),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
+            limits=manifest.divergence_limits,
             max_length=max_length,
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
@@ -155,6 +160,7 @@ class LLM:
             BundleTokenizer.load(bundle),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
+            limits=manifest.divergence_limits,
             max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_divergence_is_what_the_target_contradicts(
     assert baseline["divergence"] == 0.0
     assert turbo["trusted"] > 0
     assert 0.1 < turbo["divergence"] < 1.0
+    assert turbo["divergence_low"] < turbo["divergence"] < turbo["divergence_high"]
+    assert turbo["divergence_promised"] == 0.05 and baseline["divergence_promised"] is None
     assert turbo["divergence_margin"] < turbo["divergence"]
     assert turbo["identical"] < 1.0
 
@@ -150,3 +153,27 @@ def test_generate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "error: the prompt is empty" in capsys.readouterr().err
     assert cli.main(["--bundle", str(folder), "w1"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def row(**changes: Any) -> bench.MethodRow:
+    zeros = {name: 0.0 for name in bench.MethodRow.__dataclass_fields__}
+    return bench.MethodRow(**{**zeros, "method": "turbo", **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "low", "high", "promised", "said"),
+    [
+        (0.049, 0.03, 0.07, 0.05, None),
+        (0.2, 0.1, 0.3, None, None),  # lossless, or never calibrated
+        (None, None, None, 0.05, None),  # sampled
+        (0.06, 0.04, 0.08, 0.05, "turbo diverged in 6.00% .*4.00% to 8.00%.* above the 5.00% .*may be chance"),
+        (0.08, 0.06, 0.1, 0.05, "turbo diverged in 8.00% .*6.00% to 10.00%.* promises: calibrate it on prompts like"),
+    ],
+)
+def test_a_broken_promise_is_said(
+    divergence: float | None, low: float | None, high: float | None, promised: float | None, said: str | None
+) -> None:
+    found = bench.broken_promise(
+        row(divergence=divergence, divergence_low=low, divergence_high=high, divergence_promised=promised)
+    )
+    assert (found is None) if said is None else re.search(said, found or "")
