@@ -13,7 +13,7 @@ May import: ssv.builder.checkpoint, .environment, .quantized.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from ssv.builder.checkpoint import (
+    FLOATS,
     CheckpointError,
     DecoderSpec,
     Weights,
     check_weights,
     load_checkpoint,
     read_hf_folder,
+    settle_head,
     spec_from_hf_config,
 )
 from ssv.builder.environment import versions
@@ -68,15 +70,17 @@ def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
     Raises:
         CheckpointError: see `load_checkpoint`; or it is quantized in a way that is not supported.
     """
-    if quantization_of(path) is None:
+    if _read_facts(path) is None:
         return load_checkpoint(path)
+    precision = quantization_of(path)
     config, weights = read_hf_folder(path)
     spec = spec_from_hf_config({key: value for key, value in config.items() if key != "quantization_config"})
-    return spec, _check(spec, weights, path)
+    spec, weights = settle_head(spec, weights)
+    return spec, _check(spec, weights, path, precision)
 
 
 def quantization_of(path: Path) -> str | None:
-    """ "fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized.
+    """ "fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized, or of which only the KV cache is.
 
     Raises:
         CheckpointError: quantized by something else, or to something that is not supported.
@@ -85,6 +89,8 @@ def quantization_of(path: Path) -> str | None:
     if facts is None:
         return None
     algorithm = facts.get("quant_algo") or _algorithm_of_groups(facts)
+    if algorithm is None and facts.get("kv_cache_quant_algo") and not facts.get("config_groups"):
+        return None
     if not isinstance(algorithm, str) or algorithm not in _PRECISIONS:
         raise CheckpointError(
             f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}: quantize the original again"
@@ -94,6 +100,7 @@ def quantization_of(path: Path) -> str | None:
 
 def _read_facts(path: Path) -> Mapping[str, Any] | None:
     """What says how a folder is quantized, in either shape."""
+    found: list[dict[str, Any]] = []
     for file, key in ((path / CONFIG_NAME, None), (path / "config.json", "quantization_config")):
         if not file.is_file():
             continue
@@ -111,8 +118,13 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
             raise CheckpointError(
                 f"quantization_config: {path} is quantized by {method}, only ModelOpt's checkpoints are supported"
             )
-        return nested
-    return None
+        found.append(nested)
+    algorithms = [facts["quant_algo"] for facts in found if facts.get("quant_algo")]
+    if len(algorithms) == 2 and algorithms[0] != algorithms[1]:
+        raise CheckpointError(
+            f"{path}: {CONFIG_NAME} says {algorithms[0]}, config.json {algorithms[1]}: quantize the original again"
+        )
+    return found[0] if found else None
 
 
 def _algorithm_of_groups(facts: Mapping[str, Any]) -> str | None:
@@ -132,7 +144,7 @@ def _algorithm_of_groups(facts: Mapping[str, Any]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _check(spec: DecoderSpec, weights: Weights, path: Path) -> Weights:
+def _check(spec: DecoderSpec, weights: Weights, path: Path, precision: str | None) -> Weights:
     """Weights restricted to the spec's and their scales, shapes checked.
 
     The scales of a quantized KV cache are left out: the cache is in the compute type here, which is the more exact.
@@ -141,11 +153,16 @@ def _check(spec: DecoderSpec, weights: Weights, path: Path) -> Weights:
     cache_scales = {name for name in weights if name.rpartition(".")[2] in ("k_scale", "v_scale")}
     plain = {name: weight for name, weight in weights.items() if name not in scales | cache_scales}
     layers = {name.rpartition(".")[0] for name in scales}
-    packed = {
-        name.rpartition(".")[0] for name, weight in plain.items() if weight.dtype in (torch.uint8, torch.float8_e4m3fn)
-    }
+    packed = {name.rpartition(".")[0] for name, weight in plain.items() if weight.dtype not in FLOATS}
     if bare := sorted(packed - layers):
         raise CheckpointError(f"{path}: {bare[0]} is quantized and has no scale")
+    if precision is not None and not layers:
+        raise CheckpointError(
+            f"{path} is said to be quantized to {precision}, and no layer of it is: give the right weights"
+        )
+    if precision is None and layers:
+        raise CheckpointError(f"{path} is said not to be quantized but for its KV cache, and {min(layers)} is")
+    _check_scales(weights, scales, path)
     if strange := sorted(layer for layer in layers if not layer.endswith("_proj") and layer != "lm_head"):
         raise CheckpointError(f"{path}: {strange[0]} is quantized, supported are projections and the LM head")
     for layer in sorted(layers):
@@ -164,3 +181,14 @@ def _check(spec: DecoderSpec, weights: Weights, path: Path) -> Weights:
     if unknown := sorted(layer for layer in layers if f"{layer}.weight" not in kept):
         raise CheckpointError(f"{path}: scales of an unknown layer {unknown[0]}")
     return {name: weights[name] for name in (*kept, *scales)}
+
+
+def _check_scales(weights: Weights, scales: Iterable[str], path: Path) -> None:
+    for name in scales:
+        low, high = weights[name].float().aminmax() if weights[name].numel() else (torch.ones(()), torch.ones(()))
+        # A group of weights that are all zero may have the scale zero; inputs are divided by theirs.
+        divides = name.endswith(".input_scale")
+        if not (low.isfinite() and high.isfinite()) or low < 0 or (divides and low == 0):
+            raise CheckpointError(
+                f"{path}: {name} holds {'0, ' if divides else ''}negative, NaN or infinite numbers: the checkpoint is damaged"
+            )

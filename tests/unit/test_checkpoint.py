@@ -8,101 +8,24 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
+from hf_models import LLAMA3_ROPE, MODELS, SIZES, loaded_logits, logits_of, make_model, truncate
 from safetensors.torch import load_file, save_file
-from tiny import random_weight, relative_error, tiny_ids, tiny_spec, whole_window
+from tiny import relative_error, tiny_spec
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from ssv.builder.checkpoint import (
     CheckpointError,
     DecoderSpec,
+    RopeDivisors,
     RopeScaling,
     hf_config,
     load_checkpoint,
     spec_from_hf_config,
 )
-from ssv.builder.decoder import Decoder
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 112,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-2,  # large enough to be seen in the logits
-}
-# Wavelengths of the 8 pairs reach from 6 to 20,000 positions: some kept, two blended, the others stretched.
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-def rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
-    "llama2": lambda: LlamaForCausalLM(
-        LlamaConfig(**(SIZES | {"num_key_value_heads": 4}), rope_parameters=rope(10000.0))
-    ),
-    "llama-biases": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**SIZES, sliding_window=None, head_dim=24, rope_parameters=rope(1e6))
-    ),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True, rope_parameters=rope(1e6))),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, rope_parameters=rope(1e6))),
-    "qwen3-biases": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, attention_bias=True)),
-    "smollm2": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            **(SIZES | {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
-            tie_word_embeddings=True,
-            rope_parameters=rope(100000.0),
-        )
-    ),
-}
-
-
-def make_model(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            parameter.copy_(random_weight(parameter_name, tuple(parameter.shape)))
-    return model
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel) -> Tensor:
-    return model(tiny_ids(2, 24)).logits
-
-
-def loaded_logits(path: Path) -> Tensor:
-    return whole_window(Decoder.from_weights(*load_checkpoint(path)), tiny_ids(2, 24))[1]
 
 
 @pytest.fixture
@@ -158,6 +81,68 @@ def test_rope_settings_of_transformers_4(tmp_path: Path) -> None:
     assert relative_error(loaded_logits(tmp_path), logits_of(model)) < 1e-4
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+# Settings of config.json and the model, one a row; an absent key is None here.
+AS_TRANSFORMERS: dict[str, tuple[str, dict[str, object]]] = {
+    "rope_scaling beside rope_parameters": ("llama2", {"rope_scaling": LINEAR}),
+    "rope_scaling of the old form beside rope_parameters": (
+        "llama2",
+        {"rope_scaling": {"type": "linear", "factor": 3}},
+    ),
+    "llama3 beside rope_parameters": ("llama2", {"rope_scaling": LLAMA3}),
+    "llama3 in rope_scaling beside linear": ("llama-linear", {"rope_scaling": LLAMA3}),
+    "an empty rope_scaling": ("llama-linear", {"rope_scaling": {}}),
+    "rope_parameters over the top level's theta": ("llama2", {"rope_theta": 500000.0}),
+    "theta of rope_scaling": (
+        "llama2",
+        {"rope_parameters": None, "rope_theta": 77.0, "rope_scaling": {**LINEAR, "rope_theta": 5e5}},
+    ),
+    "no theta": ("llama2", {"rope_parameters": None}),
+    "llama3 without its original length": (
+        "llama2",
+        {"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "original_max_position_embeddings"}},
+    ),
+    "llama3 with its original length at the top": ("llama3", {"original_max_position_embeddings": 128}),
+    "a factor of 1 without a type": ("llama2", {"rope_parameters": {"rope_theta": 1e4, "factor": 1.0}}),
+    "no max_position_embeddings": ("llama3", {"max_position_embeddings": None}),
+    "no rms_norm_eps": ("llama2", {"rms_norm_eps": None}),
+    "no num_key_value_heads": ("llama2", {"num_key_value_heads": None}),
+    "no head_dim": ("llama3", {"head_dim": None}),
+    "a window of another family": ("qwen2-tied", {"use_sliding_window": False, "sliding_window": 4}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), AS_TRANSFORMERS.values(), ids=AS_TRANSFORMERS)
+def test_settings_mean_what_they_mean_in_transformers(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    make_model(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(loaded_logits(tmp_path), logits_of(expected)) < 1e-4
+    assert load_checkpoint(tmp_path)[0].max_positions == expected.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "qwen2-tied", "qwen3"])
+def test_absent_settings_have_the_defaults_of_their_family(name: str, tmp_path: Path) -> None:
+    config = make_model(name).config.to_dict()
+    architecture = config["architectures"] or [type(make_model(name)).__name__]
+    needed = {key: config[key] for key in (*SIZES, "model_type") if key not in ("max_position_embeddings",)}
+    needed |= {
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "hidden_size": 256,
+        "architectures": architecture,
+    }
+    del needed["num_key_value_heads"]
+    window = {"sliding_window": None} if name == "mistral" else {}
+    spec = spec_from_hf_config(needed | window)
+    theirs = type(make_model(name).config)(**needed)
+    assert spec.max_positions == theirs.max_position_embeddings
+    assert spec.num_kv_heads == theirs.num_key_value_heads
+    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 8)
+
+
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     model = make_model("qwen3")
     model.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -183,6 +168,98 @@ def test_weights_beside_those_of_the_index(tmp_path: Path) -> None:
     model = make_model("mistral")
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     save_file({"layers.0.attention.wq.weight": torch.zeros(96, 64)}, tmp_path / "consolidated.safetensors")
+    assert relative_error(loaded_logits(tmp_path), logits_of(model)) < 1e-4
+
+
+@pytest.mark.parametrize("shards", ["kept", "removed"])
+def test_a_newer_single_file_counts_and_not_an_older_index(tmp_path: Path, shards: str) -> None:
+    make_model("llama2").save_pretrained(tmp_path, max_shard_size="40KB")
+    new = make_model("llama2")
+    with torch.no_grad():
+        new.lm_head.weight.mul_(-1)
+    if shards == "removed":
+        for shard in tmp_path.glob("model-*"):
+            shard.unlink()
+    save_file(new.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(loaded_logits(tmp_path), logits_of(theirs)) < 1e-4
+    assert relative_error(loaded_logits(tmp_path), logits_of(new)) < 1e-4
+
+
+def sharded(folder: Path) -> tuple[dict[str, str], Path]:
+    """A checkpoint of several files: its weight map, and its index."""
+    make_model("llama2").save_pretrained(folder, max_shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    return json.loads(index.read_text())["weight_map"], index
+
+
+def change_shard(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def test_of_a_tensor_in_two_shards_the_one_that_the_index_names_counts(tmp_path: Path) -> None:
+    weight_map, _ = sharded(tmp_path)
+    for shard in set(weight_map.values()) - {weight_map[UP]}:
+        change_shard(tmp_path / shard, lambda w: w.update({UP: torch.zeros(96, 64)}))
+    assert relative_error(loaded_logits(tmp_path), logits_of(make_model("llama2"))) < 1e-4
+
+
+def test_a_tensor_that_the_index_does_not_name_is_found_in_its_shard(tmp_path: Path) -> None:
+    weight_map, index = sharded(tmp_path)
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in weight_map.items() if k != UP}}))
+    assert relative_error(loaded_logits(tmp_path), logits_of(make_model("llama2"))) < 1e-4
+
+
+def test_a_tensor_in_two_files_that_no_index_names_is_refused(tmp_path: Path) -> None:
+    weight_map, index = sharded(tmp_path)
+    other = next(shard for shard in weight_map.values() if shard != weight_map[UP])
+    change_shard(tmp_path / other, lambda w: w.update({UP: torch.zeros(96, 64)}))
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in weight_map.items() if k != UP}}))
+    with pytest.raises(CheckpointError, match=f"{UP} is in model-.* and in model-.*, and no index"):
+        load_checkpoint(tmp_path)
+    index.unlink()
+    with pytest.raises(CheckpointError, match=f"{UP} is in model-.* and in model-.*, and no index"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_shard_without_what_the_index_says_is_in_it(tmp_path: Path) -> None:
+    weight_map, _ = sharded(tmp_path)
+    change_shard(tmp_path / weight_map[UP], lambda w: w.pop(UP) is None or w.update({"x.inv_freq": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=f"{weight_map[UP]} lacks {UP}, which the index says"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ""])
+def test_an_index_that_names_files_elsewhere(tmp_path: Path, file: str) -> None:
+    weight_map, index = sharded(tmp_path)
+    index.write_text(json.dumps({"weight_map": weight_map | {UP: file}}))
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged: it names something else"):
+        load_checkpoint(tmp_path)
+
+
+def test_weights_that_the_config_names(llama: Path) -> None:
+    change_config(llama, transformers_weights="other.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformers_weights 'other\.safetensors'"):
+        load_checkpoint(llama)
+
+
+def test_a_tied_config_with_a_head_that_differs(tmp_path: Path) -> None:
+    """transformers unties the two, whatever the config says; a bundle made from them says so."""
+    make_model("llama2").save_pretrained(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(loaded_logits(tmp_path), logits_of(theirs)) < 1e-4
+    assert not hf_config(load_checkpoint(tmp_path)[0], [1], torch.float32)["tie_word_embeddings"]
+
+
+def test_a_tied_config_with_only_a_head(tmp_path: Path) -> None:
+    model = make_model("smollm2")
+    model.save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(loaded_logits(tmp_path), logits_of(theirs)) < 1e-4
     assert relative_error(loaded_logits(tmp_path), logits_of(model)) < 1e-4
 
 
@@ -213,8 +290,11 @@ def test_transformers_reads_the_config_that_we_write(name: str, tmp_path: Path) 
     assert relative_error(logits_of(reread), logits_of(model)) < 1e-5
 
 
-@pytest.mark.parametrize("spec", [tiny_spec(), tiny_spec(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64))])
-def test_spec_survives_json(spec: DecoderSpec) -> None:
+@pytest.mark.parametrize(
+    "scaling", [None, RopeScaling(8.0, 1.0, 4.0, 64), RopeDivisors((1.0,) * 4 + (1.5, 4.0, 4.0, 4.0))]
+)
+def test_spec_survives_json(scaling: RopeScaling | RopeDivisors | None) -> None:
+    spec = tiny_spec(rope_scaling=scaling)
     assert DecoderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -263,6 +343,71 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "more layers": ({"num_hidden_layers": 3}, "model.layers.2.* is missing"),
     "fewer layers": ({"num_hidden_layers": 1}, "unknown weight model.layers.1"),
     "heads": ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    "factor without a type": ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor 4.0 and no rope_type"),
+    "factor alone": ({"rope_parameters": None, "rope_scaling": {"factor": 4.0}}, "factor 4.0 and no rope_type"),
+    "factor of the default type": ({"rope_scaling": {"type": "default", "factor": 2}}, "factor 2 and no rope_type"),
+    "yarn beside rope_parameters": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+    "dynamic beside rope_parameters": ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+    "longrope of two lengths": (
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 512,
+            }
+        },
+        "rope_type 'longrope'",
+    ),
+    "two types": ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 4.0}}, "contradict"),
+    "theta lost beside rope_scaling": (
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": LINEAR},
+        "rope_theta 1000000.0, with rope_scaling beside it 10000.0 counts",
+    ),
+    "unknown setting of rope": ({"rope_scaling": {**LINEAR, "attention_factor": 1.2}}, "attention_factor 1.2"),
+    "linear without factor": ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+    "factor 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+    "llama3 upside down": (
+        {"rope_parameters": LLAMA3_ROPE | {"high_freq_factor": 1.0}},
+        "high_freq_factor 1.0 must be greater",
+    ),
+    "rope as text": ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+    "theta 0": ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+    "negative theta": ({"rope_parameters": None, "rope_theta": -1e4}, "rope_theta is -10000"),
+    "theta as text": ({"rope_parameters": {"rope_theta": "10000"}}, "rope_theta is '10000'"),
+    "theta NaN": ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
+    "infinite epsilon": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+    "negative epsilon": ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+    "half a layer": ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, must be a whole number"),
+    "no layer": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    "layers as text": ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+    "layers as truth": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    "negative heads": ({"num_attention_heads": -4}, "num_attention_heads is -4"),
+    "no key-value heads": ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    "no positions": ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    "odd heads": ({"head_dim": 15}, "head_dim is 15, must be even"),
+    "uneven heads": ({"hidden_size": 66, "head_dim": None}, "hidden_size 66 is not a multiple"),
+    "tied as text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', must be true or false"),
+    "biases as text": ({"attention_bias": "false"}, "attention_bias is 'false'"),
+    "MLP biases as a number": ({"mlp_bias": 0}, "mlp_bias is 0"),
+    "window as text": ({"use_sliding_window": "false"}, "use_sliding_window is 'false'"),
+    "architectures as text": ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
+    "window of a Llama": ({"sliding_window": 64}, "sliding_window 64"),
+    "Mistral's default window": ({"architectures": ["MistralForCausalLM"]}, "sliding_window 4096 .the default"),
+    "Mistral's window, not Qwen's switch": (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 64, "use_sliding_window": False},
+        "sliding_window 64",
+    ),
+    "Qwen's default window": (
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+        "sliding_window 4096 .the default",
+    ),
+    "scaled logits": ({"logit_scale": 0.0625}, "logit_scale 0.0625 is not supported, only 1"),
+    "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+    "scaled embedding": ({"scale_emb": 12}, "scale_emb 12"),
+    "norms of queries": ({"use_qk_norm": True}, "use_qk_norm True"),
+    "another model type": ({"model_type": "granite"}, "model_type 'granite'"),
+    "a method of quantization": ({"quantization_config": {"quant_method": "quark"}}, "quantized by quark"),
 }
 
 
@@ -336,6 +481,21 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "extra module": (lambda w: w.update({"score.weight": torch.zeros(1, 64)}), "unknown weight score.weight"),
     "no head": (lambda w: w.pop("lm_head.weight"), "weight lm_head.weight is missing"),
+    "one NaN": (lambda w: w[UP].view(-1)[-1:].fill_(float("nan")), f"weight {UP} holds NaN"),
+    "one infinity": (lambda w: w[UP].view(-1)[:1].fill_(float("inf")), f"weight {UP} holds NaN or infinite"),
+    "NaN in bf16": (
+        lambda w: w.update({UP: w[UP].bfloat16().index_fill(0, torch.tensor([7]), float("nan"))}),
+        f"weight {UP} holds NaN",
+    ),
+    "-infinity in fp16": (
+        lambda w: w.update({UP: w[UP].half().index_fill(0, torch.tensor([7]), -float("inf"))}),
+        f"weight {UP} holds NaN or infinite",
+    ),
+    "NaN in a norm": (
+        lambda w: w["model.norm.weight"][3:4].fill_(float("nan")),
+        "weight model.norm.weight holds NaN",
+    ),
+    "adapter": (lambda w: w.update({"base.q_proj.lora_A.weight": torch.ones(4, 64)}), "is a LoRA adapter"),
 }
 
 
@@ -346,17 +506,56 @@ def test_refused_weights(llama: Path, change: Callable[[dict[str, Tensor]], obje
         load_checkpoint(llama)
 
 
+def packed_as(*parts: str, weight: torch.dtype | None = None) -> Callable[[dict[str, Tensor]], object]:
+    """Puts other tensors beside every projection's weight, or in its place where no type is given for it."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        for name in [name for name in weights if name.endswith("_proj.weight")]:
+            layer = name.removesuffix(".weight")
+            old = weights.pop(name)
+            if weight is not None:
+                weights[name] = old.to(weight)
+            weights.update({f"{layer}.{part}": torch.ones(1) for part in parts})
+
+    return change
+
+
+QUANTIZED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "GPTQ": (packed_as("qweight", "qzeros", "scales", "g_idx"), "tensor of GPTQ"),
+    "AWQ": (packed_as("qweight", "qzeros", "scales"), "tensor of GPTQ or AWQ"),
+    "bitsandbytes, 8 bits": (packed_as("SCB", weight=torch.int8), "tensor of bitsandbytes"),
+    "bitsandbytes, 4 bits": (
+        packed_as("weight.absmax", "weight.quant_map", weight=torch.uint8),
+        "tensor of bitsandbytes",
+    ),
+    "compressed-tensors": (packed_as("weight_packed", "weight_scale", "weight_shape"), "tensor of compressed-tensors"),
+    "NVFP4": (packed_as("weight_scale", "weight_scale_2", weight=torch.uint8), "tensor of NVFP4"),
+    "FP8 in blocks": (packed_as("weight_scale_inv", weight=torch.float8_e4m3fn), "tensor of FP8 in blocks"),
+    "FP8": (packed_as("weight_scale", weight=torch.float8_e4m3fn), "tensor of ModelOpt, llm-compressor or Quark"),
+    "scales of a KV cache": (packed_as("k_scale", weight=torch.float32), "tensor of ModelOpt"),
+    "MXFP4": (packed_as("gate_up_proj_blocks", "gate_up_proj_scales"), "quantized to MXFP4"),
+    "FP8 without scales": (packed_as(weight=torch.float8_e4m3fn), "is float8_e4m3fn, quantized, and has no scale"),
+    "FP8 E5M2 without scales": (packed_as(weight=torch.float8_e5m2), "is float8_e5m2, quantized"),
+    "int8 without scales": (packed_as(weight=torch.int8), "is int8, quantized, and has no scale"),
+    "bytes without scales": (packed_as(weight=torch.uint8), "is uint8, quantized, and has no scale"),
+    "int32 without scales": (packed_as(weight=torch.int32), "is int32, quantized, and has no scale"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), QUANTIZED.values(), ids=QUANTIZED)
+def test_quantized_weights_without_their_config(
+    llama: Path, change: Callable[[dict[str, Tensor]], object], named: str
+) -> None:
+    change_weights(llama, change)
+    with pytest.raises(CheckpointError, match=f"{named}.*give the original weights"):
+        load_checkpoint(llama)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
 def test_truncated_safetensors(llama: Path, kept: float) -> None:
     truncate(llama / "model.safetensors", kept)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .* truncated"):
         load_checkpoint(llama)
-
-
-def truncate(path: Path, kept: float) -> None:
-    """Keeps so many bytes, or that share of them."""
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
 
 
 def test_missing_config(llama: Path) -> None:
@@ -388,134 +587,3 @@ def test_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"notes\.txt is neither"):
         load_checkpoint(tmp_path / "notes.txt")
-
-
-# --- GGUF -----------------------------------------------------------------------------------------------------------
-
-
-def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to the q and k rows of Llama models."""
-    halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(
-    model: PreTrainedModel, path: Path, quantized: tuple[str, ...] = (), metadata: dict[str, object] | None = None
-) -> Path:
-    """Writes a model as llama.cpp's converter does; tensors whose name contains one of `quantized` as Q8_0."""
-    config = model.config
-    arch = gguf.MODEL_ARCH.LLAMA if config.model_type == "llama" else gguf.MODEL_ARCH[config.model_type.upper()]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.model_type == "qwen3":
-        writer.add_key_length(config.head_dim)
-    for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():  # leaves a tied LM head out
-        weight = parameter.detach().numpy()
-        if arch == gguf.MODEL_ARCH.LLAMA and ".q_proj." in name:
-            weight = permute(weight, config.num_attention_heads)
-        if arch == gguf.MODEL_ARCH.LLAMA and ".k_proj." in name:
-            weight = permute(weight, config.num_key_value_heads)
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None
-        if any(part in name for part in quantized):
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(gguf_name, gguf.quants.quantize(weight, q8), raw_dtype=q8)
-        else:
-            writer.add_tensor(gguf_name, np.ascontiguousarray(weight))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize("name", ["llama2", "smollm2", "qwen2-tied", "qwen3"])
-def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
-    model = make_model(name)
-    model.save_pretrained(tmp_path)
-    from_folder, from_gguf = load_checkpoint(tmp_path), load_checkpoint(write_gguf(model, tmp_path / "model.gguf"))
-    # GGUF keeps the epsilon in fp32.
-    assert replace(from_gguf[0], rms_norm_eps=1e-2) == from_folder[0]
-    assert from_gguf[0].rms_norm_eps == pytest.approx(1e-2)
-    assert from_gguf[1].keys() == from_folder[1].keys()
-    assert all(torch.equal(from_gguf[1][key], weight) for key, weight in from_folder[1].items())
-    assert relative_error(loaded_logits(tmp_path / "model.gguf"), logits_of(model)) < 1e-4
-
-
-def test_gguf_with_biases(tmp_path: Path) -> None:
-    model = make_model("llama-biases")
-    path = write_gguf(model, tmp_path / "model.gguf")
-    assert relative_error(loaded_logits(path), logits_of(model)) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["llama2", "qwen2-tied"])
-def test_gguf_with_quantized_tensors(name: str, tmp_path: Path) -> None:
-    model = make_model(name)
-    quantized = ("embed_tokens", "q_proj.weight", "up_proj")
-    path = write_gguf(model, tmp_path / "model.gguf", quantized)
-    q8 = gguf.GGMLQuantizationType.Q8_0
-    # Rounding works along rows, so it does not matter that the file's q rows are in another order.
-    rounded = {
-        key: torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.detach().numpy(), q8), q8))
-        for key, weight in model.named_parameters()
-        if any(part in key for part in quantized)
-    }
-    model.load_state_dict(rounded, strict=False)
-    weights = load_checkpoint(path)[1]
-    for key, weight in rounded.items():
-        assert torch.equal(weights[key], weight.half())
-    assert weights["model.norm.weight"].dtype == torch.float32
-    # fp16 keeps 11 bits of the product of an 8-bit value and an fp16 scale.
-    assert relative_error(loaded_logits(path), logits_of(model)) < 2e-3
-
-
-GGUF_REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
-    "experts": ("llama2", {"llama.expert_count": 8}, "expert_count"),
-    "rope scaling": ("llama2", {"llama.rope.scaling.type": "yarn"}, "rope.scaling"),
-    "window": ("llama2", {"llama.attention.sliding_window": 64}, "attention.sliding_window"),
-    "partial rotary": ("llama2", {"llama.rope.dimension_count": 4}, "rope.dimension_count 4"),
-    "own scale": ("llama2", {"llama.attention.scale": 64}, "attention.scale"),
-}
-
-
-@pytest.mark.parametrize(("name", "metadata", "named"), GGUF_REFUSED.values(), ids=GGUF_REFUSED)
-def test_refused_gguf(tmp_path: Path, name: str, metadata: dict[str, object], named: str) -> None:
-    path = write_gguf(make_model(name), tmp_path / "model.gguf", metadata=metadata)
-    with pytest.raises(CheckpointError, match=named):
-        load_checkpoint(path)
-
-
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma3")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(CheckpointError, match=r"general\.architecture 'gemma3'"):
-        load_checkpoint(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize("kept", [0, 3, 20, 0.005, 0.01, 0.5, 0.9999])
-def test_truncated_gguf(tmp_path: Path, kept: float) -> None:
-    path = write_gguf(make_model("llama2"), tmp_path / "model.gguf")
-    truncate(path, kept)
-    with pytest.raises(CheckpointError, match=r"model\.gguf .*truncated"):
-        load_checkpoint(path)
-
-
-def test_file_that_is_not_gguf(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"not a model at all, whatever it is called" * 10)
-    with pytest.raises(CheckpointError, match="not a GGUF file"):
-        load_checkpoint(tmp_path / "model.gguf")

@@ -173,6 +173,40 @@ def test_scales_of_the_kv_cache_are_left_out(tmp_path: Path) -> None:
     assert load_any(write_folder(tmp_path / "model", weights | cache, facts))[1].keys() == weights.keys()
 
 
+def test_only_the_kv_cache_is_quantized(tmp_path: Path) -> None:
+    weights = tiny_weights(tiny_spec())
+    cache = {f"{LAYER}.self_attn.{n}_proj.{n}_scale": torch.tensor(0.5) for n in "kv"}
+    folder = write_folder(tmp_path / "model", weights | cache, nested(None, kv_cache_quant_algo="FP8"))
+    assert quantization_of(folder) is None
+    loaded = load_any(folder)[1]
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
+    folder = write_folder(tmp_path / "model", tiny_quantized("fp8"), nested(None, kv_cache_quant_algo="FP8"))
+    with pytest.raises(CheckpointError, match="said not to be quantized but for its KV cache"):
+        load_any(folder)
+
+
+@pytest.mark.parametrize(
+    ("in_config", "named"),
+    [
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "quantized by compressed-tensors"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "says FP8, config.json W4A16_AWQ"),
+    ],
+)
+def test_documents_that_contradict_each_other(tmp_path: Path, in_config: dict[str, Any], named: str) -> None:
+    folder = write_folder(tmp_path / "model", tiny_quantized("fp8"), nested("FP8"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": in_config}))
+    with pytest.raises(CheckpointError, match=named):
+        load_any(folder)
+
+
+def test_a_tied_config_with_a_plain_head_that_differs(tmp_path: Path) -> None:
+    weights = tiny_quantized("fp8")
+    folder = write_folder(tmp_path / "model", weights, nested("FP8"), spec=tiny_spec(tie_embeddings=True))
+    spec, loaded = load_any(folder)
+    assert not spec.tie_embeddings and torch.equal(loaded["lm_head.weight"], weights["lm_head.weight"])
+
+
 def without(*names: str) -> Callable[[Weights], Weights]:
     return lambda weights: {name: weight for name, weight in weights.items() if name not in names}
 
@@ -261,6 +295,31 @@ REFUSED: dict[str, tuple[str, Callable[[Weights], Weights], str]] = {
         with_tensor("model.layers.7.mlp.down_proj.weight_scale", torch.tensor(1.0)),
         r"layers\.7\.mlp\.down_proj has scales and lacks",
     ),
+    "NaN in a scale": ("int4", with_tensor(f"{DOWN}.weight_scale", torch.full((64, 6), torch.nan)), "holds .*NaN"),
+    "infinite scale": ("fp8", with_tensor(f"{DOWN}.weight_scale", torch.tensor(torch.inf)), "infinite numbers"),
+    "negative scale": ("fp8", with_tensor(f"{DOWN}.weight_scale", torch.tensor(-1.0)), "holds negative"),
+    "inputs over zero": ("fp8", with_tensor(f"{DOWN}.input_scale", torch.tensor(0.0)), "input_scale holds 0, negative"),
+    "NaN in FP8": (
+        "fp8",
+        lambda w: (
+            w
+            | {
+                f"{DOWN}.weight": w[f"{DOWN}.weight"]
+                .float()
+                .index_fill(0, torch.tensor(5), torch.nan)
+                .to(torch.float8_e4m3fn)
+            }
+        ),
+        f"{DOWN}.weight holds NaN",
+    ),
+    "int8 without a scale": (
+        "fp8",
+        lambda w: (
+            without(f"{K}.weight_scale", f"{K}.input_scale")(w) | {f"{K}.weight": torch.ones(32, 64, dtype=torch.int8)}
+        ),
+        f"{K} is quantized and has no scale",
+    ),
+    "no layer is quantized": ("fp8", lambda _: tiny_weights(tiny_spec()), "said to be quantized to fp8, and no layer"),
     "an unknown weight": ("fp8", with_tensor(f"{DOWN}.zeros", torch.ones(1)), f"unknown weight {DOWN}.zeros"),
 }
 
