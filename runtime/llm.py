@@ -98,9 +98,11 @@ class LLM:
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         on_cpu = torch.device(device).type == "cpu"
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
+        # As they are stored: the engines make of each layer what they need, one after the other.
         spec, weights = load_checkpoint(bundle / "target")
-        decoder = Decoder.from_weights(spec, weights)
-        draft = load_draft(bundle / "draft" / "draft.safetensors", decoder)
+        decoder = Decoder.from_weights(spec, weights, dtype=None)
+        del weights
+        draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
         max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
         sizes: dict[str, Any] = {
             "precision": precision,
