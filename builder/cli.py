@@ -22,6 +22,7 @@ from ssv.builder.config import (
     load_recipe,
 )
 from ssv.builder.console import add_device, add_precision, run_command
+from ssv.builder.waiting import waiting
 
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
@@ -280,7 +281,8 @@ def calibrate_bundle(
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
 
-    llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision)
+    with waiting(f"loading {bundle}") as say:
+        llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, say=say)
     params = SamplingParams(max_tokens=config.max_tokens)
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
 

@@ -1,6 +1,6 @@
 """A bundle that answers: requests in, text out.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers; ssv.runtime.decoding, .engine, .loop, .prompt_cache,
+May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers, .waiting; ssv.runtime.decoding, .engine, .loop, .memory, .prompt_cache,
 .request, .strategies, .tensorrt_engine, .text, .tokenizer,
 .torch_engine.
 """
@@ -14,12 +14,14 @@ from typing import Any, Literal, get_args
 from ssv.builder.checkpoint import load_checkpoint, read_safetensors
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import load_draft, load_draft_head
-from ssv.builder.manifest import Manifest, read_manifest
+from ssv.builder.manifest import Manifest, read_manifest, unused_files, verify_files
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
+from ssv.builder.waiting import Say, say_nothing
 from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engine import Engine, EngineError
 from ssv.runtime.loop import DecodeLoop
+from ssv.runtime.memory import give_back
 from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.strategies import policy_for
@@ -73,6 +75,8 @@ class LLM:
         max_length: int = 2048,
         prefill_chunk: int | None = None,
         verify: bool = True,
+        verified: Mapping[str, str] | None = None,
+        say: Say = say_nothing,
     ) -> LLM:
         """Loads a bundle.
 
@@ -82,7 +86,9 @@ class LLM:
             precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is compiled.
             max_length: tokens of prompt and output together; cut to what the model has positions for.
             prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
-            verify: check the hash of every file first.
+            verify: check the hash of every file that is loaded first.
+            verified: files that another process has checked (see `verify_files`): those not touched since are not hashed again.
+            say: called with what is being done.
 
         Raises:
             BundleError, CheckpointError: the bundle is damaged.
@@ -91,7 +97,11 @@ class LLM:
         import torch
 
         bundle = Path(bundle)
-        manifest = read_manifest(bundle, verify=verify)
+        manifest = read_manifest(bundle, verify=False)
+        if verify:
+            unused = unused_files(manifest, engine)
+            verify_files(bundle, manifest, verified=verified or {}, unused=unused, say=say)
+        say(f"loading {bundle}")
         if engine == "tensorrt":
             return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
         if precision is not None and precision not in get_args(Precision):
@@ -114,9 +124,14 @@ class LLM:
         draft_ranges = {name.removeprefix("draft."): r for name, r in ranges.items() if name.startswith("draft.")}
         target_ranges = {name.removeprefix("target."): r for name, r in ranges.items() if name.startswith("target.")}
         scorer = load_scorer(bundle / "scorer.safetensors", draft.spec.decoder.hidden_size)
-        return cls(
+        engines = (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
+        )
+        del decoder, draft, ranges, draft_ranges, target_ranges
+        give_back()
+        return cls(
+            *engines,
             BundleTokenizer.load(bundle),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
