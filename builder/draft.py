@@ -124,7 +124,8 @@ class Draft(nn.Module):
         self.spec = spec
         hidden, eps = spec.decoder.hidden_size, spec.decoder.rms_norm_eps
         self.decoder = Decoder(spec.decoder, head_size=spec.head_size)
-        self.register_buffer("token_ids", torch.arange(spec.head_size))
+        # On the CPU whatever the default device is: on "meta" arange imports sympy, half a second.
+        self.register_buffer("token_ids", torch.arange(spec.head_size, device="cpu"))
         self.tap: FeatureTap | None = None
         if spec.kind == "conditioned":
             self.tap = FeatureTap(spec.feature_layers, hidden, hidden)

@@ -28,7 +28,7 @@ from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.torch_engine import Precision, draft_engine, target_engine
+from ssv.runtime.torch_engine import Precision, draft_engine, one_thread, target_engine
 
 GPU_PREFILL_CHUNK = 512
 
@@ -109,10 +109,11 @@ class LLM:
         on_cpu = torch.device(device).type == "cpu"
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
         # As they are stored: the engines make of each layer what they need, one after the other.
-        spec, weights = load_checkpoint(bundle / "target")
-        decoder = Decoder.from_weights(spec, weights, dtype=None)
-        del weights
-        draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
+        with one_thread():
+            spec, weights = load_checkpoint(bundle / "target")
+            decoder = Decoder.from_weights(spec, weights, dtype=None)
+            del weights
+            draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
         max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
         sizes: dict[str, Any] = {
             "precision": precision,

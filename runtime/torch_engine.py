@@ -295,7 +295,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
     _replace(module, AwqLinear, _Dequantized)
     if precision == "int8":
         replacement = _int8_linear if on_cpu else _rounded_int8
-        with _one_thread():
+        with one_thread():
             for part in smooth(module):
                 _replace(part, nn.Linear, replacement)
             _replace(module, nn.Linear, replacement)
@@ -317,7 +317,7 @@ def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Te
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Has torch use one thread for many small operations: beside another busy process each would wait for the second one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
