@@ -22,6 +22,7 @@ from ssv.builder.config import (
     load_recipe,
 )
 from ssv.builder.console import add_device, add_precision, add_threads, run_command
+from ssv.builder.waiting import waiting
 
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
@@ -299,7 +300,8 @@ def calibrate_bundle(
 
     texts = read_prompts(config.prompts_file)[: config.num_prompts]
     check_num_prompts(len(texts), config)
-    llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, threads=threads)
+    with waiting(f"loading {bundle}") as say:
+        llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, threads=threads, say=say)
     params = SamplingParams(max_tokens=config.max_tokens)
     prompts = [llm.chat_ids(text) for text in texts]
 

@@ -129,9 +129,12 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(hidden_RH))
 
     @classmethod
-    def from_weights(cls, spec: DecoderSpec, weights: Weights, dtype: torch.dtype = torch.float32) -> Decoder:
-        """The decoder with a checkpoint's weights (Hugging Face names) in a type. Layers that the checkpoint holds quantized
-        become `QuantizedLinear`.
+    def from_weights(cls, spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Decoder:
+        """The decoder with a checkpoint's weights (Hugging Face names). Layers that the checkpoint holds quantized become
+        `QuantizedLinear`.
+
+        Args:
+            dtype: of what is not quantized; None for the types that the checkpoint has.
 
         Raises:
             CheckpointError: a quantized layer that is not supported.
@@ -158,35 +161,37 @@ _RENAMED = {
 }
 
 
-def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
+def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Weights:
     """State dict of `Decoder` from weights under Hugging Face names, but for those that are quantized."""
     # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it is used.
-    state = {"embed.weight": weights["model.embed_tokens.weight"].to(dtype, copy=True)}
+    embedding = weights["model.embed_tokens.weight"]
+    state = {"embed.weight": embedding.to(dtype or embedding.dtype, copy=True)}
     for module, sources in _sources(spec).items():
         if any(is_quantized(weights, source) for source in sources):
             continue
         for kind in ("weight", "bias"):
             found = [weights[f"{source}.{kind}"] for source in sources if f"{source}.{kind}" in weights]
             if found:
-                state[f"{module}.{kind}"] = torch.cat(found).to(dtype)
+                joined = torch.cat(found)
+                state[f"{module}.{kind}"] = joined.to(dtype or joined.dtype)
     if "lm_head.weight" not in state and not is_quantized(weights, "lm_head"):  # tied
         state["lm_head.weight"] = state["embed.weight"]
     return state
 
 
 def replace_quantized(
-    module: nn.Module, sources: Mapping[str, Sequence[str]], weights: Mapping[str, Tensor], dtype: torch.dtype
+    module: nn.Module, sources: Mapping[str, Sequence[str]], weights: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> None:
     """Puts quantized layers in place of those that a checkpoint holds quantized.
 
     Args:
         sources: names in the checkpoint of what each linear layer of the module is made of.
-        dtype: of their biases.
+        dtype: of their biases; None for fp32.
     """
     for name, parts in sources.items():
         if not any(is_quantized(weights, part) for part in parts):
             continue
-        biases = [weights[f"{part}.bias"].to(dtype) for part in parts if f"{part}.bias" in weights]
+        biases = [weights[f"{part}.bias"].to(dtype or torch.float32) for part in parts if f"{part}.bias" in weights]
         layer = quantized_linear(weights, parts, torch.cat(biases) if biases else None)
         plain = module.get_submodule(name)
         assert isinstance(plain, nn.Linear)

@@ -124,7 +124,8 @@ class Draft(nn.Module):
         self.spec = spec
         hidden, eps = spec.decoder.hidden_size, spec.decoder.rms_norm_eps
         self.decoder = Decoder(spec.decoder, head_size=spec.head_size)
-        self.register_buffer("token_ids", torch.arange(spec.head_size))
+        # On the CPU whatever the default device is: on "meta" arange imports sympy, half a second.
+        self.register_buffer("token_ids", torch.arange(spec.head_size, device="cpu"))
         self.tap: FeatureTap | None = None
         if spec.kind == "conditioned":
             self.tap = FeatureTap(spec.feature_layers, hidden, hidden)
@@ -207,11 +208,11 @@ def write_draft(spec: DraftSpec, state: dict[str, Tensor], path: Path) -> None:
     save_file(state, path, metadata={"ssv_draft": json.dumps(spec.to_dict(), sort_keys=True)})
 
 
-def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) -> Draft:
+def load_draft(path: Path, target: Decoder, dtype: torch.dtype | None = torch.float32) -> Draft:
     """Reads a draft, quantized or not, and joins it to its target.
 
     Args:
-        dtype: of what is not quantized.
+        dtype: of what is not quantized; None for the types that the file has.
 
     Raises:
         CheckpointError: damaged file, weights that do not fit the spec, or a draft made for another target.
@@ -239,7 +240,8 @@ def load_draft(path: Path, target: Decoder, dtype: torch.dtype = torch.float32) 
         raise CheckpointError(f"{path}: weight {wrong[0]} is missing, unknown or misshapen")
     replace_quantized(draft, {name: (name,) for name in linears}, state, dtype)
     token_ids = _checked_token_ids(spec, state.pop("token_ids"), path)
-    plain = {name: value.to(dtype) for name, value in state.items() if name not in quantized}
+    # Copies, as in `state_from_weights`.
+    plain = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items() if name not in quantized}
     draft.load_state_dict(plain, assign=True, strict=False)
     draft.share_target(target, token_ids)
     return draft.requires_grad_(False)

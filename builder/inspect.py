@@ -1,6 +1,6 @@
 """Shows a bundle, for a person and for a program.
 
-May import: ssv.builder.manifest.
+May import: ssv.builder.manifest, .waiting.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssv.builder.manifest import Manifest, read_manifest
+from ssv.builder.waiting import waiting
 
 
 def bundle_facts(bundle: Path) -> dict[str, Any]:
@@ -21,13 +22,13 @@ def bundle_facts(bundle: Path) -> dict[str, Any]:
     Raises:
         BundleError: see `read_manifest`.
     """
-    manifest = read_manifest(bundle)
+    manifest = _read(bundle)
     return {**manifest.model_dump(mode="json"), "total_bytes": sum(f.size for f in manifest.files.values())}
 
 
 def print_bundle(bundle: Path) -> None:
     """Prints what is in a bundle to stdout."""
-    manifest = read_manifest(bundle)
+    manifest = _read(bundle)
     console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
     target, draft = manifest.target, manifest.draft
     console.print(f"[bold]{manifest.name}[/bold]  ({bundle}, all {len(manifest.files)} files match their hashes)")
@@ -45,6 +46,11 @@ def print_bundle(bundle: Path) -> None:
     for name, entry in manifest.files.items():
         files.add_row(name, f"{entry.size / 1e6:.2f}", entry.sha256[:12])
     console.print(files)
+
+
+def _read(bundle: Path) -> Manifest:
+    with waiting(f"checking {bundle}") as say:
+        return read_manifest(bundle, say=say)
 
 
 def _network_line(role: str, spec: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
 """The bundle's manifest: what is in it, checked before anything of it is used.
 
-May import: ssv.builder.checkpoint, .draft, .tensorrt_api, .tiers.
+May import: ssv.builder.checkpoint, .draft, .tensorrt_api, .tiers, .waiting.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
 from ssv.builder.tiers import Policy
+from ssv.builder.waiting import Say, say_nothing
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -158,11 +160,11 @@ def write_manifest(bundle: Path, manifest: Manifest) -> None:
     part.replace(bundle / MANIFEST_NAME)
 
 
-def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
+def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> Manifest:
     """Reads a bundle's manifest.
 
     Args:
-        verify: hash every file of the bundle and compare.
+        verify: hash every file of the bundle and compare, see `verify_files`.
 
     Raises:
         BundleError: no bundle, another schema version, damaged, or a file missing or changed.
@@ -186,19 +188,66 @@ def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path} is damaged ({where}: {first['msg']}): build the bundle again") from error
     if verify:
-        _verify_files(bundle, manifest)
+        verify_files(bundle, manifest, say=say)
     return manifest
 
 
-def _verify_files(bundle: Path, manifest: Manifest) -> None:
+Verified = dict[str, str]
+"""By the name of a file in its bundle: what it was when its hash was found right (see `verify_files`)."""
+
+
+def verify_files(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    verified: Mapping[str, str] = {},
+    unused: Container[str] = (),
+    say: Say = say_nothing,
+) -> Verified:
+    """Hashes a bundle's files and compares.
+
+    Args:
+        verified: what another process, of the same machine, got from this function: files that have not been touched since are not
+            hashed again.
+        unused: files that only have to be there, with the right size.
+        say: called with what is being checked.
+
+    Returns:
+        What a further process need not hash again.
+
+    Raises:
+        BundleError: a file missing, changed, or outside the bundle.
+    """
     root = bundle.resolve()
+    found_right: Verified = {}
     for name, expected in manifest.files.items():
         path = (bundle / name).resolve()
         if not path.is_relative_to(root):
             raise BundleError(f"{bundle / MANIFEST_NAME} names {name}, which lies outside the bundle")
         if not path.is_file():
             raise BundleError(f"{bundle} lacks {name}: build the bundle again")
-        found = file_entry(path)
+        # Before it is read: what changes while it is read shows the next time.
+        state = _state(path.stat(), expected)
+        if name in unused or verified.get(name) == state:
+            found = expected.model_copy(update={"size": path.stat().st_size})
+        else:
+            say(f"checking {path}, {expected.size / 1e6:.0f} MB")
+            found = file_entry(path)
         if found != expected:
             what = f"size {found.size}, expected {expected.size}" if found.size != expected.size else "another SHA-256"
             raise BundleError(f"{path} does not match the manifest ({what}): it was changed or damaged, build again")
+        if name not in unused:
+            found_right[name] = state
+    return found_right
+
+
+def unused_files(manifest: Manifest, engine: str) -> set[str]:
+    """Files that an engine of `LLM.load` does not read: of "torch" the compiled ones."""
+    return {entry.file for entry in manifest.engines.values()} if engine == "torch" else set()
+
+
+def _state(status: os.stat_result, expected: FileEntry) -> str:
+    """A file that has this still has its content: the time of its last change (ctime) cannot be set back. With the hash, since the manifest
+    may be another one."""
+    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, expected.sha256)
+    return " ".join(map(str, facts))

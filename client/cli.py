@@ -1,6 +1,6 @@
 """ssv-generate: streams an answer to a prompt, from a bundle here or from a server.
 
-May import: ssv.builder.console; ssv.runtime.llm, .request, .strategies; ssv.client.triton.
+May import: ssv.builder.console, .waiting; ssv.runtime.llm, .request, .strategies; ssv.client.triton.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssv.builder.console import add_device, add_engine, add_precision, add_threads, run_command
+from ssv.builder.waiting import waiting
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.strategies import METHODS
 
@@ -71,7 +72,15 @@ def _run(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
 
-    llm = LLM.load(args.bundle, engine=args.engine, precision=args.precision, device=args.device, threads=args.threads)
+    with waiting(f"loading {args.bundle}") as say:
+        llm = LLM.load(
+            args.bundle,
+            engine=args.engine,
+            precision=args.precision,
+            device=args.device,
+            threads=args.threads,
+            say=say,
+        )
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
     for chunk in llm.stream([Request(ids, args.method, params, args.num_draft_tokens)]):
         print(chunk.text, end="", flush=True)

@@ -3,7 +3,7 @@
 Methods take turns on each group of prompts, in a rotating order, so that a machine whose speed drifts slows all of them alike; speed-ups
 are ratios within the run.
 
-May import: ssv.builder.console, .environment, .progress, .prompts; ssv.runtime.audit, .llm, .request, .stats, .strategies.
+May import: ssv.builder.console, .environment, .progress, .prompts, .waiting; ssv.runtime.audit, .llm, .request, .stats, .strategies.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ssv.builder.console import add_device, add_engine, add_precision, add_threa
 from ssv.builder.environment import commit, machine, versions
 from ssv.builder.progress import Report, terminal_report
 from ssv.builder.prompts import read_prompts
+from ssv.builder.waiting import waiting
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
@@ -128,14 +129,16 @@ def _run(args: argparse.Namespace) -> int:
 
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
 
-    llm = LLM.load(
-        args.bundle,
-        engine=args.engine,
-        precision=args.precision,
-        device=args.device,
-        max_batch=args.batch,
-        threads=args.threads,
-    )
+    with waiting(f"loading {args.bundle}") as say:
+        llm = LLM.load(
+            args.bundle,
+            engine=args.engine,
+            precision=args.precision,
+            device=args.device,
+            max_batch=args.batch,
+            threads=args.threads,
+            say=say,
+        )
     with terminal_report() as report:
         rows = compare(
             llm,

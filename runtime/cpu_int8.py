@@ -32,6 +32,7 @@ from ssv.builder.scorer import Scorer
 from ssv.runtime.engine import EngineError
 
 _LEVELS = 63.0
+_ROWS = 512
 
 
 if importlib.util.find_spec("ssv.runtime._cpu") is not None:
@@ -48,9 +49,7 @@ class Int8Linear(nn.Module):
         self.bias_O, self.input_factor_I = bias_O, input_factor_I
         if "fbgemm" not in torch.backends.quantized.supported_engines:
             raise EngineError("precision int8 needs torch with FBGEMM (x86-64): use bf16 or fp32 on this machine")
-        scale = int8_scale(weight_OI)
-        values = (weight_OI / scale).round().to(torch.int8)
-        scale = scale[:, 0].double()
+        values, scale = _int8_values(weight_OI)
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():
             # torch moves quantized tensors to torchao, which has no kernel for a CPU without AVX-512.
@@ -77,9 +76,23 @@ def _product(packed: torch.ScriptObject) -> Callable[[Tensor], Tensor]:
     return lambda scaled_MI: op(scaled_MI, 1.0, 64, packed)
 
 
+@torch.no_grad()
+def _int8_values(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of any floating type in int8, and the scale of each output channel, fp64 [O]."""
+    values_OI, scale_O1 = torch.empty(weight_OI.shape, dtype=torch.int8), torch.empty(len(weight_OI), 1)
+    # A few rows at a time: in fp32 they stay in the processor's cache.
+    for weight, values, scale in zip(*(x.split(_ROWS) for x in (weight_OI, values_OI, scale_O1)), strict=True):
+        fp32 = weight.float()
+        scale.copy_(int8_scale(fp32))
+        values.copy_((fp32 / scale).round_())
+    return values_OI, scale_O1[:, 0].double()
+
+
 def int8_scale(weight_OI: Tensor) -> Tensor:
     """Scale of each output channel, [O, 1]."""
-    return weight_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    # Without the copy that abs() is.
+    largest_O1 = torch.maximum(weight_OI.amax(dim=1, keepdim=True), -weight_OI.amin(dim=1, keepdim=True))
+    return largest_O1.clamp(min=1e-12) / 127
 
 
 def quantize_rows(x_MI: Tensor, factor_I: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,9 @@ May import: ssv.builder.checkpoint.
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,8 +29,7 @@ class KVCache:
     ) -> None:
         shape = (spec.num_layers, max_batch, spec.num_kv_heads, max_length, spec.head_dim)
         # Zeros, not empty: masked positions are multiplied by zero, and zero times NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_zeros(shape, dtype, torch.device(device)) for _ in range(2))
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         """Copies the first `length` positions of row `source` over those of `dest`."""
@@ -42,6 +44,14 @@ class KVCache:
         """Puts what `read` gave into a row, from position `start` on."""
         for cache, held in zip((self.keys, self.values), held_2LKMD, strict=True):
             cache[:, row, :, start : start + held.shape[2]] = held
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory, on a CPU, only where something is written: most requests are shorter than a row."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class CachedAttend:

@@ -1,6 +1,6 @@
 """A bundle that answers: requests in, text out.
 
-May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers; ssv.runtime.decoding, .engine, .loop, .prompt_cache,
+May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers, .waiting; ssv.runtime.decoding, .engine, .loop, .memory, .prompt_cache,
 .request, .strategies, .tensorrt_engine, .text, .tokenizer,
 .torch_engine.
 """
@@ -14,19 +14,21 @@ from typing import Any, Literal, get_args
 from ssv.builder.checkpoint import load_checkpoint, read_safetensors
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import load_draft, load_draft_head
-from ssv.builder.manifest import Manifest, read_manifest
+from ssv.builder.manifest import Manifest, read_manifest, unused_files, verify_files
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
+from ssv.builder.waiting import Say, say_nothing
 from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engine import Engine, EngineError
 from ssv.runtime.loop import DecodeLoop
+from ssv.runtime.memory import give_back
 from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, target_engine
+from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 
 GPU_PREFILL_CHUNK = 512
 
@@ -78,6 +80,8 @@ class LLM:
         prefill_chunk: int | None = None,
         threads: int | None = None,
         verify: bool = True,
+        verified: Mapping[str, str] | None = None,
+        say: Say = say_nothing,
     ) -> LLM:
         """Loads a bundle.
 
@@ -89,7 +93,9 @@ class LLM:
             prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
             threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8 follows while it
                 decodes. `OMP_NUM_THREADS`, or another number than torch's own set before, is kept.
-            verify: check the hash of every file first.
+            verify: check the hash of every file that is loaded first.
+            verified: files that another process has checked (see `verify_files`): those not touched since are not hashed again.
+            say: called with what is being done.
 
         Raises:
             BundleError, CheckpointError: the bundle is damaged.
@@ -103,15 +109,22 @@ class LLM:
             raise EngineError("threads are of the torch engine on a CPU: leave them out for another engine or device")
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
-        manifest = read_manifest(bundle, verify=verify)
+        manifest = read_manifest(bundle, verify=False)
+        if verify:
+            unused = unused_files(manifest, engine)
+            verify_files(bundle, manifest, verified=verified or {}, unused=unused, say=say)
+        say(f"loading {bundle}")
         if engine == "tensorrt":
             return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
-        spec, weights = load_checkpoint(bundle / "target")
-        decoder = Decoder.from_weights(spec, weights)
-        draft = load_draft(bundle / "draft" / "draft.safetensors", decoder)
+        # As they are stored: the engines make of each layer what they need, one after the other.
+        with one_thread():
+            spec, weights = load_checkpoint(bundle / "target")
+            decoder = Decoder.from_weights(spec, weights, dtype=None)
+            del weights
+            draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
         max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
         sizes: dict[str, Any] = {
             "precision": precision,
@@ -126,9 +139,14 @@ class LLM:
         if thread_count is not None:
             thread_count.follow()
         scorer = load_scorer(bundle / "scorer.safetensors", draft.spec.decoder.hidden_size)
-        return cls(
+        engines = (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
+        )
+        del decoder, draft, ranges, draft_ranges, target_ranges
+        give_back()
+        return cls(
+            *engines,
             BundleTokenizer.load(bundle),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,

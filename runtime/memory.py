@@ -9,6 +9,7 @@ May import: nothing else of ssv.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
@@ -17,6 +18,12 @@ has been freed (mallopt(3)), and no longer once it is set."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST = 32 << 20  # that malloc takes for a threshold
+
+
+def give_back() -> None:
+    """Gives back now what is free, also between blocks in use, as after loading; does nothing where malloc cannot be told (not glibc)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_large_blocks() -> bool:

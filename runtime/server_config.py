@@ -37,6 +37,7 @@ class ServerConfig(BaseModel):
         stream_interval_ms: between two responses of a stream, at least.
         responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores, each response takes
             time from the engines.
+        verified: files of the bundle that ssv-serve has checked, as JSON (see `verify_files`); "" for none.
         audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
     """
 
@@ -56,6 +57,7 @@ class ServerConfig(BaseModel):
     prompt_cache_mb: Annotated[int, Field(ge=0)] = 256
     stream_interval_ms: Annotated[int, Field(ge=0)] = 40
     responses_per_s: Annotated[int, Field(ge=0)] = 40
+    verified: str = ""
     audit_share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @classmethod

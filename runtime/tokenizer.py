@@ -1,6 +1,6 @@
 """A bundle's tokenizer: text to token ids, with or without the chat template, and back. Imports no torch.
 
-May import: ssv.runtime.request.
+May import: ssv.runtime.request, .tokenizer_files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ssv.runtime.request import RequestError
 
 class BundleTokenizer:
     """Attributes:
-    inner: the `transformers` tokenizer.
+    inner: a `FileTokenizer`, or what `transformers` makes of a tokenizer without a tokenizer.json.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -22,9 +22,14 @@ class BundleTokenizer:
 
     @classmethod
     def load(cls, bundle: Path | str) -> BundleTokenizer:
-        from transformers import AutoTokenizer
+        folder = Path(bundle) / "tokenizer"
+        if (folder / "tokenizer.json").is_file():
+            from ssv.runtime.tokenizer_files import FileTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(Path(bundle) / "tokenizer"))
+            return cls(FileTokenizer.load(folder))
+        from transformers import AutoTokenizer  # imports torch, and takes seconds
+
+        return cls(AutoTokenizer.from_pretrained(folder))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that is to be continued.

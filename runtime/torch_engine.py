@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -25,7 +26,7 @@ from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, FeatureTap
 from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
 from ssv.builder.scorer import Scorer
-from ssv.builder.smoothing import Ranges, smooth_decoder, smooth_join, smoothing_factor
+from ssv.builder.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
 from ssv.plugins.ops import on
 from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale, share_stages
 from ssv.runtime.engine import EngineError, StepOutput, check_step
@@ -194,7 +195,7 @@ def target_engine(
     """An engine over a target.
 
     Args:
-        decoder: in fp32; left as it is.
+        decoder: in fp32, or as it is stored, which gives the same and takes less memory; left as it is.
         draft: the draft whose features the target shall return, if it is a conditioned one.
         ranges: activation ranges of the target, and of the draft's tap under "tap."; int8 smooths with them if given.
         threads: which int8 on the CPU follows from step to step; None leaves torch's number alone.
@@ -203,7 +204,7 @@ def target_engine(
         EngineError: precision unknown, or not to be had on this device.
     """
     tap = draft.tap if draft is not None else None
-    decoder = _prepare(decoder, precision, device, lambda d: smooth_decoder(d, ranges) if ranges else None)
+    decoder = _prepare(decoder, precision, device, lambda d: smoothed_parts(d, ranges) if ranges else ())
     if tap is not None:
         tap = _prepare_tap(tap, precision, device, ranges.get("tap.project") if ranges else None)
     return TorchEngine(decoder, max_batch=max_batch, max_length=max_length, tap=tap, threads=threads)
@@ -222,9 +223,9 @@ def draft_engine(
 ) -> TorchEngine:
     """An engine over a draft, with its scorer; arguments as for `target_engine`."""
 
-    def smooth(copied: Draft) -> None:
+    def smooth(copied: Draft) -> Iterator[nn.Module]:
         if ranges:
-            smooth_decoder(copied.decoder, ranges, prefix="decoder.")
+            yield from smoothed_parts(copied.decoder, ranges, prefix="decoder.")
             if copied.conditioned:
                 smooth_join(copied.join, [copied.embed_norm, copied.feature_norm], ranges["join"])
 
@@ -320,7 +321,12 @@ M = TypeVar("M", Decoder, Draft, FeatureTap)
 N = TypeVar("N", bound=nn.Module)
 
 
-def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], None]) -> M:
+def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], Iterable[nn.Module]]) -> M:
+    """A copy in a precision on a device.
+
+    Args:
+        smooth: smooths the copy for int8, part by part: each is packed before the next one.
+    """
     if precision not in get_args(Precision):
         raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
     if (found := precision_of(module)) is not None and precision in ("int8", "int4"):
@@ -329,13 +335,15 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
         )
     # New modules over the same parameters: replacing one leaves the caller's module as it is.
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
-    if precision == "int8":
-        smooth(module)
+    on_cpu = _is_cpu(device)
     _replace(module, Fp8Linear, _Dequantized)
     _replace(module, AwqLinear, _Dequantized)
-    on_cpu = _is_cpu(device)
     if precision == "int8":
-        _replace(module, nn.Linear, _int8_linear if on_cpu else _rounded_int8)
+        replacement = _int8_linear if on_cpu else _rounded_int8
+        with one_thread():
+            for part in smooth(module):
+                _replace(part, nn.Linear, replacement)
+            _replace(module, nn.Linear, replacement)
     elif precision == "int4":
         _replace(module, nn.Linear, _int4_linear if on_cpu else _rounded_int4)
     keeps_fp32 = precision == "fp32" or (on_cpu and precision in ("int8", "int4"))
@@ -344,13 +352,24 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
 
 
 def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
-    prepared = _prepare(tap, precision, device, lambda _: None)
+    prepared = _prepare(tap, precision, device, lambda _: ())
     if range_X is not None and precision == "int8" and _is_cpu(device):
         # No norm comes before the tap that could take the factor: it is applied to the features.
         weight = tap.project.weight
         factor_X = smoothing_factor(weight, range_X, "join")
-        prepared._modules["project"] = Int8Linear(weight * factor_X, None, input_factor_I=1 / factor_X)
+        prepared._modules["project"] = Int8Linear(scaled_columns(weight, factor_X), None, input_factor_I=1 / factor_X)
     return prepared
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch use one thread for many small operations: beside another busy process each would wait for the second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _is_cpu(device: str) -> bool:
@@ -362,18 +381,19 @@ def _int8_linear(linear: nn.Linear) -> nn.Module:
 
 
 def _int4_linear(linear: nn.Linear) -> nn.Module:
-    return Int4Linear(linear.weight, linear.bias)
+    return Int4Linear(linear.weight.float(), linear.bias)
 
 
 def _rounded_int4(linear: nn.Linear) -> nn.Module:
-    values, scale, low = int4_groups(linear.weight)
+    values, scale, low = int4_groups(linear.weight.float())
     rounded = values.view(*scale.shape, -1) * scale[..., None] + low[..., None]
     return _with_weight(linear, rounded.view_as(linear.weight))
 
 
 def _rounded_int8(linear: nn.Linear) -> nn.Module:
-    scale = int8_scale(linear.weight)
-    return _with_weight(linear, (linear.weight / scale).round() * scale)
+    weight = linear.weight.float()
+    scale = int8_scale(weight)
+    return _with_weight(linear, (weight / scale).round() * scale)
 
 
 def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
@@ -408,7 +428,10 @@ def _convert(module: nn.Module, device: str, dtype: torch.dtype) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.to(device, dtype), requires_grad=False)
+                # Of an embedding each step uses a few rows, which become fp32 then: it is not made larger.
+                stays = isinstance(part, nn.Embedding) and parameter.dtype.itemsize <= dtype.itemsize
+                converted = parameter.to(device, parameter.dtype if stays else dtype)
+                part._parameters[name] = nn.Parameter(converted, requires_grad=False)
         for name, buffer in part._buffers.items():
             part._buffers[name] = buffer.to(device) if buffer is not None else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -30,8 +31,9 @@ import psutil
 
 from ssv.ab.routing import read_routing
 from ssv.builder.console import add_device, add_engine, add_precision, run_command
-from ssv.builder.manifest import read_manifest
+from ssv.builder.manifest import read_manifest, unused_files, verify_files
 from ssv.builder.tiers import Policy
+from ssv.builder.waiting import waiting
 from ssv.runtime.control import ControlSender
 from ssv.runtime.memory import GIVE_BACK
 from ssv.runtime.server_config import ServerConfig
@@ -48,6 +50,7 @@ ADMIN_PROTOCOLS = "shared-memory,model-repository,logging,trace"
 """Of Triton, all but health, metadata, configs and statistics, which clients look at."""
 
 POLL_SECONDS = 0.25
+READY_POLL_SECONDS = 0.1
 RESTART_WINDOW_SECONDS = 600.0
 
 
@@ -132,12 +135,16 @@ def _run(args: argparse.Namespace) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    with waiting(f"checking {args.bundle}") as say:  # before anything is started
+        manifest = read_manifest(args.bundle, verify=False)
+        verified = verify_files(args.bundle, manifest, unused=unused_files(manifest, args.engine), say=say)
+    named = ServerConfig.model_fields.keys() - {"bundle", "precision", "verified"}
     config = ServerConfig(
         bundle=args.bundle.resolve(),
         precision=args.precision or "",
-        **{name: getattr(args, name) for name in ServerConfig.model_fields if name not in ("bundle", "precision")},
+        verified=json.dumps(verified),
+        **{name: getattr(args, name) for name in named},
     )
-    manifest = read_manifest(args.bundle, verify=True)  # before anything is started
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
@@ -227,7 +234,9 @@ class _Supervisor:
             env=GIVE_BACK | os.environ | self._installation.environment,
             start_new_session=True,  # a terminal's Ctrl-C is for us
         )
-        if (why := self._wait_ready()) is not None or self._stopping.is_set():
+        with waiting("starting tritonserver and its models"):
+            why = self._wait_ready()
+        if why is not None or self._stopping.is_set():
             return None if self._stopping.is_set() else why
         self._was_ready = True
         self._children = psutil.Process(self._server.pid).children(recursive=True)
@@ -281,7 +290,7 @@ class _Supervisor:
                 return None
             if time.monotonic() > deadline:
                 return f"tritonserver was not ready after {self._args.ready_timeout:g} s"
-            time.sleep(POLL_SECONDS)
+            time.sleep(READY_POLL_SECONDS)
         return None
 
     def _announce(self) -> None:

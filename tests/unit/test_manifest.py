@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from ssv.builder import manifest as module
 from ssv.builder.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -20,6 +22,7 @@ from ssv.builder.manifest import (
     TierEntry,
     file_entry,
     read_manifest,
+    verify_files,
     write_manifest,
 )
 from ssv.builder.tiers import Policy
@@ -142,6 +145,78 @@ def test_changed_file(bundle: Path) -> None:
     with pytest.raises(BundleError, match="size 6, expected 7"):
         read_manifest(bundle)
     assert read_manifest(bundle, verify=False).name == "tiny"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that have been hashed."""
+    names: list[str] = []
+
+    def entry(path: Path) -> FileEntry:
+        names.append(path.name)
+        return file_entry(path)
+
+    monkeypatch.setattr(module, "file_entry", entry)
+    return names
+
+
+def test_what_one_process_has_checked_another_does_not_hash_again(bundle: Path, hashed: list[str]) -> None:
+    manifest = read_manifest(bundle, verify=False)
+    assert not hashed
+    verified = verify_files(bundle, manifest)
+    assert hashed == ["weights.bin", "scorer.bin"]
+    handed_on = json.loads(json.dumps(verified))
+    assert verify_files(bundle, manifest, verified=handed_on) == verified
+    assert len(hashed) == 2
+
+
+def _rewrite_in_place(path: Path) -> None:
+    times = path.stat()
+    while path.stat().st_ctime_ns == times.st_ctime_ns:  # a file system's clock may tick every few milliseconds
+        path.write_bytes(b"weighty")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p and rsync leave it
+
+
+def _put_another_there(path: Path) -> None:
+    times = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(b"weighty")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.replace(path)
+
+
+def _link_to_another(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"weighty")
+    path.unlink()
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize("change", [_rewrite_in_place, _put_another_there, _link_to_another])
+def test_a_change_since_it_was_checked_is_noticed(bundle: Path, change: Callable[[Path], None]) -> None:
+    manifest = read_manifest(bundle, verify=False)
+    verified = verify_files(bundle, manifest)
+    change(bundle / "target" / "weights.bin")
+    with pytest.raises(BundleError, match=r"does not match the manifest \(another SHA-256\)"):
+        verify_files(bundle, manifest, verified=verified)
+
+
+def test_a_manifest_that_expects_something_else_is_checked(bundle: Path, hashed: list[str]) -> None:
+    verified = verify_files(bundle, read_manifest(bundle, verify=False))
+    rewrite(bundle, lambda data: data["files"]["target/weights.bin"].update(sha256="ab" * 32))
+    with pytest.raises(BundleError, match="another SHA-256"):
+        verify_files(bundle, read_manifest(bundle, verify=False), verified=verified)
+
+
+def test_files_that_are_not_used_are_not_hashed_but_have_to_be_there(bundle: Path, hashed: list[str]) -> None:
+    manifest = read_manifest(bundle, verify=False)
+    said: list[str] = []
+    verified = verify_files(bundle, manifest, unused={"target/weights.bin"}, say=said.append)
+    assert hashed == ["scorer.bin"] and len(said) == 1 and "scorer.bin" in said[0]
+    assert verified.keys() == {"scorer.bin"}, "nobody may trust what was not hashed"
+    (bundle / "target" / "weights.bin").write_bytes(b"short")
+    with pytest.raises(BundleError, match="size 5, expected 7"):
+        verify_files(bundle, manifest, unused={"target/weights.bin"})
 
 
 def test_missing_file(bundle: Path) -> None:

@@ -86,7 +86,9 @@ arms:
 def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What has been started, which nothing may be; over a bundle that is fine."""
     started: list[object] = []
-    monkeypatch.setattr(serve, "read_manifest", lambda bundle, verify: SimpleNamespace(policies=TIERS))
+    monkeypatch.setattr(
+        serve, "read_manifest", lambda bundle, verify: SimpleNamespace(policies=TIERS, files={}, engines={})
+    )
     monkeypatch.setattr(serve, "bundled", started.append)
     monkeypatch.setattr(serve, "_Supervisor", lambda *arguments: started.append(arguments))
     # The handlers are this process's.

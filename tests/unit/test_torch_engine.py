@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ssv.builder.smoothing import Ranges, activation_ranges, smooth_decoder, smo
 from ssv.runtime import cpu_int8, torch_engine
 from ssv.runtime.cpu_int8 import FusedScorer, quantize_rows
 from ssv.runtime.engine import EngineError, StepOutput
+from ssv.runtime.kv_cache import KVCache
 from ssv.runtime.torch_engine import INT4_GROUP, Precision, TorchEngine, draft_engine, target_engine
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -525,6 +528,84 @@ def test_smoothing_wins_back_what_outliers_cost_int8() -> None:
     smoothed = step(make_engine(decoder, "int8", ranges=ranges_of(decoder)), ids_BT, [0, 0])
     assert relative_error(plain.logits_RV, expected) > 0.3
     assert relative_error(smoothed.logits_RV, expected) < 0.12
+
+
+# --- as stored ------------------------------------------------------------------------------------------------------
+
+
+def stored(kind: torch.dtype) -> tuple[Decoder, Decoder]:
+    """A decoder in fp32, and the same one in the type that its checkpoint has. With biases and norms of queries and keys."""
+    spec = tiny_spec(family="qwen3", qk_norm=True, **BIASES)
+    torch.manual_seed(0)
+    weights = {name: random_weight(name, shape).to(kind) for name, shape in spec.weight_shapes().items()}
+    return Decoder.from_weights(spec, weights), Decoder.from_weights(spec, weights, dtype=None)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("smooth", [True, False], ids=["smoothed", "plain"])
+def test_engines_of_what_is_stored_and_of_fp32_are_the_same(
+    kind: torch.dtype, precision: Precision, smooth: bool
+) -> None:
+    fp32, as_stored = stored(kind)
+    assert as_stored.layers[0].qkv.weight.dtype == kind
+    before = {name: weight.clone() for name, weight in as_stored.state_dict().items()}
+    ranges = ranges_of(fp32) if smooth else None
+    outs = []
+    for decoder in (fp32, as_stored):
+        torch.manual_seed(5)
+        draft = Draft(draft_spec(decoder.spec, "conditioned", (0, 1), 48)).requires_grad_(False)
+        for name, parameter in draft.named_parameters():
+            parameter.copy_(random_weight(name, tuple(parameter.shape)))
+        draft.share_target(decoder, torch.arange(48))
+        engines = {"precision": precision, "max_batch": 2, "max_length": 32}
+        target = target_engine(decoder, draft=draft, ranges=ranges, **engines)
+        out = step(target, tiny_ids(2, 9), [0, 0], features=None, features_out=True)
+        outs += [out.logits_RV, out.features_BTF]
+        if kind == torch.bfloat16:  # in which the rows of its LM head are the target's
+            outs.append(
+                step(draft_engine(draft, **engines), tiny_ids(2, 9), [0, 0], features=out.features_BTF).logits_RV
+            )
+    half = len(outs) // 2
+    assert all(torch.equal(one, other) for one, other in zip(outs[:half], outs[half:], strict=True))
+    assert all(torch.equal(weight, before[name]) for name, weight in as_stored.state_dict().items())
+
+
+def test_what_runs_in_int8_is_not_held_in_fp32() -> None:
+    spec = tiny_spec(vocab_size=2048)
+    torch.manual_seed(0)
+    weights = {name: random_weight(name, shape).bfloat16() for name, shape in spec.weight_shapes().items()}
+    engine = make_engine(Decoder.from_weights(spec, weights, dtype=None), "int8")
+    held = {name: weight for name, weight in engine.decoder.named_parameters() if weight.dim() > 1}
+    assert held.keys() == {"embed.weight"}
+    assert held["embed.weight"].dtype == torch.bfloat16, "a row is converted when it is looked up"
+
+
+def test_loading_leaves_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    make_engine(tiny_decoder(), "int8")
+    assert torch.get_num_threads() == threads
+    with pytest.raises(KeyError, match="qkv"):
+        make_engine(tiny_decoder(), "int8", ranges={"lm_head": torch.ones(64)})
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_cache_takes_memory_where_it_is_written() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    cache = KVCache(tiny_spec(), 8, 65536, torch.float32, "cpu")
+    size = 2 * cache.keys.numel() * cache.keys.element_size()
+    assert size == 256 << 20
+    assert resident() - before < size // 8
+    assert not cache.keys[:, 3, :, 60000:].any() and not cache.values[1, 7].any()
+    cache.write(5, 100, torch.ones(2, 2, 2, 3, 16))
+    assert cache.read(5, 99, 104).sum() == 2 * 2 * 2 * 3 * 16
+    cache.move_row(5, 6, 128)
+    assert torch.equal(cache.read(6, 0, 128), cache.read(5, 0, 128))
+    assert resident() - before < size // 2
 
 
 # --- int8 -----------------------------------------------------------------------------------------------------------

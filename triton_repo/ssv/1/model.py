@@ -59,6 +59,7 @@ class TritonPythonModel:
                 max_length=config.max_length,
                 prefill_chunk=config.prefill_chunk or None,
                 threads=config.threads or None,
+                verified=json.loads(config.verified or "{}"),
             ).result()
         self._streams = _Streams(config.stream_interval_ms / 1000, config.responses_per_s)
         # The server's library does not bear calls from two threads at a time.

@@ -1,0 +1,165 @@
+"""A tokenizer as `transformers` saves it, read without `transformers`, whose import takes seconds, 150 MB and torch.
+
+tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
+use. Templates see what they see in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags, in jinja2's
+sandbox.
+
+May import: nothing else of ssv.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizerFileError(ValueError):
+    """Files that are no tokenizer; the message names the file and the cure."""
+
+
+class FileTokenizer:
+    """What `ssv.runtime.tokenizer` needs of a `transformers` tokenizer.
+
+    Attributes:
+        backend: of the library tokenizers.
+        special_tokens: texts of those that have a name, such as "bos_token".
+        chat_template: None if there is none.
+    """
+
+    def __init__(self, backend: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None) -> None:
+        self.backend, self.special_tokens, self.chat_template = backend, dict(special_tokens), chat_template
+
+    @classmethod
+    def load(cls, folder: Path) -> FileTokenizer:
+        """Reads a folder with a tokenizer.json.
+
+        Raises:
+            TokenizerFileError: a file is missing or damaged.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerFileError(
+                f"{path} cannot be read ({error}): build the bundle again with this machine's version of tokenizers"
+            ) from error
+        # What training cut and padded, a prompt is not.
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_config(folder / "tokenizer_config.json")
+        named = {name: _text_of(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None}
+        return cls(backend, named, _read_template(folder, config))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
+        """Text of tokens."""
+        assert not clean_up_tokenization_spaces, "cleaning up changes the text of the tokens before"
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
+    ) -> str:
+        """Text of a conversation.
+
+        Raises:
+            ValueError: there is no template.
+            jinja2.TemplateError: it does not compile, or refuses the conversation.
+        """
+        assert not tokenize, "the text is to be encoded without special tokens"
+        return self._template.render(
+            messages=[dict(message) for message in conversation],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self.special_tokens,
+        )
+
+    @cached_property
+    def _template(self) -> Template:
+        if self.chat_template is None:
+            raise ValueError("the model has no chat template")
+        return _compile(self.chat_template)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerFileError(f"{path} is not JSON ({error}): build the bundle again") from error
+    if not isinstance(config, dict):
+        raise TokenizerFileError(f"{path} is not a JSON object: build the bundle again")
+    return config
+
+
+def _text_of(token: Any) -> str:
+    """Text of a special token, which may stand with how it is matched."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template of the file of its own, or else of the config, where several may have names."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
+
+
+def _compile(text: str) -> Template:
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`, which marks what training learns, is what it encloses."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+
+        def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """Unlike jinja2's it does not escape for HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(text)
