@@ -19,7 +19,7 @@ whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects. The exception is a connection too many, which is refused with a plain 503 before it gets here.
 
-May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log.
+May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log, .tls.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ import json
 import logging
 import secrets
 import socket
-import ssl
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -53,6 +52,7 @@ from ssv.builder.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
+from ssv.runtime.tls import certificate_name
 
 log = logging.getLogger("ssv.openai")
 
@@ -668,7 +668,7 @@ def _run(args: argparse.Namespace) -> int:
     log_to_stderr()
     _log_warnings_of_uvicorn()
     _check(args)
-    name = _certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
+    name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
     models = Models.of_bundle(args.bundle)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
@@ -724,35 +724,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
-
-
-def _certificate_name(certificate: Path, key: Path) -> str:
-    """A name that a certificate is valid for, found by shaking hands with it.
-
-    Raises:
-        ValueError: files that cannot be used, are not a certificate and its key, or a certificate without a name.
-    """
-    server_side, client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client_side.check_hostname = False
-    client_side.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, whoever signed it
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    try:
-        server_side.load_cert_chain(certificate, key)
-        client_side.load_verify_locations(certificate)
-        client = client_side.wrap_bio(to_client, to_server)
-        server = server_side.wrap_bio(to_server, to_client, server_side=True)
-        for _ in range(3):  # as often as messages go back and forth
-            for side in (client, server):
-                with suppress(ssl.SSLWantReadError):
-                    side.do_handshake()
-        names = (client.getpeercert() or {}).get("subjectAltName", ())
-    except OSError as error:
-        raise ValueError(
-            f"{certificate} and {key} cannot be used ({error}): give a certificate and its key as PEM files"
-        ) from error
-    if not names:
-        raise ValueError(f"{certificate} has no name in subjectAltName: give one that has, gRPC asks for it")
-    return str(names[0][1]).replace("*", "ssv")
 
 
 if __name__ == "__main__":
