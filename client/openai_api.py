@@ -19,7 +19,7 @@ whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects. The exception is a connection too many, which is refused with a plain 503 before it gets here.
 
-May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log, .tls.
+May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log, .server_metrics, .tls.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from ssv.builder.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
+from ssv.runtime.server_metrics import Metrics
 from ssv.runtime.tls import certificate_name
 
 log = logging.getLogger("ssv.openai")
@@ -105,6 +106,28 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Ends what runs."""
+
+
+class _Counted:
+    """A backend whose refusals are counted where there is no server that could."""
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend, self._metrics = backend, metrics
+        self.is_ready, self.aclose = backend.is_ready, backend.aclose
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        try:
+            async with aclosing(
+                self._backend.stream(prompt, settings, request_id=request_id, stream=stream)
+            ) as replies:
+                async for reply in replies:
+                    yield reply
+        except ServerError as error:
+            if error.is_unreachable:
+                self._metrics.refused("starting")
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,10 +459,11 @@ def _error_object(error: StarletteHTTPException) -> dict[str, Any]:
 
 
 def _translated(error: ServerError) -> ApiError:
-    status = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
+    # What was being answered has not been refused.
+    status = 500 if error.is_cut_off else {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
     if status == 500:
         log_event(log, "request failed", level=logging.ERROR, status=error.status, error=error)
-    return ApiError(status, str(error))
+    return ApiError(status, f"the server broke off while it answered: {error}" if error.is_cut_off else str(error))
 
 
 async def _while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
@@ -654,6 +678,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs://")
     parser.add_argument("--tls-key", type=Path, help="PEM")
+    parser.add_argument("--metrics", type=Path, help="folder in which a server's processes count")
     parser.add_argument("--max-body-bytes", type=int, default=DEFAULT_MAX_BODY_BYTES, help="default: %(default)s")
     parser.add_argument(
         "--max-connections",
@@ -686,7 +711,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
-    backend = AsyncClient(args.url, certificate=args.tls_cert, name=name)
+    client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
+    backend = _Counted(client, Metrics(args.metrics, "openai")) if args.metrics is not None else client
     config = uvicorn.Config(
         create_app(backend, models, max_body_bytes=args.max_body_bytes),
         http="h11",

@@ -5,7 +5,7 @@ May import: nothing else of ssv.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Counters:
     rolled_back: int = 0
     target_passes: int = 0
     target_tokens: int = 0
-    queue_s: float = 0.0
+    queue_s: float = field(default=0.0, compare=False)
     first_token_s: float = 0.0
     total_s: float = 0.0
 

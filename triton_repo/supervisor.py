@@ -185,6 +185,7 @@ class Supervisor:
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
         command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
+        command += ["--metrics", str(self._place.boards)]
         self._openai = subprocess.Popen(bound(command), start_new_session=True)  # noqa: S603
 
     def _open_openai(self) -> str | None:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS
-from ssv.triton_repo import serve
+from ssv.triton_repo import checks, front, serve
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -107,7 +107,7 @@ def test_yaml_parses(path: Path) -> None:
 @pytest.mark.parametrize("where", COMMANDS)
 def test_the_command_line_is_one_of_ssv_serve(where: str) -> None:
     args = served(where)
-    serve._check(args)
+    checks.check_options(args)
     assert (args.device, args.host) == ("cuda", "0.0.0.0")
     assert str(args.bundle) == "/models/bundle"
     assert str(args.tritonserver) == "/opt/tritonserver/bin/tritonserver"
@@ -130,7 +130,7 @@ def test_ports_agree() -> None:
 
 def test_probes_ask_what_the_server_answers() -> None:
     http, ready = served("kubernetes").http_port, "/v2/health/ready"
-    assert f'"{ready}"' in Path(serve.__file__).read_text()
+    assert f'"{ready}"' in Path(front.__file__).read_text()
     probes = {name: CONTAINER[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
         "startup": ready,
