@@ -52,7 +52,7 @@ from ssv.builder.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import Metrics
+from ssv.runtime.server_metrics import Metrics, boards_folder
 from ssv.runtime.tls import certificate_name
 
 log = logging.getLogger("ssv.openai")
@@ -678,7 +678,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs://")
     parser.add_argument("--tls-key", type=Path, help="PEM")
-    parser.add_argument("--metrics", type=Path, help="folder in which a server's processes count")
     parser.add_argument("--max-body-bytes", type=int, default=DEFAULT_MAX_BODY_BYTES, help="default: %(default)s")
     parser.add_argument(
         "--max-connections",
@@ -712,7 +711,7 @@ def _check(args: argparse.Namespace) -> None:
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
     client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
-    backend = _Counted(client, Metrics(args.metrics, "openai")) if args.metrics is not None else client
+    backend = _Counted(client, Metrics(boards_folder(), "openai"))
     config = uvicorn.Config(
         create_app(backend, models, max_body_bytes=args.max_body_bytes),
         http="h11",

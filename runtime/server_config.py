@@ -38,7 +38,6 @@ class ServerConfig(BaseModel):
         responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores, each response takes
             time from the engines.
         audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
-        metrics: folder of the boards that the server's processes count on; "" for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,11 +57,6 @@ class ServerConfig(BaseModel):
     stream_interval_ms: Annotated[int, Field(ge=0)] = 40
     responses_per_s: Annotated[int, Field(ge=0)] = 40
     audit_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    metrics: str = ""
-
-    @property
-    def metrics_folder(self) -> Path | None:
-        return Path(self.metrics) if self.metrics else None
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any]) -> ServerConfig:

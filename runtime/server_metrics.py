@@ -10,6 +10,7 @@ May import: ssv.runtime.audit, .board, .service, .stats, .strategies.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -119,6 +120,14 @@ HELP: dict[str, tuple[str, str]] = {
     **{name: (text, "histogram") for name, (text, _) in HISTOGRAMS.items()},
 }
 """Meaning and type of each family."""
+
+
+BOARDS_VARIABLE = "SSV_BOARDS"
+
+
+def boards_folder() -> Path | None:
+    """Where the processes of this one's server count, as its environment says; None for nowhere."""
+    return Path(folder) if (folder := os.environ.get(BOARDS_VARIABLE)) else None
 
 
 class Metrics:

@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
         work = Path(folder)
         place = Place(work / "models", work / "metrics")
         place.boards.mkdir()
-        config = _config(args, place)
+        config = _config(args)
         check_machine(config, manifest)
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
         sockets = listen(args.host, args.tls_cert is not None, args)
@@ -126,13 +126,13 @@ def _run(args: argparse.Namespace) -> int:
         return Supervisor(args, installation, place, sockets, stopping).run()
 
 
-def _config(args: argparse.Namespace, place: Place) -> ServerConfig:
+def _config(args: argparse.Namespace) -> ServerConfig:
     """The models' settings.
 
     Raises:
         ServeError: one that cannot be.
     """
-    own = {"bundle": args.bundle.resolve(), "precision": args.precision or "", "metrics": str(place.boards)}
+    own = {"bundle": args.bundle.resolve(), "precision": args.precision or ""}
     try:
         return ServerConfig(
             **own, **{name: getattr(args, name) for name in ServerConfig.model_fields if name not in own}

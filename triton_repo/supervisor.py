@@ -26,7 +26,7 @@ import psutil
 from ssv.runtime.control import ControlSender
 from ssv.runtime.memory import GIVE_BACK
 from ssv.runtime.server_log import log_event
-from ssv.runtime.server_metrics import Metrics, Reader
+from ssv.runtime.server_metrics import BOARDS_VARIABLE, Metrics, Reader
 from ssv.runtime.strategies import METHODS
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front
@@ -128,7 +128,7 @@ class Supervisor:
 
     def _serve(self) -> str | None:
         """Runs the server until it is told to stop, which gives None, or dies, which gives how."""
-        self._triton.start(GIVE_BACK)
+        self._triton.start(GIVE_BACK, {BOARDS_VARIABLE: str(self._place.boards)})
         self._front.lead_to(self._triton.http_port, self._triton.metrics_port)
         if (why := self._wait(self._triton.is_ready, self._triton.how_it_ended, "tritonserver")) is not None:
             return why
@@ -185,8 +185,8 @@ class Supervisor:
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
         command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
-        command += ["--metrics", str(self._place.boards)]
-        self._openai = subprocess.Popen(bound(command), start_new_session=True)  # noqa: S603
+        environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards)}
+        self._openai = subprocess.Popen(bound(command), env=environment, start_new_session=True)  # noqa: S603
 
     def _open_openai(self) -> str | None:
         """Starts the API and waits until it answers; how it failed, if it did."""

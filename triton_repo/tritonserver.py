@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -35,6 +35,9 @@ _NO_GPU = re.compile(
     rb"|DCGM|NVML)|Error: Failed to initialize NVML)"
 )
 """What a tritonserver that was built for GPUs says on a machine without one, where nothing is wrong with that."""
+
+_DRAINS = re.compile(rb"E\d{4} .*(the server drains, and is to say that it is not ready|failed to load 'draining')")
+"""What it says of the model that it cannot load (`Tritonserver.be_not_ready`)."""
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -65,19 +68,20 @@ class Tritonserver:
         assert self._process is not None
         return self._process.pid
 
-    def start(self, environment: Mapping[str, str]) -> None:
+    def start(self, defaults: Mapping[str, str], environment: Mapping[str, str]) -> None:
         """Args:
-        environment: variables to set unless they are set.
+        defaults: variables to set unless they are set.
+        environment: variables to set.
         """
         self.http_port, self.metrics_port = _free_ports(2)
         self._process = subprocess.Popen(  # noqa: S603
             bound([str(self._installation.binary), *self._installation.arguments, *self.arguments()]),
-            env=dict(environment) | os.environ | self._installation.environment,
-            stderr=subprocess.PIPE if self._on_cpu else None,
+            env=dict(defaults) | os.environ | self._installation.environment | dict(environment),
+            stderr=subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C is for ssv-serve
         )
-        if self._process.stderr is not None:
-            threading.Thread(target=_copy, args=(self._process.stderr,), name="ssv log", daemon=True).start()
+        told = [_DRAINS, _NO_GPU] if self._on_cpu else [_DRAINS]
+        threading.Thread(target=_copy, args=(self._process.stderr, told), name="ssv log", daemon=True).start()
 
     def arguments(self) -> list[str]:
         args = self._args
@@ -118,14 +122,14 @@ class Tritonserver:
         return self._ask("/v2/health/ready", timeout=5.0)
 
     def be_not_ready(self) -> None:
-        """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model loads that is never done with it."""
+        """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model is loaded that cannot be."""
+        # It is not ready from the moment on when the model begins to load.
+        threading.Thread(target=self._load, args=(DRAINING,), name="ssv drain", daemon=True).start()
 
-        def load() -> None:
-            self._ask(f"/v2/repository/models/{DRAINING}/load", b"{}", timeout=None)
+    def _load(self, model: str) -> None:
+        self._ask(f"/v2/repository/models/{model}/load", b"{}", timeout=5.0)
 
-        threading.Thread(target=load, name="ssv drain", daemon=True).start()
-
-    def _ask(self, path: str, body: bytes | None = None, *, timeout: float | None) -> bool:
+    def _ask(self, path: str, body: bytes | None = None, *, timeout: float) -> bool:
         name, _, value = self._admin.partition("=")
         request = Request(f"http://127.0.0.1:{self.http_port}{path}", body, {name: value})
         try:
@@ -164,10 +168,10 @@ class Tritonserver:
             path.unlink(missing_ok=True)
 
 
-def _copy(lines: object) -> None:
-    """Passes on what tritonserver and its models write, but for complaints about a GPU that nobody asked for."""
-    for line in lines:  # type: ignore[attr-defined]
-        if not _NO_GPU.match(line):
+def _copy(lines: Iterable[bytes], without: Sequence[re.Pattern[bytes]]) -> None:
+    """Passes on what tritonserver and its models write, but for complaints about what is as it should be."""
+    for line in lines:
+        if not any(pattern.match(line) for pattern in without):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
 

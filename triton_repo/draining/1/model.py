@@ -1,9 +1,6 @@
 """Keeps the server from being ready; see the model's config."""
 
-import signal
-
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        while True:
-            signal.pause()
+        raise RuntimeError("the server drains, and is to say that it is not ready")

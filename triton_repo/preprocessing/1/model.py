@@ -15,7 +15,7 @@ from ssv.runtime.pieces import error_text
 from ssv.runtime.request import RequestError
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import Admission, Metrics, Refusal
+from ssv.runtime.server_metrics import Admission, Metrics, Refusal, boards_folder
 from ssv.runtime.tokenizer import BundleTokenizer
 
 log = logging.getLogger("ssv.server")
@@ -27,8 +27,8 @@ class TritonPythonModel:
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         manifest = read_manifest(config.bundle, verify=False)  # `ssv` does
         self._intake = Intake(manifest, BundleTokenizer.load(config.bundle), config.limits(manifest))
-        self._metrics = Metrics(config.metrics_folder, "preprocessing")
-        self._admission = Admission(config.metrics_folder, config.max_rows, config.max_waiting)
+        self._metrics = Metrics(boards_folder(), "preprocessing")
+        self._admission = Admission(boards_folder(), config.max_rows, config.max_waiting)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]

@@ -25,7 +25,7 @@ from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import DRAINING, Metrics
+from ssv.runtime.server_metrics import DRAINING, Metrics, boards_folder
 from ssv.runtime.service import Load, Service, ServiceError
 from ssv.runtime.strategies import policy_for
 
@@ -60,7 +60,7 @@ class TritonPythonModel:
         self._streams = _Streams(config.stream_interval_ms / 1000, config.responses_per_s)
         # The server's library does not bear calls from two threads at a time.
         self._ipc = threading.Lock()
-        self._metrics = Metrics(config.metrics_folder, "ssv")
+        self._metrics = Metrics(boards_folder(), "ssv")
         self._has_failed = False
         self._sinks: weakref.WeakValueDictionary[str, _Sink] = weakref.WeakValueDictionary()
         self._service = Service(
