@@ -122,7 +122,8 @@ class Front:
     async def _http(self, request: web.Request) -> web.StreamResponse:
         path, is_serving = request.path, self.state == "serving"
         is_readiness = path == "/v2/health/ready" or _MODEL_READY.match(path) is not None
-        if path == "/v2/health/live" and not is_serving:
+        is_liveness = path == "/v2/health/live"
+        if is_liveness and not is_serving:
             return web.Response()
         if is_readiness and not is_serving:
             return self._unavailable()
@@ -132,9 +133,13 @@ class Front:
         self._num_running += is_inference
         try:
             return await self._pass_on(request, is_inference, is_readiness)
-        except aiohttp.ClientConnectorError:
-            return self._refuse() if is_inference else self._unavailable()
-        except aiohttp.ClientError as error:  # it has died
+        except aiohttp.ClientError as error:  # it has died, and will be started again
+            if is_liveness:
+                return web.Response()
+            if not is_inference:
+                return self._unavailable()
+            if isinstance(error, aiohttp.ClientConnectorError):
+                return self._refuse()
             return _error(500, f"the server failed while the request ran: {error}")
         finally:
             self._num_running -= is_inference
