@@ -1,7 +1,7 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
 POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200 when the server is
-ready, else 503. No API key is asked for.
+ready, else 503; GET /live: 200. No API key is asked for.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
 NAME:autoregressive and NAME:speculative.
@@ -613,6 +613,10 @@ def create_app(backend: Backend, models: Models, *, max_body_bytes: int = DEFAUL
     async def get_model(model: str) -> dict[str, Any]:
         models.method_of(model)
         return models.entry(model)
+
+    @app.get("/live")
+    async def live() -> Response:
+        return Response(status_code=200)
 
     @app.get("/health")
     async def health() -> Response:
