@@ -104,6 +104,8 @@ def listen(host: str, local: bool, args: argparse.Namespace) -> dict[str, socket
     Raises:
         ServeError: a port is taken, or the host is not this machine's.
     """
+    if not host:
+        raise ServeError("--host is empty: give an address of this machine")
     found: dict[str, socket.socket] = {}
     with ExitStack() as stack:
         for option, port in ports(args).items():
