@@ -163,7 +163,7 @@ def test_a_storm_is_counted_to_the_request(server: Server) -> None:
     """Ten times what the server can take, through all doors at once."""
     num = 10 * (server.max_rows + server.max_waiting)
     before = counted(server)
-    found = storm(server, [DOORS[i % len(DOORS)] for i in range(num)], tokens=12)
+    found = storm(server, [DOORS[i % len(DOORS)] for i in range(num)], tokens=32)
     assert found.total() == num and found.keys() <= {"answered", "refused"}
     assert found["answered"] >= server.max_rows + server.max_waiting and found["refused"] > 0
     assert gained(server, before) == dict(found)
