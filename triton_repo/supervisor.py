@@ -39,9 +39,10 @@ EXIT_DIED = 70
 
 POLL_SECONDS = 0.1
 RESTART_WINDOW_SECONDS = 600.0
-END_SECONDS = 1.0
+END_SECONDS = 0.5
 """For tritonserver, once nothing runs any more: it keeps nothing."""
-OPENAI_END_SECONDS = 5.0
+OPENAI_END_SECONDS = (1.0, 5.0)
+"""For the OpenAI API, at least and at most: what it answers may still be on its way to a client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,8 @@ class Supervisor:
         while time.monotonic() < deadline and self._triton.how_it_ended() is None and self._num_running():
             time.sleep(POLL_SECONDS)
         left = deadline - time.monotonic()
-        self._end_openai(min(max(left, END_SECONDS), OPENAI_END_SECONDS))
+        least, most = OPENAI_END_SECONDS
+        self._end_openai(min(max(left, least), most))
         while self._front.num_running and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         self._triton.end(END_SECONDS)
