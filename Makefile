@@ -31,7 +31,7 @@ serve: setup $(BUNDLE)/manifest.json
 test: setup lint
 	$(BIN)/pytest
 
-# Real servers over the demo bundle: minutes, and a machine that does nothing else.
+# Real servers over the demo bundle, which is built if it is not there (a minute and a half): minutes, and a machine that does nothing else.
 test-triton: setup $(BUNDLE)/manifest.json
 	$(BIN)/pytest tests/triton
 

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 # Torch is asked for by version: without one, pip brings a build with several GB of CUDA packages along.
 TORCH = ["torch==2.13.0", "numpy<2", "safetensors"]
 TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
-SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicorn"]
+SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicorn", "aiohttp"]
 
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],

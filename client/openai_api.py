@@ -1,7 +1,7 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
 POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200 when the server is
-ready, else 503. No API key is asked for.
+ready, else 503; GET /live: 200. No API key is asked for.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
 NAME:autoregressive and NAME:speculative.
@@ -19,7 +19,7 @@ whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects. The exception is a connection too many, which is refused with a plain 503 before it gets here.
 
-May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log.
+May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log, .server_metrics, .tls.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ import json
 import logging
 import secrets
 import socket
-import ssl
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -53,6 +52,8 @@ from ssv.builder.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
+from ssv.runtime.server_metrics import Metrics, boards_folder
+from ssv.runtime.tls import certificate_name
 
 log = logging.getLogger("ssv.openai")
 
@@ -105,6 +106,28 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Ends what runs."""
+
+
+class _Counted:
+    """A backend whose refusals are counted where there is no server that could."""
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend, self._metrics = backend, metrics
+        self.is_ready, self.aclose = backend.is_ready, backend.aclose
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        try:
+            async with aclosing(
+                self._backend.stream(prompt, settings, request_id=request_id, stream=stream)
+            ) as replies:
+                async for reply in replies:
+                    yield reply
+        except ServerError as error:
+            if error.is_unreachable:
+                self._metrics.refused("starting")
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,10 +459,11 @@ def _error_object(error: StarletteHTTPException) -> dict[str, Any]:
 
 
 def _translated(error: ServerError) -> ApiError:
-    status = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
+    # What was being answered has not been refused.
+    status = 500 if error.is_cut_off else {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
     if status == 500:
         log_event(log, "request failed", level=logging.ERROR, status=error.status, error=error)
-    return ApiError(status, str(error))
+    return ApiError(status, f"the server broke off while it answered: {error}" if error.is_cut_off else str(error))
 
 
 async def _while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
@@ -590,6 +614,10 @@ def create_app(backend: Backend, models: Models, *, max_body_bytes: int = DEFAUL
         models.method_of(model)
         return models.entry(model)
 
+    @app.get("/live")
+    async def live() -> Response:
+        return Response(status_code=200)
+
     @app.get("/health")
     async def health() -> Response:
         if not await backend.is_ready():
@@ -668,7 +696,7 @@ def _run(args: argparse.Namespace) -> int:
     log_to_stderr()
     _log_warnings_of_uvicorn()
     _check(args)
-    name = _certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
+    name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
     models = Models.of_bundle(args.bundle)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
@@ -686,7 +714,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
-    backend = AsyncClient(args.url, certificate=args.tls_cert, name=name)
+    client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
+    backend = _Counted(client, Metrics(boards_folder(), "openai"))
     config = uvicorn.Config(
         create_app(backend, models, max_body_bytes=args.max_body_bytes),
         http="h11",
@@ -724,35 +753,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
-
-
-def _certificate_name(certificate: Path, key: Path) -> str:
-    """A name that a certificate is valid for, found by shaking hands with it.
-
-    Raises:
-        ValueError: files that cannot be used, are not a certificate and its key, or a certificate without a name.
-    """
-    server_side, client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client_side.check_hostname = False
-    client_side.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, whoever signed it
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    try:
-        server_side.load_cert_chain(certificate, key)
-        client_side.load_verify_locations(certificate)
-        client = client_side.wrap_bio(to_client, to_server)
-        server = server_side.wrap_bio(to_server, to_client, server_side=True)
-        for _ in range(3):  # as often as messages go back and forth
-            for side in (client, server):
-                with suppress(ssl.SSLWantReadError):
-                    side.do_handshake()
-        names = (client.getpeercert() or {}).get("subjectAltName", ())
-    except OSError as error:
-        raise ValueError(
-            f"{certificate} and {key} cannot be used ({error}): give a certificate and its key as PEM files"
-        ) from error
-    if not names:
-        raise ValueError(f"{certificate} has no name in subjectAltName: give one that has, gRPC asks for it")
-    return str(names[0][1]).replace("*", "ssv")
 
 
 if __name__ == "__main__":

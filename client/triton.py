@@ -30,11 +30,13 @@ class ServerError(RuntimeError):
 
     Attributes:
         status: gRPC's, such as "UNAVAILABLE".
+        is_unreachable: whether no server has seen the request.
+        is_cut_off: whether the server was gone before it had answered.
     """
 
-    def __init__(self, message: str, status: str) -> None:
+    def __init__(self, message: str, status: str, *, is_unreachable: bool = False, is_cut_off: bool = False) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.is_unreachable, self.is_cut_off = status, is_unreachable, is_cut_off
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +242,15 @@ def server_error(error: InferenceServerException, url: str) -> ServerError:
     """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.pieces`)."""
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
-        return ServerError(f"no server answers at {url}: start one with `ssv-serve`", "UNAVAILABLE")
+        text = f"no server answers at {url}: start one with `ssv-serve`"
+        return ServerError(text, "UNAVAILABLE", is_unreachable=True)
     message = _BEFORE.sub("", message)
     if "Exceeds maximum queue size" in message:
         return ServerError("too many requests are waiting already: try again later", "UNAVAILABLE")
     if match := _STATUS.match(message):
         status, message = match.groups()
+    elif status == "UNAVAILABLE":  # not said by the server: it is gone, and so is what it did
+        return ServerError(message, status, is_cut_off=True)
     return ServerError(message, status or "UNKNOWN")
 
 

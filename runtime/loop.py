@@ -33,7 +33,7 @@ class Running:
         would_stop = text.would_stop if text is not None else lambda _: False
         self.row = Row(request.params, policy, would_stop, Counters())
         self.finish_reason: FinishReason | None = None
-        self.submitted = time.monotonic()
+        self.arrived = time.monotonic() if request.arrived is None else request.arrived
 
     def push(self, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> Chunk | None:
         """Hands tokens to the request until it ends; what comes after its end is dropped."""
@@ -45,7 +45,7 @@ class Running:
         unsaid: list[int] = []
         for token in tokens:
             counters.emitted += 1
-            counters.first_token_s = counters.first_token_s or time.monotonic() - self.submitted
+            counters.first_token_s = counters.first_token_s or time.monotonic() - self.arrived
             taken.append(token)
             if token in eos_token_ids and not params.ignore_eos:
                 self.finish_reason = "stop"
@@ -76,7 +76,7 @@ class Running:
             texts.append(self.text.flush())
             if self.text.stopped:  # a stop string before half a character shows only now
                 self.finish_reason = "stop"
-        self.row.counters.total_s = time.monotonic() - self.submitted
+        self.row.counters.total_s = time.monotonic() - self.arrived
         return Chunk(self.index, "".join(texts), tuple(taken), self.row.counters, self.finish_reason)
 
 
@@ -136,6 +136,7 @@ class DecodeLoop:
         scheduler, chunks, budget = self.scheduler, [], self.batch.prefill_chunk
         while budget > 0:
             if (running := scheduler.admit()) is not None:
+                running.row.counters.queue_s = time.monotonic() - running.arrived
                 self.batch.begin(running.request.prompt_ids, running.row)
             if (running := scheduler.joining) is None:
                 break

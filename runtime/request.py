@@ -89,6 +89,7 @@ class Request:
         method: one of `ssv.runtime.strategies.METHODS`.
         num_draft_tokens: of `speculative`.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
+        arrived: time.monotonic() from which its times are counted; None for that of its submission.
     """
 
     prompt_ids: tuple[int, ...]
@@ -96,6 +97,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     num_draft_tokens: int = 5
     deadline: float | None = None
+    arrived: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

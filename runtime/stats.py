@@ -5,7 +5,7 @@ May import: nothing else of ssv.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(slots=True)
@@ -24,8 +24,9 @@ class Counters:
         rolled_back: drafted tokens that were dropped.
         target_passes: target steps after the prompt's.
         target_tokens: tokens that went through those steps.
-        first_token_s: seconds from submission to the first token (TTFT).
-        total_s: seconds from submission to the last token.
+        queue_s: seconds from arrival until the prompt's turn.
+        first_token_s: seconds from arrival to the first token (TTFT).
+        total_s: seconds from arrival to the last token.
     """
 
     requests: int = 1
@@ -39,6 +40,7 @@ class Counters:
     rolled_back: int = 0
     target_passes: int = 0
     target_tokens: int = 0
+    queue_s: float = field(default=0.0, compare=False)
     first_token_s: float = 0.0
     total_s: float = 0.0
 

@@ -16,6 +16,12 @@ from ssv.runtime.server_config import ServerConfig
 MODELS = ("preprocessing", "ssv", "postprocessing", "ensemble")
 ROUTER = "ab_router"
 """Only where live traffic is to be split."""
+DRAINING = "draining"
+"""Not loaded before the server is to end."""
+
+QUEUED_PER_PLACE, LEAST_QUEUE = 16, 1024
+"""Requests in Triton's queue before `preprocessing`, for each that the server takes, and at least. `preprocessing` refuses and counts what
+the server cannot take in a fraction of a millisecond; what Triton itself refuses, with a flood that is faster still, nobody counts."""
 
 HERE = Path(__file__).parent
 
@@ -34,8 +40,7 @@ def write_repository(
 ) -> None:
     """Copies the models to a folder that does not exist yet.
 
-    Parameters that a model's config file has are set to the config's; the bound of the queue before `preprocessing` is what rows and queue
-    of `ssv` can take. `ensemble` has for a parameter what is disclosed.
+    Parameters that a model's config file has are set to the config's. `ensemble` has for a parameter what is disclosed.
 
     Args:
         router: parameters of `ab_router`; None for a server without it.
@@ -48,12 +53,13 @@ def write_repository(
 
     folder.mkdir(parents=True)
     values = config.model_dump() | {"ssv_disclosure": disclosed} | dict(router or {})
-    for name in (*MODELS, ROUTER) if router is not None else MODELS:
+    for name in (*MODELS, DRAINING, ROUTER) if router is not None else (*MODELS, DRAINING):
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         path = folder / name / "config.pbtxt"
         model = text_format.Parse(path.read_text(), ModelConfig())
         for key in model.parameters:
             model.parameters[key].string_value = str(values[key])
         if name == "preprocessing":
-            model.dynamic_batching.default_queue_policy.max_queue_size = config.max_rows + config.max_waiting
+            most = QUEUED_PER_PLACE * (config.max_rows + config.max_waiting)
+            model.dynamic_batching.default_queue_policy.max_queue_size = max(LEAST_QUEUE, most)
         path.write_text(text_format.MessageToString(model))

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,20 +62,44 @@ def bundle() -> Path:
 @pytest.fixture(scope="session")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    log, outcomes, arms = folder / "log", folder / "outcomes.jsonl", folder / "arms.yaml"
+    outcomes, arms = folder / "outcomes.jsonl", folder / "arms.yaml"
     half = "share: 0.5, tier:"
     arms.write_text(f"salt: test\nlog: {outcomes}\narms: {{a: {{{half} premium}}, b: {{{half} turbo}}}}\n")
-    names = ("grpc", "http", "metrics", "openai")
-    command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle), "--threads", "1"]
-    command += ["--audit-share", "1", "--ab", str(arms)]
-    command += ["--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
+    with serving(bundle, folder, "--audit-share", "1", "--ab", str(arms)) as started:
+        yield started
+
+
+@pytest.fixture
+def another_server(bundle: Path, tmp_path: Path) -> Callable[..., AbstractContextManager[Server]]:
+    """Starts a server of a test's own, which may end it."""
+    return partial(serving, bundle, tmp_path)
+
+
+@contextmanager
+def serving(
+    bundle: Path, folder: Path, *options: str, max_rows: int = MAX_ROWS, max_waiting: int = MAX_WAITING
+) -> Iterator[Server]:
+    """A server that has to end with status 0, if it has not been killed."""
+    log, names = folder / "log", ("grpc", "http", "metrics", "openai")
+    command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle), "--threads", "1", *options]
+    command += ["--max-rows", str(max_rows), "--max-waiting", str(max_waiting)]
     for name, port in zip(names, _free_ports(len(names)), strict=True):
         command += [f"--{name}-port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         urls = _announced(process, log, names)
-        yield Server(urls["grpc"], urls["http"], urls["metrics"], urls["openai"], process.pid, log, outcomes)
+        yield Server(
+            urls["grpc"],
+            urls["http"],
+            urls["metrics"],
+            urls["openai"],
+            process.pid,
+            log,
+            folder / "outcomes.jsonl",
+            max_rows,
+            max_waiting,
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -82,7 +107,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         except subprocess.TimeoutExpired:
             process.kill()
             pytest.fail(f"the server did not stop within {STOP_SECONDS} s:\n{_end(log)}")
-        if status != 0:
+        if status not in (0, -signal.SIGKILL):
             pytest.fail(f"the server ended with status {status}:\n{_end(log)}")
 
 

@@ -236,7 +236,7 @@ def test_a_client_that_leaves_ends_its_request(server: Server, url: str, model: 
 def test_a_full_queue_is_503_and_tells_when_to_come_again(url: str, model: str) -> None:
     async def ask(client: AsyncOpenAI) -> APIStatusError | None:
         try:
-            await client.completions.create(model=model, prompt="Hi", max_tokens=64, extra_body={"ignore_eos": True})
+            await client.completions.create(model=model, prompt="Hi", max_tokens=100, extra_body={"ignore_eos": True})
         except APIStatusError as error:
             return error
         return None

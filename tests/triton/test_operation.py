@@ -232,30 +232,11 @@ def test_more_than_can_wait_are_refused_at_once(server: Server) -> None:
             body = json.dumps({"text_input": "Hello"}).encode()
             urlopen(Request(f"{server.http_url}/v2/models/ensemble/generate", body), timeout=10.0)
         assert "try again later" in refused.value.read().decode()
+        assert (refused.value.code, refused.value.headers["Retry-After"]) == (503, "1")
         assert metric(server.metrics_url, "ssv_requests_decoding") == server.max_rows
     wait_until(lambda: is_idle(server), "all have left")
     with Client(server.grpc_url) as client:
         assert list(client.stream("Hello", Settings(max_tokens=2)))
-
-
-def test_refused_requests_are_counted_as_errors(server: Server) -> None:
-    """As the description of the metric has it."""
-
-    def errors() -> float:
-        found = read_metrics(server.metrics_url)
-        return sum(n for (name, labels), n in found.items() if name == REQUESTS[0] and ("reason", "error") in labels)
-
-    before = errors()
-    with contextlib.ExitStack() as stack:
-        for _ in range(server.max_rows + server.max_waiting):
-            stack.enter_context(Stream(server.grpc_address)).send(*endless())
-        wait_until(
-            lambda: metric(server.metrics_url, "ssv_requests_waiting") == server.max_waiting, "the queue is full"
-        )
-        client = stack.enter_context(Client(server.grpc_url))
-        with pytest.raises(ServerError):
-            next(client.stream("Hello", Settings(max_tokens=2)))
-    assert errors() == before + 1
 
 
 # --- doors that are shut --------------------------------------------------------------------------------------------

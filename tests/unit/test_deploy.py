@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS
-from ssv.triton_repo import serve
+from ssv.client.openai_api import Models, create_app
+from ssv.runtime.server_metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
+from ssv.triton_repo import checks, front, serve
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -26,7 +27,6 @@ KUBERNETES = DEPLOY / "kubernetes"
 YAML_FILES = sorted(path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".yml"))
 MANIFESTS = sorted(KUBERNETES.rglob("*.yaml"))
 
-TRITON_COUNTERS = {"nv_inference_request_success", "nv_inference_request_failure"}
 TRITON_GAUGES = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes"}
 
 STOP_SECONDS = 25.0
@@ -42,9 +42,9 @@ def document(path: Path) -> dict[str, Any]:
     return found
 
 
-def dockerfile() -> dict[str, list[str]]:
+def dockerfile(name: str = "Dockerfile") -> dict[str, list[str]]:
     """Arguments of each instruction, by the instruction's name."""
-    lines = [line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (DEPLOY / name).read_text().splitlines() if not line.startswith("#")]
     found: dict[str, list[str]] = {}
     for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
         if line:
@@ -64,7 +64,9 @@ def entrypoint() -> list[str]:
     return json.loads(dockerfile()["ENTRYPOINT"][0])
 
 
+IMAGES = ("Dockerfile", "Dockerfile.cpu")
 COMPOSE = document(DEPLOY / "compose.yaml")
+COMPOSE_CPU = document(DEPLOY / "compose.cpu.yaml")
 SERVICE = COMPOSE["services"]["ssv"]
 DEPLOYMENT = document(KUBERNETES / "deployment.yaml")
 POD = DEPLOYMENT["spec"]["template"]["spec"]
@@ -107,7 +109,7 @@ def test_yaml_parses(path: Path) -> None:
 @pytest.mark.parametrize("where", COMMANDS)
 def test_the_command_line_is_one_of_ssv_serve(where: str) -> None:
     args = served(where)
-    serve._check(args)
+    checks.check_options(args)
     assert (args.device, args.host) == ("cuda", "0.0.0.0")
     assert str(args.bundle) == "/models/bundle"
     assert str(args.tritonserver) == "/opt/tritonserver/bin/tritonserver"
@@ -130,15 +132,15 @@ def test_ports_agree() -> None:
 
 def test_probes_ask_what_the_server_answers() -> None:
     http, ready = served("kubernetes").http_port, "/v2/health/ready"
-    assert f'"{ready}"' in Path(serve.__file__).read_text()
-    probes = {name: CONTAINER[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
-    assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
-        "startup": ready,
-        "readiness": ready,
-        "liveness": "/v2/health/live",
-    }
-    assert all(probe["httpGet"]["port"] == "http" for probe in probes.values())
-    assert f"http://127.0.0.1:{http}{ready}" in dockerfile()["HEALTHCHECK"][0]
+    assert f'"{ready}"' in Path(front.__file__).read_text()
+    for image in IMAGES:
+        assert f"http://127.0.0.1:{http}{ready}" in dockerfile(image)["HEALTHCHECK"][0]
+    probes = {name: CONTAINER[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert all(probe["port"] == "openai" for probe in probes.values()), "the door that clients use"
+    routes = {route.path for route in create_app(None, Models("m", (), 0)).routes}  # type: ignore[arg-type,attr-defined]
+    assert {probe["path"] for probe in probes.values()} <= routes
+    assert probes["startup"]["path"] == probes["readiness"]["path"] == "/health"
+    assert probes["liveness"]["path"] == "/live", "whatever becomes of the engines: ssv-serve looks after them"
 
 
 def test_nobody_steps_in_before_ssv_serve_gives_up() -> None:
@@ -202,6 +204,38 @@ def test_the_image_is_not_roots() -> None:
     # Kernels are compiled into it, and loaded from it.
     (cache,) = [entry for entry in SERVICE["tmpfs"] if entry.startswith(f"{home}:")]
     assert "exec" in cache.split(":")[1].split(",")
+
+
+# The CPU image
+
+
+def test_the_cpu_image_is_the_other_one_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = dockerfile(), dockerfile("Dockerfile.cpu")
+    for name in ("USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "COPY"):
+        assert one[name] == other[name], name
+    program, *given = json.loads(other["ENTRYPOINT"][0])
+    assert program == "ssv-serve"
+    for command in (json.loads(other["CMD"][0]), COMPOSE_CPU["services"]["ssv"]["command"]):
+        args = serve._parser().parse_args(given + command)
+        checks.check_options(args)
+        assert (args.device, args.host, args.tritonserver) == ("cpu", "0.0.0.0", None)
+    arguments = setup_arguments(monkeypatch)
+    assert "nvidia-pytriton==0.7.0" in arguments["extras_require"]["serve"]
+    (torch,) = re.findall(r'"(torch==[^"]+)"', " ".join(other["RUN"]))
+    assert torch == f"{arguments['extras_require']['runtime'][0]}+cpu"
+    ignored = [(DEPLOY / f"{image}.dockerignore").read_text() for image in IMAGES]
+    assert ignored[0] == ignored[1]
+
+
+def test_compose_for_a_cpu_differs_by_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = dict(COMPOSE_CPU["services"]["ssv"]), dict(SERVICE)
+    version = setup_arguments(monkeypatch)["version"]
+    assert ours.pop("image") == f"ssv:{version}-cpu"
+    assert ours.pop("build") == {"context": "..", "dockerfile": "deploy/Dockerfile.cpu"}
+    assert ours.pop("command")[2:] == theirs.pop("command")[2:]
+    assert set(ours.pop("tmpfs")) < set(theirs.pop("tmpfs")), "no kernels are compiled"
+    del theirs["image"], theirs["build"], theirs["deploy"]
+    assert ours == theirs
 
 
 # Compose
@@ -296,7 +330,7 @@ def test_objects_are_named_and_leave_the_namespace_open(path: Path) -> None:
 def test_objects_keep_to_the_schema_of_kubernetes(path: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     found = document(path)
-    if found["kind"] == "ServiceMonitor":
+    if found["kind"] in ("ServiceMonitor", "PrometheusRule"):
         pytest.skip("not of Kubernetes itself")
     validate.validate(found, validate.latest_version(), strict=True)
 
@@ -389,7 +423,35 @@ EXPRESSIONS = [(panel["title"], target["expr"]) for panel in PANELS for target i
 def metrics_in(expression: str) -> set[str]:
     for label in (r'"[^"]*"', r"\{[^}]*\}", r"\[[^\]]*\]", r"\bby \([^)]*\)"):
         expression = re.sub(label, " ", expression)
-    return set(re.findall(r"[a-zA-Z_]\w*", expression)) - {"sum", "min", "rate", "increase", "vector", "or"}
+    functions = {"sum", "min", "rate", "increase", "vector", "or", "and", "histogram_quantile"}
+    return set(re.findall(r"[a-zA-Z_][\w:]*", expression)) - functions
+
+
+COUNTED = {
+    *COUNTERS,
+    *(name for name, _ in (REQUESTS, REFUSED, INVALID, RESTARTS)),
+    *(f"{name}_{end}" for name in HISTOGRAMS for end in ("bucket", "sum", "count")),
+}
+MEASURED = {*GAUGES, RUNNING[0], *TRITON_GAUGES}
+
+
+def check_expression(expression: str) -> None:
+    """That it is on metrics that there are, in ways that mean something."""
+    for left, right in ("()", "{}", "[]"):
+        assert expression.count(left) == expression.count(right)
+    used = metrics_in(expression) - {"instance", "process"}
+    assert used and used <= COUNTED | MEASURED
+    # A counter begins anew with ssv-serve: only its increase means something. A gauge's does not.
+    increased = set(re.findall(r"(?:rate|increase)\((\w+)", expression))
+    assert used & COUNTED == increased
+    # By labels that these have.
+    labels = {label for found in re.findall(r"by \(([^)]+)\)", expression) for label in re.split(r",\s*", found)}
+    own = {"tier", "instance"}
+    own |= {"reason"} if used <= {REQUESTS[0], REFUSED[0]} else set()
+    own |= {"process"} if used == {RESTARTS[0]} else set()
+    own |= {"le"} if all(name.endswith("_bucket") for name in used) else set()
+    assert labels <= own
+    assert ("histogram_quantile" in expression) == ("le" in labels)
 
 
 def test_a_metric_is_found_in_an_expression() -> None:
@@ -398,21 +460,84 @@ def test_a_metric_is_found_in_an_expression() -> None:
 
 @pytest.mark.parametrize(("title", "expression"), EXPRESSIONS, ids=[title for title, _ in EXPRESSIONS])
 def test_expressions_are_on_metrics_that_there_are(title: str, expression: str) -> None:
-    counters = {*COUNTERS, REQUESTS[0], *TRITON_COUNTERS}
-    gauges = {*GAUGES, *TRITON_GAUGES}
-    used = metrics_in(expression)
-    assert used and used <= counters | gauges
-    # A counter begins anew with its server: only its increase means something. A gauge's does not.
-    increased = set(re.findall(r"(?:rate|increase)\((\w+)", expression))
-    assert used & counters == increased
-    # By labels that these have.
-    own = {"tier"} | ({"reason"} if used == {REQUESTS[0]} else set()) | ({"instance"} if used <= gauges else set())
-    assert set(re.findall(r"by \((\w+)\)", expression)) <= own
+    check_expression(expression)
 
 
-def test_sums_over_counts_are_called_means() -> None:
-    summed = {title for title, expression in EXPRESSIONS if "_seconds" in expression}
-    assert len(summed) == 2 and all(title.startswith("Mean ") for title in summed)
+def test_times_are_of_answered_requests_and_called_what_they_are() -> None:
+    """Which histograms are, and counts of requests are not."""
+    times = [(title, expression) for title, expression in EXPRESSIONS if "_seconds" in expression]
+    assert len(times) == 6
+    for title, expression in times:
+        assert not metrics_in(expression) & {*COUNTERS, REQUESTS[0], REFUSED[0]}
+        kind = "p95 " if "histogram_quantile(0.95" in expression else "Mean "
+        assert title.startswith(kind)
+    assert all(f"{name}_bucket" in " ".join(expression for _, expression in times) for name in HISTOGRAMS)
+
+
+def test_tokens_per_pass_go_without_the_first_of_answered_requests_alone() -> None:
+    (expression,) = [expression for title, expression in EXPRESSIONS if title.startswith("Tokens per target pass")]
+    assert "ssv_requests{reason=~" in expression
+
+
+def test_refusals_are_shown_apart_from_what_was_taken() -> None:
+    for _, expression in EXPRESSIONS:
+        assert not {REQUESTS[0], REFUSED[0]} <= metrics_in(expression)
+    assert any(REFUSED[0] in expression for _, expression in EXPRESSIONS)
+
+
+# Rules
+
+RULES = [rule for group in document(DEPLOY / "prometheus-rules.yml")["groups"] for rule in group["rules"]]
+RECORDED = {rule["record"]: rule for rule in RULES if "record" in rule}
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+
+
+@pytest.mark.parametrize("name", [*RECORDED, *ALERTS])
+def test_rules_are_on_metrics_that_there_are(name: str) -> None:
+    expression = {**RECORDED, **ALERTS}[name]["expr"]
+    for recorded in sorted(RECORDED, key=len, reverse=True):  # an alert may ask for what is recorded
+        expression = expression.replace(recorded, f"({RECORDED[recorded]['expr']})") if name in ALERTS else expression
+    check_expression(expression)
+    assert "$__" not in expression, "a variable of Grafana's"
+
+
+def test_rules_are_named_as_prometheus_wants_it() -> None:
+    for name in RECORDED:
+        level, metric, operation = name.split(":")
+        assert level in ("tier", "ssv") and re.fullmatch(r"(p95|mean|rate|share)_(5m|1h)", operation)
+        assert f"[{operation.rpartition('_')[2]}]" in RECORDED[name]["expr"]
+        assert level == "ssv" or f"{metric}" in RECORDED[name]["expr"]
+        assert ("by (tier" in RECORDED[name]["expr"]) == (level == "tier")
+
+
+def test_alerts_say_what_is_wrong() -> None:
+    assert len(ALERTS) >= 6
+    for name, alert in ALERTS.items():
+        assert name.startswith("Ssv")
+        assert alert["labels"]["severity"] in ("critical", "warning")
+        assert set(alert["annotations"]) == {"summary", "description"}
+        labels = set(re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]))
+        shown = alert["expr"]
+        for recorded, rule in RECORDED.items():
+            shown = shown.replace(recorded, rule["expr"])
+        assert all(re.search(rf"by \([^)]*\b{label}\b", shown) for label in labels)
+    failures = ALERTS["SsvRequestsFail"]["expr"]
+    assert "refused" not in failures + RECORDED[failures.split()[0]]["expr"]
+
+
+def test_prometheus_reads_the_rules() -> None:
+    (path,) = document(DEPLOY / "prometheus.yml")["rule_files"]
+    assert f"./prometheus-rules.yml:{path}:ro" in COMPOSE["services"]["prometheus"]["volumes"]
+    rule = document(KUBERNETES / "monitoring" / "prometheusrule.yaml")
+    assert (rule["kind"], rule["spec"]) == ("PrometheusRule", document(DEPLOY / "prometheus-rules.yml"))
+
+
+def test_promtool_takes_the_rules() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool")
+    done = subprocess.run([promtool, "check", "rules", str(DEPLOY / "prometheus-rules.yml")], capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_share_of_audited_tokens_stands_beside_their_number() -> None:

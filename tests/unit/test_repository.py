@@ -17,7 +17,7 @@ from ssv.runtime.pieces import Answer
 from ssv.runtime.request import Chunk, SamplingParams
 from ssv.runtime.server_config import ConfigError, ServerConfig
 from ssv.runtime.stats import Counters
-from ssv.triton_repo.repository import HERE, MODELS, ROUTER, write_repository
+from ssv.triton_repo.repository import DRAINING, HERE, LEAST_QUEUE, MODELS, ROUTER, write_repository
 
 PYTHON_MODELS = tuple(name for name in MODELS if name != "ensemble")
 
@@ -175,7 +175,7 @@ def test_the_router_is_not_copied_where_traffic_is_not_split(tmp_path: Path) -> 
 
 def test_the_router_is_told_its_arms(tmp_path: Path) -> None:
     write_repository(make(), tmp_path / "models", "disclosed", ROUTING)
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted((*MODELS, ROUTER))
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted((*MODELS, DRAINING, ROUTER))
     written = read(ROUTER, tmp_path / "models")
     assert {name: parameter.string_value for name, parameter in written.parameters.items()} == ROUTING
     ours = read(ROUTER)
@@ -202,7 +202,7 @@ def test_a_parameter_that_is_not_given_is_an_error(tmp_path: Path) -> None:
 def test_settings_are_written(tmp_path: Path) -> None:
     config = make(max_rows=3, max_waiting=5, max_length=100, max_tokens=7, max_prompt_bytes=11, audit_share=0.125)
     write_repository(config, tmp_path / "models")
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(MODELS)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted((*MODELS, DRAINING))
     for name in PYTHON_MODELS:
         written = read(name, tmp_path / "models")
         found = settings_of(written)
@@ -210,7 +210,10 @@ def test_settings_are_written(tmp_path: Path) -> None:
             assert getattr(found, parameter) == getattr(config, parameter)
         assert set(written.parameters) == set(read(name).parameters)
     queue = read("preprocessing", tmp_path / "models").dynamic_batching.default_queue_policy
-    assert queue.max_queue_size == 8
+    assert queue.max_queue_size == LEAST_QUEUE
+    write_repository(make(max_rows=100, max_waiting=28), tmp_path / "many")
+    queue = read("preprocessing", tmp_path / "many").dynamic_batching.default_queue_policy
+    assert queue.max_queue_size == 16 * 128
 
 
 def test_nothing_else_is_changed(tmp_path: Path) -> None:
@@ -245,3 +248,10 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_repository(make(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_model_that_ends_readiness_is_not_loaded_at_the_start() -> None:
+    config = read(DRAINING)
+    assert (config.name, config.backend) == (DRAINING, "python")
+    assert DRAINING not in MODELS
+    assert "raise RuntimeError" in (HERE / DRAINING / "1" / "model.py").read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +11,10 @@ import pytest
 
 from ssv.ab.routing import Routing
 from ssv.builder.tiers import Policy
-from ssv.triton_repo import installation, serve
+from ssv.triton_repo import checks, installation, serve
 from ssv.triton_repo.installation import Installation, InstallationError
+from ssv.triton_repo.repository import MODELS, ROUTER
+from ssv.triton_repo.tritonserver import Tritonserver
 
 
 def parsed(*options: str) -> argparse.Namespace:
@@ -22,29 +23,49 @@ def parsed(*options: str) -> argparse.Namespace:
 
 def arguments(*options: str) -> dict[str, str]:
     """What tritonserver is started with."""
-    supervisor = serve._Supervisor(
-        parsed(*options), Installation(Path("tritonserver")), Path("models"), threading.Event()
-    )
-    return dict(argument.split("=", 1) for argument in supervisor._arguments() if "=" in argument)
+    server = Tritonserver(parsed(*options), Installation(Path("tritonserver")), Path("models"))
+    return dict(argument.split("=", 1) for argument in server.arguments() if "=" in argument)
 
 
 def test_listens_on_this_machine_alone_unless_told_otherwise() -> None:
     given = arguments()
     assert {given[f"--{kind}-address"] for kind in ("http", "grpc", "metrics")} == {"127.0.0.1"}
     given = arguments("--host", "10.0.0.1")
-    assert {given[f"--{kind}-address"] for kind in ("http", "grpc", "metrics")} == {"10.0.0.1"}
+    assert given["--grpc-address"] == "10.0.0.1"
+    # The front is before these.
+    assert given["--http-address"] == given["--metrics-address"] == "127.0.0.1"
 
 
-def test_with_tls_what_cannot_be_encrypted_stays_on_this_machine() -> None:
+def test_grpc_speaks_tls() -> None:
     given = arguments("--host", "10.0.0.1", "--tls-cert", "c.pem", "--tls-key", "k.pem")
-    assert given["--http-address"] == "127.0.0.1"
     assert given["--grpc-use-ssl"] == "true"
     assert (given["--grpc-server-cert"], given["--grpc-server-key"]) == ("c.pem", "k.pem")
 
 
-def test_model_control_is_off_and_administration_shut() -> None:
+def loaded(*options: str) -> list[str]:
+    server = Tritonserver(parsed(*options), Installation(Path("tritonserver")), Path("models"))
+    return [argument.partition("=")[2] for argument in server.arguments() if argument.startswith("--load-model=")]
+
+
+def test_all_models_are_loaded_but_the_one_that_ends_readiness() -> None:
+    assert loaded() == list(MODELS)
+    assert loaded("--ab", "arms.yaml") == [*MODELS, ROUTER]
+
+
+def test_a_server_without_a_gpu_does_not_look_for_one() -> None:
+    assert arguments()["--allow-gpu-metrics"] == "false"
+    assert "--allow-gpu-metrics" not in arguments("--device", "cuda")
+    assert "--allow-gpu-metrics" not in arguments("--engine", "tensorrt")
+
+
+def test_two_servers_have_not_the_same_shared_memory() -> None:
+    one, other = arguments()["--backend-config"], arguments()["--backend-config"]
+    assert one != other
+    assert one.startswith("python,shm-region-prefix-name=ssv_")
+
+
+def test_administration_is_shut() -> None:
     given = arguments()
-    assert given["--model-control-mode"] == "none"
     shut, key = given["--grpc-restricted-protocol"].split(":")
     assert set(shut.split(",")) == {"shared-memory", "model-repository", "logging", "trace"}
     assert given["--http-restricted-api"] == f"{shut}:{key}"
@@ -61,15 +82,18 @@ def test_an_admin_key_of_ones_own() -> None:
     ("options", "message"),
     [
         (["--tls-cert", "c.pem"], "belong together"),
-        (["--tls-cert", "no.pem", "--tls-key", "no.pem"], "not a file"),
         (["--admin-key", "secret"], "NAME=VALUE"),
         (["--http-port", "8001"], "must be different"),
         (["--openai-port", "70000"], "between 1 and 65535"),
+        (["--ready-timeout", "-1"], "--ready-timeout -1.0 must be 0 or more"),
+        (["--drain-timeout", "nan"], "--drain-timeout nan must be 0 or more"),
+        (["--restarts", "-1"], "--restarts -1 must be 0 or more"),
+        (["--precision", "fp8"], "--precision fp8 is none of the torch engine's"),
     ],
 )
 def test_options_that_cannot_be(options: list[str], message: str) -> None:
     with pytest.raises(serve.ServeError, match=message):
-        serve._check(parsed(*options))
+        checks.check_options(parsed(*options))
 
 
 TIERS = {"turbo": Policy(accept_below=0.4, verify_above=0.8, risk_budget=1.0, max_pending=6)}
@@ -90,7 +114,7 @@ def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         serve, "read_manifest", lambda bundle, verify: SimpleNamespace(policies=TIERS, files={}, engines={})
     )
     monkeypatch.setattr(serve, "bundled", started.append)
-    monkeypatch.setattr(serve, "_Supervisor", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(serve, "Supervisor", lambda *arguments: started.append(arguments))
     # The handlers are this process's.
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr(serve, "log_to_stderr", lambda: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -13,29 +14,52 @@ from ssv.runtime.intake import Intake, declared_inputs
 from ssv.runtime.pieces import error_text
 from ssv.runtime.request import RequestError
 from ssv.runtime.server_config import ServerConfig
+from ssv.runtime.server_log import log_event, log_to_stderr
+from ssv.runtime.server_metrics import Admission, Metrics, Refusal, boards_folder
 from ssv.runtime.tokenizer import BundleTokenizer
+
+log = logging.getLogger("ssv.server")
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        log_to_stderr()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         manifest = read_manifest(config.bundle, verify=False)  # `ssv` does
         self._intake = Intake(manifest, BundleTokenizer.load(config.bundle), config.limits(manifest))
+        self._metrics = Metrics(boards_folder(), "preprocessing")
+        self._admission = Admission(boards_folder(), config.max_rows, config.max_waiting)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
+        # A storm of requests is refused here, before any work.
+        try:
+            self._admission.check()
+        except Refusal as refusal:
+            self._metrics.refused(refusal.reason)
+            self._log(request, "refused", refusal)
+            return _error("UNAVAILABLE", pb_utils.TritonError.UNAVAILABLE, refusal)
         found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in declared_inputs()}
         try:
             tensors = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
             prompt_ids, settings = self._intake.prepare(tensors)
         except RequestError as error:
-            text = error_text("INVALID_ARGUMENT", error)
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
+            self._metrics.invalid()
+            self._log(request, "invalid", error)
+            return _error("INVALID_ARGUMENT", pb_utils.TritonError.INVALID_ARG, error)
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("prompt_ids", np.array([prompt_ids], dtype=np.int32)),
                 pb_utils.Tensor("settings", np.array([[settings.to_json().encode()]], dtype=np.object_)),
             ]
         )
+
+    @staticmethod
+    def _log(request: Any, reason: str, error: Exception) -> None:
+        log_event(log, "request", level=logging.WARNING, id=request.request_id(), reason=reason, error=error)
+
+
+def _error(status: str, code: int, error: Exception) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error_text(status, error), code))

@@ -16,24 +16,20 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from ssv.runtime.audit import Audit
 from ssv.runtime.control import ControlReceiver
 from ssv.runtime.intake import Settings
 from ssv.runtime.llm import LLM
 from ssv.runtime.memory import keep_large_blocks
 from ssv.runtime.pieces import Answer, Piece, error_text
-from ssv.runtime.request import Chunk, Request
+from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS, counts_of, gauges_of
+from ssv.runtime.server_metrics import DRAINING, Metrics, boards_folder
 from ssv.runtime.service import Load, Service, ServiceError
-from ssv.runtime.strategies import METHODS, policy_for
+from ssv.runtime.strategies import policy_for
 
 log = logging.getLogger("ssv.server")
-
-GAUGE_SECONDS = 0.25
-"""Gauges are not set more often while requests run: each costs a message to the server."""
 
 PROBE_SECONDS = 0.25
 """After so long without a response a request asks whether its client is still there; see `Piece`."""
@@ -64,19 +60,20 @@ class TritonPythonModel:
         self._streams = _Streams(config.stream_interval_ms / 1000, config.responses_per_s)
         # The server's library does not bear calls from two threads at a time.
         self._ipc = threading.Lock()
-        self._metrics = _Metrics(self._ipc)
+        self._metrics = Metrics(boards_folder(), "ssv")
+        self._has_failed = False
         self._sinks: weakref.WeakValueDictionary[str, _Sink] = weakref.WeakValueDictionary()
         self._service = Service(
             self._llm,
             max_waiting=config.max_waiting,
             prompt_cache_bytes=config.prompt_cache_mb << 20,
             audit_share=config.audit_share,
-            on_finish=self._metrics.finished,
+            on_finish=lambda chunk, method: self._metrics.finished(method, str(chunk.finish_reason), chunk.counters),
             on_audit=self._metrics.audited,
             on_round=self._round,
             on_death=self._die,
         )
-        self._metrics.round(self._service.load)
+        self._metrics.load(self._service.load)
         self._control = ControlReceiver(os.getppid(), self._cancel, self._drain)
         log_event(log, "ready", bundle=config.bundle, rows=config.max_rows, threads=torch.get_num_threads())
 
@@ -84,17 +81,20 @@ class TritonPythonModel:
         for request in requests:
             sink = _Sink(request, self._llm, self._ipc, self._streams, self._metrics)
             self._sinks[sink.key] = sink
+            self._metrics.taken(sink.request.method)
             try:
                 self._service.submit(sink.request, sink)
-            except (QueueFull, ServiceError) as error:
-                sink.fail(error)
+            except QueueFull as error:
+                sink.refuse(error, "full")
+            except ServiceError as error:
+                sink.refuse(error, "starting" if self._has_failed else "draining")
 
     def finalize(self) -> None:
         self._service.drain(timeout=5.0)
 
     def _round(self, load: Load) -> None:
         self._streams.num = load.decoding
-        self._metrics.round(load)
+        self._metrics.load(load)
 
     def _cancel(self, key: str) -> None:
         if (sink := self._sinks.get(key)) is not None:
@@ -102,12 +102,13 @@ class TritonPythonModel:
 
     def _drain(self) -> None:
         log_event(log, "draining")
-        self._service.refuse("the server is shutting down: try another one")
+        self._service.refuse(DRAINING)
 
     def _die(self, error: Exception) -> None:
         # Nothing of an engine that has failed can be trusted. Who supervises the server sees the process end.
+        self._has_failed = True
         log_event(log, "engine failed", level=logging.ERROR, error=error)
-        self._metrics.round(self._service.load, alive=False)
+        self._metrics.load(self._service.load, alive=False)
         time.sleep(1.0)  # the errors shall reach their clients
         os._exit(EXIT_ENGINE_FAILED)
 
@@ -131,14 +132,17 @@ class _Streams:
 class _Sink:
     """Sends a request's output to its client."""
 
-    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, streams: _Streams, metrics: _Metrics) -> None:
+    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, streams: _Streams, metrics: Metrics) -> None:
         self._sender, self._ipc, self._id = request.get_response_sender(), ipc, request.request_id()
         self._streams, self._metrics = streams, metrics
         self.key, self.cancelled, self._sent_at = secrets.token_hex(16), False, time.monotonic()
         settings = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
         prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
-        deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
-        self.request = Request(tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline)
+        arrived = self._sent_at
+        deadline = None if settings.timeout is None else arrived + settings.timeout
+        self.request = Request(
+            tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline, arrived=arrived
+        )
         self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless)
 
     def is_cancelled(self) -> bool:
@@ -153,12 +157,29 @@ class _Sink:
             self._log(logging.INFO, reason=chunk.finish_reason, **chunk.counters.to_dict())
 
     def fail(self, error: Exception) -> None:
-        refused = isinstance(error, (QueueFull, ServiceError))
-        code = pb_utils.TritonError.UNAVAILABLE if refused else pb_utils.TritonError.INVALID_ARG
-        text = error_text("UNAVAILABLE" if refused else "INVALID_ARGUMENT", error)
+        """Of a request that had been taken."""
+        if isinstance(error, QueueFull):
+            self.refuse(error, "full")
+        elif isinstance(error, RequestError):
+            self._metrics.withdrawn(self.request.method)
+            self._metrics.invalid()
+            self._send_error("INVALID_ARGUMENT", pb_utils.TritonError.INVALID_ARG, error)
+            self._log(logging.WARNING, reason="invalid", error=error)
+        else:
+            self._metrics.ended(self.request.method, "error")
+            self._send_error("UNAVAILABLE", pb_utils.TritonError.UNAVAILABLE, error)
+            self._log(logging.ERROR, reason="error", error=error)
+
+    def refuse(self, error: Exception, reason: str) -> None:
+        """Of a request that is not taken; why is one of `ssv.runtime.server_metrics.REFUSALS`."""
+        self._metrics.withdrawn(self.request.method)
+        self._metrics.refused(reason)
+        self._send_error("UNAVAILABLE", pb_utils.TritonError.UNAVAILABLE, error)
+        self._log(logging.WARNING, reason="refused", error=error)
+
+    def _send_error(self, status: str, code: int, error: Exception) -> None:
+        text = error_text(status, error)
         self._send(pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code)), True)
-        self._metrics.ended(self.request.method, "error")
-        self._log(logging.WARNING, reason="error", error=error)
 
     def _send_piece(self, piece: Piece) -> None:
         tensor = pb_utils.Tensor("piece", np.array([[piece.to_json().encode()]], dtype=np.object_))
@@ -171,51 +192,3 @@ class _Sink:
 
     def _log(self, level: int, **fields: object) -> None:
         log_event(log, "request", level=level, id=self._id, key=self.key, tier=self.request.method, **fields)
-
-
-class _Metrics:
-    """The server's metrics; see `ssv.runtime.server_metrics`."""
-
-    def __init__(self, ipc: threading.Lock) -> None:
-        self._ipc = ipc
-        kinds = pb_utils.MetricFamily
-        self._counters = {n: kinds(name=n, description=d, kind=kinds.COUNTER) for n, d in COUNTERS.items()}
-        self._requests = kinds(name=REQUESTS[0], description=REQUESTS[1], kind=kinds.COUNTER)
-        families = {n: kinds(name=n, description=d, kind=kinds.GAUGE) for n, d in GAUGES.items()}
-        self._gauges = {name: family.Metric(labels={}) for name, family in families.items()}
-        self._gauge_families = families  # metrics go with their family
-        self._metrics = {(n, m): f.Metric(labels={"tier": m}) for n, f in self._counters.items() for m in METHODS}
-        self._ended: dict[tuple[str, str], Any] = {}
-        self._set: dict[str, float] = {}
-        self._set_at = 0.0
-
-    def finished(self, chunk: Chunk, method: str) -> None:
-        for name, value in counts_of(chunk.counters).items():
-            self._add(name, method, value)
-        self.ended(method, str(chunk.finish_reason))
-
-    def ended(self, method: str, reason: str) -> None:
-        with self._ipc:
-            if (method, reason) not in self._ended:
-                self._ended[method, reason] = self._requests.Metric(labels={"tier": method, "reason": reason})
-            self._ended[method, reason].increment(1)
-
-    def audited(self, audit: Audit, method: str, tokens: int) -> None:
-        self._add("ssv_audited_tokens", method, tokens)
-        self._add("ssv_audit_mismatches", method, audit.strict)
-
-    def round(self, load: Load, alive: bool = True) -> None:
-        is_idle = not (load.decoding or load.joining or load.waiting)
-        if not is_idle and time.monotonic() - self._set_at < GAUGE_SECONDS:
-            return
-        self._set_at = time.monotonic()
-        with self._ipc:
-            for name, value in gauges_of(load, alive).items():
-                if self._set.get(name) != value:
-                    self._gauges[name].set(value)
-                    self._set[name] = value
-
-    def _add(self, name: str, method: str, value: float) -> None:
-        if value:
-            with self._ipc:
-                self._metrics[name, method].increment(value)

@@ -1,0 +1,306 @@
+"""What becomes of requests when there are too many, when the server ends, and when its processes are killed: what the metrics say is what
+a client has counted, to the request."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import psutil
+import tritonclient.grpc as grpcclient
+from triton_asks import read_metrics, wait_until
+
+from ssv.client.triton import Client, ServerError, Settings
+from ssv.runtime.server_metrics import ANSWERED, REQUESTS
+
+PROMPT = "Once upon a time"
+LONG_SECONDS = 120.0
+
+
+class Server(Protocol):
+    grpc_url: str
+    grpc_address: str
+    http_url: str
+    metrics_url: str
+    openai_url: str
+    pid: int
+    log: Path
+    max_rows: int
+    max_waiting: int
+
+
+Another = Callable[..., AbstractContextManager[Server]]
+
+
+# What a client does and counts
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, str | None, str]:
+    """Status, Retry-After and body; status 0 for a connection that broke."""
+    at = urlsplit(url)
+    connection = HTTPConnection(str(at.hostname), at.port, timeout=LONG_SECONDS)
+    try:
+        connection.request("POST", at.path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.headers["Retry-After"], response.read().decode()
+    except (OSError, HTTPException) as error:
+        return 0, None, repr(error)
+    finally:
+        connection.close()
+
+
+def outcome(found: tuple[int, str | None, str]) -> str:
+    status, retry_after, body = found
+    if status == 503:
+        assert retry_after == "1", body
+        return "refused"
+    if status == 200 and '"error"' not in body:
+        return "answered"
+    return "failed"
+
+
+def ask_generate(server: Server, tokens: int) -> str:
+    body = {"text_input": PROMPT, "max_tokens": tokens, "ignore_eos": True}
+    return outcome(post(f"{server.http_url}/v2/models/ensemble/generate", body))
+
+
+def ask_generate_stream(server: Server, tokens: int) -> str:
+    body = {"text_input": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    return outcome(post(f"{server.http_url}/v2/models/ensemble/generate_stream", body))
+
+
+def ask_openai(server: Server, tokens: int) -> str:
+    body = {"model": server_model(server), "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
+    return outcome(post(f"{server.openai_url}/completions", body))
+
+
+def ask_grpc(server: Server, tokens: int) -> str:
+    with Client(server.grpc_url) as client:
+        try:
+            list(client.stream(PROMPT, Settings(chat=False, max_tokens=tokens, ignore_eos=True)))
+        except ServerError as error:
+            return "failed" if error.is_cut_off or error.status != "UNAVAILABLE" else "refused"
+    return "answered"
+
+
+DOORS: tuple[Callable[[Server, int], str], ...] = (ask_generate, ask_generate_stream, ask_openai, ask_grpc)
+
+
+def server_model(server: Server) -> str:
+    connection = HTTPConnection(urlsplit(server.openai_url).netloc, timeout=LONG_SECONDS)
+    connection.request("GET", "/v1/models")
+    return str(json.loads(connection.getresponse().read())["data"][0]["id"])
+
+
+def storm(server: Server, asks: Sequence[Callable[[Server, int], str]], tokens: int) -> Counter[str]:
+    """All at a time."""
+    with ThreadPoolExecutor(len(asks)) as pool:
+        return Counter(pool.map(lambda ask: ask(server, tokens), asks))
+
+
+# What the server counted
+
+
+def counted(server: Server) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for (name, labels), value in read_metrics(server.metrics_url).items():
+        if name == REQUESTS[0]:
+            reason = dict(labels)["reason"]
+            found["answered" if reason in ANSWERED else "failed"] += int(value)
+        elif name == "ssv_requests_refused":
+            found["refused"] += int(value)
+        elif name == "ssv_requests_running":
+            found["running"] += int(value)
+    return found
+
+
+def gained(server: Server, before: Counter[str]) -> dict[str, int]:
+    return {name: value - before[name] for name, value in counted(server).items() if value != before[name]}
+
+
+def get(url: str, path: str) -> tuple[int, str | None]:
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=LONG_SECONDS)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.headers["Retry-After"]
+
+
+def processes(server: Server) -> dict[str, psutil.Process]:
+    """By what they are: tritonserver, openai, or a model's name."""
+    found = {}
+    for process in psutil.Process(server.pid).children(recursive=True):
+        command = " ".join(process.cmdline())
+        if "ssv.client.openai_api" in command:
+            found["openai"] = process
+        elif "/1/model.py" in command:
+            found[command.split("/1/model.py")[0].rpartition("/")[2]] = process
+        elif "--model-repository" in command:
+            found["tritonserver"] = process
+    return found
+
+
+def shared_memory(server: Server) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"ssv_{server.pid}_*"))
+
+
+def is_ready(server: Server) -> bool:
+    return get(server.http_url, "/v2/health/ready")[0] == 200
+
+
+# Too many
+
+
+def test_a_storm_is_counted_to_the_request(server: Server) -> None:
+    """Ten times what the server can take, through all doors at once."""
+    num = 10 * (server.max_rows + server.max_waiting)
+    before = counted(server)
+    found = storm(server, [DOORS[i % len(DOORS)] for i in range(num)], tokens=32)
+    assert found.total() == num and found.keys() <= {"answered", "refused"}
+    assert found["answered"] >= server.max_rows + server.max_waiting and found["refused"] > 0
+    assert gained(server, before) == dict(found)
+
+
+def test_times_are_of_answered_requests(server: Server) -> None:
+    """However many are refused: the mean is what answered clients have waited."""
+    name = "ssv_time_to_first_token_seconds"
+
+    def summed(end: str) -> float:
+        return sum(v for (series, _), v in read_metrics(server.metrics_url).items() if series == f"{name}_{end}")
+
+    before = summed("count")
+    found = storm(server, [ask_generate] * (4 * (server.max_rows + server.max_waiting)), tokens=8)
+    assert summed("count") - before == found["answered"] > 0
+
+
+# The end
+
+
+def test_draining(another_server: Another) -> None:
+    """Readiness is false at every door while what runs is finished; what comes is refused and counted."""
+    with another_server(max_rows=2, max_waiting=4) as server:
+        model, before = server_model(server), counted(server)
+        long: list[str] = []
+        threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 300))) for ask in DOORS]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: counted(server)["running"] == len(DOORS), "they run")
+        assert is_ready(server)
+        psutil.Process(server.pid).send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_ready(server), "it drains")
+        assert get(server.http_url, "/v2/health/ready") == (503, "1")
+        assert get(server.http_url, "/v2/models/ensemble/ready") == (503, "1")
+        assert get(server.http_url, "/v2/health/live")[0] == 200
+        with grpcclient.InferenceServerClient(server.grpc_address) as client:
+            wait_until(lambda: not client.is_server_ready(), "gRPC says that it is not ready")
+            assert client.is_server_live()
+        assert get(server.openai_url, "/health") == (503, "1")
+        refused = [ask(server, 2) for ask in DOORS if ask is not ask_openai]
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 2}
+        refused.append(outcome(post(f"{server.openai_url}/completions", body)))
+        assert refused == ["refused"] * len(DOORS)
+        assert gained(server, before) == {"refused": len(DOORS), "running": len(DOORS)}, (
+            "it ended while it was looked at"
+        )
+        for thread in threads:
+            thread.join()
+        assert long == ["answered"] * len(DOORS)
+    assert not shared_memory(server)
+    entries = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    assert [e["event"] for e in entries if e["event"] in ("draining", "stopped")][-1] == "stopped"
+    assert Counter(e["reason"] for e in entries if e["event"] == "request") == {"length": 4, "refused": 4}
+    assert not [line for line in server.log.read_text().splitlines() if line.startswith(("E", "W"))], (
+        "nothing was wrong"
+    )
+    assert all(entry["level"] != "error" for entry in entries)
+
+
+# Processes that are killed
+
+
+def test_killing_processes(another_server: Another) -> None:
+    with another_server("--restarts", "9", max_rows=2, max_waiting=4) as server:
+        before, engines = counted(server), processes(server)
+
+        # The OpenAI API: it alone is started again. Its clients have gone, for all that the server knows.
+        def openai() -> None:
+            failed.append(ask_openai(server, 1000))
+
+        failed: list[str] = []
+        threads = [threading.Thread(target=openai) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: counted(server)["running"] == 2, "they run")
+        engines["openai"].kill()
+        for thread in threads:
+            thread.join()
+        assert failed == ["failed", "failed"]
+        wait_until(lambda: gained(server, before) == {"failed": 2}, "both are counted")
+        wait_until(
+            lambda: processes(server).get("openai", engines["openai"]).pid != engines["openai"].pid, "it is back"
+        )
+        wait_until(lambda: _answers(server), "it answers")
+        now = processes(server)
+        assert {name: now[name].pid for name in now if name != "openai"} == {
+            name: engines[name].pid for name in engines if name != "openai"
+        }, "the engines went on"
+        assert read_metrics(server.metrics_url)["ssv_restarts", frozenset({("process", "openai")})] == 1
+
+        # What belongs to tritonserver: all of it is started again, and nothing that was counted is lost.
+        three = (ask_generate, ask_openai, ask_grpc)
+        for victim in ("ssv", "postprocessing", "tritonserver"):
+            before = counted(server)
+            failed.clear()
+            threads = [threading.Thread(target=lambda ask=ask: failed.append(ask(server, 1000))) for ask in three]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: counted(server)["running"] == len(three), "they run")
+            processes(server)[victim].kill()
+            for thread in threads:
+                thread.join()
+            assert failed == ["failed"] * len(three), victim
+            wait_until(lambda: not is_ready(server), "it is not ready")
+            assert get(server.http_url, "/v2/health/live")[0] == 200
+            refused = [ask_generate(server, 2), ask_generate_stream(server, 2)]
+            assert refused == ["refused"] * 2, "while it starts again"
+            wait_until(lambda: is_ready(server), "it is back", seconds=LONG_SECONDS)
+            assert gained(server, before) == {"failed": len(three), "refused": 2}, victim
+            wait_until(lambda: ask_openai(server, 2) == "answered", "the OpenAI API has found it again")
+        assert read_metrics(server.metrics_url)["ssv_restarts", frozenset({("process", "tritonserver")})] == 3
+
+        # ssv-serve itself: nobody is left behind.
+        left = processes(server)
+        assert {"tritonserver", "openai", "ssv", "preprocessing", "postprocessing"} <= left.keys()
+        psutil.Process(server.pid).kill()
+        _, alive = psutil.wait_procs(left.values(), timeout=LONG_SECONDS)
+        assert not alive
+
+
+def test_a_request_that_hangs_does_not_hold_the_end(another_server: Another) -> None:
+    """As many as there may be, each much longer than the drain."""
+    with another_server("--drain-timeout", "0.5", max_rows=1, max_waiting=1) as server:
+        found: list[str] = []
+        threads = [threading.Thread(target=lambda: found.append(ask_generate(server, 1000))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: counted(server)["running"] == 2, "they run")
+        psutil.Process(server.pid).send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert set(found) <= {"failed", "refused"}
+    assert not shared_memory(server)
+
+
+def _answers(server: Server) -> bool:
+    try:
+        return get(server.openai_url, "/health")[0] == 200
+    except OSError:
+        return False

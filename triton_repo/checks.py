@@ -1,0 +1,248 @@
+"""What can be known to fail before anything is started, so that it is said at once and by its name.
+
+May import: ssv.builder.manifest; ssv.runtime.server_config, .tls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import importlib.metadata
+import importlib.util
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ssv.builder.manifest import Manifest
+from ssv.runtime.server_config import ServerConfig
+from ssv.runtime.tls import certificate_name
+
+TORCH_PRECISIONS = ("fp32", "bf16", "int8", "int4")
+_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625, "fp16": 2.0, "fp8": 1.0}
+_CACHE_BYTES = {"fp32": 4, "int8": 4}
+"""Of a number in the cache on a CPU; 2 otherwise."""
+
+_LEAST_SHARED_MEMORY = 16 << 20
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class ServeError(RuntimeError):
+    """The server cannot be run; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Attributes:
+    capability: such as "9.0".
+    num_bytes: of its memory.
+    """
+
+    capability: str
+    num_bytes: int
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Options that contradict each other or cannot be.
+
+    Raises:
+        ServeError.
+    """
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ServeError("--tls-cert and --tls-key belong together: give both")
+    if args.admin_key is not None and not all(args.admin_key.partition("=")):
+        raise ServeError(f"--admin-key {args.admin_key!r}: give NAME=VALUE")
+    used = list(ports(args).values())
+    if len(set(used)) < len(used) or not all(0 < port < 65536 for port in used):
+        raise ServeError(f"ports {used} must be different, and between 1 and 65535: choose others")
+    for option, least in (("ready_timeout", 0.0), ("drain_timeout", 0.0), ("restarts", 0)):
+        if not getattr(args, option) >= least:
+            name = option.replace("_", "-")
+            raise ServeError(f"--{name} {getattr(args, option)} must be {least:g} or more: choose another")
+    if args.engine == "torch" and args.precision not in (None, *TORCH_PRECISIONS):
+        known = ", ".join(TORCH_PRECISIONS)
+        raise ServeError(f"--precision {args.precision} is none of the torch engine's ({known}): choose one of them")
+
+
+def ports(args: argparse.Namespace) -> dict[str, int]:
+    """Ports by the option that says them."""
+    given = {f"--{kind}-port": getattr(args, f"{kind}_port") for kind in ("http", "grpc", "metrics", "openai")}
+    return {option: port for option, port in given.items() if port is not None}
+
+
+def check_tls(certificate: Path | None, key: Path | None) -> None:
+    """Raises ServeError: files that cannot be read, are not PEM, do not belong together, or have no name."""
+    if certificate is None or key is None:
+        return
+    for path in (certificate, key):
+        if not path.is_file():
+            raise ServeError(f"{path} is not a file: give the path of a PEM file")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ServeError(
+                f"{path} cannot be read ({error.strerror}): give a file that this user may read"
+            ) from error
+    try:
+        certificate_name(certificate, key)
+    except ValueError as error:
+        raise ServeError(f"--tls-cert and --tls-key: {error}") from error
+
+
+def listen(host: str, local: bool, args: argparse.Namespace) -> dict[str, socket.socket]:
+    """Takes the ports that ssv-serve itself listens on, by kind (http, metrics), and makes sure that the others are free.
+
+    Args:
+        local: whether HTTP stays on this machine.
+
+    Raises:
+        ServeError: a port is taken, or the host is not this machine's.
+    """
+    if not host:
+        raise ServeError("--host is empty: give an address of this machine")
+    found: dict[str, socket.socket] = {}
+    with ExitStack() as stack:
+        for option, port in ports(args).items():
+            kind = option.removeprefix("--").removesuffix("-port")
+            opened = _listen("127.0.0.1" if kind == "http" and local else host, port, option)
+            if kind in ("http", "metrics"):
+                found[kind] = opened
+                stack.callback(opened.close)
+            else:
+                opened.close()
+        stack.pop_all()
+    return found
+
+
+def _listen(host: str, port: int, option: str) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except socket.gaierror as error:
+        raise ServeError(
+            f"--host {host} is not a name that is known here ({error.strerror}): choose another"
+        ) from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServeError(
+                f"{option} {port} is taken on {host}: choose another, or end what listens there"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ServeError(f"{option} {port} is not for this user: choose one above 1023") from error
+        raise ServeError(
+            f"--host {host} is not an address of this machine ({error.strerror}): choose another"
+        ) from error
+
+
+def check_machine(config: ServerConfig, manifest: Manifest) -> None:
+    """Whether this machine can run the bundle: device, engines, precision, memory.
+
+    Raises:
+        ServeError.
+    """
+    shared = Path("/dev/shm")  # noqa: S108
+    if shared.is_dir() and psutil.disk_usage(str(shared)).free < _LEAST_SHARED_MEMORY:
+        raise ServeError(
+            f"{shared} has less than {_LEAST_SHARED_MEMORY >> 20} MiB free, which Triton's Python models need: give it more "
+            "(docker: --shm-size)"
+        )
+    on_gpu = config.device == "cuda" or config.engine == "tensorrt"
+    device = gpu() if on_gpu else None
+    if on_gpu and device is None:
+        why = "--engine tensorrt" if config.engine == "tensorrt" else "--device cuda"
+        raise ServeError(f"{why}: this machine has no NVIDIA GPU that a driver shows: use --engine torch --device cpu")
+    if config.engine == "tensorrt":
+        _check_engines(config, manifest, device)
+    elif on_gpu and "+cpu" in (version := importlib.metadata.version("torch")):
+        raise ServeError(f"--device cuda: torch {version} has no CUDA: use a build of torch that has")
+    needed = memory_needed(config, manifest)
+    if device is not None:
+        there, whose = device.num_bytes, "the GPU's"
+    else:
+        there, whose = free_memory(), "this machine's free"
+    if needed > there:
+        raise ServeError(
+            f"{config.max_rows} rows of {config.max_length} tokens and the model's weights need {needed / 2**30:.1f} GiB, "
+            f"{whose} memory is {there / 2**30:.1f} GiB: give fewer --max-rows, or a smaller --max-length or --prompt-cache-mb"
+        )
+
+
+def _check_engines(config: ServerConfig, manifest: Manifest, device: Gpu | None) -> None:
+    for role in ("target", "draft"):
+        entries = [entry for entry in manifest.engines.values() if entry.role == role]
+        if not entries:
+            raise ServeError(
+                f"--engine tensorrt: the bundle has no engine of the {role}: build one with `ssv-build compile`"
+            )
+        entries = [entry for entry in entries if config.precision in ("", entry.precision)]
+        if not entries:
+            known = ", ".join(sorted({entry.precision for entry in manifest.engines.values() if entry.role == role}))
+            raise ServeError(
+                f"--precision {config.precision}: engines of the {role} are in {known}: choose one of these"
+            )
+        if device is not None and not any(device.capability in entry.compute_capabilities for entry in entries):
+            built = ", ".join(sorted({one for entry in entries for one in entry.compute_capabilities}))
+            raise ServeError(
+                f"engines of the {role} are for compute capability {built}, this GPU has {device.capability}: build them for it"
+            )
+        modules = {"tensorrt_rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+        if not any(importlib.util.find_spec(modules[entry.flavor]) for entry in entries):
+            raise ServeError(f"--engine tensorrt: {entries[0].flavor} is not installed: pip install 'ssv[engines]'")
+        most = max(entry.max_batch for entry in entries)
+        if config.max_rows > most:
+            raise ServeError(
+                f"--max-rows {config.max_rows}: engines of the {role} take {most}: choose at most that many"
+            )
+
+
+def memory_needed(config: ServerConfig, manifest: Manifest) -> int:
+    """Bytes that the weights, the caches of all rows and the prompts kept take: what is needed at least."""
+    on_cpu = config.device == "cpu" and config.engine == "torch"
+    precision = config.precision or (manifest.default_precision if on_cpu else "bf16")
+    per_number = _CACHE_BYTES.get(precision, 2) if on_cpu else 2
+    total = config.prompt_cache_mb << 20
+    for spec in (manifest.target, manifest.draft["decoder"]):
+        length = min(config.max_length, int(spec["max_positions"]))
+        numbers = 2 * spec["num_layers"] * spec["num_kv_heads"] * spec["head_dim"] * length * config.max_rows
+        total += int(numbers * per_number + _num_weights(spec) * _WEIGHT_BYTES[precision])
+    return total
+
+
+def _num_weights(spec: Mapping[str, Any]) -> int:
+    hidden, head_dim = spec["hidden_size"], spec["head_dim"]
+    attention = 2 * hidden * head_dim * (spec["num_heads"] + spec["num_kv_heads"])
+    return int(spec["num_layers"] * (attention + 3 * hidden * spec["intermediate_size"]))
+
+
+def free_memory() -> int:
+    """Bytes that processes can still take here, also where a container has less than its machine."""
+    found = [psutil.virtual_memory().available]
+    try:
+        limit, used = (_CGROUP / "memory.max").read_text().strip(), int((_CGROUP / "memory.current").read_text())
+        if limit != "max":
+            reclaimable = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            found.append(int(limit) - used + int(reclaimable.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # not version 2, or not to be seen
+    return min(found)
+
+
+def gpu() -> Gpu | None:
+    """The first GPU, as the driver shows it without making a context; None if there is none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor, num_bytes = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for number, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(num_bytes), device)
+    return Gpu(f"{major.value}.{minor.value}", num_bytes.value)

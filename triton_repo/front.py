@@ -1,0 +1,198 @@
+"""The doors that ssv-serve itself keeps: HTTP, before tritonserver's, and the metrics.
+
+They are there from the first moment to the last, whatever becomes of tritonserver: readiness is false while it starts, starts again, or
+drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with Retry-After (Triton 2.51 answers
+`generate` with 400 whatever went wrong), and metrics are the server's own before Triton's.
+
+May import: ssv.runtime.server_metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+from typing import Literal
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from ssv.runtime.server_metrics import DRAINING, Metrics, Reader
+
+State = Literal["starting", "serving", "draining"]
+
+RETRY_AFTER = {"Retry-After": "1"}
+STARTING = "the server is starting: try again later"
+
+_INFERENCE = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/(generate|generate_stream|infer)$")
+_MODEL_READY = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/ready$")
+
+# Of messages of ours (`ssv.runtime.pieces.error_text`) and of Triton.
+_STATUS = re.compile(r"\b(UNAVAILABLE|INVALID_ARGUMENT|INTERNAL|DEADLINE_EXCEEDED): ")
+_CODES = {"UNAVAILABLE": 503, "INVALID_ARGUMENT": 400, "INTERNAL": 500, "DEADLINE_EXCEEDED": 504}
+_FULL = "Exceeds maximum queue size"
+
+# Of one connection, not of what is said over it (RFC 9110, 7.6.1).
+_HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect")
+)
+_LONGEST_ERROR = 1 << 16
+_CLOSE_SECONDS = 0.5
+
+
+class Front:
+    """Serves the two doors from a thread of its own.
+
+    Attributes:
+        state: of the server behind; whoever supervises it says so.
+    """
+
+    def __init__(self, http: socket.socket, metrics: socket.socket, counted: Metrics, reader: Reader) -> None:
+        """Args:
+        http, metrics: that listen already; they are closed in the end.
+        counted: for refusals that never get to the models.
+        reader: of all that the server counts.
+        """
+        self._sockets = {"http": http, "metrics": metrics}
+        self._counted, self._reader = counted, reader
+        self._http_url = self._metrics_url = ""
+        self._num_running = 0
+        self.state: State = "starting"
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ssv front", daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being answered."""
+        return self._num_running
+
+    def lead_to(self, http_port: int, metrics_port: int) -> None:
+        """Says where tritonserver's own doors are, on this machine."""
+        self._http_url, self._metrics_url = f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{metrics_port}/metrics"
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _open(self) -> None:
+        # Connections are not kept: tritonserver may close one at the moment when it is used again.
+        self._client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(),
+        )
+        self._runners = []
+        for kind, handler in (("http", self._http), ("metrics", self._metrics)):
+            app = web.Application()
+            app.router.add_route("*", "/{path:.*}", handler)
+            runner = web.AppRunner(
+                app, handler_cancellation=True, access_log=None, shutdown_timeout=_CLOSE_SECONDS, auto_decompress=False
+            )
+            await runner.setup()
+            await web.SockSite(runner, self._sockets[kind]).start()
+            self._runners.append(runner)
+
+    async def _close(self) -> None:
+        for runner in self._runners:
+            await runner.cleanup()
+        await self._client.close()
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        if request.path != "/metrics":
+            raise web.HTTPNotFound
+        tritons = ""
+        if self._metrics_url:
+            try:
+                async with self._client.get(self._metrics_url, timeout=aiohttp.ClientTimeout(2.0)) as found:
+                    tritons = await found.text()
+            except (aiohttp.ClientError, TimeoutError):
+                pass  # it is not there now: what was counted is
+        return web.Response(
+            body=(self._reader.text() + tritons).encode(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def _http(self, request: web.Request) -> web.StreamResponse:
+        path, is_serving = request.path, self.state == "serving"
+        is_readiness = path == "/v2/health/ready" or _MODEL_READY.match(path) is not None
+        is_liveness = path == "/v2/health/live"
+        if is_liveness and not is_serving:
+            return web.Response()
+        if is_readiness and not is_serving:
+            return self._unavailable()
+        is_inference = _INFERENCE.match(path) is not None
+        if self.state == "starting" and is_inference:
+            return self._refuse()
+        self._num_running += is_inference
+        try:
+            return await self._pass_on(request, is_inference, is_readiness)
+        except aiohttp.ClientError as error:  # it has died, and will be started again
+            if is_liveness:
+                return web.Response()
+            if not is_inference:
+                return self._unavailable()
+            if isinstance(error, aiohttp.ClientConnectorError):
+                return self._refuse()
+            return _error(500, f"the server failed while the request ran: {error}")
+        finally:
+            self._num_running -= is_inference
+
+    async def _pass_on(self, request: web.Request, is_inference: bool, is_readiness: bool) -> web.StreamResponse:
+        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP]
+        data = request.content if request.body_exists else None
+        url = URL(f"{self._http_url}{request.raw_path}", encoded=True)
+        async with self._client.request(
+            request.method, url, headers=headers, data=data, allow_redirects=False, skip_auto_headers=("User-Agent",)
+        ) as found:
+            if is_readiness and found.status != 200:
+                return self._unavailable()
+            kept = [(name, value) for name, value in found.headers.items() if name.lower() not in _HOP_BY_HOP]
+            if is_inference and found.status >= 400:
+                body = await found.content.read(_LONGEST_ERROR)
+                status = _meant(found.status, body.decode(errors="replace"))
+                response = web.Response(body=body, status=status, headers=_without_length(kept))
+                response.headers.update(RETRY_AFTER if status == 503 else {})
+                return response
+            stream = web.StreamResponse(status=found.status)
+            stream.headers.extend(kept)
+            await stream.prepare(request)
+            try:
+                async for piece in found.content.iter_any():
+                    await stream.write(piece)
+            except aiohttp.ClientError:
+                # What has begun cannot become an error: it ends before its end, which clients notice.
+                if request.transport is not None:
+                    request.transport.abort()
+            return stream
+
+    def _refuse(self) -> web.Response:
+        self._counted.refused("draining" if self.state == "draining" else "starting")
+        return self._unavailable()
+
+    def _unavailable(self) -> web.Response:
+        return _error(503, DRAINING if self.state == "draining" else STARTING)
+
+
+def _error(status: int, message: str) -> web.Response:
+    body = json.dumps({"error": message}).encode()
+    headers = RETRY_AFTER if status == 503 else {}
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+def _meant(status: int, body: str) -> int:
+    """The status that an error of Triton should have had."""
+    match = _STATUS.search(body)
+    if match is not None:
+        return _CODES[match[1]]
+    return 503 if _FULL in body else status
+
+
+def _without_length(headers: list[tuple[str, str]]) -> dict[str, str]:
+    return {name: value for name, value in headers if name.lower() != "content-length"}

@@ -1,0 +1,185 @@
+"""tritonserver: its command line, its process, and the word that it is not ready any more.
+
+May import: ssv.triton_repo.bound, .installation, .repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import psutil
+
+from ssv.triton_repo.bound import bound
+from ssv.triton_repo.installation import Installation
+from ssv.triton_repo.repository import DRAINING, MODELS, ROUTER
+
+ADMIN_PROTOCOLS = "shared-memory,model-repository,logging,trace"
+"""Of Triton, all but health, metadata, configs and statistics, which clients look at."""
+
+_NO_GPU = re.compile(
+    rb"^([EW]\d{4} .*(CUDA driver version is insufficient|CudaDriverHelper has not been initialized|no pinned memory pool"
+    rb"|DCGM|NVML)|Error: Failed to initialize NVML)"
+)
+"""What a tritonserver that was built for GPUs says on a machine without one, where nothing is wrong with that."""
+
+_DRAINS = re.compile(rb"E\d{4} .*(the server drains, and is to say that it is not ready|failed to load 'draining')")
+"""What it says of the model that it cannot load (`Tritonserver.be_not_ready`)."""
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+
+
+class Tritonserver:
+    """One process at a time, with those of its Python models.
+
+    Attributes:
+        http_port, metrics_port: of the latest, on this machine.
+    """
+
+    def __init__(self, args: argparse.Namespace, installation: Installation, models: Path) -> None:
+        """Args:
+        args: of ssv-serve.
+        models: the model repository.
+        """
+        self._args, self._installation, self._models = args, installation, models
+        self._on_cpu = args.device == "cpu" and args.engine == "torch"
+        # Nobody else's regions begin so.
+        self._shared_memory = f"ssv_{os.getpid()}_{secrets.token_hex(8)}_"
+        # A key that nobody has shuts what nobody has asked for.
+        self._admin = args.admin_key or f"ssv-admin={secrets.token_hex(16)}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.http_port = self.metrics_port = 0
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, defaults: Mapping[str, str], environment: Mapping[str, str]) -> None:
+        """Args:
+        defaults: variables to set unless they are set.
+        environment: variables to set.
+        """
+        self.http_port, self.metrics_port = _free_ports(2)
+        self._process = subprocess.Popen(  # noqa: S603
+            bound([str(self._installation.binary), *self._installation.arguments, *self.arguments()]),
+            env=dict(defaults) | os.environ | self._installation.environment | dict(environment),
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a terminal's Ctrl-C is for ssv-serve
+        )
+        told = [_DRAINS, _NO_GPU] if self._on_cpu else [_DRAINS]
+        threading.Thread(target=_copy, args=(self._process.stderr, told), name="ssv log", daemon=True).start()
+
+    def arguments(self) -> list[str]:
+        args = self._args
+        models = [*MODELS, ROUTER] if args.ab is not None else MODELS
+        given = [
+            f"--model-repository={self._models}",
+            # Explicit, for one model more at the end (`be_not_ready`); nobody else has the key.
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in models),
+            "--strict-readiness=true",
+            "--disable-auto-complete-config",  # the config files are complete
+            "--exit-timeout-secs=5",
+            "--grpc-infer-allocation-pool-size=0",  # requests that are kept for reuse keep the size of the largest they were
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+            "--http-address=127.0.0.1",  # `ssv.triton_repo.front` is before it
+            f"--http-port={self.http_port}",
+            f"--grpc-address={args.host}",
+            f"--grpc-port={args.grpc_port}",
+            "--metrics-address=127.0.0.1",
+            f"--metrics-port={self.metrics_port}",
+            f"--http-restricted-api={ADMIN_PROTOCOLS}:{self._admin}",
+            f"--grpc-restricted-protocol={ADMIN_PROTOCOLS}:{self._admin}",
+            "--log-info=false",
+        ]
+        if args.tls_cert:
+            given += ["--grpc-use-ssl=true", f"--grpc-server-cert={args.tls_cert}", f"--grpc-server-key={args.tls_key}"]
+        if self._on_cpu:
+            given += ["--allow-gpu-metrics=false"]
+        return given
+
+    def how_it_ended(self) -> str | None:
+        """None while it has not."""
+        if self._process is None or (status := self._process.poll()) is None:
+            return None
+        return f"tritonserver ended with status {status}"
+
+    def is_ready(self) -> bool:
+        return self._ask("/v2/health/ready", timeout=5.0)
+
+    def be_not_ready(self) -> None:
+        """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model is loaded that cannot be."""
+        # It is not ready from the moment on when the model begins to load.
+        threading.Thread(target=self._load, args=(DRAINING,), name="ssv drain", daemon=True).start()
+
+    def _load(self, model: str) -> None:
+        self._ask(f"/v2/repository/models/{model}/load", b"{}", timeout=5.0)
+
+    def _ask(self, path: str, body: bytes | None = None, *, timeout: float) -> bool:
+        name, _, value = self._admin.partition("=")
+        request = Request(f"http://127.0.0.1:{self.http_port}{path}", body, {name: value})
+        try:
+            with urlopen(request, timeout=timeout) as response:  # noqa: S310
+                return bool(response.status == 200)
+        except (URLError, OSError, HTTPException):
+            return False
+
+    def end(self, seconds: float) -> None:
+        """Asks it to end, which takes what clients leave it."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def kill(self, children: Sequence[psutil.Process]) -> None:
+        """Ends it and whatever it has started, and removes the shared memory that they leave.
+
+        Args:
+            children: that it had, who may have lost their parent.
+        """
+        if self._process is None:
+            return
+        try:
+            left = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            left = []
+        for process in {*children, *left}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._process = None
+        for path in _SHARED_MEMORY.glob(f"{self._shared_memory}*"):
+            path.unlink(missing_ok=True)
+
+
+def _copy(lines: Iterable[bytes], without: Sequence[re.Pattern[bytes]]) -> None:
+    """Passes on what tritonserver and its models write, but for complaints about what is as it should be."""
+    for line in lines:
+        if not any(pattern.match(line) for pattern in without):
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
