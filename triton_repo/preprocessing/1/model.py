@@ -29,7 +29,7 @@ class TritonPythonModel:
         found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in declared_inputs()}
         try:
             tensors = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
-            prompt_ids, settings = self._intake.prepare(tensors)
+            prompt_ids, settings = self._intake.prepare(tensors, json.loads(request.parameters()))
         except RequestError as error:
             text = error_text("INVALID_ARGUMENT", error)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
