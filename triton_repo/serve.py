@@ -29,7 +29,7 @@ from urllib.request import urlopen
 import psutil
 
 from ssv.ab.routing import read_routing
-from ssv.builder.console import add_device, add_engine, add_precision, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.builder.manifest import read_manifest
 from ssv.builder.tiers import Policy
 from ssv.runtime.control import ControlSender
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssv-serve", description="Serve a bundle from a Triton Inference Server.", allow_abbrev=False
     )
+    add_version(parser)
     parser.add_argument("--bundle", type=Path, required=True)
     add_engine(parser)
     add_precision(parser)
