@@ -19,6 +19,8 @@ from ssv.client.triton import ServerError
 CONTEXT_LENGTH = "context_length_exceeded"
 """Clients shorten the conversation and ask again."""
 
+# LangChain looks for it in the text where the openai package leaves the code out of that; litellm for "maximum context length".
+_TOO_LONG = "prompt is too long: "
 # What `ssv.runtime.intake` says of a prompt or an output that is too long.
 _LONG_PROMPT = re.compile(r"^the prompt has (\d+) tokens, and prompt and output together may have (\d+)")
 _MANY_BYTES = re.compile(r"^(?:text_input|ssv_messages) has (\d+) bytes, at most (\d+) are taken")
@@ -82,11 +84,11 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     prompt, has, it = caller.prompt, "have" if caller.is_chat else "has", "them" if caller.is_chat else "it"
     if match := _LONG_PROMPT.match(message):
         tokens, most = match.groups()
-        text = f"This model's maximum context length is {most} tokens, and the {prompt} {has} {tokens}: shorten {it}"
+        text = f"{_TOO_LONG}This model's maximum context length is {most} tokens, and the {prompt} {has} {tokens}: shorten {it}"
         return ApiError(400, text, prompt, CONTEXT_LENGTH)
     if match := _MANY_BYTES.match(message):
         num_bytes, most = match.groups()
-        text = f"the {prompt} {has} {num_bytes} bytes, at most {most} are taken: shorten {it}"
+        text = f"{_TOO_LONG}the {prompt} {has} {num_bytes} bytes, at most {most} are taken: shorten {it}"
         return ApiError(400, text, prompt, CONTEXT_LENGTH)
     if match := _LONG_OUTPUT.match(message):
         asked, possible, limit, most = match.groups()

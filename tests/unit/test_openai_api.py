@@ -862,6 +862,7 @@ def test_what_the_server_refuses_is_said_in_the_callers_words(
     error = error_of(response, 400)
     assert (error["param"], error["code"]) == (param, code)
     assert says in error["message"]
+    assert ("prompt is too long" in error["message"]) == (code == CONTEXT and not param.startswith("max_"))
     assert not re.search("ssv_messages|text_input|stop_words", error["message"])
 
 
