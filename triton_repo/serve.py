@@ -37,6 +37,7 @@ from ssv.runtime.memory import GIVE_BACK
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_event, log_to_stderr
 from ssv.runtime.strategies import policy_for
+from ssv.triton_repo.admin_key import VARIABLE, admin_key, hide
 from ssv.triton_repo.installation import Installation, bundled, given
 from ssv.triton_repo.repository import disclosure, write_repository
 
@@ -106,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--admin-key",
         metavar="NAME=VALUE",
-        help="header that the administrative protocols ask for; without it they are shut to all",
+        help="header that the administrative protocols ask for, also taken from SSV_ADMIN_KEY; without it they are shut to all",
     )
+    parser.add_argument("--admin-key-file", type=Path, metavar="FILE", help="has NAME=VALUE; other users do not see it")
     parser.add_argument(
         "--tritonserver", type=Path, help="another server than nvidia-pytriton's, such as the container's"
     )
@@ -126,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     log_to_stderr()
+    key = admin_key(args.admin_key, args.admin_key_file)
+    if args.admin_key is not None:
+        _hide(os.getpid(), args.admin_key)
+    args.admin_key = key
     _check(args)
     if args.responses_per_s is None:
         on_cpu = args.device == "cpu" and args.engine == "torch"
@@ -153,12 +159,17 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.tls_cert, args.tls_key):
         if path is not None and not path.is_file():
             raise ServeError(f"{path} is not a file: give the path of a PEM file")
-    if args.admin_key is not None and not all(args.admin_key.partition("=")):
-        raise ServeError(f"--admin-key {args.admin_key!r}: give NAME=VALUE")
     ports = [args.http_port, args.grpc_port, args.metrics_port, args.openai_port]
     used = [port for port in ports if port is not None]
     if len(set(used)) < len(used) or not all(0 < port < 65536 for port in used):
         raise ServeError(f"ports {used} must be different, and between 1 and 65535: choose others")
+
+
+def _hide(pid: int, key: str) -> None:
+    try:
+        hide(pid, key)
+    except OSError as error:
+        log_event(log, "the admin key can be seen in ps", level=logging.WARNING, pid=pid, error=error)
 
 
 def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, str]:
@@ -198,6 +209,8 @@ class _Supervisor:
         self._server: subprocess.Popen[bytes] | None = None
         self._children: list[psutil.Process] = []
         self._openai: subprocess.Popen[bytes] | None = None
+        # A key that nobody has shuts what nobody has asked for.
+        self._admin_key = args.admin_key or f"ssv-admin={os.urandom(16).hex()}"
         self._was_ready = False
 
     def run(self) -> int:
@@ -225,7 +238,7 @@ class _Supervisor:
         """Runs the server until it is told to stop, which gives None, or dies, which gives how."""
         self._server = subprocess.Popen(  # noqa: S603
             [str(self._installation.binary), *self._installation.arguments, *self._arguments()],
-            env=GIVE_BACK | os.environ | self._installation.environment,
+            env={n: v for n, v in (GIVE_BACK | os.environ | self._installation.environment).items() if n != VARIABLE},
             start_new_session=True,  # a terminal's Ctrl-C is for us
         )
         if (why := self._wait_ready()) is not None or self._stopping.is_set():
@@ -249,8 +262,6 @@ class _Supervisor:
 
     def _arguments(self) -> list[str]:
         args = self._args
-        # A key that nobody has shuts what nobody has asked for.
-        name, _, value = (args.admin_key or f"ssv-admin={os.urandom(16).hex()}").partition("=")
         given = [
             f"--model-repository={self._models}",
             "--model-control-mode=none",
@@ -264,8 +275,8 @@ class _Supervisor:
             f"--grpc-port={args.grpc_port}",
             f"--metrics-address={args.host}",
             f"--metrics-port={args.metrics_port}",
-            f"--http-restricted-api={ADMIN_PROTOCOLS}:{name}={value}",
-            f"--grpc-restricted-protocol={ADMIN_PROTOCOLS}:{name}={value}",
+            f"--http-restricted-api={ADMIN_PROTOCOLS}:{self._admin_key}",
+            f"--grpc-restricted-protocol={ADMIN_PROTOCOLS}:{self._admin_key}",
             "--log-info=false",
         ]
         if args.tls_cert:
@@ -275,7 +286,11 @@ class _Supervisor:
     def _wait_ready(self) -> str | None:
         assert self._server is not None
         deadline = time.monotonic() + self._args.ready_timeout
+        is_hidden = False
         while not self._stopping.is_set():
+            if not is_hidden and _has_children(self._server.pid):  # its models start when it has read its arguments
+                _hide(self._server.pid, self._admin_key)
+                is_hidden = True
             if (status := self._server.poll()) is not None:
                 return f"tritonserver ended with status {status} before it was ready"
             if self._get(self._args.http_port, "/v2/health/ready", self._http_host) is not None:
@@ -374,6 +389,13 @@ class _Supervisor:
         self._server.wait()
         self._server, self._children = None, []
         _remove_shared_memory()
+
+
+def _has_children(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).children())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _reachable(host: str) -> str:

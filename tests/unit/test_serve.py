@@ -53,6 +53,13 @@ def test_model_control_is_off_and_administration_shut() -> None:
     assert arguments()["--http-restricted-api"] != given["--http-restricted-api"], "anybody could know the key"
 
 
+def test_a_key_that_is_none_ends_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["--bundle", "/nowhere", "--admin-key", "s3cret"]) == 2
+    error = capsys.readouterr().err
+    assert "--admin-key is no key" in error and "give NAME=VALUE" in error
+    assert "s3cret" not in error
+
+
 def test_an_admin_key_of_ones_own() -> None:
     assert arguments("--admin-key", "x-key=secret")["--http-restricted-api"].endswith(":x-key=secret")
 
@@ -62,7 +69,6 @@ def test_an_admin_key_of_ones_own() -> None:
     [
         (["--tls-cert", "c.pem"], "belong together"),
         (["--tls-cert", "no.pem", "--tls-key", "no.pem"], "not a file"),
-        (["--admin-key", "secret"], "NAME=VALUE"),
         (["--http-port", "8001"], "must be different"),
         (["--openai-port", "70000"], "between 1 and 65535"),
     ],
