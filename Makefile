@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
 
-.PHONY: demo serve test test-triton test-gpu test-tensorrt sanitize lint setup clean
+.PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,18 @@ test: setup lint
 # Real servers over the demo bundle, which is built if it is not there (a minute and a half): minutes, and a machine that does nothing else.
 test-triton: setup $(BUNDLE)/manifest.json
 	$(BIN)/pytest tests/triton
+
+# aiperf, guidellm, LangChain, litellm, openai and Prometheus before a real server. guidellm's loader of data wants torch: by version, as
+# in setup.py. Prometheus is the system's, or SSV_PROMETHEUS.
+CLIENTS := build/clients
+test-clients: setup $(BUNDLE)/manifest.json $(CLIENTS)/.ready
+	SSV_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest tests/triton/test_foreign_clients.py -rs
+
+$(CLIENTS)/.ready: setup.py constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --constraint constraints-clients.txt '.[clients]' torch==2.13.0
+	$(CLIENTS)/bin/pip install --quiet --constraint constraints-clients.txt --no-deps guidellm
+	touch $@
 
 # On a machine with an NVIDIA GPU; torch there is the machine's own.
 test-gpu:

@@ -40,6 +40,32 @@ EXTRAS = {
     ],
 }
 
+# Clients that others wrote, for tests against a real server (`make test-clients`). Not of `all`: they ask for other versions of what is
+# used here, so that they have an environment of their own, without torch. guidellm, which has its dependencies here but for torch, is
+# installed beside them without any.
+CLIENTS = [
+    "aiperf==0.13.0",
+    "langchain-openai==1.7.4",
+    "litellm==1.110.2",
+    "openai",
+    "prometheus-client",
+    "click~=8.4.0",
+    "culsans~=0.10.0",
+    "datasets>=5.0.1",
+    "eval_type_backport",
+    "faker",
+    "ftfy",
+    "httpx[http2]",
+    "loguru",
+    "more-itertools",
+    "msgpack",
+    "sanic",
+    "tabulate",
+    "transformers",
+    "uvloop",
+    "websockets",
+]
+
 setup(
     name="ssv",
     version="0.1.0",
@@ -86,7 +112,7 @@ setup(
         )
     ],
     install_requires=["pydantic>=2", "pyyaml", "rich"],
-    extras_require={**EXTRAS, "all": sorted({name for extra in EXTRAS.values() for name in extra})},
+    extras_require={**EXTRAS, "all": sorted({name for extra in EXTRAS.values() for name in extra}), "clients": CLIENTS},
     entry_points={
         "console_scripts": [
             "ssv-build = ssv.builder.cli:main",

@@ -22,7 +22,7 @@ from ssv.ab.live import METRICS, SHARES, guard_names
 from ssv.ab.questions import RIGHT_OR_WRONG, read_questions
 from ssv.ab.run import blocks_in_words, compare, digest, make_report, power_in_words, run
 from ssv.ab.watch import watch
-from ssv.builder.console import run_command
+from ssv.builder.console import add_version, run_command
 from ssv.builder.progress import terminal_report
 
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssv-ab", description="Compare servers or tiers: cost, latency, quality.")
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     report = commands.add_parser(

@@ -21,7 +21,7 @@ from ssv.builder.config import (
     checked,
     load_recipe,
 )
-from ssv.builder.console import add_device, add_precision, add_threads, run_command
+from ssv.builder.console import add_device, add_precision, add_threads, add_version, run_command
 from ssv.builder.waiting import waiting
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssv-build", description="Make a draft, a scorer and a bundle for a target.")
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, help: str) -> argparse.ArgumentParser:

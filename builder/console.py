@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -26,6 +27,10 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('ssv')}")
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:

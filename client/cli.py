@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssv.builder.console import add_device, add_engine, add_precision, add_threads, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.builder.waiting import waiting
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.strategies import METHODS
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssv-generate", description="Stream an answer to a prompt.")
+    add_version(parser)
     parser.add_argument("prompt", help="the user's message; - reads it from stdin")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--bundle", type=Path, help="decode here")

@@ -1,12 +1,12 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
 POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200 when the server is
-ready, else 503; GET /live: 200. No API key is asked for.
+ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
 NAME:autoregressive and NAME:speculative.
 
-What is left out, or null, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
+What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
 /v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
 are joined by line feeds, and the role "developer" is "system".
 
@@ -14,12 +14,17 @@ Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), na
 model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an answer ends with what there is
 ("length"). Responses disclose under `ssv` what was done: the whole of it, or the last chunk with a choice.
 
-`user`, `metadata`, `store` false and `service_tier` "auto" or "default" are taken and change nothing. What is not supported is refused,
+With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
+
+`user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or "default", and
+where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing. What is not supported is refused,
 whether it is a field or a value: nothing is ignored in silence.
 
-Errors are OpenAI's objects. The exception is a connection too many, which is refused with a plain 503 before it gets here.
+Errors are OpenAI's objects, with its codes (`ssv.client.openai_errors`); every request has a line in the log and an `X-Request-Id`
+(`ssv.client.access_log`).
 
-May import: ssv.builder.console, .manifest; ssv.client.triton, .triton_aio; ssv.runtime.server_log, .server_metrics, .tls.
+May import: ssv.builder.console, .manifest; ssv.client.access_log, .openai_errors, .openai_requests, .triton, .triton_aio;
+ssv.runtime.server_log, .server_metrics, .tls.
 """
 
 from __future__ import annotations
@@ -32,23 +37,25 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
-from pydantic_core import PydanticCustomError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.builder.console import run_command
+from ssv.builder.console import add_version, run_command
 from ssv.builder.manifest import MANIFEST_NAME, read_manifest
+from ssv.client.access_log import Access, AccessLog
+from ssv.client.openai_errors import ApiError, error_object, invalid_body, translated
+from ssv.client.openai_requests import ApiRequest, ChatRequest, CompletionRequest, StreamOptions
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
@@ -59,10 +66,6 @@ log = logging.getLogger("ssv.openai")
 
 DEFAULT_MAX_BODY_BYTES = 1 << 20
 DEFAULT_MAX_CONNECTIONS = 1024
-DEFAULT_TEMPERATURE = 1.0
-DEFAULT_COMPLETION_TOKENS = 16
-MAX_STOP = 64
-"""Each is looked for at every token; OpenAI takes 4."""
 
 BASELINES = ("autoregressive", "speculative")
 """Every bundle can be decoded so, beside its tiers."""
@@ -74,19 +77,6 @@ KEEP_ALIVE_SECONDS = 30
 """Longer than clients keep idle connections, or one is closed while they send."""
 
 _FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
-
-
-class ApiError(HTTPException):
-    """An answer other than 200.
-
-    Attributes:
-        param: field that is wrong; None if it is none, or several.
-        code: OpenAI's, for programs.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message, {"Retry-After": "1"} if status == 503 else None)
-        self.param, self.code = param, code
 
 
 class Backend(Protocol):
@@ -172,7 +162,7 @@ class Models:
             raise ApiError(404, f"there is no model {model!r}; known: {known}", "model", "model_not_found")
         return method
 
-    def tier_of(self, request: _Request) -> str | None:
+    def tier_of(self, request: ApiRequest) -> str | None:
         """What the request's model and its `ssv_tier` say together; None leaves it to the server.
 
         Raises:
@@ -180,9 +170,11 @@ class Models:
         """
         suffix, tier = self.method_of(request.model), request.ssv_tier
         if tier is not None and tier not in self.methods:
-            raise ApiError(400, f"there is no tier {tier!r}; known: {', '.join(self.methods)}", "ssv_tier")
+            what = f"there is no tier {tier!r}; known: {', '.join(self.methods)}"
+            raise ApiError(400, what, "ssv_tier", "invalid_value")
         if None not in (suffix, tier) and suffix != tier:
-            raise ApiError(400, f"the model says {suffix} and ssv_tier says {tier}: give one of them", "ssv_tier")
+            what = f"the model says {suffix} and ssv_tier says {tier}: give one of them"
+            raise ApiError(400, what, "ssv_tier", "invalid_value")
         return suffix or tier
 
     def listed(self) -> list[dict[str, Any]]:
@@ -192,188 +184,22 @@ class Models:
         return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv"}
 
 
-def _refuse(message: str) -> PydanticCustomError:
-    return PydanticCustomError("unsupported", "{message}", {"message": message})
-
-
-def _only(*neutral: Any) -> AfterValidator:
-    """A field of which only values that change nothing are supported."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        # True is 1 in Python.
-        if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
-            return value
-        but = f" but for {' and '.join(json.dumps(one) for one in neutral)}" if neutral else ""
-        raise _refuse(f"{info.field_name} is not supported{but}: leave it out")
-
-    return AfterValidator(check)
-
-
-def _joined(content: Any) -> Any:
-    """The text of a message's parts."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise _refuse(f"a content part of type {str(kind)[:40]!r} is not supported: give text")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise _refuse('a content part must be {"type": "text", "text": TEXT}, and nothing else')
-    return "\n".join(part["text"] for part in content)
-
-
-def _one_prompt(prompt: Any) -> Any:
-    if not isinstance(prompt, list):
-        return prompt
-    if any(isinstance(entry, (int, list)) for entry in prompt):
-        raise _refuse("token ids are not supported: give the prompt's text")
-    if len(prompt) != 1:
-        raise _refuse(f"{len(prompt)} prompts in one request are not supported: give one")
-    return prompt[0]
-
-
-def _listed(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-class _Strict(BaseModel):
-    # Text that could be read as a number is not one, and what is unknown is wrong.
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _StreamOptions(_Strict):
-    include_usage: bool | None = None
-
-
-class _Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
-    # In what a client got as an answer and sends back.
-    refusal: Annotated[Any, _only()] = None
-    annotations: Annotated[Any, _only([])] = None
-    audio: Annotated[Any, _only()] = None
-    tool_calls: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only()] = None
-
-
-_Int32 = Annotated[int, Field(lt=2**31)]
-_StopText = Annotated[str, Field(min_length=1)]
-_StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
-
-
-class _Request(_Strict):
-    """What both kinds of requests have."""
-
-    model: str
-    max_tokens: Annotated[_Int32, Field(ge=1)] | None = None
-    min_tokens: Annotated[_Int32, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[_Int32, Field(ge=-1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: _StopTexts | None = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    user: str | None = None
-    ssv_tier: str | None = None
-    ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
-    ssv_timeout: Annotated[float, Field(gt=0)] | None = None
-    n: Annotated[Any, _only(1)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    repetition_penalty: Annotated[Any, _only(1)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-
-    def settings(self, tier: str | None) -> Settings:
-        return Settings(
-            tier=tier,
-            max_divergence=self.ssv_max_divergence,
-            chat=False,
-            max_tokens=self.output_limit(),
-            min_tokens=self.min_tokens,
-            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=None if self.seed is None else self.seed % 2**64,
-            stop=self.stop or (),
-            ignore_eos=self.ignore_eos,
-            timeout=self.ssv_timeout,
-        )
-
-    def output_limit(self) -> int | None:
-        """Tokens of the output, at most; None leaves it to the server."""
-        raise NotImplementedError
-
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with a chunk of it.
-
-        Raises:
-            ApiError: 400, it is no stream.
-        """
-        if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options without stream: give stream true, or leave them out", "stream_options")
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-class ChatRequest(_Request):
-    """Body of /v1/chat/completions."""
-
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[_Int32, Field(ge=1)] | None = None
-    metadata: dict[str, str] | None = None
-    store: Annotated[Any, _only(False)] = None
-    service_tier: Annotated[Any, _only("auto", "default")] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none")] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none")] = None
-
-    def prompt(self) -> list[dict[str, str]]:
-        roles = {"developer": "system"}
-        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
-
-    def output_limit(self) -> int | None:
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) > 1:
-            raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
-        return given.pop() if given else None
-
-
-class CompletionRequest(_Request):
-    """Body of /v1/completions."""
-
-    prompt_text: Annotated[str, BeforeValidator(_one_prompt), Field(alias="prompt")]
-    echo: Annotated[Any, _only(False)] = None
-    suffix: Annotated[Any, _only()] = None
-    best_of: Annotated[Any, _only(1)] = None
-    logprobs: Annotated[Any, _only()] = None
-
-    def prompt(self) -> str:
-        return self.prompt_text
-
-    def output_limit(self) -> int:
-        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-
-
 @dataclass
 class _Answer:
     """An answer in the making, in the shape of what was asked.
 
     Attributes:
         is_chat: else it is a completion.
-        with_usage: whether a stream's chunks have it.
+        usage: which of a stream's chunks have it.
+        access: what the log will say.
         output_tokens: so far.
         reply: the latest.
     """
 
     model: str
     is_chat: bool
-    with_usage: bool
+    usage: StreamOptions
+    access: Access
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()), init=False)
     output_tokens: int = field(default=0, init=False)
@@ -385,6 +211,7 @@ class _Answer:
     def take(self, reply: Reply) -> None:
         self.output_tokens += reply.num_output_tokens
         self.reply = reply
+        self.access.take(reply)
 
     def whole(self, text: str) -> dict[str, Any]:
         """The response that is no stream."""
@@ -393,11 +220,11 @@ class _Answer:
         )
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._finish_reason()}
         kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": self._usage(), "ssv": self._disclosure()}
+        return {**self._head(kind), "choices": [choice], "usage": self._counted(), "ssv": self._disclosure()}
 
     def opening(self) -> list[bytes]:
         """What a stream begins with."""
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.is_chat else []
+        return [self._chunk({"delta": {"role": "assistant", "content": ""}}, num_tokens=0)] if self.is_chat else []
 
     def piece(self, text: str) -> bytes:
         return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text})
@@ -406,13 +233,17 @@ class _Answer:
         """What a stream ends with."""
         content: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
         chunks = [self._chunk(content, self._finish_reason(), ssv=self._disclosure())]
-        if self.with_usage:
-            chunks.append(_event({**self._chunk_head(), "choices": [], "usage": self._usage()}))
+        if self.usage.include_usage:
+            chunks.append(_event({**self._chunk_head(), "choices": [], "usage": self._counted()}))
         return [*chunks, b"data: [DONE]\n\n"]
 
-    def _chunk(self, content: dict[str, Any], reason: str | None = None, **extra: Any) -> bytes:
+    def _chunk(
+        self, content: dict[str, Any], reason: str | None = None, num_tokens: int | None = None, **extra: Any
+    ) -> bytes:
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-        usage = {"usage": None} if self.with_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self.usage.include_usage else {}
+        if self.usage.continuous_usage_stats:
+            usage = {"usage": self._counted(num_tokens)}
         return _event({**self._chunk_head(), "choices": [choice], **usage, **extra})
 
     def _chunk_head(self) -> dict[str, Any]:
@@ -424,11 +255,13 @@ class _Answer:
     def _finish_reason(self) -> str:
         return _FINISH_REASONS[self.reply.finish_reason]
 
-    def _usage(self) -> dict[str, Any]:
+    def _counted(self, num_tokens: int | None = None) -> dict[str, Any]:
+        """Usage after so many tokens of the output; None for all that have come."""
+        num_tokens = self.output_tokens if num_tokens is None else num_tokens
         return {
             "prompt_tokens": self.reply.num_input_tokens,
-            "completion_tokens": self.output_tokens,
-            "total_tokens": self.reply.num_input_tokens + self.output_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": self.reply.num_input_tokens + num_tokens,
             "prompt_tokens_details": {"cached_tokens": self.reply.cached_tokens},
         }
 
@@ -450,20 +283,6 @@ def _json(content: object) -> bytes:
 
 def _event(content: object) -> bytes:
     return b"data: " + _json(content) + b"\n\n"
-
-
-def _error_object(error: StarletteHTTPException) -> dict[str, Any]:
-    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
-    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
-
-
-def _translated(error: ServerError) -> ApiError:
-    # What was being answered has not been refused.
-    status = 500 if error.is_cut_off else {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503}.get(error.status, 500)
-    if status == 500:
-        log_event(log, "request failed", level=logging.ERROR, status=error.status, error=error)
-    return ApiError(status, f"the server broke off while it answered: {error}" if error.is_cut_off else str(error))
 
 
 async def _while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
@@ -511,8 +330,14 @@ async def _whole(answer: _Answer, replies: AsyncGenerator[Reply, None]) -> Respo
     return Response(_json(answer.whole("".join(texts))), media_type="application/json")
 
 
-async def _events(answer: _Answer, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[bytes, None]:
-    """A stream's events; an error before the first is raised, a later one is an event."""
+async def _events(
+    answer: _Answer, replies: AsyncGenerator[Reply, None], meant: Callable[[ServerError], ApiError]
+) -> AsyncGenerator[bytes, None]:
+    """A stream's events; an error before the first is raised, a later one is an event.
+
+    Args:
+        meant: what the server's error is to who asked.
+    """
     has_begun = False
     try:
         async with aclosing(replies):
@@ -529,8 +354,11 @@ async def _events(answer: _Answer, replies: AsyncGenerator[Reply, None]) -> Asyn
     except ServerError as error:
         if not has_begun:
             raise
-        yield _event(_error_object(_translated(error)))
+        meant_error = meant(error)
+        answer.access.fail(meant_error)
+        yield _event(error_object(meant_error))
     except ClientDisconnect:
+        answer.access.reason = "cancelled"
         if not has_begun:
             raise
 
@@ -574,8 +402,20 @@ class _BodyLimit:
         await self._app(scope, limited, send)
 
 
-def create_app(backend: Backend, models: Models, *, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> FastAPI:
-    """The API; it closes the backend when it ends."""
+def create_app(
+    backend: Backend,
+    models: Models,
+    *,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    num_connections: Callable[[], int] | None = None,
+    max_connections: int | None = None,
+    on_refusal: Callable[[], None] | None = None,
+) -> FastAPI:
+    """The API; it closes the backend when it ends.
+
+    Args:
+        num_connections, max_connections, on_refusal: see `AccessLog`.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -584,18 +424,32 @@ def create_app(backend: Backend, models: Models, *, max_body_bytes: int = DEFAUL
 
     app = FastAPI(title="ssv", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(
+        AccessLog, num_connections=num_connections, max_connections=max_connections, on_refusal=on_refusal
+    )
     _add_error_handlers(app)
 
     async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        access, caller = Access.of(request.scope), body.caller()
         settings = body.settings(models.tier_of(body))
-        answer = _Answer(body.model, isinstance(body, ChatRequest), body.wants_usage())
+        answer = _Answer(body.model, caller.is_chat, body.usage(), access)
         stream = bool(body.stream)
-        replies = backend.stream(body.prompt(), settings, request_id=answer.id, stream=stream)
-        if not stream:
-            return await _whole(answer, _while_connected(request, replies))
-        events = _events(answer, _while_connected(request, replies))
-        # Waited for, so that what the server refuses has a status of its own.
-        return _EventStream(await anext(events), events)
+        access.begin(answer.id, settings.tier, stream)
+
+        def meant(error: ServerError) -> ApiError:
+            if (found := translated(error, caller)).status_code == 500:
+                log_event(log, "request failed", level=logging.ERROR, id=access.id, status=error.status, error=error)
+            return found
+
+        replies = backend.stream(body.prompt(), settings, request_id=access.id, stream=stream)
+        try:
+            if not stream:
+                return await _whole(answer, _while_connected(request, replies))
+            events = _events(answer, _while_connected(request, replies), meant)
+            # Waited for, so that what the server refuses has a status of its own.
+            return _EventStream(await anext(events), events)
+        except ServerError as error:
+            raise meant(error) from error
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -624,46 +478,30 @@ def create_app(backend: Backend, models: Models, *, max_body_bytes: int = DEFAUL
             raise ApiError(503, "the model server is not ready: try again")
         return Response(status_code=200)
 
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            route.methods.add("HEAD")
     return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:
+    known = {
+        field.alias or name for kind in (ChatRequest, CompletionRequest) for name, field in kind.model_fields.items()
+    }
+
     @app.exception_handler(StarletteHTTPException)
-    async def refused(_: Request, error: StarletteHTTPException) -> Response:
-        return Response(_json(_error_object(error)), error.status_code, error.headers, "application/json")
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        Access.of(request.scope).fail(error)
+        return Response(_json(error_object(error)), error.status_code, error.headers, "application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return await refused(request, ApiError(400, *_problem(error.errors()[0])))
-
-    @app.exception_handler(ServerError)
-    async def failed(request: Request, error: ServerError) -> Response:
-        return await refused(request, _translated(error))
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, _: Exception) -> Response:
-        return await refused(request, ApiError(500, "internal error: the server's log says more"))
+        return await refused(request, invalid_body(error.errors(), known))
 
     @app.exception_handler(ClientDisconnect)
-    async def left(_: Request, __: ClientDisconnect) -> Response:
+    async def left(request: Request, _: ClientDisconnect) -> Response:
+        Access.of(request.scope).reason = "cancelled"
         return Response(status_code=499)  # nobody reads it
-
-
-def _problem(error: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What a body's first problem is, and in which field."""
-    _, *path = error["loc"]
-    if error["type"] == "json_invalid":
-        return f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}", None
-    if error["type"] == "string_unicode" and not path:
-        return "the body has a field whose name is not valid Unicode", None
-    if not path:
-        return "the body must be a JSON object, sent with Content-Type: application/json", None
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-    if error["type"] == "extra_forbidden":
-        return f"{param} is unknown or not supported: leave it out", param
-    if error["type"] == "missing":
-        return f"{param} is missing: give it", param
-    return error["msg"] if error["type"] == "unsupported" else f"{param}: {error['msg']}", param
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -676,6 +514,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ssv.client.openai_api", description=description, allow_abbrev=False
     )
+    add_version(parser)
     parser.add_argument("--url", required=True, help="grpc://host:port, or grpcs:// for TLS")
     parser.add_argument("--bundle", type=Path, required=True, help="for the names of its tiers")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
@@ -715,23 +554,31 @@ def _check(args: argparse.Namespace) -> None:
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
     client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
-    backend = _Counted(client, Metrics(boards_folder(), "openai"))
+    metrics = Metrics(boards_folder(), "openai")
+    app = create_app(
+        _Counted(client, metrics),
+        models,
+        max_body_bytes=args.max_body_bytes,
+        num_connections=lambda: len(server.server_state.connections),
+        max_connections=args.max_connections,
+        on_refusal=lambda: metrics.refused("full"),
+    )
     config = uvicorn.Config(
-        create_app(backend, models, max_body_bytes=args.max_body_bytes),
+        app,
         http="h11",
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=args.max_connections + 1,  # what it refuses from
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
         ssl_certfile=args.tls_cert,
         ssl_keyfile=args.tls_key,
     )
+    server = uvicorn.Server(config)
     log_event(log, "serving", host=args.host, port=args.port, url=args.url, model=models.name)
-    await uvicorn.Server(config).serve(sockets=[listener])
+    await server.serve(sockets=[listener])
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.console import add_device, add_engine, add_precision, add_threads, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.builder.environment import commit, machine, versions
 from ssv.builder.progress import Report, terminal_report
 from ssv.builder.prompts import read_prompts
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssv-bench", description="Compare ways to decode: speed, work of the target, and what it costs in quality."
     )
+    add_version(parser)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a `prompt` each")
     parser.add_argument("--num-prompts", type=int, help="only the first so many")

@@ -8,6 +8,7 @@ May import: ssv.builder.manifest; ssv.runtime.request, .strategies, .tokenizer.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import secrets
@@ -70,6 +71,21 @@ NUMBERS = (
 )
 """Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
 
+# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send the second to
+# whatever they measure, where it changes nothing either.
+_NO_SETTINGS = ("id", "accumulate_tokens")
+# Names that other servers have for ours, where the spelling does not tell.
+_ELSEWHERE = {
+    "n": "num_return_sequences",
+    "best_of": "num_return_sequences",
+    "prompt": "text_input",
+    "inputs": "text_input",
+    "messages": "ssv_messages",
+    "stop": "stop_words",
+    "max_completion_tokens": "max_tokens",
+    "tier": "ssv_tier",
+    "timeout": "ssv_timeout",
+}
 # Settings that change the output and are not supported, and the value that changes nothing.
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _NEUTRAL: dict[str, Any] = {
@@ -141,13 +157,19 @@ class Intake:
         self._manifest, self._tokenizer, self._limits = manifest, tokenizer, limits
         self._vocab_size = int(manifest.target["vocab_size"])
 
-    def prepare(self, tensors: Mapping[str, np.ndarray]) -> tuple[tuple[int, ...], Settings]:
+    def prepare(
+        self, tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[int, ...], Settings]:
         """Prompt token ids and settings of a request's tensors, each [1] or [1, n].
+
+        Args:
+            parameters: of the request, beside its tensors: fields of HTTP `generate` that are no tensors become such.
 
         Raises:
             RequestError: what cannot be served.
         """
         fields = {name: _plain(name, tensor) for name, tensor in tensors.items()}
+        _merge_parameters(fields, parameters or {})
         for name in STRINGS:
             size, most = len(fields.get(name, "").encode()), self._limits.max_prompt_bytes
             if size > most:
@@ -171,6 +193,8 @@ class Intake:
             if text:
                 raise RequestError("text_input and ssv_messages are both given: give one of them")
             return self._tokenizer.chat_ids(_messages(messages))
+        if "text_input" not in fields:
+            raise RequestError("text_input is missing: give a prompt there, or a conversation in ssv_messages")
         if fields.get("ssv_chat"):
             return self._tokenizer.chat_ids([{"role": "user", "content": text}])
         return self._tokenizer.encode(text)
@@ -291,6 +315,32 @@ def _messages(text: str) -> list[dict[str, str]]:
     return messages
 
 
+def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Puts a request's parameters beside the tensors of the same meaning.
+
+    Raises:
+        RequestError: one is unknown, or contradicts a tensor.
+    """
+    for name, value in parameters.items():
+        if name in _NO_SETTINGS:
+            continue
+        if name not in declared_inputs():
+            near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, declared_inputs(), 1)), None)
+            cure = f"use {near}, or leave it out" if near is not None else "leave it out"
+            raise RequestError(f"{name[:64]!r} is unknown: {cure}")
+        if name in STRING_LISTS:
+            value = [str(value)]
+        elif name in STRINGS:
+            value = str(value)
+        else:
+            value = _cast("parameters", name, value, bool if name in FLAGS else int if name in WHOLE_NUMBERS else float)
+        if name in fields and fields[name] != value:
+            raise RequestError(
+                f"{name} is given twice, as {fields[name]!r} and as a parameter as {value!r}: give it once"
+            )
+        fields[name] = value
+
+
 def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
     """Puts what vLLM's `sampling_parameters` say beside the tensors of the same meaning."""
     text = fields.pop("sampling_parameters", "")
@@ -304,7 +354,7 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
             continue
         if name in _VLLM_NEUTRAL:
             neutral = _VLLM_NEUTRAL[name]
-            if _cast(name, value, type(neutral)) != neutral:
+            if _cast("sampling_parameters", name, value, type(neutral)) != neutral:
                 raise RequestError(f"sampling_parameters: {name} {value!r} is not supported: leave it out")
             continue
         if name == "stop":
@@ -313,7 +363,7 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
                 raise RequestError("sampling_parameters: stop must be a text or a list of texts")
         elif name in _VLLM:
             kind = bool if name in FLAGS else int if name in WHOLE_NUMBERS else float
-            target, value = name, _cast(name, value, kind)
+            target, value = name, _cast("sampling_parameters", name, value, kind)
         else:
             raise RequestError(f"sampling_parameters: {name!r} is not supported; known: {', '.join((*_VLLM, 'stop'))}")
         if target in fields and fields[target] != value:
@@ -321,7 +371,7 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
         fields[target] = value
 
 
-def _cast(name: str, value: Any, kind: type) -> Any:
+def _cast(where: str, name: str, value: Any, kind: type) -> Any:
     """A number or flag that may have been sent as text."""
     if kind is bool:
         known = {"true": True, "false": False, True: True, False: False}
@@ -335,7 +385,7 @@ def _cast(name: str, value: Any, kind: type) -> Any:
                 return number
         except (ValueError, OverflowError):
             pass
-    raise RequestError(f"sampling_parameters: {name} {value!r} is not {'a flag' if kind is bool else 'a number'}")
+    raise RequestError(f"{where}: {name} {value!r} is not {'a flag' if kind is bool else 'a number'}")
 
 
 def _json(name: str, text: str) -> Any:
@@ -353,6 +403,27 @@ def _json(name: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is not valid JSON: {error}") from error
     return value
+
+
+def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A request's parameters as the tensors that would have said the same, each [1, 1].
+
+    Raises:
+        RequestError: see `Intake.prepare`.
+    """
+    fields: dict[str, Any] = {}
+    _merge_parameters(fields, parameters)
+    tensors = {}
+    for name, value in fields.items():
+        if name in (*STRINGS, *STRING_LISTS):
+            tensors[name] = np.array([[(value if name in STRINGS else value[0]).encode()]], dtype=np.object_)
+            continue
+        whole = np.uint64 if name in ("seed", "random_seed") else np.int32
+        dtype = np.bool_ if name in FLAGS else np.float32 if name in NUMBERS else whole
+        if dtype is whole and not np.iinfo(whole).min <= value <= np.iinfo(whole).max:
+            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(whole).max}")
+        tensors[name] = np.array([[value]], dtype=dtype)
+    return tensors
 
 
 def declared_inputs() -> Sequence[str]:

@@ -56,8 +56,6 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ServeError("--tls-cert and --tls-key belong together: give both")
-    if args.admin_key is not None and not all(args.admin_key.partition("=")):
-        raise ServeError(f"--admin-key {args.admin_key!r}: give NAME=VALUE")
     used = list(ports(args).values())
     if len(set(used)) < len(used) or not all(0 < port < 65536 for port in used):
         raise ServeError(f"ports {used} must be different, and between 1 and 65535: choose others")

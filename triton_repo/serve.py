@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -21,13 +22,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ssv.ab.routing import read_routing
-from ssv.builder.console import add_device, add_engine, add_precision, run_command
+from ssv.builder.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.builder.manifest import read_manifest, unused_files, verify_files
 from ssv.builder.tiers import Policy
 from ssv.builder.waiting import waiting
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_to_stderr
 from ssv.runtime.strategies import policy_for
+from ssv.triton_repo.admin_key import admin_key, hide_or_say
 from ssv.triton_repo.checks import ServeError, check_machine, check_options, check_tls, listen
 from ssv.triton_repo.installation import bundled, given
 from ssv.triton_repo.repository import disclosure, write_repository
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssv-serve", description="Serve a bundle from a Triton Inference Server.", allow_abbrev=False
     )
+    add_version(parser)
     parser.add_argument("--bundle", type=Path, required=True)
     add_engine(parser)
     add_precision(parser)
@@ -84,8 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--admin-key",
         metavar="NAME=VALUE",
-        help="header that the administrative protocols ask for; without it they are shut to all",
+        help="header that the administrative protocols ask for, also taken from SSV_ADMIN_KEY; without it they are shut to all",
     )
+    parser.add_argument("--admin-key-file", type=Path, metavar="FILE", help="has NAME=VALUE; other users do not see it")
     parser.add_argument(
         "--tritonserver", type=Path, help="another server than nvidia-pytriton's, such as the container's"
     )
@@ -104,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     log_to_stderr()
+    key = admin_key(args.admin_key, args.admin_key_file)
+    if args.admin_key is not None:
+        hide_or_say(os.getpid(), args.admin_key)
+    args.admin_key = key
     # Before anything is started, and what takes long last.
     check_options(args)
     if args.responses_per_s is None:

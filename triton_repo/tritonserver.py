@@ -1,6 +1,6 @@
 """tritonserver: its command line, its process, and the word that it is not ready any more.
 
-May import: ssv.triton_repo.bound, .installation, .repository.
+May import: ssv.triton_repo.admin_key, .bound, .installation, .repository.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 
+from ssv.triton_repo.admin_key import VARIABLE, hide_or_say
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.installation import Installation
 from ssv.triton_repo.repository import DRAINING, MODELS, ROUTER
@@ -60,6 +61,7 @@ class Tritonserver:
         self._shared_memory = f"ssv_{os.getpid()}_{secrets.token_hex(8)}_"
         # A key that nobody has shuts what nobody has asked for.
         self._admin = args.admin_key or f"ssv-admin={secrets.token_hex(16)}"
+        self._is_key_hidden = False
         self._process: subprocess.Popen[bytes] | None = None
         self.http_port = self.metrics_port = 0
 
@@ -74,9 +76,11 @@ class Tritonserver:
         environment: variables to set.
         """
         self.http_port, self.metrics_port = _free_ports(2)
+        self._is_key_hidden = False
+        variables = dict(defaults) | os.environ | self._installation.environment | dict(environment)
         self._process = subprocess.Popen(  # noqa: S603
             bound([str(self._installation.binary), *self._installation.arguments, *self.arguments()]),
-            env=dict(defaults) | os.environ | self._installation.environment | dict(environment),
+            env={name: value for name, value in variables.items() if name != VARIABLE},
             stderr=subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C is for ssv-serve
         )
@@ -119,7 +123,17 @@ class Tritonserver:
         return f"tritonserver ended with status {status}"
 
     def is_ready(self) -> bool:
+        self._hide_key()
         return self._ask("/v2/health/ready", timeout=5.0)
+
+    def _hide_key(self) -> None:
+        """Takes the key out of what `ps` shows, once the arguments have been read: its models start after that."""
+        if self._is_key_hidden or self._process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(self._process.pid).children():
+                hide_or_say(self._process.pid, self._admin)
+                self._is_key_hidden = True
 
     def be_not_ready(self) -> None:
         """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model is loaded that cannot be."""

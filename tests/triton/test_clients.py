@@ -343,6 +343,81 @@ def test_errors_over_http(server: Server, path: str) -> None:
     assert "ssv_tier 'gold' is unknown" in body["error"]
 
 
+MISSING = "text_input is missing: give a prompt"
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 3}, {"max_tokens": 3, "stream": True}, {"ssv_timeout": 2.0}])
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+def test_http_without_a_prompt_is_an_error_at_once(server: Server, path: str, given: dict[str, Any]) -> None:
+    with pytest.raises(HTTPError) as raised:
+        post(server, path, given)
+    assert raised.value.code == 400
+    assert MISSING in json.loads(raised.value.read().decode().removeprefix("data:"))["error"]
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+def test_http_with_nothing_at_all_is_an_error_at_once(server: Server, path: str) -> None:
+    for body in ({}, {"max_token": 3}):
+        with pytest.raises(HTTPError) as raised:
+            post(server, path, body)
+        assert raised.value.code == 400
+
+
+@pytest.mark.parametrize("model", ["ensemble", "ab_router"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_grpc_without_a_prompt_is_an_error_at_once(server: Server, model: str, stream: bool) -> None:
+    with Stream(server.grpc_address) as client:
+        client.send(tensor("stream", "BOOL", stream), tensor("max_tokens", "INT32", 3), model=model)
+        with pytest.raises(InferenceServerException, match=MISSING):
+            client.next(20.0)
+        client.send(model=model)
+        with pytest.raises(InferenceServerException):
+            client.next(20.0)
+
+
+@pytest.mark.parametrize("model", ["ensemble", "ab_router"])
+def test_messages_are_a_prompt(server: Server, model: str) -> None:
+    messages = tensor("ssv_messages", "BYTES", json.dumps([{"role": "user", "content": "Hi"}]))
+    with Stream(server.grpc_address) as stream:
+        stream.send(messages, tensor("max_tokens", "INT32", 3), model=model)
+        assert value(stream.next(), "num_output_tokens") == 3
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("field", "given", "says"),
+    [
+        ("max_token", 3, "'max_token' is unknown: use max_tokens"),
+        ("max_new_tokens", 3, "use max_tokens"),
+        ("n", 2, "'n' is unknown: use num_return_sequences"),
+        ("nonsense", "x", "'nonsense' is unknown: leave it out"),
+        ("stop", "END", "'stop' is unknown: use stop_words"),
+        ("stop", ["END"], "stop"),
+        ("logit_bias", {"5": 1}, "logit_bias"),
+    ],
+)
+def test_unknown_fields_are_refused_by_name(server: Server, path: str, field: str, given: Any, says: str) -> None:
+    with pytest.raises(HTTPError) as raised:
+        post(server, path, {"text_input": PROMPT, "max_tokens": 3, field: given})
+    assert raised.value.code == 400
+    assert says in raised.value.read().decode()
+
+
+@pytest.mark.parametrize("model", ["ensemble", "ab_router"])
+def test_unknown_parameters_over_grpc_are_refused_by_name(server: Server, model: str) -> None:
+    with Stream(server.grpc_address) as stream:
+        stream.send(tensor("text_input", "BYTES", PROMPT), model=model, parameters={"max_token": 3})
+        with pytest.raises(InferenceServerException, match="'max_token' is unknown: use max_tokens"):
+            stream.next(20.0)
+        stream.send(tensor("text_input", "BYTES", PROMPT), model=model, parameters={"max_tokens": 3})
+        assert value(stream.next(), "num_output_tokens") == 3
+
+
+def test_an_id_is_no_unknown_field(server: Server) -> None:
+    with post(server, "generate", {"id": "mine", "text_input": PROMPT, "max_tokens": 3}) as response:
+        assert json.load(response)["id"] == "mine"
+
+
 def test_unknown_tensor(server: Server) -> None:
     with Stream(server.grpc_address) as stream:
         stream.send(tensor("text_input", "BYTES", PROMPT), tensor("nonsense", "INT32", 1))

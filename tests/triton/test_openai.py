@@ -29,6 +29,8 @@ class Server(Protocol):
     def openai_url(self) -> str: ...
     @property
     def metrics_url(self) -> str: ...
+    @property
+    def log(self) -> Path: ...
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, model: str) -> N
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"max_tokens": 100_000}, "max_tokens 100000: at most"),
+        ({"max_tokens": 100_000}, "max_tokens 100000 is too large: give at most"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens 6"),
         ({"prompt": "x " * 50_000}, "shorten it"),
@@ -208,6 +210,43 @@ def test_what_cannot_be_is_refused_and_says_why(
     assert raised.value.type == "invalid_request_error"
     # Neither Triton's words nor a status of gRPC's come before it.
     assert not re.search(r"ensemble|request id|INVALID", raised.value.message)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_context_that_is_exceeded_has_its_code(client: OpenAI, model: str, stream: bool) -> None:
+    messages: Any = [{"role": "user", "content": "word " * 3000}]
+    with pytest.raises(BadRequestError, match="maximum context length is") as raised:
+        client.chat.completions.create(model=model, messages=messages, stream=stream)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_requests_answered_and_refused_are_found_in_the_log_by_their_id(
+    server: Server, client: OpenAI, model: str
+) -> None:
+    def ask(id: str, **fields: Any) -> str:
+        asked = {"model": model, "messages": [{"role": "user", "content": "xyzzy"}], "max_tokens": 4, **fields}
+        try:
+            create = client.chat.completions.with_raw_response.create
+            return str(create(**asked, extra_headers={"X-Request-Id": id}).headers["x-request-id"])
+        except APIStatusError as error:
+            return str(error.response.headers["x-request-id"])
+
+    given = {"test-answered": {}, "test-refused-here": {"n": 2}, "test-refused-there": {"max_tokens": 5000}}
+    assert [ask(id, **fields) for id, fields in given.items()] == list(given)
+    found: dict[str, dict[str, Any]] = {}
+
+    def logged() -> bool:
+        for line in server.log.read_text(errors="replace").splitlines():
+            if line.startswith("{") and (fields := json.loads(line)).get("id") in given:
+                found[f"{fields['event']} {fields['id']}"] = fields
+        return {f"access {id}" for id in given} | {"request test-answered"} <= found.keys()
+
+    wait_until(logged)
+    answered = found["access test-answered"]
+    assert (answered["status"], answered["tier"], answered["output_tokens"]) == (200, "premium", 4)
+    assert 0 < answered["first_token_s"] <= answered["total_s"]
+    assert [found[f"access {id}"]["status"] for id in given] == [200, 400, 400]
+    assert "xyzzy" not in repr(found)
 
 
 def test_a_body_too_large_is_413(client: OpenAI, model: str) -> None:

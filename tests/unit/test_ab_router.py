@@ -783,14 +783,17 @@ def test_between_two_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 class PbRequest:
     """A request of Triton's, and its response sender."""
 
-    def __init__(self, id: str, tensors: Mapping[str, np.ndarray]) -> None:
-        self.tensors, self._id = tensors, id
+    def __init__(self, id: str, tensors: Mapping[str, np.ndarray], **parameters: object) -> None:
+        self.tensors, self._id, self._parameters = tensors, id, parameters
         self.responses: list[tuple[Any, int]] = []
         self.ended = threading.Event()
         self.was_asked_too_late = False
 
     def request_id(self) -> str:
         return self._id
+
+    def parameters(self) -> str:
+        return json.dumps(self._parameters)
 
     def get_response_sender(self) -> PbRequest:
         return self
@@ -869,6 +872,9 @@ def test_the_model_labels_responses_and_metrics_with_their_arm(shim: ModuleType,
         tensors = {"text_input": text_tensor("Hi"), "ssv_user": text_tensor(user[arm])}
         requests[arm] = PbRequest("", tensors)
     requests["refused"] = PbRequest(user["b"], {"text_input": text_tensor("Hi"), "ssv_tier": text_tensor("premium")})
+    requests["misspelt"] = PbRequest("", {"text_input": text_tensor("Hi")}, max_token=3)
+    requests["twice"] = PbRequest("", {"text_input": text_tensor("Hi")}, text_input="Ho")
+    requests["parameter"] = PbRequest("", {"ssv_user": text_tensor(user["a"])}, text_input="Hi")
     model.execute([*requests.values()])
     assert all(request.ended.wait(10.0) for request in requests.values())
     fall_back(routing.fallback_path, {"b": "slow"})
@@ -877,7 +883,10 @@ def test_the_model_labels_responses_and_metrics_with_their_arm(shim: ModuleType,
     assert requests["back"].ended.wait(10.0)
     model.finalize()
     assert not any(request.was_asked_too_late for request in requests.values()), "Triton 2.51 would crash"
-    for key, arm in (("a", b"a"), ("b", b"b"), ("back", b"a")):
+    for key, says in (("misspelt", "'max_token' is unknown: use max_tokens"), ("twice", "text_input is given twice")):
+        ((refused, flags),) = requests[key].responses
+        assert flags == 1 and refused.error.startswith(f"INVALID_ARGUMENT: {says}")
+    for key, arm in (("a", b"a"), ("b", b"b"), ("back", b"a"), ("parameter", b"a")):
         responses = requests[key].responses
         assert [flags for _, flags in responses] == [0, 0, 1]
         assert [r.tensors["text_output"][0, 0] for r, _ in responses] == [b"Hel", b"", b"lo"]
@@ -886,13 +895,13 @@ def test_the_model_labels_responses_and_metrics_with_their_arm(shim: ModuleType,
     assert flags == 1 and refused.error.startswith("INVALID_ARGUMENT: ssv_tier")
     found = {name: {labels: m.value for labels, m in each.items()} for name, each in PbFamily.made.items()}
     assert found["ssv_ab_requests"] == {
-        (("arm", "a"), ("reason", "stop"), ("role", "live")): 2,
+        (("arm", "a"), ("reason", "stop"), ("role", "live")): 3,
         (("arm", "b"), ("reason", "stop"), ("role", "live")): 1,
         (("arm", "b"), ("reason", "error"), ("role", "live")): 1,
     }
-    assert found["ssv_ab_output_tokens"][("arm", "a"), ("role", "live")] == 10
+    assert found["ssv_ab_output_tokens"][("arm", "a"), ("role", "live")] == 15
     assert found["ssv_ab_fallback"] == {(("arm", "a"),): 0, (("arm", "b"),): 1}
     assert set(found) == {*METRICS, "ssv_ab_fallback"}
     # The user is for the router alone.
     clients: Any = model._router._clients
-    assert [set(inputs) for inputs, _ in clients["a"].asked] == [{"text_input"}] * 2
+    assert [set(inputs) for inputs, _ in clients["a"].asked] == [{"text_input"}] * 3

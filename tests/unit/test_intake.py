@@ -14,7 +14,16 @@ import pytest
 from ssv.builder.manifest import Manifest, TierEntry
 from ssv.builder.tiers import Policy
 from ssv.runtime import intake as module
-from ssv.runtime.intake import DEFAULT_MAX_TOKENS, LARGEST_SEED, Intake, Limits, Settings, declared_inputs
+from ssv.runtime.intake import (
+    _ELSEWHERE,
+    DEFAULT_MAX_TOKENS,
+    LARGEST_SEED,
+    Intake,
+    Limits,
+    Settings,
+    declared_inputs,
+    parameter_tensors,
+)
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.strategies import METHODS
 from ssv.runtime.tokenizer import BundleTokenizer
@@ -258,6 +267,102 @@ def test_empty_words_among_others() -> None:
 @pytest.mark.parametrize("given", [{}, {"ssv_chat": True}, {"ssv_messages": "[]"}])
 def test_empty_prompt(given: dict[str, Any]) -> None:
     refused("the prompt is empty", text_input="", **given)
+
+
+@pytest.mark.parametrize("given", [{}, {"max_tokens": 5}, {"stream": True}, {"ssv_chat": True}, {"ssv_messages": ""}])
+def test_a_request_without_a_prompt(given: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="text_input is missing: give a prompt"):
+        make().prepare(tensors(given))
+
+
+def test_messages_are_a_prompt_without_a_text() -> None:
+    given = tensors({"ssv_messages": json.dumps([{"role": "user", "content": "a"}])})
+    assert make().prepare(given)[0] == tuple(byte + 10 for byte in b"user:a;")
+
+
+# --- parameters: what HTTP `generate` makes of fields that are no inputs ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("max_token", "max_tokens"),
+        ("max_new_tokens", "max_tokens"),
+        ("Max_Tokens", "max_tokens"),
+        ("temprature", "temperature"),
+        ("top-p", "top_p"),
+        ("n", "num_return_sequences"),
+        ("stop", "stop_words"),
+        ("prompt", "text_input"),
+        ("messages", "ssv_messages"),
+        ("timeout", "ssv_timeout"),
+        ("tier", "ssv_tier"),
+        ("zzzz", None),
+        ("priority", None),
+    ],
+)
+@pytest.mark.parametrize("value", [1, True, "1"])
+def test_unknown_parameters_are_refused_with_the_nearest_known_name(name: str, near: str | None, value: Any) -> None:
+    says = f"'{name}' is unknown: " + (f"use {near}, or leave it out" if near else "leave it out")
+    with pytest.raises(RequestError) as raised:
+        make().prepare(tensors({"text_input": "hello"}), {name: value})
+    assert str(raised.value) == says
+
+
+def test_the_nearest_names_are_known() -> None:
+    assert set(_ELSEWHERE.values()) <= set(declared_inputs())
+    assert not set(_ELSEWHERE) & set(declared_inputs())
+
+
+def test_what_comes_with_a_request_is_no_setting() -> None:
+    settings = make().prepare(tensors({"text_input": "hello"}), {"id": "a/b", "accumulate_tokens": True})[1]
+    assert settings.params == SamplingParams(seed=settings.params.seed, max_tokens=settings.params.max_tokens)
+
+
+def test_parameters_of_known_names_are_settings() -> None:
+    """vLLM's example client sends its settings so, as texts."""
+    given = {"max_tokens": "7", "temperature": "0.5", "top_k": 3, "ignore_eos": "true", "stop_words": "END", "seed": 5}
+    settings = make().prepare(tensors({"text_input": "hello", "max_tokens": 7}), given)[1]
+    expected = SamplingParams(temperature=0.5, top_k=3, max_tokens=7, ignore_eos=True, stop=("END",), seed=5)
+    assert settings.params == expected
+    assert make().prepare({}, {"text_input": "hello"})[0] == prepare()[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"max_tokens": 6}, "max_tokens is given twice, as 5 and as a parameter as 6: give it once"),
+        ({"max_tokens": "five"}, "parameters: max_tokens 'five' is not a number"),
+        ({"ignore_eos": "perhaps"}, "parameters: ignore_eos 'perhaps' is not a flag"),
+        ({"text_input": "other"}, "text_input is given twice"),
+        ({"sampling_parameters": '{"max_tokens": 6}'}, "max_tokens is given twice"),
+        ({"ssv_messages": "x" * 1001}, "ssv_messages has 1001 bytes"),
+        ({"beam_width": 2}, "beam_width 2 is not supported"),
+    ],
+)
+def test_parameters_that_cannot_be(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        make().prepare(tensors({"text_input": "hello", "max_tokens": 5}), given)
+
+
+def test_parameters_become_tensors_as_they_would_have_been_sent() -> None:
+    given = {
+        "max_tokens": "7",
+        "temperature": 1,
+        "ignore_eos": True,
+        "stop_words": "é",
+        "seed": LARGEST_SEED,
+        "id": "x",
+    }
+    made, wanted = parameter_tensors(given), tensors({"max_tokens": 7, "temperature": 1.0, "ignore_eos": True})
+    wanted |= tensors({"stop_words": ["é"], "seed": LARGEST_SEED})
+    assert made.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert made[name].dtype == array.dtype and made[name].tolist() == array.tolist()
+    with pytest.raises(RequestError, match="'max_token' is unknown: use max_tokens"):
+        parameter_tensors({"max_token": 3})
+    with pytest.raises(RequestError, match="max_tokens 1099511627776 is too large"):
+        parameter_tensors({"max_tokens": 2**40})
 
 
 @pytest.mark.parametrize(

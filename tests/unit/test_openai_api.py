@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import queue
 import re
 import shutil
@@ -18,17 +19,22 @@ from typing import Any
 
 import grpc
 import httpx2
+import numpy as np
 import pytest
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from starlette.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor
 
 from ssv.builder.manifest import Manifest, TierEntry, write_manifest
 from ssv.builder.tiers import Policy
-from ssv.client import openai_api
+from ssv.client import access_log, openai_api
 from ssv.client.openai_api import Models, create_app
-from ssv.client.triton import Reply, ServerError, Settings
+from ssv.client.triton import Reply, ServerError, Settings, request_inputs
 from ssv.client.triton_aio import AsyncClient
+from ssv.runtime.intake import Intake, Limits
+from ssv.runtime.request import RequestError
+from ssv.runtime.tokenizer import BundleTokenizer
 
 MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -202,6 +208,21 @@ def test_a_stream_ends_with_usage_when_it_is_asked_for(ask: Any) -> None:
     assert last["id"] == chunks[0]["id"]
 
 
+@pytest.mark.parametrize("include_usage", [True, False, None])
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_every_chunk_has_the_usage_so_far_when_it_is_asked_for(ask: Any, include_usage: bool | None) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    events = events_of(ask(FakeBackend(), stream=True, stream_options=options))
+    assert events.pop() == "[DONE]"
+    if include_usage:
+        last = events.pop()
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == 6
+    so_far = [e["usage"]["completion_tokens"] for e in events]
+    assert so_far == ([0, 2, 6, 6] if ask is chat else [2, 6, 6])
+    assert {e["usage"]["prompt_tokens"] for e in events} == {7}
+    assert all(e["usage"]["total_tokens"] == 7 + e["usage"]["completion_tokens"] for e in events)
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [("stop", "stop"), ("length", "length"), ("deadline", "length")])
 def test_finish_reasons_are_openais(ours: str, theirs: str) -> None:
     assert chat(FakeBackend(reply("a", ours))).json()["choices"][0]["finish_reason"] == theirs
@@ -358,6 +379,26 @@ def test_null_is_what_is_left_out() -> None:
     assert complete(backend, **dict.fromkeys(names)).status_code == 200
 
 
+def test_null_is_what_is_left_out_wherever_it_stands() -> None:
+    """Also of what nobody knows: clients write out all their fields."""
+    backend = FakeBackend()
+    parts = [{"type": "text", "text": "a", "cache_control": None}]
+    messages = [{"role": "user", "content": parts, "name": None, "tool_call_id": None, "reasoning_content": None}]
+    fields = {"parallel_tool_calls": None, "reasoning_effort": None, "guided_json": None, "unknown": None}
+    fields |= {"stream_options": {"include_usage": None, "unknown": None}, "logit_bias": {"5": None}}
+    response = chat(backend, messages=messages, metadata={"a": None}, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    assert backend.prompt == [{"role": "user", "content": "a"}]
+    assert backend.settings == Settings(chat=False, temperature=1.0)
+    assert not any("usage" in event for event in events_of(response)[:-1])
+
+
+def test_a_messages_name_changes_nothing() -> None:
+    backend = FakeBackend()
+    assert chat(backend, messages=[{"role": "user", "content": "Hi", "name": "Ann"}]).status_code == 200
+    assert backend.prompt == MESSAGES
+
+
 def test_settings_reach_the_server() -> None:
     backend = FakeBackend()
     given = {"max_tokens": 9, "min_tokens": 2, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 2**64 - 1}
@@ -422,6 +463,8 @@ NEUTRAL = {
     "repetition_penalty": 1.0,
     "logit_bias": {},
     "user": "u",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
 }
 NEUTRAL_CHAT = {
     "metadata": {"a": "b"},
@@ -431,9 +474,10 @@ NEUTRAL_CHAT = {
     "modalities": ["text"],
     "response_format": {"type": "text"},
     "tools": [],
-    "tool_choice": "none",
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
     "functions": [],
-    "function_call": "none",
+    "function_call": "auto",
 }
 
 
@@ -442,6 +486,7 @@ def test_values_that_change_nothing_are_taken() -> None:
         backend = FakeBackend()
         assert chat(backend, **NEUTRAL, **NEUTRAL_CHAT, service_tier=tier).status_code == 200
         assert backend.settings == Settings(chat=False, temperature=1.0)
+    assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
     assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
 
 
@@ -484,7 +529,6 @@ WRONG = [
     ("model", 5),
     ("model", None),
     ("unknown", 1),
-    ("unknown", None),
 ]
 WRONG_CHAT = [
     ("max_completion_tokens", 0),
@@ -493,16 +537,17 @@ WRONG_CHAT = [
     ("modalities", ["text", "audio"]),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
-    ("tool_choice", "auto"),
+    ("tool_choice", "required"),
     ("functions", [{}]),
-    ("function_call", "auto"),
+    ("function_call", {"name": "f"}),
     ("store", True),
     ("service_tier", "flex"),
     ("metadata", {"a": 1}),
     ("messages", []),
     ("messages", "Hi"),
     ("reasoning_effort", "low"),
-    ("parallel_tool_calls", True),
+    ("parallel_tool_calls", "yes"),
+    ("safety_identifier", 5),
     ("prompt", "Hi"),
 ]
 WRONG_COMPLETION = [
@@ -554,8 +599,10 @@ def test_a_completion_field_that_is_wrong_is_refused_by_name(name: str, value: A
     [
         ({"role": "tool", "content": "x"}, "messages[0].role", "'user'"),
         ({"role": "user"}, "messages[0].content", "missing"),
-        ({"role": "user", "content": None}, "messages[0].content", "string"),
-        ({"role": "user", "content": "x", "name": "Ann"}, "messages[0].name", "not supported"),
+        ({"role": "user", "content": None}, "messages[0].content", "missing"),
+        ({"role": "user", "content": "x", "name": 5}, "messages[0].name", "string"),
+        ({"role": "user", "content": "x", "id": "m1"}, "messages[0].id", "not supported"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls", "not supported"),
         (
             {"role": "assistant", "content": "x", "tool_calls": [{}]},
             "messages[0].tool_calls",
@@ -576,6 +623,68 @@ def test_a_message_that_is_wrong_is_refused_with_its_place(message: dict[str, An
 def test_two_different_max_tokens_are_refused() -> None:
     error = error_of(chat(FakeBackend(), max_tokens=4, max_completion_tokens=5), 400)
     assert error["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("unknown", 1, "unknown_parameter"),
+        ("n", 2, "unsupported_value"),
+        ("tools", [{"type": "function"}], "unsupported_value"),
+        ("temperature", 3, "invalid_value"),
+        ("temperature", "hot", "invalid_type"),
+        ("messages", None, "missing_required_parameter"),
+        ("ssv_tier", "gold", "invalid_value"),
+        ("model", "huge", "model_not_found"),
+    ],
+)
+def test_errors_have_openais_codes(name: str, value: Any, code: str) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, name: value}
+    response = post_raw(FakeBackend(), "/v1/chat/completions", body)
+    error = error_of(response, 404 if name == "model" else 400)
+    assert (error["param"], error["code"]) == (name, code)
+
+
+@pytest.mark.parametrize(("name", "near"), [("max_token", "max_tokens"), ("temprature", "temperature"), ("zzz", None)])
+def test_the_nearest_known_name_is_said(name: str, near: str | None) -> None:
+    cure = f"use {near}, or leave it out" if near else "leave it out"
+    message = error_of(chat(FakeBackend(), **{name: 1}), 400)["message"]
+    assert message == f"{name} is unknown or not supported: {cure}"
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": HALF}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": HALF, "content": "x"}]}, "messages[0].role"),
+        ({"model": HALF}, "model"),
+        ({"stop": ["a", HALF]}, "stop[1]"),
+        ({"user": HALF}, "user"),
+        ({"ssv_tier": HALF}, "ssv_tier"),
+        ({"metadata": {"a": HALF}}, "metadata.a"),
+        ({"metadata": {HALF: "a"}}, "metadata"),
+        ({HALF: 1}, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(fields: Any, param: str | None, stream: bool) -> None:
+    """As JavaScript's slice() makes them."""
+    backend = FakeBackend()
+    body = {"model": "tiny", "messages": MESSAGES, "stream": stream, **fields}
+    error = error_of(post_raw(backend, "/v1/chat/completions", body), 400)
+    assert error["param"] == param
+    assert "is not valid Unicode" in error["message"]
+    assert backend.num_calls == 0
+
+
+def test_a_body_nested_without_end_is_refused() -> None:
+    for depth in (300, 900, 100_000):
+        body = b'{"model": "tiny", "prompt": "x", "logit_bias": ' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+        error_of(post_raw(FakeBackend(), "/v1/completions", body), 400)
 
 
 def test_an_unknown_stream_option_is_refused() -> None:
@@ -648,6 +757,121 @@ def test_errors_before_the_first_token_have_a_status(status: str, expected: int,
         assert response.headers.get("retry-after") == ("1" if expected == 503 else None)
 
 
+class Words:
+    """A token for each byte; a chat is its contents."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: bool) -> str:
+        if any(message["content"] == "refuse me" for message in messages):
+            raise ValueError("roles must alternate")
+        return "".join(message["content"] for message in messages)
+
+
+class IntakeBackend(FakeBackend):
+    """Says what the server's own check of requests says."""
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        policy = Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.9, max_pending=8)
+        tiers = {"premium": TierEntry(policy=policy, lossless=True)}
+        manifest = Manifest(
+            name="tiny",
+            target={"vocab_size": 300},
+            draft={},
+            eos_token_ids=[2],
+            default_precision="int8",
+            tiers=tiers,
+            files={},
+            sources={},
+            versions={},
+        )
+        limits = Limits(max_length=100, max_tokens=50, max_prompt_bytes=300)
+        inputs = {i.name(): _tensor(i) for i in request_inputs(prompt, settings, stream=stream)}
+        try:
+            Intake(manifest, BundleTokenizer(Words()), limits).prepare(inputs)
+        except RequestError as error:
+            raise ServerError(str(error), "INVALID_ARGUMENT") from error
+        yield reply("fine", "stop")
+
+
+def _tensor(given: Any) -> np.ndarray:
+    kinds = {"BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
+    raw = given._get_content()
+    if given.datatype() == "BYTES":
+        return deserialize_bytes_tensor(raw).reshape(given.shape())
+    return np.frombuffer(raw, kinds[given.datatype()]).reshape(given.shape())
+
+
+CONTEXT = "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param", "code", "says"),
+    [
+        ({"prompt": "x" * 100}, "prompt", CONTEXT, "maximum context length is 100 tokens, and the prompt has 100"),
+        ({"prompt": "x" * 301}, "prompt", CONTEXT, "the prompt has 301 bytes, at most 300"),
+        ({"prompt": "x" * 80, "max_tokens": 30}, "max_tokens", CONTEXT, "of which the prompt leaves 20"),
+        (
+            {"prompt": "x", "max_tokens": 51},
+            "max_tokens",
+            "invalid_value",
+            "max_tokens 51 is too large: give at most 50",
+        ),
+        ({"prompt": ""}, "prompt", "invalid_value", "the prompt is empty"),
+        ({"prompt": "x", "max_tokens": 5, "min_tokens": 6}, "min_tokens", "invalid_value", "min_tokens 6"),
+        ({"prompt": "x", "stop": "z" * 2000}, "stop", "invalid_value", "stop texts"),
+        ({"prompt": "x", "ssv_tier": "turbo", "ssv_max_divergence": 0.1}, "ssv_tier", "invalid_value", "exceeds"),
+        (
+            {"messages": "x" * 100},
+            "messages",
+            CONTEXT,
+            "maximum context length is 100 tokens, and the messages have 100",
+        ),
+        ({"messages": "x" * 301}, "messages", CONTEXT, "the messages have"),
+        ({"messages": "x" * 80, "max_tokens": 30}, "max_tokens", CONTEXT, "of which the messages leave 20"),
+        (
+            {"messages": "x" * 80, "max_completion_tokens": 30},
+            "max_completion_tokens",
+            CONTEXT,
+            "give max_completion_tokens 20 at most instead of 30",
+        ),
+        (
+            {"messages": "x", "max_completion_tokens": 51},
+            "max_completion_tokens",
+            "invalid_value",
+            "max_completion_tokens 51 is too large",
+        ),
+        ({"messages": ""}, "messages", "invalid_value", "the last of the messages is empty"),
+        ({"messages": "refuse me"}, "messages", "invalid_value", "roles must alternate"),
+        ({"messages": "x", "stop": ["z" * 2000]}, "stop", "invalid_value", "stop texts"),
+    ],
+)
+def test_what_the_server_refuses_is_said_in_the_callers_words(
+    fields: dict[str, Any], param: str, code: str, says: str, stream: bool
+) -> None:
+    backend = IntakeBackend()
+    if "messages" in fields:
+        messages = [{"role": "user", "content": fields["messages"]}]
+        response = chat(backend, **{**fields, "messages": messages, "stream": stream})
+    else:
+        response = complete(backend, **fields, stream=stream)
+    error = error_of(response, 400)
+    assert (error["param"], error["code"]) == (param, code)
+    assert says in error["message"]
+    assert ("prompt is too long" in error["message"]) == (code == CONTEXT and not param.startswith("max_"))
+    assert not re.search("ssv_messages|text_input|stop_words", error["message"])
+
+
+def test_what_the_server_takes_is_answered() -> None:
+    assert (
+        complete(IntakeBackend(), stop=["a"], max_tokens=5, ssv_tier="premium").json()["choices"][0]["text"] == "fine"
+    )
+
+
 def test_an_error_in_mid_stream_is_an_event_and_the_end() -> None:
     backend = FakeBackend(reply("Hel"), ServerError("the queue burns", "UNAVAILABLE"))
     events = events_of(chat(backend, stream=True))
@@ -678,6 +902,171 @@ def test_health_is_the_servers() -> None:
     response = client_of(backend).get("/health")
     error_of(response, 503)
     assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/tiny"])
+def test_where_there_is_get_there_is_head(path: str) -> None:
+    assert client_of(FakeBackend()).head(path).status_code == 200
+    assert client_of(FakeBackend()).head("/v1/models/huge").status_code == 404
+    backend = FakeBackend()
+    backend.ready = False
+    assert client_of(backend).head("/health").status_code == 503
+
+
+# Ids, and a line in the log for each request.
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the log has of requests."""
+    found: list[dict[str, Any]] = []
+
+    def record(_: logging.Logger, event: str, /, *, level: int = logging.INFO, **fields: Any) -> None:
+        found.append({"event": event, "level": level, **fields})
+
+    monkeypatch.setattr(access_log, "log_event", record)
+    return found
+
+
+SECRET = "xyzzy"
+
+
+def asking(backend: FakeBackend, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx2.Response:
+    body = {"model": "tiny", "prompt": SECRET, **fields}
+    return client_of(backend).post("/v1/completions", json=body, headers=headers or {})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_has_a_line(lines: list[dict[str, Any]], stream: bool) -> None:
+    response = asking(FakeBackend(), model="tiny:turbo", stream=stream)
+    (line,) = lines
+    assert response.headers["x-request-id"] == line.pop("id") != ""
+    assert 0 <= line.pop("first_token_s") <= line.pop("total_s")
+    assert line == {
+        "event": "access",
+        "level": logging.INFO,
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "tier": "turbo",
+        "stream": stream,
+        "prompt_tokens": 7,
+        "output_tokens": 6,
+        "reason": "stop",
+    }
+
+
+def test_a_request_id_is_made_known_to_all(lines: list[dict[str, Any]]) -> None:
+    backend = FakeBackend()
+    response = asking(backend)
+    assert response.headers["x-request-id"] == response.json()["id"] == backend.request_id == lines[0]["id"]
+    assert "answer" not in lines[0]
+    response = asking(backend, headers={"X-Request-Id": "trace-1/a:b=c@d.e~f+g_h"})
+    assert response.headers["x-request-id"] == backend.request_id == lines[1]["id"] == "trace-1/a:b=c@d.e~f+g_h"
+    assert lines[1]["answer"] == response.json()["id"] != backend.request_id
+    assert asking(backend, headers={"x-request-id": "a" * 128}).headers["x-request-id"] == "a" * 128
+
+
+@pytest.mark.parametrize("given", ["", " ", "a b", "a" * 129, "é", 'a"b', "a;b", "[a]", "a\tb", "a{b}"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/health"])
+def test_a_request_id_that_is_none_is_refused(lines: list[dict[str, Any]], given: str, path: str) -> None:
+    backend = FakeBackend()
+    headers = [(b"x-request-id", given.encode()), (b"content-type", b"application/json")]
+    response = client_of(backend).request("GET" if path == "/health" else "POST", path, headers=headers, content=b"{}")
+    error = error_of(response, 400)
+    assert (error["param"], error["code"]) == ("X-Request-Id", "invalid_value")
+    assert response.headers["x-request-id"] == lines[0]["id"]
+    assert re.fullmatch("req-[0-9a-f]{32}", lines[0]["id"])
+    assert lines[0]["status"] == 400
+    assert backend.num_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "expected"),
+    [
+        ({"model": "huge"}, 404, {"code": "model_not_found", "param": "model"}),
+        ({"n": 2}, 400, {"code": "unsupported_value", "param": "n"}),
+        ({"ssv_tier": SECRET}, 400, {"code": "invalid_value", "param": "ssv_tier"}),
+        ({"user": "half \ud800"}, 400, {"code": "invalid_value", "param": "user"}),
+        ({"max_tokens": SECRET}, 400, {"code": "invalid_type", "param": "max_tokens"}),
+    ],
+)
+def test_a_refused_request_has_a_line_without_texts(
+    lines: list[dict[str, Any]], fields: dict[str, Any], status: int, expected: dict[str, str]
+) -> None:
+    body = json.dumps({"model": "tiny", "prompt": SECRET, "stop": SECRET, **fields}).encode()
+    response = post_raw(FakeBackend(), "/v1/completions", body, **{"X-Request-Id": "mine"})
+    error_of(response, status)
+    assert response.headers["x-request-id"] == "mine"
+    (line,) = lines
+    assert (
+        line.items()
+        >= {"id": "mine", "status": status, "reason": "error", "level": logging.WARNING, **expected}.items()
+    )
+    assert SECRET not in repr(line)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("status", "expected"), [("UNAVAILABLE", 503), ("INTERNAL", 500), ("INVALID_ARGUMENT", 400)])
+def test_what_the_server_refuses_has_a_line(
+    lines: list[dict[str, Any]], status: str, expected: int, stream: bool
+) -> None:
+    response = asking(FakeBackend(ServerError(SECRET, status)), stream=stream, model="tiny:turbo")
+    (line,) = lines
+    assert line["status"] == response.status_code == expected
+    assert line["tier"] == "turbo" and line["reason"] == "error"
+    assert line["id"] == response.headers["x-request-id"]
+    assert SECRET not in repr(line)
+
+
+def test_every_other_request_has_a_line(lines: list[dict[str, Any]]) -> None:
+    client = client_of(FakeBackend(), max_body_bytes=100)
+    client.get("/health")
+    client.head("/health")
+    client.get("/nothing?a=" + SECRET)
+    client.put("/v1/models")
+    client.post("/v1/completions", content=b"x" * 101, headers={"Content-Type": "application/json"})
+    client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert [line["status"] for line in lines] == [200, 200, 404, 405, 413, 400]
+    assert len({line["id"] for line in lines}) == 6
+    assert SECRET not in repr(lines)
+
+
+def test_an_error_in_mid_stream_is_in_the_line(lines: list[dict[str, Any]]) -> None:
+    asking(FakeBackend(reply("Hel"), ServerError("the queue burns", "UNAVAILABLE")), stream=True)
+    assert lines[0].items() >= {"status": 200, "reason": "error", "output_tokens": 2}.items()
+
+
+def test_what_nobody_foresaw_has_a_line_and_an_id(lines: list[dict[str, Any]]) -> None:
+    response = asking(FakeBackend(KeyError("secret")), headers={"X-Request-Id": "mine"})
+    assert error_of(response, 500)["type"] == "server_error"
+    assert response.headers["x-request-id"] == "mine"
+    assert lines[0].items() >= {"id": "mine", "status": 500, "level": logging.ERROR}.items()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_in_the_line(lines: list[dict[str, Any]], stream: bool) -> None:
+    async def test() -> None:
+        backend = FakeBackend(reply("Hel"), asyncio.Event())
+        connection = Connection(backend, stream=stream)
+        while not backend.num_calls or (stream and connection.sent.qsize() < 3):
+            await asyncio.sleep(0)
+        connection.left.set()
+        await connection.task
+
+    run(test())
+    assert lines[0].items() >= {"status": 200 if stream else 499, "reason": "cancelled"}.items()
+
+
+def test_connections_too_many_are_refused_as_everything_else_is(lines: list[dict[str, Any]]) -> None:
+    num = 3
+    client = client_of(FakeBackend(), num_connections=lambda: num, max_connections=3)
+    assert client.get("/health").status_code == 200
+    num = 4
+    response = client.get("/health", headers={"X-Request-Id": "mine"})
+    assert error_of(response, 503)["code"] == "too_many_connections"
+    assert (response.headers["retry-after"], response.headers["x-request-id"]) == ("1", "mine")
+    assert lines[1].items() >= {"id": "mine", "status": 503}.items()
 
 
 # Time: when chunks leave, and what a client that leaves ends.
@@ -973,8 +1362,11 @@ def api(bundle: Path) -> Iterator[tuple[str, Triton]]:
         yield f"http://127.0.0.1:{port}", server.triton
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
-        # No line for each request, and none of a failure.
-        assert all('"Exceeded concurrency limit."' in line for line in process.stderr)
+        # A line for each request, and none of a failure.
+        lines = [json.loads(line) for line in process.stderr]
+        assert {line["event"] for line in lines} == {"access"}
+        assert len({line["id"] for line in lines}) == len(lines) > 5
+        assert {line["status"] for line in lines} >= {200, 400, 413, 503}
     finally:
         process.kill()
         process.wait()
@@ -990,6 +1382,8 @@ def test_the_process_answers(api: tuple[str, Triton]) -> None:
         with pytest.raises(BadRequestError, match="top_p 5 is wrong"):
             client.completions.create(model="tiny", prompt="refuse", stream=True)
     assert httpx2.get(f"{url}/health").status_code == 200
+    head = httpx2.head(f"{url}/v1/models")
+    assert (head.status_code, head.content) == (200, b"")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -1029,7 +1423,9 @@ def test_the_process_bounds_its_connections(api: tuple[str, Triton]) -> None:
     try:
         assert httpx2.get(f"{api[0]}/health").status_code == 200
         idle.append(socket.create_connection(address))
-        assert httpx2.get(f"{api[0]}/health").status_code == 503
+        response = httpx2.get(f"{api[0]}/health")
+        assert error_of(response, 503)["code"] == "too_many_connections"
+        assert response.headers["retry-after"] == "1"
     finally:
         for client in idle:
             client.close()

@@ -74,6 +74,13 @@ def test_administration_is_shut() -> None:
     assert arguments()["--http-restricted-api"] != given["--http-restricted-api"], "anybody could know the key"
 
 
+def test_a_key_that_is_none_ends_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["--bundle", "/nowhere", "--admin-key", "s3cret"]) == 2
+    error = capsys.readouterr().err
+    assert "--admin-key is no key" in error and "give NAME=VALUE" in error
+    assert "s3cret" not in error
+
+
 def test_an_admin_key_of_ones_own() -> None:
     assert arguments("--admin-key", "x-key=secret")["--http-restricted-api"].endswith(":x-key=secret")
 
@@ -82,7 +89,6 @@ def test_an_admin_key_of_ones_own() -> None:
     ("options", "message"),
     [
         (["--tls-cert", "c.pem"], "belong together"),
-        (["--admin-key", "secret"], "NAME=VALUE"),
         (["--http-port", "8001"], "must be different"),
         (["--openai-port", "70000"], "between 1 and 65535"),
         (["--ready-timeout", "-1"], "--ready-timeout -1.0 must be 0 or more"),

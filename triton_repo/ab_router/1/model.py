@@ -14,7 +14,9 @@ import triton_python_backend_utils as pb_utils
 
 from ssv.ab.router import METRICS, Outcome, Router
 from ssv.ab.routing import Routing
-from ssv.runtime.intake import declared_inputs
+from ssv.runtime.intake import declared_inputs, parameter_tensors
+from ssv.runtime.pieces import error_text
+from ssv.runtime.request import RequestError
 from ssv.runtime.server_log import log_to_stderr
 
 
@@ -43,7 +45,13 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            asyncio.run_coroutine_threadsafe(self._router.serve(_Request(request, self._ipc)), self._loop)
+            live = _Request(request, self._ipc)
+            try:
+                live.take_parameters()
+            except RequestError as error:
+                live.fail(error_text("INVALID_ARGUMENT", error))
+            else:
+                asyncio.run_coroutine_threadsafe(self._router.serve(live), self._loop)
 
     def finalize(self) -> None:
         self._run(self._router.close())
@@ -66,6 +74,17 @@ class _Request:
         self.user = user.reshape(-1)[0].decode(errors="replace") if user is not None and user.size else None
         self.tensors: Mapping[str, np.ndarray] = tensors
         self._is_over = False
+
+    def take_parameters(self) -> None:
+        """Has what came beside the tensors go to the arm with them.
+
+        Raises:
+            RequestError: it is unknown, or was sent as a tensor too.
+        """
+        given = parameter_tensors(json.loads(self._request.parameters()))
+        if twice := sorted(given.keys() & self.tensors.keys()):
+            raise RequestError(f"{twice[0]} is given twice, as an input and as a parameter: give it once")
+        self.tensors = {**self.tensors, **given}
 
     def send(self, outputs: Mapping[str, np.ndarray], arm: str, is_last: bool) -> None:
         labelled = {**outputs, "ssv_arm": np.array([[arm.encode()]], dtype=np.object_)}

@@ -44,7 +44,7 @@ class TritonPythonModel:
         found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in declared_inputs()}
         try:
             tensors = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
-            prompt_ids, settings = self._intake.prepare(tensors)
+            prompt_ids, settings = self._intake.prepare(tensors, json.loads(request.parameters()))
         except RequestError as error:
             self._metrics.invalid()
             self._log(request, "invalid", error)
