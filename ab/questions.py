@@ -49,7 +49,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions: list[Question] = []
     # Not splitlines: texts may hold other characters that it takes for the end of a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 questions.append(_question(json.loads(line), number))

@@ -20,8 +20,9 @@ from typing import Any
 
 from ssv.ab import page, terminal
 from ssv.ab.analysis import CONFIDENCE, RunSettings, analyse
+from ssv.ab.answers import Sampling
 from ssv.ab.arms import Arm
-from ssv.ab.endpoints import Endpoint, Sampling
+from ssv.ab.endpoints import Endpoint
 from ssv.ab.journal import Journal
 from ssv.ab.load import ArmDown, LoadGenerator
 from ssv.ab.measures import MIN_BLOCKS, by_arm, differences

@@ -97,17 +97,26 @@ class _Number:
 
 def without_thinking(text: str) -> str:
     """What the model answered, without what it wrote between tags of thinking before."""
-    kept, depth, start = "", 0, 0
+    kept, at = "", 0
+    for start, end in thinking(text):
+        kept, at = kept + text[at:start], end
+    return kept + text[at:]
+
+
+def thinking(text: str) -> list[tuple[int, int]]:
+    """Where it was thinking, tags included: starts and ends, in order."""
+    spans: list[tuple[int, int]] = []
+    depth = begun = 0
     for match in _THINKING.finditer(text):
         if match["open"]:
-            kept += text[start : match.start()] if depth == 0 else ""
+            begun = match.start() if depth == 0 else begun
             depth += 1
         elif depth == 0:
-            kept = ""  # its opening was in the prompt
+            spans = [(0, match.end())]  # its opening was in the prompt
         else:
             depth -= 1
-        start = match.end()
-    return kept + (text[start:] if depth == 0 else "")
+            spans += [(begun, match.end())] if depth == 0 else []
+    return [*spans, (begun, len(text))] if depth else spans
 
 
 def words(text: str) -> list[str]:

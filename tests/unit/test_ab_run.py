@@ -18,8 +18,8 @@ from ab_cases import FakeEndpoint, chunk, events, http_server, sample, send, set
 
 from ssv.ab import cli, page, terminal
 from ssv.ab.analysis import RunSettings, analyse
+from ssv.ab.answers import EndpointError, Sampling
 from ssv.ab.arms import Arm, parse_arm
-from ssv.ab.endpoints import EndpointError, Sampling
 from ssv.ab.journal import Journal
 from ssv.ab.load import MAX_FAILURES, ArmDown, LoadGenerator
 from ssv.ab.page import render
@@ -333,7 +333,7 @@ def test_an_endpoint_that_sends_garbage_from_the_start_is_named_and_nothing_is_w
 ) -> None:
     with http_server(lambda handler, _: send(handler, b"<html>Welcome!</html>")) as url:
         assert ab(prompts, a=f"a={url}?model=m", b=f"b={url}?model=m") == 2
-    assert f"arm a at {url} does not answer: no usage came" in capsys.readouterr().err
+    assert f"arm a at {url} does not answer: what came is no stream of chat completions" in capsys.readouterr().err
     assert not (prompts.parent / "out").exists()
 
 
