@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
@@ -120,13 +121,16 @@ def parse_arm(text: str) -> Arm:
     if "tier" in given and "max_divergence" in given:
         raise ValueError(f"arm {name} has a tier and a max_divergence: give one of them")
     address = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    numbers: dict[str, Any] = {
+        key: _number(name, key, given[key]) for key in (*_NUMBERS, "max_divergence") if key in given
+    }
     return Arm(
         name,
         address,
         tier=given.get("tier"),
         model=given.get("model"),
         temperature=_temperature(name, given["temperature"]) if "temperature" in given else None,
-        **{key: _number(name, key, given[key]) for key in (*_NUMBERS, "max_divergence") if key in given},
+        **numbers,
         **{key: _switch(name, key, given[key]) for key in _SWITCHES if key in given},
     )
 
