@@ -1,27 +1,30 @@
 """The document of a run: from its settings and samples to figures, comparisons and verdicts.
 
-May import: ssv.ab.arms, .limits, .measures, .samples, .statistics.
+May import: ssv.ab.arms, .limits, .measures, .recommendation, .samples, .statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ssv.ab.arms import Arm, Price
 from ssv.ab.limits import parse_limits
 from ssv.ab.measures import (
+    MIN_BEYOND,
     MIN_BLOCKS,
     Difference,
     Figures,
     QualityFinding,
     by_arm,
     differences,
+    examples,
     figures,
     identical_share,
     quality,
 )
+from ssv.ab.recommendation import Rival, recommend
 from ssv.ab.samples import Sample
 from ssv.ab.statistics import Quality, simultaneous_level
 
@@ -40,6 +43,7 @@ class RunSettings:
         slo: as written; "" for none.
         margin: by which quality may be lower; None if it is not judged.
         cost_per_correct: whether it is asked for.
+        volume: output tokens a month, for what is saved.
     """
 
     arms: tuple[Arm, ...]
@@ -59,6 +63,11 @@ class RunSettings:
     slo: str
     margin: float | None
     cost_per_correct: bool
+    volume: float = 1e9
+
+    def temperature_of(self, arm: Arm) -> float | str:
+        """What an arm is asked at; "default" for what its server takes."""
+        return self.temperature if arm.temperature is None else arm.temperature
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,13 +110,14 @@ def analyse(
         "differences": simultaneous_level(CONFIDENCE, rivals * len(settings.concurrency)),
         "quality": simultaneous_level(CONFIDENCE, rivals),
     }
-    first = settings.arms[0].name
-    comparisons = [
-        _comparison(settings, first, arm.name, found, prices, levels) for arm in settings.arms[1:] if arm.name in found
-    ]
+    compared = [_compared(settings, arm, found, prices, levels) for arm in settings.arms[1:] if arm.name in found]
+    comparisons, contenders = [comparison for comparison, _ in compared], [rival for _, rival in compared]
+    has_prices = None not in prices.values()
+    advice = recommend(settings.arms[0].name, contenders, rows, volume=settings.volume, has_prices=has_prices)
     return {
         "schema_version": SCHEMA_VERSION,
         "status": status,
+        "recommendation": advice,
         "settings": settings.to_dict(),
         "arms": [_disclosed(arm, rows, disclosures.get(arm.name)) for arm in settings.arms],
         "figures": [asdict(row) for row in rows],
@@ -117,10 +127,12 @@ def analyse(
     }
 
 
-def _comparison(
-    settings: RunSettings, a: str, b: str, found: Mapping[str, Mapping[int, list[Sample]]], prices: Mapping[str, Any],
+def _compared(
+    settings: RunSettings, arm: Arm, found: Mapping[str, Mapping[int, list[Sample]]], prices: Mapping[str, Price | None],
     levels: Mapping[str, float],
-) -> dict[str, Any]:  # fmt: skip
+) -> tuple[dict[str, Any], Rival]:  # fmt: skip
+    """An arm against the first."""
+    a, b = settings.arms[0].name, arm.name
     of_a, of_b = found.get(a, {}), found[b]
     price_a, price_b = (prices[a], prices[b]) if prices[a] is not None and prices[b] is not None else (None, None)
     each = {
@@ -131,30 +143,55 @@ def _comparison(
         if concurrency in of_a and concurrency in of_b
     }
     all_a, all_b = ([sample for samples in side.values() for sample in samples] for side in (of_a, of_b))
+    is_greedy = settings.temperature_of(settings.arms[0]) == settings.temperature_of(arm) == 0
+    share = identical_share(all_a, all_b) if is_greedy else None
+    failed_a, failed_b = (sum(bool(sample.error) for sample in side) for side in (all_a, all_b))
     judged = quality(all_a, all_b, margin=settings.margin, level=levels["quality"]) if settings.margin else None
-    failed = sum(bool(sample.error) for sample in all_b)
-    return {
+    # That a lossless arm gives the same text is no matter of chance, and of how many prompts were asked.
+    is_same = share == 1.0 and failed_a == failed_b == 0 and all(sample.lossless for sample in all_b)
+    if is_same and judged is not None:
+        judged = replace(judged, verdict=Quality.SAME)
+    costs = {c: d for c, found_at in each.items() for d in found_at if d.metric == "cost"}
+    rival = Rival(b, costs, judged, is_same, failed_b / len(all_b), failed_a / len(all_a) if all_a else 0.0)
+    comparison = {
         "arm": b,
         "against": a,
+        "outcome": rival.outcome,
         "differences": {str(c): [asdict(d) for d in ds] for c, ds in each.items()},
         "quality": asdict(judged) if judged is not None else None,
-        "identical_share": identical_share(all_a, all_b) if settings.temperature == 0 else None,
-        "verdict": verdict(a, b, each, judged, failed, len(all_b)),
+        "identical_share": share,
+        "examples": examples(all_a, all_b),
+        "verdict": verdict(a, b, each, judged, failed_b, len(all_b), is_same=is_same),
     }
+    return comparison, rival
 
 
 def verdict(
-    a: str, b: str, each: Mapping[int, Sequence[Difference]], judged: QualityFinding | None, failed: int, requests: int
+    a: str,
+    b: str,
+    each: Mapping[int, Sequence[Difference]],
+    judged: QualityFinding | None,
+    failed: int,
+    requests: int,
+    *,
+    is_same: bool = False,
 ) -> str:
-    """The comparison in one sentence."""
+    """The comparison in one sentence.
+
+    Args:
+        is_same: whether b is lossless and all its answers are the texts of a.
+    """
     costs = [(c, next((d for d in ds if d.metric == "cost"), None)) for c, ds in each.items()]
     parts = [f"{cost_in_words(d)} at concurrency {c}" for c, d in costs if d is not None]
     text = f"{b} against {a}: {', '.join(parts) or 'cost was not measured'}; "
-    if judged is None:
+    if is_same:
+        text += f"quality is the same: {b} is lossless, and all its answers are the same texts"
+    elif judged is None:
         text += "quality was not judged"
     else:
         margin = f"(margin {100 * judged.margin:g} points, {judged.prompts} prompts)"
         words = {
+            Quality.SAME: "quality is the same",
             Quality.NON_INFERIOR: "quality is non-inferior",
             Quality.INFERIOR: "quality is inferior",
             Quality.UNDECIDED: "quality is undecided",
@@ -170,7 +207,7 @@ def cost_in_words(difference: Difference) -> str:
         return f"cost undecided ({estimate:+.1%}, too few blocks for an interval)"
     if not interval.excludes(0.0):
         return f"no difference in cost found ({estimate:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}])"
-    if estimate < 0:
+    if interval.high < 0:
         return f"cheaper by {-estimate:.1%} [{-interval.high:.1%}, {-interval.low:.1%}]"
     return f"dearer by {estimate:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
@@ -205,9 +242,25 @@ def _notes(
             + ", ".join(f"{arm} {count}" for arm, count in failed.items() if count)
             + "."
         )
-    if any(d["interval"] is None for c in comparisons for ds in c["differences"].values() for d in ds):
+    if unanswered := {row.arm: row.unanswered for row in rows if row.unanswered}:
+        notes.append(
+            f"Of {', '.join(unanswered)}, {sum(row.unanswered for row in rows)} responses ended within their reasoning, without an answer, "
+            "and are wrong answers: give more --max-tokens."
+        )
+    if other := {arm.name: settings.temperature_of(arm) for arm in settings.arms if arm.temperature is not None}:
+        notes.append(
+            "Asked at another temperature than the rest: "
+            + ", ".join(f"{name} at {value}" for name, value in other.items())
+            + "."
+        )
+    blocks = {(row.arm, row.concurrency): row.blocks for row in rows}
+    if any(count < MIN_BLOCKS for count in blocks.values()):
         notes.append(
             f"Fewer than {MIN_BLOCKS} blocks at a concurrency: no intervals there. More prompts make more blocks."
+        )
+    elif any(d["interval"] is None for c in comparisons for ds in c["differences"].values() for d in ds):
+        notes.append(
+            f"A percentile has an interval where {MIN_BEYOND} requests of each arm lie beyond it: p95 of 100 requests, p99 of 500."
         )
     if cached := {f"{row.arm} {row.cached_share:.0%}" for row in rows if row.cached_share > 0.05}:
         notes.append(

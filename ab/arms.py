@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 
-_FOR_ANY = ("gpus", "price_per_hour", "price_per_1m_tokens")
+_NUMBERS = ("gpus", "price_per_hour", "price_per_1m_tokens")
+_FOR_ANY = (*_NUMBERS, "temperature")
 _FOR_TRITON = ("tier", "max_divergence")
-_FOR_OPENAI = ("model",)
+_SWITCHES = ("max_completion_tokens", "stream_options", "stream", "seed")
+_FOR_OPENAI = ("model", *_SWITCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,10 @@ class Arm:
     url: without the settings.
     tier, max_divergence: asked of a server of ssv; None for its default.
     model: asked of an OpenAI endpoint.
-    gpus, price_per_hour, price_per_1m_tokens: where they differ from those of the command line.
+    gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the temperature "default" is
+        the server's own, and not sent.
+    max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
+    stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the stream, and with a seed.
     """
 
     name: str
@@ -47,6 +53,22 @@ class Arm:
     gpus: float | None = None
     price_per_hour: float | None = None
     price_per_1m_tokens: float | None = None
+    temperature: float | str | None = None
+    max_completion_tokens: bool = False
+    stream: bool = True
+    stream_options: bool = True
+    seed: bool = True
+
+    @property
+    def key_variable(self) -> str:
+        """Environment variable with the key of its API."""
+        return f"SSV_AB_KEY_{re.sub(r'[.-]', '_', self.name).upper()}"
+
+    def has(self, setting: str) -> bool:
+        """Whether a setting, as it is written behind the address, changes nothing."""
+        key, _, text = setting.partition("=")
+        value = _temperature(self.name, text) if key == "temperature" else _switch(self.name, key, text)
+        return bool(getattr(self, key) == value)
 
     @property
     def is_openai(self) -> bool:
@@ -99,12 +121,17 @@ def parse_arm(text: str) -> Arm:
     if "tier" in given and "max_divergence" in given:
         raise ValueError(f"arm {name} has a tier and a max_divergence: give one of them")
     address = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    numbers: dict[str, Any] = {
+        key: _number(name, key, given[key]) for key in (*_NUMBERS, "max_divergence") if key in given
+    }
     return Arm(
         name,
         address,
         tier=given.get("tier"),
         model=given.get("model"),
-        **{key: _number(name, key, given[key]) for key in (*_FOR_ANY, "max_divergence") if key in given},
+        temperature=_temperature(name, given["temperature"]) if "temperature" in given else None,
+        **numbers,
+        **{key: _switch(name, key, given[key]) for key in _SWITCHES if key in given},
     )
 
 
@@ -115,6 +142,33 @@ def check_arms(arms: Sequence[Arm]) -> None:
         raise ValueError("there is nothing to compare: give --a and --b")
     if len(set(names)) < len(names):
         raise ValueError(f"arms {', '.join(names)} must have different names: choose others")
+    by_variable: dict[str, str] = {}
+    for arm in arms:
+        if arm.is_openai and (other := by_variable.setdefault(arm.key_variable, arm.name)) != arm.name:
+            raise ValueError(
+                f"arms {other} and {arm.name} would both be asked with the key in {arm.key_variable}: choose names that differ in more than "
+                "case and punctuation"
+            )
+
+
+def _switch(arm: str, key: str, text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError(f"arm {arm}: {key}={text} must be yes or no")
+    return text == "yes"
+
+
+def _temperature(arm: str, text: str) -> float | str:
+    if text == "default":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"arm {arm}: temperature={text} must be a number, 0 or above, or `default` for the server's own"
+        )
+    return value
 
 
 def _number(arm: str, key: str, text: str) -> float:

@@ -57,7 +57,7 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument("log", type=Path, help="JSON lines, the `log` of the file of arms")
     parser.add_argument(
         "--guard", default="", metavar="LIMITS",
-        help='an arm that passes one is taken out of service, such as "error_rate<2%%,e2e_p95<5s,divergence<5%%"',
+        help='an arm that breaks one is taken out of service, such as "error_rate<2%%,e2e_p95<5s,divergence<5%%"',
     )  # fmt: skip
     parser.add_argument(
         "--metric", default="tpot", choices=METRICS, help="that the advice to stop goes by (default: tpot)"
@@ -70,7 +70,7 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument(
         "--once", action="store_true", help="one look; exit status 4 if an arm was taken out of service"
     )
-    parser.add_argument("--no-fallback", action="store_true", help="only say that a guard-rail was passed")
+    parser.add_argument("--no-fallback", action="store_true", help="only say that a guard-rail was broken")
     parser.set_defaults(command=_watch)
 
 
@@ -114,6 +114,13 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--gpus", type=float, default=1.0, help="that are paid for (default: 1)")
     parser.add_argument(
         "--utilisation", type=float, default=1.0, help="share of the paid time in which there is work (default: 1)"
+    )
+    parser.add_argument(
+        "--volume",
+        type=float,
+        default=1e9,
+        metavar="TOKENS",
+        help="output tokens a month, for what is saved (default: 1e9)",
     )
     parser.add_argument(
         "--slo", default="", metavar="LIMITS", help='such as "ttft_p95<500ms,itl_p95<80ms", for the goodput'
@@ -174,6 +181,7 @@ def _run(args: argparse.Namespace) -> int:
         slo=args.slo,
         margin=args.margin,
         cost_per_correct=args.cost_per_correct,
+        volume=args.volume,
     )
     for words in (power_in_words(settings, questions, args.discordant), blocks_in_words(settings)):
         if words is not None:
@@ -190,7 +198,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    above_zero = ("price_per_hour", "gpus", "timeout", "num_prompts", "blocks_of", "max_tokens")
+    above_zero = ("price_per_hour", "gpus", "timeout", "num_prompts", "blocks_of", "max_tokens", "volume")
     for name in above_zero:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):

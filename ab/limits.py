@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
-METRICS = ("ttft", "tpot", "itl", "e2e")
+METRICS = ("ttft", "ttfo", "tpot", "itl", "e2e")
 LATENCIES = tuple(f"{metric}_{statistic}" for metric in METRICS for statistic in STATISTICS)
-"""Time to the first token, time per output token after it, time between tokens, time to the end."""
+"""Time to the first token, to the first that is no reasoning, time per output token after it, time between tokens, time to the end."""
 
 _LIMIT = re.compile(r"\s*(\w+)\s*<\s*(\d+(?:\.\d+)?)\s*(ms|s|%|)\s*")
 _SCALES = {"ms": 1e-3, "s": 1.0, "%": 1e-2, "": 1.0}

@@ -20,7 +20,7 @@ import numpy as np
 
 from ssv.ab.limits import LATENCIES, Limit
 from ssv.ab.sequential import RunningDifference, RunningMean, bernoulli_interval, proportion_difference
-from ssv.ab.statistics import Interval
+from ssv.ab.statistics import ROUNDING, Interval
 
 ALPHA = 0.05
 
@@ -178,7 +178,7 @@ class LiveComparison:
         return self._rivalries[arm].num_pairs, self._rivalries[arm].num_different
 
     def broken(self, arm: str) -> list[str]:
-        """Which guards an arm has certainly passed, in words."""
+        """Which guards an arm has certainly broken, in words."""
         found = [self._check(limit, arm) for limit in self.guards]
         return [words for words in found if words is not None]
 
@@ -195,9 +195,9 @@ class LiveComparison:
         if mean <= 0:
             return f"{metric} of {self.first} is 0: nothing can be compared with it"
         shown = f"{interval.estimate / mean:+.1%} [{interval.low / mean:+.1%}, {interval.high / mean:+.1%}]"
-        if interval.high < 0:
+        if interval.excludes(0.0) and interval.high < 0:
             return f"you may stop: {arm} has less {metric} than {self.first}, {shown}"
-        if interval.low > 0:
+        if interval.excludes(0.0):
             return f"you may stop: {arm} has more {metric} than {self.first}, {shown}"
         if max(-interval.low, interval.high) < equivalence * mean:
             return f"you may stop: {arm} and {self.first} differ by less than {equivalence:.0%} in {metric}, {shown}"
@@ -310,20 +310,20 @@ class LiveComparison:
             audited = (state.audited or 0) - watched.audited
             if audited < MIN_AUDITED:
                 return None
-            return _passed(
+            return _broken(
                 limit, state.mismatches - watched.mismatches, audited, limit.value, alpha, "audited tokens differ"
             )
         if limit.name == "text_difference":
             pairs, different = self.pairs(arm) if arm in self._rivalries else (0, 0)
             different, pairs = different - watched.different, pairs - watched.pairs
-            return _passed(limit, different, pairs, limit.value, alpha, "pairs differ")
+            return _broken(limit, different, pairs, limit.value, alpha, "pairs differ")
         if limit.name == "error_rate":
-            return _passed(limit, watched.errors, watched.requests, limit.value, alpha, "requests failed")
+            return _broken(limit, watched.errors, watched.requests, limit.value, alpha, "requests failed")
         if limit.quantile is not None:
             above, known = watched.judged[limit]
-            return _passed(limit, above, known, 1 - limit.quantile, alpha, "requests took as long")
+            return _broken(limit, above, known, 1 - limit.quantile, alpha, "requests took as long")
         interval = watched.means[limit.metric].interval(alpha)
-        if interval is None or interval.low < limit.value:
+        if interval is None or interval.low < limit.value + ROUNDING:
             return None
         return f"{limit}: it is {interval.estimate * 1e3:.0f} ms"
 
@@ -361,7 +361,7 @@ def _waited(record: Mapping[str, Any]) -> dict[str, float]:
     return {"e2e": waited} if record["ttft_s"] is not None else {"e2e": waited, "ttft": waited}
 
 
-def _passed(limit: Limit, events: int, trials: int, share: float, alpha: float, what: str) -> str | None:
+def _broken(limit: Limit, events: int, trials: int, share: float, alpha: float, what: str) -> str | None:
     """In words, if more than the share of the trials certainly are events, at any time."""
     interval = bernoulli_interval(events, trials, alpha=alpha)
-    return f"{limit}: {events} of {trials} {what}" if trials and interval.low > share else None
+    return f"{limit}: {events} of {trials} {what}" if trials and interval.low > share + ROUNDING else None

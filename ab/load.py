@@ -1,6 +1,6 @@
 """Runs a plan: asks the arms, and writes down each answer as it comes.
 
-May import: ssv.ab.arms, .endpoints, .journal, .plan, .questions, .samples; ssv.builder.progress.
+May import: ssv.ab.answers, .arms, .endpoints, .journal, .plan, .questions, .samples; ssv.builder.progress.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ssv.ab.answers import EndpointError, Sampling
 from ssv.ab.arms import Arm
-from ssv.ab.endpoints import Endpoint, EndpointError, Sampling
+from ssv.ab.endpoints import Endpoint
 from ssv.ab.journal import Journal
 from ssv.ab.plan import Turn, seed_of
 from ssv.ab.questions import Question

@@ -1,6 +1,6 @@
 """From samples to what a report says: figures of each arm, and differences between arms with their intervals.
 
-May import: ssv.ab.arms, .limits, .samples, .statistics.
+May import: ssv.ab.arms, .limits, .samples, .scoring, .statistics.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from ssv.ab.arms import Price
 from ssv.ab.limits import METRICS, STATISTICS, Limit
 from ssv.ab.samples import Sample
+from ssv.ab.scoring import without_thinking
 from ssv.ab.statistics import (
     Interval,
     Quality,
@@ -31,12 +32,20 @@ from ssv.ab.statistics import (
 MIN_BLOCKS = 6
 """With fewer, a bootstrap's interval means nothing."""
 
+MIN_BEYOND = 5
+"""Requests that must lie beyond a quantile before it has an interval: a p95 takes 100 of them, a p99 500."""
+
+MAX_EXAMPLES = 5
+MAX_EXAMPLE = 400
+"""Characters of an answer that is shown as an example."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Of one arm at one concurrency.
 
     Attributes:
+        blocks: of prompts that ran together.
         requests, failed: how many, and how many of them failed.
         seconds: in which the arm had something to do.
         in_flight: requests at the same time, on average.
@@ -46,6 +55,7 @@ class Figures:
         meets: by limit, whether the arm as a whole does.
         target_passes_per_token, unverified_share, acceptance_rate: None where the endpoint does not say.
         cached_share: of the prompts' tokens, those that the server had computed before.
+        reasoning_share: of the output tokens; `unanswered`: responses that ended within their reasoning, so that there is no answer.
         score: mean of the answers' scores; None if none can be checked.
         cost_per_1m_tokens, cost_per_correct: None without a price, and answers.
         tiers, lossless: what the responses said; `lossless` None if they did not.
@@ -53,6 +63,7 @@ class Figures:
 
     arm: str
     concurrency: int
+    blocks: int
     requests: int
     failed: int
     output_tokens: int
@@ -67,6 +78,8 @@ class Figures:
     unverified_share: float | None
     acceptance_rate: float | None
     cached_share: float
+    reasoning_share: float
+    unanswered: int
     score: float | None
     cost_per_1m_tokens: float | None
     cost_per_correct: float | None
@@ -92,6 +105,7 @@ def figures(
     return Figures(
         arm=samples[0].arm,
         concurrency=samples[0].concurrency,
+        blocks=len({sample.block for sample in samples}),
         requests=len(samples),
         failed=len(samples) - len(fine),
         output_tokens=tokens,
@@ -106,6 +120,8 @@ def figures(
         unverified_share=_share(fine, lambda s: s.unverified, lambda s: s.output_tokens),
         acceptance_rate=_share(fine, lambda s: s.accepted, lambda s: s.judged or 0),
         cached_share=_share(fine, lambda s: s.cached_tokens, lambda s: s.prompt_tokens) or 0.0,
+        reasoning_share=_share(fine, lambda s: s.reasoning_tokens, lambda s: s.output_tokens) or 0.0,
+        unanswered=sum(sample.reasoning_tokens > 0 and not without_thinking(sample.text).strip() for sample in fine),
         score=correct / len(scores) if scores else None,
         cost_per_1m_tokens=cost / tokens * 1e6 if cost is not None and tokens else None,
         cost_per_correct=cost / correct if count_correct and cost is not None and correct else None,
@@ -221,9 +237,29 @@ def quality(a: Sequence[Sample], b: Sequence[Sample], *, margin: float, level: f
 
 def identical_share(a: Sequence[Sample], b: Sequence[Sample]) -> float | None:
     """Share of the pairs (same prompt, seed and concurrency) whose texts are the same; None without pairs."""
-    texts = {_pair(sample): sample.text for sample in a if not sample.error}
-    same = [texts[_pair(sample)] == sample.text for sample in b if not sample.error and _pair(sample) in texts]
+    texts = {_pair(sample): _texts(sample) for sample in a if not sample.error}
+    same = [texts[_pair(sample)] == _texts(sample) for sample in b if not sample.error and _pair(sample) in texts]
     return sum(same) / len(same) if same else None
+
+
+def examples(a: Sequence[Sample], b: Sequence[Sample]) -> list[dict[str, object]]:
+    """Some answers to the same prompt with the same seed that are different texts, first those of which one alone is right."""
+    answers = {_pair(sample): sample for sample in a if not sample.error}
+    pairs = [(answers[_pair(s)], s) for s in b if not s.error and _pair(s) in answers]
+    different = {mine.prompt: (mine, theirs) for mine, theirs in reversed(pairs) if _texts(mine) != _texts(theirs)}
+    chosen = sorted(different.values(), key=lambda pair: (pair[0].score == pair[1].score, pair[0].prompt))[
+        :MAX_EXAMPLES
+    ]
+    return [
+        {
+            "prompt": mine.prompt,
+            "a": mine.text[:MAX_EXAMPLE],
+            "b": theirs.text[:MAX_EXAMPLE],
+            "score_a": mine.score,
+            "score_b": theirs.score,
+        }
+        for mine, theirs in chosen
+    ]
 
 
 def by_arm(samples: Iterable[Sample]) -> dict[str, dict[int, list[Sample]]]:
@@ -232,6 +268,10 @@ def by_arm(samples: Iterable[Sample]) -> dict[str, dict[int, list[Sample]]]:
     for sample in samples:
         found[sample.arm][sample.concurrency].append(sample)
     return {arm: dict(each) for arm, each in found.items()}
+
+
+def _texts(sample: Sample) -> tuple[str, str]:
+    return sample.reasoning, sample.text
 
 
 def _pair(sample: Sample) -> tuple[str, int, int]:
@@ -277,7 +317,7 @@ def _values(metric: str, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndar
             # A response of several tokens: they have come together, each after its share of the wait.
             pairs.extend((seconds / tokens, number) for seconds, tokens in sample.gaps for _ in range(tokens))
             continue
-        value = {"ttft": sample.ttft_s, "tpot": sample.tpot_s, "e2e": sample.e2e_s}[metric]
+        value = {"ttft": sample.ttft_s, "ttfo": sample.ttfo_s, "tpot": sample.tpot_s, "e2e": sample.e2e_s}[metric]
         if value is not None:
             pairs.append((value, number))
     return np.array([value for value, _ in pairs]), np.array([number for _, number in pairs], dtype=np.int64)
@@ -349,8 +389,11 @@ def _quantile(
     values_a, blocks_a, values_b, blocks_b = values_and_blocks
     statistic = relative_quantile(values_a, blocks_a, values_b, blocks_b, int(which[1:]) / 100)
     estimate = float(statistic(np.ones((1, len(place)), dtype=np.int64))[0])
-    # Most draws must have something of both arms.
-    has_interval = len(place) >= MIN_BLOCKS and min(len(set(blocks_a)), len(set(blocks_b))) >= MIN_BLOCKS
+    # Most draws must have something of both arms; and what no request lies beyond cannot be known.
+    quantile = int(which[1:]) / 100
+    beyond = min(quantile, 1 - quantile) * min(len(values_a), len(values_b))
+    enough = len(place) >= MIN_BLOCKS and min(len(set(blocks_a)), len(set(blocks_b))) >= MIN_BLOCKS
+    has_interval = enough and beyond >= MIN_BEYOND - 1e-6
     draws = max(4000, round(200 / (1 - level)))  # a hundred in each tail
     return Difference(
         metric,

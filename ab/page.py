@@ -13,12 +13,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.samples import Sample
-from ssv.ab.terminal import figure_table, interval_text, percent
+from ssv.ab.terminal import figure_table, interval_text, percent, quality_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEEDED = ("jinja2", "matplotlib")
+
+SIZE = (5.2, 2.9)
+"""Of a plot, inches."""
+
+GLOSSARY = {
+    "streams": "requests that run at the same time (concurrency)",
+    "tokens/s": "output tokens of all requests together, per second in which the arm had something to do",
+    "TTFT p50/p95 ms": "time to the first token, of reasoning or of the answer: that of the middle request, and the one that 95 % do not exceed",
+    "TTFO p50/p95 ms": "time to the first token of the answer itself, after the reasoning",
+    "per token ms": "mean time per output token after the first (TPOT)",
+    "e2e p50/p95/p99 s": "time from the request to the end of its answer",
+    "goodput/s": "requests per second that met every limit of the SLO, and their share",
+    "passes/token": "runs of the target model per output token: 1 without speculation, fewer with it",
+    "unverified": "output tokens that the target model never judged: 0 % where an arm is lossless",
+    "reasoning": "output tokens in which the model thought before it answered",
+    "score": "mean score of the answers that can be checked: of those that are right or wrong, the share that is right",
+    "cost/1M": "cost of a million output tokens, in the unit of the given prices",
+    "cost/1000 correct": "cost of a thousand right answers, that of the wrong ones included",
+    "failed": "requests without an answer, of all",
+    "lossless": "gives the text that the target model alone gives, token for token",
+    "interval": "where the true difference lies: all intervals of a kind hold together with 95 %",
+    "non-inferior": "the whole interval of the difference in quality is above the margin: not worse by more than was put up with",
+    "undecided": "the interval holds the margin: more prompts with answers would tell",
+    "block": "prompts that ran together; every arm runs each block twice, in turns",
+}
+ALWAYS = ("lossless", "interval", "non-inferior", "undecided", "block")
 
 
 def check_can_write() -> None:
@@ -40,8 +66,9 @@ def render(document: Mapping[str, Any], samples: Sequence[Sample]) -> str:
         document=document,
         columns=columns,
         rows=rows,
-        latencies=_svg(_latencies(document, samples)),
-        trade=_svg(_trade(document)) if document["comparisons"] else None,
+        glossary=[(term, words) for term, words in GLOSSARY.items() if term in columns or term in ALWAYS],
+        quality=quality_text,
+        plots=[_svg(figure) for figure in (*_trade(document), *_latencies(document, samples))],
         settings=json.dumps(document["settings"], indent=1, ensure_ascii=False),
     )
 
@@ -60,60 +87,82 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _latencies(document: Mapping[str, Any], samples: Sequence[Sample]) -> Figure:
+def _latencies(document: Mapping[str, Any], samples: Sequence[Sample]) -> list[Figure]:
     """Shares of requests that had their first token, and their last, within so many seconds."""
-    pyplot = _pyplot()
-    concurrencies = document["settings"]["concurrency"]
-    figure, grid = pyplot.subplots(
-        len(concurrencies), 2, figsize=(9.5, 2.9 * len(concurrencies)), layout="constrained", squeeze=False
-    )
-    for axes_of_row, concurrency in zip(grid, concurrencies, strict=True):
-        for axes, name in zip(axes_of_row, ("ttft_s", "e2e_s"), strict=True):
+    figures = []
+    for concurrency in document["settings"]["concurrency"]:
+        for name in ("ttft_s", "e2e_s"):
+            figure, axes = _pyplot().subplots(figsize=SIZE, layout="constrained")
             for arm in document["arms"]:
                 of_arm = [s for s in samples if (s.arm, s.concurrency, s.error) == (arm["name"], concurrency, "")]
                 values = sorted(value for sample in of_arm if (value := getattr(sample, name)) is not None)
                 if values:
                     axes.ecdf(values, label=_plain(arm["name"]))
-            what = "time to first token" if name == "ttft_s" else "end to end"
-            axes.set_title(f"{what}, {concurrency} at a time", fontsize=10)
+            what = "Time to first token" if name == "ttft_s" else "End to end"
+            axes.set_title(f"{what}, concurrency {concurrency}", fontsize=10)
             axes.set_xlabel("seconds")
             axes.set_ylabel("share of requests")
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8, loc="lower right")
-    return figure
+            figures.append(figure)
+    return figures
 
 
-def _trade(document: Mapping[str, Any]) -> Figure:
-    """Cost against quality, both relative to the first arm, with their intervals."""
-    figure, axes = _pyplot().subplots(figsize=(7.5, 4.4), layout="constrained")
-    axes.axhline(0, color="grey", linewidth=0.8)
+def _trade(document: Mapping[str, Any]) -> list[Figure]:
+    """Cost by arm and concurrency, and quality by arm, both against the first arm and with their intervals."""
+    first, margin = _plain(document["settings"]["arms"][0]["name"]), document["settings"]["margin"]
+    colours = {arm["name"]: f"C{place}" for place, arm in enumerate(document["arms"])}  # as in the other plots
+    costs = [
+        (
+            colours[comparison["arm"]],
+            f"{comparison['arm']}, concurrency {concurrency}",
+            found["estimate"],
+            found["interval"],
+        )
+        for comparison in document["comparisons"]
+        for concurrency, differences in comparison["differences"].items()
+        for found in differences
+        if found["metric"] == "cost"
+    ]
+    judged = [
+        (
+            colours[comparison["arm"]],
+            comparison["arm"],
+            found["interval"]["estimate"],
+            found["interval"] if found["verdict"] != "the same" else None,
+        )
+        for comparison in document["comparisons"]
+        if (found := comparison["quality"]) is not None
+    ]
+    figures = []
+    if costs:
+        figures.append(_forest(costs, "Cost per token", f"% against {first} (left is cheaper)"))
+    if judged:
+        figures.append(_forest(judged, "Quality", f"points against {first} (dashed: the margin)", -100 * margin))
+    return figures
+
+
+def _forest(
+    rows: Sequence[tuple[str, str, float, Mapping[str, float] | None]],
+    title: str,
+    label: str,
+    limit: float | None = None,
+) -> Figure:
+    """Differences below each other. Args: rows: colour, name, estimate and interval, as shares."""
+    figure, axes = _pyplot().subplots(figsize=(SIZE[0], max(SIZE[1], 0.9 + 0.3 * len(rows))), layout="constrained")
     axes.axvline(0, color="grey", linewidth=0.8)
-    margin = document["settings"]["margin"]
-    if margin is not None:
-        axes.axhline(-100 * margin, color="firebrick", linewidth=0.9, linestyle="--")
-    markers = "osD^vPX*"
-    for number, comparison in enumerate(document["comparisons"]):
-        judged = comparison["quality"]
-        y = 100 * judged["interval"]["estimate"] if judged else 0.0
-        for place, (concurrency, differences) in enumerate(comparison["differences"].items()):
-            cost = next((d for d in differences if d["metric"] == "cost"), None)
-            if cost is None:
-                continue
-            x = 100 * cost["estimate"]
-            axes.errorbar(
-                [x], [y],
-                xerr=_around(cost["interval"], x), yerr=_around(judged["interval"], y) if judged else None,
-                fmt=markers[place % len(markers)], color=f"C{number}", capsize=3,
-                label=_plain(f"{comparison['arm']}, {concurrency} at a time"),
-            )  # fmt: skip
-    axes.set_xlabel(f"cost per token against {_plain(document['arms'][0]['name'])}, % (left is cheaper)")
-    axes.set_ylabel("score, points (dashed: the margin)" if margin is not None else "quality was not judged")
-    if margin is None:
-        axes.set_yticks([])
-    axes.margins(0.15)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    if limit is not None:
+        axes.axvline(limit, color="firebrick", linewidth=0.9, linestyle="--")
+    for place, (colour, _, estimate, interval) in enumerate(rows):
+        x = 100 * estimate
+        axes.errorbar([x], [place], xerr=_around(interval, x), fmt="o", color=colour, capsize=3)
+    axes.set_yticks(range(len(rows)), [_plain(name) for _, name, *_ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.margins(x=0.15)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 

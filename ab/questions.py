@@ -1,22 +1,20 @@
 """Prompts of a comparison, and what a right answer to them looks like.
 
-May import: nothing else of ssv.
+May import: ssv.ab.scoring.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssv.ab import scoring
+
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class Question:
     Attributes:
         answers: any of them is right; none if answers cannot be checked.
         check: `exact`: the text is an answer; `contains`: an answer's words stand in it; `number`: its last number is the answer; `f1`:
-            share of words in common, from 0 to 1, as SQuAD's (Rajpurkar et al. 2016). Letter case and punctuation do not count.
+            share of words in common, from 0 to 1. What a word and a number is, `ssv.ab.scoring` says.
     """
 
     id: str
@@ -38,6 +36,7 @@ class Question:
         """1 for right and 0 for wrong, between them for `f1`; None if it cannot be checked."""
         if not self.answers:
             return None
+        text = scoring.without_thinking(text)
         return max(_SCORES[self.check](text, answer) for answer in self.answers)
 
 
@@ -50,7 +49,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions: list[Question] = []
     # Not splitlines: texts may hold other characters that it takes for the end of a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 questions.append(_question(json.loads(line), number))
@@ -75,38 +74,11 @@ def _question(given: Any, number: int) -> Question:
     check = given.get("check", "number" if is_number else "contains")
     if check not in CHECKS:
         raise ValueError(f"unknown check {check!r}; known: {', '.join(CHECKS)}")
-    if check == "number" and not all(_NUMBER.fullmatch(str(a)) for a in answers):
+    if check == "number" and not all(scoring.parse_number(str(a)) is not None for a in answers):
         raise ValueError("check `number` needs answers that are numbers")
-    if check != "number" and not all(_words(str(a)) for a in answers):
+    if check != "number" and not all(scoring.words(str(a)) for a in answers):
         raise ValueError("`answer` holds no word or number, which is what is compared")
     return Question(str(given.get("id", number)), given["prompt"], tuple(map(str, answers)), check)
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
-
-
-def _exact(text: str, answer: str) -> float:
-    return float(_words(text) == _words(answer))
-
-
-def _contains(text: str, answer: str) -> float:
-    return float(f" {' '.join(_words(answer))} " in f" {' '.join(_words(text))} ")
-
-
-def _number(text: str, answer: str) -> float:
-    found = _NUMBER.findall(text)
-    return float(bool(found) and _value(found[-1]) == _value(answer))
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
-
-
-def _f1(text: str, answer: str) -> float:
-    given, wanted = Counter(_words(text)), Counter(_words(answer))
-    common = sum((given & wanted).values())
-    return 2 * common / (given.total() + wanted.total())
-
-
-_SCORES = {"exact": _exact, "contains": _contains, "number": _number, "f1": _f1}
+_SCORES = {"exact": scoring.exact, "contains": scoring.contains, "number": scoring.number, "f1": scoring.f1}

@@ -20,11 +20,12 @@ from typing import Any
 
 from ssv.ab import page, terminal
 from ssv.ab.analysis import CONFIDENCE, RunSettings, analyse
+from ssv.ab.answers import Sampling
 from ssv.ab.arms import Arm
-from ssv.ab.endpoints import Endpoint, Sampling
+from ssv.ab.endpoints import Endpoint
 from ssv.ab.journal import Journal
 from ssv.ab.load import ArmDown, LoadGenerator
-from ssv.ab.measures import MIN_BLOCKS, by_arm, differences
+from ssv.ab.measures import MIN_BLOCKS, by_arm, differences, identical_share, quality
 from ssv.ab.plan import block_size, make_plan
 from ssv.ab.questions import RIGHT_OR_WRONG, Question
 from ssv.ab.samples import Sample, read_samples
@@ -168,7 +169,14 @@ def compare(before: Path, after: Path) -> int:
             a, b = (side.get(name, {}).get(concurrency, []) for side in sides)
             found = differences(a, b, None, None, level=level, seed=old.seed)
             each[str(concurrency)] = [asdict(difference) for difference in found]
-        terminal.show_differences(f"{name}: {after} against {before}", each, level)
+        all_a, all_b = ([sample for samples in side.get(name, {}).values() for sample in samples] for side in sides)
+        share = identical_share(all_a, all_b) if old.temperature == 0 else None
+        terminal.show_differences(f"{name}: {after} against {before}", each, level, share)
+        margin = new.margin or old.margin
+        found_quality = quality(all_a, all_b, margin=margin or 0.0, level=simultaneous_level(CONFIDENCE, len(names)))
+        terminal.show_quality(
+            name, asdict(found_quality) if found_quality is not None else None, has_margin=margin is not None
+        )
     print(
         "The runs were made at different times: what their machines did besides is in these differences. Cost is time of the machine."
     )

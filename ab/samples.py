@@ -1,6 +1,6 @@
 """What one request of a comparison came to.
 
-May import: ssv.ab.endpoints, .journal.
+May import: ssv.ab.answers, .journal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ssv.ab.endpoints import Answer
+from ssv.ab.answers import Answer
 from ssv.ab.journal import JournalReader
 
 
@@ -22,7 +22,7 @@ class Sample:
         arm, concurrency, block, repeat, prompt, seed: as planned; `prompt` is its id.
         start_s, end_s: since the run began.
         error: why there is no answer; "" if there is one.
-        ttft_s: seconds to the first token; None without one.
+        ttft_s: seconds to the first token, of reasoning or of the answer; None without one. `ttfo_s`: to the first of the answer.
         gaps: seconds between responses, and the tokens that each brought, after the first.
         score: of the text: 1 right, 0 wrong, also for a request that failed; None where answers cannot be checked.
         The others are those of `Answer`.
@@ -38,10 +38,13 @@ class Sample:
     end_s: float
     error: str = ""
     ttft_s: float | None = None
+    ttfo_s: float | None = None
     gaps: tuple[tuple[float, int], ...] = ()
     text: str = ""
+    reasoning: str = ""
     score: float | None = None
     output_tokens: int = 0
+    reasoning_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     finish_reason: str = ""

@@ -29,6 +29,10 @@ Statistic = Callable[[Weights], Values]
 _BLOCK_DRAWS = 256  # so many draws are weighed at once: memory is bounded by it and the number of requests
 
 
+ROUNDING = 1e-9
+"""A difference below it is none: no share, ratio or time in seconds that anybody measures is that exact, and sums are not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """Attributes:
@@ -42,8 +46,8 @@ class Interval:
     level: float
 
     def excludes(self, value: float) -> bool:
-        """Whether the data speak against this value; the ends are still within."""
-        return not self.low <= value <= self.high
+        """Whether the data speak against this value; the ends are still within, and so is what is beyond them by rounding."""
+        return not self.low - ROUNDING <= value <= self.high + ROUNDING
 
 
 # --- what is resampled ----------------------------------------------------------------------------------------------
@@ -300,8 +304,9 @@ def paired_scores(
 
 
 class Quality(StrEnum):
-    """Whether b is as good as a, but for a margin."""
+    """Whether b is as good as a, but for a margin; `the same` where that is not a matter of chance."""
 
+    SAME = "the same"
     NON_INFERIOR = "non-inferior"
     INFERIOR = "inferior"
     UNDECIDED = "undecided"
@@ -321,9 +326,9 @@ def judge(interval: Interval, margin: float) -> Quality:
     """
     if not (math.isfinite(margin) and margin >= 0):
         raise ValueError(f"margin is {margin}: give the loss that would do, 0 or more")
-    if interval.low > -margin:
-        return Quality.NON_INFERIOR
-    return Quality.INFERIOR if interval.high < -margin else Quality.UNDECIDED
+    if not interval.excludes(-margin):
+        return Quality.UNDECIDED
+    return Quality.NON_INFERIOR if interval.low > -margin else Quality.INFERIOR
 
 
 # --- how many prompts, and how many comparisons -----------------------------------------------------------------------

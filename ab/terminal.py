@@ -13,11 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+COLOURS = {"yes": "bold green", "no": "bold red", "open": "bold yellow"}
+"""Of verdicts, by outcome."""
+
 
 def show(document: Mapping[str, Any]) -> None:
     console = _console()
     if document["status"] != "complete":
         console.print(f"[bold red]Partial report[/]: {escape(document['status'])}")
+    console.print(f"[bold]{escape(document['recommendation'])}[/]", highlight=False, soft_wrap=True)
     console.print(_figures(document))
     for comparison in document["comparisons"]:
         title = f"{comparison['arm']} against {comparison['against']}"
@@ -25,7 +29,8 @@ def show(document: Mapping[str, Any]) -> None:
             title, comparison["differences"], document["levels"]["differences"], comparison["identical_share"]
         )
     for comparison in document["comparisons"]:
-        console.print(f"[bold]{escape(comparison['verdict'])}[/]", highlight=False, soft_wrap=True)
+        colour = COLOURS[comparison["outcome"]]
+        console.print(f"[{colour}]{escape(comparison['verdict'])}[/]", highlight=False, soft_wrap=True)
     for note in document["notes"]:
         console.print(f"Note: {escape(note)}", highlight=False, soft_wrap=True, style="dim")
 
@@ -49,25 +54,27 @@ def interval_text(difference: Mapping[str, Any]) -> str:
 
 
 FIGURE_COLUMNS = (
-    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "per token ms", "e2e p50/p95/p99 s", "goodput/s", "passes/token",
-    "unverified", "score", "cost/1M", "cost/1000 correct", "failed",
+    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "TTFO p50/p95 ms", "per token ms", "e2e p50/p95/p99 s", "goodput/s", "passes/token",
+    "unverified", "reasoning", "score", "cost/1M", "cost/1000 correct", "failed",
 )  # fmt: skip
 
 
 def figure_cells(row: Mapping[str, Any]) -> list[str]:
     """Cells of `FIGURE_COLUMNS`."""
     latency: Mapping[str, Mapping[str, float]] = row["latency"]
-    ttft, tpot, e2e = (latency.get(metric, {}) for metric in ("ttft", "tpot", "e2e"))
+    ttft, ttfo, tpot, e2e = (latency.get(metric, {}) for metric in ("ttft", "ttfo", "tpot", "e2e"))
     return [
         row["arm"],
         str(row["concurrency"]),
         plain(row["tokens_per_s"], 1),
-        f"{ms(ttft.get('p50'))} / {ms(ttft.get('p95'))}",
+        f"{ms(ttft.get('p50'))} / {ms(ttft.get('p95'))}" if ttft else "-",
+        f"{ms(ttfo.get('p50'))} / {ms(ttfo.get('p95'))}" if row["reasoning_share"] else "-",
         plain(tpot["mean"] * 1e3, 1) if tpot else "-",
         " / ".join(plain(e2e.get(name), 2) for name in ("p50", "p95", "p99")),
         "-" if row["goodput"] is None else f"{row['goodput']:.2f} ({row['good_share']:.0%})",
         plain(row["target_passes_per_token"], 3),
         percent(row["unverified_share"], 1),
+        percent(row["reasoning_share"] or None, 1),
         percent(row["score"], 1),
         plain(row["cost_per_1m_tokens"], 2),
         "-" if row["cost_per_correct"] is None else f"{1000 * row['cost_per_correct']:.3g}",
@@ -119,6 +126,25 @@ def show_differences(
     _console().print(table)
 
 
+def quality_text(judged: Mapping[str, Any], a: str, b: str, *, has_margin: bool = True) -> str:
+    """Scores of two arms and what their difference is found to be."""
+    interval = judged["interval"]
+    text = (
+        f"{a} {judged['score_a']:.1%}, {b} {judged['score_b']:.1%} ({judged['kind']}, {judged['prompts']} prompts); difference "
+        f"{100 * interval['estimate']:+.1f} points"
+    )
+    if judged["verdict"] != "the same":
+        text += f" [{100 * interval['low']:+.1f}, {100 * interval['high']:+.1f}]"
+    return text + (f", margin {100 * judged['margin']:g}: {judged['verdict']}" if has_margin else "")
+
+
+def show_quality(arm: str, judged: Mapping[str, Any] | None, *, has_margin: bool) -> None:
+    """A line on an arm's quality in two runs."""
+    found = "no prompt has an answer that can be checked" if judged is None else None
+    text = found or quality_text(judged or {}, "before", "after", has_margin=has_margin)
+    _console().print(f"quality of {escape(arm)}: {escape(text)}", highlight=False, soft_wrap=True)
+
+
 def _console() -> Console:
     # A narrow terminal must not cut the figures; in a log the width is unknown.
-    return Console(width=None if sys.stdout.isatty() else 190)
+    return Console(width=None if sys.stdout.isatty() else 240)

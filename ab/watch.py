@@ -1,4 +1,4 @@
-"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that passes a guard-rail.
+"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that breaks a guard-rail.
 
 May import: ssv.ab.journal, .limits, .live, .routing, .statistics, .terminal.
 """
@@ -45,7 +45,7 @@ def watch(
         metric: that the advice to stop goes by.
         metrics_url: of the server, for audited divergence.
         every: seconds between two looks; None for one look.
-        may_fall_back: whether arms that pass a guard are taken out of service.
+        may_fall_back: whether arms that break a guard are taken out of service.
 
     Raises:
         OSError: there is no such log.
@@ -139,8 +139,9 @@ def _show(
             shown.caption = f"{different} of {pairs} answers differ from those of {live.first}"
         console.print(shown)
         for words in broken.get(arm, ()):
-            console.print(f"[bold red]guard-rail passed[/] by {escape(arm)}: {escape(words)}", soft_wrap=True)
-        console.print(escape(live.advice(arm, metric, equivalence)), soft_wrap=True, highlight=False)
+            console.print(f"[bold red]{escape(arm)} broke a guard-rail[/]: {escape(words)}", soft_wrap=True)
+        if arm not in fallen:  # one that is gets no requests, however long one goes on
+            console.print(escape(live.advice(arm, metric, equivalence)), soft_wrap=True, highlight=False)
     for arm, why in fallen.items():
         console.print(f"[bold red]{escape(arm)} is out of service[/]: {escape(why)}", soft_wrap=True)
     left_out = {

@@ -16,7 +16,8 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: a line that is not an object with a `prompt`; naming it.
     """
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Not splitlines: texts may hold other characters that it takes for the end of a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from ssv.ab.analysis import RunSettings
+from ssv.ab.answers import Answer, Sampling
 from ssv.ab.arms import parse_arm
-from ssv.ab.endpoints import Answer, Sampling
 from ssv.ab.samples import Sample
 
 ARMS = (parse_arm("a=grpc://127.0.0.1:1"), parse_arm("b=grpc://127.0.0.1:2?tier=turbo"))

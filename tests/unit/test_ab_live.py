@@ -266,7 +266,7 @@ def many(num: int, share: float, bad: Record, arm: str = "b") -> list[Record]:
         ("e2e_p95<5s", {**FAILED, "e2e_s": 30.0}, 0.05, 0.2, "80 of 400 requests took as long"),
     ],
 )
-def test_a_guard_is_passed_when_it_is_certain(guard: str, bad: Record, holds: float, breaks: float, words: str) -> None:
+def test_a_guard_is_broken_when_it_is_certain(guard: str, bad: Record, holds: float, breaks: float, words: str) -> None:
     assert took(start(), *many(400, holds, bad), guards=guard).broken("b") == []
     (found,) = took(start(), *many(400, breaks, bad), guards=guard).broken("b")
     assert words in found
@@ -464,7 +464,7 @@ def healthy(rng: np.random.Generator, num: int, chance_of_error: float = 0.02) -
 EDGE = "error_rate<2%,e2e_p95<5s,ttft_mean<100ms"
 
 
-def test_guards_of_an_arm_on_their_edge_are_seldom_passed_at_any_time() -> None:
+def test_guards_of_an_arm_on_their_edge_are_seldom_broken_at_any_time() -> None:
     num_runs = 50
     passed = sum(
         ever(healthy(np.random.default_rng(run), 900), took(start(), guards=EDGE), lambda live: bool(live.broken("b")))
@@ -560,8 +560,9 @@ def test_watch_takes_an_arm_out_of_service(log: Path, capsys: pytest.CaptureFixt
     assert look(log, *GUARD) == 4
     out = capsys.readouterr().out
     words = "error_rate < 5 %: 90 of 300 requests failed"
-    assert f"guard-rail passed by b: {words}" in out
+    assert f"b broke a guard-rail: {words}" in out
     assert "│ b (out of " in out
+    assert "go on" not in out, "it gets no more requests"
     assert json.loads(fallback_path(log).read_text()) == {"b": words}
     # It is out already: nothing is done twice.
     fallback_path(log).write_text('{"b": "by hand"}')
@@ -579,7 +580,7 @@ def test_watch_takes_nobody_out_who_is_well_nor_the_first_arm(log: Path) -> None
 
 def test_watch_only_says_so_with_no_fallback(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert look(write(log, *BAD), *GUARD, "--no-fallback") == 0
-    assert "guard-rail passed by b" in capsys.readouterr().out
+    assert "b broke a guard-rail" in capsys.readouterr().out
     assert [path.name for path in log.parent.iterdir()] == [log.name]
 
 
@@ -671,7 +672,7 @@ def test_watch_goes_on_without_metrics_and_says_so(
     assert look(write(log, *BAD), "--guard", "divergence<5%,error_rate<5%", "--metrics-url", url) == 4
     out = capsys.readouterr().out
     assert f"no metrics come from {url}" in out
-    assert "guard-rail passed by b: error_rate" in out
+    assert "b broke a guard-rail: error_rate" in out
 
 
 def test_watch_follows_a_log_that_grows(

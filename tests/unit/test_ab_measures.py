@@ -12,7 +12,7 @@ import pytest
 from ab_cases import ARMS, sample, settings
 
 from ssv.ab import measures
-from ssv.ab.analysis import RunSettings, analyse, verdict
+from ssv.ab.analysis import RunSettings, analyse, cost_in_words, verdict
 from ssv.ab.arms import Price, parse_arm
 from ssv.ab.limits import parse_limits
 from ssv.ab.measures import (
@@ -28,7 +28,7 @@ from ssv.ab.measures import (
 )
 from ssv.ab.plan import Turn, make_plan
 from ssv.ab.samples import Sample
-from ssv.ab.statistics import Interval, Quality
+from ssv.ab.statistics import Interval, Quality, judge
 
 # Figures.
 
@@ -171,7 +171,7 @@ def of(found: Iterable[Difference], metric: str) -> Difference:
 
 
 def test_differences_are_relative_to_the_first_arm() -> None:
-    paces = [1.0, 1.5, 1.2, 2.0, 0.8, 1.1]
+    paces = [1.0, 1.5, 1.2, 2.0, 0.8, 1.1] * 42  # 504 requests, so that five of them lie beyond the p99
     a = run_of("a", paces, target_passes=10)
     b = run_of("b", [0.75 * pace for pace in paces], target_passes=5)
     found = differences(a, b, None, None, level=0.95)
@@ -219,7 +219,31 @@ def test_too_few_blocks_have_an_estimate_and_no_interval() -> None:
     for num in (MIN_BLOCKS - 1, MIN_BLOCKS):
         found = differences(run_of("a", [1.0] * num), run_of("b", [2.0] * num), None, None, level=0.95)
         assert of(found, "cost").estimate == pytest.approx(1.0)
-        assert {d.interval is None for d in found} == {num < MIN_BLOCKS}
+        assert of(found, "cost").interval is None or num == MIN_BLOCKS
+        assert {d.interval is None for d in found if d.metric in ("cost", "tpot_mean", "e2e_p50")} == {num < MIN_BLOCKS}
+
+
+@pytest.mark.parametrize(
+    ("requests", "with_interval"),
+    [
+        (8, set()),
+        (12, {"e2e_p50"}),
+        (98, {"e2e_p50"}),
+        (100, {"e2e_p50", "e2e_p95"}),
+        (500, {"e2e_p50", "e2e_p95", "e2e_p99"}),
+    ],
+)
+def test_a_percentile_has_an_interval_where_requests_lie_beyond_it(
+    requests: int, with_interval: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "DIFFERENCES", ("e2e_p50", "e2e_p95", "e2e_p99"))
+    a, b = (
+        [replace(s, block=s.block % 6, prompt=str(s.block)) for s in run_of(arm, [1.0] * (requests // 2))]
+        for arm in "ab"
+    )
+    found = differences(a, b, None, None, level=0.95)
+    assert {d.metric for d in found if d.interval is not None} == with_interval
+    assert len(found) == 3
 
 
 def test_what_was_not_measured_is_not_compared() -> None:
@@ -261,6 +285,18 @@ def test_prices_per_token_that_are_the_same_are_no_difference(monkeypatch: pytes
         )  # fmt: skip
         cost = of(differences(a, b, price, price, level=0.95), "cost")
         assert verdict("a", "b", {1: [cost]}, None, 0, 32).startswith("b against a: no difference in cost")
+
+
+@pytest.mark.parametrize("rounding", [1.8e-15, -1.8e-15, 4e-16, -3e-12])
+def test_a_difference_that_is_rounding_is_no_difference_and_no_loss(rounding: float) -> None:
+    """Whichever way a machine's sums round."""
+    thin = Interval(rounding, rounding, rounding, 0.95)
+    assert not thin.excludes(0.0)
+    assert cost_in_words(Difference("cost", rounding, thin)).startswith("no difference in cost found")
+    at_the_margin = Interval(-0.1 + rounding, -0.1 + rounding, -0.1 + rounding, 0.95)
+    assert judge(at_the_margin, 0.1) is Quality.UNDECIDED
+    assert Interval(1e-6, 1e-6, 1e-6, 0.95).excludes(0.0)
+    assert judge(Interval(0.0, -0.099, 0.1, 0.95), 0.1) is Quality.NON_INFERIOR
 
 
 # Quality.
@@ -426,7 +462,8 @@ def test_levels_are_shared_among_arms_and_concurrencies() -> None:
     assert [(c["arm"], c["against"]) for c in document["comparisons"]] == [("b", "a"), ("c", "a")]
     for comparison in document["comparisons"]:
         assert list(comparison["differences"]) == ["1", "4"]
-        levels = {d["interval"]["level"] for found in comparison["differences"].values() for d in found}
+        intervals = [d["interval"] for found in comparison["differences"].values() for d in found]
+        levels = {interval["level"] for interval in intervals if interval is not None}
         assert levels == {document["levels"]["differences"]}
         assert comparison["quality"]["interval"]["level"] == document["levels"]["quality"]
         assert comparison["quality"]["prompts"] == 6
@@ -521,6 +558,97 @@ def test_notes_say_what_a_reader_has_to_know(monkeypatch: pytest.MonkeyPatch) ->
     mixed = (ARMS[0], parse_arm("b=http://h/v1?model=m"))
     assert "another tokenizer" in notes_of(replace(run, arms=mixed), plain)
     assert "No price was given for a, b: " in notes_of(replace(run, price_per_hour=None), plain)
+
+
+# What to do.
+
+LOSSLESS: dict[str, Any] = {"lossless": True, "text": "right", "score": 1.0}
+
+
+def acted(b: Sequence[Sample], **changes: Any) -> tuple[str, dict[str, Any]]:
+    """The recommendation and the comparison, against an arm that takes 2 s a prompt and is always right."""
+    a = run_of("a", [2.0] * 8, **LOSSLESS)
+    document = document_of(settings(**{"margin": 0.05, **changes}), [*a, *b])
+    return document["recommendation"], document["comparisons"][0]
+
+
+def test_a_lossless_arm_with_the_same_texts_is_the_same_however_few_prompts_there_were() -> None:
+    advice, comparison = acted(run_of("b", [1.0] * 8, **LOSSLESS))
+    assert (comparison["outcome"], comparison["quality"]["verdict"]) == ("yes", "the same")
+    assert comparison["verdict"].endswith("quality is the same: b is lossless, and all its answers are the same texts")
+    # 2 s at 3.6 an hour for 10 tokens: 200 for a million, 200,000 a month.
+    assert advice == (
+        "Use b instead of a: at 1,000 million output tokens a month it saves 100,000 of 200,000 a month [100,000, 100,000] at "
+        "concurrency 1; its answers are the same texts."
+    )
+    for change in ({"lossless": False}, {"lossless": None}, {"text": "Right"}):
+        _, other = acted(run_of("b", [1.0] * 8, **{**LOSSLESS, **change}))
+        assert (other["outcome"], other["quality"]["verdict"]) == ("open", "undecided")
+    warm = parse_arm("b=grpc://h:1?temperature=0.7")
+    assert acted(run_of("b", [1.0] * 8, **LOSSLESS), arms=(ARMS[0], warm))[1]["identical_share"] is None
+
+
+def test_what_is_saved_is_at_the_given_volume_and_time_without_prices() -> None:
+    fast = run_of("b", [1.5] * 8, **LOSSLESS)
+    assert "at 2 million output tokens a month it saves 100 of 400 a month" in acted(fast, volume=2e6)[0]
+    advice, _ = acted(fast, price_per_hour=None)
+    assert advice.startswith("Use b instead of a: 25.0% less machine time at concurrency 1;")
+
+
+def test_an_arm_that_aborts_is_not_cheaper() -> None:
+    aborts = [
+        replace(s, error="the response ended by 'abort'", output_tokens=0, score=0.0) for s in run_of("b", [0.1] * 8)
+    ]
+    advice, comparison = acted(aborts)
+    assert comparison["outcome"] == "no"
+    assert "cost was not measured" in comparison["verdict"] and "16 of its 16 requests failed" in comparison["verdict"]
+    assert advice.startswith(
+        "Stay with a: no arm was found that is cheaper and as good (b: 100.0% of its requests failed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds", "outcome", "words"),
+    [
+        ({"margin": None}, 1.0, "open", "its quality was not judged: give prompts with answers, and a --margin."),
+        ({}, 1.0, "open", "whether it answers as well is undecided: give more prompts with answers."),
+        ({"margin": None}, 2.0, "open", "it was not found to be cheaper"),
+        ({"margin": None}, 3.0, "no", "it is dearer"),
+    ],
+)
+def test_what_is_not_certain_is_said_with_what_to_do(
+    changes: dict[str, Any], seconds: float, outcome: str, words: str
+) -> None:
+    advice, comparison = acted(run_of("b", [seconds] * 8, text="another", score=1.0), **changes)
+    assert comparison["outcome"] == outcome
+    assert advice.startswith("Stay with a") and words in advice
+
+
+def test_an_arm_that_answers_worse_is_not_recommended_however_cheap() -> None:
+    wrong = run_of("b", [0.5] * 8, text="wrong", score=0.0)
+    advice, comparison = acted(wrong)
+    assert (comparison["outcome"], comparison["quality"]["verdict"]) == ("no", "inferior")
+    assert "b: it answers worse" in advice
+    found = comparison["examples"]
+    assert len(found) == measures.MAX_EXAMPLES
+    assert found[0] == {"prompt": "p0", "a": "right", "b": "wrong", "score_a": 1.0, "score_b": 0.0}
+    assert acted(run_of("b", [0.5] * 8, **LOSSLESS))[1]["examples"] == []
+
+
+def test_examples_are_first_those_that_one_arm_alone_has_right() -> None:
+    alike = [replace(s, text="x", score=1.0) for s in run_of("b", [1.0] * 8)]
+    alike[14:] = [replace(s, text="y" * 9999, score=0.0) for s in alike[14:]]
+    found = acted(alike)[1]["examples"]
+    assert [each["prompt"] for each in found] == ["p7", "p0", "p1", "p2", "p3"]
+    assert len(found[0]["b"]) == measures.MAX_EXAMPLE
+
+
+def test_reasoning_is_counted_apart_and_answers_that_never_came_are_told() -> None:
+    thought = [replace(s, reasoning_tokens=5, ttfo_s=s.e2e_s, text="right") for s in run_of("b", [1.0] * 8)]
+    thought[0] = replace(thought[0], text="<think>and so", score=0.0)
+    row = figures(thought, price=None, slo=parse_limits("ttfo_p95<2s"))
+    assert (row.reasoning_share, row.unanswered, row.latency["ttfo"]["p50"]) == (0.5, 1, 1.0)
+    assert "Of b, 1 responses ended within their reasoning" in notes_of(settings(), [*run_of("a", [1.0] * 8), *thought])
 
 
 # Simulated runs: prompts are alike in both arms, a block's requests share the machine, and the machine becomes slower.

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ab_cases import sample
 
+from ssv.ab.answers import Answer
 from ssv.ab.arms import Arm, check_arms, parse_arm
-from ssv.ab.endpoints import Answer
 from ssv.ab.journal import Journal, JournalReader
 from ssv.ab.limits import Limit, parse_limits
 from ssv.ab.plan import Turn, make_plan, seed_of
@@ -134,6 +134,9 @@ def test_an_arm_is_a_name_an_address_and_settings() -> None:
         ("a=grpc://h:1?gpus=", "gpus= must be a number above 0"),
         ("a=grpc://h:1?price_per_hour=nan", "must be a number above 0"),
         ("a=http://h/v1?model=m&price_per_1m_tokens=inf", "must be a number above 0"),
+        ("a=http://h/v1?model=m&stream=maybe", "arm a: stream=maybe must be yes or no"),
+        ("a=http://h/v1?model=m&temperature=-1", "arm a: temperature=-1 must be a number, 0 or above, or `default`"),
+        ("a=grpc://h:1?stream=no", "unknown setting 'stream'; known for grpc"),
     ],
 )
 def test_a_malformed_arm_is_refused(text: str, message: str) -> None:
@@ -149,6 +152,21 @@ def test_arms_are_two_or_more_of_different_names() -> None:
         check_arms([a])
     with pytest.raises(ValueError, match="arms a, b, a must have different names"):
         check_arms([a, b, a])
+
+
+def test_a_key_is_one_arms_alone() -> None:
+    alike = [parse_arm(f"{name}=https://{host}/v1?model=m") for name, host in (("api-1", "one"), ("API_1", "two"))]
+    with pytest.raises(ValueError, match="api-1 and API_1 would both be asked with the key in SSV_AB_KEY_API_1"):
+        check_arms(alike)
+
+
+def test_settings_of_an_openai_arm_are_written_behind_its_address() -> None:
+    text = "a=http://h/v1?model=m&max_completion_tokens=yes&stream_options=no&stream=no&seed=no&temperature=default"
+    arm = parse_arm(text)
+    assert (arm.max_completion_tokens, arm.stream_options, arm.stream, arm.seed) == (True, False, False, False)
+    assert arm.temperature == "default" and parse_arm("a=grpc://h:1?temperature=0").temperature == 0.0
+    assert all(arm.has(setting) for setting in text.partition("&")[2].split("&"))
+    assert not parse_arm("a=http://h/v1?model=m").has("stream=no")
 
 
 def test_a_price_is_of_gpus_in_use_or_not_and_an_arms_own_comes_first() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ssv.ab.questions import Question, read_questions
+from ssv.builder.prompts import read_prompts
 
 
 def file_of(folder: Path, *lines: Any) -> Path:
@@ -41,6 +42,9 @@ def test_line_separators_within_a_text_are_text(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes((json.dumps({"prompt": text}, ensure_ascii=False).replace("\\f", "\\u000c") + "\r\n").encode())
     assert [q.prompt for q in read_questions(path)] == [text]
+    assert read_prompts(path) == [text]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
+    assert [q.prompt for q in read_questions(path)] == read_prompts(path) == [text]
 
 
 @pytest.mark.parametrize(

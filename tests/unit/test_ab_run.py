@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ab_cases import FakeEndpoint, chunk, events, http_server, sample, send, set
 
 from ssv.ab import cli, page, terminal
 from ssv.ab.analysis import RunSettings, analyse
+from ssv.ab.answers import EndpointError, Sampling
 from ssv.ab.arms import Arm, parse_arm
-from ssv.ab.endpoints import EndpointError, Sampling
 from ssv.ab.journal import Journal
 from ssv.ab.load import MAX_FAILURES, ArmDown, LoadGenerator
 from ssv.ab.page import render
@@ -333,7 +334,7 @@ def test_an_endpoint_that_sends_garbage_from_the_start_is_named_and_nothing_is_w
 ) -> None:
     with http_server(lambda handler, _: send(handler, b"<html>Welcome!</html>")) as url:
         assert ab(prompts, a=f"a={url}?model=m", b=f"b={url}?model=m") == 2
-    assert f"arm a at {url} does not answer: no usage came" in capsys.readouterr().err
+    assert f"arm a at {url} does not answer: what came is no stream of chat completions" in capsys.readouterr().err
     assert not (prompts.parent / "out").exists()
 
 
@@ -577,6 +578,8 @@ def test_two_runs_are_compared_arm_by_arm(
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"b:{after}against{folder},95.0%intervals" in said.replace(" ", "")  # the title may be broken anywhere
     assert "cost" in said and "a: " not in said and "c: " not in said
+    assert "quality of b: before 100.0%, after 100.0% (right or wrong, 8 prompts); difference +0.0 points [" in said
+    assert "margin 20: undecided" in said and "100.0% of the answers are the same text" in said
     assert "The runs were made at different times" in said
 
 
@@ -704,7 +707,9 @@ def test_a_page_needs_nothing_else_and_says_everything() -> None:
                 assert not re.search(r"(?i)(https?:)?//|data:|@import", value or ""), (name, value)
             assert not name.startswith("on")
     assert "url(http" not in text and "@import" not in text
-    assert [tag for tag, _ in shown.tags].count("svg") == 2
+    assert [tag for tag, _ in shown.tags].count("svg") == 4  # cost, quality, and two latencies
+    assert squeezed(shown.text).index(document["recommendation"]) < squeezed(shown.text).index("Figures")
+    assert ("p", {"class": "verdict open"}) in shown.tags
     said = squeezed(shown.text)
     for each in (
         document["comparisons"][0]["verdict"],
@@ -713,6 +718,7 @@ def test_a_page_needs_nothing_else_and_says_everything() -> None:
         "not disclosed",  # of arm a's server
         "McNemar p = 1.",
         "margin 10: undecided",
+        "time to the first token, of reasoning or of the answer",  # of the glossary
         "cost per token"[:4],
         '"temperature": 0.0',
         "ssv 1",
@@ -745,6 +751,27 @@ def test_a_page_of_failures_or_of_an_arm_without_its_rival_is_a_page() -> None:
         shown = Page(render(document, samples))
         assert "Partial report. arm b has gone" in squeezed(shown.text)
         terminal.show(document)
+
+
+def test_examples_of_answers_that_differ_are_on_the_page() -> None:
+    samples = served("a", 2.0, text="It is Oslo.") + served("b", 1.0, text=HOSTILE, score=0.0)
+    said = squeezed(Page(render(document_of(settings(margin=0.1), samples), samples)).text)
+    assert f"It is Oslo. 100% {squeezed(HOSTILE)} 0%" in said
+
+
+def test_quality_is_one_point_an_arm_at_any_number_of_concurrencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[str]] = {}
+    forest = page._forest
+
+    def keep(rows: Any, title: str, *rest: Any) -> Any:
+        drawn[title] = [name for _, name, *_ in rows]
+        return forest(rows, title, *rest)
+
+    monkeypatch.setattr(page, "_forest", keep)
+    samples = [*served("a", 2.0), *served("b", 1.0)]
+    samples += [replace(s, concurrency=4, block=s.block + 9) for s in samples]
+    render(document_of(settings(margin=0.1, concurrency=(1, 4)), samples), samples)
+    assert drawn == {"Cost per token": ["b, concurrency 1", "b, concurrency 4"], "Quality": ["b"]}
 
 
 def test_differences_of_every_concurrency_are_on_the_page() -> None:
