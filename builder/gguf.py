@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ class _Metadata:
             raise CheckpointError(f"GGUF metadata: {self._arch}.{key} is {value}, must be finite")
         return float(value)
 
-    def _lacks_or_wrong(self, key: str, value: object, wanted: str) -> None:
+    def _lacks_or_wrong(self, key: str, value: object, wanted: str) -> NoReturn:
         if value is None:
             raise CheckpointError(f"GGUF metadata lacks {self._arch}.{key}")
         raise CheckpointError(

@@ -134,6 +134,11 @@ def tie(target: Path) -> None:
     """Has the head of a checkpoint be its embedding."""
     facts = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**facts, "tie_word_embeddings": True}))
+    # A head of its own would count, whatever the config says.
+    weights = load_file(target / "model.safetensors")
+    save_file(
+        {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, target / "model.safetensors"
+    )
 
 
 def write_no_plan(*args: Any) -> Literal["float16"]:
