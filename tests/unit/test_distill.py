@@ -37,7 +37,7 @@ def settings(**changes: object) -> DistillConfig:
 
 
 def run(work: Path, **changes: object) -> distilling.DistillResult:
-    return distill(tiny_decoder(), PIECES, OPENINGS, settings(**changes), work, silent)
+    return distill(tiny_decoder(), PIECES, OPENINGS, settings(**changes), work, silent, weights_sha256="0" * 64)
 
 
 # --- corpus ---------------------------------------------------------------------------------------------------------
@@ -134,7 +134,9 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
             seen.append(float(note.split()[1].rstrip(",")))
 
     target = tiny_decoder()
-    distill(target, PIECES, OPENINGS, settings(epochs=60, learning_rate=4e-3), tmp_path, report)
+    distill(
+        target, PIECES, OPENINGS, settings(epochs=60, learning_rate=4e-3), tmp_path, report, weights_sha256="0" * 64
+    )
     assert seen[-1] < 0.97 * seen[0]
 
 

@@ -223,7 +223,7 @@ def test_an_engine_of_the_same_plan_keeps_it(bundle: Path, monkeypatch: pytest.M
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
     (_, first), (_, second) = (compile_engine(bundle, config(max_batch=rows), silent) for rows in (1, 2))
     assert first.file == second.file
-    assert read_manifest(bundle).engines == {engine.engine_name(config()): second}
+    assert read_manifest(bundle).engines == {config().name: second}
 
 
 def test_a_quantized_target_is_compiled_from_its_checkpoint(bundle: Path, tmp_path: Path) -> None:
