@@ -144,7 +144,7 @@ def test_engines_of_the_recipe_are_compiled_and_taken_over(tmp_path: Path, monke
     def never(*_: object) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(pair, "_compile_apart", never)
+    monkeypatch.setattr(pair, "compile_apart", never)
     assert build(recipe, out).engines == manifest.engines
     assert read_manifest(out).engines == manifest.engines
 
