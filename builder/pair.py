@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ def build_pair(
         parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
         manifest = _manifest(recipe, target, draft, parts, tiers)
         write_manifest(stage.bundle, manifest)
+    if (work := _work_folder(parts)).exists():
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # another distillation's state is there
+            work.parent.rmdir()
     return manifest
 
 
@@ -193,10 +198,15 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
         if given is not None:
             shutil.copyfile(given, path)
         else:
-            work = parts.stage.out.with_name(f"{parts.stage.out.name}.work")
+            work = _work_folder(parts)
             save_draft(make_draft(target, recipe.draft.distill, work, device, report).draft, path)
         parts.finish("draft")
     return load_draft(path, target.decoder)
+
+
+def _work_folder(parts: Parts) -> Path:
+    """Where a distillation keeps its state: one folder each, so that another recipe neither takes it for its own nor stumbles over it."""
+    return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources["draft"][:12]
 
 
 def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hidden_size: int, report: Report) -> None:

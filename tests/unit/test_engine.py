@@ -444,7 +444,7 @@ def test_what_a_gpu_has_no_arithmetic_for_is_refused_before_building(
         config(role, precision, compute_capability=capabilities)
     argv = ["--role", role, "--precision", precision, "--compute-capability", ",".join(capabilities)]
     assert main(["compile", *argv, "--out", str(bundle)]) == 2
-    assert re.search(message.split(": ")[0], capsys.readouterr().err)
+    assert re.search(r"does not run a " + role, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
