@@ -21,7 +21,16 @@ from ssv.builder.config import (
     checked,
     load_recipe,
 )
-from ssv.builder.console import add_device, add_precision, add_threads, add_version, run_command
+from ssv.builder.console import (
+    add_batch,
+    add_device,
+    add_precision,
+    add_threads,
+    add_version,
+    ended_by_sigterm,
+    require_device,
+    run_command,
+)
 from ssv.builder.waiting import waiting
 
 if TYPE_CHECKING:
@@ -35,7 +44,8 @@ OPENINGS = Path(__file__).parent / "presets" / "openings.txt"
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    return run_command(lambda: args.run(args))
+    with ended_by_sigterm():
+        return run_command(lambda: args.run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
-    pair.add_argument("--batch", type=int, default=8, help="prompts decoded side by side while calibrating")
+    add_batch(pair, "prompts decoded side by side while calibrating (default: 8)")
     add_threads(pair)
     distill = recipe_command("distill", _distill, "make a draft for a target")
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
@@ -65,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
     calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
-    calibrate.add_argument("--batch", type=int, default=8, help="prompts decoded side by side")
+    add_batch(calibrate, "prompts decoded side by side (default: 8)")
     add_precision(calibrate)
     add_threads(calibrate)
     quantize = command("quantize", _quantize, "quantize a target or a draft to FP8 or INT4 with NVIDIA ModelOpt")
@@ -133,6 +143,8 @@ def _pair(args: argparse.Namespace) -> int:
     from ssv.builder.pair import build_pair
     from ssv.builder.progress import terminal_report
 
+    require_device(args.device)
+
     def make(bundle: Path, config: CalibrationConfig, report: Report) -> Calibration:
         return calibrate_bundle(
             bundle, config, report, device=args.device, batch=args.batch, precision=None, threads=args.threads
@@ -148,11 +160,14 @@ def _pair(args: argparse.Namespace) -> int:
 def _distill(args: argparse.Namespace) -> int:
     from ssv.builder.draft import save_draft
     from ssv.builder.pair import make_draft
+    from ssv.builder.preflight import check_distillation
     from ssv.builder.progress import terminal_report
     from ssv.builder.target import load_target
 
+    require_device(args.device)
     recipe = _recipe(args)
     target = load_target(recipe.target.locate())
+    check_distillation(recipe, target)
     work = args.work or args.out.with_suffix(".work")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with terminal_report() as report:
@@ -169,12 +184,15 @@ def _distill(args: argparse.Namespace) -> int:
 
 def _scorer(args: argparse.Namespace) -> int:
     from ssv.builder.pair import make_scorer
+    from ssv.builder.preflight import check_openings
     from ssv.builder.progress import terminal_report
     from ssv.builder.scorer import save_scorer
     from ssv.builder.target import load_target
 
+    require_device(args.device)
     recipe = _recipe(args)
     target = load_target(recipe.target.locate())
+    check_openings(recipe.draft.distill.openings_file, target)
     with terminal_report() as report:
         scorer, fitted = make_scorer(target, args.draft, recipe.scorer.fit, recipe.draft.distill, args.device, report)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -192,12 +210,16 @@ def _scorer(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from ssv.builder.pair import calibration_document, made_for
+    from ssv.builder.preflight import check_lengths, check_prompts
     from ssv.builder.progress import terminal_report
     from ssv.builder.target import load_target
 
+    require_device(args.device)
     recipe = _recipe(args)
     config = recipe.calibration.make
+    check_prompts(config)
     target = load_target(recipe.target.locate())
+    check_lengths(config, target)
     with terminal_report() as report:
         calibration = calibrate_bundle(
             args.bundle,
@@ -219,6 +241,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from ssv.builder.progress import terminal_report
     from ssv.builder.quantize_job import load_source, quantize
 
+    require_device(args.device)
     config = checked(
         QuantizeConfig,
         role=args.role,

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
+from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+MaxPending = Annotated[int, Field(ge=1, le=32)]
+"""What the runtime's caches have room for."""
+Limit = Annotated[float, Field(gt=0.0, le=1.0)]
+"""No number of prompts shows that a divergence is 0."""
 
 
 class RecipeError(ValueError):
@@ -23,8 +29,33 @@ class RecipeError(ValueError):
 
 
 class _Strict(BaseModel):
-    # An unknown key is an error, never ignored.
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # An unknown key is an error, never ignored; a number is one that can be compared.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_no_truth_for_a_number(cls, data: object) -> object:
+        """YAML reads `yes` and `on` as true, which Python would count as 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(key)
+            if field is not None and field.annotation is not bool and _holds_bool(value):
+                raise ValueError(f"{key} is given as true or false: give the value, in quotes if it is a text")
+        return data
+
+
+def _holds_bool(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_bool, value)))
+
+
+def _all_different(values: list[Any]) -> list[Any]:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return values
+
+
+AllDifferent = AfterValidator(_all_different)
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class DistillConfig(_Strict):
@@ -42,7 +73,7 @@ class DistillConfig(_Strict):
     """
 
     kind: Literal["conditioned", "standalone"] = "conditioned"
-    layers: Annotated[list[int], Field(min_length=1)]
+    layers: Annotated[list[Layer], Field(min_length=1), AllDifferent]
     head_size: PositiveInt | None = 16384
     tokens: PositiveInt = 100_000_000
     rows: PositiveInt = 4096
@@ -53,9 +84,25 @@ class DistillConfig(_Strict):
     depth_decay: Share = 0.9
     learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
     checkpoint_every: PositiveInt = 500
-    seed: int = 0
+    seed: Seed = 0
     openings_file: Path | None = None
     start_from: Path | None = None
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> DistillConfig:
+        return _deep_in_window(self)
+
+
+D = TypeVar("D", "DistillConfig", "ScorerConfig")
+
+
+def _deep_in_window(config: D) -> D:
+    """A draft's k-th own step has nothing to look back on in the first k tokens of a window."""
+    if config.depth > config.window // 2:
+        raise ValueError(
+            f"depth {config.depth} leaves too little of a window of {config.window} tokens: give half of it at most"
+        )
+    return config
 
 
 class TargetConfig(_Strict):
@@ -119,7 +166,11 @@ class ScorerConfig(_Strict):
     use_hidden: bool = True
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-5
     held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    seed: int = 1
+    seed: Seed = 1
+
+    @model_validator(mode="after")
+    def _leaves_something_to_fit(self) -> ScorerConfig:
+        return _deep_in_window(self)
 
 
 class ScorerPart(_Strict):
@@ -148,9 +199,9 @@ class CalibrationConfig(_Strict):
     prompts_file: Path
     num_prompts: PositiveInt | None = None
     max_tokens: PositiveInt = 128
-    families: Annotated[list[tuple[Share, Share, PositiveInt]], Field(min_length=1)]
-    accept_below: Annotated[list[Share], Field(min_length=1)]
-    limits: dict[Literal["balanced", "turbo"], Share] = {"balanced": 0.02, "turbo": 0.05}
+    families: Annotated[list[tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent]
+    accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent]
+    limits: dict[Literal["balanced", "turbo"], Limit] = {"balanced": 0.02, "turbo": 0.05}
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     cost_of_draft_step: Share = 0.1
     cost_of_extra_token: Share = 0.08
@@ -218,7 +269,7 @@ class EngineConfig(_Strict):
     compute_capability: Annotated[list[Capability], Field(min_length=1)]
     max_batch: PositiveInt = 8
     max_length: Annotated[int, Field(ge=128)] = 2048
-    max_pending: Annotated[int, Field(ge=1, le=32)] | None = None
+    max_pending: MaxPending | None = None
     prefill_chunk: Annotated[int, Field(ge=64)] = 256
     plugins: Literal["on", "off", "auto"] = "auto"
 
@@ -227,6 +278,16 @@ class EngineConfig(_Strict):
         if len(set(self.compute_capability)) != len(self.compute_capability):
             raise ValueError(f"compute_capability {self.compute_capability} names one twice")
         return self
+
+    @model_validator(mode="after")
+    def _asks_what_its_gpus_can(self) -> EngineConfig:
+        refuse_capabilities(self.role, self.precision, self.compute_capability)
+        return self
+
+    @property
+    def name(self) -> str:
+        """What the engine is called in the manifest: one of each kind can be there."""
+        return "-".join((self.role, self.precision, self.flavor, *self.compute_capability))
 
 
 class KernelsConfig(_Strict):
@@ -255,6 +316,13 @@ class Recipe(_Strict):
     calibration: CalibrationPart
     precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     engines: list[EngineConfig] = []
+
+    @model_validator(mode="after")
+    def _names_each_engine_once(self) -> Recipe:
+        names = [engine.name for engine in self.engines]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"engines: {twice[0]} is given twice, a bundle holds one of each kind")
+        return self
 
 
 C = TypeVar("C", bound=_Strict)

@@ -6,8 +6,11 @@ May import: nothing else of ssv.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 
@@ -24,9 +27,31 @@ def run_command(command: Callable[[], int]) -> int:
         if cure:
             print(f"hint: {cure}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        ended = isinstance(error, _Terminated)
+        print(f"error: {'terminated' if ended else 'interrupted'}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if ended else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception that tidies up on its way as Ctrl-C does."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """In the block SIGTERM ends what runs in the way of Ctrl-C: what it has begun is tidied up, and its children end with it."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only that one can have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +75,41 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     help = "of the torch engine on a CPU (default: as many as there are cores that nobody else uses)"
-    parser.add_argument("--threads", type=int, metavar="N", help=help)
+    parser.add_argument("--threads", type=positive, metavar="N", help=help)
+
+
+def add_batch(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--batch", type=positive, default=8, help=help)
+
+
+def positive(text: str) -> int:
+    """An option's number that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number from 1 on.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return number
+
+
+def require_device(device: str) -> None:
+    """Refuses a device that this machine lacks.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    if not device.startswith("cuda"):
+        return
+    import torch  # commands that compute nothing must not wait for it
+
+    if not torch.cuda.is_available():
+        why = "no GPU was found" if torch.version.cuda else "this torch is built without CUDA"
+        raise RuntimeError(f"CUDA is not available, {why}: use --device cpu")
 
 
 _CURES = (

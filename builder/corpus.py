@@ -8,7 +8,7 @@ All rows advance in lock-step over one KV cache, so no step needs a mask.
 
 Shapes: R rows, T tokens, Q tokens of a forced piece of the chat template.
 
-May import: ssv.builder.checkpoint, ssv.builder.decoder.
+May import: ssv.builder.checkpoint, .decoder, .files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ssv.builder.decoder import Decoder
+from ssv.builder.files import save_whole
 
 
 class ChatTokenizer(Protocol):
@@ -80,10 +81,7 @@ class Conversations:
     is_assistant: Tensor
 
     def save(self, path: Path) -> None:
-        # Renamed into place: an interrupted run leaves no torn shard.
-        part = path.with_suffix(".part")
-        save_file({"tokens": self.tokens, "is_assistant": self.is_assistant}, part)
-        part.rename(path)
+        save_whole({"tokens": self.tokens, "is_assistant": self.is_assistant}, path)
 
     @classmethod
     def load(cls, path: Path) -> Conversations:

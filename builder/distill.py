@@ -6,28 +6,30 @@ pass k sees features only up to k tokens before, and its own hidden states since
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
 
-May import: ssv.builder.config, .corpus, .decoder, .draft, .manifest, .progress.
+May import: ssv.builder.config, .corpus, .decoder, .draft, .files, .manifest, .progress.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssv.builder.config import DistillConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
-from ssv.builder.manifest import file_entry
+from ssv.builder.files import save_whole
+from ssv.builder.manifest import digest, file_entry, write_whole
 from ssv.builder.progress import Report
 
 
@@ -47,7 +49,14 @@ class DistillResult:
 
 
 def distill(
-    target: Decoder, pieces: ChatPieces, openings: list[list[int]], config: DistillConfig, work: Path, report: Report
+    target: Decoder,
+    pieces: ChatPieces,
+    openings: list[list[int]],
+    config: DistillConfig,
+    work: Path,
+    report: Report,
+    *,
+    weights_sha256: str,
 ) -> DistillResult:
     """Writes a corpus, trains a draft on it and measures it.
 
@@ -57,14 +66,17 @@ def distill(
         target: the target's network on the device to train on; in bf16 on CUDA.
         openings: token ids that user turns begin with.
         work: folder for the corpus shards and the training state.
+        weights_sha256: of the target's checkpoint: state that was made from another is not gone on from.
 
     Raises:
-        ValueError: `work` holds the state of another configuration, or the draft to start from has another shape.
+        ValueError: `work` holds the state of another distillation, or the draft to start from has another shape.
+        OSError: no room for what has to be kept.
         CheckpointError: the draft to start from is damaged or made for another target.
     """
     start = _earlier(target, config)  # before anything is written
     work.mkdir(parents=True, exist_ok=True)
-    _claim(work, target, config)
+    _claim(work, {"target": weights_sha256, "text": [asdict(pieces), openings], **distillation_source(config)})
+    _require_room(work, config)
     shards = _write_corpus(target, pieces, openings, config, work, report)
     held_out = shards.pop()
     trainer = _Trainer(target, config, shards, work, start)
@@ -77,21 +89,49 @@ def distill(
     )
 
 
-def _claim(work: Path, target: Decoder, config: DistillConfig) -> None:
-    stamp: dict[str, Any] = {"config": config.model_dump(mode="json"), "target": target.spec.to_dict()}
-    if config.start_from is not None:
-        stamp["start_from"] = file_entry(config.start_from).sha256
-    path = work / "distill.json"
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(stamp)):
-        raise ValueError(f"{work} holds the state of another distillation: choose another folder or remove it")
-    path.write_text(json.dumps(stamp, indent=1))
+def distillation_source(config: DistillConfig) -> dict[str, Any]:
+    """What of a configuration changes the draft, files by their content: two that give the same draft give the same here."""
+    files = {name: getattr(config, name) for name in ("openings_file", "start_from")}
+    return {
+        **config.model_dump(mode="json", exclude={"openings_file", "start_from", "checkpoint_every"}),
+        **{name: None if path is None else file_entry(path).sha256 for name, path in files.items()},
+    }
+
+
+def _claim(work: Path, source: dict[str, Any]) -> None:
+    path, stamp = work / "distill.json", {"source": digest([json.dumps(source, sort_keys=True)])}
+    if path.exists():
+        try:
+            same = json.loads(path.read_text()) == stamp
+        except ValueError:  # torn by a power cut
+            same = False
+        if not same:
+            raise ValueError(f"{work} holds the state of another distillation: choose another folder or remove it")
+        return
+    write_whole(path, json.dumps(stamp, indent=1) + "\n")
+
+
+def _require_room(work: Path, config: DistillConfig) -> None:
+    """Refuses a disk that the corpus would fill: at 5 bytes a token, one shard more than asked for, less what is there."""
+    there = sum(path.stat().st_size for path in work.glob("corpus-*.safetensors"))
+    needed = 5 * _num_shards(config) * config.rows * config.window - there
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise OSError(
+            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB more: choose a place with "
+            "more room, or fewer tokens"
+        )
+
+
+def _num_shards(config: DistillConfig) -> int:
+    # One shard more than is trained on: the last is for measuring.
+    return max(1, math.ceil(config.tokens / (config.rows * config.window))) + 1
 
 
 def _write_corpus(
     target: Decoder, pieces: ChatPieces, openings: list[list[int]], config: DistillConfig, work: Path, report: Report
 ) -> list[Path]:
-    # One shard more than is trained on: the last is for measuring.
-    num_shards = max(1, math.ceil(config.tokens / (config.rows * config.window))) + 1
+    num_shards = _num_shards(config)
     paths = [work / f"corpus-{index:04d}.safetensors" for index in range(num_shards)]
     for index, path in enumerate(paths):
         if not path.exists():
@@ -403,9 +443,8 @@ class _Trainer:
         for name, parameter in self.parameters.items():
             for key, value in self._optimizer_of(parameter).state[parameter].items():
                 state[f"optimizer.{key}.{name}"] = value
-        part = self.state_path.with_suffix(".part")
-        save_file({n: t.cpu().contiguous() for n, t in state.items()} | {"step": torch.tensor(self.step)}, part)
-        part.rename(self.state_path)
+        tensors = {n: t.cpu().contiguous() for n, t in state.items()} | {"step": torch.tensor(self.step)}
+        save_whole(tensors, self.state_path)
         save_draft(self.draft, self.state_path.with_name("draft.safetensors"))
 
     def _restore(self) -> None:

@@ -8,7 +8,7 @@ A draft has the hidden size of its target and shares its embedding and LM head r
 
 Shapes: M tokens of the step, H hidden, F features = H, V head rows of the draft (the most frequent tokens).
 
-May import: ssv.builder.checkpoint, .decoder, .quantized.
+May import: ssv.builder.checkpoint, .decoder, .files, .quantized.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssv.builder.checkpoint import CheckpointError, DecoderSpec, read_safetensors
 from ssv.builder.decoder import Attend, Decoder, replace_quantized
+from ssv.builder.files import save_whole
 from ssv.builder.quantized import SCALES, QuantizedLinear, is_quantized
 
 DraftKind = Literal["conditioned", "standalone"]
@@ -205,7 +205,7 @@ def save_draft(draft: Draft, path: Path, dtype: torch.dtype = torch.bfloat16) ->
 def write_draft(spec: DraftSpec, state: dict[str, Tensor], path: Path) -> None:
     """Writes a draft's tensors as they are."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    save_file(state, path, metadata={"ssv_draft": json.dumps(spec.to_dict(), sort_keys=True)})
+    save_whole(state, path, metadata={"ssv_draft": json.dumps(spec.to_dict(), sort_keys=True)})
 
 
 def load_draft(path: Path, target: Decoder, dtype: torch.dtype | None = torch.float32) -> Draft:

@@ -52,15 +52,11 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
             model or precision; the plan cannot be written.
         CheckpointError, BundleError: the checkpoint or the bundle is damaged.
     """
-    uses_plugins(config)  # what cannot be is refused before anything is loaded
-    trt = load_tensorrt(config.flavor)
+    trt = tensorrt_for(config)
     manifest = read_manifest(bundle)
     limits = limits_of(config, manifest)
-    if limits.max_length > (positions := manifest.target["max_positions"]):
-        raise EngineBuildError(
-            f"max_length {limits.max_length} exceeds the model's {positions} positions: choose a shorter one"
-        )
-    name = engine_name(config)
+    check_length(config, manifest.target["max_positions"])
+    name = config.name
 
     def on_progress(done: int, total: int, what: str) -> None:
         report(f"compile {config.role} {config.precision}", done, total, what)
@@ -114,9 +110,32 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
     return name, entry
 
 
-def engine_name(config: EngineConfig) -> str:
-    """What an engine is called in the manifest: one of each kind can be there."""
-    return "-".join((config.role, config.precision, config.flavor, *config.compute_capability))
+def tensorrt_for(config: EngineConfig) -> ModuleType:
+    """The TensorRT that an engine is built with, once it is clear that this machine and that TensorRT can.
+
+    Raises:
+        EngineBuildError: TensorRT missing, without a GPU where it needs one, without plugins that are asked for, or not building for a GPU.
+    """
+    uses_plugins(config)
+    if config.flavor == "tensorrt":
+        _check_gpu(config)  # before a package is asked for that would be of no use here
+    trt = load_tensorrt(config.flavor)
+    if config.flavor == "tensorrt_rtx":
+        for name in config.compute_capability:
+            compute_capability(trt, name)
+    return trt
+
+
+def check_length(config: EngineConfig, positions: int) -> None:
+    """Refuses a cache that is longer than the model's positions.
+
+    Raises:
+        EngineBuildError: naming both.
+    """
+    if config.max_length > positions:
+        raise EngineBuildError(
+            f"max_length {config.max_length} exceeds the model's {positions} positions: choose a shorter one"
+        )
 
 
 def uses_plugins(config: EngineConfig) -> bool:
@@ -263,8 +282,6 @@ def compute_capability(trt: ModuleType, name: str) -> Any:
 
 
 def _builder(trt: ModuleType, config: EngineConfig, log: Any) -> Any:
-    if config.flavor == "tensorrt":
-        _check_gpu(config)
     try:
         return trt.Builder(log)
     except (TypeError, RuntimeError) as error:  # what the bindings raise when the library gives them nothing

@@ -155,9 +155,19 @@ def file_entry(path: Path) -> FileEntry:
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Writes the manifest in one step: a reader sees the old one or the new one."""
-    part = bundle / (MANIFEST_NAME + ".part")
-    part.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
-    part.replace(bundle / MANIFEST_NAME)
+    write_whole(bundle / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file in one step, over the one that is there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def retired_place(bundle: Path) -> Path:
+    """Where a bundle lies between the two steps of being replaced, on a file system that cannot exchange folders."""
+    return bundle.with_name(f".{bundle.name}.retired")
 
 
 def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> Manifest:
@@ -171,6 +181,11 @@ def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> 
     """
     path = bundle / MANIFEST_NAME
     if not path.is_file():
+        if not bundle.exists() and bundle.name and retired_place(bundle).is_dir():
+            raise BundleError(
+                f"{bundle} was being replaced when that was interrupted, the old bundle lies at {retired_place(bundle)}: run the same "
+                "`ssv-build pair` again, or rename it"
+            )
         raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME}): make one with `ssv-build pair`")
     try:
         data = json.loads(path.read_text())

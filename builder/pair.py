@@ -1,7 +1,7 @@
-"""Builds a bundle from a recipe: target, draft, scorer, activation ranges, calibration, manifest.
+"""Builds a bundle from a recipe: target, draft, scorer, activation ranges, calibration, engines, manifest.
 
-The bundle is built beside its place and moved there when it is whole. A part whose sources have not changed since the bundle
-that is there was built is taken over from it.
+The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have not changed is taken over
+(`ssv.builder.parts`).
 
 May import: everything of ssv.builder but the command line. Decoding, for the calibration, is handed in.
 """
@@ -9,22 +9,18 @@ May import: everything of ssv.builder but the command line. Decoding, for the ca
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ssv.builder.calibrate import BOUND_KIND, Calibration
 from ssv.builder.checkpoint import hf_config
+from ssv.builder.compile_job import compile_apart
 from ssv.builder.config import (
     CalibrationConfig,
     DistillConfig,
@@ -35,15 +31,12 @@ from ssv.builder.config import (
     checked,
 )
 from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.distill import DistillResult, distill, draft_passes, view_target
+from ssv.builder.distill import DistillResult, distill, distillation_source, draft_passes, view_target
 from ssv.builder.draft import Draft, load_draft, save_draft
-from ssv.builder.engine import checkpoint_digest, engine_name
+from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.environment import versions
+from ssv.builder.files import save_whole
 from ssv.builder.manifest import (
-    MANIFEST_NAME,
-    BundleError,
-    EngineEntry,
-    FileEntry,
     Manifest,
     TierEntry,
     digest,
@@ -52,14 +45,18 @@ from ssv.builder.manifest import (
     read_manifest,
     write_manifest,
 )
+from ssv.builder.parts import Parts
+from ssv.builder.place import bundle_at
+from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
 from ssv.builder.progress import Report
 from ssv.builder.prompts import read_prompts
 from ssv.builder.quantize_job import quantize
 from ssv.builder.scorer import Scorer, load_scorer, save_scorer
 from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.builder.smoothing import activation_ranges
+from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
-from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt
+from ssv.builder.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.builder.tiers import Policy
 
 MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
@@ -68,19 +65,11 @@ MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
 # Before it is calibrated a bundle can decode losslessly with these.
 UNCALIBRATED = Policy(accept_below=0.0, verify_above=0.6, risk_budget=0.8, max_pending=8)
 
-_PART_FILES = {
-    "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),
-    "draft": ("draft/draft.safetensors",),
-    "scorer": ("scorer.safetensors", "scorer.json"),
-    "ranges": ("activation_ranges.safetensors",),
-    "calibration": ("calibration.json",),
-}
-
 
 def make_draft(target: Target, config: DistillConfig, work: Path, device: str, report: Report) -> DistillResult:
     """Distils a draft for a target (see `distill`)."""
-    pieces = chat_pieces(target.tokenizer)
-    return distill(target.on(device), pieces, openings_of(config.openings_file, target.tokenizer), config, work, report)
+    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target.tokenizer)
+    return distill(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
 
 
 def make_scorer(
@@ -112,28 +101,45 @@ def build_pair(
 ) -> Manifest:
     """Builds the bundle of a recipe at `out`.
 
+    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it is, and its finished
+    parts for the next run.
+
     Args:
         device: where to distil, fit and calibrate: "cpu" or "cuda".
         make_calibration: called if the recipe names no calibration file.
 
     Raises:
         BundleError: `out` holds something else than a bundle, or a given part was made for another one.
+        RecipeError: the recipe asks for what this target or this machine cannot have.
         CheckpointError: the target, or a given draft or scorer, cannot be read.
     """
-    old = _existing(out)
+    out = out.resolve()
+    bundle_at(out)
+    check_settings(recipe)
     target = load_target(recipe.target.locate())
-    with _staging(out) as stage:
-        parts = _Parts(stage, out, old)
+    check_recipe(recipe, target)
+    with staging(out) as stage:
+        parts = Parts(stage, bundle_at(out))
         _write_target(parts, target)
-        draft = _write_draft(parts, recipe, target, out, device, report)
+        draft = _write_draft(parts, recipe, target, device, report)
         _write_scorer(parts, recipe, target, device, draft.spec.decoder.hidden_size, report)
         _write_ranges(parts, recipe, target, draft)
         _write_calibration(parts, recipe, target, draft, make_calibration, report)
-        tiers = _tiers(json.loads((stage / "calibration.json").read_text()))
-        write_manifest(stage, _manifest(recipe, target, draft, parts, tiers))
+        tiers = read_calibration(stage.bundle / "calibration.json")
+        manifest = _manifest(recipe, target, draft, parts, tiers)
         for engine in recipe.engines:
+            write_manifest(stage.bundle, manifest)
             _write_engine(parts, recipe, engine, target, device, report)
-        return read_manifest(stage, verify=False)
+            manifest = _manifest(recipe, target, draft, parts, tiers)
+        parts.drop_unused()
+        parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
+        manifest = _manifest(recipe, target, draft, parts, tiers)
+        write_manifest(stage.bundle, manifest)
+    if (work := _work_folder(parts)).exists():
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # another distillation's state is there
+            work.parent.rmdir()
+    return manifest
 
 
 def calibration_document(
@@ -167,192 +173,141 @@ def made_for(bundle: Path, target_sha256: str) -> dict[str, str]:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-class _Parts:
-    """Parts of the bundle in the making, and those of the bundle that is there already."""
-
-    def __init__(self, stage: Path, out: Path, old: Manifest | None) -> None:
-        self.stage, self._out, self._old = stage, out, old
-        self.sources: dict[str, str] = {}
-
-    def reuse(self, part: str, *sources: object) -> bool:
-        """Notes what a part is made from; takes it over from the old bundle if that was made from the same."""
-        old = self._unchanged(part, sources)
-        if old is None:
-            return False
-        for name in old.files:
-            if name.startswith(_PART_FILES[part]):
-                self._link(name)
-        return True
-
-    def reuse_engine(self, name: str, *sources: object) -> tuple[EngineEntry, FileEntry] | None:
-        """The same for an engine; its entry and its plan's are returned if it is taken over."""
-        old = self._unchanged(f"engine {name}", sources)
-        if old is None or name not in old.engines:
-            return None
-        entry = old.engines[name]
-        self._link(entry.file)
-        return entry, old.files[entry.file]
-
-    def _unchanged(self, part: str, sources: Sequence[object]) -> Manifest | None:
-        """Notes what a part is made from; the old bundle's manifest if it was made from the same there."""
-        self.sources[part] = digest(json.dumps(source, sort_keys=True, default=str) for source in sources)
-        same = self._old is not None and self._old.sources.get(part) == self.sources[part]
-        return self._old if same else None
-
-    def _link(self, name: str) -> None:
-        dest = self.stage / name
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        os.link(self._out / name, dest)
-
-
-def _write_target(parts: _Parts, target: Target) -> None:
-    if parts.reuse("target", target.sha256):
+def _write_target(parts: Parts, target: Target) -> None:
+    if parts.reuse("target", target.sha256, _text_sha256(target)):
         return
-    folder = parts.stage / "target"
-    folder.mkdir()
+    folder = parts.stage.bundle / "target"
+    folder.mkdir(exist_ok=True)
     config = hf_config(target.spec, target.eos_token_ids, target.weights["model.embed_tokens.weight"].dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tensors = {name: weight.contiguous() for name, weight in target.weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    target.tokenizer.save_pretrained(parts.stage / "tokenizer")
+    save_whole(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    target.tokenizer.save_pretrained(parts.stage.bundle / "tokenizer")
+    parts.finish("target")
 
 
-def _write_draft(parts: _Parts, recipe: Recipe, target: Target, out: Path, device: str, report: Report) -> Draft:
-    path = parts.stage / "draft" / "draft.safetensors"
+def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, report: Report) -> Draft:
+    path = parts.stage.bundle / "draft" / "draft.safetensors"
     given = recipe.draft.file
-    source: Any = file_entry(given).sha256 if given is not None else recipe.draft.distill.model_dump(mode="json")
-    if given is None and recipe.draft.distill.start_from is not None:
-        source["start_from"] = file_entry(recipe.draft.distill.start_from).sha256
-    if not parts.reuse("draft", target.sha256, source):
-        path.parent.mkdir()
+    source: tuple[object, ...]
+    if given is not None:
+        source = (file_entry(given).sha256,)
+    else:
+        source = (distillation_source(recipe.draft.distill), _text_sha256(target))
+    if not parts.reuse("draft", target.sha256, *source):
+        path.parent.mkdir(exist_ok=True)
         if given is not None:
             shutil.copyfile(given, path)
         else:
-            work = out.parent / f"{out.name}.work"
+            work = _work_folder(parts)
             save_draft(make_draft(target, recipe.draft.distill, work, device, report).draft, path)
+        parts.finish("draft")
     return load_draft(path, target.decoder)
 
 
-def _write_scorer(parts: _Parts, recipe: Recipe, target: Target, device: str, hidden_size: int, report: Report) -> None:
-    path = parts.stage / "scorer.safetensors"
-    given = recipe.scorer.file
-    source = file_entry(given).sha256 if given is not None else recipe.scorer.fit.model_dump(mode="json")
-    if not parts.reuse("scorer", parts.sources["draft"], source):
+def _work_folder(parts: Parts) -> Path:
+    """Where a distillation keeps its state: one folder each, so that another recipe neither takes it for its own nor stumbles over it."""
+    return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources["draft"][:12]
+
+
+def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hidden_size: int, report: Report) -> None:
+    path = parts.stage.bundle / "scorer.safetensors"
+    given, openings = recipe.scorer.file, recipe.draft.distill.openings_file
+    source: tuple[object, ...]
+    if given is not None:
+        source = (file_entry(given).sha256,)
+    else:
+        source = (recipe.scorer.fit.model_dump(mode="json"), _content(openings), _text_sha256(target))
+    if not parts.reuse("scorer", parts.sources["draft"], *source):
         if given is not None:
             shutil.copyfile(given, path)
         else:
-            draft_path = parts.stage / "draft" / "draft.safetensors"
+            draft_path = parts.stage.bundle / "draft" / "draft.safetensors"
             scorer, fitted = make_scorer(target, draft_path, recipe.scorer.fit, recipe.draft.distill, device, report)
             save_scorer(scorer, path)
-            (parts.stage / "scorer.json").write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
+            (parts.stage.bundle / "scorer.json").write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
+        parts.finish("scorer")
     load_scorer(path, hidden_size)
 
 
-def _write_ranges(parts: _Parts, recipe: Recipe, target: Target, draft: Draft) -> None:
+def _write_ranges(parts: Parts, recipe: Recipe, target: Target, draft: Draft) -> None:
     prompts_file = recipe.calibration.make.prompts_file
-    if parts.reuse("ranges", parts.sources["draft"], file_entry(prompts_file).sha256):
+    if parts.reuse("ranges", parts.sources["draft"], _content(prompts_file), _text_sha256(target)):
         return
     ranges = measure_ranges(target, draft, read_prompts(prompts_file))
-    save_file(ranges, parts.stage / "activation_ranges.safetensors")
+    save_whole(ranges, parts.stage.bundle / "activation_ranges.safetensors")
+    parts.finish("ranges")
 
 
 def _write_calibration(
-    parts: _Parts, recipe: Recipe, target: Target, draft: Draft, make: MakeCalibration, report: Report
+    parts: Parts, recipe: Recipe, target: Target, draft: Draft, make: MakeCalibration, report: Report
 ) -> None:
-    path = parts.stage / "calibration.json"
+    bundle = parts.stage.bundle
+    path = bundle / "calibration.json"
     given, config = recipe.calibration.file, recipe.calibration.make
-    source = file_entry(given).sha256 if given is not None else config.model_dump(mode="json")
-    if parts.reuse("calibration", parts.sources["scorer"], source):
-        return
-    mine = made_for(parts.stage, target.sha256)
+    source: tuple[object, ...]
     if given is not None:
-        theirs = json.loads(given.read_text()).get("made_for", {})
-        if wrong := sorted(key for key in mine if mine[key] != theirs.get(key)):
-            raise BundleError(
-                f"{given} was made for another {' and '.join(wrong)}: run `ssv-build calibrate`, or leave "
-                "`calibration.file` out of the recipe to have it made"
-            )
-        shutil.copyfile(given, path)
+        source = (file_entry(given).sha256,)
+    else:
+        settings = config.model_dump(mode="json", exclude={"prompts_file"})
+        source = (
+            settings,
+            _content(config.prompts_file),
+            _text_sha256(target),
+            parts.sources["ranges"],
+            recipe.precision,
+        )
+    if parts.reuse("calibration", parts.sources["scorer"], *source):
         return
-    tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
-    write_manifest(parts.stage, _manifest(recipe, target, draft, parts, tiers))
-    document = calibration_document(make(parts.stage, config, report), mine, config)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    mine = made_for(bundle, target.sha256)
+    if given is not None:
+        refuse_other(given, mine)
+        shutil.copyfile(given, path)
+    else:
+        tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
+        write_manifest(bundle, _manifest(recipe, target, draft, parts, tiers))
+        document = calibration_document(make(bundle, config, report), mine, config)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    parts.finish("calibration")
 
 
 def _write_engine(
-    parts: _Parts, recipe: Recipe, config: EngineConfig, target: Target, device: str, report: Report
+    parts: Parts, recipe: Recipe, config: EngineConfig, target: Target, device: str, report: Report
 ) -> None:
     """Compiles an engine into the stage, from a checkpoint that is quantized for it if none is given."""
-    stage = parts.stage
-    manifest = read_manifest(stage, verify=False)
-    name = engine_name(config)
+    bundle = parts.stage.bundle
+    manifest = read_manifest(bundle, verify=False)
+    name = config.name
     prompts_file = recipe.calibration.make.prompts_file
+    weights: tuple[object, ...] = ()
+    if config.checkpoint is not None:
+        weights = (checkpoint_digest(config.checkpoint),)
+    elif config.precision in ("fp8", "int4"):
+        weights = (target.sha256, _content(prompts_file), _text_sha256(target))
     made_from = (
-        config.model_dump(mode="json", exclude={"checkpoint"}),
-        checkpoint_digest(config.checkpoint) if config.checkpoint is not None else file_entry(prompts_file).sha256,
+        config.model_dump(mode="json", include={"role", "precision", "flavor", "compute_capability"}),
+        str(limits_of(config, manifest)),
+        uses_plugins(config),
         engine_source(manifest, config.role),
         load_tensorrt(config.flavor).__version__,
+        *weights,
     )
-    reused = parts.reuse_engine(name, *made_from)
-    if reused is not None:
-        entry, plan = reused
-        engines, files = {**manifest.engines, name: entry}, {**manifest.files, entry.file: plan}
-        manifest = manifest.model_copy(update={"engines": engines, "files": files})
-    else:
-        with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".quantized-") as work:
-            if config.checkpoint is None and config.precision in ("fp8", "int4"):
-                made = Path(work) / f"{config.role}"
-                settings = checked(
-                    QuantizeConfig, role=config.role, precision=config.precision, prompts_file=prompts_file
-                )
-                draft_file = stage / "draft" / "draft.safetensors"
-                quantize(target, draft_file, settings, made, device, report)
-                config = config.model_copy(update={"checkpoint": made})
-            _compile_apart(stage, config)
-        manifest = read_manifest(stage, verify=False)
-    write_manifest(stage, manifest.model_copy(update={"sources": parts.sources}))
+    if parts.reuse_engine(name, *made_from):
+        return
+    if config.checkpoint is None and weights:
+        draft_file = bundle / "draft" / "draft.safetensors"
+        key = digest([json.dumps(weights), file_entry(draft_file).sha256])
+        made = parts.stage.quantized(f"{config.role}-{config.precision}-{key[:12]}")
+        if not made.exists():
+            settings = checked(QuantizeConfig, role=config.role, precision=config.precision, prompts_file=prompts_file)
+            quantize(target, draft_file, settings, made, device, report)
+        config = config.model_copy(update={"checkpoint": made})
+    compile_apart(bundle, config)
+    parts.finish_engine(name, read_manifest(bundle, verify=False).engines[name])
 
 
-def _compile_apart(stage: Path, config: EngineConfig) -> None:
-    """Compiles in a process of its own, which has none of this one's weights in memory; it shows its progress itself."""
-    options = {
-        "role": config.role,
-        "precision": config.precision,
-        "checkpoint": config.checkpoint,
-        "flavor": config.flavor,
-        "compute-capability": ",".join(config.compute_capability),
-        "max-batch": config.max_batch,
-        "max-length": config.max_length,
-        "max-pending": config.max_pending,
-        "prefill-chunk": config.prefill_chunk,
-        "plugins": config.plugins,
-        "out": stage,
-    }
-    words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "ssv.builder.cli", "compile", *words]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:  # noqa: S603
-        raise EngineBuildError(
-            f"the {config.role} engine in {config.precision} was not compiled, its error stands above"
-        )
-
-
-def _tiers(calibration: dict[str, Any]) -> dict[str, TierEntry]:
-    tiers = {}
-    for name, trial in calibration["tiers"].items():
-        policy = Policy.model_validate(trial["policy"])
-        limits = {} if policy.lossless else {
-            "divergence": calibration["settings"]["limits"][name],
-            "divergence_bound": trial["divergence_bound"],
-            "bound_kind": BOUND_KIND,
-        }  # fmt: skip
-        tiers[name] = TierEntry(policy=policy, lossless=policy.lossless, **limits)
-    return tiers
-
-
-def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers: dict[str, TierEntry]) -> Manifest:
-    stage = parts.stage
-    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
+def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: Parts, tiers: dict[str, TierEntry]) -> Manifest:
+    of_engines = {PACKAGES[engine.flavor]: engine.tensorrt for engine in parts.engines.values()}
     return Manifest(
         name=recipe.name,
         target=target.spec.to_dict(),
@@ -360,9 +315,29 @@ def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: _Parts, tiers
         eos_token_ids=target.eos_token_ids,
         default_precision=recipe.precision,
         tiers=tiers,
-        files={name: file_entry(stage / name) for name in names if name != MANIFEST_NAME},
+        files=dict(sorted(parts.files.items())),
+        engines=parts.engines,
         sources=parts.sources,
-        versions=versions("ssv", "torch", "transformers", "safetensors"),
+        versions=versions("ssv", "torch", "transformers", "safetensors") | of_engines,
+    )
+
+
+def _content(file: Path | None) -> str | None:
+    return None if file is None else file_entry(file).sha256
+
+
+def _text_sha256(target: Target) -> str:
+    """SHA-256 over how text becomes tokens: the tokenizer, its chat template, the end tokens."""
+    tokenizer = target.tokenizer
+    return digest(
+        [
+            tokenizer.backend_tokenizer.to_str(),
+            json.dumps(
+                [tokenizer.chat_template, tokenizer.special_tokens_map, target.eos_token_ids],
+                sort_keys=True,
+                default=str,
+            ),
+        ]
     )
 
 
@@ -379,47 +354,3 @@ def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens:
     if "draft.tap.project" in ranges:
         ranges["target.tap.project"] = ranges.pop("draft.tap.project")
     return ranges
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _existing(out: Path) -> Manifest | None:
-    if not out.exists():
-        return None
-    if not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} exists and is not a bundle: choose another folder")
-    try:
-        return read_manifest(out)
-    except BundleError:
-        return None  # damaged or of another version: everything is built again
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when the block succeeds and vanishes when it does not."""
-    stage, retired = out.parent / f".{out.name}.building", out.parent / f".{out.name}.retired"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in (stage, retired):
-            shutil.rmtree(left_over, ignore_errors=True)
-        stage.mkdir()
-    except OSError as error:
-        raise BundleError(f"{out.parent} cannot be written ({error.strerror}): choose another folder") from error
-    try:
-        yield stage
-        for path in stage.rglob("*"):
-            # Some files come from libraries that write them for their owner alone; a server runs as another user.
-            path.chmod(path.stat().st_mode | 0o444 & ~_umask())
-        if out.exists():
-            out.rename(retired)
-        stage.rename(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

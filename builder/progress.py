@@ -5,6 +5,7 @@ May import: nothing else of ssv.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ def terminal_report() -> Iterator[Report]:
             progress.update(tasks[stage], completed=done, total=total, detail=detail)
 
         yield report
+
+
+def notice(text: str) -> None:
+    """Says on stderr what a user should know of a step that went well."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def silent(stage: str, done: int, total: int, detail: str) -> None:

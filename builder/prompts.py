@@ -13,11 +13,19 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a JSON lines file.
 
     Raises:
-        ValueError: a line that is not an object with a `prompt`; naming it.
+        ValueError: the file cannot be read, or a line that is not an object with a `prompt`; naming it.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give a file of JSON lines with a `prompt` each"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it") from error
     prompts = []
-    # Not splitlines: texts may hold other characters that it takes for the end of a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    # Not splitlines: U+2028 and others of its kind may stand in a JSON text as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -26,6 +34,8 @@ def read_prompts(path: Path) -> list[str]:
             raise ValueError(f"{path}:{number}: expected a JSON object with a `prompt`") from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{path}:{number}: `prompt` must be a text that is not empty")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"{path}:{number}: `prompt` holds half of a surrogate pair, which is no character")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")

@@ -7,7 +7,7 @@ so only the attention's output and the MLP's inner product keep one (`pre_quant_
 What is quantized is our own network, of which query, key and value are one layer, and gate and up: layers that share an input then share
 its scale or factor, where ModelOpt's export has to find a common one afterwards and loses by it.
 
-May import: ssv.builder.checkpoint, .decoder, .distill, .draft, .quantized, .unified.
+May import: ssv.builder.checkpoint, .decoder, .distill, .draft, .files, .quantized, .unified.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssv.builder.checkpoint import CheckpointError, Weights, hf_config
 from ssv.builder.decoder import Decoder, hf_names
 from ssv.builder.distill import CausalAttend, draft_passes, view_target
 from ssv.builder.draft import Draft, write_draft
+from ssv.builder.files import save_whole
 from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.builder.unified import CONFIG_NAME, quantization_document
 
@@ -126,7 +126,7 @@ def save_quantized_target(
         save_tokenizer(folder)
         (folder / CONFIG_NAME).write_text(json.dumps(document.nested, indent=1) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_whole(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except FileExistsError as error:
         raise CheckpointError(f"{folder} exists: choose another folder") from error
 

@@ -6,7 +6,7 @@ log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two larges
 
 Shapes: R drafted tokens, H hidden of the draft, V draft vocab, F features.
 
-May import: ssv.builder.checkpoint; ssv.plugins.contract, .ops.
+May import: ssv.builder.checkpoint, .files; ssv.plugins.contract, .ops.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, read_safetensors
+from ssv.builder.files import save_whole
 from ssv.plugins.contract import Score
 from ssv.plugins.ops import on
 
@@ -50,7 +50,7 @@ class Scorer:
 def save_scorer(scorer: Scorer, path: Path) -> None:
     """Writes weight and bias; the feature list goes to the metadata."""
     features = (["hidden"] if scorer.uses_hidden else []) + list(CONFIDENCE_FEATURES)
-    save_file(
+    save_whole(
         {"weight": scorer.weight_F.float().cpu().contiguous(), "bias": scorer.bias.float().cpu().reshape(1)},
         path,
         metadata={"ssv_scorer_features": ",".join(features)},

@@ -9,6 +9,7 @@ May import: nothing else of ssv.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -26,8 +27,35 @@ Capability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 
 
+# Tried with TensorRT for RTX 1.7.1 on a whole target and a whole draft, which multiplies fp32 (the scorer) whatever its precision.
+_LEAST_CAPABILITY = {"fp16": (7, 5), "bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
+_LEAST_CAPABILITY_OF_A_DRAFT = (8, 0)
+
+
 class EngineBuildError(RuntimeError):
     """An engine that cannot be built or used; the message says why and what to do."""
+
+
+def refuse_capabilities(role: str, precision: EnginePrecision, capabilities: Sequence[str]) -> None:
+    """Refuses GPUs that have no arithmetic for an engine.
+
+    Raises:
+        ValueError: naming them.
+    """
+    least = _LEAST_CAPABILITY[precision]
+    what = f"a {role} in {precision}"
+    if role == "draft" and least < _LEAST_CAPABILITY_OF_A_DRAFT:
+        least, what = _LEAST_CAPABILITY_OF_A_DRAFT, "a draft"
+    if old := [each for each in capabilities if not _at_least(each, least)]:
+        can = [p for p, needs in _LEAST_CAPABILITY.items() if all(_at_least(each, needs) for each in old)]
+        instead = f", or the precision {' or '.join(can)}" if can and role == "target" else ""
+        raise ValueError(
+            f"compute capability {', '.join(old)} does not run {what}, which takes {least[0]}.{least[1]} or more: choose another{instead}"
+        )
+
+
+def _at_least(capability: str, least: tuple[int, int]) -> bool:
+    return tuple(map(int, capability.split("."))) >= least
 
 
 @cache

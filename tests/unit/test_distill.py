@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny import tiny_decoder
 
 from ssv.builder import distill as distilling
+from ssv.builder import files
 from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.config import DistillConfig, ScorerConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
@@ -37,7 +38,7 @@ def settings(**changes: object) -> DistillConfig:
 
 
 def run(work: Path, **changes: object) -> distilling.DistillResult:
-    return distill(tiny_decoder(), PIECES, OPENINGS, settings(**changes), work, silent)
+    return distill(tiny_decoder(), PIECES, OPENINGS, settings(**changes), work, silent, weights_sha256="0" * 64)
 
 
 # --- corpus ---------------------------------------------------------------------------------------------------------
@@ -134,15 +135,64 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
             seen.append(float(note.split()[1].rstrip(",")))
 
     target = tiny_decoder()
-    distill(target, PIECES, OPENINGS, settings(epochs=60, learning_rate=4e-3), tmp_path, report)
+    distill(
+        target, PIECES, OPENINGS, settings(epochs=60, learning_rate=4e-3), tmp_path, report, weights_sha256="0" * 64
+    )
     assert seen[-1] < 0.97 * seen[0]
 
 
 def test_work_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    run(tmp_path)
+    openings = tmp_path / "openings.txt"
+    openings.write_text("Explain\n")
+    work = tmp_path / "work"
+    run(work, openings_file=openings)
+    stamp = (work / "distill.json").read_text()
     with pytest.raises(ValueError, match="another distillation: choose another folder or remove it"):
-        run(tmp_path, depth=3)
-    assert json.loads((tmp_path / "distill.json").read_text())["config"]["depth"] == 2
+        run(work, depth=3, openings_file=openings)
+    openings.write_text("Translate\n")
+    with pytest.raises(ValueError, match="another distillation"):
+        run(work, openings_file=openings)
+    assert (work / "distill.json").read_text() == stamp
+
+
+def test_a_moved_file_and_another_pace_of_saving_are_no_other_distillation(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("Explain\n")
+    first = run(tmp_path / "work", openings_file=tmp_path / "one.txt")
+    again = run(tmp_path / "work", openings_file=tmp_path / "two.txt", checkpoint_every=1)
+    assert torch.equal(first.draft.join.weight, again.draft.join.weight)
+
+
+def test_weights_of_another_target_are_another_distillation(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match="another distillation"):
+        distill(tiny_decoder(), PIECES, OPENINGS, settings(), tmp_path, silent, weights_sha256="1" * 64)
+
+
+def test_a_corpus_that_the_disk_has_no_room_for_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"takes .* GB more: choose a place with more room, or fewer tokens"):
+        run(tmp_path, tokens=10**15)
+    assert not list(tmp_path.glob("corpus*"))
+
+
+@pytest.mark.parametrize("failing", ["corpus-0001", "train"])
+def test_a_full_disk_is_named_and_leaves_no_torn_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def full(tensors: object, path: Path, metadata: object = None) -> None:
+        if failing in path.name:
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        with pytest.raises(
+            OSError, match=rf"{failing}.* cannot be written .*No space left.*: choose a place with more"
+        ):
+            run(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    assert run(tmp_path).tokens_written > 0  # goes on
 
 
 def test_training_goes_on_from_an_earlier_draft(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -141,6 +142,11 @@ def tie(target: Path) -> None:
     )
 
 
+def has_gpu(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
 def write_no_plan(*args: Any) -> Literal["float16"]:
     """Stands for `build_plan`."""
     args[4].write_bytes(b"a plan")
@@ -228,7 +234,7 @@ def test_an_engine_of_the_same_plan_keeps_it(bundle: Path, monkeypatch: pytest.M
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
     (_, first), (_, second) = (compile_engine(bundle, config(max_batch=rows), silent) for rows in (1, 2))
     assert first.file == second.file
-    assert read_manifest(bundle).engines == {engine.engine_name(config()): second}
+    assert read_manifest(bundle).engines == {config().name: second}
 
 
 def test_a_quantized_target_is_compiled_from_its_checkpoint(bundle: Path, tmp_path: Path) -> None:
@@ -309,6 +315,7 @@ def test_plugins_are_where_there_are_any_unless_told_otherwise_and_the_entry_say
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
+    has_gpu(monkeypatch, 8, 9)
     name, entry = compile_engine(bundle, config(flavor=flavor, plugins=plugins), silent)
     assert entry.plugins == expected
     assert read_manifest(bundle).engines[name].plugins == expected
@@ -419,8 +426,42 @@ def test_an_unknown_capability_names_the_known_ones(bundle: Path) -> None:
         compile_engine(bundle, config(compute_capability=["8.9", "9.0"]), silent)
 
 
+@pytest.mark.parametrize(
+    ("role", "precision", "capabilities", "message"),
+    [
+        ("target", "bf16", ["7.5"], r"capability 7\.5 does not run a target in bf16, .*8\.0 or more: .*precision fp16"),
+        ("target", "int4", ["8.9", "7.5"], r"capability 7\.5 does not run a target in int4"),
+        (
+            "target",
+            "fp8",
+            ["8.0", "8.6", "8.9"],
+            r"8\.0, 8\.6 does not run a target in fp8, .*8\.9.*fp16 or bf16 or int4",
+        ),
+        ("draft", "fp16", ["7.5"], r"capability 7\.5 does not run a draft, which takes 8\.0 or more"),
+        ("draft", "fp8", ["8.6"], r"capability 8\.6 does not run a draft in fp8"),
+        ("target", "fp16", ["7.0"], r"capability 7\.0 does not run a target in fp16, which takes 7\.5"),
+    ],
+)
+def test_what_a_gpu_has_no_arithmetic_for_is_refused_before_building(
+    bundle: Path, capsys: pytest.CaptureFixture[str], role: str, precision: str, capabilities: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(role, precision, compute_capability=capabilities)
+    argv = ["--role", role, "--precision", precision, "--compute-capability", ",".join(capabilities)]
+    assert main(["compile", *argv, "--out", str(bundle)]) == 2
+    assert re.search(r"does not run a " + role, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("role", "precision", "capability"),
+    [("target", "fp16", "7.5"), ("draft", "int4", "8.0"), ("target", "bf16", "8.6"), ("target", "fp8", "8.9")],
+)
+def test_what_a_gpu_can_is_not_refused(role: str, precision: str, capability: str) -> None:
+    config(role, precision, compute_capability=[capability, "12.0"])
+
+
 def test_the_flavor_tensorrt_needs_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch, imports: None) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # a package that would be of no use is not asked for
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
         EngineBuildError, match=r"this machine has none: run this there .*or use the flavor tensorrt_rtx"
@@ -432,8 +473,7 @@ def test_the_flavor_tensorrt_builds_for_its_own_gpu(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, imports: None
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    has_gpu(monkeypatch, 9, 0)
     with pytest.raises(EngineBuildError, match=r"capability 9\.0, not for 8\.9: give --compute-capability 9\.0"):
         compile_engine(bundle, config(flavor="tensorrt"), silent)
 
@@ -447,6 +487,7 @@ def test_without_tensorrt_the_package_is_named(
     flavor: Literal["tensorrt", "tensorrt_rtx"],
 ) -> None:
     monkeypatch.setitem(sys.modules, flavor, None)
+    has_gpu(monkeypatch, 8, 9)
     argv = arguments(bundle, "--precision", "fp16", "--compute-capability", "8.9", "--flavor", flavor)
     assert main(argv) == 2
     package = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}[flavor]

@@ -1,0 +1,230 @@
+"""What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can.
+
+May import: ssv.builder.calibrate, .config, .corpus, .draft, .engine, .manifest, .prompts, .quantize, .scorer, .target, .tiers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ssv.builder.calibrate import BOUND_KIND, poisson_upper
+from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
+from ssv.builder.corpus import chat_pieces
+from ssv.builder.draft import Draft, draft_spec, load_draft
+from ssv.builder.engine import check_length, tensorrt_for
+from ssv.builder.manifest import BundleError, TierEntry, file_entry
+from ssv.builder.prompts import read_prompts
+from ssv.builder.quantize import QuantizeError
+from ssv.builder.scorer import load_scorer
+from ssv.builder.target import Target, openings_of
+from ssv.builder.tiers import Policy
+
+_RESERVED = 64
+"""Tokens of a row that the runtime keeps for drafting."""
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Checks what needs no target: files of the recipe, and whether its engines can be built on this machine.
+
+    Raises:
+        RecipeError, BundleError, EngineBuildError, QuantizeError, ValueError: naming what is wrong.
+    """
+    given = {
+        "draft.file": recipe.draft.file,
+        "scorer.file": recipe.scorer.file,
+        "calibration.file": recipe.calibration.file,
+    }
+    if recipe.draft.file is None:
+        given["draft.distill.start_from"] = recipe.draft.distill.start_from
+    for key, path in given.items():
+        if path is not None and not path.is_file():
+            raise RecipeError(
+                f"{key}: {path} is not there: give a file that exists, or leave the key out to have it made"
+            )
+    for index, engine in enumerate(recipe.engines):
+        if engine.checkpoint is not None and not engine.checkpoint.exists():
+            raise RecipeError(f"engines.{index}.checkpoint: {engine.checkpoint} is not there: give one that exists")
+        tensorrt_for(engine)
+        if engine.checkpoint is None and engine.precision in ("fp8", "int4"):
+            _require_modelopt()
+    check_prompts(recipe.calibration.make)
+    if recipe.calibration.file is not None:
+        read_calibration(recipe.calibration.file)
+
+
+def check_prompts(config: CalibrationConfig) -> None:
+    """Checks that there are the prompts asked for, and that they can show what is asked of them.
+
+    Raises:
+        RecipeError, ValueError: naming what is wrong.
+    """
+    found = len(read_prompts(config.prompts_file))
+    if config.num_prompts is not None and config.num_prompts > found:
+        raise RecipeError(
+            f"calibration.make.num_prompts: {config.num_prompts} are asked for and {config.prompts_file} holds {found}: add prompts, or give a "
+            "smaller number"
+        )
+    most = (config.num_prompts or found) * config.max_tokens
+    confidence = 1 - (1 - config.confidence) / len(config.families)
+    least = poisson_upper(0, confidence) / most
+    for tier, limit in config.limits.items():
+        if limit < least:
+            raise RecipeError(
+                f"calibration.make.limits.{tier}: {most} tokens without any divergence show no more than that it is below {least:.2g}, the limit is "
+                f"{limit:g}: add prompts or tokens, or raise the limit"
+            )
+
+
+def check_recipe(recipe: Recipe, target: Target) -> None:
+    """Checks a recipe against its target.
+
+    Raises:
+        RecipeError, BundleError, CheckpointError, EngineBuildError, ValueError: naming what is wrong.
+    """
+    positions = target.spec.max_positions
+    distill, fit = recipe.draft.distill, recipe.scorer.fit
+    draft: Draft | None = None
+    if recipe.draft.file is not None:
+        draft = load_draft(recipe.draft.file, target.decoder)
+    else:
+        check_distillation(recipe, target)
+    hidden_size = target.spec.hidden_size if draft is None else draft.spec.decoder.hidden_size
+    if recipe.scorer.file is not None:
+        load_scorer(recipe.scorer.file, hidden_size)
+    else:
+        check_openings(distill.openings_file, target)
+        _require_positions("scorer.fit.window", fit.window, positions)
+        chat_pieces(target.tokenizer)
+    if recipe.calibration.file is None:
+        check_lengths(recipe.calibration.make, target)
+    else:
+        _check_made_for(recipe, target)
+    for engine in recipe.engines:
+        check_length(engine, positions)
+
+
+def check_distillation(recipe: Recipe, target: Target) -> None:
+    """Checks how a draft is to be distilled against the target.
+
+    Raises:
+        RecipeError, CheckpointError, ValueError: naming what is wrong.
+    """
+    config = recipe.draft.distill
+    spec = draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
+    _require_positions("draft.distill.window", config.window, target.spec.max_positions)
+    check_openings(config.openings_file, target)
+    chat_pieces(target.tokenizer)
+    if config.start_from is not None:
+        found = load_draft(config.start_from, target.decoder).spec.to_dict()
+        if differ := [name for name, value in spec.to_dict().items() if value != found[name]]:
+            raise RecipeError(
+                f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe asks for"
+            )
+
+
+def check_openings(file: Path | None, target: Target) -> None:
+    """Checks that a file of openings holds some.
+
+    Raises:
+        RecipeError: it cannot be read, or holds none.
+    """
+    try:
+        empty = file is not None and not openings_of(file, target.tokenizer)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"openings_file: {file} cannot be read ({error}): give a text file, one opening a line"
+        ) from error
+    if empty:
+        raise RecipeError(f"openings_file: {file} holds no openings: give one a line, or leave the key out")
+
+
+def check_lengths(config: CalibrationConfig, target: Target) -> None:
+    """Checks that every calibration prompt and its output fit the model.
+
+    Raises:
+        RecipeError: naming the first that does not.
+    """
+    room = target.spec.max_positions - _RESERVED
+    for number, prompt in enumerate(read_prompts(config.prompts_file)[: config.num_prompts], start=1):
+        turns = [{"role": "user", "content": prompt}]
+        text = target.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        length = len(target.tokenizer.encode(text, add_special_tokens=False))
+        if length + config.max_tokens > room:
+            raise RecipeError(
+                f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that is more than the {room} the "
+                "model has room for: shorten it, or give a smaller max_tokens"
+            )
+
+
+def read_calibration(path: Path) -> dict[str, TierEntry]:
+    """The tiers of a calibration.
+
+    Raises:
+        BundleError: it is none.
+    """
+    try:
+        document = json.loads(path.read_text())
+        limits = document["settings"]["limits"]
+        tiers = {name: _tier(trial, limits.get(name)) for name, trial in document["tiers"].items()}
+        if "premium" not in tiers or not isinstance(document["made_for"], dict):
+            raise KeyError("tiers.premium")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} is not a calibration ({error}): make one with `ssv-build calibrate`") from error
+    return tiers
+
+
+def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
+    policy = Policy.model_validate(trial["policy"])
+    if policy.lossless:
+        return TierEntry(policy=policy, lossless=True)
+    if limit is None:
+        raise KeyError("settings.limits")
+    return TierEntry(
+        policy=policy,
+        lossless=False,
+        divergence=limit,
+        divergence_bound=trial["divergence_bound"],
+        bound_kind=BOUND_KIND,
+    )
+
+
+def _check_made_for(recipe: Recipe, target: Target) -> None:
+    """What is given can be compared before what has to be made."""
+    assert recipe.calibration.file is not None
+    mine = {"target": target.sha256}
+    mine |= {
+        role: file_entry(file).sha256
+        for role, file in (("draft", recipe.draft.file), ("scorer", recipe.scorer.file))
+        if file is not None
+    }
+    refuse_other(recipe.calibration.file, mine)
+
+
+def refuse_other(calibration: Path, mine: dict[str, str]) -> None:
+    """Refuses a calibration that was made for something else.
+
+    Args:
+        mine: SHA-256 of target, draft and scorer.
+
+    Raises:
+        BundleError: naming what differs.
+    """
+    theirs = json.loads(calibration.read_text())["made_for"]
+    if wrong := sorted(key for key in mine if mine[key] != theirs.get(key)):
+        raise BundleError(
+            f"{calibration} was made for another {' and '.join(wrong)}: run `ssv-build calibrate`, or leave "
+            "`calibration.file` out of the recipe to have it made"
+        )
+
+
+def _require_positions(key: str, window: int, positions: int) -> None:
+    if window > positions:
+        raise RecipeError(f"{key}: {window} exceeds the model's {positions} positions: choose a shorter one")
+
+
+def _require_modelopt() -> None:
+    if importlib.util.find_spec("modelopt") is None:
+        raise QuantizeError("NVIDIA ModelOpt, which quantizes, is not installed: pip install nvidia-modelopt==0.47.0")

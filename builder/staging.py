@@ -1,0 +1,212 @@
+"""A bundle in the making beside its place, and its exchange with the one that is there.
+
+All that a run writes lies in one hidden folder beside the bundle, `.NAME.building`: the bundle in the making, the record of its finished
+parts (`ssv.builder.parts`), quantized checkpoints. It is locked while the run lives. A run that fails or is killed leaves it if parts have
+been finished; the next one takes those over and removes the rest.
+
+The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two, and
+between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
+
+May import: ssv.builder.manifest, .place, .progress.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssv.builder.manifest import BundleError, retired_place
+from ssv.builder.place import bundle_at
+from ssv.builder.progress import notice
+
+RECORD_NAME = "parts.json"
+_BUNDLE, _LOCK, _QUANTIZED = "bundle", "lock", "quantized-"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a bundle is being built.
+
+    Attributes:
+        out: its place, without links.
+        work: the hidden folder.
+    """
+
+    out: Path
+    work: Path
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle in the making."""
+        return self.work / _BUNDLE
+
+    @property
+    def record(self) -> Path:
+        """File that says which parts are finished."""
+        return self.work / RECORD_NAME
+
+    def quantized(self, name: str) -> Path:
+        """Place of a quantized checkpoint that an engine is compiled from."""
+        return self.work / f"{_QUANTIZED}{name}"
+
+    @property
+    def holds_finished(self) -> bool:
+        return self.record.exists() or any(self.work.glob(f"{_QUANTIZED}*"))
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Stage]:
+    """A stage whose bundle takes the place `out` when the block succeeds; if it does not, finished parts stay for the next run.
+
+    Raises:
+        BundleError: the place cannot be written, holds something else than a bundle, or another run is building it.
+    """
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Stage(out, out.parent / f".{out.name}.building")
+        lock = _lock(stage)
+    except OSError as error:
+        raise BundleError(f"{out.parent} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        _tidy(stage)
+        bundle_at(out)
+        stage.bundle.mkdir(exist_ok=True)
+        yield stage
+        bundle_at(out)  # building may have taken hours, in which files of the user's came
+        _make_durable(stage.bundle)
+        exchange(stage.bundle, out)
+        shutil.rmtree(stage.work, ignore_errors=True)
+    finally:
+        if stage.work.exists() and stage.holds_finished:
+            notice(f"what has been finished is kept in {stage.work}, the same command goes on from there")
+        else:
+            shutil.rmtree(stage.work, ignore_errors=True)
+        os.close(lock)
+
+
+def exchange(new: Path, place: Path) -> None:
+    """Puts a folder in a place; the folder that was there is afterwards at `new`, or gone.
+
+    Whenever the process is killed a reader finds the one or the other, where the file system can exchange; see the module's head.
+    """
+    retired = retired_place(place)
+    try:
+        if not place.exists() or not any(place.iterdir()):
+            new.rename(place)
+        elif not _swap(new, place):
+            try:
+                place.rename(retired)
+                new.rename(place)
+            except BaseException:
+                if not place.exists():
+                    retired.rename(place)
+                raise
+            shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(f"{place} cannot be replaced ({error.strerror}): choose another folder") from error
+    _sync(place.parent)
+
+
+# --- the hidden folder ----------------------------------------------------------------------------------------------
+
+
+def _lock(stage: Stage) -> int:
+    """Descriptor of the folder's lock, held until it is closed or the process dies."""
+    path = stage.work / _LOCK
+    while True:
+        stage.work.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # a run that ends removed the folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise BundleError(f"another run is building {stage.out}: choose another folder, or wait for it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+                os.close(descriptor)
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _tidy(stage: Stage) -> None:
+    """Restores a bundle that a killed exchange had set aside, and removes what dead runs have left beside finished parts."""
+    retired = retired_place(stage.out)
+    if os.path.lexists(retired):
+        if stage.out.exists():
+            _remove(retired)
+        else:
+            retired.rename(stage.out)
+    for path in stage.work.iterdir():
+        if path.name not in (_BUNDLE, _LOCK, RECORD_NAME) and not path.name.startswith(_QUANTIZED):
+            _remove(path)
+    # Earlier versions quantized beside the bundle, in folders that hold nothing else.
+    for path in stage.out.parent.glob(f".{_QUANTIZED}*"):
+        if path.is_dir() and {each.name.strip(".").removesuffix(".part") for each in path.iterdir()} <= {
+            "target",
+            "draft",
+        }:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# --- the file system ------------------------------------------------------------------------------------------------
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(error, os.strerror(error))
+
+
+def _make_durable(bundle: Path) -> None:
+    """Has all of a bundle readable by other users and on the disk, so that a power cut after the exchange finds it whole."""
+    mask = _umask()
+    for path in [*bundle.rglob("*"), bundle]:
+        if path.is_file():
+            # Some files come from libraries that write them for their owner alone; a server runs as another user.
+            path.chmod(path.stat().st_mode | 0o444 & ~mask)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
