@@ -231,7 +231,8 @@ def _refuse_windows(config: Mapping[str, Any], family: str) -> None:
             f"sliding_window {window}{default}: sliding-window attention is not supported; if every token of this model "
             'sees all before it, set "sliding_window": null'
         )
-    if any(t != "full_attention" for t in config.get("layer_types") or []):
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
         raise CheckpointError("layer_types: only full_attention layers are supported")
 
 

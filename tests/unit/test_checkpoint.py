@@ -406,6 +406,8 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
     "scaled embedding": ({"scale_emb": 12}, "scale_emb 12"),
     "norms of queries": ({"use_qk_norm": True}, "use_qk_norm True"),
+    "a number for layer types": ({"layer_types": 5}, "layer_types: only full_attention"),
+    "no number of experts": ({"num_experts": "8"}, "num_experts: mixture"),
     "another model type": ({"model_type": "granite"}, "model_type 'granite'"),
     "a method of quantization": ({"quantization_config": {"quant_method": "quark"}}, "quantized by quark"),
 }
