@@ -9,14 +9,26 @@ import json
 from pathlib import Path
 
 
+def read_text(path: Path) -> str:
+    """A file's text, without the byte order mark that some editors put before it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv") from error
+
+
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a JSON lines file.
 
     Raises:
-        ValueError: a line that is not an object with a `prompt`; naming it.
+        ValueError: a line that is not an object with a `prompt`, or not UTF-8; naming it.
     """
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -25,6 +37,10 @@ def read_prompts(path: Path) -> list[str]:
             raise ValueError(f"{path}:{number}: expected a JSON object with a `prompt`") from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{path}:{number}: `prompt` must be a text that is not empty")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ValueError(
+                f"{path}:{number}: `prompt` has half of a surrogate pair, which no text has: make it whole"
+            )
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
