@@ -35,8 +35,8 @@ class SamplingParams:
         top_p: 1 keeps all tokens.
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
-        min_tokens: end-of-sequence is not chosen before.
-        stop: strings that end the output, which does not include them.
+        min_tokens: end-of-sequence is not chosen before, and no stop string that these complete ends the output.
+        stop: strings that end the output, which does not include them; one that is a special token's text is that token.
         ignore_eos: go on after end-of-sequence, for benchmarks.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 
@@ -72,6 +72,8 @@ class SamplingParams:
             raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop every output")
+        if any("\ud800" <= char <= "\udfff" for text in self.stop for char in text):
+            raise RequestError("stop: a string with half of a surrogate pair is in no output: give whole characters")
         if self.max_delay is not None and not self.max_delay > 0:
             raise RequestError(f"max_delay {self.max_delay} must be above 0 seconds")
 

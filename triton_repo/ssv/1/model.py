@@ -140,7 +140,11 @@ class _Sink:
         prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
         deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
         self.request = Request(tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline)
-        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless)
+        lossless, context = (
+            policy_for(settings.method, llm.tiers).lossless,
+            llm.tokenizer.context(self.request.prompt_ids),
+        )
+        self._answer = Answer(self.key, settings, lossless, context)
 
     def is_cancelled(self) -> bool:
         if time.monotonic() - self._sent_at > PROBE_SECONDS:
