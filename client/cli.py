@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if any("\udc80" <= char <= "\udcff" for text in args.stop for char in text):
+        raise ValueError("--stop has bytes that are no UTF-8: give it as text")
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,

@@ -72,8 +72,6 @@ class SamplingParams:
             raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop every output")
-        if any("\ud800" <= char <= "\udfff" for text in self.stop for char in text):
-            raise RequestError("stop: a string with half of a surrogate pair is in no output: give whole characters")
         if self.max_delay is not None and not self.max_delay > 0:
             raise RequestError(f"max_delay {self.max_delay} must be above 0 seconds")
 

@@ -17,6 +17,7 @@ class TextStream:
     Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives.
 
     Attributes:
+        min_tokens: tokens that do not complete a stop string.
         stopped: whether a stop string was completed; `push` must not be called any more then.
     """
 
@@ -31,11 +32,11 @@ class TextStream:
     ) -> None:
         """Args:
         stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
-        min_tokens: tokens that do not complete a stop string.
+        min_tokens: see the attribute.
         context: the end of what the text continues; nothing for a text of its own.
         """
         self._decode, self._stop = decode, tuple(stop)
-        self._stop_ids, self._min_tokens = frozenset(stop_ids), min_tokens
+        self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
         # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character). Those
         # must have a text of their own: a decoder that strips a space strips it then from them.
         prefix = decode(context) if context else ""
@@ -49,8 +50,10 @@ class TextStream:
     def push(self, *token_ids: int) -> str:
         """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
         that completes one."""
+        if not token_ids:
+            return ""
         self._pushed += len(token_ids)
-        if self._stop_ids.intersection(token_ids) and self._pushed > self._min_tokens:
+        if self._stop_ids.intersection(token_ids) and self._pushed > self.min_tokens:
             text = self.flush()
             self.stopped = True
             return text
@@ -64,13 +67,13 @@ class TextStream:
         self._done = len(self._ids)
         self._held = ""
         # A stop string before half a character has not been seen by `push`.
-        found = self._first_stop(text) if self._pushed > self._min_tokens else None
+        found = self._first_stop(text) if self._pushed > self.min_tokens else None
         self.stopped = found is not None
         return text[:found]
 
     def would_stop(self, token_ids: Sequence[int]) -> bool:
         """Whether a stop string is complete once these tokens, not pushed yet, have followed."""
-        if not self._stop or self._pushed + len(token_ids) <= self._min_tokens:
+        if not self._stop or self._pushed + len(token_ids) <= self.min_tokens:
             return False
         if self._stop_ids.intersection(token_ids):
             return True
@@ -87,7 +90,7 @@ class TextStream:
             # Whole characters before the half one leave all the same.
             del self._ids[-len(token_ids) :]
             return "".join([self._take([token]) for token in token_ids])
-        if len(after) == len(before) and token_ids and not self._decode([*token_ids, *token_ids]):
+        if len(after) == len(before) and not self._decode([*token_ids, *token_ids]):
             # They are left out of every text, and must not push what the next one is decoded with out of sight.
             del self._ids[-len(token_ids) :]
         elif self._decode(self._ids[self._done :]):
@@ -97,7 +100,7 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = self._first_stop(text) if self._pushed > self._min_tokens else None
+        found = self._first_stop(text) if self._pushed > self.min_tokens else None
         if found is not None:
             self.stopped = True
             self._held = ""

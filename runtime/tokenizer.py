@@ -98,7 +98,6 @@ class BundleTokenizer:
             self.decode,
             params.stop,
             stop_ids=self.stop_ids(params.stop),
-            min_tokens=params.min_tokens,
             context=self.context(prompt_ids),
         )
 
