@@ -8,7 +8,7 @@ All rows advance in lock-step over one KV cache, so no step needs a mask.
 
 Shapes: R rows, T tokens, Q tokens of a forced piece of the chat template.
 
-May import: ssv.builder.checkpoint, .decoder, .files.
+May import: ssv.builder.checkpoint, .decoder, .files, .tokenizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,7 @@ from torch import Tensor
 
 from ssv.builder.decoder import Decoder
 from ssv.builder.files import save_whole
-
-
-class ChatTokenizer(Protocol):
-    """The part of a `transformers` tokenizer that is used here."""
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool) -> str: ...
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+from ssv.builder.tokenizer import special_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +33,10 @@ class ChatPieces:
     """Token ids of the template's text around the turns.
 
     Attributes:
-        before: from the start to the first user turn (with the default system prompt, if the template has one).
-        to_assistant, to_user: from the end of one turn to the start of the other; both begin with `end_of_turn`.
+        before: from the start to the first user turn (with the default system prompt, if the template has one); at least one.
+        to_assistant: from the end of the user's turn to where the assistant answers; its first token ends the turn.
+        to_user: from the end of the assistant's turn to the start of the user's; begins with `end_of_turn`.
+        end_of_turn: what the assistant ends its turn with.
     """
 
     before: list[int]
@@ -49,23 +45,61 @@ class ChatPieces:
     end_of_turn: int
 
 
-def chat_pieces(tokenizer: ChatTokenizer) -> ChatPieces:
-    """Finds the template's pieces by rendering a conversation of markers.
+def chat_pieces(tokenizer: Any) -> ChatPieces:
+    """Finds the template's pieces by rendering a question, and a conversation of markers.
+
+    Args:
+        tokenizer: of `transformers`.
 
     Raises:
-        ValueError: the template does not end both turns with one and the same token.
+        ValueError: the template does not take, or does not write, a user's, an assistant's and another user's turn.
     """
-    marks = ("<<first>>", "<<second>>", "<<third>>")
-    roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    before, rest = text.split(marks[0], 1)
-    to_assistant, rest = rest.split(marks[1], 1)
-    to_user, _ = rest.split(marks[2], 1)
-    pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in (before, to_assistant, to_user)]
-    if not all(pieces) or pieces[1][0] != pieces[2][0]:
-        raise ValueError("the chat template has no common end-of-turn token: self-written conversations need one")
-    return ChatPieces(before=pieces[0], to_assistant=pieces[1], to_user=pieces[2], end_of_turn=pieces[1][0])
+    first, answer, second = marks = ("<<first>>", "<<second>>", "<<third>>")
+    turns = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
+    cure = "give the tokenizer a template that writes each message once, in its order"
+    try:
+        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # whatever the template's author lets it raise
+        raise ValueError(
+            f"the chat template refuses a conversation of user, assistant and user ({error}), which self-written "
+            f"conversations need: {cure}"
+        ) from error
+    if (
+        asked.count(first) != 1
+        or any(text.count(mark) != 1 for mark in marks)
+        or sorted(marks, key=text.find) != [*marks]
+    ):
+        raise ValueError(
+            "the chat template does not write the three turns of a conversation one after the other, which self-written "
+            f"conversations need: {cure}"
+        )
+    before, to_assistant = asked.split(first)
+    to_user = text.partition(answer)[2].partition(second)[0]
+    special = special_ids(tokenizer)
+    eos = tokenizer.eos_token_id
+
+    def ids(piece: str) -> list[int]:
+        # A space before a word belongs to the word's token.
+        found: list[int] = tokenizer.encode(piece.rstrip(" ") or piece, add_special_tokens=False)
+        at = next((at for at, token in enumerate(found) if token in special or token == eos), 0)
+        # So does one that the template writes before a control token: nobody says it.
+        return found[at:] if at and not tokenizer.decode(found[:at]).strip() else found
+
+    pieces = {"before": ids(before), "to_assistant": ids(to_assistant), "to_user": ids(to_user)}
+    end = next((token for token in pieces["to_user"] if token in special or token == eos), eos)
+    if end is not None and pieces["to_user"][:1] != [end]:
+        # What stands before the end of the turn, or a template without one: the turn ends where the text does.
+        at = pieces["to_user"].index(end) if end in pieces["to_user"] else 0
+        pieces["to_user"] = [end, *pieces["to_user"][at + (end in pieces["to_user"]) :]]
+    if not pieces["before"]:
+        pieces["before"] = [token for token in (tokenizer.bos_token_id, eos) if token is not None][:1]
+    if not all(pieces.values()):
+        raise ValueError(
+            "the chat template writes nothing between a user's and an assistant's turn, and the tokenizer has no end of "
+            f"sequence, so that self-written conversations have no end of a turn: {cure}"
+        )
+    return ChatPieces(**pieces, end_of_turn=pieces["to_user"][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +177,7 @@ def write_conversations(
     cache = _LockStepCache(target, rows, window, dtype)
     temperature_R = torch.linspace(0, 0 if greedy else 1, rows, device=device)
 
+    end_of_user = pieces.to_assistant[0]
     # What a row is made to say next: a queue of tokens each, and how many of them are left.
     starts = [pieces.before + list(opening) for opening in ([], *openings)]
     turns = [pieces.to_user + list(opening) for opening in ([], *openings)]
@@ -172,7 +207,9 @@ def write_conversations(
         gumbel = torch.empty_like(logits_RV).exponential_(generator=generator).log_().neg_()
         sampled_R = torch.addcmul(logits_RV, gumbel, scale_R[:, None]).argmax(dim=-1)
         too_long_R = in_user_R & (turn_length_R >= max_user_tokens)
-        sampled_R = torch.where(too_long_R, pieces.end_of_turn, sampled_R)
+        # A user who ends the turn as an assistant does has ended it.
+        user_ends_R = too_long_R | (in_user_R & (sampled_R == pieces.end_of_turn))
+        sampled_R = torch.where(user_ends_R, end_of_user, sampled_R)
         forced_R = queue_position_R < queue_length_R
         queued_R = queue_RQ.gather(1, queue_position_R.clamp(max=width - 1)[:, None])[:, 0]
         token_R = torch.where(forced_R, queued_R, sampled_R)
@@ -181,14 +218,14 @@ def write_conversations(
         queue_position_R += forced_R
         turn_length_R += 1
 
-        ended_R = ~forced_R & (token_R == pieces.end_of_turn)
+        ended_R = ~forced_R & (token_R == torch.where(in_user_R, end_of_user, pieces.end_of_turn))
         user_ended_R, assistant_ended_R = ended_R & in_user_R, ended_R & ~in_user_R
         next_user, next_user_length = choose(to_user)
         queue_RQ = torch.where(user_ended_R[:, None], to_assistant.tokens, queue_RQ)
         queue_RQ = torch.where(assistant_ended_R[:, None], next_user, queue_RQ)
         queue_length_R = torch.where(user_ended_R, to_assistant.length, queue_length_R)
         queue_length_R = torch.where(assistant_ended_R, next_user_length, queue_length_R)
-        # The end-of-turn token itself, first of both pieces, has just been said.
+        # The first token of either piece, which ended the turn, has just been said.
         queue_position_R = torch.where(ended_R, 1, queue_position_R)
         in_user_R = in_user_R ^ ended_R
         turn_length_R = torch.where(ended_R, 0, turn_length_R)

@@ -174,7 +174,7 @@ def made_for(bundle: Path, target_sha256: str) -> dict[str, str]:
 
 
 def _write_target(parts: Parts, target: Target) -> None:
-    if parts.reuse("target", target.sha256, _text_sha256(target)):
+    if parts.reuse("target", target.sha256, target.text_sha256):
         return
     folder = parts.stage.bundle / "target"
     folder.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
     if given is not None:
         source = (file_entry(given).sha256,)
     else:
-        source = (distillation_source(recipe.draft.distill), _text_sha256(target))
+        source = (distillation_source(recipe.draft.distill), target.text_sha256)
     if not parts.reuse("draft", target.sha256, *source):
         path.parent.mkdir(exist_ok=True)
         if given is not None:
@@ -217,7 +217,7 @@ def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hid
     if given is not None:
         source = (file_entry(given).sha256,)
     else:
-        source = (recipe.scorer.fit.model_dump(mode="json"), _content(openings), _text_sha256(target))
+        source = (recipe.scorer.fit.model_dump(mode="json"), _content(openings), target.text_sha256)
     if not parts.reuse("scorer", parts.sources["draft"], *source):
         if given is not None:
             shutil.copyfile(given, path)
@@ -232,7 +232,7 @@ def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hid
 
 def _write_ranges(parts: Parts, recipe: Recipe, target: Target, draft: Draft) -> None:
     prompts_file = recipe.calibration.make.prompts_file
-    if parts.reuse("ranges", parts.sources["draft"], _content(prompts_file), _text_sha256(target)):
+    if parts.reuse("ranges", parts.sources["draft"], _content(prompts_file), target.text_sha256):
         return
     ranges = measure_ranges(target, draft, read_prompts(prompts_file))
     save_whole(ranges, parts.stage.bundle / "activation_ranges.safetensors")
@@ -253,7 +253,7 @@ def _write_calibration(
         source = (
             settings,
             _content(config.prompts_file),
-            _text_sha256(target),
+            target.text_sha256,
             parts.sources["ranges"],
             recipe.precision,
         )
@@ -283,7 +283,7 @@ def _write_engine(
     if config.checkpoint is not None:
         weights = (checkpoint_digest(config.checkpoint),)
     elif config.precision in ("fp8", "int4"):
-        weights = (target.sha256, _content(prompts_file), _text_sha256(target))
+        weights = (target.sha256, _content(prompts_file), target.text_sha256)
     made_from = (
         config.model_dump(mode="json", include={"role", "precision", "flavor", "compute_capability"}),
         str(limits_of(config, manifest)),
@@ -324,21 +324,6 @@ def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: Parts, tiers:
 
 def _content(file: Path | None) -> str | None:
     return None if file is None else file_entry(file).sha256
-
-
-def _text_sha256(target: Target) -> str:
-    """SHA-256 over how text becomes tokens: the tokenizer, its chat template, the end tokens."""
-    tokenizer = target.tokenizer
-    return digest(
-        [
-            tokenizer.backend_tokenizer.to_str(),
-            json.dumps(
-                [tokenizer.chat_template, tokenizer.special_tokens_map, target.eos_token_ids],
-                sort_keys=True,
-                default=str,
-            ),
-        ]
-    )
 
 
 def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens: int = 2048) -> dict[str, Tensor]:

@@ -53,6 +53,9 @@ def check_settings(recipe: Recipe) -> None:
     check_prompts(recipe.calibration.make)
     if recipe.calibration.file is not None:
         read_calibration(recipe.calibration.file)
+    else:
+        config = recipe.calibration.make
+        check_num_prompts(len(read_prompts(config.prompts_file)[: config.num_prompts]), config)
 
 
 def check_prompts(config: CalibrationConfig) -> None:

@@ -1,6 +1,6 @@
 """A target that has been read: network, weights, tokenizer.
 
-May import: ssv.builder.checkpoint, .decoder, .manifest.
+May import: ssv.builder.checkpoint, .decoder, .manifest, .prompts, .tokenizer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import CheckpointError, DecoderSpec, Weights, load_checkpoint
+from ssv.builder.checkpoint import DecoderSpec, Weights, load_checkpoint
 from ssv.builder.decoder import Decoder
 from ssv.builder.manifest import digest, file_entry
+from ssv.builder.prompts import read_text
+from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
 
 WINDOW = 512
 """Tokens that are run at a time when a model is calibrated."""
@@ -27,7 +29,10 @@ class Target:
 
     Attributes:
         decoder: fp32 on the CPU.
+        tokenizer: of `transformers`.
         sha256: of the checkpoint's files.
+        eos_token_ids: of all tokens that end an answer, ascending.
+        text_sha256: of what decides between text and tokens (tokenizer, chat template, end tokens), by content.
     """
 
     spec: DecoderSpec
@@ -35,6 +40,8 @@ class Target:
     decoder: Decoder
     tokenizer: Any
     sha256: str
+    eos_token_ids: list[int]
+    text_sha256: str
 
     def on(self, device: str, dtype: torch.dtype = torch.bfloat16) -> Decoder:
         """The network for building steps: `decoder` itself on the CPU, on CUDA a copy in a type."""
@@ -42,34 +49,26 @@ class Target:
             return self.decoder
         return Decoder.from_weights(self.spec, self.weights).to(device, dtype)
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        return [int(self.tokenizer.eos_token_id)]
-
 
 def load_target(path: Path, tokenizer_path: Path | None = None) -> Target:
     """Reads a checkpoint and its tokenizer, which lies beside it unless a folder is given.
 
     Raises:
-        CheckpointError: see `load_checkpoint`; or no tokenizer beside the weights.
+        CheckpointError: see `load_checkpoint`, `load_tokenizer`, `end_tokens`, `check_vocabulary`.
     """
-    from transformers import AutoTokenizer
-
     spec, weights = load_checkpoint(path)
-    try:
-        if tokenizer_path is not None:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        elif path.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: its tokenizer cannot be read ({error})") from error
-    if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
-        raise CheckpointError(f"{path}: the tokenizer lacks an end-of-sequence token or a chat template")
+    tokenizer = load_tokenizer(path, tokenizer_path)
+    ends = end_tokens(path, tokenizer)
+    check_vocabulary(path, tokenizer, ends, spec.vocab_size)
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
     return Target(
-        spec, weights, Decoder.from_weights(spec, weights), tokenizer, digest(file_entry(f).sha256 for f in files)
+        spec=spec,
+        weights=weights,
+        decoder=Decoder.from_weights(spec, weights),
+        tokenizer=tokenizer,
+        sha256=digest(file_entry(f).sha256 for f in files),
+        eos_token_ids=ends,
+        text_sha256=text_digest(tokenizer, ends),
     )
 
 
@@ -77,7 +76,7 @@ def openings_of(file: Path | None, tokenizer: Any) -> list[list[int]]:
     """Token ids of the openings in a file, one a line."""
     if file is None:
         return []
-    lines = [line.replace("\\n", "\n") for line in file.read_text().splitlines()]
+    lines = [line.replace("\\n", "\n") for line in read_text(file).splitlines()]
     return [tokenizer.encode(line, add_special_tokens=False) for line in lines if line]
 
 

@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if any("\udc80" <= char <= "\udcff" for text in args.stop for char in text):
+        raise ValueError("--stop has bytes that are no UTF-8: give it as text")
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -62,12 +64,23 @@ def _run(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
         max_delay=args.max_delay,
     )
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _prompt(args.prompt)
     summary = _ask(args, prompt, params) if args.url else _decode(args, prompt, params)
     print(flush=True)
     if not args.quiet:
         print(f"[{args.method}: {summary}]", file=sys.stderr)
     return 0
+
+
+def _prompt(given: str) -> str:
+    """The prompt as text: bytes that are no UTF-8 would reach the tokenizer as half characters."""
+    data = sys.stdin.buffer.read() if given == "-" else given.encode(errors="surrogateescape")
+    try:
+        return data.decode("utf-8-sig" if given == "-" else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt is not UTF-8 (byte {error.start} is {data[error.start]:#04x}): convert it, for example with iconv"
+        ) from error
 
 
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:

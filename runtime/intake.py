@@ -29,7 +29,7 @@ GREEDY_BELOW = 1e-5
 LARGEST_SEED = 2**64 - 1
 DEFAULT_MAX_TOKENS = 256
 
-MAX_STOP_WORDS, MAX_STOP_BYTES = 16, 256
+MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 256
 """Stop words, and bytes of each: they are looked for at every token."""
 
 STRINGS = ("text_input", "ssv_messages", "sampling_parameters", "ssv_tier")
@@ -298,6 +298,12 @@ def _plain(name: str, tensor: np.ndarray) -> Any:
 
 def _text(name: str, value: bytes | str) -> str:
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} has half of a surrogate pair at {error.start}: send whole characters"
+            ) from error
         return value
     try:
         return value.decode()

@@ -1,7 +1,7 @@
 """A bundle that answers: requests in, text out.
 
 May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers, .waiting; ssv.runtime.decoding, .engine, .loop, .memory, .prompt_cache,
-.request, .strategies, .tensorrt_engine, .text, .tokenizer,
+.request, .strategies, .tensorrt_engine, .tokenizer,
 .torch_engine.
 """
 
@@ -26,7 +26,6 @@ from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine
-from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 
@@ -118,6 +117,8 @@ class LLM:
             return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
+        if not on_cpu and not torch.cuda.is_available():
+            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine: use the device cpu")
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
         # As they are stored: the engines make of each layer what they need, one after the other.
         with one_thread():
@@ -208,7 +209,7 @@ class LLM:
         loop = self.loop()
         for index, request in enumerate(requests):
             policy = policy_for(request.method, self.tiers, request.num_draft_tokens)
-            loop.submit(index, request, policy, TextStream(self.tokenizer.decode, request.params.stop))
+            loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
         while loop.has_work:
             yield from loop.step()
 

@@ -30,6 +30,8 @@ class Running:
         self, index: int, request: Request, policy: Policy, text: TextStream | None, is_cancelled: Callable[[], bool]
     ) -> None:
         self.index, self.request, self.text, self.is_cancelled = index, request, text, is_cancelled
+        if text is not None:
+            text.min_tokens = request.params.min_tokens
         would_stop = text.would_stop if text is not None else lambda _: False
         self.row = Row(request.params, policy, would_stop, Counters())
         self.finish_reason: FinishReason | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Piece:
         token_ids: new since the piece before.
         stop: strings that end the text.
         fields: the other outputs of `ensemble`, by name.
+        min_tokens, context: see `ssv.runtime.text.TextStream`; the context is the first piece's.
     """
 
     key: str
@@ -31,6 +33,8 @@ class Piece:
     stop: tuple[str, ...]
     is_last: bool
     fields: dict[str, Any]
+    min_tokens: int = 0
+    context: tuple[int, ...] = ()
 
     @property
     def is_probe(self) -> bool:
@@ -43,14 +47,18 @@ class Piece:
     @classmethod
     def from_json(cls, text: str | bytes) -> Piece:
         given = json.loads(text)
-        return cls(**{**given, "token_ids": tuple(given["token_ids"]), "stop": tuple(given["stop"])})
+        return cls(**{**given, **{name: tuple(given[name]) for name in ("token_ids", "stop", "context")}})
 
 
 class Answer:
     """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
-    def __init__(self, key: str, settings: Settings, lossless: bool) -> None:
+    def __init__(self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = ()) -> None:
+        """Args:
+        context: the end of the prompt, if the output's text goes on with its text.
+        """
         self._key, self._settings, self._lossless = key, settings, lossless
+        self._context = tuple(context)
         self._number = 0
         self._sent_at = -math.inf
         self._held: list[int] = []
@@ -85,7 +93,8 @@ class Answer:
             "ssv_target_passes": counters.target_passes,
             "ssv_cached_tokens": counters.cached_tokens,
         }
-        piece = Piece(self._key, self._number, token_ids, self._settings.params.stop, is_last, fields)
+        params, context = self._settings.params, self._context if self._number == 0 else ()
+        piece = Piece(self._key, self._number, token_ids, params.stop, is_last, fields, params.min_tokens, context)
         self._number += 1
         return piece
 

@@ -35,8 +35,8 @@ class SamplingParams:
         top_p: 1 keeps all tokens.
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
-        min_tokens: end-of-sequence is not chosen before.
-        stop: strings that end the output, which does not include them.
+        min_tokens: end-of-sequence is not chosen before, and no stop string that these complete ends the output.
+        stop: strings that end the output, which does not include them; one that is a special token's text is that token.
         ignore_eos: go on after end-of-sequence, for benchmarks.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 

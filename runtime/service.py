@@ -1,6 +1,6 @@
 """A decoding loop in a thread of its own, for callers in any thread.
 
-May import: ssv.runtime.audit, .llm, .loop, .prompt_cache, .request, .scheduler, .strategies, .text.
+May import: ssv.runtime.audit, .llm, .loop, .prompt_cache, .request, .scheduler, .strategies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ssv.runtime.prompt_cache import CacheStats
 from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.strategies import policy_for
-from ssv.runtime.text import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +202,7 @@ class Service:
             params = request.params
             try:
                 policy = policy_for(request.method, self._llm.tiers, request.num_draft_tokens)
-                text = TextStream(self._llm.tokenizer.decode, params.stop) if params.stop else None
+                text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
                 audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share
                 client = _Client(sink, request, audited)
                 self._loop.submit(self._next, request, policy, text, client.is_cancelled)

@@ -6,7 +6,7 @@ May import: nothing else of ssv.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 _HALF_CHARACTER = "\ufffd"
 
@@ -14,57 +14,93 @@ _HALF_CHARACTER = "\ufffd"
 class TextStream:
     """The text of one request.
 
+    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives.
+
     Attributes:
+        min_tokens: tokens that do not complete a stop string.
         stopped: whether a stop string was completed; `push` must not be called any more then.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        *,
+        stop_ids: Collection[int] = (),
+        min_tokens: int = 0,
+        context: Sequence[int] = (),
+    ) -> None:
+        """Args:
+        stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
+        min_tokens: see the attribute.
+        context: the end of what the text continues; nothing for a text of its own.
+        """
         self._decode, self._stop = decode, tuple(stop)
-        self._ids: list[int] = []
-        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character).
-        self._context, self._done = 0, 0
+        self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
+        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character). Those
+        # must have a text of their own: a decoder that strips a space strips it then from them.
+        prefix = decode(context) if context else ""
+        known = prefix and not prefix.endswith(_HALF_CHARACTER)
+        self._ids: list[int] = list(context) if known else []
+        self._done = len(self._ids)
+        self._pushed = 0
         self._held = ""
         self.stopped = False
 
     def push(self, *token_ids: int) -> str:
         """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
         that completes one."""
-        self._ids.extend(token_ids)
-        before = self._decode(self._ids[self._context : self._done])
-        after = self._decode(self._ids[self._context :])
-        if after.endswith(_HALF_CHARACTER):
-            if len(token_ids) == 1:
-                return ""
-            # Whole characters before the half one leave all the same.
-            del self._ids[-len(token_ids) :]
-            return "".join([self.push(token) for token in token_ids])
-        self._context, self._done = self._done, len(self._ids)
-        return self._release(after[len(before) :])
+        if not token_ids:
+            return ""
+        self._pushed += len(token_ids)
+        if self._stop_ids.intersection(token_ids) and self._pushed > self.min_tokens:
+            text = self.flush()
+            self.stopped = True
+            return text
+        return self._take(token_ids)
 
     def flush(self) -> str:
         """The rest, when the output has ended without a stop string; half characters as U+FFFD."""
         if self.stopped:
             return ""
-        before = self._decode(self._ids[self._context : self._done])
-        text = self._held + self._decode(self._ids[self._context :])[len(before) :]
-        self._context = self._done = len(self._ids)
+        text = self._held + self._decode(self._ids)[len(self._decode(self._ids[: self._done])) :]
+        self._done = len(self._ids)
         self._held = ""
         # A stop string before half a character has not been seen by `push`.
-        found = self._first_stop(text)
+        found = self._first_stop(text) if self._pushed > self.min_tokens else None
         self.stopped = found is not None
         return text[:found]
 
     def would_stop(self, token_ids: Sequence[int]) -> bool:
         """Whether a stop string is complete once these tokens, not pushed yet, have followed."""
-        if not self._stop:
+        if not self._stop or self._pushed + len(token_ids) <= self.min_tokens:
             return False
-        before = self._decode(self._ids[self._context : self._done])
-        text = self._held + self._decode([*self._ids[self._context :], *token_ids])[len(before) :]
+        if self._stop_ids.intersection(token_ids):
+            return True
+        text = self._held + self._decode([*self._ids, *token_ids])[len(self._decode(self._ids[: self._done])) :]
         return any(stop in text for stop in self._stop)
+
+    def _take(self, token_ids: Sequence[int]) -> str:
+        before = self._decode(self._ids[: self._done])
+        self._ids.extend(token_ids)
+        after = self._decode(self._ids)
+        if after.endswith(_HALF_CHARACTER):
+            if len(token_ids) == 1:
+                return ""
+            # Whole characters before the half one leave all the same.
+            del self._ids[-len(token_ids) :]
+            return "".join([self._take([token]) for token in token_ids])
+        if len(after) == len(before) and not self._decode([*token_ids, *token_ids]):
+            # They are left out of every text, and must not push what the next one is decoded with out of sight.
+            del self._ids[-len(token_ids) :]
+        elif self._decode(self._ids[self._done :]):
+            self._ids = self._ids[self._done :]
+        self._done = len(self._ids)
+        return self._release(after[len(before) :])
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = self._first_stop(text)
+        found = self._first_stop(text) if self._pushed > self.min_tokens else None
         if found is not None:
             self.stopped = True
             self._held = ""
@@ -99,18 +135,29 @@ class Detokenizer:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def push(self, key: str, number: int, token_ids: Sequence[int], stop: Sequence[str], is_last: bool) -> str:
+    def push(
+        self,
+        key: str,
+        number: int,
+        token_ids: Sequence[int],
+        stop: Sequence[str],
+        is_last: bool,
+        *,
+        min_tokens: int = 0,
+        context: Sequence[int] = (),
+    ) -> str:
         """Text that can leave after this piece.
 
         Args:
             number: of the piece in its stream, from 0.
             stop: strings that end the stream's text, which does not include them; the same in every piece.
+            min_tokens, context: see `TextStream`; of a stream's first piece.
 
         Raises:
             StreamError: pieces before it are missing.
         """
         if number == 0:
-            self._streams[key] = (TextStream(self._decode, stop), 0)
+            self._streams[key] = (TextStream(self._decode, stop, min_tokens=min_tokens, context=context), 0)
             while len(self._streams) > self._max_streams:
                 self._streams.popitem(last=False)
         stream, expected = self._streams.pop(key, (None, -1))

@@ -39,7 +39,15 @@ class TritonPythonModel:
         if piece.is_probe:
             return None
         try:
-            text = self._texts.push(piece.key, piece.number, piece.token_ids, piece.stop, piece.is_last)
+            text = self._texts.push(
+                piece.key,
+                piece.number,
+                piece.token_ids,
+                piece.stop,
+                piece.is_last,
+                min_tokens=piece.min_tokens,
+                context=piece.context,
+            )
         except StreamError as error:
             text = error_text("UNAVAILABLE", error)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE))

@@ -143,7 +143,8 @@ class _Sink:
         self.request = Request(
             tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline, arrived=arrived
         )
-        self._answer = Answer(self.key, settings, policy_for(settings.method, llm.tiers).lossless)
+        lossless = policy_for(settings.method, llm.tiers).lossless
+        self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(self.request.prompt_ids))
 
     def is_cancelled(self) -> bool:
         if time.monotonic() - self._sent_at > PROBE_SECONDS:
