@@ -209,10 +209,11 @@ def verify_sampled(
                     continue
             weight_1V = target_prob_RV[r : r + 1]
             if not is_last:
-                residual_1V = (weight_1V - draft_prob_BKV[b, k]).clamp(min=0)
-                # p = q leaves no residual; rounding aside, nothing is rejected then.
-                weight_1V = residual_1V if bool(_units(residual_1V).any()) else weight_1V
+                weight_1V = weight_1V - draft_prob_BKV[b, k]
             num_kept[b], next_token[b] = k, int(draw(weight_1V, next_uniform_B[b : b + 1]))
+            if next_token[b] < 0:
+                # p = q leaves no residual; rounding aside, nothing is rejected then.
+                next_token[b] = int(draw(target_prob_RV[r : r + 1], next_uniform_B[b : b + 1]))
             break
     return _verdicts(num_kept, next_token, target_prob_RV.device)
 
@@ -221,25 +222,30 @@ def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """A sample of each row's distribution by inversion, int32 [R]: the first token at which the running sum exceeds u times the whole.
 
     Args:
-        prob_RV: fp32, not negative, summing to at most 1, not necessarily to 1; a row whose sum is 0 gives -1.
+        prob_RV: fp32, summing to at most 1, not necessarily to 1; what is negative or NaN counts as none, and a row whose sum is 0
+            gives -1.
         uniform_R: fp32, in [0, 1).
 
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
     check_draw(prob_RV, uniform_R)
-    cumulative_RV = _units(prob_RV).cumsum(dim=1)
     # What is uniform as a double may be 1 as a float.
-    uniform_R = (uniform_R * 2.0**UNIFORM_BITS).long().clamp(max=2**UNIFORM_BITS - 1)
-    total_R = cumulative_RV[:, -1]
-    threshold_R1 = ((uniform_R * total_R) >> UNIFORM_BITS)[:, None]
-    index_R = torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0]
-    return index_R.where(total_R > 0, -1).int()
+    uniforms = (uniform_R * 2.0**UNIFORM_BITS).long().clamp(max=2**UNIFORM_BITS - 1).tolist()
+    tokens = [_drawn(prob_V, uniform) for prob_V, uniform in zip(prob_RV, uniforms, strict=True)]
+    return torch.tensor(tokens, dtype=torch.int32).to(prob_RV.device)
 
 
-def _units(prob: Tensor) -> Tensor:
-    """Probabilities in units of 2^-38, int64; NaN counts as none."""
-    return (prob * 2.0**DRAW_BITS).where(prob > 0, 0).long()
+def _drawn(prob_V: Tensor, uniform: int) -> int:
+    """See `draw`; the uniform number in its units."""
+    # Few tokens have any probability after top-k or top-p, and NaN counts as none.
+    token_P = (prob_V > 0).nonzero()[:, 0]
+    # In units, int64.
+    cumulative_P = (prob_V[token_P] * 2.0**DRAW_BITS).long().cumsum(dim=0)
+    total = int(cumulative_P[-1]) if len(cumulative_P) else 0
+    if not total:
+        return -1
+    return int(token_P[torch.searchsorted(cumulative_P, uniform * total >> UNIFORM_BITS, right=True)])
 
 
 def _rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

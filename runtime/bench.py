@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default: 1)")
     add_engine(parser)
@@ -125,7 +127,15 @@ def _run(args: argparse.Namespace) -> int:
         raise RequestError(f"--batch {args.batch} must be at least 1")
     if args.plot is not None:
         _check_plot(args.plot)
-    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    if params.greedy and (params.top_k or params.top_p < 1):
+        raise RequestError("--top-k and --top-p are of sampled output: give a --temperature above 0")
     prompts = read_prompts(args.prompts)[: args.num_prompts]
 
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds

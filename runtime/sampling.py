@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIRST_SELECTED = 256
+"""Tokens of a row that are selected at first: as a rule more than top-k or top-p keep."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingTensors:
@@ -29,27 +32,63 @@ def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
     """Distribution of each row after temperature, then top-k, then top-p, fp32 [R, V]; one-hot for greedy rows.
 
     Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p: always at least one. Of
-    equal logits the lower token id comes first.
+    equal logits the lower token id comes first, at the edges of top-k and top-p too. A row does not depend on the others.
     """
-    greedy_R = params.temperature_R == 0
-    # Differences to the largest, and a floor: a tiny temperature must not divide into infinities.
-    scaled_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
-    scaled_RV = scaled_RV / torch.where(greedy_R, 1.0, params.temperature_R.clamp(min=1e-6))[:, None]
     vocab = logits_RV.shape[1]
-    if bool(((params.top_k_R > 0) | (params.top_p_R < 1)).any()):
-        ordered_RV, index_RV = scaled_RV.sort(dim=1, descending=True, stable=True)
-        rank_V = torch.arange(vocab, device=logits_RV.device)
-        top_k_R = torch.where(params.top_k_R > 0, params.top_k_R, vocab)
-        kept_RV = rank_V < top_k_R[:, None]
-        probability_RV = ordered_RV.masked_fill(~kept_RV, -torch.inf).softmax(dim=1)
-        before_RV = probability_RV.cumsum(dim=1) - probability_RV
-        # A top_p of 1 keeps all, also where rounding has the mass before the last tokens reach 1.
-        kept_RV &= (before_RV < params.top_p_R[:, None]) | (rank_V == 0) | (params.top_p_R == 1)[:, None]
-        dropped_RV = torch.zeros_like(kept_RV).scatter_(1, index_RV, ~kept_RV)
-        scaled_RV = scaled_RV.masked_fill(dropped_RV, -torch.inf)
+    greedy_R = params.temperature_R == 0
+    scaled_RV = logits_RV.float()
+    # Differences to the largest, and a floor: a tiny temperature must not divide into infinities.
+    scaled_RV = scaled_RV - scaled_RV.amax(dim=1, keepdim=True)
+    scaled_RV = scaled_RV / torch.where(greedy_R, 1.0, params.temperature_R.clamp(min=1e-6))[:, None]
+    keeps_some_R = ((params.top_k_R > 0) & (params.top_k_R < vocab)) | (params.top_p_R < 1)
+    filtered_R = keeps_some_R & ~greedy_R
+    if bool(filtered_R.all()):
+        return _filtered(scaled_RV, params.top_k_R, params.top_p_R)
     probability_RV = scaled_RV.softmax(dim=1)
-    one_hot_RV = torch.zeros_like(probability_RV).scatter_(1, logits_RV.argmax(dim=1, keepdim=True), 1.0)
-    return torch.where(greedy_R[:, None], one_hot_RV, probability_RV)
+    if bool(filtered_R.any()):
+        rows = filtered_R.nonzero()[:, 0]
+        probability_RV[rows] = _filtered(scaled_RV[rows], params.top_k_R[rows], params.top_p_R[rows])
+    if bool(greedy_R.any()):
+        rows = greedy_R.nonzero()[:, 0]
+        probability_RV[rows] = 0.0
+        probability_RV[rows, logits_RV[rows].argmax(dim=1)] = 1.0
+    return probability_RV
+
+
+def _filtered(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """`probabilities` of rows, the largest of each being 0, that do not keep all tokens.
+
+    Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting all. C grows until
+    it holds what every row keeps, and all equals of the least likely of these.
+    """
+    rows, vocab = scaled_RV.shape
+    top_k_R1, top_p_R1 = top_k_R.where(top_k_R > 0, vocab).clamp(max=vocab)[:, None], top_p_R[:, None]
+    of_all_R1 = top_k_R1 == vocab
+    most = int(top_k_R1.where(~of_all_R1, 0).max())
+    # 1 over the largest probability is the sum of exp: that of a row is the same beside any other rows.
+    all_mass_R1 = 1 / scaled_RV.softmax(dim=1).amax(dim=1, keepdim=True).double() if bool(of_all_R1.any()) else 0.0
+    count = max(FIRST_SELECTED, most + 1)
+    while True:
+        count = min(count, vocab)
+        value_RC, token_RC = scaled_RV.topk(count, dim=1)
+        weight_RC = value_RC.double().exp()
+        mass_RC = weight_RC.cumsum(dim=1)  # one after the other, so that C does not change it
+        rank_C = torch.arange(count, device=scaled_RV.device)
+        mass_R1 = torch.where(of_all_R1, all_mass_R1, mass_RC.gather(1, (top_k_R1 - 1).clamp(max=count - 1)))
+        # A top_p of 1 keeps all, also where rounding has the mass before the last tokens reach the whole.
+        kept_RC = (mass_RC - weight_RC < top_p_R1 * mass_R1) | (rank_C == 0) | (top_p_R1 == 1)
+        num_kept_R1 = (kept_RC & (rank_C < top_k_R1)).sum(dim=1, keepdim=True)
+        edge_R1 = value_RC.gather(1, num_kept_R1 - 1)
+        if count == vocab or bool((value_RC[:, -1:] < edge_R1).all()):
+            break
+        count *= 8
+    above_RC, equal_RC = value_RC > edge_R1, value_RC == edge_R1
+    # The selection is in no order among equals.
+    equals_RC = token_RC.where(equal_RC, vocab).sort(dim=1).values
+    last_R1 = equals_RC.gather(1, num_kept_R1 - above_RC.sum(dim=1, keepdim=True) - 1)
+    kept_RC = above_RC | (equal_RC & (token_RC <= last_R1))
+    probability_RC = (weight_RC / mass_RC.gather(1, num_kept_R1 - 1)).where(kept_RC, 0.0).float()
+    return scaled_RV.new_zeros(rows, vocab).scatter_(1, token_RC, probability_RC)
 
 
 def without_tokens(logits_RV: Tensor, is_banned_R: Tensor, token_ids: Tensor) -> Tensor:

@@ -91,6 +91,19 @@ def test_sampled_outputs_have_no_divergence(folder: Path, capsys: pytest.Capture
     assert all(row["divergence"] is None for row in rows)
 
 
+def test_top_k_and_top_p_reach_the_requests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one token, or the most likely one, every seed draws the same."""
+    asked = ("--methods", "premium", "--temperature", "5", "--num-prompts", "2")
+    for few in (("--top-k", "1"), ("--top-p", "1e-6")):
+        assert run_bench(folder, *asked, *few) == 0
+        found = document(capsys)
+        assert all(row["identical"] == 1.0 for row in found["rows"])
+    assert found["settings"]["top_p"] == 1e-6
+    assert found["settings"]["top_k"] == 0
+    assert run_bench(folder, *asked) == 0
+    assert document(capsys)["rows"][1]["identical"] < 1.0
+
+
 def test_cost_is_of_the_price_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_bench(folder, "--methods", "autoregressive", "--num-prompts", "2", "--price-per-hour", "3.6") == 0
     (row,) = document(capsys)["rows"]
@@ -113,6 +126,11 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--plot", "speed.pdf"], "choose a .png file"),
         (["--plot", "/nowhere/speed.png"], "choose a .png file in a folder that exists"),
         (["--max-tokens", "0"], "max_tokens 0"),
+        (["--temperature", "1", "--top-k", "-1"], "top_k -1"),
+        (["--temperature", "1", "--top-p", "0"], "top_p 0.0"),
+        (["--temperature", "-1"], "temperature -1.0"),
+        (["--top-k", "40"], "--top-k and --top-p are of sampled output"),
+        (["--top-p", "0.9"], "--top-k and --top-p are of sampled output"),
         (["--prompts", "/nowhere/prompts.jsonl"], "/nowhere/prompts.jsonl"),
         (["--bundle", "/nowhere/bundle"], "/nowhere/bundle"),
         (["--max-tokens", "4000"], "exceed the cache"),

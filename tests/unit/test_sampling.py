@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssv.runtime.sampling import SamplingTensors, probabilities
+from ssv.runtime.sampling import FIRST_SELECTED, SamplingTensors, probabilities
 
 
 def settings(rows: Sequence[tuple[float, int, float]]) -> SamplingTensors:
@@ -57,6 +58,49 @@ def test_equals_the_definition(vocab: int) -> None:
     # Without top-p the least likely tokens have less mass than fp32 tells from none.
     exact_R = torch.tensor([top_p < 1 for _, _, top_p in rows])
     assert torch.equal((found > 0)[exact_R], (expected > 0)[exact_R])
+
+
+@pytest.mark.parametrize("levels", [3, 40, 10_000])
+def test_equals_the_definition_where_more_is_kept_than_selected_at_first(levels: int) -> None:
+    """Few levels make many equals, at the edge of the selection too."""
+    rng, vocab = random.Random(levels), 5000
+    rows = [
+        *[(1.0, top_k, 1.0) for top_k in (FIRST_SELECTED - 1, FIRST_SELECTED, FIRST_SELECTED + 1, 4999, 5000)],
+        *[(2.0, 0, top_p) for top_p in (0.02, 0.3, 0.77, 0.9999)],
+        *[(1.3, 0, 1.0), (0.0, 3, 0.9), (1.0, 2000, 0.61), (1.0, 40, 0.5), (0.3, 4000, 0.999)],
+    ]
+    logits = [[rng.randrange(levels) * 8 / levels for _ in range(vocab)] for _ in rows]
+    found = probabilities(torch.tensor(logits), settings(rows))
+    expected = torch.tensor([slow_probabilities(x, *row) for x, row in zip(logits, rows, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+    assert torch.equal(found > 0, expected > 0)
+
+
+def test_at_the_edge_the_lower_of_equal_tokens_is_kept() -> None:
+    logits = torch.zeros(1, 3000)
+    logits[0, 2500] = 1.0
+    for row, kept in (((1.0, 5, 1.0), 5), ((1.0, 700, 1.0), 700), ((1.0, 1000, 0.5), 500)):
+        found = probabilities(logits, settings([row]))[0].nonzero()[:, 0].tolist()
+        # Its weight is that of e tokens.
+        assert found == [*range(kept - 1 if row[2] == 1 else len(found) - 1), 2500]
+        assert abs(len(found) - kept) <= 2
+
+
+def test_the_vocabulary_is_not_put_in_order() -> None:
+    """That of a model has a hundred thousand tokens: sorting them costs as much as half a pass of a small model."""
+    sorted_sizes = []
+
+    class Sorts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "sort" in func.__name__:
+                sorted_sizes.append(args[0].shape[-1])
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.linspace(0, 400, 20_000).flip(0)[None]
+    with Sorts():
+        for row in ((0.7, 0, 0.9), (0.7, 40, 1.0), (1.0, 200, 0.5)):
+            probabilities(logits, settings([row]))
+    assert max(sorted_sizes, default=0) <= FIRST_SELECTED
 
 
 def test_temperature_alone_is_a_softmax() -> None:
@@ -121,6 +165,25 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     alone = probabilities(logits, settings([(1.0, 0, 1.0)]))
     beside = probabilities(logits.repeat(2, 1), settings([(1.0, 0, 1.0), (1.0, 2, 0.9)]))
     assert torch.equal(alone[0], beside[0])
+
+
+def test_how_many_tokens_the_others_keep_does_not_matter() -> None:
+    """To the last bit: a drawn token must not depend on what it is batched with."""
+    logits = torch.randn(1, 4000, generator=torch.Generator().manual_seed(1))
+    rows = [(1.0, 40, 0.9), (0.7, 0, 0.3), (1.5, 0, 0.99), (1.0, 3000, 1.0), (0.0, 0, 1.0), (1.0, 0, 1.0)]
+    together = probabilities(logits.repeat(len(rows), 1), settings(rows))
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(probabilities(logits, settings([row]))[0], found)
+
+
+@pytest.mark.parametrize("row", [(1.0, 3, 1.0), (1.0, 0, 0.9), (1.0, 0, 1.0)])
+def test_logits_that_are_not_numbers_give_no_token_any_probability(row: tuple[float, int, float]) -> None:
+    for bad in (math.nan, math.inf):
+        logits = torch.zeros(2, 1000)
+        logits[0, 7] = bad
+        found = probabilities(logits, settings([row, row]))
+        assert not (found[0] > 0).any()
+        assert found[1].sum().item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-38, 1e-44])
