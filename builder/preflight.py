@@ -50,9 +50,11 @@ def check_settings(recipe: Recipe) -> None:
         tensorrt_for(engine)
         if engine.checkpoint is None and engine.precision in ("fp8", "int4"):
             _require_modelopt()
-    check_prompts(recipe.calibration.make)
     if recipe.calibration.file is not None:
+        read_prompts(recipe.calibration.make.prompts_file)  # activation ranges are measured on them
         read_calibration(recipe.calibration.file)
+    else:
+        check_prompts(recipe.calibration.make)
 
 
 def check_prompts(config: CalibrationConfig) -> None:
