@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.calibrate import BOUND_KIND, poisson_upper
+from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
 from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
 from ssv.builder.corpus import chat_pieces
 from ssv.builder.draft import Draft, draft_spec, load_draft
@@ -50,12 +50,16 @@ def check_settings(recipe: Recipe) -> None:
         tensorrt_for(engine)
         if engine.checkpoint is None and engine.precision in ("fp8", "int4"):
             _require_modelopt()
-    check_prompts(recipe.calibration.make)
     if recipe.calibration.file is not None:
+        read_prompts(recipe.calibration.make.prompts_file)  # activation ranges are measured on them
         read_calibration(recipe.calibration.file)
     else:
+<<<<<<< HEAD
         config = recipe.calibration.make
         check_num_prompts(len(read_prompts(config.prompts_file)[: config.num_prompts]), config)
+=======
+        check_prompts(recipe.calibration.make)
+>>>>>>> pair
 
 
 def check_prompts(config: CalibrationConfig) -> None:
