@@ -54,12 +54,7 @@ def check_settings(recipe: Recipe) -> None:
         read_prompts(recipe.calibration.make.prompts_file)  # activation ranges are measured on them
         read_calibration(recipe.calibration.file)
     else:
-<<<<<<< HEAD
-        config = recipe.calibration.make
-        check_num_prompts(len(read_prompts(config.prompts_file)[: config.num_prompts]), config)
-=======
         check_prompts(recipe.calibration.make)
->>>>>>> pair
 
 
 def check_prompts(config: CalibrationConfig) -> None:
@@ -74,6 +69,7 @@ def check_prompts(config: CalibrationConfig) -> None:
             f"calibration.make.num_prompts: {config.num_prompts} are asked for and {config.prompts_file} holds {found}: add prompts, or give a "
             "smaller number"
         )
+    check_num_prompts(config.num_prompts or found, config)
     most = (config.num_prompts or found) * config.max_tokens
     confidence = 1 - (1 - config.confidence) / len(config.families)
     least = poisson_upper(0, confidence) / most
