@@ -7,6 +7,7 @@ May import: ssv.plugins.contract.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,8 +210,9 @@ def verify_sampled(
                     continue
             weight_1V = target_prob_RV[r : r + 1]
             if not is_last:
-                weight_1V = weight_1V - draft_prob_BKV[b, k]
-            num_kept[b], next_token[b] = k, int(draw(weight_1V, next_uniform_B[b : b + 1]))
+                # NumPy's: a row is too short to be worth sharing among torch's threads.
+                weight_1V = torch.from_numpy(weight_1V.cpu().numpy() - draft_prob_BKV[b, k].cpu().numpy())
+            num_kept[b], next_token[b] = k, int(draw(weight_1V, next_uniform_B[b : b + 1].cpu()))
             if next_token[b] < 0:
                 # p = q leaves no residual; rounding aside, nothing is rejected then.
                 next_token[b] = int(draw(target_prob_RV[r : r + 1], next_uniform_B[b : b + 1]))
@@ -232,20 +234,20 @@ def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
     check_draw(prob_RV, uniform_R)
     # What is uniform as a double may be 1 as a float.
     uniforms = (uniform_R * 2.0**UNIFORM_BITS).long().clamp(max=2**UNIFORM_BITS - 1).tolist()
-    tokens = [_drawn(prob_V, uniform) for prob_V, uniform in zip(prob_RV, uniforms, strict=True)]
+    rows = prob_RV.cpu().numpy()
+    tokens = [_drawn(prob_V, uniform) for prob_V, uniform in zip(rows, uniforms, strict=True)]
     return torch.tensor(tokens, dtype=torch.int32).to(prob_RV.device)
 
 
-def _drawn(prob_V: Tensor, uniform: int) -> int:
+def _drawn(prob_V: np.ndarray, uniform: int) -> int:
     """See `draw`; the uniform number in its units."""
     # Few tokens have any probability after top-k or top-p, and NaN counts as none.
-    token_P = (prob_V > 0).nonzero()[:, 0]
-    # In units, int64.
-    cumulative_P = (prob_V[token_P] * 2.0**DRAW_BITS).long().cumsum(dim=0)
+    token_P = np.flatnonzero(prob_V > 0)
+    cumulative_P = (prob_V[token_P] * np.float32(2.0**DRAW_BITS)).astype(np.int64).cumsum()
     total = int(cumulative_P[-1]) if len(cumulative_P) else 0
     if not total:
         return -1
-    return int(token_P[torch.searchsorted(cumulative_P, uniform * total >> UNIFORM_BITS, right=True)])
+    return int(token_P[cumulative_P.searchsorted(uniform * total >> UNIFORM_BITS, side="right")])
 
 
 def _rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

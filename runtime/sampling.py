@@ -35,19 +35,20 @@ def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
     equal logits the lower token id comes first, at the edges of top-k and top-p too. A row does not depend on the others.
     """
     vocab = logits_RV.shape[1]
+    logits_RV = logits_RV.float()
     greedy_R = params.temperature_R == 0
-    scaled_RV = logits_RV.float()
-    # Differences to the largest, and a floor: a tiny temperature must not divide into infinities.
-    scaled_RV = scaled_RV - scaled_RV.amax(dim=1, keepdim=True)
-    scaled_RV = scaled_RV / torch.where(greedy_R, 1.0, params.temperature_R.clamp(min=1e-6))[:, None]
+    # A floor: a tiny temperature must not divide into infinities.
+    temperature_R1 = params.temperature_R.clamp(min=1e-6).where(~greedy_R, 1.0)[:, None]
     keeps_some_R = ((params.top_k_R > 0) & (params.top_k_R < vocab)) | (params.top_p_R < 1)
     filtered_R = keeps_some_R & ~greedy_R
     if bool(filtered_R.all()):
-        return _filtered(scaled_RV, params.top_k_R, params.top_p_R)
-    probability_RV = scaled_RV.softmax(dim=1)
+        return _filtered(logits_RV, temperature_R1, params.top_k_R, params.top_p_R)
+    probability_RV = _softmax(logits_RV, logits_RV.amax(dim=1, keepdim=True), temperature_R1)
     if bool(filtered_R.any()):
         rows = filtered_R.nonzero()[:, 0]
-        probability_RV[rows] = _filtered(scaled_RV[rows], params.top_k_R[rows], params.top_p_R[rows])
+        probability_RV[rows] = _filtered(
+            logits_RV[rows], temperature_R1[rows], params.top_k_R[rows], params.top_p_R[rows]
+        )
     if bool(greedy_R.any()):
         rows = greedy_R.nonzero()[:, 0]
         probability_RV[rows] = 0.0
@@ -55,26 +56,36 @@ def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
     return probability_RV
 
 
-def _filtered(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-    """`probabilities` of rows, the largest of each being 0, that do not keep all tokens.
+def _softmax(logits_RV: Tensor, largest_R1: Tensor, temperature_R1: Tensor) -> Tensor:
+    # Differences to the largest: finite however small the temperature is.
+    return ((logits_RV - largest_R1) / temperature_R1).softmax(dim=1)
+
+
+def _filtered(logits_RV: Tensor, temperature_R1: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """`probabilities` of rows that do not keep all tokens.
 
     Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting all. C grows until
     it holds what every row keeps, and all equals of the least likely of these.
     """
-    rows, vocab = scaled_RV.shape
+    rows, vocab = logits_RV.shape
     top_k_R1, top_p_R1 = top_k_R.where(top_k_R > 0, vocab).clamp(max=vocab)[:, None], top_p_R[:, None]
     of_all_R1 = top_k_R1 == vocab
     most = int(top_k_R1.where(~of_all_R1, 0).max())
-    # 1 over the largest probability is the sum of exp: that of a row is the same beside any other rows.
-    all_mass_R1 = 1 / scaled_RV.softmax(dim=1).amax(dim=1, keepdim=True).double() if bool(of_all_R1.any()) else 0.0
+    all_mass_R1: Tensor | None = None
     count = max(FIRST_SELECTED, most + 1)
     while True:
         count = min(count, vocab)
-        value_RC, token_RC = scaled_RV.topk(count, dim=1)
-        weight_RC = value_RC.double().exp()
+        value_RC, token_RC = logits_RV.topk(count, dim=1)
+        weight_RC = ((value_RC - value_RC[:, :1]) / temperature_R1).double().exp()
         mass_RC = weight_RC.cumsum(dim=1)  # one after the other, so that C does not change it
-        rank_C = torch.arange(count, device=scaled_RV.device)
-        mass_R1 = torch.where(of_all_R1, all_mass_R1, mass_RC.gather(1, (top_k_R1 - 1).clamp(max=count - 1)))
+        rank_C = torch.arange(count, device=logits_RV.device)
+        mass_R1 = mass_RC.gather(1, (top_k_R1 - 1).clamp(max=count - 1))
+        if bool(of_all_R1.any()):
+            if all_mass_R1 is None:
+                # 1 over the largest probability is the sum of exp: that of a row is the same beside any other rows.
+                probability_RV = _softmax(logits_RV, value_RC[:, :1], temperature_R1)
+                all_mass_R1 = 1 / probability_RV.gather(1, token_RC[:, :1]).double()
+            mass_R1 = torch.where(of_all_R1, all_mass_R1, mass_R1)
         # A top_p of 1 keeps all, also where rounding has the mass before the last tokens reach the whole.
         kept_RC = (mass_RC - weight_RC < top_p_R1 * mass_R1) | (rank_C == 0) | (top_p_R1 == 1)
         num_kept_R1 = (kept_RC & (rank_C < top_k_R1)).sum(dim=1, keepdim=True)
@@ -88,7 +99,7 @@ def _filtered(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
     last_R1 = equals_RC.gather(1, num_kept_R1 - above_RC.sum(dim=1, keepdim=True) - 1)
     kept_RC = above_RC | (equal_RC & (token_RC <= last_R1))
     probability_RC = (weight_RC / mass_RC.gather(1, num_kept_R1 - 1)).where(kept_RC, 0.0).float()
-    return scaled_RV.new_zeros(rows, vocab).scatter_(1, token_RC, probability_RC)
+    return logits_RV.new_zeros(rows, vocab).scatter_(1, token_RC, probability_RC)
 
 
 def without_tokens(logits_RV: Tensor, is_banned_R: Tensor, token_ids: Tensor) -> Tensor:
