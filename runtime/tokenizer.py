@@ -59,7 +59,7 @@ class BundleTokenizer:
         _check_text(text)
         whole, own = self.inner.encode(text), self.inner.encode(text, add_special_tokens=False)
         added = len(whole) - len(own)
-        before = next((whole[:n] for n in range(added + 1) if whole[n : n + len(own)] == own), [])
+        before: list[int] = next((whole[:n] for n in range(added + 1) if whole[n : n + len(own)] == own), [])
         return tuple(own if own[: len(before)] == before else [*before, *own])
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
