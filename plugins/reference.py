@@ -211,8 +211,9 @@ def verify_sampled(
             weight_1V = target_prob_RV[r : r + 1]
             if not is_last:
                 # NumPy's: a row is too short to be worth sharing among torch's threads.
-                weight_1V = torch.from_numpy(weight_1V.cpu().numpy() - draft_prob_BKV[b, k].cpu().numpy())
-            num_kept[b], next_token[b] = k, int(draw(weight_1V, next_uniform_B[b : b + 1].cpu()))
+                residual_1V = weight_1V.cpu().numpy() - draft_prob_BKV[b, k].cpu().numpy()
+                weight_1V = torch.from_numpy(residual_1V).to(next_uniform_B.device)
+            num_kept[b], next_token[b] = k, int(draw(weight_1V, next_uniform_B[b : b + 1]))
             if next_token[b] < 0:
                 # p = q leaves no residual; rounding aside, nothing is rejected then.
                 next_token[b] = int(draw(target_prob_RV[r : r + 1], next_uniform_B[b : b + 1]))

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from ssv.builder import pair
-from ssv.builder.calibrate import Calibration, Trial
+from ssv.builder.calibrate import MIN_PROMPTS, Calibration, Trial
 from ssv.builder.checkpoint import hf_config
 from ssv.builder.config import CalibrationConfig, load_recipe
 from ssv.builder.manifest import Manifest, read_manifest
@@ -52,7 +52,8 @@ def write_recipe(base: Path) -> Path:
     fast.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(hf_config(spec, [1], torch.float32)))
     lines = [
-        json.dumps({"id": str(i), "prompt": " ".join(f"w{(7 * i + j) % 105}" for j in range(20))}) for i in range(9)
+        json.dumps({"id": str(i), "prompt": " ".join(f"w{(7 * i + j) % 105}" for j in range(20))})
+        for i in range(MIN_PROMPTS)
     ]
     (base / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     path = base / "recipe.yaml"

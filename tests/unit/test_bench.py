@@ -26,7 +26,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_bench(folder: Path, *options: str) -> int:
     return bench.main(
-        ["--bundle", str(folder / "bundle"), "--prompts", str(folder / "prompts.jsonl"), "--max-tokens", "12", *options]
+        [
+            "--bundle",
+            str(folder / "bundle"),
+            "--prompts",
+            str(folder / "prompts.jsonl"),
+            "--max-tokens",
+            "12",
+            "--num-prompts",
+            "9",
+            *options,
+        ]
     )
 
 

@@ -62,10 +62,15 @@ PROMPT = json.dumps({"prompt": "w1 w2"})
         ("accept_below: [0.1]", "accept_below: [0.1], max_tokens: 440", "prompt 1 has 2. tokens, with max_tokens 440"),
         (
             "accept_below: [0.1]",
-            "accept_below: [0.1], num_prompts: 10",
-            r"num_prompts: 10 are asked for .* holds 9: add",
+            "accept_below: [0.1], num_prompts: 201",
+            r"num_prompts: 201 are asked for .* holds 200: add",
         ),
-        ("accept_below: [0.1]", "accept_below: [0.1], limits: {turbo: 0.001}", "limits.turbo: 1152 tokens without any"),
+        ("accept_below: [0.1]", "accept_below: [0.1], num_prompts: 199", "199 prompts are too few .* at least 200"),
+        (
+            "accept_below: [0.1]",
+            "accept_below: [0.1], limits: {turbo: 0.0001}",
+            "limits.turbo: 25600 tokens without any",
+        ),
         ("precision: fp32", ENGINE.format("max_length: 1024"), "max_length 1024 exceeds the model's 512 positions"),
         ("precision: fp32", ENGINE.format("checkpoint: nowhere"), r"engines\.0\.checkpoint: .*nowhere is not there"),
         ("precision: fp32", ENGINE.format("plugins: 'on'"), "has no plugins"),
@@ -81,7 +86,7 @@ def test_a_recipe_that_cannot_be_built_is_refused_first(
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     (tmp_path / "half.jsonl").write_text(PROMPT + '\n{"prompt": "\\ud83d"}\n')
-    (tmp_path / "long.jsonl").write_text(PROMPT + "\n" + json.dumps({"prompt": "w3 " * 600}) + "\n")
+    (tmp_path / "long.jsonl").write_text(PROMPT + "\n" + (json.dumps({"prompt": "w3 " * 600}) + "\n") * 199)
     tiers = {"premium": {"policy": {"accept_below": 0, "verify_above": 0.5, "risk_budget": 0.5, "max_pending": 4}}}
     document = {"made_for": {"target": "0" * 64}, "settings": {"limits": {}}, "tiers": tiers}
     (tmp_path / "other.json").write_text(json.dumps(document))
@@ -95,7 +100,7 @@ def test_a_recipe_that_cannot_be_built_is_refused_first(
 
 def test_a_prompt_may_hold_what_only_python_takes_for_a_line_break(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(
-        "\ufeff" + (json.dumps({"prompt": "w1\u2028w2"}, ensure_ascii=False) + "\n") * 9
+        "\ufeff" + (json.dumps({"prompt": "w1\u2028w2"}, ensure_ascii=False) + "\n") * 200
     )
     with pytest.raises(AssertionError, match="built"):
         build(recipe, tmp_path / "bundle")
