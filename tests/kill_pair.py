@@ -37,6 +37,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell has what it runs in the background ignore it, and children would too
     args.work.mkdir(parents=True)
     recipe, out, rng = write_recipe(args.work), args.work / "bundle", random.Random(args.seed)
     recipe.write_text(RECIPES[0])

@@ -16,7 +16,6 @@ from tiny_bundle import RECIPE, build, write_recipe
 
 from ssv.builder import pair
 from ssv.builder.cli import main
-from ssv.builder.compile_job import _die_with
 from ssv.builder.console import ended_by_sigterm, run_command
 
 
@@ -161,18 +160,21 @@ def test_sigterm_tidies_up_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) ->
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
+CHILD = "import time; print('up', flush=True); time.sleep(600)"
+PARENT = f"""
+import os, signal, subprocess, sys
+from ssv.builder.compile_job import _die_with
+me = os.getpid()
+subprocess.Popen([sys.executable, "-c", {CHILD!r}], preexec_fn=lambda: _die_with(me))
+signal.pause()
+"""
+
+
+def test_a_child_does_not_outlive_its_parent() -> None:
     """SIGKILL leaves a parent no time to end its child."""
-    reading, writing = os.pipe()
-    parent = os.fork()
-    if parent == 0:
-        me = os.getpid()
-        command = [sys.executable, "-c", "import sys, time; print('up', flush=True); time.sleep(600)"]
-        subprocess.Popen(command, stdout=writing, preexec_fn=lambda: _die_with(me))
-        signal.pause()
-    os.close(writing)
-    assert os.read(reading, 3) == b"up\n"
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    assert os.read(reading, 1) == b""  # the end: nobody holds the other side any more
-    os.close(reading)
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        said = parent.stdout.readline()
+        parent.kill()
+        assert said == b"up\n"
+        assert parent.stdout.read() == b""  # the end: nobody holds the other side any more
