@@ -136,10 +136,8 @@ def check_openings(file: Path | None, target: Target) -> None:
     """
     try:
         empty = file is not None and not openings_of(file, target.tokenizer)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"openings_file: {file} cannot be read ({error}): give a text file, one opening a line"
-        ) from error
+    except ValueError as error:
+        raise RecipeError(f"openings_file: {error}") from error
     if empty:
         raise RecipeError(f"openings_file: {file} holds no openings: give one a line, or leave the key out")
 

@@ -209,6 +209,7 @@ class LLM:
         loop = self.loop()
         for index, request in enumerate(requests):
             policy = policy_for(request.method, self.tiers, request.num_draft_tokens)
+            loop.batch.check(request.prompt_ids, request.params, policy)  # what is no token has no text either
             loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
         while loop.has_work:
             yield from loop.step()
