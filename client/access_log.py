@@ -156,7 +156,8 @@ def _write(scope: Scope, access: Access) -> None:
     status = access.status
     if status is None:  # cancelled before anything was sent
         status, access.reason = 499, access.reason or "cancelled"
-    level = logging.INFO if status < 400 else logging.WARNING if status < 500 else logging.ERROR
+    # A refusal (full, draining, starting) is no fault of the server's.
+    level = logging.INFO if status < 400 else logging.WARNING if status < 500 or status == 503 else logging.ERROR
     shown = ("answer", "tier", "stream", "prompt_tokens", "output_tokens", "first_token_s", "reason", "code", "param")
     fields = {name: value for name in shown if (value := getattr(access, name)) is not None}
     if fields.get("answer") == access.id:

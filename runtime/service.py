@@ -202,6 +202,7 @@ class Service:
             params = request.params
             try:
                 policy = policy_for(request.method, self._llm.tiers, request.num_draft_tokens)
+                self._loop.batch.check(request.prompt_ids, params, policy)  # what is no token has no text either
                 text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
                 audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share
                 client = _Client(sink, request, audited)
