@@ -83,12 +83,12 @@ def staging(out: Path) -> Iterator[Stage]:
         bundle_at(out)  # building may have taken hours, in which files of the user's came
         _make_durable(stage.bundle)
         exchange(stage.bundle, out)
-        shutil.rmtree(stage.work, ignore_errors=True)
+        _clear(stage.work)
     finally:
         if stage.work.exists() and stage.holds_finished:
             notice(f"what has been finished is kept in {stage.work}, the same command goes on from there")
         else:
-            shutil.rmtree(stage.work, ignore_errors=True)
+            _clear(stage.work)
         os.close(lock)
 
 
@@ -109,7 +109,8 @@ def exchange(new: Path, place: Path) -> None:
                 if not place.exists():
                     retired.rename(place)
                 raise
-            shutil.rmtree(retired, ignore_errors=True)
+            # Where it is certainly ours: deleted only in part it could not be told from a stranger's any more.
+            retired.rename(new)
     except OSError as error:
         raise BundleError(f"{place} cannot be replaced ({error.strerror}): choose another folder") from error
     _sync(place.parent)
@@ -121,6 +122,10 @@ def exchange(new: Path, place: Path) -> None:
 def _lock(stage: Stage) -> int:
     """Descriptor of the folder's lock, held until it is closed or the process dies."""
     path = stage.work / _LOCK
+    if stage.work.is_dir() and any(stage.work.iterdir()) and not path.exists():
+        raise BundleError(
+            f"{stage.work} is none of ours and in the way: move it, or choose another folder for the bundle"
+        )
     while True:
         stage.work.mkdir(exist_ok=True)
         try:
@@ -144,22 +149,32 @@ def _lock(stage: Stage) -> int:
 
 def _tidy(stage: Stage) -> None:
     """Restores a bundle that a killed exchange had set aside, and removes what dead runs have left beside finished parts."""
-    retired = retired_place(stage.out)
-    if os.path.lexists(retired):
-        if stage.out.exists():
-            _remove(retired)
-        else:
-            retired.rename(stage.out)
     for path in stage.work.iterdir():
         if path.name not in (_BUNDLE, _LOCK, RECORD_NAME) and not path.name.startswith(_QUANTIZED):
             _remove(path)
+    retired = retired_place(stage.out)
+    if bundle_at(retired) is not None:
+        if bundle_at(stage.out) is not None:
+            aside = stage.work / retired.name
+            retired.rename(aside)
+            _remove(aside)
+        else:
+            retired.rename(stage.out)  # an empty folder gives way
     # Earlier versions quantized beside the bundle, in folders that hold nothing else.
     for path in stage.out.parent.glob(f".{_QUANTIZED}*"):
-        if path.is_dir() and {each.name.strip(".").removesuffix(".part") for each in path.iterdir()} <= {
-            "target",
-            "draft",
-        }:
+        held = {each.name.strip(".").removesuffix(".part") for each in path.iterdir()} if path.is_dir() else set()
+        if held and held <= {"target", "draft"}:
             _remove(path)
+
+
+def _clear(work: Path) -> None:
+    """Removes the hidden folder, what shows that it is ours last."""
+    if not work.exists():
+        return
+    for path in work.iterdir():
+        if path.name != _LOCK:
+            _remove(path)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from ssv.builder import staging as module
-from ssv.builder.manifest import BundleError, Manifest, TierEntry, file_entry, read_manifest, write_manifest
+from ssv.builder.manifest import (
+    BundleError,
+    Manifest,
+    TierEntry,
+    file_entry,
+    read_manifest,
+    retired_place,
+    write_manifest,
+)
 from ssv.builder.place import bundle_at
 from ssv.builder.staging import exchange, staging
 from ssv.builder.tiers import Policy
@@ -180,6 +188,7 @@ def test_a_live_run_is_left_alone_and_a_dead_ones_rest_is_removed(out: Path) -> 
     dead = out.parent / ".bundle.building"
     (dead / "bundle" / "target").mkdir(parents=True)
     (dead / "draft").mkdir()
+    (dead / "lock").touch()  # what every run makes first and removes last
     (out.parent / ".quantized-x1" / "target").mkdir(parents=True)
     (out.parent / ".quantized-mine").mkdir()
     (out.parent / ".quantized-mine" / "notes.txt").write_text("")
@@ -296,3 +305,26 @@ def test_a_file_a_link_to_nowhere_and_an_empty_folder(tmp_path: Path) -> None:
     publish(tmp_path / "link", "new")
     assert read_manifest(tmp_path / "later").name == read_manifest(tmp_path / "empty").name == "new"
     shutil.rmtree(tmp_path / "empty")
+
+
+def test_a_bundle_set_aside_is_put_back_over_an_empty_folder(tmp_path: Path) -> None:
+    """It is the only one there is, and the build may fail."""
+    out = tmp_path / "bundle"
+    fill(retired_place(out), "old")
+    out.mkdir()
+    with pytest.raises(RuntimeError, match="fails"), staging(out):
+        raise RuntimeError("the build fails")
+    assert bundle_at(out) is not None
+    assert not retired_place(out).exists()
+
+
+@pytest.mark.parametrize("name", [".bundle.retired", ".bundle.building"])
+def test_hidden_folders_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    fill(out, "old")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match="bundle"), staging(out):
+        pytest.fail("it began to build")
+    assert (tmp_path / name / "notes.txt").read_text() == "mine"
+    assert bundle_at(out) is not None
