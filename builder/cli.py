@@ -316,18 +316,16 @@ def calibrate_bundle(
     threads: int | None,
 ) -> Calibration:
     """Calibrates a bundle by decoding with the torch engine."""
-    from ssv.builder.calibrate import PromptResult, calibrate, check_num_prompts
+    from ssv.builder.calibrate import PromptResult, calibrate
     from ssv.builder.prompts import read_prompts
     from ssv.runtime.audit import audit
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
 
-    texts = read_prompts(config.prompts_file)[: config.num_prompts]
-    check_num_prompts(len(texts), config)
     with waiting(f"loading {bundle}") as say:
         llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, threads=threads, say=say)
     params = SamplingParams(max_tokens=config.max_tokens)
-    prompts = [llm.chat_ids(text) for text in texts]
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
 
     def run(policy: Policy) -> list[PromptResult]:
         llm.tiers["turbo"] = policy  # the policy on trial takes a tier's place

@@ -48,21 +48,17 @@ def activation_ranges(module: nn.Module, run: Callable[[], object]) -> Ranges:
     return ranges
 
 
-def smooth_decoder(decoder: Decoder, ranges: Ranges, prefix: str = "") -> None:
+def smoothed_parts(decoder: Decoder, ranges: Ranges, prefix: str = "") -> Iterator[nn.Module]:
     """Smooths, in place, every linear layer whose input is made by a norm or by the gated MLP. The decoder's function stays
     the same. Its LM head must not share its weight with the embedding any more (it is copied here).
+
+    Yields each layer and then the decoder itself, once it is smoothed: who packs a part before asking for the next never holds the
+    whole decoder in fp32. All of them have to be taken.
 
     Args:
         decoder: of any floating type; what is smoothed becomes fp32.
         ranges: of the decoder's linear layers; keys begin with `prefix`.
     """
-    for _ in smoothed_parts(decoder, ranges, prefix):
-        pass
-
-
-def smoothed_parts(decoder: Decoder, ranges: Ranges, prefix: str = "") -> Iterator[nn.Module]:
-    """As `smooth_decoder`, one part after the other: each layer and then the decoder itself, once it is smoothed. Who packs a part before
-    asking for the next never holds the whole decoder in fp32."""
     for index, layer in enumerate(decoder.blocks()):
         _smooth_layer(layer, ranges, f"{prefix}layers.{index}.")
         yield layer

@@ -3,7 +3,7 @@
 The products are torch's own (FBGEMM), with exact integer accumulation; what lies between them is fused in `_cpu.c`. Per-row
 activation scales keep rows independent: verifying eight tokens gives bit for bit what decoding them one by one gives.
 
-Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smooth_decoder` wins back most of
+Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smoothed_parts` wins back most of
 what that costs in quality.
 
 Shapes: M tokens of the step (of all its B rows), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,

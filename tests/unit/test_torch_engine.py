@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, DraftKind, draft_spec
 from ssv.builder.scorer import Scorer
-from ssv.builder.smoothing import Ranges, activation_ranges, smooth_decoder, smooth_join
+from ssv.builder.smoothing import Ranges, activation_ranges, smooth_join, smoothed_parts
 from ssv.runtime import cpu_int8, torch_engine
 from ssv.runtime.cpu_int8 import FusedScorer, quantize_rows
 from ssv.runtime.engine import EngineError, StepOutput
@@ -484,7 +484,7 @@ def test_smoothing_keeps_the_function(shape: dict[str, Any]) -> None:
     decoder, ids_BT = tiny_decoder(**(shape | {"tie_embeddings": False})), tiny_ids(2, 16)
     decoder = with_outliers(decoder)
     smoothed = copy.deepcopy(decoder)
-    smooth_decoder(smoothed, ranges_of(decoder))
+    list(smoothed_parts(smoothed, ranges_of(decoder)))
     assert not torch.equal(smoothed.lm_head.weight, decoder.lm_head.weight)
     assert relative_error(whole_window(smoothed, ids_BT)[1], whole_window(decoder, ids_BT)[1]) < 1e-4
 
@@ -492,7 +492,7 @@ def test_smoothing_keeps_the_function(shape: dict[str, Any]) -> None:
 def test_smoothing_a_tied_head_leaves_the_embedding() -> None:
     decoder = tiny_decoder(tie_embeddings=True)
     expected, embedding = whole_window(decoder, tiny_ids(1, 8))[1], decoder.embed.weight.clone()
-    smooth_decoder(decoder, ranges_of(decoder))
+    list(smoothed_parts(decoder, ranges_of(decoder)))
     assert torch.equal(decoder.embed.weight, embedding)
     assert relative_error(whole_window(decoder, tiny_ids(1, 8))[1], expected) < 1e-4
 
