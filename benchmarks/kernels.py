@@ -45,9 +45,9 @@ def main() -> int:
         figures["ops"].append(score_figures(bench, rows, args.vocab, args.hidden))
     for batch, tokens in ((1, 9), (8, 9), (256, 8)):
         figures["ops"].append(gather_figures(bench, batch, tokens, args.hidden))
-    for batch in (1, 8, 64):
-        figures["ops"].append(greedy_figures(bench, batch, 8, args.vocab))
-        figures["ops"].append(sampled_figures(bench, batch, 8, args.vocab))
+    for rows in (1, 9, 72, 576):
+        for kept in (1.0, 0.0005):
+            figures["ops"].append(choose_figures(bench, rows, args.vocab, kept))
     for op in figures["ops"]:
         print(op, file=sys.stderr)
     write_record(figures, args.out, versions("torch", "triton"), "cuda")
@@ -98,48 +98,21 @@ def gather_figures(bench: Bench, batch: int, tokens: int, hidden: int) -> dict[s
     }
 
 
-def greedy_figures(bench: Bench, batch: int, drafted: int, vocab: int) -> dict[str, Any]:
-    """`verify_greedy` where every drafted token is judged and kept, which reads most; beside reading the logits once."""
-    rows, start = _all_judged(batch, drafted)
-    ids = torch.full((batch, drafted), vocab // 2, dtype=torch.int32, device="cuda")
+def choose_figures(bench: Bench, rows: int, vocab: int, kept: float) -> dict[str, Any]:
+    """`choose` among all tokens, and among those that top-k or top-p has kept: a share of them, the others being -inf."""
+    seed, position = torch.arange(rows, device="cuda"), torch.arange(rows, device="cuda")
 
     def buffers() -> tuple[Tensor, ...]:
-        logits = _bf16(batch * (drafted + 1), vocab)
-        logits[:, vocab // 2] = 100
-        return (logits,)
+        x = torch.randn(rows, vocab, device="cuda")
+        return (x.masked_fill_(torch.rand_like(x) >= kept, -torch.inf),)
 
-    us = bench.time(lambda x: launch.verify_greedy(x, rows, start, ids), buffers)
-    read = bench.time(read_once, buffers)
-    eager = bench.time(lambda x: x.argmax(dim=1), buffers)
+    us = bench.time(lambda x: launch.choose(x, seed, position), buffers)
     return {
-        "op": "verify_greedy",
-        "shape": f"{batch} x {drafted} tokens x {vocab}",
-        **bench.figures(us, batch * (drafted + 1) * vocab * 2),
-        "read_kernel_us": read,
-        "beside_read_kernel_us": round(us - read, 2),
-        "eager_argmax_us": eager,
-    }
-
-
-def sampled_figures(bench: Bench, batch: int, drafted: int, vocab: int) -> dict[str, Any]:
-    """`verify_sampled` where the middle token is rejected: a row of each distribution is read."""
-    rows, start = _all_judged(batch, drafted)
-    ids = torch.full((batch, drafted), vocab // 2, dtype=torch.int32, device="cuda")
-    uniform = torch.full((batch, drafted), 1e-6, device="cuda")
-    uniform[:, drafted // 2] = 0.999999
-    next_uniform = torch.rand(batch, device="cuda")
-
-    def buffers() -> tuple[Tensor, ...]:
-        p = torch.randn(batch * (drafted + 1), vocab, device="cuda").softmax(dim=1)
-        q = torch.randn(batch, drafted, vocab, device="cuda").softmax(dim=2)
-        q[:, :, vocab // 2] = 0.5
-        return p, q
-
-    us = bench.time(lambda p, q: launch.verify_sampled(p, q, rows, start, ids, uniform, next_uniform), buffers)
-    return {
-        "op": "verify_sampled",
-        "shape": f"{batch} x {drafted} tokens x {vocab}",
-        **bench.figures(us, batch * 2 * vocab * 4),
+        "op": "choose",
+        "shape": f"{rows} x {vocab}, {kept:.2%} kept",
+        **bench.figures(us, rows * vocab * 4),
+        "eager_us": (eager := bench.time(lambda x: reference.choose(x, seed, position), buffers)),
+        "speedup_over_eager": round(eager / us, 1),
     }
 
 
@@ -199,11 +172,6 @@ def read_once(x: Tensor) -> Tensor:
     out = torch.empty(triton.cdiv(x.numel(), block), device=x.device)
     _read_kernel[(len(out),)](x, out, x.numel(), BLOCK=block, num_warps=16)
     return out
-
-
-def _all_judged(batch: int, drafted: int) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(batch * (drafted + 1), dtype=torch.int32, device="cuda")
-    return rows, torch.arange(0, len(rows) + 1, drafted + 1, dtype=torch.int32, device="cuda")
 
 
 def _bf16(*shape: int) -> Tensor:

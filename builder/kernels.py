@@ -40,12 +40,9 @@ def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report
     draft = load_draft_head(bundle / "draft" / "draft.safetensors").spec
     scorer = load_scorer(bundle / "scorer.safetensors", draft.decoder.hidden_size)
     dtype = getattr(torch, config.dtype)
-    drafted = max(tier.policy.max_pending for tier in manifest.tiers.values())
     specs = [
         ("target", aot.gather_norm_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
         ("target", aot.sparse_gather_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
-        ("target", aot.verify_greedy_spec(target.vocab_size, drafted, dtype)),
-        ("target", aot.verify_sampled_spec(target.vocab_size, drafted)),
         ("draft", aot.gather_norm_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
         (
             "draft",

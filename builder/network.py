@@ -521,34 +521,16 @@ class Graph:
         weight = weight_H.view(*[1] * (len(x.shape) - 1), -1)
         return self.cast(self.mul(self.over_rms(x, eps), self.constant(weight, torch.float32)), self.dtype)
 
-    def cumulative_sum(self, x: Any, axis: int, *, reverse: bool = False) -> Any:
+    def cumulative_sum(self, x: Any, axis: int) -> Any:
         """Sums up to and with each element."""
         number = self._new_constant(torch.tensor(axis, dtype=torch.int32), torch.int32)
         op = self.trt.CumulativeOperation.SUM
-        return self._add("cumulative", self.network.add_cumulative(x, number, op, False, reverse))
+        return self._add("cumulative", self.network.add_cumulative(x, number, op, False, False))
 
     def scatter(self, x_M: Any, place_R: Any, update_R: Any) -> Any:
         """A vector with some elements replaced; no place may be named twice, unless by equal updates."""
         mode = self.trt.ScatterMode.ELEMENT
         return self._add("scatter", self.network.add_scatter(x_M, place_R, update_R, mode))
-
-    def gather_elements(self, x: Any, index: Any, axis: int) -> Any:
-        """One element of x along an axis, for each element of the index, which has x's other axes."""
-        layer = self.network.add_gather_v2(x, index, self.trt.GatherMode.ELEMENT)
-        layer.axis = axis
-        return self._add("elements", layer)
-
-    def without_last(self, x_M: Any) -> Any:
-        """A vector without its last element."""
-        size = self.sub(self.shape(x_M), self._new_constant(torch.tensor([1]), torch.int64))
-        slice_ = self.network.add_slice(x_M, (0,), (0,), (1,))
-        slice_.set_input(2, size)
-        return self._add("without_last", slice_)
-
-    def reshape_as(self, x: Any, like: Any) -> Any:
-        shuffle = self.network.add_shuffle(x)
-        shuffle.set_input(1, self.shape(like))
-        return self._add("reshape", shuffle)
 
     def integer(self, value: int, rank: int) -> Any:
         """int32, of as many axes as what it is combined with."""
@@ -562,12 +544,6 @@ class Graph:
 
     def or_(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.OR)
-
-    def min(self, a: Any, b: Any) -> Any:
-        return self._elementwise(a, b, self.trt.ElementWiseOperation.MIN)
-
-    def floor_div(self, a: Any, b: Any) -> Any:
-        return self._elementwise(a, b, self.trt.ElementWiseOperation.FLOOR_DIV)
 
     def add(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.SUM)

@@ -141,46 +141,6 @@ def sparse_gather_spec(hidden: int, hidden_type: torch.dtype, norm_type: torch.d
     )
 
 
-def verify_greedy_spec(vocab: int, max_drafted: int, logits_type: torch.dtype) -> Spec:
-    """`verify_greedy` of [R, V] logits and [B, K] drafted tokens, K at most `max_drafted`."""
-    i = torch.int32
-    return Spec(
-        name="verify_greedy",
-        kernel=kernels.verify_greedy_kernel,
-        inputs={"logits": logits_type, "row": i, "start": i, "drafted": i},
-        scalars=("tokens",),
-        outputs={"num_kept": i, "next_token": i},
-        constants={**launch.greedy_constants(vocab, max_drafted, logits_type), **_ALONE},
-        num_warps=launch.WARPS,
-        grid=lambda sizes: sizes["B"],
-        scalar_values=lambda sizes: (sizes["K"] + 1,),
-    )
-
-
-def verify_sampled_spec(vocab: int, max_drafted: int) -> Spec:
-    """`verify_sampled` of [R, V] and [B, K, V] distributions, K at most `max_drafted`."""
-    f, i = torch.float32, torch.int32
-    return Spec(
-        name="verify_sampled",
-        kernel=kernels.verify_sampled_kernel,
-        inputs={
-            "target_prob": f,
-            "draft_prob": f,
-            "row": i,
-            "start": i,
-            "drafted": i,
-            "accept_uniform": f,
-            "next_uniform": f,
-        },
-        scalars=("tokens",),
-        outputs={"num_kept": i, "next_token": i},
-        constants={**launch.sampled_constants(vocab, max_drafted), **_ALONE},
-        num_warps=launch.SAMPLED_WARPS,
-        grid=lambda sizes: sizes["B"],
-        scalar_values=lambda sizes: (sizes["K"] + 1,),
-    )
-
-
 def compile_ahead(spec: Spec, capability: str) -> Artefact:
     """Compiles a kernel for a compute capability such as "9.0", and assembles it once to see that it can be.
 

@@ -68,20 +68,6 @@ class Judged:
     start_B1: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Verdicts:
-    """What the target decided about each sequence.
-
-    Attributes:
-        num_kept_B: int32, drafted tokens that are kept, trusted ones included.
-        next_token_B: int32, the target's token after them: the correction of a rejected one, or the bonus; -1 for a sequence without
-            judged rows, and where a distribution gives no token any probability.
-    """
-
-    num_kept_B: Tensor
-    next_token_B: Tensor
-
-
 def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> None:
     """Raises OpError for arguments that `score` does not take."""
     rows, vocab = _matrix("score: logits", logits_RV)
@@ -125,51 +111,15 @@ def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, w
     _positive("sparse_gather: eps", eps)
 
 
-def check_verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> None:
-    """Raises OpError for arguments that `verify_greedy` does not take."""
-    rows, vocab = _matrix("verify_greedy: logits", logits_RV)
-    _tensor("verify_greedy: logits", logits_RV, (rows, vocab), FLOATS, logits_RV.device)
-    _columns("verify_greedy: logits", vocab, MAX_VOCAB)
-    _judged_rows("verify_greedy", rows, row_R, start_B1, drafted_BK, logits_RV.device)
-
-
-def check_verify_sampled(
-    target_prob_RV: Tensor,
-    draft_prob_BKV: Tensor,
-    row_R: Tensor,
-    start_B1: Tensor,
-    drafted_BK: Tensor,
-    accept_uniform_BK: Tensor,
-    next_uniform_B: Tensor,
-) -> None:
-    """Raises OpError for arguments that `verify_sampled` does not take."""
-    rows, vocab = _matrix("verify_sampled: target probabilities", target_prob_RV)
-    device = target_prob_RV.device
-    _tensor("verify_sampled: target probabilities", target_prob_RV, (rows, vocab), (torch.float32,), device)
-    _columns("verify_sampled: target probabilities", vocab, MAX_VOCAB)
-    batch, drafted = _judged_rows("verify_sampled", rows, row_R, start_B1, drafted_BK, device)
-    shape = (batch, drafted, vocab)
-    _tensor("verify_sampled: draft probabilities", draft_prob_BKV, shape, (torch.float32,), device)
-    _tensor("verify_sampled: accept uniforms", accept_uniform_BK, (batch, drafted), (torch.float32,), device)
-    _tensor("verify_sampled: next uniforms", next_uniform_B, (batch,), (torch.float32,), device)
-
-
-def check_draw(prob_RV: Tensor, uniform_R: Tensor) -> None:
-    """Raises OpError for arguments that `draw` does not take."""
-    rows, vocab = _matrix("draw: probabilities", prob_RV)
-    _tensor("draw: probabilities", prob_RV, (rows, vocab), (torch.float32,), prob_RV.device)
-    _columns("draw: probabilities", vocab, MAX_VOCAB)
-    _tensor("draw: uniforms", uniform_R, (rows,), (torch.float32,), prob_RV.device)
-
-
-def _judged_rows(
-    op: str, rows: int, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor, device: torch.device
-) -> tuple[int, int]:
-    batch, drafted = _matrix(f"{op}: drafted", drafted_BK)
-    _tensor(f"{op}: drafted", drafted_BK, (batch, drafted), (torch.int32,), device)
-    _tensor(f"{op}: rows", row_R, (rows,), (torch.int32,), device)
-    _tensor(f"{op}: starts", start_B1, (batch + 1,), (torch.int32,), device)
-    return batch, drafted
+def check_choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None) -> None:
+    """Raises OpError for arguments that `choose` does not take."""
+    rows, vocab = _matrix("choose: logits", x_RV)
+    _tensor("choose: logits", x_RV, (rows, vocab), (torch.float32,), x_RV.device)
+    _columns("choose: logits", vocab, MAX_VOCAB)
+    _tensor("choose: seeds", seed_R, (rows,), (torch.int64,), x_RV.device)
+    _tensor("choose: positions", position_R, (rows,), (torch.int64,), x_RV.device)
+    if token_V is not None:
+        _tensor("choose: tokens", token_V, (vocab,), (torch.int64,), x_RV.device)
 
 
 def _matrix(name: str, tensor: Tensor) -> tuple[int, int]:

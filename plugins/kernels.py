@@ -28,8 +28,6 @@ from ssv.plugins import reference
 _MIN_BELOW = tl.constexpr(reference.MIN_BELOW)
 _MIN_REST = tl.constexpr(reference.MIN_REST)
 _MAX_LOGIT = tl.constexpr(reference.MAX_LOGIT)
-_DRAW_BITS = tl.constexpr(reference.DRAW_BITS)
-_UNIFORM_BITS = tl.constexpr(reference.UNIFORM_BITS)
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -186,140 +184,38 @@ def sparse_gather_kernel(
 
 
 @triton.jit
-def verify_greedy_kernel(
-    logits,
-    row,
-    start,
-    drafted,
-    tokens,
-    num_kept,
-    next_token,
-    partial,
-    arrived,
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANES: tl.constexpr,
-    PIECE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """Grid (B, SPLITS, T): a program reads its share of one row of a sequence. With SPLITS = 1 the grid is (B,): a program reads a sequence's
-    rows one after the other, and stops at the first rejection."""
-    b = tl.program_id(0)
-    begin = tl.load(start + b)
-    end = tl.load(start + b + 1)
-    TILE: tl.constexpr = BLOCKS * LANES * PIECE
-    SHARE: tl.constexpr = (VOCAB + SPLITS * TILE - 1) // (SPLITS * TILE)
-    if SPLITS == 1:
-        kept = 0
-        chosen = -1
-        r = begin
-        while r < end:
-            k = tl.load(row + r) - b * tokens
-            _, best = _largest_of_share(logits + r.to(tl.int64) * VOCAB, 0, SHARE, VOCAB, BLOCKS, LANES, PIECE)
-            is_last = r == end - 1
-            wanted = tl.load(drafted + b * (tokens - 1) + k, mask=~is_last, other=-1)
-            r += 1
-            if is_last | (best != wanted):
-                kept = k
-                chosen = best
-                r = end
-        tl.store(num_kept + b, kept)
-        tl.store(next_token + b, chosen)
-    else:
-        split = tl.program_id(1)
-        r = begin + tl.program_id(2)
-        if r < end:
-            line = logits + r.to(tl.int64) * VOCAB
-            top, best = _largest_of_share(line, split * SHARE, SHARE, VOCAB, BLOCKS, LANES, PIECE)
-            own = partial + (r * SPLITS + split) * 2
-            tl.store(own, top)
-            tl.store(own + 1, best.to(tl.float32))  # exact: below 2^24
-        # All programs of a sequence come here, so that one without rows has its verdict too.
-        if _arrive(arrived + b, SPLITS * tokens):
-            j = tl.arange(0, BLOCK_J)
-            is_row = j < end - begin
-            at = partial + ((begin + j[:, None]) * SPLITS + tl.arange(0, SPLITS)[None, :]) * 2
-            top_JS = tl.load(at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
-            token_JS = tl.load(at + 1, mask=is_row[:, None], other=0.0, cache_modifier=".cg").to(tl.int32)
-            top_J = tl.max(top_JS, axis=1)
-            token_J = tl.min(tl.where(top_JS == top_J[:, None], token_JS, VOCAB - 1), axis=1)
-            k_J = tl.load(row + begin + j, mask=is_row, other=0) - b * tokens
-            is_last = j == end - begin - 1
-            wanted_J = tl.load(drafted + b * (tokens - 1) + k_J, mask=is_row & ~is_last, other=-1)
-            stops = is_last | (is_row & (token_J != wanted_J))
-            at_stop = j == tl.min(tl.where(stops, j, BLOCK_J), axis=0)
-            tl.store(num_kept + b, tl.sum(tl.where(at_stop, k_J, 0), axis=0))
-            tl.store(next_token + b, tl.max(tl.where(at_stop, token_J, -1), axis=0))
-
-
-@triton.jit
-def verify_sampled_kernel(
-    target_prob,
-    draft_prob,
-    row,
-    start,
-    drafted,
-    accept_uniform,
-    next_uniform,
-    tokens,
-    num_kept,
-    next_token,
-    partial,
-    arrived,
-    VOCAB: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """Grid (B, SPLITS). Single probabilities up to the first rejection, then one row of each distribution, shared by the programs: sums of
-    its blocks first, and the one block in which the running sum passes the threshold again."""
-    b = tl.program_id(0)
-    split = tl.program_id(1)
-    begin = tl.load(start + b)
-    num_judged = tl.load(start + b + 1) - begin
-    j = tl.arange(0, BLOCK_J)
-    k = tl.load(row + begin + j, mask=j < num_judged, other=0) - b * tokens
-    is_token = j < num_judged - 1
-    drafted_row = b.to(tl.int64) * (tokens - 1) + k
-    x = tl.load(drafted + drafted_row, mask=is_token, other=0)
-    # What is no token has no probability, and is rejected.
-    is_known = is_token & (x >= 0) & (x < VOCAB)
-    p = tl.load(target_prob + (begin + j).to(tl.int64) * VOCAB + x, mask=is_known, other=0.0)
-    q = tl.load(draft_prob + drafted_row * VOCAB + x, mask=is_known, other=0.0)
-    u = tl.load(accept_uniform + drafted_row, mask=is_token, other=0.0)
-    at = tl.min(tl.where(is_token & (u * q >= p), j, num_judged - 1), axis=0)
-    k_at = tl.sum(tl.where((j == at) & (j < num_judged), k, 0), axis=0)
-    subtracts = at < num_judged - 1
-    p_row = target_prob + (begin + at).to(tl.int64) * VOCAB
-    q_row = draft_prob + (b.to(tl.int64) * (tokens - 1) + k_at) * VOCAB
-
-    SHARE: tl.constexpr = BLOCKS // SPLITS
-    s = tl.arange(0, BLOCKS)
-    # A sequence without rows has no distribution either: nothing of it is read.
-    sums = _block_sums(p_row, q_row, subtracts, split * SHARE, SHARE, num_judged > 0, VOCAB, BLOCK_V, BLOCKS)
-    is_finishing = True
-    if SPLITS > 1:
-        own = (s >= split * SHARE) & (s < (split + 1) * SHARE)
-        tl.store(partial + b * BLOCKS + s, sums, mask=own)
-        is_finishing = _arrive(arrived + b, SPLITS)
-        sums = tl.load(partial + b * BLOCKS + s, mask=is_finishing, other=0, cache_modifier=".cg")
-    if is_finishing:
-        total = tl.sum(sums, axis=0)
-        if subtracts & (total == 0):
-            subtracts = False
-            sums = _block_sums(p_row, q_row, subtracts, 0, BLOCKS, True, VOCAB, BLOCK_V, BLOCKS)
-            total = tl.sum(sums, axis=0)
-        steps = (tl.load(next_uniform + b) * 2.0**_UNIFORM_BITS).to(tl.int64)
-        threshold = (tl.minimum(steps, 2**_UNIFORM_BITS - 1) * total) >> _UNIFORM_BITS
-        block = tl.min(tl.where(tl.cumsum(sums, axis=0) > threshold, s, BLOCKS - 1), axis=0)
-        threshold -= tl.sum(tl.where(s < block, sums, 0), axis=0)
-        column = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        units = _units(p_row, q_row, subtracts, column, (column < VOCAB) & (total > 0))
-        chosen = tl.min(tl.where(tl.cumsum(units, axis=0) > threshold, column, VOCAB), axis=0)
-        tl.store(num_kept + b, k_at)
-        tl.store(next_token + b, tl.where(total > 0, chosen, -1))
+def choose_kernel(x, seed, position, token, index, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Grid (R,). Blocks in which nothing can be chosen, which are most of them after top-k or top-p, cost their reading alone."""
+    r = tl.program_id(0)
+    row = x + r.to(tl.int64) * VOCAB
+    key = tl.load(seed + r)
+    at = tl.load(position + r).to(tl.uint32)
+    lane = tl.arange(0, BLOCK_V)
+    best = tl.full((BLOCK_V,), -float("inf"), tl.float64)
+    best_column = tl.zeros((BLOCK_V,), tl.int32)
+    top = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    for start in range(0, VOCAB, BLOCK_V):
+        column = start + lane
+        x_V = tl.load(row + column, mask=column < VOCAB, other=-float("inf"))
+        top = tl.maximum(top, x_V, propagate_nan=_KEEP_NAN)
+        if tl.max(x_V, axis=0) > -float("inf"):
+            token_V = column
+            if token is not None:
+                token_V = tl.load(token + column, mask=column < VOCAB, other=0).to(tl.int32)
+            zero = tl.zeros((BLOCK_V,), tl.uint32)
+            w0, w1, w2, w3 = tl.philox(key, (token_V >> 2).to(tl.uint32), zero + at, zero, zero)
+            low = tl.where((token_V & 1) == 0, w0, w1)
+            high = tl.where((token_V & 1) == 0, w2, w3)
+            word = tl.where((token_V & 2) == 0, low, high)
+            noise = -tl.log(-tl.log((word.to(tl.float64) + 0.5) * 2.0**-32))
+            scored = x_V.to(tl.float64) + noise
+            best_column = tl.where(scored > best, column, best_column)
+            best = tl.maximum(best, scored)
+    largest = tl.max(best, axis=0)
+    found = tl.min(tl.where(best == largest, best_column, VOCAB - 1), axis=0)
+    # The largest of all is a number only where none is NaN.
+    most = tl.reduce(top, 0, _larger_or_nan)
+    tl.store(index + r, tl.where((most > -float("inf")) & (most < float("inf")), found, -1))
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -425,38 +321,6 @@ def _store_score(found, linear, of_rest, of_entropy, of_margin, token, prob, ent
 
 
 @triton.jit
-def _largest_of_share(
-    logits,
-    first_tile,
-    SHARE: tl.constexpr,
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANES: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """The largest logit of tiles `first_tile` to `first_tile + SHARE` of a row, and the first index of it."""
-    lane = tl.arange(0, LANES)
-    in_piece = tl.arange(0, PIECE)
-    offset = lane[:, None] * PIECE + in_piece[None, :]
-    top = tl.full((LANES,), -float("inf"), tl.float32)
-    block = tl.zeros((LANES,), tl.int32) + first_tile * BLOCKS
-    for tile in range(first_tile, first_tile + SHARE):
-        pieces = ()
-        for u in tl.static_range(BLOCKS):
-            column = (tile * BLOCKS + u) * (LANES * PIECE) + offset
-            pieces += (tl.load(logits + column, mask=column < VOCAB, other=-float("inf")),)
-        for u in tl.static_range(BLOCKS):
-            top_u = tl.max(pieces[u], axis=1).to(tl.float32)
-            block = tl.where(top_u > top, tile * BLOCKS + u, block)
-            top = tl.maximum(top, top_u)
-    largest = tl.max(top, axis=0)
-    piece = tl.min(tl.where(top == largest, block * LANES + lane, 2**31 - 1), axis=0)
-    column = piece * PIECE + in_piece
-    x = tl.load(logits + column, mask=column < VOCAB, other=-float("inf")).to(tl.float32)
-    return largest, tl.min(tl.where(x == largest, column, VOCAB - 1), axis=0)
-
-
-@triton.jit
 def _arrive(counter, expected):
     """Whether this program is the last of `expected` to come here; it sets the counter back for the next launch."""
     tl.debug_barrier()  # all threads' stores come before the counter
@@ -475,39 +339,14 @@ def _store_normed(x, weight, normed, column, HIDDEN: tl.constexpr, EPS: tl.const
 
 
 @triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=_KEEP_NAN)
+
+
+@triton.jit
 def _is_judged(zone, length, m, tokens, mask):
     b = m // tokens
     t = m - b * tokens
     last = tl.load(length + b, mask=mask, other=0) - 1
     is_gray = tl.load(zone + m, mask=mask, other=0) != 0
     return (t < last) & is_gray | (t == last)
-
-
-@triton.jit
-def _units(p_row, q_row, subtracts, column, mask):
-    """Probabilities, or what one exceeds the other by, in units of 2^-_DRAW_BITS."""
-    weight = tl.load(p_row + column, mask=mask, other=0.0)
-    weight -= tl.load(q_row + column, mask=mask & subtracts, other=0.0)
-    return (tl.where(weight > 0, weight, 0.0) * 2.0**_DRAW_BITS).to(tl.int64)
-
-
-@triton.jit
-def _block_sums(
-    p_row,
-    q_row,
-    subtracts,
-    first_block,
-    SHARE: tl.constexpr,
-    mask,
-    VOCAB: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Sums of the units of blocks `first_block` to `first_block + SHARE`, each at its block's place."""
-    s = tl.arange(0, BLOCKS)
-    sums = tl.zeros((BLOCKS,), tl.int64)
-    for i in range(0, SHARE):
-        column = (first_block + i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        in_block = tl.sum(_units(p_row, q_row, subtracts, column, (column < VOCAB) & mask), axis=0)
-        sums = tl.where(s == first_block + i, in_block, sums)
-    return sums

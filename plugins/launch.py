@@ -21,13 +21,10 @@ from ssv.plugins.contract import (
     NUM_CONFIDENCE,
     Judged,
     Score,
-    Verdicts,
-    check_draw,
+    check_choose,
     check_gather_norm,
     check_score,
     check_sparse_gather,
-    check_verify_greedy,
-    check_verify_sampled,
 )
 
 BLOCKS, LANES, WARPS = 4, 256, 8
@@ -39,8 +36,7 @@ SCORE_LANES, SCORE_WARPS = 32, 1
 SCORE_PROGRAMS, SCORE_TILES = 12, 8
 """Programs of `score` for each multiprocessor, if there are tiles enough; and the most tiles for each program."""
 
-SAMPLED_BLOCK, SAMPLED_WARPS = 4096, 8
-ZONE_BLOCK = 1024
+CHOOSE_BLOCK, ZONE_BLOCK = 2048, 1024
 
 
 def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
@@ -93,61 +89,17 @@ def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_
     return Judged(normed_MH, row_M, start_B1)
 
 
-def verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> Verdicts:
-    """See `reference.verify_greedy`."""
-    check_verify_greedy(logits_RV, row_R, start_B1, drafted_BK)
-    (rows, vocab), (batch, drafted) = logits_RV.shape, drafted_BK.shape
-    device = logits_RV.device
-    kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
-    splits = _splits(rows, _num_tiles(vocab, logits_RV.dtype, LANES), device)
-    if batch:
-        kernels.verify_greedy_kernel[(batch, splits, drafted + 1 if splits > 1 else 1)](
-            logits_RV, row_R, start_B1, drafted_BK, drafted + 1, kept_B, next_B,
-            torch.empty(rows * splits * 2, device=device) if splits > 1 else None,
-            _arrivals(batch, device) if splits > 1 else None,
-            **greedy_constants(vocab, drafted, logits_RV.dtype), SPLITS=splits, num_warps=WARPS,
+def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor:
+    """See `reference.choose`."""
+    check_choose(x_RV, seed_R, position_R, token_V)
+    rows, vocab = x_RV.shape
+    index_R = torch.empty(rows, dtype=torch.int32, device=x_RV.device)
+    if rows:
+        kernels.choose_kernel[(rows,)](
+            x_RV, seed_R, position_R, token_V, index_R,
+            VOCAB=vocab, BLOCK_V=min(CHOOSE_BLOCK, triton.next_power_of_2(vocab)), num_warps=WARPS,
         )  # fmt: skip
-    return Verdicts(kept_B, next_B)
-
-
-def verify_sampled(
-    target_prob_RV: Tensor,
-    draft_prob_BKV: Tensor,
-    row_R: Tensor,
-    start_B1: Tensor,
-    drafted_BK: Tensor,
-    accept_uniform_BK: Tensor,
-    next_uniform_B: Tensor,
-) -> Verdicts:
-    """See `reference.verify_sampled`."""
-    check_verify_sampled(target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B)
-    batch, drafted = drafted_BK.shape
-    vocab = target_prob_RV.shape[1]
-    device = target_prob_RV.device
-    kept_B, next_B = torch.empty(2, batch, dtype=torch.int32, device=device).unbind()
-    constants = sampled_constants(vocab, drafted)
-    splits = _splits(batch, constants["BLOCKS"], device)
-    if batch:
-        kernels.verify_sampled_kernel[(batch, splits)](
-            target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B,
-            drafted + 1, kept_B, next_B,
-            torch.empty(batch * constants["BLOCKS"], dtype=torch.int64, device=device) if splits > 1 else None,
-            _arrivals(batch, device) if splits > 1 else None,
-            **constants, SPLITS=splits, num_warps=SAMPLED_WARPS,
-        )  # fmt: skip
-    return Verdicts(kept_B, next_B)
-
-
-def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """See `reference.draw`: the verdict on sequences of which nothing was drafted."""
-    check_draw(prob_RV, uniform_R)
-    rows, device = len(prob_RV), prob_RV.device
-    start_R1 = torch.arange(rows + 1, dtype=torch.int32, device=device)
-    nothing_R0 = torch.empty(rows, 0, device=device)
-    verdicts = verify_sampled(
-        prob_RV, prob_RV.new_empty(rows, 0, prob_RV.shape[1]), start_R1[:rows], start_R1, nothing_R0.int(), nothing_R0, uniform_R
-    )  # fmt: skip
-    return verdicts.next_token_B
+    return index_R
 
 
 # --- what kernels are specialised to, here and ahead of time --------------------------------------------------------
@@ -165,18 +117,6 @@ def score_constants(
 def norm_constants(hidden: int, eps: float) -> dict[str, float]:
     """Of kernels that norm rows."""
     return {"HIDDEN": hidden, "EPS": eps, "BLOCK_H": triton.next_power_of_2(hidden)}
-
-
-def greedy_constants(vocab: int, drafted: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of `verify_greedy_kernel`, but for its shares."""
-    return {**_tile_constants(vocab, dtype, LANES), "BLOCK_J": triton.next_power_of_2(drafted + 1)}
-
-
-def sampled_constants(vocab: int, drafted: int) -> dict[str, int]:
-    """Of `verify_sampled_kernel`, but for its shares."""
-    block = min(SAMPLED_BLOCK, triton.next_power_of_2(vocab))
-    blocks = triton.next_power_of_2(triton.cdiv(vocab, block))
-    return {"VOCAB": vocab, "BLOCK_V": block, "BLOCKS": blocks, "BLOCK_J": triton.next_power_of_2(drafted + 1)}
 
 
 def row_warps(hidden: int) -> int:
@@ -203,13 +143,6 @@ def _score_splits(rows: int, vocab: int, dtype: torch.dtype, device: torch.devic
         triton.cdiv(SCORE_PROGRAMS * _num_multiprocessors(device), max(rows, 1)), triton.cdiv(tiles, SCORE_TILES)
     )
     return min(triton.next_power_of_2(wanted), triton.next_power_of_2(tiles))
-
-
-def _splits(rows: int, most: int, device: torch.device) -> int:
-    """Programs that share a row of the vocabulary: as many as fill the GPU, no more than there are parts to share. At least four: alone,
-    a program reads slower than memory gives."""
-    wanted = max(triton.cdiv(2 * _num_multiprocessors(device), max(rows, 1)), 4)
-    return min(triton.next_power_of_2(wanted), triton.next_power_of_2(most))
 
 
 @cache

@@ -1,7 +1,7 @@
 """The ops wherever their tensors are: by Triton kernels on CUDA, by the definition elsewhere. The one place that chooses.
 
     from ssv.plugins import ops
-    verdicts = ops.on(logits.device).verify_greedy(logits, rows, starts, drafted)
+    chosen = ops.on(logits.device).choose(logits, seeds, positions)
 
 May import: ssv.plugins.contract, .launch, .reference.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssv.plugins import reference
-from ssv.plugins.contract import Judged, Score, Verdicts
+from ssv.plugins.contract import Judged, Score
 
 
 class Ops(Protocol):
@@ -28,20 +28,7 @@ class Ops(Protocol):
         self, hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float
     ) -> Judged: ...
 
-    def verify_greedy(self, logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> Verdicts: ...
-
-    def verify_sampled(
-        self,
-        target_prob_RV: Tensor,
-        draft_prob_BKV: Tensor,
-        row_R: Tensor,
-        start_B1: Tensor,
-        drafted_BK: Tensor,
-        accept_uniform_BK: Tensor,
-        next_uniform_B: Tensor,
-    ) -> Verdicts: ...
-
-    def draw(self, prob_RV: Tensor, uniform_R: Tensor) -> Tensor: ...
+    def choose(self, x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor: ...
 
 
 def on(device: torch.device) -> Ops:

@@ -7,20 +7,16 @@ May import: ssv.plugins.contract.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssv.plugins.contract import (
     Judged,
     Score,
-    Verdicts,
-    check_draw,
+    check_choose,
     check_gather_norm,
     check_score,
     check_sparse_gather,
-    check_verify_greedy,
-    check_verify_sampled,
 )
 
 TRUSTED, GRAY, CRITICAL = 0, 1, 2
@@ -35,9 +31,9 @@ MAX_LOGIT = 2e38
 MIN_REST = 1e-7
 """1 - p1 counts as at least this, so that its logarithm is finite."""
 
-DRAW_BITS, UNIFORM_BITS = 38, 24
-"""Probabilities are summed in units of 2^-38, uniform numbers count in units of 2^-24: sums of integers are the same in any order, and a
-product of both fits in 63 bits."""
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS, PHILOX_WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+"""Of Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
 
 
 def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
@@ -143,120 +139,51 @@ def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_
     return Judged(normed_MH, row_M, start_B1)
 
 
-def verify_greedy(logits_RV: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> Verdicts:
-    """A judged token is rejected when it is not the target's argmax: the first such token ends what is kept.
+def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor:
+    """A sample of each row's softmax by the Gumbel-max trick: the column with the largest x + noise.
+
+    The noise of a token depends on the request's seed, the token's absolute position and the token alone. So a draft and a target whose
+    distributions are alike choose alike, and a request's text does not depend on how its tokens were proposed (Gumbel coupling).
+
+    It is -log(-log u), in double precision. u = (w + 0.5) / 2^32 and w is word `token % 4` of Philox4x32-10 of the counter
+    (token // 4, position, 0, 0) and the key (low half of the seed, high half).
 
     Args:
-        logits_RV: of the judged rows, fp16, bf16 or fp32.
-        row_R, start_B1: int32, as `sparse_gather` gives them: where each stands among the B * (K + 1) rows, and each sequence's first.
-            Row k of a sequence judges its drafted token k; a sequence's last judged row is its bonus row.
-        drafted_BK: int32.
+        x_RV: fp32, logits over the temperature; -inf for what cannot be chosen.
+        seed_R: int64, whose bits are the key.
+        position_R: int64, of which the lower 32 bits count.
+        token_V: int64, the token of each column, where it is another number than the column's.
+
+    Returns:
+        int32 [R], the first of equals; -1 where a row has NaN or infinity, or nothing to choose.
 
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
-    check_verify_greedy(logits_RV, row_R, start_B1, drafted_BK)
-    return greedy_verdicts(most_likely(logits_RV), row_R, start_B1, drafted_BK)
+    check_choose(x_RV, seed_R, position_R, token_V)
+    if token_V is None:
+        token_V = torch.arange(x_RV.shape[1], device=x_RV.device)
+    words_RV = random_words(token_V[None], position_R[:, None], seed_R[:, None])
+    noise_RV = -(-((words_RV.double() + 0.5) * 2.0**-32).log()).log()
+    index_R = (x_RV.double() + noise_RV).argmax(dim=1)
+    return index_R.where(x_RV.amax(dim=1).isfinite(), -1).int()
 
 
-def greedy_verdicts(token_R: Tensor, row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> Verdicts:
-    """`verify_greedy` where the target's argmax of each row is known, int32 [R]."""
-    tokens, rows, starts, drafted = token_R.tolist(), row_R.tolist(), start_B1.tolist(), drafted_BK.tolist()
-    width = drafted_BK.shape[1] + 1
-    num_kept, next_token = [0] * len(drafted), [-1] * len(drafted)
-    for b, drafted_K in enumerate(drafted):
-        last = starts[b + 1] - 1
-        for r in range(starts[b], starts[b + 1]):
-            k = rows[r] - b * width
-            if r == last or tokens[r] != drafted_K[k]:
-                num_kept[b], next_token[b] = k, tokens[r]
-                break
-    return _verdicts(num_kept, next_token, token_R.device)
-
-
-def verify_sampled(
-    target_prob_RV: Tensor,
-    draft_prob_BKV: Tensor,
-    row_R: Tensor,
-    start_B1: Tensor,
-    drafted_BK: Tensor,
-    accept_uniform_BK: Tensor,
-    next_uniform_B: Tensor,
-) -> Verdicts:
-    """A judged token x is accepted with probability min(1, p(x) / q(x)); the first one rejected is replaced by a sample of the
-    normalised max(0, p - q) (Leviathan et al. 2023, arXiv:2211.17192). What comes out has the target's distribution p.
-
-    Args:
-        target_prob_RV: fp32, p of the judged rows, each summing to 1.
-        draft_prob_BKV: fp32, q that each token was drawn from.
-        row_R, start_B1, drafted_BK: see `verify_greedy`; what is no token of the vocabulary is rejected.
-        accept_uniform_BK, next_uniform_B: fp32, uniform random numbers in [0, 1): of each acceptance, and of each sample.
-
-    Raises:
-        OpError: an argument's shape, dtype, device or memory layout.
-    """
-    check_verify_sampled(target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B)
-    rows, starts, drafted, uniforms = (x.tolist() for x in (row_R, start_B1, drafted_BK, accept_uniform_BK))
-    width = drafted_BK.shape[1] + 1
-    num_kept, next_token = [0] * len(drafted), [-1] * len(drafted)
-    for b, drafted_K in enumerate(drafted):
-        for r in range(starts[b], starts[b + 1]):
-            k = rows[r] - b * width
-            is_last = r == starts[b + 1] - 1
-            if not is_last and 0 <= drafted_K[k] < target_prob_RV.shape[1]:
-                # u < p / q, without dividing by a q of zero.
-                p, q = target_prob_RV[r, drafted_K[k]], draft_prob_BKV[b, k, drafted_K[k]]
-                if uniforms[b][k] * q < p:
-                    continue
-            weight_1V = target_prob_RV[r : r + 1]
-            if not is_last:
-                # NumPy's: a row is too short to be worth sharing among torch's threads.
-                residual_1V = weight_1V.cpu().numpy() - draft_prob_BKV[b, k].cpu().numpy()
-                weight_1V = torch.from_numpy(residual_1V).to(next_uniform_B.device)
-            num_kept[b], next_token[b] = k, int(draw(weight_1V, next_uniform_B[b : b + 1]))
-            if next_token[b] < 0:
-                # p = q leaves no residual; rounding aside, nothing is rejected then.
-                next_token[b] = int(draw(target_prob_RV[r : r + 1], next_uniform_B[b : b + 1]))
-            break
-    return _verdicts(num_kept, next_token, target_prob_RV.device)
-
-
-def draw(prob_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """A sample of each row's distribution by inversion, int32 [R]: the first token at which the running sum exceeds u times the whole.
-
-    Args:
-        prob_RV: fp32, summing to at most 1, not necessarily to 1; what is negative or NaN counts as none, and a row whose sum is 0
-            gives -1.
-        uniform_R: fp32, in [0, 1).
-
-    Raises:
-        OpError: an argument's shape, dtype, device or memory layout.
-    """
-    check_draw(prob_RV, uniform_R)
-    # What is uniform as a double may be 1 as a float.
-    uniforms = (uniform_R * 2.0**UNIFORM_BITS).long().clamp(max=2**UNIFORM_BITS - 1).tolist()
-    rows = prob_RV.cpu().numpy()
-    tokens = [_drawn(prob_V, uniform) for prob_V, uniform in zip(rows, uniforms, strict=True)]
-    return torch.tensor(tokens, dtype=torch.int32).to(prob_RV.device)
-
-
-def _drawn(prob_V: np.ndarray, uniform: int) -> int:
-    """See `draw`; the uniform number in its units."""
-    # Few tokens have any probability after top-k or top-p, and NaN counts as none.
-    token_P = np.flatnonzero(prob_V > 0)
-    cumulative_P = (prob_V[token_P] * np.float32(2.0**DRAW_BITS)).astype(np.int64).cumsum()
-    total = int(cumulative_P[-1]) if len(cumulative_P) else 0
-    if not total:
-        return -1
-    return int(token_P[cumulative_P.searchsorted(uniform * total >> UNIFORM_BITS, side="right")])
+def random_words(token: Tensor, position: Tensor, seed: Tensor) -> Tensor:
+    """The random 32 bits of `choose`, int64, of int64 arguments that are broadcast."""
+    low = 0xFFFFFFFF
+    token, position, seed = torch.broadcast_tensors(token, position, seed)
+    counter = [token >> 2 & low, position & low, torch.zeros_like(token), torch.zeros_like(token)]
+    key = [seed & low, seed >> 32 & low]
+    for _ in range(PHILOX_ROUNDS):
+        # Products of 32 bits overflow int64, but what they leave has the right bits.
+        a, b = PHILOX_MULTIPLIERS[0] * counter[0], PHILOX_MULTIPLIERS[1] * counter[2]
+        counter = [(b >> 32 & low) ^ counter[1] ^ key[0], b & low, (a >> 32 & low) ^ counter[3] ^ key[1], a & low]
+        key = [half + step & low for half, step in zip(key, PHILOX_WEYL, strict=True)]
+    return torch.stack(counter).gather(0, (token & 3)[None])[0]
 
 
 def _rms_norm(x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     wide_RH = x_RH.float()
     normal_RH = wide_RH * torch.rsqrt(wide_RH.square().mean(dim=1, keepdim=True) + eps)
     return (normal_RH * weight_H.float()).to(weight_H.dtype)
-
-
-def _verdicts(num_kept: list[int], next_token: list[int], device: torch.device) -> Verdicts:
-    both = torch.tensor((num_kept, next_token), dtype=torch.int32).to(device)
-    return Verdicts(both[0], both[1])

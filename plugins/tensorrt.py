@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ssv.plugins.contract import Judged, OpError, Score, Verdicts
-from ssv.plugins.reference import DRAW_BITS, MAX_LOGIT, MIN_BELOW, MIN_REST, TRUSTED, UNIFORM_BITS
+from ssv.plugins.contract import Judged, OpError, Score
+from ssv.plugins.reference import MAX_LOGIT, MIN_BELOW, MIN_REST, TRUSTED
 
 if TYPE_CHECKING:
     from ssv.plugins.aot import Spec
@@ -36,19 +36,6 @@ class NetworkOps(Protocol):
     def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]: ...
 
     def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged: ...
-
-    def verify_greedy(self, logits_RV: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> Verdicts: ...
-
-    def verify_sampled(
-        self,
-        target_prob_RV: Any,
-        draft_prob_BKV: Any,
-        row_R: Any,
-        start_B1: Any,
-        drafted_BK: Any,
-        accept_uniform_BK: Any,
-        next_uniform_B: Any,
-    ) -> Verdicts: ...
 
 
 # --- plugins --------------------------------------------------------------------------------------------------------
@@ -80,22 +67,6 @@ class PluginOps:
     def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged:
         weight = self._norm(weight_H)
         return Judged(*self._added("sparse_gather", hidden_BTH, zone_BT, length_B, weight, eps=float(eps)))
-
-    def verify_greedy(self, logits_RV: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> Verdicts:
-        return Verdicts(*self._added("verify_greedy", logits_RV, row_R, start_B1, drafted_BK))
-
-    def verify_sampled(
-        self,
-        target_prob_RV: Any,
-        draft_prob_BKV: Any,
-        row_R: Any,
-        start_B1: Any,
-        drafted_BK: Any,
-        accept_uniform_BK: Any,
-        next_uniform_B: Any,
-    ) -> Verdicts:
-        tensors = (target_prob_RV, draft_prob_BKV, row_R, start_B1, drafted_BK, accept_uniform_BK, next_uniform_B)
-        return Verdicts(*self._added("verify_sampled", *tensors))
 
     def _norm(self, weight_H: Tensor) -> Any:
         return self._graph.constant(weight_H, self._graph.dtype)
@@ -209,9 +180,6 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
         rows = batch * tokens
         return described(weight.dtype, rows, width), described(trt.int32, rows), described(trt.int32, batch + 1)
 
-    def verdict_outputs(drafted: Any) -> tuple[Any, ...]:
-        return described(trt.int32, drafted.shape_expr[0]), described(trt.int32, drafted.shape_expr[0])
-
     return {
         "score": _Plugin(
             inputs=("hidden", "logits", "weight", "bias"),
@@ -243,26 +211,6 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
             ),
             sizes=lambda hidden, zone, length, weight: {"B": zone[0], "T": zone[1]},
         ),
-        "verify_greedy": _Plugin(
-            inputs=("logits", "row", "start", "drafted"),
-            attributes={},
-            num_outputs=2,
-            outputs=lambda logits, row, start, drafted: verdict_outputs(drafted),
-            spec=lambda logits, row, start, drafted: aot.verify_greedy_spec(
-                logits.sizes[1], drafted.sizes[1], logits.dtype
-            ),
-            sizes=lambda logits, row, start, drafted: {"B": drafted[0], "K": drafted[1]},
-        ),
-        "verify_sampled": _Plugin(
-            inputs=("target_prob", "draft_prob", "row", "start", "drafted", "accept_uniform", "next_uniform"),
-            attributes={},
-            num_outputs=2,
-            outputs=lambda p, q, row, start, drafted, accept, following: verdict_outputs(drafted),
-            spec=lambda p, q, row, start, drafted, accept, following: aot.verify_sampled_spec(
-                p.sizes[1], drafted.sizes[1]
-            ),
-            sizes=lambda p, q, row, start, drafted, accept, following: {"B": drafted[0], "K": drafted[1]},
-        ),
     }
 
 
@@ -270,7 +218,7 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
 
 
 class NativeOps:
-    """The ops by layers that every TensorRT has. Of each sequence at least one token has been drafted.
+    """The ops by layers that every TensorRT has.
 
     Args:
         graph: `ssv.builder.network.Graph` of the network that they are added to.
@@ -340,133 +288,3 @@ class NativeOps:
         hidden_MH = g.reshape(hidden_BTH, (-1, hidden_BTH.shape[2]))
         _, normed_MH = self.gather_norm(hidden_MH, row_M, weight_H, eps)
         return Judged(normed_MH, row_M, start_B1)
-
-    def verify_greedy(self, logits_RV: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> Verdicts:
-        g = self._graph
-        _, token_R1 = g.top(g.cast(logits_RV, torch.float32), 1)
-        layout = _Layout(g, row_R, start_B1, drafted_BK)
-        target_BJ = layout.by_column(g.reshape(token_R1, (-1,)))
-        stop_BJ = layout.first_stop(g.not_(g.equal(target_BJ, layout.drafted_BJ)))
-        return Verdicts(layout.kept(stop_BJ), layout.at(stop_BJ, target_BJ))
-
-    def verify_sampled(
-        self,
-        target_prob_RV: Any,
-        draft_prob_BKV: Any,
-        row_R: Any,
-        start_B1: Any,
-        drafted_BK: Any,
-        accept_uniform_BK: Any,
-        next_uniform_B: Any,
-    ) -> Verdicts:
-        g = self._graph
-        layout, vocab = _Layout(g, row_R, start_B1, drafted_BK), target_prob_RV.shape[1]
-        p_R1 = g.gather_elements(target_prob_RV, g.reshape(self._token(layout.drafted_R, vocab, 1), (-1, 1)), axis=1)
-        p_BJ = layout.by_column(g.reshape(p_R1, (-1,)))
-        q_BK1 = g.gather_elements(draft_prob_BKV, g.unsqueeze(self._token(drafted_BK, vocab, 2), (2,)), axis=2)
-        uq_BK = g.mul(g.reshape_as(q_BK1, drafted_BK), accept_uniform_BK)
-        # u < p / q, without dividing by a q of zero; what is compared in the bonus column does not matter.
-        uq_BJ = g.concat([uq_BK, g.mul(g.columns(uq_BK, 0, 1), g.scalar(0.0, rank=2))], axis=1)
-        is_token_BJ = g.equal(layout.drafted_BJ, self._token(layout.drafted_BJ, vocab, 2))
-        stop_BJ = layout.first_stop(g.not_(g.and_(g.greater(p_BJ, uq_BJ), is_token_BJ)))
-        kept_B = layout.kept(stop_BJ)
-
-        p_BV = g.gather(target_prob_RV, g.max(layout.at(stop_BJ, layout.index_BJ), g.integer(0, rank=1)))
-        q_MV, q_row_BK = g.reshape(draft_prob_BKV, (-1, vocab)), layout.index_like(drafted_BK)
-        q_row_BJ = g.concat([q_row_BK, layout.zero_B1], axis=1)
-        q_BV = g.gather(q_MV, g.max(layout.at(stop_BJ, q_row_BJ), g.integer(0, rank=1)))
-        p_units_BV = self._units(p_BV)
-        residual_BV = self._units(g.sub(p_BV, q_BV))
-        zero = g.integer(0, rank=2)
-        is_rejected_B1 = g.greater(g.sum(g.mul(stop_BJ, g.sub(g.integer(1, rank=2), layout.last_BJ))), zero)
-        wide_zero = g.cast(zero, torch.int64)
-        takes_residual_B1 = g.and_(is_rejected_B1, g.greater(g.sum(residual_BV), wide_zero))
-        units_BV = g.select(takes_residual_B1, residual_BV, p_units_BV)
-        upto_BV = g.cumulative_sum(units_BV, axis=1)
-        total_B1 = g.columns(upto_BV, vocab - 1, 1)
-        steps_B1 = g.mul(g.reshape(next_uniform_B, (-1, 1)), g.scalar(2.0**UNIFORM_BITS, rank=2))
-        steps_B1 = g.cast(g.min(steps_B1, g.scalar(2.0**UNIFORM_BITS - 1, rank=2)), torch.int64)
-        unit = g.cast(g.integer(1 << UNIFORM_BITS, rank=2), torch.int64)
-        threshold_B1 = g.floor_div(g.mul(steps_B1, total_B1), unit)
-        passed_BV = g.cast(g.greater(upto_BV, threshold_B1), torch.int32)
-        token_B1 = g.sum(g.sub(g.integer(1, rank=2), passed_BV))
-        has_token_B1 = g.and_(g.greater(total_B1, wide_zero), g.greater(g.sum(stop_BJ), zero))
-        next_B1 = g.select(has_token_B1, token_B1, g.integer(-1, rank=2))
-        return Verdicts(kept_B, g.reshape(next_B1, (-1,)))
-
-    def _token(self, x: Any, vocab: int, rank: int) -> Any:
-        """int32, the token of the vocabulary that is nearest."""
-        g = self._graph
-        return g.min(g.max(x, g.integer(0, rank)), g.integer(vocab - 1, rank))
-
-    def _units(self, prob_BV: Any) -> Any:
-        g = self._graph
-        positive_BV = g.select(g.greater(prob_BV, g.scalar(0.0, rank=2)), prob_BV, g.scalar(0.0, rank=2))
-        return g.cast(g.mul(positive_BV, g.scalar(2.0**DRAW_BITS, rank=2)), torch.int64)
-
-
-class _Layout:
-    """Judged rows where they stand in their sequences, [B, J] with J = K + 1, of which the last column is no drafted token's.
-
-    Attributes:
-        drafted_BJ: drafted tokens, -1 in the last column.
-        last_BJ: int32, 1 at the last judged row of a sequence.
-        index_BJ: which of the R rows stands there, 0 where none does.
-        drafted_R: the token that each row judges; -1 in the last column.
-        zero_B1: zeros.
-    """
-
-    def __init__(self, graph: Any, row_R: Any, start_B1: Any, drafted_BK: Any) -> None:
-        g = self._graph = graph
-        zero, one = g.integer(0, rank=1), g.integer(1, rank=1)
-        self.zero_B1 = g.mul(g.columns(drafted_BK, 0, 1), g.integer(0, rank=2))
-        self.drafted_BJ = g.concat([drafted_BK, g.sub(self.zero_B1, g.integer(1, rank=2))], axis=1)
-        drafted_M = g.reshape(self.drafted_BJ, (-1,))
-        zero_M = g.mul(drafted_M, zero)
-        index_R = self.index_like(row_R)
-        # Rows beyond the last judged one are no rows: they go to one place more, which is cut off.
-        is_judged_R = g.greater(g.largest(start_B1, axis=0), index_R)
-        num_places = g.add(g.largest(self.index_like(zero_M), axis=0), one)
-        self._place_R = g.select(is_judged_R, row_R, num_places)
-        self._zero_M1 = g.concat([zero_M, zero], axis=0)
-        known_R = g.select(is_judged_R, row_R, g.mul(row_R, zero))
-        self.drafted_R = g.gather(drafted_M, known_R)
-        self._judged_BJ = self.by_column(g.add(g.mul(index_R, zero), one))
-        self.index_BJ = self.by_column(index_R)
-        from_here_BJ = g.cumulative_sum(self._judged_BJ, axis=1, reverse=True)
-        self.last_BJ = g.mul(self._judged_BJ, g.cast(g.equal(from_here_BJ, g.integer(1, rank=2)), torch.int32))
-
-    def by_column(self, x_R: Any) -> Any:
-        """int32 or fp32 values of the rows, 0 where no row stands."""
-        g = self._graph
-        places = g.cast(self._zero_M1, torch.float32) if x_R.dtype == g.trt.float32 else self._zero_M1
-        return g.reshape_as(g.without_last(g.scatter(places, self._place_R, x_R)), self.drafted_BJ)
-
-    def first_stop(self, mismatch_BJ: Any) -> Any:
-        """int32, 1 at the first judged row of a sequence that mismatches or is its last."""
-        g = self._graph
-        rejected_BJ = g.mul(self._judged_BJ, g.cast(mismatch_BJ, torch.int32))
-        stops_BJ = g.max(rejected_BJ, self.last_BJ)
-        is_first_BJ = g.equal(g.cumulative_sum(stops_BJ, axis=1), g.integer(1, rank=2))
-        return g.mul(stops_BJ, g.cast(is_first_BJ, torch.int32))
-
-    def kept(self, stop_BJ: Any) -> Any:
-        """int32 [B], the column of the stop: the drafted tokens before it."""
-        g = self._graph
-        zero, one = g.integer(0, rank=2), g.integer(1, rank=2)
-        column_BJ = g.sub(g.cumulative_sum(g.add(g.mul(stop_BJ, zero), one), axis=1), one)
-        return g.reshape(g.sum(g.mul(stop_BJ, column_BJ)), (-1,))
-
-    def at(self, stop_BJ: Any, x_BJ: Any) -> Any:
-        """int32 [B], the value at the stop; -1 where there is none."""
-        g = self._graph
-        one = g.integer(1, rank=2)
-        return g.reshape(g.sub(g.sum(g.mul(stop_BJ, g.add(x_BJ, one))), one), (-1,))
-
-    def index_like(self, x: Any) -> Any:
-        """int32, the index of each element of a tensor, in its shape."""
-        g = self._graph
-        flat = g.reshape(x, (-1,))
-        one = g.integer(1, rank=1)
-        index = g.sub(g.cumulative_sum(g.add(g.mul(flat, g.integer(0, rank=1)), one), axis=0), one)
-        return g.reshape_as(index, x)

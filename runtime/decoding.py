@@ -6,13 +6,12 @@ code of each further tensor operation has to come from memory again.
 
 Shapes: B rows in use, T tokens of a step, K pending tokens, J = K + 1, R gathered rows, V vocab, F features.
 
-May import: ssv.builder.tiers; ssv.plugins.contract, .ops, .reference; ssv.runtime.engine, .prompt_cache, .request,
+May import: ssv.builder.tiers; ssv.plugins.reference; ssv.runtime.engine, .prompt_cache, .request,
 .sampling, .stats, .verify.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +20,13 @@ import torch
 from torch import Tensor
 
 from ssv.builder.tiers import Policy
-from ssv.plugins.contract import Verdicts
-from ssv.plugins.ops import on
-from ssv.plugins.reference import greedy_verdicts, most_likely
+from ssv.plugins.reference import most_likely
 from ssv.runtime.engine import Engine, EngineError, StepOutput
 from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
-from ssv.runtime.sampling import SamplingTensors, probabilities, without_tokens
+from ssv.runtime.sampling import Sampling, choose, without_tokens
 from ssv.runtime.stats import Counters
-from ssv.runtime.verify import asks_for_pass, judged_rows, judged_tensors
+from ssv.runtime.verify import Verdict, asks_for_pass, judged_rows, walk
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
@@ -51,7 +48,6 @@ class Row:
     policy: Policy
     would_stop: Callable[[Sequence[int]], bool]
     counters: Counters
-    rng: random.Random = field(init=False)
     tokens: list[int] = field(default_factory=list)
     target_length: int = 0
     draft_length: int = 0
@@ -60,7 +56,6 @@ class Row:
     last_commit: float = 0.0
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.params.seed)
         # Probabilities are fp32: a threshold must be the same number beside a tensor and beside a float.
         names = ("accept_below", "verify_above", "risk_budget")
         rounded = torch.tensor([getattr(self.policy, name) for name in names]).tolist()
@@ -74,9 +69,6 @@ class Row:
     @property
     def num_pending(self) -> int:
         return len(self.tokens) - self.target_length - 1
-
-    def uniform(self) -> float:
-        return self.rng.random()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +141,6 @@ class DecodeBatch:
         self._draft_eos = _positions_of(self.eos_ids, draft.token_ids_V) if draft is not None else self.eos_ids
         self.rows: list[Row] = []
         self._joining: _Prefill | None = None
-        # Allocated by the first sampled request: greedy decoding never needs whole distributions.
-        self.draft_prob_BKV: Tensor | None = None
-        self._vocab_size = 0
         self._features_BTF: Tensor | None = None
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
@@ -219,7 +208,6 @@ class DecodeBatch:
         self.rows.append(row)
         if joining.last_feature_11F is not None:
             self._put_features([b], joining.last_feature_11F)
-        self._vocab_size = out.logits_RV.shape[1]
         row.target_length = length
         row.draft_length = length - self._draft_offset if drafts else 0
         first = self._choose_first(out.logits_RV, b)
@@ -283,10 +271,13 @@ class DecodeBatch:
         )
         if self.conditioned and out.features_BTF is not None:
             self._put_features(range(len(self.rows)), out.features_BTF)
-        verdicts = self._verdicts(out, judged, judged_at)
-        kept, following = verdicts.num_kept_B.tolist(), verdicts.next_token_B.tolist()
-        _check_drawn(following)
-        return [self._commit(*each) for each in zip(self.rows, judged, kept, following, strict=True)]
+        choices = iter(self._chosen(out.logits_RV, judged_at, self.eos_ids, out.token_R))
+        verdicts = [
+            walk(row.pending, flags, [next(choices) for _ in range(sum(flags))])
+            for row, flags in zip(self.rows, judged, strict=True)
+        ]
+        _check_chosen([verdict.next_token for verdict in verdicts])
+        return [self._commit(*each) for each in zip(self.rows, judged, verdicts, strict=True)]
 
     def remove(self, row: int, moved: int) -> None:
         """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
@@ -403,108 +394,69 @@ class DecodeBatch:
     # --- choosing tokens --------------------------------------------------------------------------------------------
 
     def _choose_first(self, logits_1V: Tensor, b: int) -> int:
-        logits_1V = self._without_early_eos(logits_1V, [(b, 0)], self.eos_ids)
-        if self._all_greedy():
-            return int(most_likely(logits_1V))
-        prob_1V = probabilities(logits_1V, self._sampling([b], logits_1V.device))
-        return int(self._drawn(prob_1V, [b]))
+        chosen_R = self._chosen(logits_1V, [(b, 0)], self.eos_ids)
+        _check_chosen(chosen_R)
+        return chosen_R[0]
 
     def _choose_drafted(self, out: StepOutput, drafting: Sequence[int]) -> list[int]:
         assert self.draft_engine is not None
         ids_V = self.draft_engine.token_ids_V
         ahead = [(b, self.rows[b].num_pending) for b in drafting]
-        logits_RV = self._without_early_eos(out.logits_RV, ahead, self._draft_eos)
-        if self._all_greedy():
-            if out.token_R is not None and logits_RV is out.logits_RV:  # found on its way
-                return out.token_R.tolist()
-            index_R = most_likely(logits_RV)
-        else:
-            prob_RV = probabilities(logits_RV, self._sampling(drafting, logits_RV.device))
-            index_R = self._drawn(prob_RV, drafting)
-            self._keep_draft_prob(prob_RV, ids_V, ahead)
-        return (ids_V[index_R] if ids_V is not None else index_R).tolist()
+        chosen_R = self._chosen(out.logits_RV, ahead, self._draft_eos, out.token_R, ids_V)
+        _check_chosen(chosen_R)
+        return chosen_R
 
-    def _drawn(self, prob_RV: Tensor, rows: Sequence[int]) -> Tensor:
-        uniform_R = torch.tensor([self.rows[b].uniform() for b in rows]).to(prob_RV.device)
-        token_R = on(prob_RV.device).draw(prob_RV, uniform_R)
-        _check_drawn(token_R.tolist())
-        return token_R
+    def _chosen(
+        self,
+        logits_RV: Tensor,
+        at: Sequence[tuple[int, int]],
+        eos: Tensor,
+        token_R: Tensor | None = None,
+        ids_V: Tensor | None = None,
+    ) -> list[int]:
+        """The token that each row of logits chooses; -1 where they are no distribution.
 
-    def _keep_draft_prob(self, prob_RV: Tensor, ids_V: Tensor | None, at: Sequence[tuple[int, int]]) -> None:
-        vocab = self._vocab_size
-        if self.draft_prob_BKV is None:
-            self.draft_prob_BKV = prob_RV.new_zeros(self.target.max_batch, MAX_PENDING, vocab)
-        full_RV = prob_RV
-        if ids_V is not None:
-            full_RV = prob_RV.new_zeros(len(prob_RV), vocab).index_copy_(1, ids_V, prob_RV)
-        rows, columns = zip(*at, strict=True)
-        self.draft_prob_BKV[list(rows), list(columns)] = full_RV
+        Args:
+            at: the row in use that it belongs to, and the tokens of the current round before the one that is chosen.
+            eos: columns of end-of-sequence.
+            token_R: tokens of the largest logits, if they were found on the way.
+            ids_V: tokens of the columns, where they are other numbers.
+        """
+        free_RV = self._without_early_eos(logits_RV, at, eos)
+        is_greedy = all(self.rows[b].params.greedy for b, _ in at)
+        if is_greedy and token_R is not None and free_RV is logits_RV:
+            return token_R.tolist()
+        index_R = most_likely(free_RV) if is_greedy else choose(free_RV, self._sampling(at), ids_V)
+        return (index_R if ids_V is None else ids_V[index_R].where(index_R >= 0, -1)).tolist()
 
-    def _verdicts(
-        self, out: StepOutput, judged: Sequence[Sequence[bool]], judged_at: Sequence[tuple[int, int]]
-    ) -> Verdicts:
-        logits_RV = self._without_early_eos(out.logits_RV, judged_at, self.eos_ids)
-        device, pending = logits_RV.device, [row.pending for row in self.rows]
-        if self._all_greedy():
-            rows = judged_tensors(judged, pending, max(map(len, judged)) - 1)
-            if out.token_R is not None and logits_RV is out.logits_RV:  # found on its way
-                return greedy_verdicts(out.token_R, rows.row_R, rows.start_B1, rows.drafted_BK)
-            rows = rows.to(device)
-            return on(device).verify_greedy(logits_RV, rows.row_R, rows.start_B1, rows.drafted_BK)
-        prob_RV = probabilities(logits_RV, self._sampling([b for b, _ in judged_at], device))
-        if self.draft_prob_BKV is None:  # nothing has ever been drafted
-            draft_prob_BKV = prob_RV.new_zeros(len(self.rows), 0, prob_RV.shape[1])
-        else:
-            draft_prob_BKV = self.draft_prob_BKV[: len(self.rows)]
-        width = draft_prob_BKV.shape[1]
-        rows = judged_tensors(judged, pending, width).to(device)
-        # As many numbers as the row has pending tokens, whatever the other rows have: its output must not depend on them.
-        uniform_BK = torch.zeros(len(self.rows), width)
-        for b, row in enumerate(self.rows):
-            uniform_BK[b, : row.num_pending] = torch.tensor([row.uniform() for _ in range(row.num_pending)])
-        next_uniform_B = torch.tensor([row.uniform() for row in self.rows]).to(device)
-        return on(device).verify_sampled(
-            prob_RV,
-            draft_prob_BKV,
-            rows.row_R,
-            rows.start_B1,
-            rows.drafted_BK,
-            uniform_BK.to(device),
-            next_uniform_B,
-        )
-
-    def _all_greedy(self) -> bool:
-        return all(row.params.greedy for row in self.rows)
-
-    def _sampling(self, rows: Sequence[int], device: torch.device) -> SamplingTensors:
-        params = [self.rows[b].params for b in rows]
-        return SamplingTensors(
+    def _sampling(self, at: Sequence[tuple[int, int]]) -> Sampling:
+        params = [self.rows[b].params for b, _ in at]
+        return Sampling(
             torch.tensor([p.temperature for p in params], dtype=torch.float32),
             torch.tensor([p.top_k for p in params]),
             torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        ).to(device)
+            # 64 bits, of which the highest is a sign here.
+            torch.tensor([(p.seed + 2**63) % 2**64 - 2**63 for p in params]),
+            torch.tensor([self.rows[b].counters.prompt_tokens + self._output_index(b, ahead) for b, ahead in at]),
+        )
 
     def _without_early_eos(self, logits_RV: Tensor, at: Sequence[tuple[int, int]], eos: Tensor) -> Tensor:
-        """Takes end-of-sequence from the logits of rows that have to go on.
-
-        Args:
-            at: the row in use that each logits row belongs to, and the tokens of the current round before the one that is chosen.
-            eos: columns of the logits.
-        """
+        """Takes end-of-sequence from the logits of rows that have to go on; see `_chosen`."""
         if all(row.params.min_tokens == 0 for row in self.rows):
             return logits_RV
-        early = torch.tensor([self._must_go_on(self.rows[b], ahead) for b, ahead in at])
+        early = torch.tensor([self._output_index(b, ahead) < self.rows[b].params.min_tokens for b, ahead in at])
         return without_tokens(logits_RV, early, eos)
 
-    @staticmethod
-    def _must_go_on(row: Row, ahead: int) -> bool:
-        return row.counters.emitted - row.released + ahead < row.params.min_tokens
+    def _output_index(self, b: int, ahead: int) -> int:
+        """Tokens of the output before one that is chosen after `ahead` others of this round."""
+        row = self.rows[b]
+        return row.counters.emitted - row.released + ahead
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
-    def _commit(self, row: Row, judged: Sequence[bool], kept: int, next_token: int) -> list[int]:
+    def _commit(self, row: Row, judged: Sequence[bool], verdict: Verdict) -> list[int]:
         """Keeps what the verdict keeps, adds the target's token; returns what has not left yet."""
-        start, counters = row.target_length + 1, row.counters
+        start, counters, kept = row.target_length + 1, row.counters, verdict.num_kept
         kept_judged = sum(judged[:kept])
         counters.judged += sum(judged) - 1
         counters.accepted += kept_judged
@@ -512,7 +464,7 @@ class DecodeBatch:
         counters.rolled_back += row.num_pending - kept
         counters.target_passes += 1
         counters.target_tokens += row.num_pending + 1
-        row.tokens[start + kept :] = [next_token]
+        row.tokens[start + kept :] = [verdict.next_token]
         # Entries that a conditioned draft made of its own hidden states are made again from the target's features.
         row.draft_length = row.target_length if self.conditioned else min(row.draft_length, start + kept)
         row.target_length = start + kept
@@ -523,8 +475,8 @@ class DecodeBatch:
         return gained
 
 
-def _check_drawn(tokens: Sequence[int]) -> None:
-    """Raises EngineError where a distribution gave no token any probability."""
+def _check_chosen(tokens: Sequence[int]) -> None:
+    """Raises EngineError where logits were no distribution to choose from."""
     if min(tokens) < 0:
         raise EngineError(
             "an engine gave logits that are not numbers: its weights are damaged, or their type too narrow"

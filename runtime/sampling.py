@@ -1,90 +1,132 @@
-"""From logits to the distribution that is sampled: temperature, top-k, top-p.
+"""Which token a row chooses: temperature, top-k and top-p, then the noise of its seed and position.
+
+One choice serves all: what a draft proposes, what the target would have chosen, and plain decoding. A drafted token is right when it is the
+target's own choice, so that a seed gives the same text with every lossless method.
 
 Shapes: R rows, V vocab.
 
-May import: nothing else of ssv.
+May import: ssv.plugins.ops; ssv.runtime._sampling.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ssv.plugins.ops import on
+
+# Missing where there was no C compiler; one that is there and does not load is an error to be seen.
+if importlib.util.find_spec("ssv.runtime._sampling") is not None:
+    from ssv.runtime import _sampling
+else:
+    _sampling = None  # type: ignore[assignment]
+
 FIRST_SELECTED = 256
 """Tokens of a row that are selected at first: as a rule more than top-k or top-p keep."""
 
+LEAST_TEMPERATURE = 1e-6
+"""A tiny temperature must not divide into infinities."""
+
 
 @dataclass(frozen=True, slots=True)
-class SamplingTensors:
-    """Settings, one per row: fp32 [R] temperature (0 is greedy) and top_p (1 keeps all), int64 [R] top_k (0 keeps all)."""
+class Sampling:
+    """Settings of the tokens that are to be chosen, one per row.
+
+    Attributes:
+        temperature_R: fp32, 0 is greedy.
+        top_k_R: int64, 0 keeps all.
+        top_p_R: fp32, 1 keeps all.
+        seed_R: int64, 64 bits in two's complement.
+        position_R: int64, the token's place in its sequence.
+    """
 
     temperature_R: Tensor
     top_k_R: Tensor
     top_p_R: Tensor
+    seed_R: Tensor
+    position_R: Tensor
 
-    def to(self, device: torch.device) -> SamplingTensors:
-        return SamplingTensors(self.temperature_R.to(device), self.top_k_R.to(device), self.top_p_R.to(device))
+    def to(self, device: torch.device) -> Sampling:
+        return Sampling(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
-def probabilities(logits_RV: Tensor, params: SamplingTensors) -> Tensor:
-    """Distribution of each row after temperature, then top-k, then top-p, fp32 [R, V]; one-hot for greedy rows.
+def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None) -> Tensor:
+    """The column that each row chooses, int32 [R], on the logits' device; -1 where they are no distribution.
 
-    Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p: always at least one. Of
-    equal logits the lower token id comes first, at the edges of top-k and top-p too. A row does not depend on the others.
+    Args:
+        sampling: on the CPU.
+        token_V: int64, the token of each column, where it is another number than the column's.
+    """
+    rows, vocab = logits_RV.shape
+    if logits_RV.device.type != "cpu" or _sampling is None:
+        sampling = sampling.to(logits_RV.device)
+        x_RV = filtered(logits_RV, sampling)
+        return on(logits_RV.device).choose(x_RV, sampling.seed_R, sampling.position_R, token_V)
+    logits_RV = logits_RV.float().contiguous()
+    temperature_R = _divisor(sampling.temperature_R)
+    index_R = torch.empty(rows, dtype=torch.int32)
+    _sampling.choose(
+        logits_RV.data_ptr(),
+        0 if token_V is None else token_V.data_ptr(),
+        temperature_R.data_ptr(),
+        sampling.top_k_R.data_ptr(),
+        sampling.top_p_R.data_ptr(),
+        sampling.seed_R.data_ptr(),
+        sampling.position_R.data_ptr(),
+        index_R.data_ptr(),
+        rows,
+        vocab,
+    )
+    return index_R
+
+
+def filtered(logits_RV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits over the temperature, counted from the largest, fp32 [R, V]; -inf for what temperature 0, top-k or top-p leaves out.
+
+    Top-k comes first. Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p: always at least
+    one. Of equal logits the lower column comes first, at the edges too. A row does not depend on the others.
     """
     vocab = logits_RV.shape[1]
     logits_RV = logits_RV.float()
-    greedy_R = params.temperature_R == 0
-    # A floor: a tiny temperature must not divide into infinities.
-    temperature_R1 = params.temperature_R.clamp(min=1e-6).where(~greedy_R, 1.0)[:, None]
-    keeps_some_R = ((params.top_k_R > 0) & (params.top_k_R < vocab)) | (params.top_p_R < 1)
-    filtered_R = keeps_some_R & ~greedy_R
-    if bool(filtered_R.all()):
-        return _filtered(logits_RV, temperature_R1, params.top_k_R, params.top_p_R)
-    probability_RV = _softmax(logits_RV, logits_RV.amax(dim=1, keepdim=True), temperature_R1)
-    if bool(filtered_R.any()):
-        rows = filtered_R.nonzero()[:, 0]
-        probability_RV[rows] = _filtered(
-            logits_RV[rows], temperature_R1[rows], params.top_k_R[rows], params.top_p_R[rows]
-        )
-    if bool(greedy_R.any()):
-        rows = greedy_R.nonzero()[:, 0]
-        probability_RV[rows] = 0.0
-        probability_RV[rows, logits_RV[rows].argmax(dim=1)] = 1.0
-    return probability_RV
+    greedy_R = sampling.temperature_R == 0
+    top_k_R, top_p_R = sampling.top_k_R.where(~greedy_R, 1), sampling.top_p_R.where(~greedy_R, 1.0)
+    temperature_R1 = _divisor(sampling.temperature_R).where(~greedy_R, 1.0)[:, None]
+    x_RV = (logits_RV - logits_RV.amax(dim=1, keepdim=True)) / temperature_R1
+    rows = (((top_k_R > 0) & (top_k_R < vocab)) | (top_p_R < 1)).nonzero()[:, 0]
+    if len(rows):
+        x_RV[rows] = _selected(logits_RV[rows], x_RV[rows], top_k_R[rows], top_p_R[rows])
+    return x_RV
 
 
-def _softmax(logits_RV: Tensor, largest_R1: Tensor, temperature_R1: Tensor) -> Tensor:
-    # Differences to the largest: finite however small the temperature is.
-    return ((logits_RV - largest_R1) / temperature_R1).softmax(dim=1)
+def _divisor(temperature_R: Tensor) -> Tensor:
+    """Temperatures to divide by, those of greedy rows being 0 still."""
+    return temperature_R.clamp(min=LEAST_TEMPERATURE).where(temperature_R > 0, 0.0)
 
 
-def _filtered(logits_RV: Tensor, temperature_R1: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-    """`probabilities` of rows that do not keep all tokens.
+def _selected(logits_RV: Tensor, x_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """`filtered` of rows that do not keep all tokens.
 
     Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting all. C grows until
     it holds what every row keeps, and all equals of the least likely of these.
     """
-    rows, vocab = logits_RV.shape
+    vocab = logits_RV.shape[1]
     top_k_R1, top_p_R1 = top_k_R.where(top_k_R > 0, vocab).clamp(max=vocab)[:, None], top_p_R[:, None]
     of_all_R1 = top_k_R1 == vocab
     most = int(top_k_R1.where(~of_all_R1, 0).max())
-    all_mass_R1: Tensor | None = None
     count = max(FIRST_SELECTED, most + 1)
+    # 1 over the largest probability: that sum of a row is the same beside any other rows.
+    all_mass_R1 = 1 / x_RV.softmax(dim=1).amax(dim=1, keepdim=True).double() if bool(of_all_R1.any()) else None
     while True:
         count = min(count, vocab)
         value_RC, token_RC = logits_RV.topk(count, dim=1)
-        weight_RC = ((value_RC - value_RC[:, :1]) / temperature_R1).double().exp()
+        weight_RC = x_RV.gather(1, token_RC).double().exp()
         mass_RC = weight_RC.cumsum(dim=1)  # one after the other, so that C does not change it
         rank_C = torch.arange(count, device=logits_RV.device)
         mass_R1 = mass_RC.gather(1, (top_k_R1 - 1).clamp(max=count - 1))
-        if bool(of_all_R1.any()):
-            if all_mass_R1 is None:
-                # 1 over the largest probability is the sum of exp: that of a row is the same beside any other rows.
-                probability_RV = _softmax(logits_RV, value_RC[:, :1], temperature_R1)
-                all_mass_R1 = 1 / probability_RV.gather(1, token_RC[:, :1]).double()
+        if all_mass_R1 is not None:
             mass_R1 = torch.where(of_all_R1, all_mass_R1, mass_R1)
         # A top_p of 1 keeps all, also where rounding has the mass before the last tokens reach the whole.
         kept_RC = (mass_RC - weight_RC < top_p_R1 * mass_R1) | (rank_C == 0) | (top_p_R1 == 1)
@@ -98,8 +140,8 @@ def _filtered(logits_RV: Tensor, temperature_R1: Tensor, top_k_R: Tensor, top_p_
     equals_RC = token_RC.where(equal_RC, vocab).sort(dim=1).values
     last_R1 = equals_RC.gather(1, num_kept_R1 - above_RC.sum(dim=1, keepdim=True) - 1)
     kept_RC = above_RC | (equal_RC & (token_RC <= last_R1))
-    probability_RC = (weight_RC / mass_RC.gather(1, num_kept_R1 - 1)).where(kept_RC, 0.0).float()
-    return logits_RV.new_zeros(rows, vocab).scatter_(1, token_RC, probability_RC)
+    kept_x_RC = x_RV.gather(1, token_RC).where(kept_RC, -torch.inf)
+    return torch.full_like(x_RV, -torch.inf).scatter_(1, token_RC, kept_x_RC)
 
 
 def without_tokens(logits_RV: Tensor, is_banned_R: Tensor, token_ids: Tensor) -> Tensor:

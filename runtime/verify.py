@@ -1,9 +1,9 @@
-"""Which drafted tokens are judged, and when the target is asked: pure functions on plain numbers, which cost less than the calls of as many tensor
-operations. The verdict on what is judged is an op of `ssv.plugins`.
+"""Which drafted tokens are judged, when the target is asked, and what its choices say of them: pure functions on plain numbers, which cost
+less than the calls of as many tensor operations.
 
-Shapes: B rows, K pending tokens, J = K + 1 rows of the target, R gathered rows.
+Shapes: K pending tokens of a row, J = K + 1 rows of the target.
 
-Target row j of a pass judges drafted token j; row `num_pending` is the bonus row, which gives the next token when nothing is rejected.
+Target row j of a pass judges drafted token j; row K is the bonus row, which gives the next token when nothing is rejected.
 
 May import: ssv.builder.tiers.
 """
@@ -14,28 +14,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ssv.builder.tiers import Policy
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedRows:
-    """The judged rows of a pass, as the verdict takes them (`ssv.plugins.reference.verify_greedy`).
+class Verdict:
+    """What the target decided about a row.
 
     Attributes:
-        row_R: int32, where each stands among the B * J rows of the step.
-        start_B1: int32 [B + 1], first judged row of each row in use.
-        drafted_BK: int32, drafted tokens, padded on the right.
+        num_kept: drafted tokens that are kept, trusted ones included.
+        next_token: the target's choice after them: in place of a rejected one, or the bonus.
     """
 
-    row_R: Tensor
-    start_B1: Tensor
-    drafted_BK: Tensor
-
-    def to(self, device: torch.device) -> JudgedRows:
-        return JudgedRows(self.row_R.to(device), self.start_B1.to(device), self.drafted_BK.to(device))
+    num_kept: int
+    next_token: int
 
 
 def asks_for_pass(reject_prob_K: Sequence[float], policy: Policy, max_pending: int) -> bool:
@@ -56,18 +48,15 @@ def judged_rows(reject_prob_K: Sequence[float], accept_below: float) -> list[boo
     return [not r < accept_below for r in reject_prob_K] + [True]
 
 
-def judged_tensors(judged: Sequence[Sequence[bool]], pending: Sequence[Sequence[int]], width: int) -> JudgedRows:
-    """What is judged of a pass, as tensors.
+def walk(pending_K: Sequence[int], judged_J: Sequence[bool], choices: Sequence[int]) -> Verdict:
+    """Goes along the drafted tokens while they are the target's own choices; trusted ones are passed without asking.
 
     Args:
-        judged: of each row in use, from `judged_rows`.
-        pending: its drafted tokens.
-        width: columns that drafted tokens are padded to.
+        judged_J: from `judged_rows`.
+        choices: of the target, one for each judged row.
     """
-    places, starts = [], [0]
-    for b, flags in enumerate(judged):
-        places += [b * (width + 1) + j for j, is_judged in enumerate(flags) if is_judged]
-        starts.append(len(places))
-    padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in pending]
-    row_R, start_B1 = torch.tensor(places, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
-    return JudgedRows(row_R, start_B1, torch.tensor(padded, dtype=torch.int32).view(len(pending), width))
+    choice = iter(choices)
+    for k, (token, is_judged) in enumerate(zip(pending_K, judged_J, strict=False)):
+        if is_judged and (chosen := next(choice)) != token:
+            return Verdict(k, chosen)
+    return Verdict(len(pending_K), next(choice))

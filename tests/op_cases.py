@@ -56,11 +56,8 @@ class StepCase:
     batch: int
     tokens: int
     judged: str = "some"  # all, none (but the bonus rows), some (and ragged), or empty (no sequence has rows)
-    vocab: int = 99
     hidden: int = 64
     dtype: torch.dtype = torch.float32
-    accepted: float = 0.8
-    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,49 +68,44 @@ class Step:
     zone_BT: Tensor
     length_B: Tensor
     weight_H: Tensor
-    logits_RV: Tensor
-    target_prob_RV: Tensor
-    draft_prob_BKV: Tensor
     row_R: Tensor
-    start_B1: Tensor
-    drafted_BK: Tensor
-    accept_uniform_BK: Tensor
-    next_uniform_B: Tensor
 
 
 def step_arguments(case: StepCase, device: str) -> Step:
-    """Drafted tokens are the target's argmax with probability `accepted`."""
     generator = torch.Generator().manual_seed(case.batch * 1000 + case.tokens)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    batch, tokens, vocab = case.batch, case.tokens, case.vocab
+    batch, tokens = case.batch, case.tokens
     hidden_BTH = torch.randn(batch, tokens, case.hidden, generator=generator).to(case.dtype)
-    weight_H = (rand(case.hidden) + 0.5).to(case.dtype)
+    weight_H = (torch.rand(case.hidden, generator=generator) + 0.5).to(case.dtype)
     zone_BT = {"all": torch.ones, "none": torch.zeros}.get(case.judged, torch.zeros)(batch, tokens).int()
     length_B = torch.full((batch,), 0 if case.judged == "empty" else tokens, dtype=torch.int32)
     if case.judged == "some":
         zone_BT = torch.randint(0, 3, (batch, tokens), generator=generator).int()
         length_B = torch.randint(0, tokens + 1, (batch,), generator=generator).int()
     judged = reference.sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, EPS)
-    rows = int(judged.start_B1[-1])
-    row_R = judged.row_M[:rows].clone()
-    logits_RV = (torch.randn(rows, vocab, generator=generator) * 4).to(case.dtype)
-    if case.coarse:  # the largest stands in many places
-        logits_RV = (logits_RV / 4).round().clamp(max=2)
-    drafted_BK = torch.randint(0, vocab, (batch, tokens - 1), generator=generator).int()
-    best_R = reference.most_likely(logits_RV)
-    for r, row in enumerate(row_R.tolist()):
-        b, k = divmod(row, tokens)
-        if k < tokens - 1 and rand(1) < case.accepted:
-            drafted_BK[b, k] = best_R[r]
-    draft_prob_BKV = (torch.randn(batch, tokens - 1, vocab, generator=generator) * 2).softmax(dim=2)
-    arguments = (
-        hidden_BTH, zone_BT, length_B, weight_H, logits_RV, logits_RV.float().softmax(dim=1), draft_prob_BKV,
-        row_R, judged.start_B1, drafted_BK, rand(batch, tokens - 1), rand(batch),
-    )  # fmt: skip
+    arguments = hidden_BTH, zone_BT, length_B, weight_H, judged.row_M[: int(judged.start_B1[-1])].clone()
     return Step(*(x.to(device) for x in arguments))
+
+
+@dataclass(frozen=True)
+class ChooseCase:
+    """Sizes of a `choose`, the share of its columns that can be chosen, and whether columns are other tokens."""
+
+    rows: int
+    vocab: int
+    kept: float = 1.0
+    subset: bool = False
+
+
+def choose_arguments(case: ChooseCase, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(case.rows * 1000 + case.vocab)
+    x_RV = torch.randn(case.rows, case.vocab, generator=generator) * 3
+    is_left_out_RV = torch.rand(case.rows, case.vocab, generator=generator) >= case.kept
+    is_left_out_RV[:, case.vocab // 2] = False
+    x_RV[is_left_out_RV] = -torch.inf
+    seed_R = torch.randint(-(2**63), 2**63 - 1, (case.rows,), generator=generator)
+    position_R = torch.randint(0, 2**17, (case.rows,), generator=generator)
+    token_V = torch.randperm(2 * case.vocab, generator=generator)[: case.vocab] if case.subset else None
+    return x_RV.to(device), seed_R.to(device), position_R.to(device), token_V if token_V is None else token_V.to(device)
 
 
 SCORE_CASES = [
@@ -140,12 +132,17 @@ STEP_CASES = [
     StepCase(3, 9, judged="empty"),
     StepCase(11, 9),
     StepCase(4, 33, dtype=torch.bfloat16, hidden=100),
-    StepCase(3, 9, dtype=torch.float16, accepted=1.0),
-    StepCase(3, 9, vocab=3000, coarse=True),
-    StepCase(2, 4, vocab=9000, judged="all", coarse=True, dtype=torch.bfloat16),
-    StepCase(2, 3, vocab=1, judged="all"),
-    StepCase(2, 3, vocab=49_152, judged="all"),
-    StepCase(1, 2, vocab=151_936, judged="all", dtype=torch.bfloat16),
+    StepCase(3, 9, dtype=torch.float16),
+]
+CHOOSE_CASES = [
+    ChooseCase(1, 1),
+    ChooseCase(7, 2),
+    ChooseCase(5, 99, kept=0.5),
+    ChooseCase(99, 17, subset=True),
+    ChooseCase(3, 989, kept=0.01, subset=True),
+    ChooseCase(2, 4099),
+    ChooseCase(2, 49_152, kept=0.001),
+    ChooseCase(1, 151_936),
 ]
 
 
@@ -172,18 +169,10 @@ def check_step(ops: Ops, case: StepCase, device: str) -> None:
     assert torch.equal(gathered[0], wanted[0])
     torch.testing.assert_close(gathered[1], wanted[1], rtol=tolerance, atol=1e-5)
 
-    judged = s.row_R, s.start_B1, s.drafted_BK
-    assert_same(ops.verify_greedy(s.logits_RV, *judged), reference.verify_greedy(s.logits_RV, *judged))
-    sampled = s.target_prob_RV, s.draft_prob_BKV, *judged, s.accept_uniform_BK, s.next_uniform_B
-    assert_same(ops.verify_sampled(*sampled), reference.verify_sampled(*sampled))
-    # Where p and q are the same nothing is rejected; where p is nowhere above q, what is rejected is drawn from p.
-    nothing = s.target_prob_RV * 0, *sampled[1:]
-    assert_same(ops.verify_sampled(*nothing), reference.verify_sampled(*nothing))
-    strange = torch.where(s.drafted_BK % 2 == 0, s.drafted_BK - case.vocab - 1, s.drafted_BK + case.vocab)
-    unknown = *sampled[:4], strange, *sampled[5:]
-    assert_same(ops.verify_sampled(*unknown), reference.verify_sampled(*unknown))
-    uniform_R = torch.linspace(0, 1, rows, device=device)
-    assert torch.equal(ops.draw(s.target_prob_RV, uniform_R), reference.draw(s.target_prob_RV, uniform_R))
+
+def check_choose(ops: Ops, case: ChooseCase, device: str) -> None:
+    arguments = choose_arguments(case, device)
+    assert ops.choose(*arguments).tolist() == reference.choose(*arguments).tolist()
 
 
 def assert_same(found: Any, expected: Any) -> None:

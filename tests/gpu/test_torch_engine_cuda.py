@@ -60,7 +60,7 @@ def test_draft(kind: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("accept_below", [0.0, 0.4])
 def test_decoding_gives_the_same_tokens(temperature: float, accept_below: float) -> None:
-    # The kernels judge and draw here, the definition there: with equal distributions the tokens are equal, not only as likely.
+    # A kernel chooses here, the compiled stage there: the tokens are equal, not only as likely.
     policy = Policy(accept_below=accept_below, verify_above=0.9, risk_budget=0.9, max_pending=5)
     params = [
         SamplingParams(max_tokens=30, temperature=temperature, top_p=p, seed=7, ignore_eos=True) for p in (1.0, 0.9)

@@ -29,19 +29,11 @@ ARGUMENTS = {
     "score": ("hidden:x logits:x weight:float32 bias:float32", "", "token:int32 prob:float32 entropy:float32 margin:float32 reject_prob:float32"),
     "gather_norm": ("hidden:float32 row:int32 weight:x", "num_rows", "gathered:float32 normed:x"),
     "sparse_gather": ("hidden:x zone:int32 length:int32 weight:x", "batch tokens", "normed:x judged_row:int32 start:int32"),
-    "verify_greedy": ("logits:x row:int32 start:int32 drafted:int32", "tokens", "num_kept:int32 next_token:int32"),
-    "verify_sampled": (
-        "target_prob:float32 draft_prob:float32 row:int32 start:int32 drafted:int32 accept_uniform:float32 next_uniform:float32",
-        "tokens",
-        "num_kept:int32 next_token:int32",
-    ),
 }  # fmt: skip
 LAUNCHES = {
     "score": ("R", {}),
     "gather_norm": ("R", {"num_rows": "M"}),
     "sparse_gather": ("B * T", {"batch": "B", "tokens": "T"}),
-    "verify_greedy": ("B", {"tokens": "K + 1"}),
-    "verify_sampled": ("B", {"tokens": "K + 1"}),
 }
 KERNELS = [
     (op, capability, BF16 if capability in ("8.9", "10.0") else FP16) for op in ARGUMENTS for capability in TARGETS
@@ -55,8 +47,6 @@ def specs(dtype: torch.dtype) -> dict[str, Any]:
         "score": aot.score_spec(HIDDEN, VOCAB, dtype, dtype, HIDDEN + 3),
         "gather_norm": aot.gather_norm_spec(HIDDEN, FP32, dtype, EPS),
         "sparse_gather": aot.sparse_gather_spec(HIDDEN, dtype, dtype, EPS),
-        "verify_greedy": aot.verify_greedy_spec(VOCAB, DRAFTED, dtype),
-        "verify_sampled": aot.verify_sampled_spec(VOCAB, DRAFTED),
     }
 
 

@@ -31,17 +31,17 @@ def test_kernels_are_for_the_models_of_the_bundle(bundle: Path, tmp_path: Path) 
     done = ssv_build(bundle, "--compute-capability", "8.9,12.0", "--dtype", "float16", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     written = sorted(Path(line).relative_to(tmp_path / "out").as_posix() for line in done.stdout.splitlines())
-    ops = ("draft/gather_norm", "draft/score", "target/gather_norm", "target/sparse_gather", "target/verify_greedy")
-    expected = [f"{op}-sm_{sm}.ptx" for op in (*ops, "target/verify_sampled") for sm in ("120", "89")]
+    ops = ("draft/gather_norm", "draft/score", "target/gather_norm", "target/sparse_gather")
+    expected = [f"{op}-sm_{sm}.ptx" for op in ops for sm in ("120", "89")]
     assert written == expected
     manifest = read_manifest(bundle)
     facts = json.loads((tmp_path / "out" / "draft" / "score-sm_89.json").read_text())
     assert facts["constants"]["VOCAB"] == manifest.draft["head_size"]
     assert facts["constants"]["HIDDEN"] == manifest.draft["decoder"]["hidden_size"]
     assert facts["arguments"][1] == {"name": "logits", "kind": "input", "type": "float16"}
-    facts = json.loads((tmp_path / "out" / "target" / "verify_greedy-sm_120.json").read_text())
-    assert facts["constants"]["VOCAB"] == manifest.target["vocab_size"]
-    assert ".target sm_120a" in (tmp_path / "out" / "target" / "verify_greedy-sm_120.ptx").read_text()
+    facts = json.loads((tmp_path / "out" / "target" / "sparse_gather-sm_120.json").read_text())
+    assert facts["constants"]["HIDDEN"] == manifest.target["hidden_size"]
+    assert ".target sm_120a" in (tmp_path / "out" / "target" / "sparse_gather-sm_120.ptx").read_text()
 
 
 def test_nothing_is_written_if_one_cannot_be_compiled(bundle: Path, tmp_path: Path) -> None:

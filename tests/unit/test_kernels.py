@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import (
+    CHOOSE_CASES,
     SCORE_CASES,
     STEP_CASES,
+    ChooseCase,
     ScoreCase,
     StepCase,
     assert_same,
+    check_choose,
     check_score,
     check_step,
+    choose_arguments,
     score_arguments,
     step_arguments,
 )
@@ -26,7 +30,6 @@ def shrink(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
     is_long = vocab > 10_000
     monkeypatch.setattr(launch, "LANES", 256 if is_long else 16)
     monkeypatch.setattr(launch, "SCORE_LANES", 256 if is_long else 16)
-    monkeypatch.setattr(launch, "SAMPLED_BLOCK", 8192 if is_long else 1024)
 
 
 @pytest.mark.parametrize("case", SCORE_CASES, ids=str)
@@ -38,12 +41,10 @@ def test_score(monkeypatch: pytest.MonkeyPatch, case: ScoreCase) -> None:
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_row_shared_by_programs_is_one_row(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     # With four shares the last is shorter, and its last tile too.
-    monkeypatch.setattr(launch, "_splits", lambda rows, most, device: splits)
     monkeypatch.setattr(launch, "_score_splits", lambda rows, vocab, dtype, device: splits)
     monkeypatch.setattr(launch, "LANES", 128)
     for logits in ("random", "ties"):
         check_score(launch, ScoreCase(2, 20_000, logits=logits, dtype=torch.bfloat16), "cpu")
-    check_step(launch, StepCase(2, 4, vocab=20_000), "cpu")
 
 
 def test_score_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +66,23 @@ def test_a_row_without_a_distribution_is_nan_and_alone(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("case", STEP_CASES, ids=str)
-def test_step(monkeypatch: pytest.MonkeyPatch, case: StepCase) -> None:
-    shrink(monkeypatch, case.vocab)
+def test_step(case: StepCase) -> None:
     check_step(launch, case, "cpu")
+
+
+@pytest.mark.parametrize("case", CHOOSE_CASES, ids=str)
+def test_choose(monkeypatch: pytest.MonkeyPatch, case: ChooseCase) -> None:
+    monkeypatch.setattr(launch, "CHOOSE_BLOCK", 16_384 if case.vocab > 10_000 else 64)
+    check_choose(launch, case, "cpu")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, "all -inf"])
+def test_a_row_without_a_distribution_chooses_nothing(monkeypatch: pytest.MonkeyPatch, bad: float | str) -> None:
+    monkeypatch.setattr(launch, "CHOOSE_BLOCK", 64)
+    arguments = choose_arguments(ChooseCase(3, 300), "cpu")
+    expected = launch.choose(*arguments).tolist()
+    arguments[0][1, 200 if isinstance(bad, float) else slice(None)] = bad if isinstance(bad, float) else -torch.inf
+    assert launch.choose(*arguments).tolist() == [expected[0], -1, expected[2]]
 
 
 def test_989_rows_are_gathered() -> None:
@@ -89,22 +104,17 @@ def test_no_rows() -> None:
     assert gathered.shape == normed.shape == (0, 8)
     judged = launch.sparse_gather(torch.empty(0, 5, 8), empty.view(0, 5), empty, torch.ones(8), 1e-5)
     assert judged.start_B1.tolist() == [0]
-    verdicts = launch.verify_greedy(torch.empty(0, 30), empty, torch.zeros(1).int(), empty.view(0, 4))
-    assert verdicts.num_kept_B.shape == (0,)
-    assert launch.draw(torch.empty(0, 30), torch.empty(0)).shape == (0,)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert launch.choose(torch.empty(0, 30), nothing, nothing).shape == (0,)
 
 
 def test_counters_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(launch, "_arrivals", lambda num, device: counters)
-    monkeypatch.setattr(launch, "_splits", lambda rows, most, device: 2)
     monkeypatch.setattr(launch, "_score_splits", lambda rows, vocab, dtype, device: 2)
     arguments = score_arguments(ScoreCase(3, 9000, dtype=torch.bfloat16), "cpu")
-    s = step_arguments(StepCase(3, 4, vocab=3000), "cpu")
     for _ in range(2):
         assert_same(launch.score(*arguments), reference.score(*arguments))
-        assert not counters.any()
-        launch.verify_greedy(s.logits_RV, s.row_R, s.start_B1, s.drafted_BK)
         assert not counters.any()
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -15,20 +13,18 @@ from chi_square import p_value
 from torch import Tensor
 
 from ssv.plugins import reference
-from ssv.plugins.contract import FLOATS, MAX_HIDDEN, MAX_VOCAB, OpError, Score, Verdicts
+from ssv.plugins.contract import FLOATS, MAX_HIDDEN, MAX_VOCAB, OpError, Score
 from ssv.plugins.reference import (
     CRITICAL,
     GRAY,
     TRUSTED,
+    choose,
     confidence,
-    draw,
     gather_norm,
-    greedy_verdicts,
     most_likely,
+    random_words,
     score,
     sparse_gather,
-    verify_greedy,
-    verify_sampled,
 )
 
 INT32 = torch.iinfo(torch.int32)
@@ -347,407 +343,106 @@ def test_judged_rows_come_in_the_dtype_of_the_norm() -> None:
     torch.testing.assert_close(found.normed_MH.double(), expected, rtol=ROUNDING[torch.bfloat16], atol=1e-7)
 
 
-# --- greedy verdicts ------------------------------------------------------------------------------------------------
-
-GREEDY_CASES = [
-    # drafted, judged, target's tokens and the bonus -> kept, next token
-    ([1, 2, 3], [1, 1, 1], [1, 2, 3, 4], (3, 4)),
-    ([1, 2, 3], [1, 1, 1], [9, 2, 3, 4], (0, 9)),
-    ([1, 2, 3], [1, 1, 1], [1, 2, 9, 4], (2, 9)),
-    ([1, 2, 3], [1, 1, 1], [1, 9, 9, 4], (1, 9)),
-    ([1, 2, 3], [0, 0, 0], [9, 9, 9, 4], (3, 4)),
-    ([1, 2, 3], [0, 1, 0], [9, 2, 9, 4], (3, 4)),
-    ([1, 2, 3], [0, 1, 0], [9, 8, 9, 4], (1, 8)),
-    ([1, 2, 3], [1, 0, 0], [7, 2, 3, 4], (0, 7)),
-]
-
-
-def judged(flags: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """`row_R` and `start_B1` of the judged rows among B * J; a sequence's last one is its bonus row."""
-    flags_BJ = torch.tensor(flags).bool()
-    start_B1 = torch.nn.functional.pad(flags_BJ.sum(dim=1).cumsum(dim=0), (1, 0))
-    return flags_BJ.flatten().nonzero()[:, 0].int(), start_B1.int()
-
-
-def one_hot(tokens: Sequence[int], vocab: int = 10) -> Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(tokens), vocab).float()
-
-
-def decided(verdicts: Verdicts) -> list[tuple[int, int]]:
-    assert verdicts.num_kept_B.dtype == verdicts.next_token_B.dtype == torch.int32
-    return list(zip(verdicts.num_kept_B.tolist(), verdicts.next_token_B.tolist(), strict=True))
-
-
-def both_greedy(target: Sequence[int], row_R: Tensor, start_B1: Tensor, drafted_BK: Tensor) -> list[tuple[int, int]]:
-    """From logits and from tokens, which must be the same."""
-    found = decided(greedy_verdicts(ints(target), row_R, start_B1, drafted_BK))
-    for dtype in FLOATS:
-        logits_RV = (one_hot(target) - 3).to(dtype)
-        assert decided(verify_greedy(logits_RV, row_R, start_B1, drafted_BK)) == found
-    return found
-
-
-@pytest.mark.parametrize(("drafted", "flags", "target", "expected"), GREEDY_CASES)
-def test_greedy_verdict(drafted: list[int], flags: list[int], target: list[int], expected: tuple[int, int]) -> None:
-    gathered = [token for token, is_judged in zip(target, [*flags, 1], strict=True) if is_judged]
-    assert both_greedy(gathered, *judged([[*flags, 1]]), ints([drafted])) == [expected]
-
-
-def test_greedy_verdict_without_a_draft() -> None:
-    assert both_greedy([3], *judged([[1]]), torch.zeros(1, 0).int()) == [(0, 3)]
-
-
-def test_greedy_verdicts_side_by_side() -> None:
-    """Rows of the target are packed: what one sequence judges shifts the rows of those after it."""
-    flags = [[*case[1], 1] for case in GREEDY_CASES]
-    gathered = [
-        token
-        for (_, _, target, _), mine in zip(GREEDY_CASES, flags, strict=True)
-        for token, is_judged in zip(target, mine, strict=True)
-        if is_judged
-    ]
-    found = both_greedy(gathered, *judged(flags), ints([case[0] for case in GREEDY_CASES]))
-    assert found == [case[3] for case in GREEDY_CASES]
-
-
-# Pending tokens: 2, 0, none at all, 1, 2.
-RAGGED_FLAGS = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 1]]
-RAGGED_DRAFTED = [[1, 2], [0, 0], [7, 7], [4, 0], [5, 6]]
-# Of row 0: token 2 and the bonus; of row 1: the bonus; of row 3: token 1 and the bonus; of row 4: token 1 and the bonus.
-RAGGED_TARGET = [2, 3, 7, 8, 9, 5, 6]
-RAGGED_VERDICTS = [(2, 3), (0, 7), (0, -1), (0, 8), (2, 6)]
-
-
-def test_ragged_greedy_rows_read_their_own_target_rows() -> None:
-    assert both_greedy(RAGGED_TARGET, *judged(RAGGED_FLAGS), ints(RAGGED_DRAFTED)) == RAGGED_VERDICTS
-
-
-def test_greedy_verdict_takes_the_first_of_equals() -> None:
-    logits_RV = torch.tensor([[0.0, 2.0, 2.0, -1.0], [5.0, -torch.inf, 5.0, 5.0]])
-    assert decided(verify_greedy(logits_RV, *judged([[1, 1]]), ints([[1]]))) == [(1, 0)]
-    assert decided(verify_greedy(logits_RV, *judged([[1, 1]]), ints([[2]]))) == [(0, 1)]
-
-
-def test_verdicts_on_no_sequences() -> None:
-    nothing = ints([]), ints([0]), torch.zeros(0, 2).int()
-    assert decided(verify_greedy(torch.empty(0, 4), *nothing)) == []
-    uniforms = torch.empty(0, 2), torch.empty(0)
-    assert decided(verify_sampled(torch.empty(0, 4), torch.empty(0, 2, 4), *nothing, *uniforms)) == []
-
-
-# --- sampled verdicts -----------------------------------------------------------------------------------------------
-
-ALMOST_ONE = 1 - 2**-24
-
-
-@pytest.mark.parametrize(("drafted", "flags", "target", "expected"), GREEDY_CASES)
-@pytest.mark.parametrize("uniform", [0.0, 0.5, ALMOST_ONE])
-def test_sampled_verdict_of_one_hot_rows_is_the_greedy_one(
-    drafted: list[int], flags: list[int], target: list[int], expected: tuple[int, int], uniform: float
-) -> None:
-    flags = [*flags, 1]
-    verdicts = verify_sampled(
-        one_hot(target)[torch.tensor(flags).bool()],
-        one_hot(drafted)[None],
-        *judged([flags]),
-        ints([drafted]),
-        torch.full((1, 3), uniform),
-        torch.tensor([uniform]),
-    )
-    assert decided(verdicts) == [expected]
-
-
-def test_sampled_verdict_without_a_draft() -> None:
-    """A pass over rows of which none has drafted: plain sampling from the bonus row."""
-    p_RV = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    nothing_BK = torch.zeros(2, 0)
-    verdicts = verify_sampled(
-        p_RV, torch.zeros(2, 0, 2), *judged([[1], [1]]), nothing_BK.int(), nothing_BK, torch.tensor([0.3, 0.3])
-    )
-    assert decided(verdicts) == [(0, 1), (0, 0)]
-
-
-def test_trusted_token_is_kept_where_the_target_gives_it_nothing() -> None:
-    p_RV = torch.tensor([[0.0, 0.0, 1.0]])
-    q_BKV = torch.tensor([[[1.0, 0.0, 0.0]]])
-    uniforms = torch.tensor([[0.9]]), torch.tensor([0.5])
-    assert decided(verify_sampled(p_RV, q_BKV, *judged([[0, 1]]), ints([[0]]), *uniforms)) == [(1, 2)]
-
-
-def test_acceptance_has_the_ratio_as_its_border() -> None:
-    p_RV = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).repeat(3, 1)
-    q_BKV = torch.tensor([[[0.5, 0.5]]]).repeat(3, 1, 1)
-    verdicts = verify_sampled(
-        p_RV,
-        q_BKV,
-        *judged([[1, 1]] * 3),
-        ints([[0]] * 3),
-        torch.tensor([[0.0], [0.4375], [0.5]]),
-        torch.tensor([0.75, 0.25, 0.75]),
-    )
-    assert decided(verdicts) == [(1, 1), (1, 0), (0, 1)]
-
-
-def test_a_distribution_without_probability_gives_no_token() -> None:
-    """That of a rejected token and that of the bonus; NaN counts as none."""
-    good, nothing, nan = [0.0, 1.0], [0.0, 0.0], [torch.nan] * 2
-    p_RV = torch.tensor([good, nothing, good, nan, nothing, good, nan, good, good, good])
-    verdicts = verify_sampled(
-        p_RV,
-        torch.full((5, 1, 2), 0.5),
-        *judged([[1, 1]] * 5),
-        ints([[1]] * 5),
-        torch.full((5, 1), 0.5),
-        torch.full((5,), 0.5),
-    )
-    assert decided(verdicts) == [(1, -1), (1, -1), (0, -1), (0, -1), (1, 1)]
-
-
-Rule = Callable[..., Verdicts]
-
-
-def always_accept(*args: Tensor) -> Verdicts:
-    *rest, accept_uniform_BK, next_uniform_B = args
-    return verify_sampled(*rest, torch.full_like(accept_uniform_BK, -1.0), next_uniform_B)
-
-
-def resample_from_target(*args: Tensor) -> Verdicts:
-    target_prob_RV, _, _, start_B1, *_, next_uniform_B = args
-    kept_B = verify_sampled(*args).num_kept_B
-    return Verdicts(kept_B, draw(target_prob_RV[start_B1[:-1] + kept_B], next_uniform_B))
-
-
-def inverted_ratio(*args: Tensor) -> Verdicts:
-    target_prob_RV, draft_prob_BKV, _, _, drafted_BK, accept_uniform_BK, _ = args
-    at_BK1 = drafted_BK.long()[:, :, None]
-    p_BJV = target_prob_RV.view(len(drafted_BK), -1, target_prob_RV.shape[1])
-    p_BK = p_BJV[:, :-1].gather(2, at_BK1)[:, :, 0]
-    q_BK = draft_prob_BKV.gather(2, at_BK1)[:, :, 0]
-    kept_B = (accept_uniform_BK * p_BK < q_BK).cumprod(dim=1).sum(dim=1)
-    return Verdicts(kept_B.int(), verify_sampled(*args).next_token_B)
-
-
-COUNT = 4_000  # enough to tell the broken rules; the test of the paper's rule is the closer one
-# p of drafted tokens 1 and 2 and of the bonus, q of drafted tokens 1 and 2.
-DISTRIBUTIONS = {
-    "different": (
-        [[0.5, 0.2, 0.1, 0.2], [0.1, 0.2, 0.3, 0.4], [0.25] * 4],
-        [[0.1, 0.3, 0.4, 0.2], [0.4, 0.3, 0.2, 0.1]],
-    ),
-    "q_without_mass": (
-        [[0.5, 0.2, 0.1, 0.2], [0.1, 0.2, 0.3, 0.4], [0.7, 0.3, 0, 0]],
-        [[0.0, 0.5, 0.5, 0.0], [1.0, 0, 0, 0]],
-    ),
-    "p_without_mass": (
-        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.9, 0.0, 0.1], [0, 0, 0.5, 0.5]],
-        [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]],
-    ),
-    "p_one_hot": ([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [1.0, 0, 0, 0]], [[0.25] * 4, [0.1, 0.2, 0.3, 0.4]]),
-    "equal": ([[0.5, 0.2, 0.1, 0.2], [0.1, 0.2, 0.3, 0.4], [0.25] * 4], [[0.5, 0.2, 0.1, 0.2], [0.1, 0.2, 0.3, 0.4]]),
-    "disjoint": (
-        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.25] * 4],
-        [[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 0.0, 0.5]],
-    ),
-}
-
-
-def all_judged(count: int, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p, q, rows and starts of so many sequences of two drafted tokens."""
-    p_JV, q_KV = (torch.tensor(rows) for rows in DISTRIBUTIONS[name])
-    return p_JV.repeat(count, 1), q_KV.repeat(count, 1, 1), *judged([[1, 1, 1]] * count)
-
-
-def emitted_p_values(rule: Rule, name: str) -> list[float]:
-    """Of the first token emitted, of the second where one was kept, and of the third where two were."""
-    p_JV, q_KV = (torch.tensor(rows) for rows in DISTRIBUTIONS[name])
-    generator = torch.Generator().manual_seed(7)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    drafted_BK = torch.stack([draw(q_V.repeat(COUNT, 1), uniform(COUNT)) for q_V in q_KV], dim=1)
-    verdicts = rule(*all_judged(COUNT, name), drafted_BK, uniform(COUNT, 2), uniform(COUNT))
-    kept_B, next_B1 = verdicts.num_kept_B.long(), verdicts.next_token_B[:, None]
-    emitted_BJ = torch.cat((drafted_BK, next_B1), dim=1).scatter(1, kept_B[:, None], next_B1)
-    results = []
-    for j, p_V in enumerate(p_JV):
-        counts_V = torch.bincount(emitted_BJ[kept_B >= j, j], minlength=4)
-        results.append(p_value(counts_V.tolist(), p_V.tolist()))
-    return results
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_emitted_tokens_have_the_target_distribution(name: str) -> None:
-    assert min(emitted_p_values(verify_sampled, name)) > 1e-4
-
-
-@pytest.mark.parametrize("broken", [always_accept, resample_from_target, inverted_ratio])
-def test_broken_rule_is_caught(broken: Rule) -> None:
-    assert min(emitted_p_values(broken, "different")) < 1e-4
-
-
-GRID = 40
-
-
-def judge_one(name: str, k: int, token: int, uniform: float) -> Verdicts:
-    """On drafted token k, the one before it being trusted: many times, with a grid of uniform numbers for what takes its place."""
-    p_JV, q_KV = (torch.tensor(rows) for rows in DISTRIBUTIONS[name])
-    drafted_BK, accept_uniform_BK = torch.zeros(GRID, 2).int(), torch.zeros(GRID, 2)
-    drafted_BK[:, k], accept_uniform_BK[:, k] = token, uniform
-    return verify_sampled(
-        p_JV[k:].repeat(GRID, 1),
-        q_KV.repeat(GRID, 1, 1),
-        *judged([[0] * k + [1] * (3 - k)] * GRID),
-        drafted_BK,
-        accept_uniform_BK,
-        (torch.arange(GRID) + 0.5) / GRID,
-    )
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_acceptance_and_correction_are_those_of_the_paper(name: str) -> None:
-    """Closer than samples can tell: what q can draw is accepted below p / q and rejected above, and what takes its place has the
-    distribution of the residual."""
-    p_JV, q_KV = (torch.tensor(rows, dtype=torch.float64) for rows in DISTRIBUTIONS[name])
-    for k, q_V in enumerate(q_KV):
-        residual_V = (p_JV[k] - q_V).clamp(min=0)
-        border_V = (residual_V / residual_V.sum()).cumsum(dim=0)
-        corrections = torch.bucketize((torch.arange(GRID) + 0.5).double() / GRID, border_V, right=True).tolist()
-        for token in q_V.nonzero()[:, 0].tolist():
-            ratio = float(p_JV[k, token] / q_V[token])
-            if ratio > 0:
-                below = judge_one(name, k, token, min(ratio * (1 - 1e-4), ALMOST_ONE))
-                assert (below.num_kept_B > k).all()
-            if ratio < 1:
-                above = judge_one(name, k, token, ratio * (1 + 1e-4))
-                assert (above.num_kept_B == k).all()
-                assert above.next_token_B.tolist() == corrections
-
-
-@pytest.mark.parametrize("uniform", [0.0, 0.5, ALMOST_ONE])
-def test_equal_distributions_reject_nothing(uniform: float) -> None:
-    drafted_BK = ints([[token, token] for token in range(4)])
-    verdicts = verify_sampled(*all_judged(4, "equal"), drafted_BK, torch.full((4, 2), uniform), torch.full((4,), 0.5))
-    assert verdicts.num_kept_B.tolist() == [2] * 4
-
-
-def test_rejected_by_rounding_alone_is_drawn_from_the_target() -> None:
-    """What is uniform as a double may be 1 as a float: p = q is rejected then, and leaves no residual."""
-    p_JV, q_KV = torch.tensor([[0.25, 0.75], [1.0, 0.0]]), torch.tensor([[0.25, 0.75]])
-    verdicts = verify_sampled(
-        p_JV.repeat(2, 1),
-        q_KV.repeat(2, 1, 1),
-        *judged([[1, 1]] * 2),
-        ints([[1], [1]]),
-        torch.ones(2, 1),
-        torch.tensor([0.2, 0.3]),
-    )
-    assert decided(verdicts) == [(0, 0), (0, 1)]
-
-
-def test_ragged_sampled_rows_read_their_own_target_rows() -> None:
-    """Rows of the target are packed: what one sequence judges shifts the rows of those after it."""
-    verdicts = verify_sampled(
-        one_hot(RAGGED_TARGET),
-        torch.stack([one_hot(tokens) for tokens in RAGGED_DRAFTED]),
-        *judged(RAGGED_FLAGS),
-        ints(RAGGED_DRAFTED),
-        torch.full((5, 2), 0.5),
-        torch.full((5,), 0.5),
-    )
-    assert decided(verdicts) == RAGGED_VERDICTS
-
-
-def test_each_decision_reads_its_own_uniform_number() -> None:
-    """p / q is 1/2 for all drafted tokens, and the residual and the bonus are even."""
-    p_V, q_V = torch.tensor([0.4, 0.3, 0.3]), torch.tensor([0.8, 0.1, 0.1])
-    verdicts = verify_sampled(
-        p_V.repeat(12, 1),
-        q_V.repeat(4, 2, 1),
-        *judged([[1, 1, 1]] * 4),
-        torch.zeros(4, 2).int(),
-        torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.1, 0.9], [0.9, 0.9]]),
-        torch.tensor([0.1, 0.9, 0.1, 0.4]),
-    )
-    assert decided(verdicts) == [(2, 0), (0, 2), (1, 1), (0, 1)]
-
-
-# --- draw -----------------------------------------------------------------------------------------------------------
-
-
-def drawn_by_hand(prob_V: Sequence[float], uniform: float) -> int:
-    """In integers of any size: u counts in steps of 2^-24, probabilities in steps of 2^-38."""
-    sums = list(accumulate(int(p * 2**38) for p in prob_V))
-    u = min(int(uniform * 2**24), 2**24 - 1)
-    # The first sum with u / 2^24 * total < sum.
-    return bisect_right([s << 24 for s in sums], u * sums[-1]) if sums[-1] else -1
-
-
-def test_draw_by_inversion() -> None:
-    prob_RV = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0]) / 4
-    uniforms = [0.0, 0.2499, 0.25, 0.7499, 0.75, 0.999999, 1.0]
-    assert draw(prob_RV.repeat(7, 1), torch.tensor(uniforms)).tolist() == [1, 1, 3, 3, 4, 4, 4]
-
-
-@pytest.mark.parametrize("vocab", [1, 2, 17, 3000])
-def test_draw_is_exact(vocab: int) -> None:
-    generator = torch.Generator().manual_seed(vocab)
-    prob_RV = (torch.randn(300, vocab, generator=generator) * 6).softmax(dim=1)
-    prob_RV[::3] *= torch.rand(100, 1, generator=generator)  # as residuals are, which sum to less than 1
-    uniform_R = torch.rand(300, generator=generator)
-    # Borders: u at which a sum is met, one step below and one above.
-    sums_RV = (prob_RV * 2.0**38).long().cumsum(dim=1)
-    border_R = (sums_RV[:, vocab // 2] * 2**24 // sums_RV[:, -1]).clamp(max=2**24 - 2)
-    for step in (-1, 0, 1):
-        uniform_R[100 + step :: 3] = ((border_R + step).clamp(min=0) / 2.0**24)[100 + step :: 3].float()
-    found = draw(prob_RV, uniform_R)
+# --- choose ---------------------------------------------------------------------------------------------------------
+
+
+def philox_by_hand(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Philox4x32-10 in Python's numbers, which have any size."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b % 2**32, (a >> 32) ^ c3 ^ k1, a % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_the_generator_is_the_published_one(counter: str, key: str, words: str) -> None:
+    """Known answers of the authors' Random123."""
+    given = [[int(word, 16) for word in text.split()] for text in (counter, key)]
+    assert " ".join(f"{word:08x}" for word in philox_by_hand(*given)) == words
+
+
+def test_random_words_are_those_of_their_counter_and_key() -> None:
+    assert random_words(torch.arange(4), torch.tensor(0), torch.tensor(0)).tolist() == [
+        0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8,
+    ]  # fmt: skip
+    rng = random.Random(0)
+    for _ in range(50):
+        token, position, seed = rng.randrange(2**18), rng.randrange(2**17), rng.randrange(-(2**63), 2**63)
+        key = seed % 2**64
+        expected = philox_by_hand([token // 4, position, 0, 0], [key % 2**32, key >> 32])[token % 4]
+        assert int(random_words(*map(torch.tensor, (token, position, seed)))) == expected
+
+
+def chosen_by_hand(x_V: Sequence[float], seed: int, position: int, token_V: Sequence[int]) -> int:
+    scores = []
+    for x, token in zip(x_V, token_V, strict=True):
+        word = philox_by_hand([token // 4, position, 0, 0], [seed % 2**32, seed >> 32])[token % 4]
+        scores.append(x - math.log(-math.log((word + 0.5) / 2**32)))
+    return scores.index(max(scores))
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_choice_is_the_largest_of_logit_and_noise(subset: bool) -> None:
+    rng = random.Random(1)
+    tokens = rng.sample(range(50_000), 23) if subset else list(range(23))
+    x_RV = torch.tensor([[rng.gauss(0, 2) if rng.random() < 0.7 else -math.inf for _ in tokens] for _ in range(60)])
+    seeds, positions = [rng.randrange(2**63) for _ in x_RV], [rng.randrange(4096) for _ in x_RV]
+    found = choose(x_RV, torch.tensor(seeds), torch.tensor(positions), torch.tensor(tokens) if subset else None)
     assert found.dtype == torch.int32
-    assert found.tolist() == list(map(drawn_by_hand, prob_RV.tolist(), uniform_R.tolist()))
+    expected = [chosen_by_hand(*row, tokens) for row in zip(x_RV.tolist(), seeds, positions, strict=True)]
+    assert found.tolist() == expected
 
 
-def test_draw_from_a_long_even_row() -> None:
-    """Sums that fp32 would round."""
-    vocab = 2**17
-    index_R = torch.arange(0, vocab, 8191)
-    prob_RV = torch.full((1, vocab), 1 / vocab).expand(len(index_R), -1).contiguous()
-    assert draw(prob_RV, index_R / vocab).tolist() == index_R.tolist()
-    just_below_R = index_R[1:] / vocab - 2.0**-24
-    assert draw(prob_RV[1:], just_below_R).tolist() == (index_R[1:] - 1).tolist()
+def test_a_token_has_the_same_noise_in_every_vocabulary() -> None:
+    """So a draft that knows some tokens chooses as the target does, if the target chooses one of them."""
+    x_RV = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    seed_R, position_R, token_V = torch.arange(200), torch.arange(200) % 7, torch.arange(60, 0, -2)
+    whole, part = choose(x_RV, seed_R, position_R), choose(x_RV[:, token_V].contiguous(), seed_R, position_R, token_V)
+    known_R = torch.isin(whole, token_V)
+    assert 50 < int(known_R.sum()) < 150
+    assert torch.equal(token_V[part.long()][known_R], whole.long()[known_R])
 
 
-def test_draw_never_gives_what_has_no_weight() -> None:
-    generator = torch.Generator().manual_seed(3)
-    prob_RV = torch.rand(4000, 50, generator=generator) ** 8
-    prob_RV[torch.rand(4000, 50, generator=generator) < 0.6] = 0.0
-    prob_RV[:, 17] += 1e-6
-    prob_RV /= prob_RV.sum(dim=1, keepdim=True)
-    for uniform in (0.0, 0.5, ALMOST_ONE, 1.0):
-        index_R = draw(prob_RV, torch.full((4000,), uniform)).long()
-        assert bool((prob_RV[torch.arange(4000), index_R] > 0).all())
+def test_choices_of_a_seed_differ_by_position_and_those_of_a_position_by_seed() -> None:
+    even_RV, number_R, zero_R = torch.zeros(400, 5000), torch.arange(400), torch.zeros(400).long()
+    for seed_R, position_R in ((zero_R, number_R), (number_R, zero_R), (number_R << 32, zero_R)):
+        assert len(set(choose(even_RV, seed_R, position_R).tolist())) > 370  # 385 are expected of 400 draws
 
 
-@pytest.mark.parametrize("uniform", [ALMOST_ONE, 1.0])
-def test_draw_next_to_one_gives_the_last_token_with_weight(uniform: float) -> None:
-    """What is uniform as a double may be 1 as a float."""
-    prob_RV = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.1, 0.0], [0.0, 0.0, 1e-7], [0.0, 2.0**-38, 0.0]])
-    assert draw(prob_RV, torch.full((5,), uniform)).tolist() == [1, 0, 1, 2, 1]
-
-
-@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0])
-def test_draw_without_weight_gives_no_token(uniform: float) -> None:
-    """Of what is NaN or too small to be counted, too; the rows beside it draw theirs."""
-    prob_RV = torch.tensor([[0.0, 0.0], [0.0, 1.0], [torch.nan, torch.nan], [torch.nan, 0.3], [2.0**-39, 0.0]])
-    assert draw(prob_RV, torch.full((5,), uniform)).tolist() == [-1, 1, -1, 1, -1]
-
-
-def test_draw_of_no_rows() -> None:
-    assert draw(torch.empty(0, 5), torch.empty(0)).shape == (0,)
-
-
-def test_draw_follows_its_weights() -> None:
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_choices_follow_their_weights(by: str) -> None:
     count, prob_V = 30_000, torch.tensor([1.0, 0.0, 5.0, 2.0]) / 8
-    drawn = draw(prob_V.repeat(count, 1), torch.rand(count, generator=torch.Generator().manual_seed(4)))
-    assert p_value(torch.bincount(drawn, minlength=4).tolist(), prob_V.tolist()) > 1e-4
+    number_R, other_R = torch.arange(count), torch.full((count,), 11)
+    at = (number_R, other_R) if by == "seed" else (other_R, number_R)
+    chosen = choose(prob_V.log().repeat(count, 1), *at)
+    assert p_value(torch.bincount(chosen, minlength=4).tolist(), prob_V.tolist()) > 1e-4
+
+
+def test_choices_that_follow_one_another_are_independent() -> None:
+    count, zero_RV = 30_000, torch.zeros(30_000, 3)
+    first, second = (choose(zero_RV, torch.arange(count), torch.full((count,), position)) for position in (8, 9))
+    assert p_value(torch.bincount(3 * first + second, minlength=9).tolist(), [1 / 9] * 9) > 1e-4
+
+
+def test_what_is_no_distribution_chooses_nothing() -> None:
+    """The rows beside it choose theirs."""
+    inf, nan = torch.inf, torch.nan
+    x_RV = torch.tensor([[-inf, -inf], [-inf, 0.0], [nan, 1.0], [inf, 0.0], [0.0, -inf], [-inf, nan]])
+    assert choose(x_RV, torch.zeros(6).long(), torch.zeros(6).long()).tolist() == [-1, 1, -1, -1, 0, -1]
+
+
+def test_choice_of_no_rows() -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert choose(torch.empty(0, 5), nothing, nothing).shape == (0,)
 
 
 def test_chi_square_itself() -> None:
@@ -759,8 +454,7 @@ def test_chi_square_itself() -> None:
 
 # --- what the ops do not take ---------------------------------------------------------------------------------------
 
-# Two sequences of up to two drafted tokens: four judged rows of the six, states of 5 channels, a vocabulary of 7.
-JUDGED = {"rows": ints([0, 2, 3, 4]), "starts": ints([0, 2, 4]), "drafted": torch.zeros(2, 2).int()}
+# Six rows of states of 5 channels, four of which are judged; a vocabulary of 7.
 ARGUMENTS: dict[str, dict[str, Tensor]] = {
     "score": {
         "hidden": torch.ones(4, 5),
@@ -775,15 +469,12 @@ ARGUMENTS: dict[str, dict[str, Tensor]] = {
         "lengths": ints([3, 3]),
         "weight": torch.ones(5),
     },
-    "verify_greedy": {"logits": torch.ones(4, 7), **JUDGED},
-    "verify_sampled": {
-        "target probabilities": torch.ones(4, 7) / 7,
-        "draft probabilities": torch.ones(2, 2, 7) / 7,
-        **JUDGED,
-        "accept uniforms": torch.zeros(2, 2),
-        "next uniforms": torch.zeros(2),
+    "choose": {
+        "logits": torch.ones(4, 7),
+        "seeds": torch.zeros(4).long(),
+        "positions": torch.zeros(4).long(),
+        "tokens": torch.arange(7),
     },
-    "draw": {"probabilities": torch.ones(4, 7) / 7, "uniforms": torch.zeros(4)},
 }
 EPS = {"gather_norm": (1e-5,), "sparse_gather": (1e-5,)}
 # What the others' sizes and devices are compared with: one that differs is named there.
@@ -792,25 +483,20 @@ GIVES_ROWS = {
     ("gather_norm", "hidden"),
     ("gather_norm", "rows"),
     ("sparse_gather", "hidden"),
-    ("verify_greedy", "logits"),
-    ("verify_greedy", "drafted"),
-    ("verify_sampled", "target probabilities"),
-    ("verify_sampled", "drafted"),
-    ("draw", "probabilities"),
+    ("choose", "logits"),
 }
-GIVES_DEVICE = {(op, name) for op, name in GIVES_ROWS if name not in ("rows", "drafted")}
+GIVES_DEVICE = {(op, name) for op, name in GIVES_ROWS if name != "rows"}
 ONLY_FLOAT32 = {
     ("score", "weight"),
     ("score", "bias"),
-    *(("verify_sampled", name) for name, x in ARGUMENTS["verify_sampled"].items() if x.is_floating_point()),
-    *(("draw", name) for name in ARGUMENTS["draw"]),
+    ("choose", "logits"),
 }
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "an axis more": lambda x: x[None],
     "an axis less": lambda x: x[0],
     "a row more": lambda x: torch.cat((x, x[:1])),
     "a row less": lambda x: x[1:],
-    "wide": lambda x: x.double() if x.is_floating_point() else x.long(),
+    "another width": lambda x: {torch.int32: x.long, torch.int64: x.int}.get(x.dtype, x.double)(),
     "half": lambda x: x.half(),
     "integer or float": lambda x: x.int() if x.is_floating_point() else x.float(),
     "elsewhere": lambda x: x.to("meta"),
@@ -863,17 +549,17 @@ def test_right_arguments_are_taken(op: str) -> None:
 @pytest.mark.parametrize(
     ("name", "how", "expected", "got"),
     [
-        ("starts", "a row more", "shape (3,)", "shape (4,)"),
-        ("drafted", "an axis more", "two axes", "shape (1, 2, 2)"),
-        ("rows", "wide", "int32", "int64"),
-        ("logits", "wide", "float16 or bfloat16 or float32", "float64"),
-        ("starts", "elsewhere", "a tensor on cpu", "one on meta"),
-        ("logits", "strided", "a contiguous tensor", "strides (14, 2) for shape (4, 7)"),
+        ("weight", "a row more", "shape (5,)", "shape (6,)"),
+        ("hidden", "an axis more", "three axes", "shape (1, 2, 3, 5)"),
+        ("zones", "another width", "int32", "int64"),
+        ("hidden", "another width", "float16 or bfloat16 or float32", "float64"),
+        ("zones", "elsewhere", "a tensor on cpu", "one on meta"),
+        ("zones", "strided", "a contiguous tensor", "strides (6, 2) for shape (2, 3)"),
     ],
 )
 def test_error_says_what_was_expected(name: str, how: str, expected: str, got: str) -> None:
-    arguments = ARGUMENTS["verify_greedy"]
-    error = refused("verify_greedy", arguments | {name: WRONG[how](arguments[name])})
+    arguments = ARGUMENTS["sparse_gather"]
+    error = refused("sparse_gather", arguments | {name: WRONG[how](arguments[name])})
     assert (error.expected, error.got) == (expected, got)
 
 
@@ -882,14 +568,12 @@ def test_error_says_what_was_expected(name: str, how: str, expected: str, got: s
     ("op", "name", "others"),
     [
         ("score", "logits", ()),
-        ("verify_greedy", "logits", ()),
-        ("verify_sampled", "target probabilities", ("draft probabilities",)),
-        ("draw", "probabilities", ()),
+        ("choose", "logits", ("tokens",)),
     ],
 )
 def test_vocabulary_out_of_bounds(op: str, name: str, others: tuple[str, ...], columns: int) -> None:
     arguments = ARGUMENTS[op]
-    sized = {n: torch.zeros(*arguments[n].shape[:-1], columns) for n in (name, *others)}
+    sized = {n: arguments[n].new_zeros(*arguments[n].shape[:-1], columns) for n in (name, *others)}
     error = refused(op, arguments | sized)
     assert (error.name, error.expected, error.got) == (f"{op}: {name}", f"1 to {MAX_VOCAB} columns", str(columns))
 

@@ -1,22 +1,31 @@
-"""Temperature, top-k and top-p against their definitions in plain Python."""
+"""Temperature, top-k and top-p against their definitions in plain Python; and the compiled choice against the one that defines it."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssv.runtime.sampling import FIRST_SELECTED, SamplingTensors, probabilities
+from ssv.plugins import reference
+from ssv.runtime import sampling
+from ssv.runtime.sampling import FIRST_SELECTED, Sampling, choose, filtered
 
 
-def settings(rows: Sequence[tuple[float, int, float]]) -> SamplingTensors:
+def settings(rows: Sequence[tuple[float, int, float]], seed: int = 0, position: int = 0) -> Sampling:
     """(temperature, top_k, top_p) of each row."""
     temperature, top_k, top_p = zip(*rows, strict=True)
-    return SamplingTensors(torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p))
+    seed_R, position_R = torch.full((len(rows),), seed), torch.full((len(rows),), position)
+    return Sampling(torch.tensor(temperature), torch.tensor(top_k), torch.tensor(top_p), seed_R, position_R)
+
+
+def probabilities(logits_RV: Tensor, of: Sampling) -> Tensor:
+    return filtered(logits_RV, of).softmax(dim=1)
 
 
 def one(logits: Sequence[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
@@ -189,3 +198,112 @@ def test_logits_that_are_not_numbers_give_no_token_any_probability(row: tuple[fl
 @pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-38, 1e-44])
 def test_tiny_temperature_is_still_a_distribution(temperature: float) -> None:
     assert one([1.0, 9.0, 3.0], temperature=temperature) == [0.0, 1.0, 0.0]
+
+
+# --- the compiled choice --------------------------------------------------------------------------------------------
+
+
+def test_it_was_compiled() -> None:
+    assert sampling._sampling is not None, "runtime/_sampling.c was not compiled"
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch, logits_RV: Tensor, of: Sampling, token_V: Tensor | None = None
+) -> tuple[list[int], list[int]]:
+    """What the compiled stage chooses and what its definition does."""
+    compiled = choose(logits_RV, of, token_V)
+    assert compiled.dtype == torch.int32
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "_sampling", None)
+        defined = choose(logits_RV, of, token_V)
+    return compiled.tolist(), defined.tolist()
+
+
+SETTINGS = [
+    *[(0.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 0, 1.0), (40.0, 0, 1.0), (1e-7, 0, 1.0)],
+    *[(1.0, 40, 1.0), (0.7, 1, 1.0), (2.5, 3000, 1.0), (1e4, 7, 1.0)],
+    *[(0.7, 0, 0.9), (1.0, 0, 0.05), (3.0, 0, 0.999), (1.0, 0, 0.9999999)],
+    *[(0.7, 40, 0.9), (5.0, 500, 0.5), (1.0, 7, 1e-6)],
+]
+
+
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("vocab", [1, 3, 15, 16, 17, 63, 64, 65, 99, 989, 4096, 20_011])
+def test_compiled_choice_is_the_defined_one(monkeypatch: pytest.MonkeyPatch, vocab: int, subset: bool) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    token_V = torch.randperm(3 * vocab, generator=generator)[:vocab] if subset else None
+    for seed, spread in ((0, 3.0), (-1, 12.0), (2**62 + 12345, 0.1)):
+        logits_RV = torch.randn(len(SETTINGS), vocab, generator=generator) * spread
+        found, expected = both(monkeypatch, logits_RV, settings(SETTINGS, seed, 17 + vocab), token_V)
+        assert found == expected
+
+
+def test_a_position_beyond_32_bits_counts_by_its_lower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_RV = torch.zeros(1, 500)
+    found, expected = both(monkeypatch, logits_RV, settings([(1.0, 0, 1.0)], 3, 2**32 + 9))
+    assert found == expected == choose(logits_RV, settings([(1.0, 0, 1.0)], 3, 9)).tolist()
+
+
+@pytest.mark.parametrize("row", [(1.0, 5, 1.0), (1.0, 64, 1.0), (1.0, 700, 1.0), (2.0, 300, 0.37)])
+@pytest.mark.parametrize("levels", [1, 2, 30])
+def test_compiled_choice_among_equals(
+    monkeypatch: pytest.MonkeyPatch, row: tuple[float, int, float], levels: int
+) -> None:
+    """Which of them are kept at the edge is seen in many draws."""
+    logits_RV = torch.randint(0, levels, (40, 3000), generator=torch.Generator().manual_seed(levels)).float()
+    of = replace(settings([row] * 40), seed_R=torch.arange(40))
+    found, expected = both(monkeypatch, logits_RV, of)
+    assert found == expected
+
+
+@pytest.mark.parametrize("row", [(1.0, 3, 1.0), (1.0, 0, 0.9), (1.0, 0, 1.0), (0.0, 0, 1.0)])
+def test_compiled_choice_of_what_is_no_distribution(
+    monkeypatch: pytest.MonkeyPatch, row: tuple[float, int, float]
+) -> None:
+    """NaN of either sign, infinity, and nothing that can be chosen: alone, and at every place of a block."""
+    for bad in (math.nan, -math.nan, math.inf):
+        for place in (0, 15, 63, 64, 130, 199):
+            logits_RV = torch.zeros(3, 200)
+            logits_RV[1, place] = bad
+            found, expected = both(monkeypatch, logits_RV, settings([row] * 3))
+            assert found == expected and found[1] == -1 and found[0] == found[2] >= 0
+    found, expected = both(monkeypatch, torch.full((1, 200), -math.inf), settings([row]))
+    assert found == expected == [-1]
+
+
+def test_compiled_choice_never_takes_what_was_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_RV = torch.full((len(SETTINGS), 300), -math.inf)
+    logits_RV[:, 150], logits_RV[:, 299] = -3.0, -3.5
+    for seed in range(20):
+        found, expected = both(monkeypatch, logits_RV, settings(SETTINGS, seed))
+        assert found == expected and set(found) <= {150, 299}
+
+
+def test_half_precision_logits_are_chosen_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_RV = torch.randn(16, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, expected = both(monkeypatch, logits_RV, settings(SETTINGS))
+    assert found == expected
+
+
+def test_a_seed_is_64_bits() -> None:
+    """Its halves are words of the generator's key: none is left out."""
+    logits_RV = torch.zeros(1, 4000)
+    found = {choose(logits_RV, settings([(1.0, 0, 1.0)], seed)).item() for seed in (1, 1 + 2**32, 1 + 2**62, -(2**63))}
+    assert len(found) == 4
+
+
+def test_compiled_choice_is_the_same_wherever_its_row_stands() -> None:
+    logits_1V = torch.randn(1, 3000, generator=torch.Generator().manual_seed(2))
+    for row in SETTINGS:
+        alone = choose(logits_1V, settings([row], 5)).item()
+        together = choose(
+            logits_1V.repeat(5, 1), settings([SETTINGS[0], row, SETTINGS[9], SETTINGS[5], row], 5)
+        ).tolist()
+        assert together[1] == together[4] == alone
+
+
+def test_the_definition_runs_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_sampling", None)
+    logits_RV, of = torch.randn(3, 99, generator=torch.Generator().manual_seed(1)), settings([(1.0, 0, 1.0)] * 3, 8)
+    expected = reference.choose(filtered(logits_RV, of), of.seed_R, of.position_R).tolist()
+    assert choose(logits_RV, of).tolist() == expected

@@ -29,7 +29,7 @@ from ssv.builder.network import Graph
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import data_type
 from ssv.plugins import reference
-from ssv.plugins.contract import Judged, OpError, Score, Verdicts
+from ssv.plugins.contract import Judged, OpError, Score
 from ssv.plugins.tensorrt import NativeOps, PluginOps, register_plugins
 
 FP32, FP16, BF16, INT32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
@@ -41,23 +41,13 @@ INPUTS: dict[str, dict[str, str]] = {
     "score": {"hidden": "RH", "logits": "RV"},
     "gather_norm": {"hidden": "MH", "row": "R"},
     "sparse_gather": {"hidden": "BTH", "zone": "BT", "length": "B"},
-    "verify_greedy": {"logits": "RV", "row": "R", "start": "S", "drafted": "BK"},
-    "verify_sampled": {
-        "target_prob": "RV",
-        "draft_prob": "BKV",
-        "row": "R",
-        "start": "S",
-        "drafted": "BK",
-        "accept_uniform": "BK",
-        "next_uniform": "B",
-    },
 }
-PROFILE = {"B": (1, 2, 4), "K": (1, 4, 8), "T": (1, 5, 9), "R": (1, 9, 36), "M": (1, 10, 36), "S": (2, 3, 5)}
+PROFILE = {"B": (1, 2, 4), "T": (1, 5, 9), "R": (1, 9, 36), "M": (1, 10, 36)}
 
 
 def input_types(op: str, hidden: torch.dtype, logits: torch.dtype) -> list[torch.dtype]:
     types = {"hidden": hidden, "logits": logits}
-    numbers = {"row", "start", "drafted", "zone", "length"}
+    numbers = {"row", "zone", "length"}
     return [types.get(name, INT32 if name in numbers else FP32) for name in INPUTS[op]]
 
 
@@ -249,220 +239,6 @@ def test_sparse_gather_of_halves(given: torch.dtype) -> None:
     network.check(normal(2, 3, HIDDEN).to(given), ints([G, G, G], [C, C, C]), ints(3, 3))
 
 
-# --- verdicts -------------------------------------------------------------------------------------------------------
-
-
-def judged_rows(judged: Sequence[Sequence[int]], width: int, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows and starts of sequences of which these rows are judged; behind them rows that are none."""
-    rows = [b * width + j for b, each in enumerate(judged) for j in each]
-    starts = [0]
-    for each in judged:
-        starts.append(starts[-1] + len(each))
-    return ints(*rows, *(-1, 0, 2**31 - 1, 1)[:padding]), ints(*starts)
-
-
-def some_judged(generator: torch.Generator, batch: int, width: int) -> list[list[int]]:
-    """Of each sequence, which may have no rows, some rows and the last."""
-    lengths = torch.randint(0, width + 1, (batch,), generator=generator).tolist()
-    share = torch.rand(batch, width, generator=generator).tolist()
-    return [[j for j in range(n) if j == n - 1 or share[b][j] < 0.6] for b, n in enumerate(lengths)]
-
-
-def greedy(
-    target: Sequence[Sequence[int]],
-    judged: Sequence[Sequence[int]],
-    drafted: Sequence[Sequence[int]],
-    vocab: int = VOCAB,
-    padding: int = 0,
-) -> tuple[list[int], list[int]]:
-    """The verdicts where the target has these tokens at the judged rows."""
-    row_R, start_B1 = judged_rows(judged, len(drafted[0]) + 1, padding)
-    logits_RV = normal(len(row_R), vocab)
-    for r, token in enumerate(token for each in target for token in each):
-        logits_RV[r, token] = 9.0
-    kept, token = native("verify_greedy", vocab).check(logits_RV, row_R, start_B1, ints(*drafted))
-    return kept.tolist(), token.tolist()
-
-
-@pytest.mark.parametrize("drafted", [1, 8])
-def test_greedy_rejects_at_the_first_the_middle_the_last_or_no_token(drafted: int) -> None:
-    tokens = list(range(10, 11 + drafted))
-    for at in sorted({0, drafted // 2, drafted - 1, drafted}):
-        target = [*tokens[:at], 77, *tokens[at + 1 :]]
-        found = greedy([target], [list(range(drafted + 1))], [tokens[:-1]])
-        assert found == ([at], [77])
-
-
-def test_greedy_keeps_trusted_tokens_whatever_they_are() -> None:
-    judged, drafted = [[1, 3], [2, 4], [4], [], [0]], [[1, 2, 3, 4]] * 5
-    found = greedy([[2, 8], [7, 9], [6], [], [5]], judged, drafted, padding=3)
-    assert found == ([3, 2, 4, 0, 0], [8, 7, 6, -1, 5])
-
-
-def test_greedy_of_empty_sequences_alone() -> None:
-    assert greedy([], [[], []], [[1], [1]], padding=2) == ([0, 0], [-1, -1])
-
-
-@pytest.mark.parametrize("given", [FP32, FP16, BF16])
-def test_greedy_takes_the_first_of_equals_and_does_not_mind_infinities(given: torch.dtype) -> None:
-    logits_RV = torch.full((5, VOCAB), -torch.inf)
-    logits_RV[0] = 1.0
-    logits_RV[1, [7, 50]] = 2.0
-    logits_RV[2, 98] = -6e4
-    logits_RV[4, [3, 4]] = torch.inf
-    row_R, start_B1 = judged_rows([[0, 1, 2, 3, 4]], 5)
-    kept, token = native("verify_greedy", given=given).check(logits_RV.to(given), row_R, start_B1, ints([0, 7, 98, 0]))
-    assert (kept.tolist(), token.tolist()) == ([4], [3])
-
-
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("drafted", [1, 8])
-def test_greedy_of_many_steps(vocab: int, drafted: int) -> None:
-    network, generator, seen = native("verify_greedy", vocab), torch.Generator().manual_seed(vocab), set()
-    for _ in range(30):
-        batch = int(torch.randint(1, 6, (), generator=generator))
-        judged = some_judged(generator, batch, drafted + 1)
-        row_R, start_B1 = judged_rows(judged, drafted + 1, padding=max(1, batch % 4))
-        drafted_BK = torch.randint(0, vocab, (batch, drafted), generator=generator, dtype=INT32)
-        logits_RV = torch.randint(-3, 4, (len(row_R), vocab), generator=generator).float()
-        for r, place in enumerate(row_R[: start_B1[-1]].tolist()):
-            b, k = divmod(place, drafted + 1)
-            if k < drafted and torch.rand((), generator=generator) < 0.8:
-                logits_RV[r, drafted_BK[b, k]] = 4.0
-        kept, _ = network.check(logits_RV, row_R, start_B1, drafted_BK)
-        seen |= set(kept.tolist())
-    assert {0, drafted} <= seen
-
-
-class Sampling:
-    """Arguments of verify_sampled: K drafted tokens of each sequence, all judged unless told otherwise, and p = q."""
-
-    def __init__(self, drafted: Sequence[Sequence[int]], vocab: int = VOCAB, seed: int = 0) -> None:
-        batch, num_drafted = len(drafted), len(drafted[0])
-        generator = torch.Generator().manual_seed(seed)
-        self.vocab, self.drafted_BK = vocab, ints(*drafted)
-        self.target_BJV = (torch.randn(batch, num_drafted + 1, vocab, generator=generator) * 2).softmax(dim=2)
-        self.draft_BKV = self.target_BJV[:, :-1].clone()
-        self.judged = [list(range(num_drafted + 1))] * batch
-        self.accept_BK = torch.rand(batch, num_drafted, generator=generator)
-        self.next_B = torch.rand(batch, generator=generator)
-
-    def verdicts(self, padding: int = 0) -> tuple[list[int], list[int]]:
-        row_R, start_B1 = judged_rows(self.judged, self.target_BJV.shape[1], padding)
-        target_RV = torch.full((len(row_R), self.vocab), torch.nan)  # what no row is must not matter
-        judged = int(start_B1[-1])
-        target_RV[:judged] = self.target_BJV.flatten(0, 1)[row_R[:judged].long()]
-        given = (row_R, start_B1, self.drafted_BK, self.accept_BK, self.next_B)
-        kept, token = native("verify_sampled", self.vocab).check(target_RV, self.draft_BKV, *given)
-        return kept.tolist(), token.tolist()
-
-
-def one_hot(vocab: int, token: int) -> Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(token), vocab).float()
-
-
-@pytest.mark.parametrize("drafted", [1, 8])
-def test_sampling_rejects_at_the_first_the_middle_the_last_or_no_token(drafted: int) -> None:
-    tokens = list(range(10, 10 + drafted))
-    for at in sorted({0, drafted // 2, drafted - 1, drafted}):
-        case = Sampling([tokens])
-        case.target_BJV[0, at] = one_hot(VOCAB, 77)
-        assert case.verdicts() == ([at], [77])
-
-
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_equal_distributions_reject_nothing_below_one(vocab: int) -> None:
-    case = Sampling([[0, vocab - 1, vocab // 2]] * 3, vocab)
-    case.accept_BK[0], case.accept_BK[1] = 1 - 2**-24, 0.0
-    assert case.verdicts()[0] == [3, 3, 3]
-
-
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_a_rejection_without_a_residual_draws_from_the_target(vocab: int) -> None:
-    # What is uniform as a double may be 1 as a float: then p = q is rejected, and nothing is left of p - q.
-    case = Sampling([[vocab // 2, 0]] * 2, vocab)
-    case.accept_BK[0, 0] = case.accept_BK[1, 1] = 1.0
-    kept, token = case.verdicts()
-    assert kept == [0, 1]
-    assert min(token) >= 0
-
-
-def test_a_token_without_probability_is_rejected() -> None:
-    case = Sampling([[5], [5], [5]])
-    case.accept_BK[:] = 0.0
-    case.target_BJV[:2, 0, 5] = 0.0
-    case.draft_BKV[1, 0, 5] = 0.0
-    kept, token = case.verdicts()
-    assert kept == [0, 0, 1]
-    assert token[0] != 5
-
-
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_a_drafted_id_that_is_no_token_is_rejected(vocab: int) -> None:
-    case = Sampling([[0, -1], [vocab, 0], [2**31 - 1, 0], [0, -(2**31)]], vocab)
-    case.accept_BK[:] = 0.0
-    assert case.verdicts()[0] == [1, 0, 0, 1]
-    case.judged = [[2], [1, 2], [2], [0, 2]]  # trusted, or padding
-    assert case.verdicts()[0] == [2, 2, 2, 2]
-    drafted = case.drafted_BK.tolist()
-    assert greedy([[0, 0, 0]] * 4, [[0, 1, 2]] * 4, drafted, vocab) == ([1, 0, 0, 1], [0] * 4)
-
-
-@pytest.mark.parametrize("uniform", [0.0, 2**-24, 0.5, 1 - 2**-24, 1.0])
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_tokens_are_drawn_at_the_ends_of_the_unit_interval(vocab: int, uniform: float) -> None:
-    case = Sampling([[0], [0]], vocab)
-    case.next_B[:] = uniform
-    case.target_BJV[1, 0] = 0.0  # rejected, and what is left is its residual: nothing, as q exceeds it everywhere
-    case.target_BJV[1, 0, -1] = 1.0
-    case.draft_BKV[1, 0] = one_hot(vocab, 0)
-    kept, token = case.verdicts()
-    assert kept == [1, 0 if vocab > 1 else 1]
-    assert set(token) <= set(range(vocab))
-    if vocab > 1:
-        assert token[1] == vocab - 1
-
-
-def test_a_distribution_of_nothing_gives_no_token() -> None:
-    case = Sampling([[3], [3], [3]])
-    case.target_BJV[0, 1] = 0.0
-    case.target_BJV[1, 0] = 0.0
-    case.target_BJV[2, 1] = torch.nan
-    assert case.verdicts() == ([1, 0, 1], [-1, -1, -1])
-
-
-def test_sampling_keeps_trusted_tokens_whatever_they_are() -> None:
-    case = Sampling([[1, 2, 3, 4]] * 4)
-    case.judged = [[1, 3], [4], [], [0, 2]]
-    for b, j, token in ((0, 1, 2), (0, 3, 8), (1, 4, 6), (3, 0, 1), (3, 2, 9)):
-        case.target_BJV[b, j] = one_hot(VOCAB, token)
-    assert case.verdicts(padding=3) == ([3, 4, 0, 2], [8, 6, -1, 9])
-
-
-def test_sampling_of_empty_sequences_alone() -> None:
-    case = Sampling([[1], [1]])
-    case.judged = [[], []]
-    assert case.verdicts(padding=2) == ([0, 0], [-1, -1])
-
-
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("drafted", [1, 8])
-def test_sampling_of_many_steps(vocab: int, drafted: int) -> None:
-    generator, seen = torch.Generator().manual_seed(vocab), set()
-    for seed in range(20):
-        batch = int(torch.randint(1, 6, (), generator=generator))
-        tokens = torch.randint(0, vocab, (batch, drafted), generator=generator)
-        case = Sampling(tokens.tolist(), vocab, seed)
-        case.judged = some_judged(generator, batch, drafted + 1)
-        # Some tokens are impossible; of some rows the target differs from the draft.
-        case.target_BJV[torch.rand(case.target_BJV.shape, generator=generator) < 0.2] = 0.0
-        differs = torch.rand(batch, drafted, generator=generator) < 0.5
-        case.draft_BKV[~differs] = case.target_BJV[:, :-1][~differs]
-        kept, _ = case.verdicts(padding=max(1, batch % 4))
-        seen |= set(kept)
-    assert {0, drafted} <= seen
-
-
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
@@ -516,14 +292,10 @@ PLUGINS = [
     ("gather_norm", BF16, FP16, FP32),
     ("sparse_gather", FP16, FP32, FP32),
     ("sparse_gather", FP32, BF16, FP32),
-    ("verify_greedy", FP32, FP32, FP32),
-    ("verify_greedy", FP16, FP32, FP16),
-    ("verify_greedy", BF16, FP32, BF16),
-    ("verify_sampled", FP16, FP32, FP32),
 ]
 SIZES: list[dict[str, int]] = [
-    {"B": 1, "K": 1, "T": 1, "R": 1, "M": 1, "S": 2},
-    {"B": 3, "K": 8, "T": 5, "R": 17, "M": 11, "S": 4},
+    {"B": 1, "T": 1, "R": 1, "M": 1},
+    {"B": 3, "T": 5, "R": 17, "M": 11},
 ]
 # Programs of each op, and its kernel's int32 arguments, for such sizes.
 Number = Callable[[dict[str, int]], int]
@@ -531,23 +303,17 @@ GRID: dict[str, Number] = {
     "score": lambda n: n["R"],
     "gather_norm": lambda n: n["R"],
     "sparse_gather": lambda n: n["B"] * n["T"],
-    "verify_greedy": lambda n: n["B"],
-    "verify_sampled": lambda n: n["B"],
 }
 SCALARS: dict[str, dict[str, Number]] = {
     "score": {},
     "gather_norm": {"num_rows": lambda n: n["M"]},
     "sparse_gather": {"batch": lambda n: n["B"], "tokens": lambda n: n["T"]},
-    "verify_greedy": {"tokens": lambda n: n["K"] + 1},
-    "verify_sampled": {"tokens": lambda n: n["K"] + 1},
 }
 WEIGHTS = {"score": ("weight", "bias"), "gather_norm": ("weight",), "sparse_gather": ("weight",)}
 OUTPUTS = {
     "score": [field.name for field in fields(Score)],
     "gather_norm": ["gathered_RH", "normed_RH"],
     "sparse_gather": [field.name for field in fields(Judged)],
-    "verify_greedy": [field.name for field in fields(Verdicts)],
-    "verify_sampled": [field.name for field in fields(Verdicts)],
 }
 TYPES = {"FLOAT": FP32, "HALF": FP16, "BF16": BF16, "INT32": INT32}
 
@@ -628,8 +394,6 @@ def plugin(
         "score": lambda: aot.score_spec(HIDDEN, VOCAB, hidden, logits, HIDDEN + 3),
         "gather_norm": lambda: aot.gather_norm_spec(HIDDEN, hidden, dtype, EPS),
         "sparse_gather": lambda: aot.sparse_gather_spec(HIDDEN, hidden, dtype, EPS),
-        "verify_greedy": lambda: aot.verify_greedy_spec(VOCAB, PROFILE["K"][-1], logits),
-        "verify_sampled": lambda: aot.verify_sampled_spec(VOCAB, PROFILE["K"][-1]),
     }[op]()
     own = aot.compile_ahead(spec, "9.0")
     target, threads = re.search(r"\.target (\w+)", launch.ptx), re.search(r"\.reqntid (\d+)", launch.ptx)

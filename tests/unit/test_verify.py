@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 from ssv.builder.tiers import Policy
-from ssv.plugins.reference import sparse_gather
-from ssv.runtime.verify import asks_for_pass, judged_rows, judged_tensors
+from ssv.runtime.verify import asks_for_pass, judged_rows, walk
 
 
 def asks(reject_prob: Sequence[float], **settings: float) -> bool:
@@ -72,49 +70,25 @@ def test_the_bonus_row_is_always_judged() -> None:
     assert judged_rows([], 0.5) == judged_rows([], 0.0) == [True]
 
 
-# --- what is judged, as tensors --------------------------------------------------------------------------------------
-
-# Reject probabilities and drafted tokens of five rows: some trusted below 1/2, all, none, no drafted ones, and all but the last.
-REJECT_PROB = [[0.1, 0.9, 0.1], [0.1, 0.2], [0.9, 0.9, 0.9], [], [0.1, 0.9]]
-PENDING = [[3, 1, 4], [1, 5], [9, 2, 6], [], [5, 3]]
+# --- the walk -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [3, 4, 32])
-def test_judged_tensors(width: int) -> None:
-    judged = [judged_rows(row, 0.5) for row in REJECT_PROB]
-    found = judged_tensors(judged, PENDING, width)
-    columns = [[1, 3], [2], [0, 1, 2, 3], [0], [1, 2]]
-    assert found.row_R.tolist() == [b * (width + 1) + j for b, mine in enumerate(columns) for j in mine]
-    assert found.start_B1.tolist() == [0, 2, 3, 7, 8, 10]
-    assert found.drafted_BK.shape == (5, width)
-    for padded, tokens in zip(found.drafted_BK.tolist(), PENDING, strict=True):
-        assert padded == tokens + [0] * (width - len(tokens))
-    for tensor in (found.row_R, found.start_B1, found.drafted_BK):
-        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
-
-
-@pytest.mark.parametrize("width", [0, 2])
-def test_judged_tensors_without_a_draft(width: int) -> None:
-    found = judged_tensors([[True], [True]], [[], []], width)
-    assert found.row_R.tolist() == [0, width + 1]
-    assert found.start_B1.tolist() == [0, 1, 2]
-    assert found.drafted_BK.tolist() == [[0] * width] * 2 and found.drafted_BK.shape == (2, width)
-
-
-def test_judged_tensors_are_those_that_the_op_finds() -> None:
-    """An engine that gathers by zones judges what the decoding loop asks for."""
-    judged = [judged_rows(row, 0.5) for row in REJECT_PROB]
-    expected = judged_tensors(judged, PENDING, 3)
-    zone_BT = torch.zeros(5, 4, dtype=torch.int32)
-    for b, flags in enumerate(judged):
-        zone_BT[b, : len(flags)] = torch.tensor(flags)
-    length_B = torch.tensor([len(flags) for flags in judged], dtype=torch.int32)
-    found = sparse_gather(torch.ones(5, 4, 2), zone_BT, length_B, torch.ones(2), 1e-5)
-    assert torch.equal(found.start_B1, expected.start_B1)
-    assert torch.equal(found.row_M[: len(expected.row_R)], expected.row_R)
-
-
-def test_judged_tensors_move_together() -> None:
-    found = judged_tensors([[True, True]], [[7]], 1).to(torch.device("meta"))
-    for tensor in (found.row_R, found.start_B1, found.drafted_BK):
-        assert tensor.device.type == "meta" and tensor.dtype == torch.int32
+@pytest.mark.parametrize(
+    ("pending", "judged", "choices", "expected"),
+    [
+        ([1, 2, 3], [1, 1, 1], [1, 2, 3, 4], (3, 4)),
+        ([1, 2, 3], [1, 1, 1], [9, 2, 3, 4], (0, 9)),
+        ([1, 2, 3], [1, 1, 1], [1, 2, 9, 4], (2, 9)),
+        ([1, 2, 3], [1, 1, 1], [1, 9, 9, 4], (1, 9)),
+        # Only judged rows have a choice of the target.
+        ([1, 2, 3], [0, 0, 0], [4], (3, 4)),
+        ([1, 2, 3], [0, 1, 0], [2, 4], (3, 4)),
+        ([1, 2, 3], [0, 1, 0], [8, 4], (1, 8)),
+        ([1, 2, 3], [1, 0, 0], [7, 4], (0, 7)),
+        ([1, 2, 3], [0, 0, 1], [3, 4], (3, 4)),
+        ([], [], [5], (0, 5)),
+    ],
+)
+def test_walk(pending: list[int], judged: list[int], choices: list[int], expected: tuple[int, int]) -> None:
+    verdict = walk(pending, [*map(bool, judged), True], choices)
+    assert (verdict.num_kept, verdict.next_token) == expected
