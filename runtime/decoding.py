@@ -243,7 +243,7 @@ class DecodeBatch:
     def _most_pending(self, row: Row) -> int:
         """Fewer where many rows share a pass, if the row's output is the same whenever it is verified."""
         most = row.policy.max_pending
-        if self.pass_tokens is None or not (row.params.greedy and row.policy.lossless):
+        if self.pass_tokens is None or not row.policy.lossless:
             return most
         return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 

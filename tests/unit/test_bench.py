@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tiny_bundle import build, write_recipe
 
 from ssv.client import cli
 from ssv.runtime import bench
+from ssv.runtime.llm import LLM
+from ssv.runtime.request import Chunk, Request, SamplingParams
 
 METHODS = ["autoregressive", "speculative", "premium", "balanced", "turbo"]
 
@@ -73,7 +76,6 @@ def test_divergence_is_what_the_target_contradicts(
 ) -> None:
     """A tier that trusts everything emits what the draft says; an untrained draft says other things than its target."""
     from ssv.builder.tiers import Policy
-    from ssv.runtime.llm import LLM
 
     load = LLM.load
 
@@ -101,17 +103,27 @@ def test_sampled_outputs_have_no_divergence(folder: Path, capsys: pytest.Capture
     assert all(row["divergence"] is None for row in rows)
 
 
-def test_top_k_and_top_p_reach_the_requests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one token, or the most likely one, every seed draws the same."""
-    asked = ("--methods", "premium", "--temperature", "5", "--num-prompts", "2")
-    for few in (("--top-k", "1"), ("--top-p", "1e-6")):
-        assert run_bench(folder, *asked, *few) == 0
-        found = document(capsys)
-        assert all(row["identical"] == 1.0 for row in found["rows"])
-    assert found["settings"]["top_p"] == 1e-6
-    assert found["settings"]["top_k"] == 0
-    assert run_bench(folder, *asked) == 0
-    assert document(capsys)["rows"][1]["identical"] < 1.0
+def test_what_is_sampled_is_the_same_with_a_lossless_method(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_bench(folder, "--methods", "premium,speculative", "--temperature", "5", "--num-prompts", "2") == 0
+    assert [row["identical"] for row in document(capsys)["rows"]] == [1.0, 1.0, 1.0]
+
+
+def test_top_k_and_top_p_reach_the_requests(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[SamplingParams] = []
+    stream = LLM.stream
+
+    def recording(self: LLM, requests: Sequence[Request]) -> Iterator[Chunk]:
+        asked.extend(request.params for request in requests)
+        return stream(self, requests)
+
+    monkeypatch.setattr(LLM, "stream", recording)
+    words = ("--methods", "premium", "--temperature", "5", "--num-prompts", "2", "--top-k", "3", "--top-p", "0.4")
+    assert run_bench(folder, *words) == 0
+    assert {(params.temperature, params.top_k, params.top_p) for params in asked} == {(5.0, 3, 0.4)}
+    settings = document(capsys)["settings"]
+    assert (settings["top_k"], settings["top_p"]) == (3, 0.4)
 
 
 def test_cost_is_of_the_price_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
