@@ -184,9 +184,23 @@ def sparse_gather_kernel(
 
 
 @triton.jit
-def choose_kernel(x, seed, position, token, index, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Grid (R,). Blocks in which nothing can be chosen, which are most of them after top-k or top-p, cost their reading alone."""
+def choose_kernel(
+    x,
+    seed,
+    position,
+    token,
+    index,
+    partial,
+    arrived,
+    VOCAB: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SHARE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Grid (R, SPLITS), each program for SHARE blocks of a row. Blocks in which nothing can be chosen, which are most of them after top-k or
+    top-p, cost their reading alone."""
     r = tl.program_id(0)
+    split = tl.program_id(1)
     row = x + r.to(tl.int64) * VOCAB
     key = tl.load(seed + r)
     at = tl.load(position + r).to(tl.uint32)
@@ -194,8 +208,8 @@ def choose_kernel(x, seed, position, token, index, VOCAB: tl.constexpr, BLOCK_V:
     best = tl.full((BLOCK_V,), -float("inf"), tl.float64)
     best_column = tl.zeros((BLOCK_V,), tl.int32)
     top = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    for start in range(0, VOCAB, BLOCK_V):
-        column = start + lane
+    for i in range(0, SHARE):
+        column = (split * SHARE + i) * BLOCK_V + lane
         x_V = tl.load(row + column, mask=column < VOCAB, other=-float("inf"))
         top = tl.maximum(top, x_V, propagate_nan=_KEEP_NAN)
         if tl.max(x_V, axis=0) > -float("inf"):
@@ -213,9 +227,19 @@ def choose_kernel(x, seed, position, token, index, VOCAB: tl.constexpr, BLOCK_V:
             best = tl.maximum(best, scored)
     largest = tl.max(best, axis=0)
     found = tl.min(tl.where(best == largest, best_column, VOCAB - 1), axis=0)
-    # The largest of all is a number only where none is NaN.
+    # The largest logit is a number, or -inf, only where none is NaN or infinite.
     most = tl.reduce(top, 0, _larger_or_nan)
-    tl.store(index + r, tl.where((most > -float("inf")) & (most < float("inf")), found, -1))
+    largest = tl.where(most < float("inf"), largest, float("nan"))
+    own = partial + (r * SPLITS + split) * 2
+    tl.store(own, largest)
+    tl.store(own + 1, found.to(tl.float64))
+    if _arrive(arrived + r, SPLITS):
+        other = partial + (r * SPLITS + tl.arange(0, SPLITS)) * 2
+        largest_S = tl.load(other, cache_modifier=".cg")
+        column_S = tl.load(other + 1, cache_modifier=".cg").to(tl.int32)
+        largest = tl.reduce(largest_S, 0, _larger_or_nan)
+        found = tl.min(tl.where(largest_S == largest, column_S, VOCAB - 1), axis=0)
+        tl.store(index + r, tl.where(largest > -float("inf"), found, -1))
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

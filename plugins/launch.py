@@ -1,6 +1,6 @@
 """The ops by Triton kernels: signatures, results and errors of `reference.py`, without waiting for the device.
 
-Block sizes and shares are what was fastest on an H200 (`benchmarks/kernels.py`).
+Block sizes and shares are what was fastest on an H200, those of `choose` on an H100 (`benchmarks/kernels.py`).
 
 Shapes: see `contract.py`.
 
@@ -36,7 +36,10 @@ SCORE_LANES, SCORE_WARPS = 32, 1
 SCORE_PROGRAMS, SCORE_TILES = 12, 8
 """Programs of `score` for each multiprocessor, if there are tiles enough; and the most tiles for each program."""
 
-CHOOSE_BLOCK, ZONE_BLOCK = 2048, 1024
+CHOOSE_BLOCK, CHOOSE_WARPS, CHOOSE_PROGRAMS = 512, 4, 16
+"""Logits that a program of `choose` takes at a time, its warps, and programs for each multiprocessor."""
+
+ZONE_BLOCK = 1024
 
 
 def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
@@ -93,11 +96,18 @@ def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | N
     """See `reference.choose`."""
     check_choose(x_RV, seed_R, position_R, token_V)
     rows, vocab = x_RV.shape
-    index_R = torch.empty(rows, dtype=torch.int32, device=x_RV.device)
+    device = x_RV.device
+    index_R = torch.empty(rows, dtype=torch.int32, device=device)
+    block = min(CHOOSE_BLOCK, triton.next_power_of_2(vocab))
+    blocks = triton.cdiv(vocab, block)
+    # As many programs as fill the GPU; a row that is shared has at least one block for each.
+    wanted = triton.cdiv(CHOOSE_PROGRAMS * _num_multiprocessors(device), max(rows, 1))
+    splits = min(triton.next_power_of_2(wanted), triton.next_power_of_2(blocks))
     if rows:
-        kernels.choose_kernel[(rows,)](
+        kernels.choose_kernel[(rows, splits)](
             x_RV, seed_R, position_R, token_V, index_R,
-            VOCAB=vocab, BLOCK_V=min(CHOOSE_BLOCK, triton.next_power_of_2(vocab)), num_warps=WARPS,
+            torch.empty(rows * splits * 2, dtype=torch.float64, device=device), _arrivals(rows, device),
+            VOCAB=vocab, BLOCK_V=block, SHARE=triton.cdiv(blocks, splits), SPLITS=splits, num_warps=CHOOSE_WARPS,
         )  # fmt: skip
     return index_R
 
