@@ -33,5 +33,5 @@ class Policy(BaseModel):
 
     @property
     def lossless(self) -> bool:
-        """Whether greedy output equals plain decoding's and sampled output has the target's distribution."""
+        """Whether output is plain decoding's, token for token, greedy or sampled."""
         return self.accept_below == 0.0 or self.max_pending == 0
