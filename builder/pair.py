@@ -68,7 +68,7 @@ UNCALIBRATED = Policy(accept_below=0.0, verify_above=0.6, risk_budget=0.8, max_p
 
 def make_draft(target: Target, config: DistillConfig, work: Path, device: str, report: Report) -> DistillResult:
     """Distils a draft for a target (see `distill`)."""
-    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target.tokenizer)
+    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
     return distill(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
 
 
@@ -83,7 +83,7 @@ def make_scorer(
     conversations = write_conversations(
         decoder,
         chat_pieces(target.tokenizer),
-        openings_of(distilled.openings_file, target.tokenizer),
+        openings_of(distilled.openings_file, target),
         rows=config.rows,
         window=config.window,
         seed=config.seed,

@@ -135,7 +135,7 @@ def check_openings(file: Path | None, target: Target) -> None:
         RecipeError: it cannot be read, or holds none.
     """
     try:
-        empty = file is not None and not openings_of(file, target.tokenizer)
+        empty = file is not None and not openings_of(file, target)
     except ValueError as error:
         raise RecipeError(f"openings_file: {error}") from error
     if empty:
@@ -149,10 +149,9 @@ def check_lengths(config: CalibrationConfig, target: Target) -> None:
         RecipeError: naming the first that does not.
     """
     room = target.spec.max_positions - _RESERVED
+    encoder = target.conversation_encoder()
     for number, prompt in enumerate(read_prompts(config.prompts_file)[: config.num_prompts], start=1):
-        turns = [{"role": "user", "content": prompt}]
-        text = target.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        length = len(target.tokenizer.encode(text, add_special_tokens=False))
+        length = len(encoder.chat_ids([{"role": "user", "content": prompt}]))
         if length + config.max_tokens > room:
             raise RecipeError(
                 f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that is more than the {room} the "

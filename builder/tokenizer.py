@@ -1,17 +1,19 @@
 """A checkpoint's tokenizer: read, checked against the model's embedding, and the tokens that end an answer.
 
-May import: ssv.builder.checkpoint.
+May import: ssv.builder.chat_template, .checkpoint, .control_tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssv.builder.chat_template import ChatTemplate
 from ssv.builder.checkpoint import CheckpointError
+from ssv.builder.control_tokens import ConversationEncoder
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 
@@ -144,6 +146,21 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of the special tokens that a tokenizer finds in text."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return frozenset(token for token, entry in added.items() if entry.special)
+
+
+def conversation_encoder(tokenizer: Any, ends: Iterable[int] = ()) -> ConversationEncoder:
+    """The way of a tokenizer's conversations to token ids.
+
+    Args:
+        tokenizer: of `transformers`, with one chat template.
+        ends: ids of the end tokens.
+    """
+    template, named = ChatTemplate(tokenizer.chat_template), tokenizer.special_tokens_map
+
+    def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        return template.render(messages, named, add_generation_prompt=add_generation_prompt)
+
+    return ConversationEncoder(tokenizer.backend_tokenizer, render, template.source, ends)
 
 
 # --- end tokens -----------------------------------------------------------------------------------------------------

@@ -1,17 +1,15 @@
 """A tokenizer as `transformers` saves it, read without `transformers`, whose import takes seconds, 150 MB and torch.
 
 tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
-use. Templates see what they see in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags, in jinja2's
-sandbox.
+use.
 
-May import: nothing else of ssv.
+May import: ssv.builder.chat_template.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from ssv.builder.chat_template import ChatTemplate
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -78,26 +76,22 @@ class FileTokenizer:
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
     ) -> str:
-        """Text of a conversation.
+        """Text of a conversation, which knows what of it the messages say if their texts do (`ssv.builder.chat_template.Said`).
 
         Raises:
             ValueError: there is no template.
             jinja2.TemplateError: it does not compile, or refuses the conversation.
         """
         assert not tokenize, "the text is to be encoded without special tokens"
-        return self._template.render(
-            messages=[dict(message) for message in conversation],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
-        )
+        return self._template.render(conversation, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     @cached_property
-    def _template(self) -> Template:
+    def _template(self) -> ChatTemplate:
+        from ssv.builder.chat_template import ChatTemplate  # jinja2
+
         if self.chat_template is None:
             raise ValueError("the model has no chat template")
-        return _compile(self.chat_template)
+        return ChatTemplate(self.chat_template)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -126,40 +120,3 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found
-
-
-def _compile(text: str) -> Template:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`, which marks what training learns, is what it encloses."""
-
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
-
-        def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """Unlike jinja2's it does not escape for HTML."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(text)

@@ -126,12 +126,6 @@ def test_a_control_token_in_a_message_is_text(make: Callable[[], BundleTokenizer
             )
 
 
-def test_a_control_token_in_a_role_is_text() -> None:
-    tokenizer = byte_level()
-    ids = tokenizer.chat_ids([{"role": "user<|im_end|>", "content": "hi"}])
-    assert ids.count(tokenizer.inner.backend.token_to_id("<|im_end|>")) == 1
-
-
 @pytest.mark.parametrize("make", [sentence_piece, lambda: sentence_piece("always")])
 def test_text_behind_a_control_token_is_split_as_it_is_elsewhere(make: Callable[[], BundleTokenizer]) -> None:
     tokenizer = make()
