@@ -13,7 +13,7 @@ from typing import Any
 
 from ssv.builder.chat_template import ChatTemplate
 from ssv.builder.checkpoint import CheckpointError
-from ssv.builder.control_tokens import ConversationEncoder
+from ssv.builder.control_tokens import ConversationEncoder, is_word
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 
@@ -142,10 +142,12 @@ def text_digest(tokenizer: Any, ends: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the special tokens that a tokenizer finds in text."""
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of what a chat template's turns may begin and end with: special tokens, other added tokens that are no words, and the
+    tokenizer's end of sequence."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return frozenset(token for token, entry in added.items() if entry.special)
+    found = {token for token, entry in added.items() if entry.special or not is_word(entry.content)}
+    return frozenset(found | {tokenizer.eos_token_id} - {None})
 
 
 def conversation_encoder(tokenizer: Any, ends: Iterable[int] = ()) -> ConversationEncoder:
@@ -183,13 +185,13 @@ def _end_tokens_of(path: Path) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first special token that the chat template writes after an assistant's message."""
+    """The first added token that the chat template writes after an assistant's message, be it marked as special or not."""
     for conversation in (_conversation(tokenizer), _conversation(tokenizer, turns=2)):
         if conversation is None or _ASSISTANT not in conversation:
             continue
         after = conversation.rpartition(_ASSISTANT)[2].partition(_AGAIN)[0]
-        special = special_ids(tokenizer) | {tokenizer.eos_token_id}
-        return next((t for t in tokenizer.encode(after, add_special_tokens=False) if t in special), None)
+        control = control_ids(tokenizer)
+        return next((t for t in tokenizer.encode(after, add_special_tokens=False) if t in control), None)
     return None
 
 

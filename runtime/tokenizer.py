@@ -29,12 +29,12 @@ class BundleTokenizer:
         """Args:
         end_tokens: ids of tokens that end an answer.
         """
-        self.inner = inner
+        self.inner, self._ends = inner, frozenset(end_tokens)
         self._backend: Tokenizer | None = getattr(inner, "backend", None)
         self._encoder = (
             None
             if self._backend is None
-            else ConversationEncoder(self._backend, self._render, inner.chat_template, end_tokens)
+            else ConversationEncoder(self._backend, self._render, inner.chat_template, self._ends)
         )
         self._control: dict[int, str] | None = None
         self._answer_begins: tuple[int, ...] | None = None
@@ -96,7 +96,10 @@ class BundleTokenizer:
             raise RequestError(str(error)) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Text of tokens, without special ones and end tokens that were added to the vocabulary."""
+        if self._backend is not None:
+            # The library leaves out what is marked as special.
+            token_ids = [token for token in token_ids if token not in self._special()]
         return self.inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def text_stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> TextStream:
@@ -138,12 +141,14 @@ class BundleTokenizer:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
 
     def _special(self) -> dict[int, str]:
-        """Texts of the special tokens that are found in text, by id."""
+        """Texts of the special tokens that are found in text, and of such end tokens, by id."""
         if self._backend is None:
             return {}
         if self._control is None:
             added = self._backend.get_added_tokens_decoder()
-            self._control = {token: entry.content for token, entry in added.items() if entry.special}
+            self._control = {
+                token: entry.content for token, entry in added.items() if entry.special or token in self._ends
+            }
         return self._control
 
     def _where_answers_begin(self) -> tuple[int, ...]:

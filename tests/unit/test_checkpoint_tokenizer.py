@@ -79,6 +79,31 @@ def test_a_familys_template_has_pieces_and_an_end_of_turn(name: str, tmp_path: P
     assert [*pieces.before, good, *pieces.to_assistant] == tokenizer.encode(asked, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_end_of_turn_need_not_be_marked_as_special(name: str, tmp_path: Path) -> None:
+    template, end = FAMILIES[name]
+    write(tmp_path, template, eos_token="unknown")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((tmp_path / file).read_text())
+        entries = data.get("added_tokens", []) + list(data.get("added_tokens_decoder", {}).values())
+        for entry in entries:
+            entry["special"] = entry["content"] != "<e>" and entry["content"] != "<eot>" and entry["special"]
+        (tmp_path / file).write_text(json.dumps(data))
+    tokenizer = load_tokenizer(tmp_path)
+    if "eos_token" in template:
+        end = "unknown"
+    else:
+        assert not tokenizer.added_tokens_decoder[WORDS.index(end)].special
+    assert end_tokens(tmp_path, tokenizer) == sorted({WORDS.index(end), WORDS.index("unknown")})
+    assert WORDS[chat_pieces(tokenizer).end_of_turn] == end
+
+
+def test_a_word_that_was_added_ends_no_turn(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, PLAIN.replace("<e>", "good <e>") + ASKS))
+    tokenizer.add_tokens(["good"])
+    assert end_tokens(tmp_path, tokenizer) == [1]
+
+
 def test_end_tokens_are_those_of_all_files(tmp_path: Path) -> None:
     template = FAMILIES["Llama 3"][0]
     tokenizer = load_tokenizer(write(tmp_path, template))

@@ -142,6 +142,15 @@ def test_an_end_token_is_one_though_no_template_writes_it() -> None:
         assert bundle(CHATML, ends=[THINK]).chat_ids(messages).count(THINK) == 0
 
 
+def test_an_end_token_has_no_text_of_its_own_in_an_answer() -> None:
+    ids = bundle().chat_ids(turns("a<think>"))
+    assert bundle().decode(ids).startswith("user\na<think>") and "<think>" not in bundle(ends=[THINK]).decode(
+        [THINK, *ids[:3]]
+    )
+    assert bundle(ends=[THINK]).stop_ids(["<think>"]) == {THINK}
+    assert bundle(ends=[ord("a") - 33]).decode([ord("a") - 33]) == "a"  # it is a word all the same
+
+
 def test_words_that_were_added_are_no_structure() -> None:
     made = backend()
     made.add_tokens(["user", "  "])  # 261, 262
