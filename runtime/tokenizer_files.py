@@ -9,8 +9,10 @@ May import: ssv.builder.chat_template.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +71,19 @@ class FileTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """Text of tokens."""
+        """Text of tokens.
+
+        As the library has it, but for tokens of single bytes that are not UTF-8: there it gives U+FFFD for each byte of the whole run, also
+        for those of whole characters before the wrong one, which have been sent by then. Here, as in byte-level tokenizers, whole
+        characters stay and the others are U+FFFD.
+        """
         assert not clean_up_tokenization_spaces, "cleaning up changes the text of the tokens before"
-        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if self._byte_tokens.isdisjoint(token_ids):
+            return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        left_out = self._special_ids if skip_special_tokens else frozenset[int]()
+        kept = [token for token in token_ids if token not in left_out]
+        texts = [text for text in map(self.backend.id_to_token, kept) if text is not None]
+        return str(self.backend.decoder.decode(_whole_characters(texts)))
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
@@ -86,12 +98,46 @@ class FileTokenizer:
         return self._template.render(conversation, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     @cached_property
+    def _byte_tokens(self) -> frozenset[int]:
+        """Tokens that a decoder makes bytes of, if it does so."""
+        decoder = self.backend.decoder
+        if decoder is None or "ByteFallback" not in decoder.__getstate__().decode():
+            return frozenset()
+        ids = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in ids if token is not None)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+    @cached_property
     def _template(self) -> ChatTemplate:
         from ssv.builder.chat_template import ChatTemplate  # jinja2
 
         if self.chat_template is None:
             raise ValueError("the model has no chat template")
         return ChatTemplate(self.chat_template)
+
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _whole_characters(tokens: Sequence[str]) -> list[str]:
+    """Texts of tokens, with U+FFFD in the place of bytes that are no character."""
+    found: list[str] = []
+    for is_byte, group in groupby(tokens, key=lambda token: _BYTE.fullmatch(token) is not None):
+        run = list(group)
+        while is_byte and run:
+            try:
+                bytes(int(token[3:5], 16) for token in run).decode()
+            except UnicodeDecodeError as error:
+                found += [*run[: error.start], "\ufffd"]
+                run = run[error.end :]
+            else:
+                break
+        found += run
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
