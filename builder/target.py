@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights, load_checkpoint
+from ssv.builder.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
 from ssv.builder.control_tokens import ConversationEncoder
 from ssv.builder.decoder import Decoder
 from ssv.builder.manifest import digest, file_entry
@@ -31,7 +31,7 @@ class Target:
     Attributes:
         decoder: fp32 on the CPU.
         tokenizer: of `transformers`.
-        sha256: of the checkpoint's files.
+        sha256: of the checkpoint's files that the model was made of.
         eos_token_ids: of all tokens that end an answer, ascending.
         text_sha256: of what decides between text and tokens (tokenizer, chat template, end tokens), by content.
     """
@@ -65,13 +65,12 @@ def load_target(path: Path, tokenizer_path: Path | None = None) -> Target:
     tokenizer = load_tokenizer(path, tokenizer_path)
     ends = end_tokens(path, tokenizer)
     check_vocabulary(path, tokenizer, ends, spec.vocab_size)
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
     return Target(
         spec=spec,
         weights=weights,
         decoder=Decoder.from_weights(spec, weights),
         tokenizer=tokenizer,
-        sha256=digest(file_entry(f).sha256 for f in files),
+        sha256=digest(file_entry(file).sha256 for file in checkpoint_files(path)),
         eos_token_ids=ends,
         text_sha256=text_digest(tokenizer, ends),
     )

@@ -3,12 +3,11 @@
 tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
 use.
 
-May import: ssv.builder.chat_template.
+May import: ssv.builder.chat_template, .json_text.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
+
+from ssv.builder.json_text import parse_json
 
 if TYPE_CHECKING:
     from ssv.builder.chat_template import ChatTemplate
@@ -144,7 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TokenizerFileError(f"{path} is not JSON ({error}): build the bundle again") from error
     if not isinstance(config, dict):
