@@ -17,9 +17,10 @@ from itertools import accumulate
 from types import GeneratorType
 from typing import Any, SupportsIndex
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, Undefined, nodes
 from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -212,23 +213,32 @@ class _Environment(ImmutableSandboxedEnvironment):
         def call(*args: Any, **kwargs: Any) -> Any:
             return super(_Environment, __self).call(__context, __obj, *args, **kwargs)
 
-        # What a macro writes is put together by `concat`.
-        return call(*args, **kwargs) if isinstance(__obj, Macro) else _followed(call, args, kwargs)
+        # What a macro writes is put together by `concat`, and methods of texts that know their origin give such.
+        if isinstance(__obj, Macro):
+            return call(*args, **kwargs)
+        if isinstance(getattr(__obj, "__self__", None), Said):
+            if isinstance(given := call(*args, **kwargs), bytes):
+                raise TemplateError(
+                    "it makes bytes of a message, of which nobody knows afterwards that they were one's"
+                )
+            return given
+        return _followed(call, args, kwargs)
 
 
 def _followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a function gives, whose texts know their origin even if the function's do not.
 
     It is called a second time with private characters in the place of what messages say. If both results are the same but for those, it
-    only moved them; if not, all it gave counts as said by a message.
+    only moved them; if not, all it gave counts as said by a message. A `Said` that it gives is no better than a plain text: it may have
+    been put together with a plain one.
     """
     args = [list(each) if isinstance(each, GeneratorType) else each for each in args]
     given = function(*args, **kwargs)
-    if not _texts_in(given, plain=True) or not _texts_in([args, kwargs], plain=False):
+    if not _has_text(given) or not _is_said([args, kwargs]):
         return given
     if args and isinstance(args[0], Said) and isinstance(given, str) and str.lower(given) == str.lower(args[0]):
         return Said(given, args[0].origin)  # no more than upper and lower case
-    marks = _Marks()
+    marks = _Marks(args, kwargs, given)
     try:
         marked = marks.read(function(*marks.put(args), **marks.put(kwargs)))
     except Exception:  # whatever it says of such characters, of the right ones it has said nothing
@@ -236,13 +246,17 @@ def _followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     return marked if marked == given and marks.fit else _all_said(given)
 
 
-def _texts_in(value: Any, *, plain: bool) -> bool:
-    """Whether there are texts in a value: those that do not know their origin, or those that do."""
-    if isinstance(value, str):
-        return isinstance(value, Said) != plain
+def _is_said(value: Any) -> bool:
+    """Whether there is something of a message in a value."""
     if isinstance(value, Mapping):
-        return any(_texts_in(each, plain=plain) for each in value.values())
-    return isinstance(value, list | tuple) and any(_texts_in(each, plain=plain) for each in value)
+        value = [*value.keys(), *value.values()]
+    return isinstance(value, Said) or (isinstance(value, list | tuple) and any(map(_is_said, value)))
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(map(_has_text, value)))
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
@@ -254,19 +268,25 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _all_said(value: Any) -> Any:
-    return _changed(value, lambda text: text if isinstance(text, Said) else Said(text))
+    return _changed(value, lambda text: Said(str.__str__(text)))
 
 
 class _Marks:
     """A private character for each character and origin.
 
     Attributes:
-        fit: whether they sufficed, and no text had such characters of its own.
+        fit: whether they sufficed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *values: Any) -> None:
+        """Args:
+        values: whose characters are none of them.
+        """
         self._marks: dict[tuple[str, int], str] = {}
         self._meant: dict[str, tuple[str, int]] = {}
+        self._used: set[str] = set()
+        _changed(values, self._use)
+        self._free = (chr(code) for code in range(_FIRST_MARK, _FIRST_MARK + _NUM_MARKS))
         self.fit = True
 
     def put(self, value: Any) -> Any:
@@ -275,23 +295,25 @@ class _Marks:
     def read(self, value: Any) -> Any:
         return _changed(value, self._read)
 
+    def _use(self, text: str) -> str:
+        self._used.update(str.__str__(text))
+        return text
+
     def _put(self, text: str) -> str:
-        plain = str.__str__(text)
-        if any(ord(char) >= _FIRST_MARK for char in plain):
-            self.fit = False
-        return "".join(map(self._mark, plain, origin_of(text)))
+        return "".join(map(self._mark, str.__str__(text), origin_of(text)))
 
     def _mark(self, char: str, origin: int) -> str:
         if origin == TEMPLATE:
             return char
         if (char, origin) not in self._marks:
-            self.fit &= len(self._marks) < _NUM_MARKS
-            mark = chr(_FIRST_MARK + len(self._marks) % _NUM_MARKS)
+            mark = next((mark for mark in self._free if mark not in self._used), "")
+            self.fit &= bool(mark)
             self._marks[char, origin], self._meant[mark] = mark, (char, origin)
         return self._marks[char, origin]
 
     def _read(self, text: str) -> str:
-        read = [self._meant.get(char, (char, TEMPLATE)) for char in str.__str__(text)]
+        chars = zip(str.__str__(text), origin_of(text), strict=True)
+        read = [self._meant.get(char, (char, origin)) for char, origin in chars]
         return Said("".join(char for char, _ in read), bytes(origin for _, origin in read))
 
 
@@ -323,19 +345,36 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _filter(function: Callable[..., Any]) -> Callable[..., Any]:
+# Filters that hand on what they are given, and such that of a text call no more than a method.
+_HANDING_ON = {
+    *("attr", "d", "default", "first", "items", "last", "list", "map", "reject", "rejectattr", "reverse", "select"),
+    "selectattr",
+}
+_METHODS = {"capitalize", "lower", "replace", "trim", "upper"}
+
+
+def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def followed(*args: Any, **kwargs: Any) -> Any:
+        if name in _METHODS and isinstance(next((one for one in args if not isinstance(one, EvalContext)), None), Said):
+            return function(*args, **kwargs)
         return _followed(function, args, kwargs)
 
-    return followed
+    return function if name in _HANDING_ON else followed
+
+
+def _shown(value: Any) -> Any:
+    """What a template writes of a value: lists and objects may have something of a message in them, and so are all a message's."""
+    return value if value is None or isinstance(value, str | int | float | Undefined) else Said(str(value))
 
 
 def _compile(source: str) -> Template:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, finalize=_shown, extensions=[_Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
-    environment.filters = {name: _filter(function) for name, function in environment.filters.items()}
-    environment.filters[_TOGETHER] = lambda parts: together(map(str, parts))
+    environment.filters = {name: _filter(name, function) for name, function in environment.filters.items()}
+    environment.filters[_TOGETHER] = lambda parts: together(str(_shown(part)) for part in parts)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(_without_concat(environment.parse(source)))
