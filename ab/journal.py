@@ -1,6 +1,6 @@
 """Append-only JSON lines that a crash in mid-line does not spoil.
 
-May import: nothing else of ssv.
+May import: ssv.builder.json_text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from ssv.builder.json_text import parse_json
 
 
 class Journal:
@@ -89,7 +91,7 @@ class JournalReader:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 record = None
             if isinstance(record, dict):

@@ -1,6 +1,6 @@
 """Asks an arm that speaks OpenAI's chat completions.
 
-May import: ssv.ab.answers, .arms.
+May import: ssv.builder.json_text; ssv.ab.answers, .arms.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ssv.ab.answers import Answer, EndpointError, Piece, Sampling, answer_of, check_answer
 from ssv.ab.arms import Arm
+from ssv.builder.json_text import parse_json
 
 if TYPE_CHECKING:
     from openai import APIStatusError, DefaultHttpxClient
@@ -230,7 +231,7 @@ def _pieces(message: Any, at: float | None) -> list[Piece]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return None
 

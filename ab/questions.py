@@ -1,17 +1,17 @@
 """Prompts of a comparison, and what a right answer to them looks like.
 
-May import: ssv.ab.scoring.
+May import: ssv.builder.json_text; ssv.ab.scoring.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssv.ab import scoring
+from ssv.builder.json_text import parse_json
 
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")
@@ -52,7 +52,7 @@ def read_questions(path: Path) -> list[Question]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
-                questions.append(_question(json.loads(line), number))
+                questions.append(_question(parse_json(line), number))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
     if not questions:

@@ -1,6 +1,6 @@
 """Which arm live traffic goes to: by a stable hash, in given shares.
 
-May import: nothing else of ssv.
+May import: ssv.builder.json_text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ssv.builder.json_text import parse_json
 
 
 class RoutingError(ValueError):
@@ -160,7 +162,7 @@ def fall_back(path: Path, why: Mapping[str, str]) -> None:
 
 
 def _read_fallback(path: Path) -> dict[str, str]:
-    found: Any = json.loads(path.read_text())
+    found: Any = parse_json(path.read_text())
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no JSON object")
     return {str(arm): str(why) for arm, why in found.items()}

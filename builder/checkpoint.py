@@ -5,12 +5,11 @@ executed: JSON, safetensors and GGUF are data, and pickled weights (*.bin, *.pt)
 
 What a checkpoint is made of is defined in `ssv.builder.spec` and `ssv.builder.hf_config`, and can be had from here.
 
-May import: ssv.builder.gguf, .hf_config, .spec.
+May import: ssv.builder.gguf, .hf_config, .spec, .json_text.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ssv.builder.gguf import load_gguf
 from ssv.builder.hf_config import hf_config, spec_from_hf_config
+from ssv.builder.json_text import parse_json
 from ssv.builder.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "RopeScaling",
     "Weights",
     "check_weights",
+    "checkpoint_files",
     "hf_config",
     "load_checkpoint",
     "read_hf_folder",
@@ -193,19 +194,39 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are pickled; the index and its shards do not fit.
     """
+    config = _read_config(folder)
+    files, weight_map = _weight_files(folder, config)
+    return config, _read_shards(folder, weight_map) if weight_map is not None else _joined(files, {})
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
     try:
-        config = json.loads(config_path.read_text())
+        config = parse_json(config_path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{config_path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path} is not a JSON object")
-    return config, _read_weights(folder, config)
+    return config
 
 
-def _read_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files that `load_checkpoint` makes a model of: of a folder its config.json, the weights that count, and the index if they are its
+    shards.
+
+    Raises:
+        CheckpointError: see `read_hf_folder`.
+    """
+    if path.is_file():
+        return [path]
+    files, weight_map = _weight_files(path, _read_config(path))
+    return sorted([path / "config.json", *files, *([path / _INDEX] if weight_map is not None else [])])
+
+
+def _weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of weights that count, and the index's map if they are its shards."""
     if (chosen := config.get("transformers_weights")) not in (None, _SINGLE):
         raise CheckpointError(
             f"{folder}: config.json names its weights, transformers_weights {chosen!r}: rename them to {_SINGLE} and remove the setting"
@@ -213,15 +234,20 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
     # Read even if it does not count: damaged, it says that something happened to this folder.
     weight_map = _read_index(folder / _INDEX)
     if (folder / _SINGLE).is_file():
-        return read_safetensors(folder / _SINGLE)
+        return [folder / _SINGLE], None
     if weight_map is not None:
-        return _read_shards(folder, weight_map)
+        names = sorted(set(weight_map.values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder} lacks {missing[0]}, which its index names: is a shard of the checkpoint absent?"
+            )
+        return [folder / name for name in names], weight_map
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         hint = f"; {pickled[0]} is pickled and is never loaded, convert it to safetensors" if pickled else ""
         raise CheckpointError(f"{folder} has no *.safetensors{hint}")
-    return _joined(files, {})
+    return files, None
 
 
 def _read_index(index: Path) -> dict[str, str] | None:
@@ -229,7 +255,7 @@ def _read_index(index: Path) -> dict[str, str] | None:
     if not index.is_file():
         return None
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        weight_map = dict(parse_json(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged") from error
     if not all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()):
@@ -239,10 +265,6 @@ def _read_index(index: Path) -> dict[str, str] | None:
 
 def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> Weights:
     names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(
-            f"{folder} lacks {missing[0]}, which its index names: is a shard of the checkpoint absent?"
-        )
     weights = _joined([folder / name for name in names], weight_map)
     if absent := sorted(set(weight_map) - set(weights)):
         raise CheckpointError(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ssv.builder.decoder import Decoder
 from ssv.builder.files import save_whole
-from ssv.builder.tokenizer import special_ids
+from ssv.builder.tokenizer import control_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +76,18 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         )
     before, to_assistant = asked.split(first)
     to_user = text.partition(answer)[2].partition(second)[0]
-    special = special_ids(tokenizer)
+    control = control_ids(tokenizer)
     eos = tokenizer.eos_token_id
 
     def ids(piece: str) -> list[int]:
         # A space before a word belongs to the word's token.
         found: list[int] = tokenizer.encode(piece.rstrip(" ") or piece, add_special_tokens=False)
-        at = next((at for at, token in enumerate(found) if token in special or token == eos), 0)
+        at = next((at for at, token in enumerate(found) if token in control), 0)
         # So does one that the template writes before a control token: nobody says it.
         return found[at:] if at and not tokenizer.decode(found[:at]).strip() else found
 
     pieces = {"before": ids(before), "to_assistant": ids(to_assistant), "to_user": ids(to_user)}
-    end = next((token for token in pieces["to_user"] if token in special or token == eos), eos)
+    end = next((token for token in pieces["to_user"] if token in control), eos)
     if end is not None and pieces["to_user"][:1] != [end]:
         # What stands before the end of the turn, or a template without one: the turn ends where the text does.
         at = pieces["to_user"].index(end) if end in pieces["to_user"] else 0

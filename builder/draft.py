@@ -8,7 +8,7 @@ A draft has the hidden size of its target and shares its embedding and LM head r
 
 Shapes: M tokens of the step, H hidden, F features = H, V head rows of the draft (the most frequent tokens).
 
-May import: ssv.builder.checkpoint, .decoder, .files, .quantized.
+May import: ssv.builder.checkpoint, .decoder, .files, .quantized, .json_text.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ssv.builder.checkpoint import CheckpointError, DecoderSpec, read_safetensors
 from ssv.builder.decoder import Attend, Decoder, replace_quantized
 from ssv.builder.files import save_whole
+from ssv.builder.json_text import parse_json
 from ssv.builder.quantized import SCALES, QuantizedLinear, is_quantized
 
 DraftKind = Literal["conditioned", "standalone"]
@@ -278,8 +279,8 @@ def _read_draft(path: Path) -> tuple[DraftSpec, dict[str, Tensor]]:
     if "ssv_draft" not in metadata:
         raise CheckpointError(f"{path} is not a draft: build one with `ssv-build distill`")
     try:
-        facts = json.loads(metadata["ssv_draft"])
-    except json.JSONDecodeError as error:
+        facts = parse_json(metadata["ssv_draft"])
+    except ValueError as error:
         raise CheckpointError(f"{path}: its metadata is not JSON ({error})") from error
     return DraftSpec.from_dict(facts), state
 

@@ -3,13 +3,15 @@
 TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on. The plan is
 written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never holds half an engine.
 
-May import: ssv.builder.config, .decoder, .draft, .environment, .manifest, .network, .progress, .quantized, .scorer, .spill, .tensorrt_api, .unified; ssv.plugins.contract, .tensorrt.
+May import: ssv.builder.checkpoint, .config, .decoder, .draft, .environment, .manifest, .network, .progress, .quantized, .scorer, .spill, .tensorrt_api, .unified; ssv.plugins.contract, .tensorrt.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
+import os
 import resource
 import sys
 import time
@@ -22,18 +24,29 @@ from typing import Any, Literal
 
 import torch
 
+from ssv.builder.checkpoint import checkpoint_files
 from ssv.builder.config import EngineConfig
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, load_draft
 from ssv.builder.environment import versions
-from ssv.builder.manifest import EngineEntry, Manifest, digest, engine_source, file_entry, read_manifest, write_manifest
+from ssv.builder.manifest import (
+    EngineEntry,
+    Manifest,
+    digest,
+    engine_source,
+    file_entry,
+    lock_file,
+    manifest_lock,
+    read_manifest,
+    write_manifest,
+)
 from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
 from ssv.builder.progress import Report
 from ssv.builder.quantized import precision_of
 from ssv.builder.scorer import load_scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
-from ssv.builder.unified import load_any
+from ssv.builder.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
 from ssv.plugins.tensorrt import NativeOps, NetworkOps, PluginOps
 
@@ -66,30 +79,43 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
     _spare_memory()
     with _part_file(bundle / config.role, name) as part:
         compute_type = build_plan(trt, bundle, config, limits, part, on_progress)
-        peak = _peak_memory_bytes()
-        found = file_entry(part)
-        # Part of the hash is in the name: the old plan stays in its place until the manifest names the new one.
-        plan = part.with_name(f"{name}-{found.sha256[:12]}.engine")
-        part.replace(plan)
+        made = EngineEntry(
+            role=config.role,
+            precision=config.precision,
+            flavor=config.flavor,
+            tensorrt=trt.__version__,
+            compute_capabilities=config.compute_capability,
+            file="",
+            compute_type=compute_type,
+            max_batch=limits.max_batch,
+            max_length=limits.max_length,
+            max_pending=limits.max_pending,
+            prefill_chunk=limits.prefill_chunk,
+            source=engine_source(manifest, config.role),
+            checkpoint=checkpoint,
+            plugins=uses_plugins(config),
+            build_seconds=round(time.monotonic() - started, 2),
+            peak_memory_bytes=_peak_memory_bytes(),
+        )
+        # Others may have added an engine in the meantime, and another may be doing so now.
+        with manifest_lock(bundle):
+            entry = _add_engine(bundle, config, made, part)
+    return name, entry
+
+
+def _add_engine(bundle: Path, config: EngineConfig, made: EngineEntry, part: Path) -> EngineEntry:
+    """Moves a plan to its place, and writes the manifest that names it, in place of one of the same name."""
+    manifest, name = read_manifest(bundle, verify=False), config.name
+    if engine_source(manifest, config.role) != made.source or not part.is_file():
+        raise EngineBuildError(
+            f"{bundle} was built again while the {config.role} engine was compiled for what it was: compile it again"
+        )
+    found = file_entry(part)
+    # Part of the hash is in the name: the old plan stays in its place until the manifest names the new one.
+    plan = part.with_name(f"{name}-{found.sha256[:12]}.engine")
+    part.replace(plan)
     file = plan.relative_to(bundle).as_posix()
-    entry = EngineEntry(
-        role=config.role,
-        precision=config.precision,
-        flavor=config.flavor,
-        tensorrt=trt.__version__,
-        compute_capabilities=config.compute_capability,
-        file=file,
-        compute_type=compute_type,
-        max_batch=limits.max_batch,
-        max_length=limits.max_length,
-        max_pending=limits.max_pending,
-        prefill_chunk=limits.prefill_chunk,
-        source=engine_source(manifest, config.role),
-        checkpoint=checkpoint,
-        plugins=uses_plugins(config),
-        build_seconds=round(time.monotonic() - started, 2),
-        peak_memory_bytes=peak,
-    )
+    entry = made.model_copy(update={"file": file})
     old = manifest.engines.get(name)
     files = {path: each for path, each in manifest.files.items() if old is None or path != old.file}
     changes = {
@@ -107,7 +133,7 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
         raise
     if old is not None and old.file != file:
         (bundle / old.file).unlink(missing_ok=True)
-    return name, entry
+    return entry
 
 
 def tensorrt_for(config: EngineConfig) -> ModuleType:
@@ -163,13 +189,13 @@ def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
-    """SHA-256 over a checkpoint's files."""
-    files = (
-        [checkpoint]
-        if checkpoint.is_file()
-        else sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
-    )
-    return digest(file_entry(file).sha256 for file in files)
+    """SHA-256 over the files of a checkpoint that are loaded.
+
+    Raises:
+        CheckpointError: see `checkpoint_files`.
+    """
+    files = [*checkpoint_files(checkpoint), checkpoint / CONFIG_NAME]
+    return digest(file_entry(file).sha256 for file in files if file.is_file())
 
 
 def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
@@ -401,15 +427,37 @@ def _same_embedding(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
 
 @contextmanager
 def _part_file(folder: Path, name: str) -> Iterator[Path]:
-    """A file in the making, which vanishes unless the block has moved it."""
+    """A file in the making, which vanishes unless the block has moved it; nobody else makes the same meanwhile."""
     part = folder / f".{name}.part"
     try:
         folder.mkdir(exist_ok=True)
-        yield part
+        descriptor = _locked(part)
+        try:
+            yield part
+        finally:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), part.stat()):  # moved, it may be another's by now
+                    part.unlink()
+            os.close(descriptor)
     except OSError as error:
         raise EngineBuildError(f"{folder} cannot be written ({error}): choose a place with more room") from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _locked(part: Path) -> int:
+    """Descriptor of a file that is this process's until it is closed or the process dies."""
+    while True:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock_file(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise EngineBuildError(
+                f"another `ssv-build compile` is making {part.name[1:].removesuffix('.part')} of this bundle: wait for it"
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), part.stat()):
+                return descriptor
+        os.close(descriptor)
 
 
 def _spare_memory() -> None:

@@ -322,6 +322,9 @@ def _rope_settings(
     rope = _rope_object(config)
     holder = next((settings for settings in (rope, config) if settings.get("rope_theta") is not None), {})
     theta = _number(holder, "rope_theta", _DEFAULT_THETA)
+    for settings in (rope, config):  # also where another one counts: a file that says this is not what somebody meant
+        if settings.get("rope_theta") is not None and (given := _number(settings, "rope_theta")) <= 0:
+            raise CheckpointError(f"config.json: rope_theta is {given}, must be a number above 0")
     kind = _rope_type(rope)
     if missing := sorted(_NEEDED[kind] - {key for key, value in rope.items() if value is not None}):
         raise CheckpointError(f"config.json lacks {missing[0]} of its rope_type {kind!r}")
@@ -355,8 +358,10 @@ def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings that transformers takes: earlier ones wrote rope_theta beside rope_scaling, transformers 5 writes rope_parameters;
     of both, rope_scaling counts, as model cards tell to add it by hand."""
     for key in ("rope_scaling", "rope_parameters"):
-        if config.get(key) and not isinstance(config[key], Mapping):
-            raise CheckpointError(f"config.json has a value of the wrong type: {key} is {config[key]!r}")
+        if config.get(key) is not None and not isinstance(config[key], Mapping):
+            raise CheckpointError(
+                f"config.json has a value of the wrong type: {key} is {config[key]!r}, must be an object or null"
+            )
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters") or {}
     rope: Mapping[str, Any] = scaling or parameters
     if any(isinstance(value, Mapping) for value in rope.values()):

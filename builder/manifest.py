@@ -1,19 +1,23 @@
 """The bundle's manifest: what is in it, checked before anything of it is used.
 
-May import: ssv.builder.checkpoint, .draft, .tensorrt_api, .tiers, .waiting.
+May import: ssv.builder.checkpoint, .draft, .tensorrt_api, .tiers, .waiting, .json_text.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from ssv.builder.json_text import parse_json
 from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
 from ssv.builder.tiers import Policy
 from ssv.builder.waiting import Say, say_nothing
@@ -158,6 +162,34 @@ def write_manifest(bundle: Path, manifest: Manifest) -> None:
     write_whole(bundle / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
 
 
+def lock_file(descriptor: int, operation: int) -> None:
+    """`fcntl.flock`, which does nothing on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process has it, and the operation is not to wait.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+@contextmanager
+def manifest_lock(bundle: Path) -> Iterator[None]:
+    """In the block nobody else who asks for this lock changes the manifest; waits for one who does."""
+    while True:
+        descriptor = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            lock_file(descriptor, fcntl.LOCK_EX)
+            # Another folder may have been put in its place meanwhile.
+            if os.path.samestat(os.fstat(descriptor), bundle.stat()):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file in one step, over the one that is there."""
     part = path.with_name(path.name + ".part")
@@ -188,7 +220,7 @@ def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> 
             )
         raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME}): make one with `ssv-build pair`")
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
     except ValueError as error:
         raise BundleError(f"{path} is damaged ({error}): build the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None

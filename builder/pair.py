@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from ssv.builder.manifest import (
     digest,
     engine_source,
     file_entry,
+    manifest_lock,
     read_manifest,
     write_manifest,
 )
@@ -68,7 +69,7 @@ UNCALIBRATED = Policy(accept_below=0.0, verify_above=0.6, risk_budget=0.8, max_p
 
 def make_draft(target: Target, config: DistillConfig, work: Path, device: str, report: Report) -> DistillResult:
     """Distils a draft for a target (see `distill`)."""
-    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target.tokenizer)
+    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
     return distill(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
 
 
@@ -83,7 +84,7 @@ def make_scorer(
     conversations = write_conversations(
         decoder,
         chat_pieces(target.tokenizer),
-        openings_of(distilled.openings_file, target.tokenizer),
+        openings_of(distilled.openings_file, target),
         rows=config.rows,
         window=config.window,
         seed=config.seed,
@@ -118,7 +119,7 @@ def build_pair(
     check_settings(recipe)
     target = load_target(recipe.target.locate())
     check_recipe(recipe, target)
-    with staging(out) as stage:
+    with ExitStack() as held, staging(out) as stage:
         parts = Parts(stage, bundle_at(out))
         _write_target(parts, target)
         draft = _write_draft(parts, recipe, target, device, report)
@@ -132,6 +133,8 @@ def build_pair(
             _write_engine(parts, recipe, engine, target, device, report)
             manifest = _manifest(recipe, target, draft, parts, tiers)
         parts.drop_unused()
+        if out.is_dir():  # an engine that another process adds must not come between here and the exchange
+            held.enter_context(manifest_lock(out))
         parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
         manifest = _manifest(recipe, target, draft, parts, tiers)
         write_manifest(stage.bundle, manifest)

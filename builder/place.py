@@ -1,15 +1,15 @@
 """What is at the place where a bundle is to be built: nothing, a bundle that may be replaced, or something to leave alone.
 
-May import: ssv.builder.manifest.
+May import: ssv.builder.manifest, .json_text.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
+from ssv.builder.json_text import parse_json
 from ssv.builder.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
 
 # What `ssv-build compile` leaves in a bundle if it is killed: a plan in the making, or one that no manifest names yet.
@@ -60,7 +60,7 @@ def _refuse_strangers_manifest(out: Path) -> None:
     """Many things have a manifest.json: a browser's extension, a web site, a container's image."""
     path = out / MANIFEST_NAME
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
     except (ValueError, OSError) as error:
         raise BundleError(
             f"{out} holds a {MANIFEST_NAME} that cannot be read ({error}): choose another folder, or remove this one if it was a bundle"

@@ -1,12 +1,11 @@
 """What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can.
 
-May import: ssv.builder.calibrate, .config, .corpus, .draft, .engine, .manifest, .prompts, .quantize, .scorer, .target, .tiers.
+May import: ssv.builder.calibrate, .config, .corpus, .draft, .engine, .manifest, .prompts, .quantize, .scorer, .target, .tiers, .json_text.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
 from ssv.builder.corpus import chat_pieces
 from ssv.builder.draft import Draft, draft_spec, load_draft
 from ssv.builder.engine import check_length, tensorrt_for
+from ssv.builder.json_text import parse_json
 from ssv.builder.manifest import BundleError, TierEntry, file_entry
 from ssv.builder.prompts import read_prompts
 from ssv.builder.quantize import QuantizeError
@@ -135,7 +135,7 @@ def check_openings(file: Path | None, target: Target) -> None:
         RecipeError: it cannot be read, or holds none.
     """
     try:
-        empty = file is not None and not openings_of(file, target.tokenizer)
+        empty = file is not None and not openings_of(file, target)
     except ValueError as error:
         raise RecipeError(f"openings_file: {error}") from error
     if empty:
@@ -149,10 +149,9 @@ def check_lengths(config: CalibrationConfig, target: Target) -> None:
         RecipeError: naming the first that does not.
     """
     room = target.spec.max_positions - _RESERVED
+    encoder = target.conversation_encoder()
     for number, prompt in enumerate(read_prompts(config.prompts_file)[: config.num_prompts], start=1):
-        turns = [{"role": "user", "content": prompt}]
-        text = target.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        length = len(target.tokenizer.encode(text, add_special_tokens=False))
+        length = len(encoder.chat_ids([{"role": "user", "content": prompt}]))
         if length + config.max_tokens > room:
             raise RecipeError(
                 f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that is more than the {room} the "
@@ -167,7 +166,7 @@ def read_calibration(path: Path) -> dict[str, TierEntry]:
         BundleError: it is none.
     """
     try:
-        document = json.loads(path.read_text())
+        document = parse_json(path.read_text())
         limits = document["settings"]["limits"]
         tiers = {name: _tier(trial, limits.get(name)) for name, trial in document["tiers"].items()}
         if "premium" not in tiers or not isinstance(document["made_for"], dict):
@@ -213,7 +212,7 @@ def refuse_other(calibration: Path, mine: dict[str, str]) -> None:
     Raises:
         BundleError: naming what differs.
     """
-    theirs = json.loads(calibration.read_text())["made_for"]
+    theirs = parse_json(calibration.read_text())["made_for"]
     if wrong := sorted(key for key in mine if mine[key] != theirs.get(key)):
         raise BundleError(
             f"{calibration} was made for another {' and '.join(wrong)}: run `ssv-build calibrate`, or leave "

@@ -1,12 +1,13 @@
 """Files of prompts.
 
-May import: nothing else of ssv.
+May import: ssv.builder.json_text.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from ssv.builder.json_text import parse_json
 
 
 def read_text(path: Path) -> str:
@@ -35,7 +36,7 @@ def read_prompts(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: expected a JSON object with a `prompt`") from error
         if not isinstance(prompt, str) or not prompt.strip():

@@ -69,7 +69,7 @@ def quantize(
         )
         if config.recover_tokens:
             original = target.on(device)
-            pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target.tokenizer)
+            pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
             settings = Recovery(tokens=config.recover_tokens, learning_rate=config.recover_learning_rate)
             made = recover(original, made, pieces, openings, settings, report)
         report(stage, 1, 2, "writing")
@@ -82,7 +82,7 @@ def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig)
     """Text to calibrate on, int64 [B, T]: the user's prompts in the model's chat template, or what the target writes itself."""
     if config.prompts_file is None:
         rows = -(-config.tokens // WINDOW)
-        openings = openings_of(config.openings_file, target.tokenizer)
+        openings = openings_of(config.openings_file, target)
         written = write_conversations(
             decoder, chat_pieces(target.tokenizer), openings, rows=rows, window=WINDOW, seed=1
         )

@@ -110,8 +110,8 @@ class DecoderSpec:
                 raise CheckpointError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise CheckpointError(f"rope_theta is {self.rope_theta}, must be a number above 0")
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
-            raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps}, must be a number of at least 0")
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):  # 0 makes NaN of a row of zeros
+            raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps}, must be a number above 0")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim is {self.head_dim}, must be even: rope rotates pairs")
         if isinstance(self.rope_scaling, RopeDivisors) and len(self.rope_scaling.divisors) != self.head_dim // 2:

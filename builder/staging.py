@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssv.builder.manifest import BundleError, retired_place
+from ssv.builder.manifest import BundleError, lock_file, retired_place
 from ssv.builder.place import bundle_at
 from ssv.builder.progress import notice
 
@@ -133,14 +133,10 @@ def _lock(stage: Stage) -> int:
         except FileNotFoundError:
             continue  # a run that ends removed the folder
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
             raise BundleError(f"another run is building {stage.out}: choose another folder, or wait for it") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
-                os.close(descriptor)
-                raise
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor

@@ -1,6 +1,6 @@
 """A target that has been read: network, weights, tokenizer.
 
-May import: ssv.builder.checkpoint, .decoder, .manifest, .prompts, .tokenizer.
+May import: ssv.builder.checkpoint, .control_tokens, .decoder, .manifest, .prompts, .tokenizer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights, load_checkpoint
+from ssv.builder.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
+from ssv.builder.control_tokens import ConversationEncoder
 from ssv.builder.decoder import Decoder
 from ssv.builder.manifest import digest, file_entry
 from ssv.builder.prompts import read_text
-from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
+from ssv.builder.tokenizer import check_vocabulary, conversation_encoder, end_tokens, load_tokenizer, text_digest
 
 WINDOW = 512
 """Tokens that are run at a time when a model is calibrated."""
@@ -30,7 +31,7 @@ class Target:
     Attributes:
         decoder: fp32 on the CPU.
         tokenizer: of `transformers`.
-        sha256: of the checkpoint's files.
+        sha256: of the checkpoint's files that the model was made of.
         eos_token_ids: of all tokens that end an answer, ascending.
         text_sha256: of what decides between text and tokens (tokenizer, chat template, end tokens), by content.
     """
@@ -49,6 +50,10 @@ class Target:
             return self.decoder
         return Decoder.from_weights(self.spec, self.weights).to(device, dtype)
 
+    def conversation_encoder(self) -> ConversationEncoder:
+        """The way of its conversations to token ids, which is that of a bundle that is served."""
+        return conversation_encoder(self.tokenizer, self.eos_token_ids)
+
 
 def load_target(path: Path, tokenizer_path: Path | None = None) -> Target:
     """Reads a checkpoint and its tokenizer, which lies beside it unless a folder is given.
@@ -60,34 +65,38 @@ def load_target(path: Path, tokenizer_path: Path | None = None) -> Target:
     tokenizer = load_tokenizer(path, tokenizer_path)
     ends = end_tokens(path, tokenizer)
     check_vocabulary(path, tokenizer, ends, spec.vocab_size)
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
     return Target(
         spec=spec,
         weights=weights,
         decoder=Decoder.from_weights(spec, weights),
         tokenizer=tokenizer,
-        sha256=digest(file_entry(f).sha256 for f in files),
+        sha256=digest(file_entry(file).sha256 for file in checkpoint_files(path)),
         eos_token_ids=ends,
         text_sha256=text_digest(tokenizer, ends),
     )
 
 
-def openings_of(file: Path | None, tokenizer: Any) -> list[list[int]]:
-    """Token ids of the openings in a file, one a line."""
+def openings_of(file: Path | None, target: Target) -> list[list[int]]:
+    """Token ids of the openings in a file, one a line; control tokens in them are text, as in the messages that they begin.
+
+    Raises:
+        ValueError: the file cannot be read, or an opening cannot be written without a control token.
+    """
     if file is None:
         return []
-    lines = [line.replace("\\n", "\n") for line in read_text(file).splitlines()]
-    return [tokenizer.encode(line, add_special_tokens=False) for line in lines if line]
+    encoder = target.conversation_encoder()
+    # Not splitlines: U+2028, U+0085 and others of their kind may stand in a line.
+    lines = [line.replace("\\n", "\n") for line in read_text(file).split("\n")]
+    return [encoder.text_ids(line) for line in lines if line]
 
 
 def prompt_tokens(target: Target, prompts: Sequence[str], num_tokens: int) -> Tensor:
     """The first tokens of prompts in the model's chat template, one after the other in windows of 512, int64 [B, T]."""
-    texts = [
-        target.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    ids = target.tokenizer.encode("".join(texts), add_special_tokens=False)[:num_tokens]
+    encoder = target.conversation_encoder()
+    ids: list[int] = []
+    for prompt in prompts:
+        if len(ids) < num_tokens:
+            ids += encoder.chat_ids([{"role": "user", "content": prompt}])
+    ids = ids[:num_tokens]
     window = min(WINDOW, len(ids))
     return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)

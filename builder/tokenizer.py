@@ -1,17 +1,20 @@
 """A checkpoint's tokenizer: read, checked against the model's embedding, and the tokens that end an answer.
 
-May import: ssv.builder.checkpoint.
+May import: ssv.builder.chat_template, .checkpoint, .control_tokens, .json_text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssv.builder.chat_template import ChatTemplate
 from ssv.builder.checkpoint import CheckpointError
+from ssv.builder.control_tokens import ConversationEncoder, is_word
+from ssv.builder.json_text import parse_json
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 
@@ -45,6 +48,8 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
     source = path if is_gguf else (folder or path)
     meta = _gguf_metadata(path) if is_gguf else {}
     _check_gguf_ids(path, meta)
+    if not is_gguf:
+        _check_json(source)
     try:
         if is_gguf:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -53,6 +58,8 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
     except (
         Exception
     ) as error:  # the libraries below raise nothing narrower: a plain Exception for a file of another version
+        if not is_gguf:
+            _refuse_config(source)
         raise CheckpointError(
             f"{source}: its tokenizer cannot be read ({_one_line(error)}): use files that transformers "
             f"{_version('transformers')} and tokenizers {_version('tokenizers')} read"
@@ -140,23 +147,70 @@ def text_digest(tokenizer: Any, ends: Iterable[int]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the special tokens that a tokenizer finds in text."""
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of what a chat template's turns may begin and end with: special tokens, other added tokens that are no words, and the
+    tokenizer's end of sequence."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return frozenset(token for token, entry in added.items() if entry.special)
+    found = {token for token, entry in added.items() if entry.special or not is_word(entry.content)}
+    return frozenset(found | {tokenizer.eos_token_id} - {None})
+
+
+def conversation_encoder(tokenizer: Any, ends: Iterable[int] = ()) -> ConversationEncoder:
+    """The way of a tokenizer's conversations to token ids.
+
+    Args:
+        tokenizer: of `transformers`, with one chat template.
+        ends: ids of the end tokens.
+    """
+    template, named = ChatTemplate(tokenizer.chat_template), tokenizer.special_tokens_map
+
+    def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        return template.render(messages, named, add_generation_prompt=add_generation_prompt)
+
+    return ConversationEncoder(tokenizer.backend_tokenizer, render, template.source, ends)
+
+
+def _check_json(folder: Path) -> None:
+    """Reads the files that `transformers` reads beside a tokenizer: it names none of them in what it says of them."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"):
+        _read_object(folder / name)
+
+
+def _refuse_config(folder: Path) -> None:
+    """Refuses a config.json that `transformers` does not take; it reads that too when it is asked for a tokenizer.
+
+    Raises:
+        CheckpointError: it does not take it.
+    """
+    from transformers import AutoConfig
+
+    if (path := folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(folder)
+        except Exception as error:  # it raises nothing narrower
+            raise CheckpointError(
+                f"{path} is refused by transformers {_version('transformers')} ({_one_line(error)}): correct what it names"
+            ) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file of settings; nothing if it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        given = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): mend it or fetch it again") from error
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{path} is not a JSON object: mend it or fetch it again")
+    return given
 
 
 # --- end tokens -----------------------------------------------------------------------------------------------------
 
 
 def _end_tokens_of(path: Path) -> set[int]:
-    if not path.is_file():
-        return set()
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): mend it or fetch it again") from error
-    value = given.get("eos_token_id") if isinstance(given, dict) else None
+    value = _read_object(path).get("eos_token_id")
     if value is None:
         return set()
     ids = value if isinstance(value, list) else [value]
@@ -166,13 +220,13 @@ def _end_tokens_of(path: Path) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first special token that the chat template writes after an assistant's message."""
+    """The first added token that the chat template writes after an assistant's message, be it marked as special or not."""
     for conversation in (_conversation(tokenizer), _conversation(tokenizer, turns=2)):
         if conversation is None or _ASSISTANT not in conversation:
             continue
         after = conversation.rpartition(_ASSISTANT)[2].partition(_AGAIN)[0]
-        special = special_ids(tokenizer) | {tokenizer.eos_token_id}
-        return next((t for t in tokenizer.encode(after, add_special_tokens=False) if t in special), None)
+        control = control_ids(tokenizer)
+        return next((t for t in tokenizer.encode(after, add_special_tokens=False) if t in control), None)
     return None
 
 

@@ -7,12 +7,11 @@ config.json's `quantization_config`:
 * nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...], "group_size": ...}}
 * flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...}, "ignore": [...]}
 
-May import: ssv.builder.checkpoint, .environment, .quantized.
+May import: ssv.builder.checkpoint, .environment, .quantized, .json_text.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from ssv.builder.checkpoint import (
     spec_from_hf_config,
 )
 from ssv.builder.environment import versions
+from ssv.builder.json_text import parse_json
 from ssv.builder.quantized import SCALES, is_quantized
 
 CONFIG_NAME = "hf_quant_config.json"
@@ -105,7 +105,7 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
         if not file.is_file():
             continue
         try:
-            document = json.loads(file.read_text())
+            document = parse_json(file.read_text())
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON ({error})") from error
         facts = document.get(key) if key is not None and isinstance(document, dict) else document

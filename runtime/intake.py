@@ -3,7 +3,7 @@
 The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI frontend, the bench
 clients of sglang and vLLM. What is known and not supported is refused with a message, never ignored.
 
-May import: ssv.builder.manifest; ssv.runtime.request, .strategies, .tokenizer.
+May import: ssv.builder.json_text, .manifest; ssv.runtime.request, .strategies, .tokenizer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ssv.builder.json_text import parse_json
 from ssv.builder.manifest import Manifest
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.strategies import METHODS, policy_for
@@ -402,11 +403,11 @@ def _json(name: str, text: str) -> Any:
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=once)
+        value = parse_json(text, object_pairs_hook=once)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate can be written in JSON, and in no text
     except RequestError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"{name} is not valid JSON: {error}") from error
     return value
 

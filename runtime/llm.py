@@ -148,7 +148,7 @@ class LLM:
         give_back()
         return cls(
             *engines,
-            BundleTokenizer.load(bundle),
+            BundleTokenizer.load(bundle, manifest.eos_token_ids),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
             limits=manifest.divergence_limits,
@@ -176,7 +176,7 @@ class LLM:
         return cls(
             engines[0],
             engines[1],
-            BundleTokenizer.load(bundle),
+            BundleTokenizer.load(bundle, manifest.eos_token_ids),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
             limits=manifest.divergence_limits,

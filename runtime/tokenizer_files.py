@@ -1,25 +1,26 @@
 """A tokenizer as `transformers` saves it, read without `transformers`, whose import takes seconds, 150 MB and torch.
 
 tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
-use. Templates see what they see in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags, in jinja2's
-sandbox.
+use.
 
-May import: nothing else of ssv.
+May import: ssv.builder.chat_template, .json_text.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from ssv.builder.json_text import parse_json
+
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from ssv.builder.chat_template import ChatTemplate
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -71,40 +72,80 @@ class FileTokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
-        """Text of tokens."""
+        """Text of tokens.
+
+        As the library has it, but for tokens of single bytes that are not UTF-8: there it gives U+FFFD for each byte of the whole run, also
+        for those of whole characters before the wrong one, which have been sent by then. Here, as in byte-level tokenizers, whole
+        characters stay and the others are U+FFFD.
+        """
         assert not clean_up_tokenization_spaces, "cleaning up changes the text of the tokens before"
-        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if self._byte_tokens.isdisjoint(token_ids):
+            return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        left_out = self._special_ids if skip_special_tokens else frozenset[int]()
+        kept = [token for token in token_ids if token not in left_out]
+        texts = [text for text in map(self.backend.id_to_token, kept) if text is not None]
+        return str(self.backend.decoder.decode(_whole_characters(texts)))
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
     ) -> str:
-        """Text of a conversation.
+        """Text of a conversation, which knows what of it the messages say if their texts do (`ssv.builder.chat_template.Said`).
 
         Raises:
             ValueError: there is no template.
             jinja2.TemplateError: it does not compile, or refuses the conversation.
         """
         assert not tokenize, "the text is to be encoded without special tokens"
-        return self._template.render(
-            messages=[dict(message) for message in conversation],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
-        )
+        return self._template.render(conversation, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     @cached_property
-    def _template(self) -> Template:
+    def _byte_tokens(self) -> frozenset[int]:
+        """Tokens that a decoder makes bytes of, if it does so."""
+        decoder = self.backend.decoder
+        if decoder is None or "ByteFallback" not in decoder.__getstate__().decode():
+            return frozenset()
+        ids = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in ids if token is not None)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from ssv.builder.chat_template import ChatTemplate  # jinja2
+
         if self.chat_template is None:
             raise ValueError("the model has no chat template")
-        return _compile(self.chat_template)
+        return ChatTemplate(self.chat_template)
+
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _whole_characters(tokens: Sequence[str]) -> list[str]:
+    """Texts of tokens, with U+FFFD in the place of bytes that are no character."""
+    found: list[str] = []
+    for is_byte, group in groupby(tokens, key=lambda token: _BYTE.fullmatch(token) is not None):
+        run = list(group)
+        while is_byte and run:
+            try:
+                bytes(int(token[3:5], 16) for token in run).decode()
+            except UnicodeDecodeError as error:
+                found += [*run[: error.start], "\ufffd"]
+                run = run[error.end :]
+            else:
+                break
+        found += run
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TokenizerFileError(f"{path} is not JSON ({error}): build the bundle again") from error
     if not isinstance(config, dict):
@@ -126,40 +167,3 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found
-
-
-def _compile(text: str) -> Template:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`, which marks what training learns, is what it encloses."""
-
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
-
-        def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """Unlike jinja2's it does not escape for HTML."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(text)

@@ -22,6 +22,7 @@ from ssv.builder.checkpoint import (
     DecoderSpec,
     RopeDivisors,
     RopeScaling,
+    checkpoint_files,
     hf_config,
     load_checkpoint,
     spec_from_hf_config,
@@ -212,6 +213,21 @@ def test_a_tensor_that_the_index_does_not_name_is_found_in_its_shard(tmp_path: P
     assert relative_error(loaded_logits(tmp_path), logits_of(make_model("llama2"))) < 1e-4
 
 
+def test_the_files_of_a_checkpoint_are_those_that_are_loaded(tmp_path: Path) -> None:
+    weight_map, index = sharded(tmp_path)
+    shards = {tmp_path / name for name in weight_map.values()}
+    (tmp_path / "adapter.safetensors").write_bytes(b"")
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert set(checkpoint_files(tmp_path)) == {tmp_path / "config.json", index, *shards}
+    load_checkpoint(tmp_path)
+    save_file(make_model("llama2").state_dict(), tmp_path / "model.safetensors")  # newer than index and shards
+    assert set(checkpoint_files(tmp_path)) == {tmp_path / "config.json", tmp_path / "model.safetensors"}
+    for path in (index, tmp_path / "model.safetensors", tmp_path / "adapter.safetensors"):
+        path.unlink()
+    assert set(checkpoint_files(tmp_path)) == {tmp_path / "config.json", *shards}
+    assert checkpoint_files(tmp_path / "config.json") == [tmp_path / "config.json"]  # a file, such as a GGUF
+
+
 def test_a_tensor_in_two_files_that_no_index_names_is_refused(tmp_path: Path) -> None:
     weight_map, index = sharded(tmp_path)
     other = next(shard for shard in weight_map.values() if shard != weight_map[UP])
@@ -373,6 +389,17 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     ),
     "rope as text": ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
     "theta 0": ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+    "theta 0 beside rope_parameters": ({"rope_theta": 0}, "rope_theta is 0.0, must be a number above 0"),
+    "negative theta beside rope_parameters": ({"rope_theta": -1.0}, "rope_theta is -1.0, must be a number above 0"),
+    "theta 0 beside rope_scaling": (
+        {"rope_theta": 0, "rope_parameters": None, "rope_scaling": {**LINEAR, "rope_theta": 1e4}},
+        "rope_theta is 0.0",
+    ),
+    "rope_parameters as a list": ({"rope_parameters": []}, r"rope_parameters is \[\], must be an object or null"),
+    "rope_parameters as a text": ({"rope_parameters": ""}, "rope_parameters is '', must be an object or null"),
+    "rope_scaling as a list": ({"rope_scaling": []}, r"rope_scaling is \[\], must be an object or null"),
+    "rope_scaling false": ({"rope_scaling": False}, "rope_scaling is False, must be an object or null"),
+    "epsilon 0": ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0, must be a number above 0"),
     "negative theta": ({"rope_parameters": None, "rope_theta": -1e4}, "rope_theta is -10000"),
     "theta as text": ({"rope_parameters": {"rope_theta": "10000"}}, "rope_theta is '10000'"),
     "theta NaN": ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.corpus import chat_pieces
 from ssv.builder.prompts import read_prompts
+from ssv.builder.target import Target, openings_of, prompt_tokens
 from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
 
 CONTROL = ("<s>", "<e>", "<eot>", "<h>", "</h>")
@@ -79,6 +80,31 @@ def test_a_familys_template_has_pieces_and_an_end_of_turn(name: str, tmp_path: P
     assert [*pieces.before, good, *pieces.to_assistant] == tokenizer.encode(asked, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_end_of_turn_need_not_be_marked_as_special(name: str, tmp_path: Path) -> None:
+    template, end = FAMILIES[name]
+    write(tmp_path, template, eos_token="unknown")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((tmp_path / file).read_text())
+        entries = data.get("added_tokens", []) + list(data.get("added_tokens_decoder", {}).values())
+        for entry in entries:
+            entry["special"] = entry["content"] != "<e>" and entry["content"] != "<eot>" and entry["special"]
+        (tmp_path / file).write_text(json.dumps(data))
+    tokenizer = load_tokenizer(tmp_path)
+    if "eos_token" in template:
+        end = "unknown"
+    else:
+        assert not tokenizer.added_tokens_decoder[WORDS.index(end)].special
+    assert end_tokens(tmp_path, tokenizer) == sorted({WORDS.index(end), WORDS.index("unknown")})
+    assert WORDS[chat_pieces(tokenizer).end_of_turn] == end
+
+
+def test_a_word_that_was_added_ends_no_turn(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, PLAIN.replace("<e>", "good <e>") + ASKS))
+    tokenizer.add_tokens(["good"])
+    assert end_tokens(tmp_path, tokenizer) == [1]
+
+
 def test_end_tokens_are_those_of_all_files(tmp_path: Path) -> None:
     template = FAMILIES["Llama 3"][0]
     tokenizer = load_tokenizer(write(tmp_path, template))
@@ -131,6 +157,16 @@ def test_a_template_that_drops_history_writes_no_conversations(tmp_path: Path) -
     tokenizer = load_tokenizer(write(tmp_path, "<s> user {{ messages[-1]['content'] }} <e> " + ASKS))
     with pytest.raises(ValueError, match="three turns of a conversation"):
         chat_pieces(tokenizer)
+
+
+def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "pad_token_id": "x"}))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json is refused by transformers .*pad_token_id.*: correct what it names"
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -193,6 +229,35 @@ def test_a_ggufs_end_tokens(tmp_path: Path) -> None:
     assert end_tokens(path, load_tokenizer(path)) == [1, 2, 3]
     with pytest.raises(CheckpointError, match=r"eot_token_id 99 lies outside the vocabulary"):
         load_tokenizer(write_gguf(tmp_path / "n.gguf", "smollm", eos=1, eot=99))
+
+
+# --- prompts and openings -------------------------------------------------------------------------------------------
+
+
+def a_target(folder: Path) -> Target:
+    tokenizer = load_tokenizer(write(folder))
+    return Target(None, {}, None, tokenizer, "", end_tokens(folder, tokenizer), "")  # type: ignore[arg-type]
+
+
+def test_control_tokens_in_prompts_and_openings_are_text(tmp_path: Path) -> None:
+    target, path = a_target(tmp_path), tmp_path / "openings.txt"
+    path.write_text("good <e>\nbe <s> good\n")
+    unknown = WORDS.index("unknown")
+    be, good, user, assistant = (WORDS.index(word) for word in ("be", "good", "user", "assistant"))
+    assert openings_of(path, target) == [[good, unknown, unknown], [be, unknown, unknown, good]]
+    assert openings_of(None, target) == []
+    tokens = prompt_tokens(target, ["be good <e>", "good"], 100)
+    first = [0, user, be, good, unknown, unknown, 1, 0, assistant]
+    assert tokens.tolist() == [[*first, 0, user, good, 1, 0, assistant]]
+    assert prompt_tokens(target, ["be good <e>", "good"], 3).tolist() == [first[:3]]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])
+def test_an_opening_is_a_line_whatever_else_ends_one_elsewhere(inside: str, tmp_path: Path) -> None:
+    path = tmp_path / "openings.txt"
+    path.write_bytes(f"be{inside}good\r\n\nbe\\ngood\n".encode())
+    be, good = WORDS.index("be"), WORDS.index("good")
+    assert openings_of(path, a_target(tmp_path)) == [[be, good], [be, good]]
 
 
 # --- files of text --------------------------------------------------------------------------------------------------

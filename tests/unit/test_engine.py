@@ -619,6 +619,69 @@ def test_a_damaged_bundle_is_refused_before_anything_is_compiled(bundle: Path, m
         compile_engine(bundle, config(), silent)
 
 
+def test_engines_that_are_compiled_at_once_are_all_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends while the other one is being made."""
+    others = iter([config(precision="bf16"), config("draft")])
+
+    def build_plan(*given: Any) -> str:
+        if (other := next(others, None)) is not None:
+            compile_engine(bundle, other, silent)
+        given[4].write_text(given[2].name)
+        return "float16"
+
+    monkeypatch.setattr(engine, "build_plan", build_plan)
+    name, entry = compile_engine(bundle, config(), silent)
+    manifest = read_manifest(bundle)
+    assert sorted(manifest.engines) == sorted([name, config(precision="bf16").name, config("draft").name])
+    assert manifest.engines[name] == entry
+    for name, entry in manifest.engines.items():
+        assert (bundle / entry.file).read_text() == name
+    assert not part_files(bundle)
+
+
+def test_one_engine_is_made_once_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_plan(*given: Any) -> str:
+        with pytest.raises(
+            EngineBuildError, match=rf"another `ssv-build compile` is making {config().name} of this bundle: wait"
+        ):
+            compile_engine(bundle, config(), silent)
+        given[4].write_text("plan")
+        return "float16"
+
+    (bundle / "target" / f".{config().name}.part").write_text("left by a process that was killed")
+    monkeypatch.setattr(engine, "build_plan", build_plan)
+    _, entry = compile_engine(bundle, config(), silent)
+    assert (bundle / entry.file).read_text() == "plan" and list(read_manifest(bundle).engines) == [config().name]
+    assert not part_files(bundle)
+
+
+def test_an_engine_of_what_is_there_no_more_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_plan(*given: Any) -> str:
+        given[4].write_text("plan")
+        manifest = read_manifest(bundle)
+        other = manifest.files["target/model.safetensors"].model_copy(update={"sha256": "0" * 64})
+        write_manifest(
+            bundle, manifest.model_copy(update={"files": {**manifest.files, "target/model.safetensors": other}})
+        )
+        return "float16"
+
+    monkeypatch.setattr(engine, "build_plan", build_plan)
+    with pytest.raises(EngineBuildError, match="was built again while the target engine was compiled"):
+        compile_engine(bundle, config(), silent)
+    assert not read_manifest(bundle, verify=False).engines and not part_files(bundle)
+
+
+def test_a_checkpoint_is_what_is_loaded_of_it(tmp_path: Path) -> None:
+    checkpoint = quantized(tmp_path / "q", "fp8")
+    before = engine.checkpoint_digest(checkpoint)
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "model-00001-of-00002.safetensors")
+    (checkpoint / "training.json").write_text("{}")
+    assert engine.checkpoint_digest(checkpoint) == before
+    facts = checkpoint / "hf_quant_config.json"
+    facts.write_text(facts.read_text() + " ")
+    assert engine.checkpoint_digest(checkpoint) != before
+
+
 def write_no_manifest(*_: object) -> None:
     """Stands for `write_manifest`."""
     raise OSError(28, "No space left on device")

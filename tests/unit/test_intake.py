@@ -40,7 +40,7 @@ class Bytes:
         return [byte + 10 for byte in text.encode()]
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: bool) -> str:
-        if any(message["role"] == "robot" for message in messages):
+        if any(message["role"] == "tool" for message in messages):
             raise ValueError("who is that?")
         return "".join(f"{message['role']}:{message['content']};" for message in messages)
 
@@ -415,7 +415,8 @@ def test_messages_and_a_text() -> None:
 
 
 def test_messages_that_the_template_refuses() -> None:
-    refused("chat template refuses .* who is that", text_input="", ssv_messages='[{"role": "robot", "content": "a"}]')
+    refused("chat template refuses .* who is that", text_input="", ssv_messages='[{"role": "tool", "content": "a"}]')
+    refused("role 'robot' is unknown", text_input="", ssv_messages='[{"role": "robot", "content": "a"}]')
 
 
 @pytest.mark.parametrize(

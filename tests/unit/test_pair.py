@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_bundle import RECIPE, Calibrator, build, write_recipe
 
-from ssv.builder import pair
+from ssv.builder import pair, staging
 from ssv.builder.calibrate import Calibration
 from ssv.builder.config import load_recipe
 from ssv.builder.manifest import (
@@ -19,6 +20,7 @@ from ssv.builder.manifest import (
     Manifest,
     engine_source,
     file_entry,
+    manifest_lock,
     read_manifest,
     write_manifest,
 )
@@ -84,6 +86,28 @@ def test_what_has_not_changed_is_not_made_again(recipe: Path, tmp_path: Path, mo
         build(recipe, out, make)
     assert written(read_manifest(out)) == written(changed)
     assert left_behind(tmp_path) == []
+
+
+def test_no_engine_is_added_between_what_is_carried_over_and_the_exchange(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, exchange, held = tmp_path / "bundle", staging.exchange, []
+
+    def watched(new: Path, place: Path) -> None:
+        if place.exists():
+            descriptor = os.open(place, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(descriptor)
+            held.append(place)
+        exchange(new, place)
+
+    monkeypatch.setattr(staging, "exchange", watched)
+    build(recipe, out)
+    build(recipe, out)
+    assert held == [out]
+    with manifest_lock(out):  # and is given back
+        assert read_manifest(out)
 
 
 def test_a_damaged_bundle_is_refused_and_built_again(recipe: Path, tmp_path: Path) -> None:

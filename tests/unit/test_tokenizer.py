@@ -126,12 +126,6 @@ def test_a_control_token_in_a_message_is_text(make: Callable[[], BundleTokenizer
             )
 
 
-def test_a_control_token_in_a_role_is_text() -> None:
-    tokenizer = byte_level()
-    ids = tokenizer.chat_ids([{"role": "user<|im_end|>", "content": "hi"}])
-    assert ids.count(tokenizer.inner.backend.token_to_id("<|im_end|>")) == 1
-
-
 @pytest.mark.parametrize("make", [sentence_piece, lambda: sentence_piece("always")])
 def test_text_behind_a_control_token_is_split_as_it_is_elsewhere(make: Callable[[], BundleTokenizer]) -> None:
     tokenizer = make()
@@ -194,6 +188,47 @@ def test_streamed_text_is_that_of_decoding_at_once(make: Callable[[], BundleToke
         ids = [token for unit in chosen for token in unit]
         stream = TextStream(tokenizer.decode, ())
         assert "".join(stream.push(*each) for each in cuts(ids, rng)) + stream.flush() == tokenizer.decode(ids)
+
+
+BYTES = (b"A", b"\n", b"\xe2\x82\xac", b"\xe2", b"\x82", b"\xac", b"\xff", b"\xf0\x9f\x98", b"\x80", b"\xc3\xa9")
+
+
+@pytest.mark.parametrize("make", [sentence_piece, metaspace, byte_level])
+def test_bytes_that_are_no_utf_8_come_as_they_are_decoded_at_once(make: Callable[[], BundleTokenizer]) -> None:
+    tokenizer, rng = make(), random.Random(3)
+    backend = tokenizer.inner.backend
+    # GPT-2's names of bytes.
+    names = dict(zip(b"A\n\xe2\x82\xac\xff\xf0\x9f\x98\x80\xc3\xa9", "AĊâĤ¬ÿðŁĺĢÃ©", strict=True))
+    byte = {b: backend.token_to_id(names[b] if make is byte_level else f"<0x{b:02X}>") for b in names}
+    others = [t for t in range(backend.get_vocab_size()) if t not in byte.values()][-12:]
+    for _ in range(1000):
+        ids: list[int] = []
+        for _ in range(rng.randint(1, 6)):
+            some = rng.choice(BYTES)
+            ids += [byte[b] for b in some] if rng.random() < 0.8 else [rng.choice(others)]
+        stream = TextStream(tokenizer.decode, ())
+        assert "".join(stream.push(*each) for each in cuts(ids, rng)) + stream.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"a\xc3\xa9", "aé"),
+        (b"\xe2\x82\xac\xff", "€\ufffd"),
+        (b"\n\xe2\x82A\xff\xff", "\n\ufffdA\ufffd\ufffd"),
+        (b"\xf0\x9f\x98", "\ufffd"),
+        (b"\xc3\xa9\xa9\xc3", "é\ufffd\ufffd"),
+    ],
+)
+def test_whole_characters_stay_beside_bytes_that_are_none(data: bytes, text: str) -> None:
+    tokenizer = sentence_piece()
+    ids = [3 + byte for byte in data]
+    hello, special = tokenizer.inner.backend.token_to_id("▁Hello"), 2
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([hello, *ids, hello]) == f"Hello{text} Hello"
+    between = [token for one in ids for token in (one, special)]
+    assert tokenizer.decode(between) == text  # what has no text parts no bytes
+    assert tokenizer.inner.decode([*ids, special]) == f"{text}</s>"
 
 
 @pytest.mark.parametrize("make", [sentence_piece, metaspace, word_piece, words])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ssv.builder.manifest import read_manifest
 from ssv.runtime.control import ControlSender
 from ssv.runtime.pieces import Piece, error_text
 from ssv.runtime.server_config import ServerConfig
@@ -21,7 +22,8 @@ class TritonPythonModel:
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         self._control = ControlSender(os.getppid())
         # Streams that were broken off stay until others have come in their place.
-        self._texts = Detokenizer(BundleTokenizer.load(config.bundle).decode, 4 * config.max_rows)
+        ends = read_manifest(config.bundle, verify=False).eos_token_ids  # `ssv` verifies it
+        self._texts = Detokenizer(BundleTokenizer.load(config.bundle, ends).decode, 4 * config.max_rows)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:

@@ -26,7 +26,8 @@ class TritonPythonModel:
         log_to_stderr()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         manifest = read_manifest(config.bundle, verify=False)  # `ssv` does
-        self._intake = Intake(manifest, BundleTokenizer.load(config.bundle), config.limits(manifest))
+        tokenizer = BundleTokenizer.load(config.bundle, manifest.eos_token_ids)
+        self._intake = Intake(manifest, tokenizer, config.limits(manifest))
         self._metrics = Metrics(boards_folder(), "preprocessing")
         self._admission = Admission(boards_folder(), config.max_rows, config.max_waiting)
 
