@@ -581,6 +581,24 @@ def test_two_runs_are_compared_arm_by_arm(
     assert "quality of b: before 100.0%, after 100.0% (right or wrong, 8 prompts); difference +0.0 points [" in said
     assert "margin 20: undecided" in said and "100.0% of the answers are the same text" in said
     assert "The runs were made at different times" in said
+    assert "that differ" not in said
+
+
+def test_answers_that_differ_between_two_runs_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of the eight, first those that are right in one run alone, and nothing of theirs that a terminal would obey."""
+    after = write_run(folder.with_name("after"), folder, {})
+    lines = [json.loads(line) for line in (after / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] += "[b]\x1b[31m\n" + "long " * 99
+        line["score"] = 0.0 if line["prompt"] == "q5" else line["score"]
+    (after / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["compare", str(folder), str(after)]) == 0
+    said = capsys.readouterr().out
+    shown = said.split("answers of b that differ, for example:\n")[1].splitlines()[:9]
+    assert [line.strip() for line in shown[::3]] == ["q5", "q0", "q1"]
+    assert shown[1] == "    before (100%): right"
+    assert shown[2].startswith(r"    after (0%): right[b]\x1b[31m\nlong long ") and shown[2].endswith("…")
+    assert max(map(len, shown)) < 200
 
 
 @pytest.mark.parametrize(
