@@ -254,13 +254,12 @@ def examples(
     pairs = [(answers[_pair(s)], s) for s in b if not s.error and _pair(s) in answers]
     different = {mine.prompt: (mine, theirs) for mine, theirs in reversed(pairs) if _texts(mine) != _texts(theirs)}
     chosen = sorted(different.values(), key=lambda pair: (pair[0].score == pair[1].score, pair[0].prompt))[:most]
-    found = []
+    found: list[dict[str, object]] = []
     for mine, theirs in chosen:
         # Where the answers are the same it was the reasoning that was not.
         kind = "text" if mine.text != theirs.text else "reasoning"
-        texts = [getattr(sample, kind) for sample in (mine, theirs)]
-        shown = dict(zip("ab", _excerpts(*texts, length), strict=True))
-        found.append({"prompt": mine.prompt, **shown, "score_a": mine.score, "score_b": theirs.score})
+        of_a, of_b = _excerpts(getattr(mine, kind), getattr(theirs, kind), length)
+        found.append({"prompt": mine.prompt, "a": of_a, "b": of_b, "score_a": mine.score, "score_b": theirs.score})
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 from urllib.request import urlopen
 
@@ -110,3 +112,11 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) 
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,6 +1,6 @@
 """tritonserver: its command line, its process, and the word that it is not ready any more.
 
-May import: ssv.triton_repo.admin_key, .bound, .installation, .repository.
+May import: ssv.triton_repo.admin_key, .bound, .guardian, .installation, .repository.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import psutil
 
 from ssv.triton_repo.admin_key import VARIABLE, hide_or_say
 from ssv.triton_repo.bound import bound
+from ssv.triton_repo.guardian import VARIABLE as MARK_VARIABLE
+from ssv.triton_repo.guardian import end, remove_shared_memory
 from ssv.triton_repo.installation import Installation
 from ssv.triton_repo.repository import DRAINING, MODELS, ROUTER
 
@@ -40,25 +42,24 @@ _NO_GPU = re.compile(
 _DRAINS = re.compile(rb"E\d{4} .*(the server drains, and is to say that it is not ready|failed to load 'draining')")
 """What it says of the model that it cannot load (`Tritonserver.be_not_ready`)."""
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-
 
 class Tritonserver:
     """One process at a time, with those of its Python models.
 
     Attributes:
         http_port, metrics_port: of the latest, on this machine.
+        shared_memory: what the names of its regions begin with; nobody else's do.
     """
 
-    def __init__(self, args: argparse.Namespace, installation: Installation, models: Path) -> None:
+    def __init__(self, args: argparse.Namespace, installation: Installation, models: Path, mark: str) -> None:
         """Args:
         args: of ssv-serve.
         models: the model repository.
+        mark: of its processes (`ssv.triton_repo.guardian`).
         """
-        self._args, self._installation, self._models = args, installation, models
+        self._args, self._installation, self._models, self._mark = args, installation, models, mark
         self._on_cpu = args.device == "cpu" and args.engine == "torch"
-        # Nobody else's regions begin so.
-        self._shared_memory = f"ssv_{os.getpid()}_{secrets.token_hex(8)}_"
+        self.shared_memory = f"ssv_{os.getpid()}_{secrets.token_hex(8)}_"
         # A key that nobody has shuts what nobody has asked for.
         self._admin = args.admin_key or f"ssv-admin={secrets.token_hex(16)}"
         self._is_key_hidden = False
@@ -78,6 +79,7 @@ class Tritonserver:
         self.http_port, self.metrics_port = _free_ports(2)
         self._is_key_hidden = False
         variables = dict(defaults) | os.environ | self._installation.environment | dict(environment)
+        variables[MARK_VARIABLE] = self._mark
         self._process = subprocess.Popen(  # noqa: S603
             bound([str(self._installation.binary), *self._installation.arguments, *self.arguments()]),
             env={name: value for name, value in variables.items() if name != VARIABLE},
@@ -99,7 +101,7 @@ class Tritonserver:
             "--disable-auto-complete-config",  # the config files are complete
             "--exit-timeout-secs=5",
             "--grpc-infer-allocation-pool-size=0",  # requests that are kept for reuse keep the size of the largest they were
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+            f"--backend-config=python,shm-region-prefix-name={self.shared_memory}",
             "--http-address=127.0.0.1",  # `ssv.triton_repo.front` is before it
             f"--http-port={self.http_port}",
             f"--grpc-address={args.host}",
@@ -159,27 +161,16 @@ class Tritonserver:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
-    def kill(self, children: Sequence[psutil.Process]) -> None:
-        """Ends it and whatever it has started, and removes the shared memory that they leave.
-
-        Args:
-            children: that it had, who may have lost their parent.
-        """
+    def kill(self) -> None:
+        """Ends it and whatever it has started, also what has lost its parent, and removes the shared memory that they leave."""
         if self._process is None:
             return
-        try:
-            left = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            left = []
-        for process in {*children, *left}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        end(self._mark)
         self._process = None
-        for path in _SHARED_MEMORY.glob(f"{self._shared_memory}*"):
-            path.unlink(missing_ok=True)
+        remove_shared_memory(self.shared_memory)
 
 
 def _copy(lines: Iterable[bytes], without: Sequence[re.Pattern[bytes]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,15 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 import tritonclient.grpc as grpcclient
-from triton_asks import read_metrics, wait_until
+from triton_asks import free_ports, read_metrics, wait_until
 
 from ssv.client.triton import Client, ServerError, Settings
 from ssv.runtime.server_metrics import ANSWERED, REQUESTS
+from ssv.triton_repo.supervisor import EXIT_DIED
 
 PROMPT = "Once upon a time"
 LONG_SECONDS = 120.0
@@ -138,9 +143,14 @@ def processes(server: Server) -> dict[str, psutil.Process]:
     """By what they are: tritonserver, openai, or a model's name."""
     found = {}
     for process in psutil.Process(server.pid).children(recursive=True):
-        command = " ".join(process.cmdline())
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # ended meanwhile
+            continue
         if "ssv.client.openai_api" in command:
             found["openai"] = process
+        elif "guardian.py" in command:
+            found["guardian"] = process
         elif "/1/model.py" in command:
             found[command.split("/1/model.py")[0].rpartition("/")[2]] = process
         elif "--model-repository" in command:
@@ -150,6 +160,11 @@ def processes(server: Server) -> dict[str, psutil.Process]:
 
 def shared_memory(server: Server) -> list[Path]:
     return list(Path("/dev/shm").glob(f"ssv_{server.pid}_*"))
+
+
+def work_folder(server: Server) -> Path:
+    """Where ssv-serve keeps what is of this server."""
+    return Path(processes(server)["guardian"].cmdline()[-2])
 
 
 def is_ready(server: Server) -> bool:
@@ -276,12 +291,37 @@ def test_killing_processes(another_server: Another) -> None:
             wait_until(lambda: ask_openai(server, 2) == "answered", "the OpenAI API has found it again")
         assert read_metrics(server.metrics_url)["ssv_restarts", frozenset({("process", "tritonserver")})] == 3
 
-        # ssv-serve itself: nobody is left behind.
-        left = processes(server)
-        assert {"tritonserver", "openai", "ssv", "preprocessing", "postprocessing"} <= left.keys()
+        # The guardian: another takes its place.
+        guardian = processes(server)["guardian"]
+        guardian.kill()
+        wait_until(lambda: processes(server).get("guardian", guardian).pid != guardian.pid, "it is back")
+
+        # ssv-serve itself: nobody and nothing is left behind.
+        left, folder = processes(server), work_folder(server)
+        assert {"tritonserver", "openai", "ssv", "preprocessing", "postprocessing", "guardian"} == left.keys()
+        assert folder.is_dir() and shared_memory(server)
         psutil.Process(server.pid).kill()
         _, alive = psutil.wait_procs(left.values(), timeout=LONG_SECONDS)
         assert not alive
+        assert not folder.exists() and not shared_memory(server)
+
+
+@pytest.mark.parametrize("victim", ["tritonserver", "serve"])
+def test_killing_while_the_models_start(another_server: Another, bundle: Path, tmp_path: Path, victim: str) -> None:
+    """When nobody is ready, and tritonserver has only just forked what is to run a model."""
+    command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle)]
+    for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True):
+        command += [f"--{name}-port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    server: Any = SimpleNamespace(pid=process.pid)
+    wait_until(lambda: "ssv" in processes(server), "its models start", seconds=LONG_SECONDS)
+    left = processes(server)
+    (left["tritonserver"] if victim == "tritonserver" else psutil.Process(process.pid)).kill()
+    _, alive = psutil.wait_procs(left.values(), timeout=LONG_SECONDS)
+    assert not alive
+    assert process.wait(LONG_SECONDS) == (EXIT_DIED if victim == "tritonserver" else -signal.SIGKILL)
+    assert not shared_memory(server)
 
 
 def test_a_request_that_hangs_does_not_hold_the_end(another_server: Another) -> None:
