@@ -3,7 +3,9 @@ a client has counted, to the request."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -312,10 +314,21 @@ def test_killing_while_the_models_start(another_server: Another, bundle: Path, t
     command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle)]
     for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True):
         command += [f"--{name}-port", str(port)]
+    environment = os.environ | {"SSV_ADMIN_KEY": "admin=s3cret"}
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
     server: Any = SimpleNamespace(pid=process.pid)
-    wait_until(lambda: "ssv" in processes(server), "its models start", seconds=LONG_SECONDS)
+    shown = ""
+
+    def start() -> bool:
+        nonlocal shown
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                shown += path.read_text(errors="replace")
+        return "ssv" in processes(server)
+
+    wait_until(start, "its models start", seconds=LONG_SECONDS)
+    assert "--http-restricted-api" in shown and "s3cret" not in shown, "the key is not seen at any time"
     left = processes(server)
     (left["tritonserver"] if victim == "tritonserver" else psutil.Process(process.pid)).kill()
     _, alive = psutil.wait_procs(left.values(), timeout=LONG_SECONDS)
