@@ -105,8 +105,8 @@ def turn(pid: int, variables: Mapping[str, str]) -> None:
             raise OSError(f"the memory of process {pid} is laid out in another way")
         # The count of arguments, pointers to them, a null, pointers to the environment, a null.
         for place, pointer in enumerate(_words(memory, stack + _WORD, count), 1):
-            if (name := variables.get(arguments.get(pointer, ""))) is not None:
-                _write(memory, stack + place * _WORD, values[name])
+            if (argument := arguments.get(pointer, "")) in variables:
+                _write(memory, stack + place * _WORD, values[variables[argument]])
         begin = stack + (count + 2) * _WORD
         for place, pointer in enumerate(_words(memory, begin, len(environment))):
             if pointer in emptied:

@@ -22,8 +22,8 @@ from ssv.runtime.llm import LLM
 ROOT = Path(__file__).parents[2]
 MAX_ROWS = 4
 MAX_WAITING = 8
-READY_SECONDS = 180.0
-STOP_SECONDS = 60.0
+READY_SECONDS = 300.0
+STOP_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,7 +203,7 @@ def test_times_are_of_answered_requests(server: Server) -> None:
 
 def test_draining(another_server: Another) -> None:
     """Readiness is false at every door while what runs is finished; what comes is refused and counted."""
-    with another_server(max_rows=2, max_waiting=4) as server:
+    with another_server("--drain-timeout", "120", max_rows=2, max_waiting=4) as server:
         model, before = server_model(server), counted(server)
         long: list[str] = []
         threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 300))) for ask in DOORS]
@@ -288,7 +288,7 @@ def test_killing_processes(another_server: Another) -> None:
             assert get(server.http_url, "/v2/health/live")[0] == 200
             refused = [ask_generate(server, 2), ask_generate_stream(server, 2)]
             assert refused == ["refused"] * 2, "while it starts again"
-            wait_until(lambda: is_ready(server), "it is back", seconds=LONG_SECONDS)
+            wait_until(lambda: is_ready(server), "it is back")
             assert gained(server, before) == {"failed": len(three), "refused": 2}, victim
             wait_until(lambda: ask_openai(server, 2) == "answered", "the OpenAI API has found it again")
         assert read_metrics(server.metrics_url)["ssv_restarts", frozenset({("process", "tritonserver")})] == 3
@@ -327,7 +327,7 @@ def test_killing_while_the_models_start(another_server: Another, bundle: Path, t
                 shown += path.read_text(errors="replace")
         return "ssv" in processes(server)
 
-    wait_until(start, "its models start", seconds=LONG_SECONDS)
+    wait_until(start, "its models start")
     assert "--http-restricted-api" in shown and "s3cret" not in shown, "the key is not seen at any time"
     left = processes(server)
     (left["tritonserver"] if victim == "tritonserver" else psutil.Process(process.pid)).kill()
