@@ -353,7 +353,7 @@ def test_generate_has_no_stream_and_says_what_has(server: Server, given: dict[st
     assert "ask /v2/models/ensemble/generate_stream" in json.load(raised.value)["error"]
 
 
-@pytest.mark.parametrize("path", ["generate", "generate_stream", "infer"])
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
 def test_what_is_no_json_is_the_clients_mistake(server: Server, path: str) -> None:
     with pytest.raises(HTTPError) as raised:
         urlopen(Request(f"{server.http_url}/v2/models/ensemble/{path}", b"nonsense"), timeout=SECONDS)
