@@ -31,8 +31,8 @@ serve: setup $(BUNDLE)/manifest.json
 test: setup lint
 	$(BIN)/pytest
 
-# Real servers over the demo bundle, which is built if it is not there (a minute and a half): three to five minutes. Whatever the machine does
-# besides, they pass: they wait for what has to happen, and say nothing of how fast.
+# Real servers over the demo bundle, which is built if it is not there (a minute and a half): three to five minutes.
+# Whatever the machine does besides, they pass: they wait for what has to happen, and say nothing of how fast.
 test-triton: setup $(BUNDLE)/manifest.json
 	$(BIN)/pytest tests/triton -rs
 

@@ -245,7 +245,7 @@ def identical_share(a: Sequence[Sample], b: Sequence[Sample]) -> float | None:
 def examples(
     a: Sequence[Sample], b: Sequence[Sample], *, most: int = MAX_EXAMPLES, length: int = MAX_EXAMPLE
 ) -> list[dict[str, object]]:
-    """Some answers to the same prompt with the same seed that are different texts, first those of which one alone is right.
+    """Some answers to the same prompt with the same seed that differ, first those of which one alone is right.
 
     Args:
         length: characters of an answer, at most. Of longer ones it is the place where they part that is shown.
@@ -264,7 +264,7 @@ def examples(
 
 
 def _excerpts(a: str, b: str, length: int) -> tuple[str, str]:
-    """Of two texts, so many characters that what differs is among them, with an ellipsis where something was left out."""
+    """Of two texts, the characters about where they part, with an ellipsis where something was left out."""
     parting = (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     common = next(parting, min(len(a), len(b)))
     start = 0 if common < length // 2 else common - length // 4

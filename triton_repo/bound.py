@@ -23,7 +23,9 @@ _PTRACE_TRACEME = 0
 
 
 def bound(command: Sequence[str], *, traced: bool = False) -> list[str]:
-    """A command that this process's death ends with SIGKILL. To be started by the main thread: the kernel looks at that.
+    """A command that this process's death ends with SIGKILL.
+
+    To be started by the main thread: the kernel looks at that.
 
     Args:
         traced: whether the program stops before its first instruction, for the thread that has started it (ptrace(2)).

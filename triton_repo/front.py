@@ -2,8 +2,8 @@
 
 They are there from the first moment to the last, whatever becomes of tritonserver: readiness is false while it starts, starts again, or
 drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with Retry-After (Triton 2.51 answers
-`generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and an error whoever asks it for a stream, when all
-has been decoded), and metrics are the server's own before Triton's.
+`generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and an error whoever asks it for a
+stream, when all has been decoded), and metrics are the server's own before Triton's.
 
 May import: ssv.runtime.server_log, .server_metrics.
 """
@@ -214,7 +214,7 @@ class Front:
 
 
 def wants_stream(body: bytes) -> bool:
-    """Whether a request with a prompt asks for a stream. What is no request, or has no prompt, is for the models to refuse."""
+    """Whether a request with a prompt asks for a stream. What is none, or has none, is for the models to refuse."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):

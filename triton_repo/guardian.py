@@ -1,9 +1,10 @@
 """The processes of a server by the mark in their environment, and the guardian that ends them when ssv-serve is gone.
 
-A child can be bound to its parent (`bound.py`); tritonserver's Python models are children of tritonserver's threads, and one that waits
-for a tritonserver that was killed waits for ever. So whatever a server starts inherits a mark, and a guardian that was started before
-all of them holds one end of a pipe whose other end ssv-serve alone has: it comes to its end with ssv-serve, however that ends. Then
-whoever has the mark is killed, and the files and the shared memory that they leave are removed.
+A child can be bound to its parent (`bound.py`); tritonserver's Python models are children of tritonserver's threads,
+and one that waits for a tritonserver that was killed waits for ever. So whatever a server starts inherits a mark, and a
+guardian that was started before all of them holds one end of a pipe whose other end ssv-serve alone has: it comes to
+its end with ssv-serve, however that ends. Then whoever has the mark is killed, and the files and the shared memory that
+they leave are removed.
 
 Run as a file, with nothing but the standard library: `python guardian.py FOLDER PREFIX`.
 
@@ -72,7 +73,7 @@ class Guardian:
 
 
 def members(mark: str) -> list[int]:
-    """Process ids of those with a mark, or with one that goes on after a slash. They are of the same user: others' cannot be seen."""
+    """Process ids of those with a mark, or with one that goes on after a slash; others' are not seen."""
     start = f"{VARIABLE}={mark}".encode()
     found = []
     for path in _PROC.glob("[0-9]*/environ"):

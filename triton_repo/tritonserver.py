@@ -154,7 +154,7 @@ class Tritonserver:
             self._process.wait(seconds)
 
     def kill(self) -> None:
-        """Ends it and whatever it has started, also what has lost its parent, and removes the shared memory that they leave."""
+        """Ends it and whatever it has started, also what has lost its parent, and removes their shared memory."""
         if self._process is None:
             return
         if self._process.poll() is None:

@@ -1,8 +1,9 @@
 """Arguments of a program that `ps` never shows, for programs that take a secret in no other way.
 
-What `ps` shows of a process is the part of its memory where its arguments lie when it begins. The program itself is given pointers to
-them. So it is started with stars in their place, and with the arguments in its environment, which other users cannot read; it is held
-before its first instruction, and the pointers are turned to those. The environment that it hands on has them no more.
+What `ps` shows of a process is the part of its memory where its arguments lie when it begins. The program itself is
+given pointers to them. So it is started with stars in their place, and with the arguments in its environment, which
+other users cannot read; it is held before its first instruction, and the pointers are turned to those. The environment
+that it hands on has them no more. (A program that starts another with its own arguments, as a script does, shows them.)
 
 May import: ssv.triton_repo.bound.
 """
@@ -33,7 +34,7 @@ _WORD = 8
 def start_bound(
     command: Sequence[str], secret: str, environment: Mapping[str, str], stderr: int | None = None
 ) -> tuple[subprocess.Popen[bytes], bool]:
-    """Starts a program in a session of its own, bound to this process, without a secret in the arguments that are shown of it.
+    """Starts a program in a session of its own, bound to this process, whose arguments are shown without a secret.
 
     To be called by the main thread.
 
@@ -55,7 +56,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], stderr: int |
 
 
 def _turned(process: subprocess.Popen[bytes], variables: Mapping[str, str]) -> bool:
-    """Waits until the program has been loaded, turns its pointers, and lets it begin; False if it must not be traced."""
+    """Waits until the program is loaded, turns its pointers, and lets it begin; False if it must not be traced."""
     while True:
         found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
         if found is None or found.si_code not in (os.CLD_TRAPPED, os.CLD_STOPPED):

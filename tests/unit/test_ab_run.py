@@ -586,7 +586,7 @@ def test_two_runs_are_compared_arm_by_arm(
 
 
 def test_answers_that_differ_between_two_runs_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three of the eight, first those that are right in one run alone, and nothing of theirs that a terminal would obey."""
+    """Three of the eight, first those that are right in one run alone, and nothing that a terminal would obey."""
     after = write_run(folder.with_name("after"), folder, {})
     lines = [json.loads(line) for line in (after / "samples.jsonl").read_text().splitlines()]
     for line in lines:

@@ -95,7 +95,7 @@ TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], list(os.environ)])
 def started(
     monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> tuple[subprocess.Popen[bytes], bool, list[str], list[list[str]]]:
-    """A program that tells what it was given; whether it is hidden; what was shown of it at its start and afterwards; what it told."""
+    """A program that tells what it was given; whether that is hidden; what was shown of it, twice; what it told."""
     read, write = os.pipe()
     with os.fdopen(read) as told:
         monkeypatch.setattr(unseen, "_start", partial(popen, stdin=subprocess.PIPE, stdout=write))

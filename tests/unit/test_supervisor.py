@@ -68,7 +68,8 @@ from ssv.triton_repo.guardian import VARIABLE, Guardian
 folder = Path(sys.argv[1])
 guardian = Guardian(folder, "ssv_none_")
 leave = "import os, subprocess; subprocess.Popen({SLEEP!r}, start_new_session=True); os._exit(0)"
-subprocess.run([sys.executable, "-c", leave], env=os.environ | {{VARIABLE: f"{{folder}}/tritonserver"}}, stdout=subprocess.DEVNULL)
+marked = os.environ | {{VARIABLE: f"{{folder}}/tritonserver"}}
+subprocess.run([sys.executable, "-c", leave], env=marked, stdout=subprocess.DEVNULL)
 print(guardian.pid, flush=True)
 sys.stdin.read()
 """
