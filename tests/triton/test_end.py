@@ -322,10 +322,11 @@ def test_killing_while_the_models_start(another_server: Another, bundle: Path, t
 
     def start() -> bool:
         nonlocal shown
+        has_begun = "ssv" in processes(server)
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 shown += path.read_text(errors="replace")
-        return "ssv" in processes(server)
+        return has_begun
 
     wait_until(start, "its models start")
     assert "--http-restricted-api" in shown and "s3cret" not in shown, "the key is not seen at any time"
