@@ -242,24 +242,40 @@ def identical_share(a: Sequence[Sample], b: Sequence[Sample]) -> float | None:
     return sum(same) / len(same) if same else None
 
 
-def examples(a: Sequence[Sample], b: Sequence[Sample]) -> list[dict[str, object]]:
-    """Some answers to the same prompt with the same seed that are different texts, first those of which one alone is right."""
+def examples(
+    a: Sequence[Sample], b: Sequence[Sample], *, most: int = MAX_EXAMPLES, length: int = MAX_EXAMPLE
+) -> list[dict[str, object]]:
+    """Some answers to the same prompt with the same seed that differ, first those of which one alone is right.
+
+    Args:
+        length: characters of an answer, at most. Of longer ones it is the place where they part that is shown.
+    """
     answers = {_pair(sample): sample for sample in a if not sample.error}
     pairs = [(answers[_pair(s)], s) for s in b if not s.error and _pair(s) in answers]
     different = {mine.prompt: (mine, theirs) for mine, theirs in reversed(pairs) if _texts(mine) != _texts(theirs)}
-    chosen = sorted(different.values(), key=lambda pair: (pair[0].score == pair[1].score, pair[0].prompt))[
-        :MAX_EXAMPLES
-    ]
-    return [
-        {
-            "prompt": mine.prompt,
-            "a": mine.text[:MAX_EXAMPLE],
-            "b": theirs.text[:MAX_EXAMPLE],
-            "score_a": mine.score,
-            "score_b": theirs.score,
-        }
-        for mine, theirs in chosen
-    ]
+    chosen = sorted(different.values(), key=lambda pair: (pair[0].score == pair[1].score, pair[0].prompt))[:most]
+    found: list[dict[str, object]] = []
+    for mine, theirs in chosen:
+        # Where the answers are the same it was the reasoning that was not.
+        kind = "text" if mine.text != theirs.text else "reasoning"
+        of_a, of_b = _excerpts(getattr(mine, kind), getattr(theirs, kind), length)
+        found.append({"prompt": mine.prompt, "a": of_a, "b": of_b, "score_a": mine.score, "score_b": theirs.score})
+    return found
+
+
+def _excerpts(a: str, b: str, length: int) -> tuple[str, str]:
+    """Of two texts, the characters about where they part, with an ellipsis where something was left out."""
+    parting = (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    common = next(parting, min(len(a), len(b)))
+    start = 0 if common < length // 2 else common - length // 4
+    return _excerpt(a, start, length), _excerpt(b, start, length)
+
+
+def _excerpt(text: str, start: int, length: int) -> str:
+    before = "…" if start else ""
+    rest = text[start:]
+    room = length - len(before)
+    return before + (rest if len(rest) <= room else rest[: room - 1] + "…")
 
 
 def by_arm(samples: Iterable[Sample]) -> dict[str, dict[int, list[Sample]]]:

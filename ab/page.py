@@ -116,7 +116,7 @@ def _trade(document: Mapping[str, Any]) -> list[Figure]:
     costs = [
         (
             colours[comparison["arm"]],
-            f"{comparison['arm']}, concurrency {concurrency}",
+            f"{comparison['arm']} at {concurrency}",
             found["estimate"],
             found["interval"],
         )
@@ -137,7 +137,7 @@ def _trade(document: Mapping[str, Any]) -> list[Figure]:
     ]
     figures = []
     if costs:
-        figures.append(_forest(costs, "Cost per token", f"% against {first} (left is cheaper)"))
+        figures.append(_forest(costs, "Cost per token, by concurrency", f"% against {first} (left is cheaper)"))
     if judged:
         figures.append(_forest(judged, "Quality", f"points against {first} (dashed: the margin)", -100 * margin))
     return figures
@@ -160,9 +160,10 @@ def _forest(
     axes.set_yticks(range(len(rows)), [_plain(name) for _, name, *_ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.margins(x=0.15)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
+    # Of the figure, not of the axes: beside long names these have not the width of their own label.
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel(label, fontsize=9)
     return figure
 
 

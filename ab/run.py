@@ -25,7 +25,7 @@ from ssv.ab.arms import Arm
 from ssv.ab.endpoints import Endpoint
 from ssv.ab.journal import Journal
 from ssv.ab.load import ArmDown, LoadGenerator
-from ssv.ab.measures import MIN_BLOCKS, by_arm, differences, identical_share, quality
+from ssv.ab.measures import MIN_BLOCKS, by_arm, differences, examples, identical_share, quality
 from ssv.ab.plan import block_size, make_plan
 from ssv.ab.questions import RIGHT_OR_WRONG, Question
 from ssv.ab.samples import Sample, read_samples
@@ -36,6 +36,9 @@ from ssv.builder.progress import Report
 EXIT_PARTIAL = 3
 
 RUN, SAMPLES, REPORT, PAGE = "run.json", "samples.jsonl", "report.json", "report.html"
+
+SHOWN_EXAMPLES, SHOWN_LENGTH = 3, 160
+"""Answers that `compare` shows of an arm, and characters of each."""
 
 POWER = 0.8
 EXPECTED_SCORE_SD = 0.25
@@ -177,6 +180,7 @@ def compare(before: Path, after: Path) -> int:
         terminal.show_quality(
             name, asdict(found_quality) if found_quality is not None else None, has_margin=margin is not None
         )
+        terminal.show_examples(name, examples(all_a, all_b, most=SHOWN_EXAMPLES, length=SHOWN_LENGTH))
     print(
         "The runs were made at different times: what their machines did besides is in these differences. Cost is time of the machine."
     )

@@ -145,6 +145,25 @@ def show_quality(arm: str, judged: Mapping[str, Any] | None, *, has_margin: bool
     _console().print(f"quality of {escape(arm)}: {escape(text)}", highlight=False, soft_wrap=True)
 
 
+def show_examples(arm: str, each: Sequence[Mapping[str, Any]]) -> None:
+    """Answers of an arm in two runs, below each other. Args: each: as `ssv.ab.measures.examples` gives them."""
+    if not each:
+        return
+    console = _console()
+    console.print(f"answers of {escape(arm)} that differ, for example:", highlight=False, soft_wrap=True)
+    for example in each:
+        console.print(f"  {escape(_printable(example['prompt']))}", highlight=False, soft_wrap=True)
+        for side, name in (("a", "before"), ("b", "after")):
+            score = "" if (found := example[f"score_{side}"]) is None else f" ({percent(found)})"
+            text = f"    {name}{score}: {_printable(example[side])}"
+            console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """A text of others on one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _console() -> Console:
     # A narrow terminal must not cut the figures; in a log the width is unknown.
     return Console(width=None if sys.stdout.isatty() else 240)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 from urllib.request import urlopen
 
@@ -14,7 +16,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 DTYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
-SECONDS = 60.0
+SECONDS = 120.0
+"""For what has to happen at all: how fast is for no test to say, beside whatever else the machine does."""
 
 
 def tensor(name: str, datatype: str, *values: Any, shape: Sequence[int] | None = None) -> grpcclient.InferInput:
@@ -90,7 +93,7 @@ class Stream:
 
 def read_metrics(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Value of each metric, by name and labels."""
-    with urlopen(url, timeout=10.0) as response:
+    with urlopen(url, timeout=SECONDS) as response:
         text = response.read().decode()
     found = {}
     for line in text.splitlines():
@@ -105,8 +108,16 @@ def metric(url: str, name: str, **labels: str) -> float:
     return read_metrics(url).get((name, frozenset(labels.items())), 0.0)
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

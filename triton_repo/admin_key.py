@@ -1,7 +1,8 @@
-"""The key of the administrative protocols: where it comes from, and that `ps` does not show it.
+"""The key of the administrative protocols: where it comes from, and that `ps` does not show it for longer than can be.
 
-tritonserver takes it as an argument and in no other way, and arguments can be read by everybody on the machine. What is shown of them is
-memory of the process, which is overwritten once they have been read.
+Arguments can be read by everybody on the machine. What is shown of them is memory of the process, which is overwritten
+once they have been read: of ssv-serve itself, which sees a key among them when it has begun. (What tritonserver is
+given is never shown: `unseen.py`.)
 
 May import: ssv.runtime.server_log.
 """

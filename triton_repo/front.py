@@ -2,25 +2,31 @@
 
 They are there from the first moment to the last, whatever becomes of tritonserver: readiness is false while it starts, starts again, or
 drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with Retry-After (Triton 2.51 answers
-`generate` with 400 whatever went wrong), and metrics are the server's own before Triton's.
+`generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and an error whoever asks it for a
+stream, when all has been decoded), and metrics are the server's own before Triton's.
 
-May import: ssv.runtime.server_metrics.
+May import: ssv.runtime.server_log, .server_metrics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import threading
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Literal
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from ssv.runtime.server_log import log_event
 from ssv.runtime.server_metrics import DRAINING, Metrics, Reader
+
+log = logging.getLogger("ssv.serve")
 
 State = Literal["starting", "serving", "draining"]
 
@@ -34,12 +40,18 @@ _MODEL_READY = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/ready$")
 _STATUS = re.compile(r"\b(UNAVAILABLE|INVALID_ARGUMENT|INTERNAL|DEADLINE_EXCEEDED): ")
 _CODES = {"UNAVAILABLE": 503, "INVALID_ARGUMENT": 400, "INTERNAL": 500, "DEADLINE_EXCEEDED": 504}
 _FULL = "Exceeds maximum queue size"
+_UNREADABLE = re.compile(r"[Uu]nable to parse|failed to parse the request JSON")
+_ERROR = b'{"error":'
+"""How an answer of Triton's begins that is none; it may have the status 200."""
+
+_PROMPTS = ("text_input", "ssv_messages")
 
 # Of one connection, not of what is said over it (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect")
 )
 _LONGEST_ERROR = 1 << 16
+_LONGEST_REQUEST = 1 << 20
 _CLOSE_SECONDS = 0.5
 
 
@@ -146,7 +158,15 @@ class Front:
 
     async def _pass_on(self, request: web.Request, is_inference: bool, is_readiness: bool) -> web.StreamResponse:
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP]
-        data = request.content if request.body_exists else None
+        is_single = is_inference and request.path.endswith("/generate")
+        data: bytes | AsyncIterable[bytes] | None = request.content.iter_any() if request.body_exists else None
+        if is_single and data is not None:
+            begun = await _begun(request.content)
+            if wants_stream(begun):
+                return self._invalid(
+                    f"stream is true, and generate gives one answer: ask {request.path}_stream, or leave stream out"
+                )
+            data = begun if request.content.at_eof() else _joined(begun, request.content)
         url = URL(f"{self._http_url}{request.raw_path}", encoded=True)
         async with self._client.request(
             request.method, url, headers=headers, data=data, allow_redirects=False, skip_auto_headers=("User-Agent",)
@@ -154,15 +174,19 @@ class Front:
             if is_readiness and found.status != 200:
                 return self._unavailable()
             kept = [(name, value) for name, value in found.headers.items() if name.lower() not in _HOP_BY_HOP]
-            if is_inference and found.status >= 400:
-                body = await found.content.read(_LONGEST_ERROR)
-                status = _meant(found.status, body.decode(errors="replace"))
+            answer = await found.read() if is_single and found.status == 200 else b""
+            has_failed = found.status >= 400 or answer.startswith(_ERROR)
+            if is_inference and has_failed:
+                body = answer or await found.content.read(_LONGEST_ERROR)
+                status = _meant(max(found.status, 400), body.decode(errors="replace"))
                 response = web.Response(body=body, status=status, headers=_without_length(kept))
                 response.headers.update(RETRY_AFTER if status == 503 else {})
                 return response
             stream = web.StreamResponse(status=found.status)
             stream.headers.extend(kept)
             await stream.prepare(request)
+            if answer:
+                await stream.write(answer)
             try:
                 async for piece in found.content.iter_any():
                     await stream.write(piece)
@@ -174,10 +198,46 @@ class Front:
 
     def _refuse(self) -> web.Response:
         self._counted.refused("draining" if self.state == "draining" else "starting")
+        log_event(log, "request", level=logging.WARNING, reason="refused", error=self._why_unavailable())
         return self._unavailable()
 
+    def _invalid(self, message: str) -> web.Response:
+        self._counted.invalid()
+        log_event(log, "request", level=logging.WARNING, reason="invalid", error=message)
+        return _error(400, message)
+
+    def _why_unavailable(self) -> str:
+        return DRAINING if self.state == "draining" else STARTING
+
     def _unavailable(self) -> web.Response:
-        return _error(503, DRAINING if self.state == "draining" else STARTING)
+        return _error(503, self._why_unavailable())
+
+
+def wants_stream(body: bytes) -> bool:
+    """Whether a request with a prompt asks for a stream. What is none, or has none, is for the models to refuse."""
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(given, dict) or not any(name in given for name in _PROMPTS):
+        return False
+    parameters = given.get("parameters")
+    places = [given, parameters] if isinstance(parameters, dict) else [given]
+    return any(place.get("stream") in (True, [True]) for place in places)
+
+
+async def _begun(content: aiohttp.StreamReader) -> bytes:
+    """The beginning of a body: all of it, unless it is longer than the models take."""
+    begun = bytearray()
+    while len(begun) < _LONGEST_REQUEST and (piece := await content.readany()):
+        begun += piece
+    return bytes(begun)
+
+
+async def _joined(begun: bytes, rest: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    yield begun
+    async for piece in rest.iter_any():
+        yield piece
 
 
 def _error(status: int, message: str) -> web.Response:
@@ -191,6 +251,8 @@ def _meant(status: int, body: str) -> int:
     match = _STATUS.search(body)
     if match is not None:
         return _CODES[match[1]]
+    if _UNREADABLE.search(body) is not None:
+        return 400
     return 503 if _FULL in body else status
 
 

@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
-        place = Place(work / "models", work / "metrics")
+        place = Place(work)
         place.boards.mkdir()
         config = _config(args)
         check_machine(config, manifest)

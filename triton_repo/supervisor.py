@@ -3,7 +3,8 @@
 Should one of tritonserver's Python models die, it goes on saying that it is ready, and requests hang or fail: the whole server is stopped
 then, which ends its clients' streams with an error, and started again, a few times. The OpenAI API is started again by itself.
 
-May import: ssv.builder.waiting; ssv.runtime.control, .memory, .server_log, .server_metrics, .strategies; ssv.triton_repo.bound, .front, .installation, .tritonserver.
+May import: ssv.builder.waiting; ssv.runtime.control, .memory, .server_log, .server_metrics, .strategies;
+    ssv.triton_repo.bound, .front, .guardian, .installation, .tritonserver.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ssv.runtime.server_metrics import BOARDS_VARIABLE, Metrics, Reader
 from ssv.runtime.strategies import METHODS
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front
+from ssv.triton_repo.guardian import VARIABLE, Guardian
 from ssv.triton_repo.installation import Installation
 from ssv.triton_repo.tritonserver import Tritonserver
 
@@ -49,12 +51,24 @@ OPENAI_END_SECONDS = (1.0, 5.0)
 @dataclass(frozen=True, slots=True)
 class Place:
     """Attributes:
-    models: the model repository.
-    boards: folder of what the server's processes count.
+    folder: of this server and no other, which marks its processes.
     """
 
-    models: Path
-    boards: Path
+    folder: Path
+
+    @property
+    def models(self) -> Path:
+        """The model repository."""
+        return self.folder / "models"
+
+    @property
+    def boards(self) -> Path:
+        """Folder of what the server's processes count."""
+        return self.folder / "metrics"
+
+    def mark(self, part: str) -> str:
+        """Of the processes of a part of the server."""
+        return f"{self.folder}/{part}"
 
 
 class Deaths:
@@ -97,7 +111,8 @@ class Supervisor:
         self._args, self._place, self._stopping = args, place, stopping
         self._counted, self._reader = Metrics(place.boards, "serve"), Reader(place.boards)
         self._front = Front(sockets["http"], sockets["metrics"], self._counted, self._reader)
-        self._triton = Tritonserver(args, installation, place.models)
+        self._triton = Tritonserver(args, installation, place.models, place.mark("tritonserver"))
+        self._guardian = Guardian(place.folder, self._triton.shared_memory)
         self._children: list[psutil.Process] = []
         self._openai: subprocess.Popen[bytes] | None = None
         self._openai_deaths = Deaths(args.restarts)
@@ -127,6 +142,7 @@ class Supervisor:
             self._kill_openai()
             self._kill()
             self._front.close()
+            self._guardian.close()
 
     def _serve(self) -> str | None:
         """Runs the server until it is told to stop, which gives None, or dies, which gives how."""
@@ -151,6 +167,8 @@ class Supervisor:
                 if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
                     return f"the process of a Python model ended (pid {child.pid})"
             self._look_after_openai()
+            if self._guardian.look_after():
+                log_event(log, "the guardian died", level=logging.WARNING)
         self._drain()
         return None
 
@@ -189,7 +207,7 @@ class Supervisor:
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
         command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
-        environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards)}
+        environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}
         self._openai = subprocess.Popen(bound(command), env=environment, start_new_session=True)  # noqa: S603
 
     def _open_openai(self) -> str | None:
@@ -260,7 +278,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         """Ends the server and whatever it has started, and what they had taken is counted as lost."""
-        self._triton.kill(self._children)
+        self._triton.kill()
         self._children = []
         Metrics(self._place.boards, "ssv").died()
 

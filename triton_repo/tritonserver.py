@@ -1,12 +1,13 @@
 """tritonserver: its command line, its process, and the word that it is not ready any more.
 
-May import: ssv.triton_repo.admin_key, .bound, .installation, .repository.
+May import: ssv.runtime.server_log; ssv.triton_repo.admin_key, .guardian, .installation, .repository, .unseen.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -21,12 +22,15 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-import psutil
-
-from ssv.triton_repo.admin_key import VARIABLE, hide_or_say
-from ssv.triton_repo.bound import bound
+from ssv.runtime.server_log import log_event
+from ssv.triton_repo.admin_key import VARIABLE
+from ssv.triton_repo.guardian import VARIABLE as MARK_VARIABLE
+from ssv.triton_repo.guardian import end, remove_shared_memory
 from ssv.triton_repo.installation import Installation
 from ssv.triton_repo.repository import DRAINING, MODELS, ROUTER
+from ssv.triton_repo.unseen import start_bound
+
+log = logging.getLogger("ssv.serve")
 
 ADMIN_PROTOCOLS = "shared-memory,model-repository,logging,trace"
 """Of Triton, all but health, metadata, configs and statistics, which clients look at."""
@@ -40,28 +44,26 @@ _NO_GPU = re.compile(
 _DRAINS = re.compile(rb"E\d{4} .*(the server drains, and is to say that it is not ready|failed to load 'draining')")
 """What it says of the model that it cannot load (`Tritonserver.be_not_ready`)."""
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-
 
 class Tritonserver:
     """One process at a time, with those of its Python models.
 
     Attributes:
         http_port, metrics_port: of the latest, on this machine.
+        shared_memory: what the names of its regions begin with; nobody else's do.
     """
 
-    def __init__(self, args: argparse.Namespace, installation: Installation, models: Path) -> None:
+    def __init__(self, args: argparse.Namespace, installation: Installation, models: Path, mark: str) -> None:
         """Args:
         args: of ssv-serve.
         models: the model repository.
+        mark: of its processes (`ssv.triton_repo.guardian`).
         """
-        self._args, self._installation, self._models = args, installation, models
+        self._args, self._installation, self._models, self._mark = args, installation, models, mark
         self._on_cpu = args.device == "cpu" and args.engine == "torch"
-        # Nobody else's regions begin so.
-        self._shared_memory = f"ssv_{os.getpid()}_{secrets.token_hex(8)}_"
+        self.shared_memory = f"ssv_{os.getpid()}_{secrets.token_hex(8)}_"
         # A key that nobody has shuts what nobody has asked for.
         self._admin = args.admin_key or f"ssv-admin={secrets.token_hex(16)}"
-        self._is_key_hidden = False
         self._process: subprocess.Popen[bytes] | None = None
         self.http_port = self.metrics_port = 0
 
@@ -76,14 +78,16 @@ class Tritonserver:
         environment: variables to set.
         """
         self.http_port, self.metrics_port = _free_ports(2)
-        self._is_key_hidden = False
         variables = dict(defaults) | os.environ | self._installation.environment | dict(environment)
-        self._process = subprocess.Popen(  # noqa: S603
-            bound([str(self._installation.binary), *self._installation.arguments, *self.arguments()]),
-            env={name: value for name, value in variables.items() if name != VARIABLE},
+        variables[MARK_VARIABLE] = self._mark
+        self._process, is_hidden = start_bound(
+            [str(self._installation.binary), *self._installation.arguments, *self.arguments()],
+            self._admin,
+            {name: value for name, value in variables.items() if name != VARIABLE},
             stderr=subprocess.PIPE,
-            start_new_session=True,  # a terminal's Ctrl-C is for ssv-serve
         )
+        if not is_hidden:
+            log_event(log, "the admin key can be seen in ps", level=logging.WARNING, pid=self._process.pid)
         told = [_DRAINS, _NO_GPU] if self._on_cpu else [_DRAINS]
         threading.Thread(target=_copy, args=(self._process.stderr, told), name="ssv log", daemon=True).start()
 
@@ -99,7 +103,7 @@ class Tritonserver:
             "--disable-auto-complete-config",  # the config files are complete
             "--exit-timeout-secs=5",
             "--grpc-infer-allocation-pool-size=0",  # requests that are kept for reuse keep the size of the largest they were
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+            f"--backend-config=python,shm-region-prefix-name={self.shared_memory}",
             "--http-address=127.0.0.1",  # `ssv.triton_repo.front` is before it
             f"--http-port={self.http_port}",
             f"--grpc-address={args.host}",
@@ -123,17 +127,7 @@ class Tritonserver:
         return f"tritonserver ended with status {status}"
 
     def is_ready(self) -> bool:
-        self._hide_key()
         return self._ask("/v2/health/ready", timeout=5.0)
-
-    def _hide_key(self) -> None:
-        """Takes the key out of what `ps` shows, once the arguments have been read: its models start after that."""
-        if self._is_key_hidden or self._process is None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(self._process.pid).children():
-                hide_or_say(self._process.pid, self._admin)
-                self._is_key_hidden = True
 
     def be_not_ready(self) -> None:
         """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model is loaded that cannot be."""
@@ -159,27 +153,16 @@ class Tritonserver:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
-    def kill(self, children: Sequence[psutil.Process]) -> None:
-        """Ends it and whatever it has started, and removes the shared memory that they leave.
-
-        Args:
-            children: that it had, who may have lost their parent.
-        """
+    def kill(self) -> None:
+        """Ends it and whatever it has started, also what has lost its parent, and removes their shared memory."""
         if self._process is None:
             return
-        try:
-            left = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            left = []
-        for process in {*children, *left}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        end(self._mark)
         self._process = None
-        for path in _SHARED_MEMORY.glob(f"{self._shared_memory}*"):
-            path.unlink(missing_ok=True)
+        remove_shared_memory(self.shared_memory)
 
 
 def _copy(lines: Iterable[bytes], without: Sequence[re.Pattern[bytes]]) -> None:

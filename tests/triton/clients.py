@@ -102,7 +102,7 @@ def use_prometheus_client(_: str, url: str, __: str) -> None:
 
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urlopen(url, timeout=10.0) as response:
+    with urlopen(url, timeout=120.0) as response:
         families = {family.name: family for family in text_string_to_metric_families(response.read().decode())}
     ours = {name: family for name, family in families.items() if name.startswith("ssv_")}
     assert "ssv_requests_decoding" in ours, sorted(families)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
+from triton_asks import free_ports
 
 from ssv.runtime.llm import LLM
 
 ROOT = Path(__file__).parents[2]
 MAX_ROWS = 4
 MAX_WAITING = 8
-READY_SECONDS = 180.0
-STOP_SECONDS = 60.0
+READY_SECONDS = 300.0
+STOP_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def serving(
     log, names = folder / "log", ("grpc", "http", "metrics", "openai")
     command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle), "--threads", "1", *options]
     command += ["--max-rows", str(max_rows), "--max-waiting", str(max_waiting)]
-    for name, port in zip(names, _free_ports(len(names)), strict=True):
+    for name, port in zip(names, free_ports(len(names)), strict=True):
         command += [f"--{name}-port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
@@ -115,14 +115,6 @@ def serving(
 def llm(bundle: Path) -> LLM:
     """The bundle in this process: what the server's answers are compared with."""
     return LLM.load(bundle, verify=False)
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _announced(process: subprocess.Popen[bytes], log: Path, names: tuple[str, ...]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from triton_asks import Stream, tensor, texts, value
+from triton_asks import SECONDS, Stream, tensor, texts, value
 from tritonclient.utils import InferenceServerException
 
 from ssv.ab.cli import main
@@ -48,7 +48,7 @@ def outcomes(server: Server) -> list[dict[str, Any]]:
     return [record for record in JournalReader(server.outcomes).read() if record["event"] == "outcome"]
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(found: Callable[[], Any], seconds: float = SECONDS) -> Any:
     deadline = time.monotonic() + seconds
     while not (result := found()):
         assert time.monotonic() < deadline, "it did not happen"

@@ -182,7 +182,7 @@ def test_timeout(server: Server) -> None:
     with Client(server.grpc_url) as client:
         replies = list(client.stream(QUESTION, settings))
     assert replies[-1].finish_reason == "deadline"
-    assert 0 < sum(reply.num_output_tokens for reply in replies) < 1000
+    assert sum(reply.num_output_tokens for reply in replies) < 1000
 
 
 def test_messages(server: Server, llm: LLM) -> None:

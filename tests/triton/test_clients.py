@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from triton_asks import Stream, is_final, tensor, texts, value
+from triton_asks import SECONDS, Stream, is_final, tensor, texts, value
 from tritonclient.utils import InferenceServerException
 
 PROMPT = "What is machine learning?"
@@ -26,13 +26,13 @@ class Server(Protocol):
 def post(server: Server, path: str, body: dict[str, Any]) -> Any:
     """The response to a POST of JSON to the ensemble."""
     url = f"{server.http_url}/v2/models/ensemble/{path}"
-    return urlopen(Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"}), timeout=60.0)
+    return urlopen(Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"}), timeout=SECONDS)
 
 
 def curl(server: Server, path: str, data: str) -> tuple[int, dict[str, Any]]:
     """Status and body, as the documented command lines get them."""
     command = ["curl", "-s", "-w", "\n%{http_code}", "-X", "POST", f"{server.http_url}/v2/models/ensemble/{path}", "-d"]
-    out = subprocess.run([*command, data], capture_output=True, text=True, timeout=60.0, check=True).stdout
+    out = subprocess.run([*command, data], capture_output=True, text=True, timeout=SECONDS, check=True).stdout
     body, _, status = out.rpartition("\n")
     return int(status), json.loads(body)
 
@@ -279,7 +279,9 @@ def test_documented_curl(server: Server, data: str) -> None:
 def test_documented_curl_of_a_stream(server: Server) -> None:
     data = '{"text_input": "The future of AI is", "max_tokens": 12, "parameters": {"stream": true, "temperature": 0}}'
     url = f"{server.http_url}/v2/models/ensemble/generate_stream"
-    out = subprocess.run(["curl", "-s", "-X", "POST", url, "-d", data], capture_output=True, timeout=60.0, check=True)
+    out = subprocess.run(
+        ["curl", "-s", "-X", "POST", url, "-d", data], capture_output=True, timeout=SECONDS, check=True
+    )
     events = out.stdout.decode().split("\n\n")
     assert events.pop() == ""
     assert all(event.startswith("data: ") for event in events)
@@ -343,6 +345,21 @@ def test_errors_over_http(server: Server, path: str) -> None:
     assert "ssv_tier 'gold' is unknown" in body["error"]
 
 
+@pytest.mark.parametrize("given", [{"stream": True}, {"parameters": {"stream": True}}])
+def test_generate_has_no_stream_and_says_what_has(server: Server, given: dict[str, Any]) -> None:
+    with pytest.raises(HTTPError) as raised:
+        post(server, "generate", {"text_input": PROMPT, "max_tokens": 3, **given})
+    assert raised.value.code == 400
+    assert "ask /v2/models/ensemble/generate_stream" in json.load(raised.value)["error"]
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+def test_what_is_no_json_is_the_clients_mistake(server: Server, path: str) -> None:
+    with pytest.raises(HTTPError) as raised:
+        urlopen(Request(f"{server.http_url}/v2/models/ensemble/{path}", b"nonsense"), timeout=SECONDS)
+    assert raised.value.code == 400
+
+
 MISSING = "text_input is missing: give a prompt"
 
 
@@ -369,10 +386,10 @@ def test_grpc_without_a_prompt_is_an_error_at_once(server: Server, model: str, s
     with Stream(server.grpc_address) as client:
         client.send(tensor("stream", "BOOL", stream), tensor("max_tokens", "INT32", 3), model=model)
         with pytest.raises(InferenceServerException, match=MISSING):
-            client.next(20.0)
+            client.next()
         client.send(model=model)
         with pytest.raises(InferenceServerException):
-            client.next(20.0)
+            client.next()
 
 
 @pytest.mark.parametrize("model", ["ensemble", "ab_router"])
@@ -408,7 +425,7 @@ def test_unknown_parameters_over_grpc_are_refused_by_name(server: Server, model:
     with Stream(server.grpc_address) as stream:
         stream.send(tensor("text_input", "BYTES", PROMPT), model=model, parameters={"max_token": 3})
         with pytest.raises(InferenceServerException, match="'max_token' is unknown: use max_tokens"):
-            stream.next(20.0)
+            stream.next()
         stream.send(tensor("text_input", "BYTES", PROMPT), model=model, parameters={"max_tokens": 3})
         assert value(stream.next(), "num_output_tokens") == 3
 

@@ -3,8 +3,12 @@ a client has counted, to the request."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,15 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 import tritonclient.grpc as grpcclient
-from triton_asks import read_metrics, wait_until
+from triton_asks import free_ports, read_metrics, wait_until
 
 from ssv.client.triton import Client, ServerError, Settings
 from ssv.runtime.server_metrics import ANSWERED, REQUESTS
+from ssv.triton_repo.supervisor import EXIT_DIED
 
 PROMPT = "Once upon a time"
 LONG_SECONDS = 120.0
@@ -138,9 +145,14 @@ def processes(server: Server) -> dict[str, psutil.Process]:
     """By what they are: tritonserver, openai, or a model's name."""
     found = {}
     for process in psutil.Process(server.pid).children(recursive=True):
-        command = " ".join(process.cmdline())
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:  # ended meanwhile
+            continue
         if "ssv.client.openai_api" in command:
             found["openai"] = process
+        elif "guardian.py" in command:
+            found["guardian"] = process
         elif "/1/model.py" in command:
             found[command.split("/1/model.py")[0].rpartition("/")[2]] = process
         elif "--model-repository" in command:
@@ -150,6 +162,11 @@ def processes(server: Server) -> dict[str, psutil.Process]:
 
 def shared_memory(server: Server) -> list[Path]:
     return list(Path("/dev/shm").glob(f"ssv_{server.pid}_*"))
+
+
+def work_folder(server: Server) -> Path:
+    """Where ssv-serve keeps what is of this server."""
+    return Path(processes(server)["guardian"].cmdline()[-2])
 
 
 def is_ready(server: Server) -> bool:
@@ -186,7 +203,7 @@ def test_times_are_of_answered_requests(server: Server) -> None:
 
 def test_draining(another_server: Another) -> None:
     """Readiness is false at every door while what runs is finished; what comes is refused and counted."""
-    with another_server(max_rows=2, max_waiting=4) as server:
+    with another_server("--drain-timeout", "120", max_rows=2, max_waiting=4) as server:
         model, before = server_model(server), counted(server)
         long: list[str] = []
         threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 300))) for ask in DOORS]
@@ -271,17 +288,54 @@ def test_killing_processes(another_server: Another) -> None:
             assert get(server.http_url, "/v2/health/live")[0] == 200
             refused = [ask_generate(server, 2), ask_generate_stream(server, 2)]
             assert refused == ["refused"] * 2, "while it starts again"
-            wait_until(lambda: is_ready(server), "it is back", seconds=LONG_SECONDS)
+            wait_until(lambda: is_ready(server), "it is back")
             assert gained(server, before) == {"failed": len(three), "refused": 2}, victim
             wait_until(lambda: ask_openai(server, 2) == "answered", "the OpenAI API has found it again")
         assert read_metrics(server.metrics_url)["ssv_restarts", frozenset({("process", "tritonserver")})] == 3
 
-        # ssv-serve itself: nobody is left behind.
-        left = processes(server)
-        assert {"tritonserver", "openai", "ssv", "preprocessing", "postprocessing"} <= left.keys()
+        # The guardian: another takes its place.
+        guardian = processes(server)["guardian"]
+        guardian.kill()
+        wait_until(lambda: processes(server).get("guardian", guardian).pid != guardian.pid, "it is back")
+
+        # ssv-serve itself: nobody and nothing is left behind.
+        left, folder = processes(server), work_folder(server)
+        assert {"tritonserver", "openai", "ssv", "preprocessing", "postprocessing", "guardian"} == left.keys()
+        assert folder.is_dir() and shared_memory(server)
         psutil.Process(server.pid).kill()
         _, alive = psutil.wait_procs(left.values(), timeout=LONG_SECONDS)
         assert not alive
+        assert not folder.exists() and not shared_memory(server)
+
+
+@pytest.mark.parametrize("victim", ["tritonserver", "serve"])
+def test_killing_while_the_models_start(another_server: Another, bundle: Path, tmp_path: Path, victim: str) -> None:
+    """When nobody is ready, and tritonserver has only just forked what is to run a model."""
+    command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle)]
+    for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True):
+        command += [f"--{name}-port", str(port)]
+    environment = os.environ | {"SSV_ADMIN_KEY": "admin=s3cret"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+    server: Any = SimpleNamespace(pid=process.pid)
+    shown = ""
+
+    def start() -> bool:
+        nonlocal shown
+        has_begun = "ssv" in processes(server)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                shown += path.read_text(errors="replace")
+        return has_begun
+
+    wait_until(start, "its models start")
+    assert "--http-restricted-api" in shown and "s3cret" not in shown, "the key is not seen at any time"
+    left = processes(server)
+    (left["tritonserver"] if victim == "tritonserver" else psutil.Process(process.pid)).kill()
+    _, alive = psutil.wait_procs(left.values(), timeout=LONG_SECONDS)
+    assert not alive
+    assert process.wait(LONG_SECONDS) == (EXIT_DIED if victim == "tritonserver" else -signal.SIGKILL)
+    assert not shared_memory(server)
 
 
 def test_a_request_that_hangs_does_not_hold_the_end(another_server: Another) -> None:

@@ -6,8 +6,7 @@ import asyncio
 import json
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -15,10 +14,10 @@ from urllib.request import urlopen
 
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from triton_asks import SECONDS, wait_until
 
 from ssv.builder.manifest import read_manifest
 
-WAIT_SECONDS = 30.0
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
 
@@ -40,12 +39,12 @@ def url(server: Server) -> str:
 
     def answers() -> bool:
         try:
-            with urlopen(f"http://{address}/health", timeout=5.0) as response:
+            with urlopen(f"http://{address}/health", timeout=SECONDS) as response:
                 return bool(response.status == 200)
         except OSError:
             return False
 
-    wait_until(answers)
+    wait_until(answers, "it answers")
     return server.openai_url
 
 
@@ -60,19 +59,12 @@ def model(bundle: Path) -> str:
     return read_manifest(bundle, verify=False).name
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {WAIT_SECONDS} s"
-        time.sleep(0.1)
-
-
 def disclosed(response: Any) -> dict[str, Any]:
     return dict(response.model_extra["ssv"])
 
 
 def metric(server: Server, start: str) -> float:
-    with urlopen(server.metrics_url, timeout=10.0) as response:
+    with urlopen(server.metrics_url, timeout=SECONDS) as response:
         text = response.read().decode()
     return sum(float(value) for value in re.findall(rf"^{re.escape(start)}\S* (\S+)$", text, re.MULTILINE))
 
@@ -241,7 +233,7 @@ def test_requests_answered_and_refused_are_found_in_the_log_by_their_id(
                 found[f"{fields['event']} {fields['id']}"] = fields
         return {f"access {id}" for id in given} | {"request test-answered"} <= found.keys()
 
-    wait_until(logged)
+    wait_until(logged, "all have their lines")
     answered = found["access test-answered"]
     assert (answered["status"], answered["tier"], answered["output_tokens"]) == (200, "premium", 4)
     assert 0 < answered["first_token_s"] <= answered["total_s"]
@@ -262,14 +254,14 @@ def test_a_client_that_leaves_ends_its_request(server: Server, url: str, model: 
     body = {"model": model, "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=WAIT_SECONDS) as connection:
+    with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=SECONDS) as connection:
         connection.sendall(head.encode() + content)
         if stream:
             assert b"200 OK" in connection.recv(1 << 16)
         else:
-            wait_until(lambda: metric(server, "ssv_requests_decoding") > 0)
-    wait_until(lambda: metric(server, 'ssv_requests{reason="cancelled"') == cancelled + 1)
-    wait_until(lambda: metric(server, "ssv_requests_decoding") == 0)
+            wait_until(lambda: metric(server, "ssv_requests_decoding") > 0, "it decodes")
+    wait_until(lambda: metric(server, 'ssv_requests{reason="cancelled"') == cancelled + 1, "it is cancelled")
+    wait_until(lambda: metric(server, "ssv_requests_decoding") == 0, "the row is free")
 
 
 def test_a_full_queue_is_503_and_tells_when_to_come_again(url: str, model: str) -> None:

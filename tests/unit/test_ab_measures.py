@@ -22,6 +22,7 @@ from ssv.ab.measures import (
     QualityFinding,
     by_arm,
     differences,
+    examples,
     figures,
     identical_share,
     quality,
@@ -641,6 +642,19 @@ def test_examples_are_first_those_that_one_arm_alone_has_right() -> None:
     found = acted(alike)[1]["examples"]
     assert [each["prompt"] for each in found] == ["p7", "p0", "p1", "p2", "p3"]
     assert len(found[0]["b"]) == measures.MAX_EXAMPLE
+
+
+def test_of_long_answers_the_place_is_shown_where_they_part() -> None:
+    same = "0123456789" * 3
+    (found,) = examples([sample(text=f"{same}ab{same}")], [sample("b", text=f"{same}cd")], length=12)
+    assert (found["a"], found["b"]) == ("…789ab01234…", "…789cd")
+    (found,) = examples([sample(text="01234567890123")], [sample("b", text="0123x")], length=12)
+    assert (found["a"], found["b"]) == ("01234567890…", "0123x")
+
+
+def test_where_the_answer_is_the_same_the_reasoning_is_shown() -> None:
+    (found,) = examples([sample(text="4", reasoning="2+2")], [sample("b", text="4", reasoning="2*2")])
+    assert (found["a"], found["b"]) == ("2+2", "2*2")
 
 
 def test_reasoning_is_counted_apart_and_answers_that_never_came_are_told() -> None:

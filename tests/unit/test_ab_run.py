@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from ab_cases import FakeEndpoint, chunk, events, http_server, sample, send, settings, usage, whole_answer
+from matplotlib import pyplot
 
 from ssv.ab import cli, page, terminal
 from ssv.ab.analysis import RunSettings, analyse
@@ -581,6 +582,24 @@ def test_two_runs_are_compared_arm_by_arm(
     assert "quality of b: before 100.0%, after 100.0% (right or wrong, 8 prompts); difference +0.0 points [" in said
     assert "margin 20: undecided" in said and "100.0% of the answers are the same text" in said
     assert "The runs were made at different times" in said
+    assert "that differ" not in said
+
+
+def test_answers_that_differ_between_two_runs_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of the eight, first those that are right in one run alone, and nothing that a terminal would obey."""
+    after = write_run(folder.with_name("after"), folder, {})
+    lines = [json.loads(line) for line in (after / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] += "[b]\x1b[31m\n" + "long " * 99
+        line["score"] = 0.0 if line["prompt"] == "q5" else line["score"]
+    (after / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["compare", str(folder), str(after)]) == 0
+    said = capsys.readouterr().out
+    shown = said.split("answers of b that differ, for example:\n")[1].splitlines()[:9]
+    assert [line.strip() for line in shown[::3]] == ["q5", "q0", "q1"]
+    assert shown[1] == "    before (100%): right"
+    assert shown[2].startswith(r"    after (0%): right[b]\x1b[31m\nlong long ") and shown[2].endswith("…")
+    assert max(map(len, shown)) < 200
 
 
 @pytest.mark.parametrize(
@@ -771,7 +790,40 @@ def test_quality_is_one_point_an_arm_at_any_number_of_concurrencies(monkeypatch:
     samples = [*served("a", 2.0), *served("b", 1.0)]
     samples += [replace(s, concurrency=4, block=s.block + 9) for s in samples]
     render(document_of(settings(margin=0.1, concurrency=(1, 4)), samples), samples)
-    assert drawn == {"Cost per token": ["b, concurrency 1", "b, concurrency 4"], "Quality": ["b"]}
+    assert drawn == {"Cost per token, by concurrency": ["b at 1", "b at 4"], "Quality": ["b"]}
+
+
+def test_nothing_of_a_plot_is_cut_off_however_long_the_names_are() -> None:
+    arms = (parse_arm(f"{'long-name-' * 3}-1=grpc://h:1"), parse_arm(f"{'long-name-' * 3}-2=grpc://h:2"))
+    samples = [*served(arms[0].name, 2.0), *served(arms[1].name, 1.0)]
+    document = document_of(settings(arms=arms, margin=0.1), samples)
+    figures = [*page._trade(document), *page._latencies(document, samples)]
+    for figure in figures:
+        figure.draw_without_rendering()
+        within = figure.bbox.padded(1.0)
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        texts = [*figure.texts, axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_yticklabels()]
+        for text in (*texts, *(legend.get_texts() if legend is not None else ())):
+            box = text.get_window_extent()
+            assert not text.get_text() or (within.x0 <= box.x0 and box.x1 <= within.x1), text.get_text()
+        assert axes.get_position().width > 0.3, "there is room for the plot"
+        pyplot.close(figure)
+
+
+def test_every_cell_has_its_columns_name_for_narrow_screens() -> None:
+    samples = served("a", 2.0, text="It is Oslo.") + served("b", 1.0, text=HOSTILE, score=0.0)
+    samples += [replace(s, concurrency=4, block=s.block + 9) for s in samples]
+    run = settings(margin=0.1, slo="ttft_p95<1s", concurrency=(1, 4))
+    text = render(document_of(run, samples, {"b": DISCLOSED}), samples)
+    tables = re.findall(r'<table class="stack">(.*?)</table>', text, re.DOTALL)
+    assert len(tables) == text.count("<table") == 4
+    for table in tables:
+        head, *rows = table.split("<tr>")[1:]
+        columns = [name.replace("\u200b", "") for name in re.findall(r"<th[^>]*>(.*?)</th>", head)]
+        assert rows and columns
+        for row in rows:
+            assert re.findall(r'<td[^>]* data-label="([^"]*)"', row) == columns and row.count("<td") == len(columns)
 
 
 def test_differences_of_every_concurrency_are_on_the_page() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -100,7 +101,10 @@ class Doors:
 
 
 @pytest.fixture
-def doors(tmp_path: Path) -> Iterator[Doors]:
+def doors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Doors]:
+    monkeypatch.setattr(
+        logging.getLogger("ssv"), "propagate", True
+    )  # a command that has run before has it write to stderr alone
     made = Doors(tmp_path)
     made.be("serving")
     yield made
@@ -191,6 +195,7 @@ def test_a_stream_that_breaks_does_not_look_whole(doors: Doors) -> None:
         ("in ensemble 'ensemble', INVALID_ARGUMENT: top_p 5 must be above 0", 400),
         ("in ensemble 'ensemble', INTERNAL: broken", 500),
         ("Unable to parse 'x': attempt to access JSON non-boolean", 400),
+        ("failed to parse the request JSON buffer: Invalid value. at 0", 400),
     ],
 )
 @pytest.mark.parametrize("door", ["generate", "generate_stream", "infer"])
@@ -199,10 +204,58 @@ def test_errors_have_the_status_that_they_mean(doors: Doors, door: str, text: st
     body = json.dumps({"error": text}).encode()
     if door == "generate_stream":
         body = b"data: " + body + b"\n\n"
-    doors.replies[f"{MODEL}/{door}"] = lambda triton: triton.reply(400, body)
-    found, headers, text_found = doors.ask(f"{MODEL}/{door}", b"{}")
-    assert (found, text_found) == (status, body)
-    assert headers.get("Retry-After") == ("1" if status == 503 else None)
+    for said in (400, 500) if "parse" in text else (400,):
+        doors.replies[f"{MODEL}/{door}"] = lambda triton, said=said: triton.reply(said, body)
+        found, headers, text_found = doors.ask(f"{MODEL}/{door}", b"{}")
+        assert (found, text_found) == (status, body)
+        assert headers.get("Retry-After") == ("1" if status == 503 else None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"text_input": "a", "stream": True},
+        {"ssv_messages": "[]", "stream": [True]},
+        {"text_input": "a", "parameters": {"stream": True}},
+    ],
+)
+def test_generate_has_no_stream_and_says_what_has(
+    doors: Doors, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton 2.51 decodes all of it, and then says 200 and that there is an error."""
+    status, _, found = doors.ask(f"{MODEL}/generate", json.dumps(body).encode())
+    words = f"stream is true, and generate gives one answer: ask {MODEL}/generate_stream, or leave stream out"
+    assert (status, message(found)) == (400, words)
+    assert not doors.asked and doors.reader.get("ssv_requests_invalid") == 1
+    assert [(record.message, record.ssv) for record in caplog.records if record.name == "ssv.serve"] == [
+        ("request", {"reason": "invalid", "error": words})
+    ]
+
+
+@pytest.mark.parametrize("size", [10, 3 << 20])
+@pytest.mark.parametrize(
+    ("door", "given"),
+    [
+        ("generate", {"text_input": "a", "stream": False}),
+        ("generate", {"stream": True}),
+        ("generate", [True]),
+        ("generate_stream", {"text_input": "a", "stream": True}),
+    ],
+)
+def test_other_requests_pass_whatever_their_length(doors: Doors, door: str, given: Any, size: int) -> None:
+    doors.replies[f"{MODEL}/{door}"] = lambda triton: triton.reply(200, b'{"text_output": "b"}')
+    body = json.dumps(given).encode() + b" " * size
+    status, _, found = doors.ask(f"{MODEL}/{door}", body)
+    assert (status, found) == (200, b'{"text_output": "b"}')
+    ((*_, asked),) = doors.asked
+    assert asked == body
+
+
+def test_an_error_is_no_answer_whatever_its_status(doors: Doors) -> None:
+    body = b'{"error":"generate expects model to produce exactly 1 response"}'
+    doors.replies[f"{MODEL}/generate"] = lambda triton: triton.reply(200, body)
+    status, _, found = doors.ask(f"{MODEL}/generate", b"x")
+    assert (status, found) == (400, body)
 
 
 def test_other_answers_keep_their_status(doors: Doors) -> None:
@@ -237,12 +290,16 @@ def test_readiness_is_false_at_once(doors: Doors, path: str, state: State) -> No
     assert not doors.asked, "whatever Triton says"
 
 
-def test_before_and_between_servers_requests_are_refused_and_counted(doors: Doors) -> None:
+def test_before_and_between_servers_requests_are_refused_and_counted(
+    doors: Doors, caplog: pytest.LogCaptureFixture
+) -> None:
     doors.be("starting")
     for door in ("generate", "generate_stream", "infer"):
         status, headers, body = doors.ask(f"{MODEL}/{door}", b"{}")
         assert (status, headers["Retry-After"], message(body)) == (503, "1", "the server is starting: try again later")
     assert doors.refused("starting") == 3
+    told = [record.ssv for record in caplog.records if record.message == "request"]
+    assert told == [{"reason": "refused", "error": "the server is starting: try again later"}] * 3
     assert not doors.asked
 
 

@@ -23,7 +23,7 @@ def parsed(*options: str) -> argparse.Namespace:
 
 def arguments(*options: str) -> dict[str, str]:
     """What tritonserver is started with."""
-    server = Tritonserver(parsed(*options), Installation(Path("tritonserver")), Path("models"))
+    server = Tritonserver(parsed(*options), Installation(Path("tritonserver")), Path("models"), "mark")
     return dict(argument.split("=", 1) for argument in server.arguments() if "=" in argument)
 
 
@@ -43,7 +43,7 @@ def test_grpc_speaks_tls() -> None:
 
 
 def loaded(*options: str) -> list[str]:
-    server = Tritonserver(parsed(*options), Installation(Path("tritonserver")), Path("models"))
+    server = Tritonserver(parsed(*options), Installation(Path("tritonserver")), Path("models"), "mark")
     return [argument.partition("=")[2] for argument in server.arguments() if argument.startswith("--load-model=")]
 
 

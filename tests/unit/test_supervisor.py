@@ -19,13 +19,14 @@ import pytest
 from triton_asks import wait_until
 
 from ssv.runtime.server_metrics import Metrics, Reader
-from ssv.triton_repo import supervisor, tritonserver
+from ssv.triton_repo import guardian, supervisor, tritonserver
 from ssv.triton_repo.bound import bound
+from ssv.triton_repo.guardian import VARIABLE, Guardian, end, members
 from ssv.triton_repo.installation import Installation
 from ssv.triton_repo.supervisor import Deaths, GivenUp, Supervisor, in_url, reachable
 from ssv.triton_repo.tritonserver import Tritonserver
 
-SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+SLEEP = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"]
 
 # Bound to each other's life
 
@@ -56,6 +57,83 @@ def test_a_process_whose_parent_has_gone_already_does_not_begin() -> None:
     command = bound(SLEEP)
     command[command.index(str(os.getpid()))] = "1"  # somebody else
     assert subprocess.run(command, capture_output=True, timeout=60.0).returncode == 1
+
+
+# The guardian
+
+LEAVER = f"""
+import os, subprocess, sys
+from pathlib import Path
+from ssv.triton_repo.guardian import VARIABLE, Guardian
+folder = Path(sys.argv[1])
+guardian = Guardian(folder, "ssv_none_")
+leave = "import os, subprocess; subprocess.Popen({SLEEP!r}, start_new_session=True); os._exit(0)"
+marked = os.environ | {{VARIABLE: f"{{folder}}/tritonserver"}}
+subprocess.run([sys.executable, "-c", leave], env=marked, stdout=subprocess.DEVNULL)
+print(guardian.pid, flush=True)
+sys.stdin.read()
+"""
+"""Starts a process that starts another, in a session of its own, and ends: nobody is its parent any more."""
+
+
+def started_by(mark: str) -> list[int]:
+    """The processes with a mark, once there are any."""
+    wait_until(lambda: bool(members(mark)), "it runs")
+    return members(mark)
+
+
+def test_nobody_outlives_a_server_that_is_killed(tmp_path: Path) -> None:
+    """Not even whoever has lost its parent, and waits for ever."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    other = subprocess.Popen(SLEEP, env=os.environ | {VARIABLE: f"{folder}-2/tritonserver"}, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", LEAVER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        guard = psutil.Process(int(server.stdout.readline()))
+        (left,) = started_by(str(folder))
+        assert psutil.Process(left).ppid() != server.pid
+        numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        wait_until(lambda: numbers <= _ignored(guard.pid), "it is not to be ended by what ends ssv-serve")
+        server.kill()
+    wait_until(lambda: not psutil.pid_exists(left), "it is gone")
+    wait_until(lambda: not folder.exists(), "its files are gone")
+    wait_until(lambda: not guard.is_running() or guard.status() == psutil.STATUS_ZOMBIE, "and so is the guardian")
+    assert other.poll() is None, "it is of another server"
+    other.kill()
+    other.wait()
+
+
+def _ignored(pid: int) -> set[int]:
+    """Signals that a process ignores."""
+    (line,) = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith("SigIgn:")]
+    return {number for number in range(1, 32) if int(line.split()[1], 16) >> (number - 1) & 1}
+
+
+def test_a_guardian_that_dies_is_started_again(tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    guard = Guardian(folder, "ssv_none_")
+    assert not guard.look_after(), "it lives"
+    first = guard.pid
+    os.kill(first, signal.SIGKILL)
+    wait_until(guard.look_after, "it is seen")
+    assert guard.pid != first and folder.exists()
+    guard.close()
+    assert not folder.exists()
+
+
+def test_a_part_of_a_server_is_ended_alone(tmp_path: Path) -> None:
+    def start(part: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(SLEEP, env=os.environ | {VARIABLE: f"{tmp_path}/{part}"}, stdout=subprocess.DEVNULL)
+
+    triton, openai = start("tritonserver"), start("openai")
+    wait_until(lambda: set(members(str(tmp_path))) == {triton.pid, openai.pid}, "both run")
+    end(f"{tmp_path}/tritonserver")
+    assert triton.wait() == -signal.SIGKILL
+    assert openai.poll() is None and members(str(tmp_path)) == [openai.pid]
+    end(str(tmp_path))
+    assert openai.wait() == -signal.SIGKILL
 
 
 # The log
@@ -114,17 +192,17 @@ def given(**options: Any) -> argparse.Namespace:
 
 def test_only_its_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever others have there, and whether or not their processes can be seen."""
-    monkeypatch.setattr(tritonserver, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(guardian, "SHARED_MEMORY", tmp_path)
     program = tmp_path / "sleep"
     program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
     program.chmod(0o755)
-    server = Tritonserver(given(), Installation(program), Path("models"))
+    server = Tritonserver(given(), Installation(program), Path("models"), str(tmp_path))
     (prefix,) = re.findall(r"shm-region-prefix-name=(\S+)", " ".join(server.arguments()))
     others = [f"triton_python_backend_shm_region_{1:032}", f"ssv_{os.getpid()}_0123_x", f"x{prefix}1", "sem.other"]
     for name in (*others, f"{prefix}1", f"{prefix}2"):
         (tmp_path / name).touch()
     server.start({}, {})
-    server.kill([])
+    server.kill()
     assert server.how_it_ended() is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "sleep"])
 
@@ -143,10 +221,21 @@ class Quiet:
     def close(self) -> None: ...
 
 
+class Idle:
+    """A guardian without a process."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def look_after(self) -> bool:
+        return False
+
+    def close(self) -> None: ...
+
+
 class FakeTriton:
     """Ends as often as it is told to, then has the whole stopped."""
 
-    pid, http_port, metrics_port = os.getpid(), 0, 0
+    pid, http_port, metrics_port, shared_memory = os.getpid(), 0, 0, "ssv_0_"
 
     def __init__(self, deaths: int, stopping: threading.Event) -> None:
         self.deaths, self.stopping, self.starts = deaths, stopping, 0
@@ -173,7 +262,7 @@ class FakeTriton:
 
     def end(self, seconds: float) -> None: ...
 
-    def kill(self, children: object) -> None: ...
+    def kill(self) -> None: ...
 
 
 def supervised(
@@ -182,6 +271,7 @@ def supervised(
     stopping = threading.Event()
     triton = FakeTriton(deaths, stopping)
     monkeypatch.setattr(supervisor, "Front", Quiet)
+    monkeypatch.setattr(supervisor, "Guardian", Idle)
     monkeypatch.setattr(supervisor, "Tritonserver", lambda *_: triton)
     monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.001)
     args = given(
@@ -193,14 +283,15 @@ def supervised(
         metrics_port=3,
         bundle=tmp_path,
     )
-    place = supervisor.Place(tmp_path, tmp_path)
+    place = supervisor.Place(tmp_path)
+    place.boards.mkdir()
     sockets: Any = {"http": None, "metrics": None}
-    return Supervisor(args, Installation(Path("x")), place, sockets, stopping), triton, Reader(tmp_path)
+    return Supervisor(args, Installation(Path("x")), place, sockets, stopping), triton, Reader(place.boards)
 
 
 def test_a_server_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, triton, reader = supervised(tmp_path, monkeypatch, deaths=2, restarts=2)
-    Metrics(tmp_path, "ssv").taken("premium")
+    Metrics(tmp_path / "metrics", "ssv").taken("premium")
     assert made.run() == 0
     assert triton.starts == 3
     assert reader.get("ssv_restarts", process="tritonserver") == 2
