@@ -1,7 +1,4 @@
-"""ssv-ab: what an arm costs and how well it answers, against another.
-
-May import: everything of ssv.ab; ssv.builder.console, .progress.
-"""
+"""ssv-ab: what an arm costs and how well it answers, against another."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Append-only JSON lines that a crash in mid-line does not spoil.
-
-May import: ssv.builder.json_text.
-"""
+"""Append-only JSON lines that a crash in mid-line does not spoil."""
 
 from __future__ import annotations
 

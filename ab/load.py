@@ -1,7 +1,4 @@
-"""Runs a plan: asks the arms, and writes down each answer as it comes.
-
-May import: ssv.ab.answers, .arms, .endpoints, .journal, .plan, .questions, .samples; ssv.builder.progress.
-"""
+"""Runs a plan: asks the arms, and writes down each answer as it comes."""
 
 from __future__ import annotations
 

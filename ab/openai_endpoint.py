@@ -1,7 +1,4 @@
-"""Asks an arm that speaks OpenAI's chat completions.
-
-May import: ssv.builder.json_text; ssv.ab.answers, .arms.
-"""
+"""Asks an arm that speaks OpenAI's chat completions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Prompts of a comparison, and what a right answer to them looks like.
-
-May import: ssv.builder.json_text; ssv.ab.scoring.
-"""
+"""Prompts of a comparison, and what a right answer to them looks like."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which arm live traffic goes to: by a stable hash, in given shares.
-
-May import: ssv.builder.json_text.
-"""
+"""Which arm live traffic goes to: by a stable hash, in given shares."""
 
 from __future__ import annotations
 

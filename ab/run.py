@@ -2,8 +2,6 @@
 
 A run's folder holds run.json, what was fixed before; samples.jsonl, one line a request, written as answers come; report.json and
 report.html. Whatever ends a run, its samples are there, and a report of them can be made.
-
-May import: everything of ssv.ab; ssv.builder.environment, .progress.
 """
 
 from __future__ import annotations

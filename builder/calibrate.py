@@ -7,8 +7,6 @@ are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 20
 out evenly among the families.
 
 How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
-
-May import: ssv.builder.config, .progress, .tiers.
 """
 
 from __future__ import annotations

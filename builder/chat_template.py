@@ -3,8 +3,6 @@
 A template sees what it sees in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags, in jinja2's sandbox.
 Contents of messages are given as `Said`, a text that knows where its characters are from, through whatever the template does with it. What
 cannot be followed counts as said by a message: a control token in it is then text.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

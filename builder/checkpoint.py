@@ -4,8 +4,6 @@ Sources: a Hugging Face folder (config.json and safetensors) or a GGUF file. Not
 executed: JSON, safetensors and GGUF are data, and pickled weights (*.bin, *.pt) are refused.
 
 What a checkpoint is made of is defined in `ssv.builder.spec` and `ssv.builder.hf_config`, and can be had from here.
-
-May import: ssv.builder.gguf, .hf_config, .spec, .json_text.
 """
 
 from __future__ import annotations

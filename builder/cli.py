@@ -1,7 +1,4 @@
-"""ssv-build: makes bundles and their parts.
-
-A composition root: the only module of the builder that may import the runtime, which calibration decodes with.
-"""
+"""ssv-build: makes bundles and their parts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Compiles an engine in a process of its own.
-
-May import: ssv.builder.config, .tensorrt_api.
-"""
+"""Compiles an engine in a process of its own."""
 
 from __future__ import annotations
 

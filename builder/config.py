@@ -1,7 +1,4 @@
-"""The recipe of a bundle: every setting of every build step, from one YAML file.
-
-May import: ssv.builder.tensorrt_api.
-"""
+"""The recipe of a bundle: every setting of every build step, from one YAML file."""
 
 from __future__ import annotations
 

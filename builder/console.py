@@ -1,7 +1,4 @@
-"""What the command line tools share: errors as a person wants to read them, and options.
-
-May import: nothing else of ssv.
-"""
+"""What the command line tools share: errors as a person wants to read them, and options."""
 
 from __future__ import annotations
 

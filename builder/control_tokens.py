@@ -10,8 +10,6 @@ neither from where two messages, or a message and the template, meet:
 
 Words (letters, digits and spaces alone) that were added to a vocabulary are no structure, unless they are special or end an answer. What
 would be such a token is encoded as the text that it is written with. All other texts get the ids that they have in `transformers`.
-
-May import: ssv.builder.chat_template.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ subjects), the assistant's at a temperature that differs by row from 0 to 1.
 All rows advance in lock-step over one KV cache, so no step needs a mask.
 
 Shapes: R rows, T tokens, Q tokens of a forced piece of the chat template.
-
-May import: ssv.builder.checkpoint, .decoder, .files, .tokenizer.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ TensorRT network. How keys and values are kept is the caller's: it passes an `At
 
 Shapes: M tokens of the step flattened (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value
 heads, D head dim, P rotated pairs (D / 2), V vocab.
-
-May import: ssv.builder.checkpoint, .quantized.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ several of its own steps deep (training-time test of EAGLE-3): pass 0 sees the t
 pass k sees features only up to k tokens before, and its own hidden states since, as it will when it drafts k + 1 tokens.
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
-
-May import: ssv.builder.config, .corpus, .decoder, .draft, .files, .manifest, .progress.
 """
 
 from __future__ import annotations

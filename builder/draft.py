@@ -7,8 +7,6 @@ before it, or with the draft's own hidden state where the target has not been ye
 A draft has the hidden size of its target and shares its embedding and LM head rows, so neither is stored again.
 
 Shapes: M tokens of the step, H hidden, F features = H, V head rows of the draft (the most frequent tokens).
-
-May import: ssv.builder.checkpoint, .decoder, .files, .quantized, .json_text.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on. The plan is
 written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never holds half an engine.
-
-May import: ssv.builder.checkpoint, .config, .decoder, .draft, .environment, .manifest, .network, .progress, .quantized, .scorer, .spill, .tensorrt_api, .unified; ssv.plugins.contract, .tensorrt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a number was measured on, and the record that says so.
-
-May import: nothing else of ssv.
-"""
+"""What a number was measured on, and the record that says so."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tensors written to a file as a whole or not at all.
-
-May import: nothing else of ssv.
-"""
+"""Tensors written to a file as a whole or not at all."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 What metadata means, and what counts where it is absent, is as in llama.cpp's loader (`load_hparams`). Metadata of the model's architecture that
 is not known here is refused by name: it may change what the model computes.
-
-May import: ssv.builder.spec.
 """
 
 from __future__ import annotations

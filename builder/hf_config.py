@@ -3,8 +3,6 @@
 What a config leaves out gets the default of its family's class in transformers 5 (`transformers.models.*.configuration_*`), and where two
 settings contradict each other the one that transformers takes counts, or the config is refused. A setting that would change what the model
 computes and is not supported is refused by name; it is never ignored.
-
-May import: ssv.builder.spec.
 """
 
 from __future__ import annotations

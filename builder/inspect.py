@@ -1,7 +1,4 @@
-"""Shows a bundle, for a person and for a program.
-
-May import: ssv.builder.manifest, .waiting.
-"""
+"""Shows a bundle, for a person and for a program."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""JSON that somebody else wrote.
-
-May import: nothing else of ssv.
-"""
+"""JSON that somebody else wrote."""
 
 from __future__ import annotations
 

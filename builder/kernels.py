@@ -2,8 +2,6 @@
 
 `ssv-build compile` does this by itself where TensorRT has plugins. Here they can be looked at, profiled and launched by other programs, and it is
 seen without a GPU that they assemble for it.
-
-May import: ssv.builder.checkpoint, .config, .draft, .manifest, .progress, .scorer, .tensorrt_api; ssv.plugins.aot, .contract.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The bundle's manifest: what is in it, checked before anything of it is used.
-
-May import: ssv.builder.checkpoint, .draft, .tensorrt_api, .tiers, .waiting, .json_text.
-"""
+"""The bundle's manifest: what is in it, checked before anything of it is used."""
 
 from __future__ import annotations
 

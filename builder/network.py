@@ -23,8 +23,6 @@ Shapes: B rows, T tokens, M = B * T, R gathered rows, H hidden, I inputs and O o
 dim, P = D / 2, S cache length, V positions looked at or head rows, F features, L layers.
 
 The gather with the final norm, and what is read off a draft's logits, are ops of `ssv.plugins`: plugins or layers of TensorRT.
-
-May import: ssv.builder.decoder, .draft, .quantized, .scorer, .spill, .tensorrt_api; ssv.plugins.contract, .tensorrt.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have not changed is taken over
 (`ssv.builder.parts`).
-
-May import: everything of ssv.builder but the command line. Decoding, for the calibration, is handed in.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A part is taken over from the run before, if that was interrupted or failed after finishing it, or from the bundle that is there. Whether its
 sources are the same is judged by their content (`digest`s of files, settings that change the result), never by a path.
-
-May import: ssv.builder.manifest, .progress, .staging.
 """
 
 from __future__ import annotations

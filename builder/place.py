@@ -1,6 +1,4 @@
 """What is at the place where a bundle is to be built: nothing, a bundle that may be replaced, or something to leave alone.
-
-May import: ssv.builder.manifest, .json_text.
 """
 
 from __future__ import annotations

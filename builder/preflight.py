@@ -1,6 +1,4 @@
 """What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can.
-
-May import: ssv.builder.calibrate, .config, .corpus, .draft, .engine, .manifest, .prompts, .quantize, .scorer, .target, .tiers, .json_text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Shows on stderr how far something long has come.
-
-May import: nothing else of ssv.
-"""
+"""Shows on stderr how far something long has come."""
 
 from __future__ import annotations
 

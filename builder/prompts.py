@@ -1,7 +1,4 @@
-"""Files of prompts.
-
-May import: ssv.builder.json_text.
-"""
+"""Files of prompts."""
 
 from __future__ import annotations
 

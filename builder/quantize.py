@@ -6,8 +6,6 @@ so only the attention's output and the MLP's inner product keep one (`pre_quant_
 
 What is quantized is our own network, of which query, key and value are one layer, and gate and up: layers that share an input then share
 its scale or factor, where ModelOpt's export has to find a common one afterwards and loses by it.
-
-May import: ssv.builder.checkpoint, .decoder, .distill, .draft, .files, .quantized, .unified.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
 """From a model on disk to its quantized checkpoint on disk: reads, finds text to calibrate on, quantizes, trains if asked, writes.
-
-May import: ssv.builder.checkpoint, .config, .corpus, .decoder, .draft, .manifest, .progress, .prompts, .quantize, .recover, .target.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ the torch engine both follow.
 The tensors are those of ModelOpt's unified checkpoint, so a layer is made from a checkpoint without converting anything.
 
 Shapes: M rows, O outputs, I inputs, G groups of I, P = O / 2 bytes (two outputs in each).
-
-May import: ssv.builder.checkpoint.
 """
 
 from __future__ import annotations

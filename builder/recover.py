@@ -5,8 +5,6 @@ the rounding (straight-through; for INT4 with learned steps, Esser et al. 2020, 
 distribution, over text that the original writes itself. What comes out has the same tensors as before.
 
 Shapes: B rows, T tokens of a window, M = B * T, O outputs, I inputs, G groups, V vocab.
-
-May import: ssv.builder.corpus, .decoder, .distill, .progress, .quantized.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two larges
 `score` of `ssv.plugins` computes them, and defines what degenerate logits give.
 
 Shapes: R drafted tokens, H hidden of the draft, V draft vocab, F features.
-
-May import: ssv.builder.checkpoint, .files; ssv.plugins.contract, .ops.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ The samples are the draft's own proposals along text that the target wrote greed
 before was right: what the draft meets when it drafts.
 
 Shapes: N samples, F features, B rows, T tokens, H hidden, V draft vocab.
-
-May import: ssv.builder.config, .corpus, .decoder, .distill, .draft, .scorer; ssv.plugins.reference.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 SmoothQuant (Xiao et al. 2023, arXiv:2211.10438): activations of a few channels are far larger than the rest and eat up the levels of
 a per-row scale. Dividing those channels where the activations are made and multiplying them into the next
 weight leaves the function unchanged and both sides easier.
-
-May import: ssv.builder.decoder, .draft.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Weights carry Hugging Face names ("model.layers.0.self_attn.q_proj.weight") whatever their source, because that is
 the vocabulary every neighbouring tool speaks.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

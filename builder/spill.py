@@ -2,8 +2,6 @@
 
 TensorRT wants the address of every constant until an engine is built, and reads each of them once or twice. Behind read-only maps of
 a file they need no memory in between: what is let go comes back from the file when it is read.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ been finished; the next one takes those over and removes the rest.
 
 The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two, and
 between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
-
-May import: ssv.builder.manifest, .place, .progress.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A target that has been read: network, weights, tokenizer.
-
-May import: ssv.builder.checkpoint, .control_tokens, .decoder, .manifest, .prompts, .tokenizer.
-"""
+"""A target that has been read: network, weights, tokenizer."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 `tensorrt` is NVIDIA TensorRT 11, for data centres; `tensorrt_rtx` is TensorRT for RTX, whose builder needs no GPU. Their Python
 interfaces are the same where this package uses them.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The four numbers that decide when a draft is verified.
-
-May import: nothing else of ssv.
-"""
+"""The four numbers that decide when a draft is verified."""
 
 from __future__ import annotations
 

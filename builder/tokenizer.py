@@ -1,7 +1,4 @@
-"""A checkpoint's tokenizer: read, checked against the model's embedding, and the tokens that end an answer.
-
-May import: ssv.builder.chat_template, .checkpoint, .control_tokens, .json_text.
-"""
+"""A checkpoint's tokenizer: read, checked against the model's embedding, and the tokens that end an answer."""
 
 from __future__ import annotations
 

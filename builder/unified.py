@@ -6,8 +6,6 @@ config.json's `quantization_config`:
 
 * nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...], "group_size": ...}}
 * flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...}, "ignore": [...]}
-
-May import: ssv.builder.checkpoint, .environment, .quantized, .json_text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Says on stderr what is being waited for, once that takes long.
-
-May import: nothing else of ssv.
-"""
+"""Says on stderr what is being waited for, once that takes long."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@ end, and how it ended; of one that was not the error's code and field. It has no
 repeat them.
 
 An `X-Request-Id` is taken, goes to the server's own log lines, and is in the response; a request without one is given one.
-
-May import: ssv.client.openai_errors, .triton; ssv.runtime.server_log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""ssv-generate: streams an answer to a prompt, from a bundle here or from a server.
-
-May import: ssv.builder.console, .waiting; ssv.runtime.llm, .request, .strategies; ssv.client.triton.
-"""
+"""ssv-generate: streams an answer to a prompt, from a bundle here or from a server."""
 
 from __future__ import annotations
 

@@ -22,9 +22,6 @@ whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects, with its codes (`ssv.client.openai_errors`); every request has a line in the log and an `X-Request-Id`
 (`ssv.client.access_log`).
-
-May import: ssv.builder.console, .manifest; ssv.client.access_log, .openai_errors, .openai_requests, .triton, .triton_aio;
-ssv.runtime.server_log, .server_metrics, .tls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The OpenAI API's errors: objects with the codes that clients act on, in the words of who asked.
-
-May import: ssv.client.triton.
-"""
+"""The OpenAI API's errors: objects with the codes that clients act on, in the words of who asked."""
 
 from __future__ import annotations
 

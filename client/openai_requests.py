@@ -1,7 +1,4 @@
-"""What the OpenAI API takes: the bodies of its requests, checked, and what they ask of the server.
-
-May import: ssv.client.openai_errors, .triton.
-"""
+"""What the OpenAI API takes: the bodies of its requests, checked, and what they ask of the server."""
 
 from __future__ import annotations
 

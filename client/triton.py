@@ -1,7 +1,4 @@
-"""A client of the server's `ensemble` over gRPC.
-
-May import: nothing else of ssv.
-"""
+"""A client of the server's `ensemble` over gRPC."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
     from ssv.plugins import ops
     chosen = ops.on(logits.device).choose(logits, seeds, positions)
-
-May import: ssv.plugins.contract, .launch, .reference.
 """
 
 from __future__ import annotations

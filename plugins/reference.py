@@ -1,8 +1,6 @@
 """The ops in plain PyTorch: the definition that every kernel and every lowering is compared with, and what runs on the CPU.
 
 Shapes: see `contract.py`.
-
-May import: ssv.plugins.contract.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ Tensors are TensorRT's, weights torch's. Sizes H and V, and M of what is compact
 profiles; row indices have to be valid.
 
 Shapes: see `contract.py`.
-
-May import: ssv.plugins.aot, .contract, .reference.
 """
 
 import importlib

@@ -1,7 +1,4 @@
-"""What the target says of an output, after the fact.
-
-May import: ssv.runtime.engine, .sampling.
-"""
+"""What the target says of an output, after the fact."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Methods take turns on each group of prompts, in a rotating order, so that a machine whose speed drifts slows all of them alike; speed-ups
 are ratios within the run.
-
-May import: ssv.builder.console, .environment, .progress, .prompts, .waiting; ssv.runtime.audit, .llm, .request, .stats, .strategies.
 """
 
 from __future__ import annotations

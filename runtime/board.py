@@ -2,8 +2,6 @@
 
 A killed process loses nothing that it has counted, and its successor goes on counting in the same file. Aligned doubles are written whole
 on every machine that the server runs on, so that a reader needs no lock.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Triton does not pass a client's cancellation on to the models inside an ensemble that run already, only to those that come after: it is
 `postprocessing` that learns of it. Messages are datagrams on a Unix socket named after the server's process; who may write to it is who
 may run processes on the machine.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

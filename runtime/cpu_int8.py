@@ -8,8 +8,6 @@ what that costs in quality.
 
 Shapes: M tokens of the step (of all its B rows), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,
 D head dim, P rotated pairs (D / 2), S cache length, R gathered rows, V vocab, F features of the scorer.
-
-May import: ssv.builder.decoder, .draft, .scorer; ssv.runtime.engine.
 """
 
 from __future__ import annotations

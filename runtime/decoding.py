@@ -5,9 +5,6 @@ seen. The engines may be anywhere; control is on the CPU, in plain numbers: afte
 code of each further tensor operation has to come from memory again.
 
 Shapes: B rows in use, T tokens of a step, K pending tokens, J = K + 1, R gathered rows, V vocab, F features.
-
-May import: ssv.builder.tiers; ssv.plugins.reference; ssv.runtime.engine, .prompt_cache, .request,
-.sampling, .stats, .verify.
 """
 
 from __future__ import annotations

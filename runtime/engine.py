@@ -2,8 +2,6 @@
 
 Shapes: B rows of the step (a run of rows of the cache), T tokens, M = B * T, R gathered rows, H hidden, V vocab
 (of the engine's LM head), F features, S cache length.
-
-May import: ssv.builder.checkpoint.
 """
 
 from __future__ import annotations

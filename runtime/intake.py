@@ -2,8 +2,6 @@
 
 The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI frontend, the bench
 clients of sglang and vLLM. What is known and not supported is refused with a message, never ignored.
-
-May import: ssv.builder.json_text, .manifest; ssv.runtime.request, .strategies, .tokenizer.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Rolling a row back is moving its length, which the caller keeps: what lies beyond is never seen and gets overwritten.
 
 Shapes: L layers, B rows, K key/value heads, S cache length, D head dim, M tokens of a step.
-
-May import: ssv.builder.checkpoint.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""A bundle that answers: requests in, text out.
-
-May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers, .waiting; ssv.runtime.decoding, .engine, .loop, .memory, .prompt_cache,
-.request, .strategies, .tensorrt_engine, .tokenizer,
-.torch_engine.
-"""
+"""A bundle that answers: requests in, text out."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits for a chunk at the
 most, and whoever joins is never kept waiting by those who decode.
-
-May import: ssv.builder.tiers; ssv.runtime.decoding, .request, .scheduler, .stats, .text.
 """
 
 from __future__ import annotations

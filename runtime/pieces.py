@@ -1,6 +1,4 @@
 """How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch.
-
-May import: ssv.runtime.intake, .request, .stats.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ it would have been computed whole: its output is the same to the last bit. Only 
 it comes back as a part of the next turn's prompt.
 
 A block is named by a hash of all tokens up to its end (SHA-256: what one request finds must be what it asked for).
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a caller asks for and what it gets back.
-
-May import: ssv.runtime.stats.
-"""
+"""What a caller asks for and what it gets back."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ One choice serves all: what a draft proposes, what the target would have chosen,
 target's own choice, so that a seed gives the same text with every lossless method.
 
 Shapes: R rows, V vocab.
-
-May import: ssv.plugins.ops; ssv.runtime._sampling.
 """
 
 from __future__ import annotations

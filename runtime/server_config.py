@@ -1,7 +1,4 @@
-"""Settings of a server: one set of names for the command line, the models' config files and the container.
-
-May import: ssv.builder.manifest; ssv.runtime.intake, .request.
-"""
+"""Settings of a server: one set of names for the command line, the models' config files and the container."""
 
 from __future__ import annotations
 

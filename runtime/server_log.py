@@ -1,7 +1,4 @@
-"""Log lines as JSON, one object a line on stderr: time, level, event, and what the event has.
-
-May import: nothing else of ssv.
-"""
+"""Log lines as JSON, one object a line on stderr: time, level, event, and what the event has."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ Names of judged tokens are those that dashboards for speculative decoding alread
 
 Each process of a server counts on a board of its own (`ssv.runtime.board`), all of the same keys; what is shown is the sum. So nothing
 that was counted is lost with a process, and none is asked by another.
-
-May import: ssv.runtime.audit, .board, .service, .stats, .strategies.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A decoding loop in a thread of its own, for callers in any thread.
-
-May import: ssv.runtime.audit, .llm, .loop, .prompt_cache, .request, .scheduler, .strategies.
-"""
+"""A decoding loop in a thread of its own, for callers in any thread."""
 
 from __future__ import annotations
 

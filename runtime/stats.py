@@ -1,7 +1,4 @@
-"""What a request cost: the counters of every comparison.
-
-May import: nothing else of ssv.
-"""
+"""What a request cost: the counters of every comparison."""
 
 from __future__ import annotations
 

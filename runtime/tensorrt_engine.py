@@ -5,8 +5,6 @@ GPU: torch tensors are its buffers, the KV cache is bound as input and output at
 captured as CUDA graphs.
 
 Shapes: see `engine.py`; V positions of the cache that attention looks at.
-
-May import: ssv.builder.checkpoint, .draft, .manifest, .network, .tensorrt_api; ssv.runtime.engine, .kv_cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Certificates.
-
-May import: nothing else of ssv.
-"""
+"""Certificates."""
 
 from __future__ import annotations
 

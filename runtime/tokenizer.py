@@ -1,7 +1,4 @@
-"""A bundle's tokenizer: text to token ids, with or without the chat template, and back. Imports no torch.
-
-May import: ssv.builder.control_tokens; ssv.runtime.request, .text, .tokenizer_files.
-"""
+"""A bundle's tokenizer: text to token ids, with or without the chat template, and back. Imports no torch."""
 
 from __future__ import annotations
 

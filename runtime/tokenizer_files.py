@@ -2,8 +2,6 @@
 
 tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
 use.
-
-May import: ssv.builder.chat_template, .json_text.
 """
 
 from __future__ import annotations

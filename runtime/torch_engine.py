@@ -5,9 +5,6 @@ run as bf16 with weights rounded to the same values: for measuring their quality
 quantized to FP8 or INT4 (`ssv.builder.quantized`), on either device and in fp32 or bf16.
 
 Shapes: see `engine.py`.
-
-May import: ssv.builder.checkpoint, .decoder, .draft, .quantized, .scorer, .smoothing; ssv.plugins.ops; ssv.runtime.engine, .kv_cache, .cpu_int8,
-.threads.
 """
 
 from __future__ import annotations

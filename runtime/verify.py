@@ -4,8 +4,6 @@ less than the calls of as many tensor operations.
 Shapes: K pending tokens of a row, J = K + 1 rows of the target.
 
 Target row j of a pass judges drafted token j; row K is the bonus row, which gives the next token when nothing is rejected.
-
-May import: ssv.builder.tiers.
 """
 
 from __future__ import annotations

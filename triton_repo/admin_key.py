@@ -3,8 +3,6 @@
 Arguments can be read by everybody on the machine. What is shown of them is memory of the process, which is overwritten
 once they have been read: of ssv-serve itself, which sees a key among them when it has begun. (What tritonserver is
 given is never shown: `unseen.py`.)
-
-May import: ssv.runtime.server_log.
 """
 
 from __future__ import annotations

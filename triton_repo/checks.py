@@ -1,7 +1,4 @@
-"""What can be known to fail before anything is started, so that it is said at once and by its name.
-
-May import: ssv.builder.manifest; ssv.runtime.server_config, .tls.
-"""
+"""What can be known to fail before anything is started, so that it is said at once and by its name."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ They are there from the first moment to the last, whatever becomes of tritonserv
 drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with Retry-After (Triton 2.51 answers
 `generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and an error whoever asks it for a
 stream, when all has been decoded), and metrics are the server's own before Triton's.
-
-May import: ssv.runtime.server_log, .server_metrics.
 """
 
 from __future__ import annotations

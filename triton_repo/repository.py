@@ -1,6 +1,4 @@
 """The model repository of a bundle: the folders beside this file, with a server's settings put into their config files.
-
-May import: ssv.builder.manifest; ssv.runtime.server_config.
 """
 
 from __future__ import annotations

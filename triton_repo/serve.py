@@ -3,8 +3,6 @@
 Its options, and what they come to: checks (`checks.py`), a model repository made for the bundle (`repository.py`), and the processes
 (`supervisor.py`). SIGTERM and SIGINT drain: no more requests are taken, those that run are finished. Exit status 2 is for what cannot be
 started, 70 for what has died too often.
-
-The composition root of the server: it may import everything of ssv.
 """
 
 from __future__ import annotations

@@ -2,9 +2,6 @@
 
 Should one of tritonserver's Python models die, it goes on saying that it is ready, and requests hang or fail: the whole server is stopped
 then, which ends its clients' streams with an error, and started again, a few times. The OpenAI API is started again by itself.
-
-May import: ssv.builder.waiting; ssv.runtime.control, .memory, .server_log, .server_metrics, .strategies;
-    ssv.triton_repo.bound, .front, .guardian, .installation, .tritonserver.
 """
 
 from __future__ import annotations

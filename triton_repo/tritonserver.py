@@ -1,7 +1,4 @@
-"""tritonserver: its command line, its process, and the word that it is not ready any more.
-
-May import: ssv.runtime.server_log; ssv.triton_repo.admin_key, .guardian, .installation, .repository, .unseen.
-"""
+"""tritonserver: its command line, its process, and the word that it is not ready any more."""
 
 from __future__ import annotations
 

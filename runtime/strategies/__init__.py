@@ -1,6 +1,4 @@
 """The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decoding`) runs them all, mixed in one batch.
-
-May import: ssv.builder.tiers; ssv.runtime.request.
 """
 
 from __future__ import annotations

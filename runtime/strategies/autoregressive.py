@@ -1,7 +1,4 @@
-"""Plain decoding: the target makes every token. The baseline of every comparison.
-
-May import: ssv.builder.tiers.
-"""
+"""Plain decoding: the target makes every token. The baseline of every comparison."""
 
 from ssv.builder.tiers import Policy
 

@@ -1,6 +1,4 @@
 """Speculative decoding with a fixed number of drafted tokens, all of them judged (Leviathan et al. 2023, arXiv:2211.17192).
-
-May import: ssv.builder.tiers; ssv.runtime.request.
 """
 
 from ssv.builder.tiers import Policy

@@ -1,7 +1,4 @@
-"""Sparse speculative verification: the scorer decides which drafted tokens are judged and when.
-
-May import: ssv.builder.tiers; ssv.runtime.request.
-"""
+"""Sparse speculative verification: the scorer decides which drafted tokens are judged and when."""
 
 from collections.abc import Mapping
 
