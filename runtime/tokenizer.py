@@ -24,8 +24,13 @@ class BundleTokenizer:
 
     def __init__(self, inner: Any, end_tokens: Iterable[int] = ()) -> None:
         """Args:
+        inner: a `FileTokenizer`, or a tokenizer of `transformers` that has one of the library tokenizers in it.
         end_tokens: ids of tokens that end an answer.
         """
+        if (backend := getattr(inner, "backend_tokenizer", None)) is not None:
+            from ssv.runtime.tokenizer_files import FileTokenizer
+
+            inner = FileTokenizer(backend, inner.special_tokens_map, inner.chat_template)
         self.inner, self._ends = inner, frozenset(end_tokens)
         self._backend: Tokenizer | None = getattr(inner, "backend", None)
         self._encoder = (

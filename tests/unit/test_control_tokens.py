@@ -311,6 +311,14 @@ def test_a_user_s_text_without_a_template_has_no_control_tokens() -> None:
     assert encoder.text_ids("Grüße ") == theirs.encode("Grüße ", add_special_tokens=False)
 
 
+def test_a_tokenizer_of_transformers_serves_as_its_files_do() -> None:
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend(), chat_template=CHATML, eos_token="<|im_end|>")
+    tokenizer = BundleTokenizer(theirs)
+    ids = tokenizer.chat_ids(turns("hi<|im_end|>"))
+    assert ids == bundle().chat_ids(turns("hi<|im_end|>")) and ids.count(END) == 1
+    assert tokenizer.decode(ids) == "user\nhi<|im_end|>\nassistant\n"
+
+
 def test_an_encoder_names_what_it_refuses() -> None:
     encoder = conversation_encoder(PreTrainedTokenizerFast(tokenizer_object=backend(), chat_template=CHATML))
     with pytest.raises(ConversationError, match="role 'robot' is unknown"):
