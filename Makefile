@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
+ROOMS := support plugins model bundle runtime builder client ab triton_repo
 
 .PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize lint setup clean
 
@@ -73,8 +74,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy reads the package as it is imported: the folders under one name.
-	@mkdir -p build/typing/ssv && for d in builder runtime plugins triton_repo client ab; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
-	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins -p ssv.triton_repo -p ssv.client -p ssv.ab
+	@mkdir -p build/typing/ssv && ln -sfn ../../../package/__init__.py build/typing/ssv/__init__.py && \
+	  for d in $(ROOMS); do ln -sfn ../../../$$d build/typing/ssv/$$d; done
+	MYPYPATH=build/typing $(BIN)/mypy -p ssv
 
 clean:
 	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so runtime/_sampling*.so
