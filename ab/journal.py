@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 
 class Journal:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from ssv.ab.answers import Answer, EndpointError, Piece, Sampling, answer_of, check_answer
 from ssv.ab.arms import Arm
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
     from openai import APIStatusError, DefaultHttpxClient

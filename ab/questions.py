@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssv.ab import scoring
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 
 class RoutingError(ValueError):

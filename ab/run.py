@@ -28,8 +28,8 @@ from ssv.ab.plan import block_size, make_plan
 from ssv.ab.questions import RIGHT_OR_WRONG, Question
 from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import prompts_needed_pairs, prompts_needed_scores, simultaneous_level
-from ssv.builder.environment import commit, machine, versions
-from ssv.builder.progress import Report
+from ssv.support.environment import commit, machine, versions
+from ssv.support.progress import Report
 
 EXIT_PARTIAL = 3
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ssv.builder.config import CalibrationConfig
-from ssv.builder.progress import Report
 from ssv.builder.tiers import Policy
+from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"
 """Of `upper_bound`. Simulated at a limit of 2 %, nominally wrong in 5 % of calibrations: wrong in 5 to 9 % with 224 prompts, in 14 % with 48

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ssv.builder.gguf import load_gguf
 from ssv.builder.hf_config import hf_config, spec_from_hf_config
-from ssv.builder.json_text import parse_json
 from ssv.builder.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
+from ssv.support.json_text import parse_json
 
 __all__ = [
     "FLOATS",

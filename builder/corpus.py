@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssv.builder.decoder import Decoder
-from ssv.builder.files import save_whole
 from ssv.builder.tokenizer import control_ids
+from ssv.support.files import save_whole
 
 
 @dataclass(frozen=True, slots=True)

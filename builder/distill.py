@@ -26,9 +26,9 @@ from ssv.builder.config import DistillConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
-from ssv.builder.files import save_whole
 from ssv.builder.manifest import digest, file_entry, write_whole
-from ssv.builder.progress import Report
+from ssv.support.files import save_whole
+from ssv.support.progress import Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ssv.builder.checkpoint import CheckpointError, DecoderSpec, read_safetensors
 from ssv.builder.decoder import Attend, Decoder, replace_quantized
-from ssv.builder.files import save_whole
-from ssv.builder.json_text import parse_json
 from ssv.builder.quantized import SCALES, QuantizedLinear, is_quantized
+from ssv.support.files import save_whole
+from ssv.support.json_text import parse_json
 
 DraftKind = Literal["conditioned", "standalone"]
 

@@ -26,7 +26,6 @@ from ssv.builder.checkpoint import checkpoint_files
 from ssv.builder.config import EngineConfig
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import Draft, load_draft
-from ssv.builder.environment import versions
 from ssv.builder.manifest import (
     EngineEntry,
     Manifest,
@@ -39,7 +38,6 @@ from ssv.builder.manifest import (
     write_manifest,
 )
 from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
-from ssv.builder.progress import Report
 from ssv.builder.quantized import precision_of
 from ssv.builder.scorer import load_scorer
 from ssv.builder.spill import Spill
@@ -47,6 +45,8 @@ from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, 
 from ssv.builder.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
 from ssv.plugins.tensorrt import NativeOps, NetworkOps, PluginOps
+from ssv.support.environment import versions
+from ssv.support.progress import Report
 
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssv.builder.manifest import Manifest, read_manifest
-from ssv.builder.waiting import waiting
+from ssv.support.waiting import waiting
 
 
 def bundle_facts(bundle: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from ssv.builder.checkpoint import DecoderSpec
 from ssv.builder.config import KernelsConfig
 from ssv.builder.draft import load_draft_head
 from ssv.builder.manifest import read_manifest
-from ssv.builder.progress import Report
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tensorrt_api import EngineBuildError
 from ssv.plugins.contract import OpError
+from ssv.support.progress import Report
 
 
 def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report) -> list[Path]:

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from ssv.builder.json_text import parse_json
 from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
 from ssv.builder.tiers import Policy
-from ssv.builder.waiting import Say, say_nothing
+from ssv.support.json_text import parse_json
+from ssv.support.waiting import Say, say_nothing
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"

@@ -32,8 +32,6 @@ from ssv.builder.corpus import chat_pieces, write_conversations
 from ssv.builder.distill import DistillResult, distill, distillation_source, draft_passes, view_target
 from ssv.builder.draft import Draft, load_draft, save_draft
 from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
-from ssv.builder.environment import versions
-from ssv.builder.files import save_whole
 from ssv.builder.manifest import (
     Manifest,
     TierEntry,
@@ -47,8 +45,6 @@ from ssv.builder.manifest import (
 from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
 from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
-from ssv.builder.progress import Report
-from ssv.builder.prompts import read_prompts
 from ssv.builder.quantize_job import quantize
 from ssv.builder.scorer import Scorer, load_scorer, save_scorer
 from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
@@ -57,6 +53,10 @@ from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.builder.tiers import Policy
+from ssv.support.environment import versions
+from ssv.support.files import save_whole
+from ssv.support.progress import Report
+from ssv.support.prompts import read_prompts
 
 MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
 """Calibrates the bundle in a folder, which has no tiers yet."""

@@ -23,8 +23,8 @@ from ssv.builder.manifest import (
     file_entry,
     write_whole,
 )
-from ssv.builder.progress import notice
 from ssv.builder.staging import Stage
+from ssv.support.progress import notice
 
 _PART_FILES = {
     "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),

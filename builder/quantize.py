@@ -27,9 +27,9 @@ from ssv.builder.checkpoint import CheckpointError, Weights, hf_config
 from ssv.builder.decoder import Decoder, hf_names
 from ssv.builder.distill import CausalAttend, draft_passes, view_target
 from ssv.builder.draft import Draft, write_draft
-from ssv.builder.files import save_whole
 from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.builder.unified import CONFIG_NAME, quantization_document
+from ssv.support.files import save_whole
 
 QuantizedPrecision = Literal["fp8", "int4"]
 

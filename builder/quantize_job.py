@@ -1,5 +1,4 @@
-"""From a model on disk to its quantized checkpoint on disk: reads, finds text to calibrate on, quantizes, trains if asked, writes.
-"""
+"""From a model on disk to its quantized checkpoint on disk: reads, finds text to calibrate on, quantizes, trains if asked, writes."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from ssv.builder.corpus import chat_pieces, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.draft import load_draft
 from ssv.builder.manifest import MANIFEST_NAME
-from ssv.builder.progress import Report
-from ssv.builder.prompts import read_prompts
 from ssv.builder.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
 from ssv.builder.recover import Recovery, recover
 from ssv.builder.target import WINDOW, Target, load_target, openings_of, prompt_tokens
+from ssv.support.progress import Report
+from ssv.support.prompts import read_prompts
 
 
 def load_source(source: Path) -> tuple[Target, Path | None]:

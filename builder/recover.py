@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from ssv.builder.corpus import ChatPieces, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
-from ssv.builder.progress import Report
 from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, to_fp8
+from ssv.support.progress import Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ssv.builder.checkpoint import CheckpointError, read_safetensors
-from ssv.builder.files import save_whole
 from ssv.plugins.contract import Score
 from ssv.plugins.ops import on
+from ssv.support.files import save_whole
 
 CONFIDENCE_FEATURES = ("log_one_minus_p1", "entropy", "margin")
 

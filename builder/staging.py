@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ssv.builder.manifest import BundleError, lock_file, retired_place
 from ssv.builder.place import bundle_at
-from ssv.builder.progress import notice
+from ssv.support.progress import notice
 
 RECORD_NAME = "parts.json"
 _BUNDLE, _LOCK, _QUANTIZED = "bundle", "lock", "quantized-"

@@ -14,8 +14,8 @@ from ssv.builder.checkpoint import DecoderSpec, Weights, checkpoint_files, load_
 from ssv.builder.control_tokens import ConversationEncoder
 from ssv.builder.decoder import Decoder
 from ssv.builder.manifest import digest, file_entry
-from ssv.builder.prompts import read_text
 from ssv.builder.tokenizer import check_vocabulary, conversation_encoder, end_tokens, load_tokenizer, text_digest
+from ssv.support.prompts import read_text
 
 WINDOW = 512
 """Tokens that are run at a time when a model is calibrated."""

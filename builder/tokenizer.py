@@ -11,7 +11,7 @@ from typing import Any
 from ssv.builder.chat_template import ChatTemplate
 from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.control_tokens import ConversationEncoder, is_word
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 

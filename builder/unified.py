@@ -28,9 +28,9 @@ from ssv.builder.checkpoint import (
     settle_head,
     spec_from_hf_config,
 )
-from ssv.builder.environment import versions
-from ssv.builder.json_text import parse_json
 from ssv.builder.quantized import SCALES, is_quantized
+from ssv.support.environment import versions
+from ssv.support.json_text import parse_json
 
 CONFIG_NAME = "hf_quant_config.json"
 

@@ -48,7 +48,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.builder.console import add_version, run_command
 from ssv.builder.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.access_log import Access, AccessLog
 from ssv.client.openai_errors import ApiError, error_object, invalid_body, translated
@@ -58,6 +57,7 @@ from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.server_log import log_event, log_to_stderr
 from ssv.runtime.server_metrics import Metrics, boards_folder
 from ssv.runtime.tls import certificate_name
+from ssv.support.console import add_version, run_command
 
 log = logging.getLogger("ssv.openai")
 

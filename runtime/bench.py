@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
-from ssv.builder.environment import commit, machine, versions
-from ssv.builder.progress import Report, terminal_report
-from ssv.builder.prompts import read_prompts
-from ssv.builder.waiting import waiting
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
+from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
+from ssv.support.environment import commit, machine, versions
+from ssv.support.progress import Report, terminal_report
+from ssv.support.prompts import read_prompts
+from ssv.support.waiting import waiting
 
 if TYPE_CHECKING:
     from ssv.runtime.llm import LLM

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ssv.builder.json_text import parse_json
 from ssv.builder.manifest import Manifest
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.strategies import METHODS, policy_for
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.support.json_text import parse_json
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: clients that cannot send 0 send 1e-6."""

@@ -12,7 +12,6 @@ from ssv.builder.draft import load_draft, load_draft_head
 from ssv.builder.manifest import Manifest, read_manifest, unused_files, verify_files
 from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
-from ssv.builder.waiting import Say, say_nothing
 from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engine import Engine, EngineError
 from ssv.runtime.loop import DecodeLoop
@@ -23,6 +22,7 @@ from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
+from ssv.support.waiting import Say, say_nothing
 
 GPU_PREFILL_CHUNK = 512
 

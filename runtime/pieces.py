@@ -1,5 +1,4 @@
-"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch.
-"""
+"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
     from ssv.builder.chat_template import ChatTemplate

@@ -18,8 +18,8 @@ from ssv.builder.calibrate import MIN_PROMPTS, Calibration, Trial
 from ssv.builder.checkpoint import hf_config
 from ssv.builder.config import CalibrationConfig, load_recipe
 from ssv.builder.manifest import Manifest, read_manifest
-from ssv.builder.progress import Report, silent
 from ssv.builder.tiers import Policy
+from ssv.support.progress import Report, silent
 
 RECIPE = """
 name: tiny

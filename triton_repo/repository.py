@@ -1,5 +1,4 @@
-"""The model repository of a bundle: the folders beside this file, with a server's settings put into their config files.
-"""
+"""The model repository of a bundle: the folders beside this file, with a server's settings put into their config files."""
 
 from __future__ import annotations
 

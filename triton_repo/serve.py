@@ -20,13 +20,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ssv.ab.routing import read_routing
-from ssv.builder.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.builder.manifest import read_manifest, unused_files, verify_files
 from ssv.builder.tiers import Policy
-from ssv.builder.waiting import waiting
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_to_stderr
 from ssv.runtime.strategies import policy_for
+from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
+from ssv.support.waiting import waiting
 from ssv.triton_repo.admin_key import admin_key, hide_or_say
 from ssv.triton_repo.checks import ServeError, check_machine, check_options, check_tls, listen
 from ssv.triton_repo.installation import bundled, given

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import psutil
 
-from ssv.builder.waiting import waiting
 from ssv.runtime.control import ControlSender
 from ssv.runtime.memory import GIVE_BACK
 from ssv.runtime.server_log import log_event
 from ssv.runtime.server_metrics import BOARDS_VARIABLE, Metrics, Reader
 from ssv.runtime.strategies import METHODS
+from ssv.support.waiting import waiting
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front
 from ssv.triton_repo.guardian import VARIABLE, Guardian

@@ -13,7 +13,6 @@ from tiny import random_draft, relative_error, tiny_decoder, tiny_spec, tiny_wei
 
 from ssv.builder.corpus import ChatPieces, write_conversations
 from ssv.builder.decoder import Decoder
-from ssv.builder.progress import silent
 from ssv.builder.recover import Recovery, _loss, recover
 from ssv.builder.scorer import Scorer
 from ssv.builder.tiers import Policy
@@ -21,6 +20,7 @@ from ssv.runtime.decoding import DecodeBatch, Row
 from ssv.runtime.request import SamplingParams
 from ssv.runtime.stats import Counters
 from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
+from ssv.support.progress import silent
 
 SIZES = {"max_batch": 3, "max_length": 64}
 

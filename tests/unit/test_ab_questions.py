@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ssv.ab.questions import Question, read_questions
-from ssv.builder.prompts import read_prompts
+from ssv.support.prompts import read_prompts
 
 
 def file_of(folder: Path, *lines: Any) -> Path:

@@ -29,7 +29,7 @@ from ssv.ab.plan import make_plan, seed_of
 from ssv.ab.questions import Question
 from ssv.ab.run import EXIT_PARTIAL, blocks_in_words, power_in_words
 from ssv.ab.samples import Sample, read_samples
-from ssv.builder.progress import silent
+from ssv.support.progress import silent
 
 QUESTIONS = [Question(f"q{n}", f"prompt {n}", ("right",)) for n in range(8)]
 DISCLOSED = {

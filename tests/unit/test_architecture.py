@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 # A room, a folder or one file of it, and the rooms that it imports. Each stands below all that it imports.
 ROOMS: dict[str, tuple[str, ...]] = {
+    "support": (),
     "plugins": (),
-    "builder": ("plugins",),
-    "runtime": ("plugins", "builder"),
-    "builder/cli.py": ("builder", "runtime"),
-    "client": ("builder", "runtime"),
-    "ab": ("builder", "client"),
-    "triton_repo": ("builder", "runtime", "ab"),
+    "builder": ("support", "plugins"),
+    "runtime": ("support", "plugins", "builder"),
+    "builder/cli.py": ("support", "builder", "runtime"),
+    "client": ("support", "builder", "runtime"),
+    "ab": ("support", "client"),
+    "triton_repo": ("support", "builder", "runtime", "ab"),
 }
 
 FOLDERS = tuple(dict.fromkeys(room.split("/")[0] for room in ROOMS))

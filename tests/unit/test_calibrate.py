@@ -14,8 +14,8 @@ from ssv.builder.calibrate import (
     upper_bound,
 )
 from ssv.builder.config import CalibrationConfig
-from ssv.builder.progress import silent
 from ssv.builder.tiers import Policy
+from ssv.support.progress import silent
 
 
 def config(**changes: object) -> CalibrationConfig:

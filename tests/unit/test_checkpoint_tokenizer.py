@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.corpus import chat_pieces
-from ssv.builder.prompts import read_prompts
 from ssv.builder.target import Target, openings_of, prompt_tokens
 from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
+from ssv.support.prompts import read_prompts
 
 CONTROL = ("<s>", "<e>", "<eot>", "<h>", "</h>")
 WORDS = (*CONTROL, "user", "assistant", "[INST]", "[/INST]", "<think>", "</think>", "be", "good", "unknown")

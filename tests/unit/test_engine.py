@@ -27,12 +27,12 @@ from ssv.builder.config import EngineConfig
 from ssv.builder.engine import checkpoint_digest, compile_engine, limits_of, load_networks
 from ssv.builder.manifest import EngineEntry, Manifest, engine_source, read_manifest, write_manifest
 from ssv.builder.network import Limits
-from ssv.builder.progress import silent
 from ssv.builder.quantized import AwqLinear, precision_of
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import EngineBuildError, load_tensorrt
 from ssv.plugins.contract import OpError
 from ssv.plugins.tensorrt import NativeOps
+from ssv.support.progress import silent
 
 ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
 

@@ -24,9 +24,9 @@ from ssv.builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from ssv.builder.progress import silent
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
+from ssv.support.progress import silent
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tiny_bundle import RECIPE, build, write_recipe
 
 from ssv.builder import pair
 from ssv.builder.cli import main
-from ssv.builder.console import ended_by_sigterm, run_command
+from ssv.support.console import ended_by_sigterm, run_command
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from ssv.builder.corpus import ChatPieces, write_conversations
 from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
 from ssv.builder.draft import load_draft
-from ssv.builder.progress import silent
 from ssv.builder.quantize import (
     QuantizeError,
     quantize_draft,
@@ -31,6 +30,7 @@ from ssv.builder.quantize import (
 from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
 from ssv.builder.recover import Recovery, _loss, recover
 from ssv.builder.unified import load_any, quantization_of
+from ssv.support.progress import silent
 
 TEXT = tiny_ids(4, 32)
 any_precision = pytest.mark.parametrize("precision", ["fp8", "int4"])

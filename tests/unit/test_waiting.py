@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ssv.builder.waiting import waiting
+from ssv.support.waiting import waiting
 
 
 class Written:

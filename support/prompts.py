@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 
 def read_text(path: Path) -> str:
