@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.checkpoint import DecoderSpec
 from ssv.builder.manifest import read_manifest
+from ssv.model.checkpoint import DecoderSpec
 from ssv.support.environment import versions, write_record
 
 _SSV_BUILD = [sys.executable, "-m", "ssv.builder.cli"]

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssv.builder.decoder import Decoder
-from ssv.builder.unified import load_any, quantization_of
+from ssv.model.decoder import Decoder
+from ssv.model.unified import load_any, quantization_of
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.torch_engine import TorchEngine, target_engine

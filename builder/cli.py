@@ -155,10 +155,10 @@ def _pair(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from ssv.builder.draft import save_draft
     from ssv.builder.pair import make_draft
     from ssv.builder.preflight import check_distillation
     from ssv.builder.target import load_target
+    from ssv.model.draft import save_draft
     from ssv.support.progress import terminal_report
 
     require_device(args.device)
@@ -182,8 +182,8 @@ def _distill(args: argparse.Namespace) -> int:
 def _scorer(args: argparse.Namespace) -> int:
     from ssv.builder.pair import make_scorer
     from ssv.builder.preflight import check_openings
-    from ssv.builder.scorer import save_scorer
     from ssv.builder.target import load_target
+    from ssv.model.scorer import save_scorer
     from ssv.support.progress import terminal_report
 
     require_device(args.device)

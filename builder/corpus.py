@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssv.builder.decoder import Decoder
 from ssv.builder.tokenizer import control_ids
+from ssv.model.decoder import Decoder
 from ssv.support.files import save_whole
 
 

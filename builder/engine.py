@@ -22,10 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from ssv.builder.checkpoint import checkpoint_files
 from ssv.builder.config import EngineConfig
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft, load_draft
 from ssv.builder.manifest import (
     EngineEntry,
     Manifest,
@@ -38,11 +35,14 @@ from ssv.builder.manifest import (
     write_manifest,
 )
 from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
-from ssv.builder.quantized import precision_of
-from ssv.builder.scorer import load_scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
-from ssv.builder.unified import CONFIG_NAME, load_any
+from ssv.model.checkpoint import checkpoint_files
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft, load_draft
+from ssv.model.quantized import precision_of
+from ssv.model.scorer import load_scorer
+from ssv.model.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
 from ssv.plugins.tensorrt import NativeOps, NetworkOps, PluginOps
 from ssv.support.environment import versions

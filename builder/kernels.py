@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ssv.builder.checkpoint import DecoderSpec
 from ssv.builder.config import KernelsConfig
-from ssv.builder.draft import load_draft_head
 from ssv.builder.manifest import read_manifest
-from ssv.builder.scorer import load_scorer
 from ssv.builder.tensorrt_api import EngineBuildError
+from ssv.model.checkpoint import DecoderSpec
+from ssv.model.draft import load_draft_head
+from ssv.model.scorer import load_scorer
 from ssv.plugins.contract import OpError
 from ssv.support.progress import Report
 

@@ -36,12 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.decoder import Decoder, Layer
-from ssv.builder.draft import Draft, FeatureTap
-from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear
-from ssv.builder.scorer import Scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import EngineBuildError, Flavor, data_type
+from ssv.model.decoder import Decoder, Layer
+from ssv.model.draft import Draft, FeatureTap
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
+from ssv.model.scorer import Scorer
 from ssv.plugins.contract import NUM_CONFIDENCE
 from ssv.plugins.tensorrt import NativeOps, NetworkOps
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ssv.builder.calibrate import BOUND_KIND, Calibration
-from ssv.builder.checkpoint import hf_config
 from ssv.builder.compile_job import compile_apart
 from ssv.builder.config import (
     CalibrationConfig,
@@ -30,7 +29,6 @@ from ssv.builder.config import (
 )
 from ssv.builder.corpus import chat_pieces, write_conversations
 from ssv.builder.distill import DistillResult, distill, distillation_source, draft_passes, view_target
-from ssv.builder.draft import Draft, load_draft, save_draft
 from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.manifest import (
     Manifest,
@@ -46,13 +44,15 @@ from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
 from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
 from ssv.builder.quantize_job import quantize
-from ssv.builder.scorer import Scorer, load_scorer, save_scorer
 from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
-from ssv.builder.smoothing import activation_ranges
 from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.builder.tiers import Policy
+from ssv.model.checkpoint import hf_config
+from ssv.model.draft import Draft, load_draft, save_draft
+from ssv.model.scorer import Scorer, load_scorer, save_scorer
+from ssv.model.smoothing import activation_ranges
 from ssv.support.environment import versions
 from ssv.support.files import save_whole
 from ssv.support.progress import Report

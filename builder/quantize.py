@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.checkpoint import CheckpointError, Weights, hf_config
-from ssv.builder.decoder import Decoder, hf_names
 from ssv.builder.distill import CausalAttend, draft_passes, view_target
-from ssv.builder.draft import Draft, write_draft
-from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear
-from ssv.builder.unified import CONFIG_NAME, quantization_document
+from ssv.model.checkpoint import CheckpointError, Weights, hf_config
+from ssv.model.decoder import Decoder, hf_names
+from ssv.model.draft import Draft, write_draft
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
+from ssv.model.unified import CONFIG_NAME, quantization_document
 from ssv.support.files import save_whole
 
 QuantizedPrecision = Literal["fp8", "int4"]
@@ -130,7 +130,7 @@ def save_quantized_target(
 
 
 def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None:
-    """Writes a quantized draft: one safetensors file, as `ssv.builder.draft.save_draft`, with ModelOpt's tensors for quantized layers."""
+    """Writes a quantized draft: one safetensors file, as `ssv.model.draft.save_draft`, with ModelOpt's tensors for quantized layers."""
     layers = {name: part for name, part in student.named_modules() if isinstance(part, QuantizedLinear)}
     state = {
         name: value.to(dtype if value.is_floating_point() else torch.int32)

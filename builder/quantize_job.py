@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.config import QuantizeConfig
 from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import load_draft
 from ssv.builder.manifest import MANIFEST_NAME
 from ssv.builder.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
 from ssv.builder.recover import Recovery, recover
 from ssv.builder.target import WINDOW, Target, load_target, openings_of, prompt_tokens
+from ssv.model.checkpoint import CheckpointError
+from ssv.model.decoder import Decoder
+from ssv.model.draft import load_draft
 from ssv.support.progress import Report
 from ssv.support.prompts import read_prompts
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssv.builder.corpus import ChatPieces, write_conversations
-from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
-from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, to_fp8
+from ssv.model.decoder import Decoder
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, to_fp8
 from ssv.support.progress import Report
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ssv.builder.config import ScorerConfig
 from ssv.builder.corpus import Conversations
-from ssv.builder.decoder import Decoder
 from ssv.builder.distill import draft_passes, judged, view_target
-from ssv.builder.draft import Draft
-from ssv.builder.scorer import CONFIDENCE_FEATURES, Scorer
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft
+from ssv.model.scorer import CONFIDENCE_FEATURES, Scorer
 from ssv.plugins.reference import confidence, normalized
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
-from ssv.builder.control_tokens import ConversationEncoder
-from ssv.builder.decoder import Decoder
 from ssv.builder.manifest import digest, file_entry
 from ssv.builder.tokenizer import check_vocabulary, conversation_encoder, end_tokens, load_tokenizer, text_digest
+from ssv.model.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
+from ssv.model.control_tokens import ConversationEncoder
+from ssv.model.decoder import Decoder
 from ssv.support.prompts import read_text
 
 WINDOW = 512

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.chat_template import ChatTemplate
-from ssv.builder.checkpoint import CheckpointError
-from ssv.builder.control_tokens import ConversationEncoder, is_word
+from ssv.model.chat_template import ChatTemplate
+from ssv.model.checkpoint import CheckpointError
+from ssv.model.control_tokens import ConversationEncoder, is_word
 from ssv.support.json_text import parse_json
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"

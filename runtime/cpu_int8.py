@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.decoder import Decoder, Layer
-from ssv.builder.draft import Draft
-from ssv.builder.scorer import Scorer
+from ssv.model.decoder import Decoder, Layer
+from ssv.model.draft import Draft
+from ssv.model.scorer import Scorer
 from ssv.runtime.engine import EngineError
 
 _LEVELS = 63.0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec
+from ssv.model.checkpoint import DecoderSpec
 
 
 class KVCache:
@@ -53,7 +53,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class CachedAttend:
-    """Attention of one step over the cache: `ssv.builder.decoder.Attend`."""
+    """Attention of one step over the cache: `ssv.model.decoder.Attend`."""
 
     def __init__(self, keys_LBKSD: Tensor, values_LBKSD: Tensor, position_BT: Tensor, last: int) -> None:
         """Args:

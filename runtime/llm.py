@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ssv.builder.checkpoint import load_checkpoint, read_safetensors
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import load_draft, load_draft_head
 from ssv.builder.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.builder.scorer import load_scorer
 from ssv.builder.tiers import Policy
+from ssv.model.checkpoint import load_checkpoint, read_safetensors
+from ssv.model.decoder import Decoder
+from ssv.model.draft import load_draft, load_draft_head
+from ssv.model.scorer import load_scorer
 from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engine import Engine, EngineError
 from ssv.runtime.loop import DecodeLoop

@@ -2,7 +2,7 @@
 
 int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On CUDA int8 and int4
 run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds
-quantized to FP8 or INT4 (`ssv.builder.quantized`), on either device and in fp32 or bf16.
+quantized to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16.
 
 Shapes: see `engine.py`.
 """
@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft, FeatureTap
-from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
-from ssv.builder.scorer import Scorer
-from ssv.builder.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft, FeatureTap
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
+from ssv.model.scorer import Scorer
+from ssv.model.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
 from ssv.plugins.ops import on
 from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale, share_stages
 from ssv.runtime.engine import EngineError, StepOutput, check_step

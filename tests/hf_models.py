@@ -21,8 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ssv.builder.checkpoint import load_checkpoint
-from ssv.builder.decoder import Decoder
+from ssv.model.checkpoint import load_checkpoint
+from ssv.model.decoder import Decoder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 112,

@@ -12,13 +12,13 @@ import torch
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft
 from ssv.builder.manifest import EngineEntry
 from ssv.builder.network import Graph, Limits, build_draft, build_target
-from ssv.builder.scorer import Scorer
 from ssv.builder.spill import Spill
 from ssv.builder.tensorrt_api import logger
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft
+from ssv.model.scorer import Scorer
 from ssv.runtime.kv_cache import KVCache
 from ssv.runtime.tensorrt_engine import TensorRTEngine
 

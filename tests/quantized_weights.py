@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights
+from ssv.model.checkpoint import DecoderSpec, Weights
 
 
 def quantized_weights(spec: DecoderSpec, weights: Weights, precision: str, group: int = 16) -> Weights:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights
-from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
-from ssv.builder.draft import Draft, DraftKind, draft_spec
+from ssv.model.checkpoint import DecoderSpec, Weights
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft, DraftKind, draft_spec
 
 
 def tiny_spec(**changes: Any) -> DecoderSpec:

@@ -12,10 +12,10 @@ from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_spec, tiny_weights
 
 from ssv.builder.corpus import ChatPieces, write_conversations
-from ssv.builder.decoder import Decoder
 from ssv.builder.recover import Recovery, _loss, recover
-from ssv.builder.scorer import Scorer
 from ssv.builder.tiers import Policy
+from ssv.model.decoder import Decoder
+from ssv.model.scorer import Scorer
 from ssv.runtime.decoding import DecodeBatch, Row
 from ssv.runtime.request import SamplingParams
 from ssv.runtime.stats import Counters

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 ROOMS: dict[str, tuple[str, ...]] = {
     "support": (),
     "plugins": (),
-    "builder": ("support", "plugins"),
-    "runtime": ("support", "plugins", "builder"),
-    "builder/cli.py": ("support", "builder", "runtime"),
+    "model": ("support", "plugins"),
+    "builder": ("support", "plugins", "model"),
+    "runtime": ("support", "plugins", "model", "builder"),
+    "builder/cli.py": ("support", "model", "builder", "runtime"),
     "client": ("support", "builder", "runtime"),
     "ab": ("support", "client"),
     "triton_repo": ("support", "builder", "runtime", "ab"),

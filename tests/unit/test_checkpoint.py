@@ -17,7 +17,7 @@ from tiny import relative_error, tiny_spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ssv.builder.checkpoint import (
+from ssv.model.checkpoint import (
     CheckpointError,
     DecoderSpec,
     RopeDivisors,

@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ssv.builder.chat_template import ASSISTANT, OTHERS, TEMPLATE, ChatTemplate, Said, together
-from ssv.builder.control_tokens import ROLES, ConversationError
 from ssv.builder.tokenizer import conversation_encoder
+from ssv.model.chat_template import ASSISTANT, OTHERS, TEMPLATE, ChatTemplate, Said, together
+from ssv.model.control_tokens import ROLES, ConversationError
 from ssv.runtime.request import RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.runtime.tokenizer_files import FileTokenizer

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_decoder
 
 from ssv.builder import distill as distilling
-from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.config import DistillConfig, ScorerConfig
 from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.distill import distill, draft_passes, measure_agreement, view_target
-from ssv.builder.draft import Draft, draft_spec, load_draft, save_draft, start_from_target
 from ssv.builder.scorer_fit import Samples, auc, collect_samples, fit_scorer, reliability
+from ssv.model.checkpoint import CheckpointError
+from ssv.model.draft import Draft, draft_spec, load_draft, save_draft, start_from_target
 from ssv.support import files
 from ssv.support.progress import silent
 

@@ -15,7 +15,7 @@ from hf_models import LLAMA3_ROPE, SIZES, loaded_logits, logits_of, make_model, 
 from tiny import relative_error
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ssv.builder.checkpoint import CheckpointError, RopeDivisors, RopeScaling, hf_config, load_checkpoint
+from ssv.model.checkpoint import CheckpointError, RopeDivisors, RopeScaling, hf_config, load_checkpoint
 
 
 def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -17,10 +17,10 @@ from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec
 from torch import Tensor
 
 from ssv.builder import network
-from ssv.builder.checkpoint import RopeScaling
-from ssv.builder.decoder import Decoder
 from ssv.builder.network import Graph
-from ssv.builder.scorer import Scorer
+from ssv.model.checkpoint import RopeScaling
+from ssv.model.decoder import Decoder
+from ssv.model.scorer import Scorer
 from ssv.runtime.engine import EngineError
 from ssv.runtime.tensorrt_engine import TensorRTEngine
 from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine

@@ -13,13 +13,10 @@ from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, whole_win
 from tiny_bundle import write_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ssv.builder.checkpoint import CheckpointError
 from ssv.builder.cli import main
 from ssv.builder.config import QuantizeConfig, RecipeError, checked
 from ssv.builder.corpus import ChatPieces, write_conversations
-from ssv.builder.decoder import Decoder
 from ssv.builder.distill import CausalAttend
-from ssv.builder.draft import load_draft
 from ssv.builder.quantize import (
     QuantizeError,
     quantize_draft,
@@ -27,9 +24,12 @@ from ssv.builder.quantize import (
     save_quantized_draft,
     save_quantized_target,
 )
-from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
 from ssv.builder.recover import Recovery, _loss, recover
-from ssv.builder.unified import load_any, quantization_of
+from ssv.model.checkpoint import CheckpointError
+from ssv.model.decoder import Decoder
+from ssv.model.draft import load_draft
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
+from ssv.model.unified import load_any, quantization_of
 from ssv.support.progress import silent
 
 TEXT = tiny_ids(4, 32)

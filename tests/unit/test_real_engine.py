@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssv.builder.checkpoint import hf_config, load_checkpoint
 from ssv.builder.config import load_recipe
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import load_draft
 from ssv.builder.manifest import Manifest, TierEntry, file_entry, read_manifest, write_manifest
 from ssv.builder.pair import UNCALIBRATED
+from ssv.model.checkpoint import hf_config, load_checkpoint
+from ssv.model.decoder import Decoder
+from ssv.model.draft import load_draft
 
 PRESET = Path(__file__).parents[2] / "builder" / "presets" / "smollm2-135m.yaml"
 

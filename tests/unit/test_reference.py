@@ -44,7 +44,7 @@ def ints(values: Sequence[Any]) -> Tensor:
 
 
 def score_by_hand(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
-    """The formulas of `ssv.builder.scorer` in fp64."""
+    """The formulas of `ssv.model.scorer` in fp64."""
     log_p_RV = logits_RV.double().log_softmax(dim=1)
     p_RV, vocab = log_p_RV.exp(), logits_RV.shape[1]
     top_R2 = log_p_RV.topk(min(2, vocab), dim=1).values

@@ -13,10 +13,10 @@ import torch
 from tiny import random_weight, relative_error, tiny_decoder, tiny_ids, tiny_spec, whole_window
 from torch import Tensor, nn
 
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import Draft, DraftKind, draft_spec
-from ssv.builder.scorer import Scorer
-from ssv.builder.smoothing import Ranges, activation_ranges, smooth_join, smoothed_parts
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft, DraftKind, draft_spec
+from ssv.model.scorer import Scorer
+from ssv.model.smoothing import Ranges, activation_ranges, smooth_join, smoothed_parts
 from ssv.runtime import cpu_int8, torch_engine
 from ssv.runtime.cpu_int8 import FusedScorer, quantize_rows
 from ssv.runtime.engine import EngineError, StepOutput

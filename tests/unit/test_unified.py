@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from tiny import relative_error, tiny_ids, tiny_spec, tiny_weights
 from torch import Tensor, nn
 
-from ssv.builder.checkpoint import CheckpointError, DecoderSpec, Weights, hf_config
-from ssv.builder.decoder import Decoder
-from ssv.builder.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of, quantized_linear
-from ssv.builder.unified import load_any, quantization_of
+from ssv.model.checkpoint import CheckpointError, DecoderSpec, Weights, hf_config
+from ssv.model.decoder import Decoder
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of, quantized_linear
+from ssv.model.unified import load_any, quantization_of
 from ssv.runtime.torch_engine import target_engine
 
 ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}

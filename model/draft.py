@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ssv.builder.checkpoint import CheckpointError, DecoderSpec, read_safetensors
-from ssv.builder.decoder import Attend, Decoder, replace_quantized
-from ssv.builder.quantized import SCALES, QuantizedLinear, is_quantized
+from ssv.model.checkpoint import CheckpointError, DecoderSpec, read_safetensors
+from ssv.model.decoder import Attend, Decoder, replace_quantized
+from ssv.model.quantized import SCALES, QuantizedLinear, is_quantized
 from ssv.support.files import save_whole
 from ssv.support.json_text import parse_json
 

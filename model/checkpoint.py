@@ -3,7 +3,7 @@
 Sources: a Hugging Face folder (config.json and safetensors) or a GGUF file. Nothing from the checkpoint is
 executed: JSON, safetensors and GGUF are data, and pickled weights (*.bin, *.pt) are refused.
 
-What a checkpoint is made of is defined in `ssv.builder.spec` and `ssv.builder.hf_config`, and can be had from here.
+What a checkpoint is made of is defined in `ssv.model.spec` and `ssv.model.hf_config`, and can be had from here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssv.builder.gguf import load_gguf
-from ssv.builder.hf_config import hf_config, spec_from_hf_config
-from ssv.builder.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
+from ssv.model.gguf import load_gguf
+from ssv.model.hf_config import hf_config, spec_from_hf_config
+from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
 from ssv.support.json_text import parse_json
 
 __all__ = [

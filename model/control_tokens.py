@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer
 
-from ssv.builder.chat_template import ASSISTANT, OTHERS, TEMPLATE, Said, origin_of
+from ssv.model.chat_template import ASSISTANT, OTHERS, TEMPLATE, Said, origin_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Of messages. A template writes them where it writes control tokens, and so no others are taken."""
@@ -45,7 +45,7 @@ class ConversationEncoder:
         self, backend: Tokenizer, render: Callable[..., str], template: str | None, end_tokens: Iterable[int] = ()
     ) -> None:
         """Args:
-        render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.builder.chat_template`.
+        render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.model.chat_template`.
         template: its source.
         end_tokens: ids of tokens that end an answer.
         """

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssv.builder.checkpoint import CheckpointError
+from ssv.model.checkpoint import CheckpointError
 
 FP8_MAX = 448.0
 SCALES = ("weight_scale", "input_scale", "pre_quant_scale")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.decoder import Decoder, Layer
+from ssv.model.decoder import Decoder, Layer
 
 Ranges = dict[str, Tensor]
 """Largest magnitude of each input channel, fp32, by the name of the linear layer."""

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssv.builder.checkpoint import CheckpointError, DecoderSpec, Weights
-from ssv.builder.quantized import is_quantized, quantized_linear
+from ssv.model.checkpoint import CheckpointError, DecoderSpec, Weights
+from ssv.model.quantized import is_quantized, quantized_linear
 
 
 class Attend(Protocol):

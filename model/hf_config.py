@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ssv.builder.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling
+from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling
 
 
 @dataclass(frozen=True, slots=True)

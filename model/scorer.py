@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ssv.builder.checkpoint import CheckpointError, read_safetensors
+from ssv.model.checkpoint import CheckpointError, read_safetensors
 from ssv.plugins.contract import Score
 from ssv.plugins.ops import on
 from ssv.support.files import save_whole

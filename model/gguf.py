@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ssv.builder.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
+from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _LAYER_NAMES = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ssv.builder.checkpoint import (
+from ssv.model.checkpoint import (
     FLOATS,
     CheckpointError,
     DecoderSpec,
@@ -28,7 +28,7 @@ from ssv.builder.checkpoint import (
     settle_head,
     spec_from_hf_config,
 )
-from ssv.builder.quantized import SCALES, is_quantized
+from ssv.model.quantized import SCALES, is_quantized
 from ssv.support.environment import versions
 from ssv.support.json_text import parse_json
 
@@ -63,7 +63,7 @@ def quantization_document(precision: str, group_size: int | None, lm_head: bool)
 
 
 def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
-    """Reads a checkpoint, quantized by ModelOpt or not at all. Quantized layers keep their tensors, see `ssv.builder.quantized`.
+    """Reads a checkpoint, quantized by ModelOpt or not at all. Quantized layers keep their tensors, see `ssv.model.quantized`.
 
     Raises:
         CheckpointError: see `load_checkpoint`; or it is quantized in a way that is not supported.
