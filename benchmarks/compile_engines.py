@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.manifest import read_manifest
+from ssv.bundle.manifest import read_manifest
 from ssv.model.checkpoint import DecoderSpec
 from ssv.support.environment import versions, write_record
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ssv.builder.config import CalibrationConfig
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"

@@ -33,7 +33,7 @@ from ssv.support.waiting import waiting
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
     from ssv.builder.config import Recipe
-    from ssv.builder.tiers import Policy
+    from ssv.bundle.policy import Policy
     from ssv.support.progress import Report
 
 OPENINGS = Path(__file__).parent / "presets" / "openings.txt"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ssv.builder.config import EngineConfig
-from ssv.builder.tensorrt_api import EngineBuildError
+from ssv.bundle.tensorrt_api import EngineBuildError
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
+from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]

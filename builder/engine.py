@@ -23,7 +23,9 @@ from typing import Any, Literal
 import torch
 
 from ssv.builder.config import EngineConfig
-from ssv.builder.manifest import (
+from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
+from ssv.builder.spill import Spill
+from ssv.bundle.manifest import (
     EngineEntry,
     Manifest,
     digest,
@@ -34,9 +36,7 @@ from ssv.builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
-from ssv.builder.spill import Spill
-from ssv.builder.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
+from ssv.bundle.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import checkpoint_files
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, load_draft

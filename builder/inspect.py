@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.manifest import Manifest, read_manifest
+from ssv.bundle.manifest import Manifest, read_manifest
 from ssv.support.waiting import waiting
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ssv.builder.config import KernelsConfig
-from ssv.builder.manifest import read_manifest
-from ssv.builder.tensorrt_api import EngineBuildError
+from ssv.bundle.manifest import read_manifest
+from ssv.bundle.tensorrt_api import EngineBuildError
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.draft import load_draft_head
 from ssv.model.scorer import load_scorer

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ssv.builder.spill import Spill
-from ssv.builder.tensorrt_api import EngineBuildError, Flavor, data_type
+from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, data_type
 from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear

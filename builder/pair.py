@@ -30,7 +30,14 @@ from ssv.builder.config import (
 from ssv.builder.corpus import chat_pieces, write_conversations
 from ssv.builder.distill import DistillResult, distill, distillation_source, draft_passes, view_target
 from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
-from ssv.builder.manifest import (
+from ssv.builder.parts import Parts
+from ssv.builder.place import bundle_at
+from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
+from ssv.builder.quantize_job import quantize
+from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
+from ssv.builder.staging import staging
+from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
+from ssv.bundle.manifest import (
     Manifest,
     TierEntry,
     digest,
@@ -40,15 +47,8 @@ from ssv.builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from ssv.builder.parts import Parts
-from ssv.builder.place import bundle_at
-from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
-from ssv.builder.quantize_job import quantize
-from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
-from ssv.builder.staging import staging
-from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
-from ssv.builder.tensorrt_api import PACKAGES, load_tensorrt
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
+from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.model.checkpoint import hf_config
 from ssv.model.draft import Draft, load_draft, save_draft
 from ssv.model.scorer import Scorer, load_scorer, save_scorer

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ssv.builder.manifest import (
+from ssv.builder.staging import Stage
+from ssv.bundle.manifest import (
     EngineEntry,
     FileEntry,
     Manifest,
@@ -23,7 +24,6 @@ from ssv.builder.manifest import (
     file_entry,
     write_whole,
 )
-from ssv.builder.staging import Stage
 from ssv.support.progress import notice
 
 _PART_FILES = {

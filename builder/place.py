@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ssv.builder.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
+from ssv.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
 from ssv.support.json_text import parse_json
 
 # What `ssv-build compile` leaves in a bundle if it is killed: a plan in the making, or one that no manifest names yet.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ssv.builder.config import QuantizeConfig
 from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.manifest import MANIFEST_NAME
 from ssv.builder.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
 from ssv.builder.recover import Recovery, recover
 from ssv.builder.target import WINDOW, Target, load_target, openings_of, prompt_tokens
+from ssv.bundle.manifest import MANIFEST_NAME
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft

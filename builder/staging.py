@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssv.builder.manifest import BundleError, lock_file, retired_place
 from ssv.builder.place import bundle_at
+from ssv.bundle.manifest import BundleError, lock_file, retired_place
 from ssv.support.progress import notice
 
 RECORD_NAME = "parts.json"

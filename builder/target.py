@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.manifest import digest, file_entry
 from ssv.builder.tokenizer import check_vocabulary, conversation_encoder, end_tokens, load_tokenizer, text_digest
+from ssv.bundle.manifest import digest, file_entry
 from ssv.model.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
 from ssv.model.control_tokens import ConversationEncoder
 from ssv.model.decoder import Decoder

@@ -48,7 +48,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.builder.manifest import MANIFEST_NAME, read_manifest
+from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.access_log import Access, AccessLog
 from ssv.client.openai_errors import ApiError, error_object, invalid_body, translated
 from ssv.client.openai_requests import ApiRequest, ChatRequest, CompletionRequest, StreamOptions

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.plugins.reference import most_likely
 from ssv.runtime.engine import Engine, EngineError, StepOutput
 from ssv.runtime.prompt_cache import PromptCache

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ssv.builder.manifest import Manifest
+from ssv.bundle.manifest import Manifest
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.strategies import METHODS, policy_for
 from ssv.runtime.tokenizer import BundleTokenizer

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ssv.builder.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.builder.tiers import Policy
+from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
+from ssv.bundle.policy import Policy
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.decoding import DecodeBatch, Row
 from ssv.runtime.request import Chunk, FinishReason, Request
 from ssv.runtime.scheduler import Scheduler

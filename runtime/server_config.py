@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from ssv.builder.manifest import Manifest
+from ssv.bundle.manifest import Manifest
 from ssv.runtime.intake import Limits
 from ssv.runtime.request import MAX_PENDING
 

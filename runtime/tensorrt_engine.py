@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssv.builder.manifest import EngineEntry, Manifest, engine_source
 from ssv.builder.network import Limits, profiles
-from ssv.builder.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
+from ssv.bundle.manifest import EngineEntry, Manifest, engine_source
+from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.draft import DraftHead, DraftSpec
 from ssv.runtime.engine import EngineError, StepOutput, check_step

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ import torch
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.manifest import EngineEntry
 from ssv.builder.network import Graph, Limits, build_draft, build_target
 from ssv.builder.spill import Spill
-from ssv.builder.tensorrt_api import logger
+from ssv.bundle.manifest import EngineEntry
+from ssv.bundle.tensorrt_api import logger
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.scorer import Scorer

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tiny_bundle import RECIPE, write_recipe
 
-from ssv.builder.manifest import digest, read_manifest
+from ssv.bundle.manifest import digest, read_manifest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 # Everything is made anew from one recipe to the other; the tiers are those of a model of nonsense, so its limits are wide.

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from ssv.builder import pair
 from ssv.builder.calibrate import MIN_PROMPTS, Calibration, Trial
 from ssv.builder.config import CalibrationConfig, load_recipe
-from ssv.builder.manifest import Manifest, read_manifest
-from ssv.builder.tiers import Policy
+from ssv.bundle.manifest import Manifest, read_manifest
+from ssv.bundle.policy import Policy
 from ssv.model.checkpoint import hf_config
 from ssv.support.progress import Report, silent
 

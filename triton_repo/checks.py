@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from ssv.builder.manifest import Manifest
+from ssv.bundle.manifest import Manifest
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.tls import certificate_name
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ssv.builder.manifest import Manifest
+from ssv.bundle.manifest import Manifest
 from ssv.runtime.server_config import ServerConfig
 
 MODELS = ("preprocessing", "ssv", "postprocessing", "ensemble")

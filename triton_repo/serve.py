@@ -20,8 +20,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ssv.ab.routing import read_routing
-from ssv.builder.manifest import read_manifest, unused_files, verify_files
-from ssv.builder.tiers import Policy
+from ssv.bundle.manifest import read_manifest, unused_files, verify_files
+from ssv.bundle.policy import Policy
 from ssv.runtime.server_config import ServerConfig
 from ssv.runtime.server_log import log_to_stderr
 from ssv.runtime.strategies import policy_for

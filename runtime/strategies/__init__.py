@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.request import RequestError
 from ssv.runtime.strategies.autoregressive import AUTOREGRESSIVE
 from ssv.runtime.strategies.speculative import speculative

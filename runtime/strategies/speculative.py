@@ -1,6 +1,6 @@
 """Speculative decoding with a fixed number of drafted tokens, all of them judged (Leviathan et al. 2023, arXiv:2211.17192)."""
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.request import RequestError
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.request import RequestError
 
 TIERS = ("premium", "balanced", "turbo")

@@ -13,7 +13,7 @@ from tiny import random_draft, relative_error, tiny_decoder, tiny_spec, tiny_wei
 
 from ssv.builder.corpus import ChatPieces, write_conversations
 from ssv.builder.recover import Recovery, _loss, recover
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer
 from ssv.runtime.decoding import DecodeBatch, Row

@@ -15,12 +15,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "support": (),
     "plugins": (),
     "model": ("support", "plugins"),
-    "builder": ("support", "plugins", "model"),
-    "runtime": ("support", "plugins", "model", "builder"),
-    "builder/cli.py": ("support", "model", "builder", "runtime"),
-    "client": ("support", "builder", "runtime"),
+    "bundle": ("support",),
+    "builder": ("support", "plugins", "model", "bundle"),
+    "runtime": ("support", "plugins", "model", "bundle", "builder"),
+    "builder/cli.py": ("support", "model", "bundle", "builder", "runtime"),
+    "client": ("support", "bundle", "runtime"),
     "ab": ("support", "client"),
-    "triton_repo": ("support", "builder", "runtime", "ab"),
+    "triton_repo": ("support", "bundle", "runtime", "ab"),
 }
 
 FOLDERS = tuple(dict.fromkeys(room.split("/")[0] for room in ROOMS))

@@ -75,7 +75,7 @@ def test_divergence_is_what_the_target_contradicts(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tier that trusts everything emits what the draft says; an untrained draft says other things than its target."""
-    from ssv.builder.tiers import Policy
+    from ssv.bundle.policy import Policy
 
     load = LLM.load
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_bundle import build, write_recipe
 
-from ssv.builder.manifest import read_manifest
+from ssv.bundle.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from ssv.builder.calibrate import (
     upper_bound,
 )
 from ssv.builder.config import CalibrationConfig
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.support.progress import silent
 
 

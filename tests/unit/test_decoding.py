@@ -14,7 +14,7 @@ from drive import start
 from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime import decoding
 from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, Row
 from ssv.runtime.engine import EngineError, StepOutput

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssv.builder.manifest import Manifest, TierEntry
-from ssv.builder.tiers import Policy
+from ssv.bundle.manifest import Manifest, TierEntry
+from ssv.bundle.policy import Policy
 from ssv.runtime import intake as module
 from ssv.runtime.intake import (
     _ELSEWHERE,

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from ssv.ab.journal import JournalReader
 from ssv.ab.openai_endpoint import _parsed
 from ssv.ab.questions import read_questions
-from ssv.builder.manifest import read_manifest
 from ssv.builder.place import bundle_at
 from ssv.builder.preflight import read_calibration
 from ssv.builder.tokenizer import end_tokens, load_tokenizer
+from ssv.bundle.manifest import read_manifest
 from ssv.model.checkpoint import read_hf_folder
 from ssv.model.unified import load_any
 from ssv.runtime.tokenizer_files import FileTokenizer

@@ -14,7 +14,7 @@ import torch
 from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime import loop as module
 from ssv.runtime.decoding import DecodeBatch, PromptBlock
 from ssv.runtime.llm import LLM

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ssv.builder import manifest as module
-from ssv.builder.manifest import (
+from ssv.bundle import manifest as module
+from ssv.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     BundleError,
@@ -25,7 +25,7 @@ from ssv.builder.manifest import (
     verify_files,
     write_manifest,
 )
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 
 PREMIUM = Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.9, max_pending=8)
 TURBO = Policy(accept_below=0.1, verify_above=0.9, risk_budget=0.99, max_pending=16)

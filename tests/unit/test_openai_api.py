@@ -26,8 +26,8 @@ from starlette.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
 
-from ssv.builder.manifest import Manifest, TierEntry, write_manifest
-from ssv.builder.tiers import Policy
+from ssv.bundle.manifest import Manifest, TierEntry, write_manifest
+from ssv.bundle.policy import Policy
 from ssv.client import access_log, openai_api
 from ssv.client.openai_api import Models, create_app
 from ssv.client.triton import Reply, ServerError, Settings, request_inputs

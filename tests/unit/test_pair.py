@@ -14,7 +14,7 @@ from tiny_bundle import RECIPE, Calibrator, build, write_recipe
 from ssv.builder import pair, staging
 from ssv.builder.calibrate import Calibration
 from ssv.builder.config import load_recipe
-from ssv.builder.manifest import (
+from ssv.bundle.manifest import (
     BundleError,
     EngineEntry,
     Manifest,

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from ssv.builder.config import load_recipe
-from ssv.builder.manifest import Manifest, TierEntry, file_entry, read_manifest, write_manifest
 from ssv.builder.pair import UNCALIBRATED
+from ssv.bundle.manifest import Manifest, TierEntry, file_entry, read_manifest, write_manifest
 from ssv.model.checkpoint import hf_config, load_checkpoint
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.request import Request, RequestError, SamplingParams
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS, policy_for

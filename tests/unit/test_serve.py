@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from ssv.ab.routing import Routing
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.triton_repo import checks, installation, serve
 from ssv.triton_repo.installation import Installation, InstallationError
 from ssv.triton_repo.repository import MODELS, ROUTER

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ssv.builder.manifest import Manifest, TierEntry
-from ssv.builder.tiers import Policy
+from ssv.bundle.manifest import Manifest, TierEntry
+from ssv.bundle.policy import Policy
 from ssv.runtime.intake import Limits
 from ssv.runtime.server_config import ConfigError, ServerConfig
 from ssv.triton_repo.serve import _parser

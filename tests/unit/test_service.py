@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.audit import Audit, audit
 from ssv.runtime.engine import EngineError
 from ssv.runtime.llm import LLM

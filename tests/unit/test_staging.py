@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from ssv.builder import staging as module
-from ssv.builder.manifest import (
+from ssv.builder.place import bundle_at
+from ssv.builder.staging import exchange, staging
+from ssv.bundle.manifest import (
     BundleError,
     Manifest,
     TierEntry,
@@ -23,9 +25,7 @@ from ssv.builder.manifest import (
     retired_place,
     write_manifest,
 )
-from ssv.builder.place import bundle_at
-from ssv.builder.staging import exchange, staging
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 
 
 def fill(folder: Path, name: str) -> None:

@@ -20,8 +20,8 @@ from interpreted import entry as interpreted_entry
 from tiny import random_draft, tiny_decoder, tiny_spec
 from torch import Tensor
 
-from ssv.builder.manifest import EngineEntry, FileEntry, Manifest, engine_source
-from ssv.builder.tensorrt_api import EngineBuildError
+from ssv.bundle.manifest import EngineEntry, FileEntry, Manifest, engine_source
+from ssv.bundle.tensorrt_api import EngineBuildError
 from ssv.model.draft import DraftHead
 from ssv.runtime import tensorrt_engine
 from ssv.runtime.engine import EngineError

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ssv.builder.network import Graph
 from ssv.builder.spill import Spill
-from ssv.builder.tensorrt_api import data_type
+from ssv.bundle.tensorrt_api import data_type
 from ssv.plugins import reference
 from ssv.plugins.contract import Judged, OpError, Score
 from ssv.plugins.tensorrt import NativeOps, PluginOps, register_plugins

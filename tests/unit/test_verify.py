@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.verify import asks_for_pass, judged_rows, walk
 
 

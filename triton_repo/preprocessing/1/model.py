@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ssv.builder.manifest import read_manifest
+from ssv.bundle.manifest import read_manifest
 from ssv.runtime.intake import Intake, declared_inputs
 from ssv.runtime.pieces import error_text
 from ssv.runtime.request import RequestError

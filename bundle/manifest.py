@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
+from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor
 from ssv.support.json_text import parse_json
 from ssv.support.waiting import Say, say_nothing
 
