@@ -118,7 +118,7 @@ setup(
             "ssv-build = ssv.builder.cli:main",
             "ssv-generate = ssv.client.cli:main",
             "ssv-serve = ssv.triton_repo.serve:main",
-            "ssv-bench = ssv.runtime.bench:main",
+            "ssv-bench = ssv.ab.bench:main",
             "ssv-ab = ssv.ab.cli:main",
         ]
     },

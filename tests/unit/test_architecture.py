@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": ("support", "plugins", "model", "bundle", "builder"),
     "builder/cli.py": ("support", "model", "bundle", "builder", "runtime"),
     "client": ("support", "bundle", "runtime"),
-    "ab": ("support", "client"),
+    "ab": ("support", "runtime", "client"),
     "triton_repo": ("support", "bundle", "runtime", "ab"),
 }
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_bundle import build, write_recipe
 
+from ssv.ab import bench
 from ssv.client import cli
-from ssv.runtime import bench
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Chunk, Request, SamplingParams
 
