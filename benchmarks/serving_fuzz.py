@@ -26,7 +26,7 @@ from server_under_test import ServerUnderTest, reference
 from tritonclient.utils import InferenceServerException
 
 from ssv.client.triton import MODEL, ServerError, server_error, split_url
-from ssv.runtime.intake import FLAGS, NUMBERS, STRING_LISTS, STRINGS, WHOLE_NUMBERS, declared_inputs
+from ssv.runtime.serving.intake import FLAGS, NUMBERS, STRING_LISTS, STRINGS, WHOLE_NUMBERS, declared_inputs
 from ssv.support.environment import versions, write_record
 
 DTYPES = {

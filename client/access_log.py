@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ssv.client.openai_errors import ApiError, error_object
 from ssv.client.triton import Reply
-from ssv.runtime.server_log import log_event
+from ssv.runtime.serving.log import log_event
 
 log = logging.getLogger("ssv.openai")
 

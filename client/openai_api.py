@@ -54,9 +54,9 @@ from ssv.client.openai_errors import ApiError, error_object, invalid_body, trans
 from ssv.client.openai_requests import ApiRequest, ChatRequest, CompletionRequest, StreamOptions
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
-from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import Metrics, boards_folder
-from ssv.runtime.tls import certificate_name
+from ssv.runtime.serving.log import log_event, log_to_stderr
+from ssv.runtime.serving.metrics import Metrics, boards_folder
+from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
 
 log = logging.getLogger("ssv.openai")

@@ -18,7 +18,7 @@ CONTEXT_LENGTH = "context_length_exceeded"
 
 # LangChain looks for it in the text where the openai package leaves the code out of that; litellm for "maximum context length".
 _TOO_LONG = "prompt is too long: "
-# What `ssv.runtime.intake` says of a prompt or an output that is too long.
+# What `ssv.runtime.serving.intake` says of a prompt or an output that is too long.
 _LONG_PROMPT = re.compile(r"^the prompt has (\d+) tokens, and prompt and output together may have (\d+)")
 _MANY_BYTES = re.compile(r"^(?:text_input|ssv_messages) has (\d+) bytes, at most (\d+) are taken")
 _LONG_OUTPUT = re.compile(

@@ -236,7 +236,7 @@ class Client:
 
 
 def server_error(error: InferenceServerException, url: str) -> ServerError:
-    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.pieces`)."""
+    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.serving.pieces`)."""
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
         text = f"no server answers at {url}: start one with `ssv-serve`"

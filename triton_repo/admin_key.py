@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ssv.runtime.server_log import log_event
+from ssv.runtime.serving.log import log_event
 
 log = logging.getLogger("ssv.serve")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ssv.bundle.manifest import Manifest
-from ssv.runtime.server_config import ServerConfig
+from ssv.runtime.serving.config import ServerConfig
 
 MODELS = ("preprocessing", "ssv", "postprocessing", "ensemble")
 ROUTER = "ab_router"

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from ssv.ab.routing import read_routing
 from ssv.bundle.manifest import read_manifest, unused_files, verify_files
 from ssv.bundle.policy import Policy
-from ssv.runtime.server_config import ServerConfig
-from ssv.runtime.server_log import log_to_stderr
+from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.log import log_to_stderr
 from ssv.runtime.strategies import policy_for
 from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.support.waiting import waiting

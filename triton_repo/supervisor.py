@@ -21,10 +21,10 @@ from pathlib import Path
 
 import psutil
 
-from ssv.runtime.control import ControlSender
 from ssv.runtime.memory import GIVE_BACK
-from ssv.runtime.server_log import log_event
-from ssv.runtime.server_metrics import BOARDS_VARIABLE, Metrics, Reader
+from ssv.runtime.serving.control import ControlSender
+from ssv.runtime.serving.log import log_event
+from ssv.runtime.serving.metrics import BOARDS_VARIABLE, Metrics, Reader
 from ssv.runtime.strategies import METHODS
 from ssv.support.waiting import waiting
 from ssv.triton_repo.bound import bound

@@ -26,7 +26,7 @@ import tritonclient.grpc as grpcclient
 from triton_asks import free_ports, read_metrics, wait_until
 
 from ssv.client.triton import Client, ServerError, Settings
-from ssv.runtime.server_metrics import ANSWERED, REQUESTS
+from ssv.runtime.serving.metrics import ANSWERED, REQUESTS
 from ssv.triton_repo.supervisor import EXIT_DIED
 
 PROMPT = "Once upon a time"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ssv.bundle.manifest import EngineEntry, Manifest
-from ssv.runtime.server_config import ServerConfig
+from ssv.runtime.serving.config import ServerConfig
 from ssv.triton_repo import checks, serve
 from ssv.triton_repo.checks import Gpu, ServeError, check_machine, check_tls, listen
 

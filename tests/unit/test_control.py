@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ssv.runtime.control import ControlReceiver, ControlSender, _address
+from ssv.runtime.serving.control import ControlReceiver, ControlSender, _address
 
 # No process has these ids, and each test has its own: receivers live as long as the process.
 _ids = itertools.count(10_000_000 + os.getpid() * 100)

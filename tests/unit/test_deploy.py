@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from ssv.client.openai_api import Models, create_app
-from ssv.runtime.server_metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
+from ssv.runtime.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
 from ssv.triton_repo import checks, front, serve
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ssv.runtime.server_metrics import Metrics, Reader
+from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.triton_repo.front import Front, State
 
 MODEL = "/v2/models/ensemble"

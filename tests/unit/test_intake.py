@@ -13,8 +13,9 @@ import pytest
 
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
-from ssv.runtime import intake as module
-from ssv.runtime.intake import (
+from ssv.runtime.request import RequestError, SamplingParams
+from ssv.runtime.serving import intake as module
+from ssv.runtime.serving.intake import (
     _ELSEWHERE,
     DEFAULT_MAX_TOKENS,
     LARGEST_SEED,
@@ -24,7 +25,6 @@ from ssv.runtime.intake import (
     declared_inputs,
     parameter_tensors,
 )
-from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.strategies import METHODS
 from ssv.runtime.tokenizer import BundleTokenizer
 

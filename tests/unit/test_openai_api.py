@@ -32,8 +32,8 @@ from ssv.client import access_log, openai_api
 from ssv.client.openai_api import Models, create_app
 from ssv.client.triton import Reply, ServerError, Settings, request_inputs
 from ssv.client.triton_aio import AsyncClient
-from ssv.runtime.intake import Intake, Limits
 from ssv.runtime.request import RequestError
+from ssv.runtime.serving.intake import Intake, Limits
 from ssv.runtime.tokenizer import BundleTokenizer
 
 MODELS = Models("tiny", ("premium", "turbo"), 1700000000)

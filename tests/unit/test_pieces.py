@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ssv.runtime.intake import Settings
-from ssv.runtime.pieces import Answer, Piece, error_text
 from ssv.runtime.request import Chunk, FinishReason, SamplingParams
+from ssv.runtime.serving.intake import Settings
+from ssv.runtime.serving.pieces import Answer, Piece, error_text
 from ssv.runtime.stats import Counters
 
 COUNTERS = Counters(

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
-from ssv.runtime.intake import Limits
-from ssv.runtime.server_config import ConfigError, ServerConfig
+from ssv.runtime.serving.config import ConfigError, ServerConfig
+from ssv.runtime.serving.intake import Limits
 from ssv.triton_repo.serve import _parser
 
 

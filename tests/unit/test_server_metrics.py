@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ssv.runtime.audit import Audit
-from ssv.runtime.board import Board
 from ssv.runtime.prompt_cache import CacheStats
-from ssv.runtime.server_metrics import (
+from ssv.runtime.serving.board import Board
+from ssv.runtime.serving.metrics import (
     COUNTERS,
     GAUGES,
     HISTOGRAMS,
@@ -29,7 +29,7 @@ from ssv.runtime.server_metrics import (
     Refusal,
     boards_folder,
 )
-from ssv.runtime.service import Load
+from ssv.runtime.serving.service import Load
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
 
@@ -84,7 +84,7 @@ def test_threads_lose_nothing() -> None:
 
 def test_what_a_killed_process_has_counted_is_there(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, pathlib; from ssv.runtime.server_metrics import Metrics\n"
+        "import os, signal, sys, pathlib; from ssv.runtime.serving.metrics import Metrics\n"
         "metrics = Metrics(pathlib.Path(sys.argv[1]), 'ssv')\n"
         "[metrics.refused('full') for _ in range(1234)]\n"
         "[metrics.taken('turbo') for _ in range(3)]\n"

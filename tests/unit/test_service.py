@@ -17,7 +17,7 @@ from ssv.runtime.engine import EngineError
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.scheduler import QueueFull
-from ssv.runtime.service import Load, Service, ServiceError
+from ssv.runtime.serving.service import Load, Service, ServiceError
 from ssv.runtime.tokenizer import BundleTokenizer
 
 TIERS = {

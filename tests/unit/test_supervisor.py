@@ -18,7 +18,7 @@ import psutil
 import pytest
 from triton_asks import wait_until
 
-from ssv.runtime.server_metrics import Metrics, Reader
+from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.triton_repo import guardian, supervisor, tritonserver
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.guardian import VARIABLE, Guardian, end, members

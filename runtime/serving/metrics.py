@@ -2,7 +2,7 @@
 
 Names of judged tokens are those that dashboards for speculative decoding already have (vLLM's); trusted tokens are not among them.
 
-Each process of a server counts on a board of its own (`ssv.runtime.board`), all of the same keys; what is shown is the sum. So nothing
+Each process of a server counts on a board of its own (`ssv.runtime.serving.board`), all of the same keys; what is shown is the sum. So nothing
 that was counted is lost with a process, and none is asked by another.
 """
 
@@ -15,13 +15,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssv.runtime.board import Board
+from ssv.runtime.serving.board import Board
 from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
 
 if TYPE_CHECKING:
     from ssv.runtime.audit import Audit
-    from ssv.runtime.service import Load
+    from ssv.runtime.serving.service import Load
 
 COUNTERS = {
     "spec_decode_num_drafts": "Target passes that judged drafted tokens",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ssv.runtime.intake import Settings
 from ssv.runtime.request import Chunk
+from ssv.runtime.serving.intake import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ssv.bundle.manifest import Manifest
-from ssv.runtime.intake import Limits
 from ssv.runtime.request import MAX_PENDING
+from ssv.runtime.serving.intake import Limits
 
 
 class ConfigError(ValueError):
