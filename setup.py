@@ -104,8 +104,8 @@ setup(
         ),
         # The same bits with and without fused multiply-adds; infinities and NaN are told apart.
         Extension(
-            "ssv.runtime._sampling",
-            ["runtime/_sampling.c"],
+            "ssv.runtime.decode._sampling",
+            ["runtime/decode/_sampling.c"],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],
             optional=True,

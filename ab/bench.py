@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ssv.runtime.counters import Counters
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.environment import commit, machine, versions
@@ -261,7 +261,7 @@ def _row(
     *,
     greedy: bool,
 ) -> MethodRow:
-    from ssv.runtime.audit import audit
+    from ssv.runtime.decode.audit import audit
 
     counters = sum((output.counters for output in tally.outputs), Counters(requests=0))
     audits = (

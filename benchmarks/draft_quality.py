@@ -25,9 +25,9 @@ from ssv.model.checkpoint import load_checkpoint
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft
 from ssv.model.scorer import load_scorer
+from ssv.runtime.counters import Counters
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.stats import Counters
 from ssv.support.environment import versions, write_record
 from ssv.support.prompts import read_prompts
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssv.runtime.stats import Counters
+from ssv.runtime.counters import Counters
 from ssv.support.environment import versions, write_record
 from ssv.support.prompts import read_prompts
 

@@ -314,7 +314,7 @@ def calibrate_bundle(
 ) -> Calibration:
     """Calibrates a bundle by decoding with the torch engine."""
     from ssv.builder.calibrate import PromptResult, calibrate
-    from ssv.runtime.audit import audit
+    from ssv.runtime.decode.audit import audit
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
     from ssv.support.prompts import read_prompts

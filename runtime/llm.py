@@ -12,11 +12,11 @@ from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
 from ssv.model.scorer import load_scorer
-from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
+from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, PromptBlock
+from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.engine import Engine, EngineError
-from ssv.runtime.loop import DecodeLoop
 from ssv.runtime.memory import give_back
-from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.tensorrt_engine import choose_entry, load_engine

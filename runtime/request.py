@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ssv.runtime.stats import Counters
+from ssv.runtime.counters import Counters
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_ids
 from torch import Tensor
 
-from ssv.runtime.decoding import DecodeBatch, Row
+from ssv.runtime.decode.batch import DecodeBatch, Row
 from ssv.runtime.engine import Engine, StepOutput
 
 

@@ -15,12 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssv.runtime.counters import Counters
 from ssv.runtime.serving.board import Board
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
 
 if TYPE_CHECKING:
-    from ssv.runtime.audit import Audit
+    from ssv.runtime.decode.audit import Audit
     from ssv.runtime.serving.service import Load
 
 COUNTERS = {

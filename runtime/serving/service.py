@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from ssv.runtime.audit import Audit, RunningAudit
+from ssv.runtime.decode.audit import Audit, RunningAudit
+from ssv.runtime.decode.prompt_cache import CacheStats
+from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
-from ssv.runtime.prompt_cache import CacheStats
 from ssv.runtime.request import Chunk, Request, RequestError
-from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.strategies import policy_for
 
 log = logging.getLogger(__name__)

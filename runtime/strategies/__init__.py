@@ -1,4 +1,4 @@
-"""The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decoding`) runs them all, mixed in one batch."""
+"""The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decode.batch`) runs them all, mixed in one batch."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from ssv.builder.recover import Recovery, _loss, recover
 from ssv.bundle.policy import Policy
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer
-from ssv.runtime.decoding import DecodeBatch, Row
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.batch import DecodeBatch, Row
 from ssv.runtime.request import SamplingParams
-from ssv.runtime.stats import Counters
 from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
 from ssv.support.progress import silent
 

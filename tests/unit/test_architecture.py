@@ -19,12 +19,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "builder": ("support", "plugins", "model", "bundle"),
     "runtime": ("support", "plugins", "model", "bundle", "builder"),
     "runtime/strategies": ("bundle", "runtime"),
-    "runtime/llm.py": ("support", "model", "bundle", "runtime", "runtime/strategies"),
-    "runtime/serving": ("support", "bundle", "runtime", "runtime/strategies", "runtime/llm.py"),
-    "builder/cli.py": ("support", "model", "bundle", "builder", "runtime", "runtime/llm.py"),
+    "runtime/decode": ("plugins", "bundle", "runtime"),
+    "runtime/llm.py": ("support", "model", "bundle", "runtime", "runtime/strategies", "runtime/decode"),
+    "runtime/serving": ("support", "bundle", "runtime", "runtime/strategies", "runtime/decode", "runtime/llm.py"),
+    "builder/cli.py": ("support", "model", "bundle", "builder", "runtime", "runtime/decode", "runtime/llm.py"),
     "client": ("support", "bundle", "runtime", "runtime/strategies", "runtime/llm.py", "runtime/serving"),
-    "ab": ("support", "runtime", "runtime/strategies", "runtime/llm.py", "client"),
-    "triton_repo": ("support", "bundle", "runtime", "runtime/strategies", "runtime/llm.py", "runtime/serving", "ab"),
+    "ab": ("support", "runtime", "runtime/strategies", "runtime/decode", "runtime/llm.py", "client"),
+    "triton_repo": ("support", "bundle", "runtime", "runtime/strategies", "runtime/decode", "runtime/llm.py", "runtime/serving", "ab"),
 }
 
 FOLDERS = tuple(dict.fromkeys(room.split("/")[0] for room in ROOMS))

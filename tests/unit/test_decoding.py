@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
-from ssv.runtime import decoding
-from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, Row
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode import batch as decoding
+from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, Row
+from ssv.runtime.decode.sampling import Sampling, choose
+from ssv.runtime.decode.verify import Verdict
 from ssv.runtime.engine import EngineError, StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
-from ssv.runtime.sampling import Sampling, choose
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.verify import Verdict
 
 # Under the names of the tiers, so that one batch can mix them.
 LOSSLESS = {

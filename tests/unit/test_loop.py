@@ -15,14 +15,14 @@ from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
-from ssv.runtime import loop as module
-from ssv.runtime.decoding import DecodeBatch, PromptBlock
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode import loop as module
+from ssv.runtime.decode.batch import DecodeBatch, PromptBlock
+from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
-from ssv.runtime.loop import DecodeLoop
-from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
-from ssv.runtime.scheduler import QueueFull
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from ssv.runtime.counters import Counters
 from ssv.runtime.request import Chunk, FinishReason, SamplingParams
 from ssv.runtime.serving.intake import Settings
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
-from ssv.runtime.stats import Counters
 
 COUNTERS = Counters(
     prompt_tokens=9, cached_tokens=4, emitted=5, drafted=8, judged=4, accepted=3, trusted=1, target_passes=2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ssv.runtime import prompt_cache as module
-from ssv.runtime.prompt_cache import PromptCache
+from ssv.runtime.decode import prompt_cache as module
+from ssv.runtime.decode.prompt_cache import PromptCache
 
 
 def filled(*prompts: list[int], block_tokens: int = 2, max_bytes: int = 1000, drafts: bool = False) -> PromptCache[str]:

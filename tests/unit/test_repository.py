@@ -11,12 +11,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from ssv.runtime.counters import Counters
 from ssv.runtime.request import Chunk, SamplingParams
 from ssv.runtime.serving import intake
 from ssv.runtime.serving.config import ConfigError, ServerConfig
 from ssv.runtime.serving.intake import Settings, declared_inputs
 from ssv.runtime.serving.pieces import Answer
-from ssv.runtime.stats import Counters
 from ssv.triton_repo.repository import DRAINING, HERE, LEAST_QUEUE, MODELS, ROUTER, write_repository
 
 PYTHON_MODELS = tuple(name for name in MODELS if name != "ensemble")

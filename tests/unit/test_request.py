@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from ssv.bundle.policy import Policy
+from ssv.runtime.counters import Counters
 from ssv.runtime.request import Request, RequestError, SamplingParams
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS, policy_for
 
 INVALID: list[dict[str, Any]] = [

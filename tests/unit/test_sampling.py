@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssv.plugins import reference
-from ssv.runtime import sampling
-from ssv.runtime.sampling import FIRST_SELECTED, Sampling, choose, filtered
+from ssv.runtime.decode import sampling
+from ssv.runtime.decode.sampling import FIRST_SELECTED, Sampling, choose, filtered
 
 
 def settings(rows: Sequence[tuple[float, int, float]], seed: int = 0, position: int = 0) -> Sampling:
@@ -204,7 +204,7 @@ def test_tiny_temperature_is_still_a_distribution(temperature: float) -> None:
 
 
 def test_it_was_compiled() -> None:
-    assert sampling._sampling is not None, "runtime/_sampling.c was not compiled"
+    assert sampling._sampling is not None, "runtime/decode/_sampling.c was not compiled"
 
 
 def both(

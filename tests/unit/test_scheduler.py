@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ssv.runtime import scheduler as module
-from ssv.runtime.scheduler import QueueFull, Scheduler
+from ssv.runtime.decode import scheduler as module
+from ssv.runtime.decode.scheduler import QueueFull, Scheduler
 
 
 def let_in(scheduler: Scheduler[str]) -> None:

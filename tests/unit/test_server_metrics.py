@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ssv.runtime.audit import Audit
-from ssv.runtime.prompt_cache import CacheStats
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.audit import Audit
+from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.serving.board import Board
 from ssv.runtime.serving.metrics import (
     COUNTERS,
@@ -30,7 +31,6 @@ from ssv.runtime.serving.metrics import (
     boards_folder,
 )
 from ssv.runtime.serving.service import Load
-from ssv.runtime.stats import Counters
 from ssv.runtime.strategies import METHODS
 
 NAMES = {*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS[0], REFUSED[0], INVALID[0], RUNNING[0], RESTARTS[0]}

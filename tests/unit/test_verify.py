@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from ssv.bundle.policy import Policy
-from ssv.runtime.verify import asks_for_pass, judged_rows, walk
+from ssv.runtime.decode.verify import asks_for_pass, judged_rows, walk
 
 
 def asks(reject_prob: Sequence[float], **settings: float) -> bool:

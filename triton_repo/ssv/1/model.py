@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.memory import keep_large_blocks
 from ssv.runtime.request import Chunk, Request, RequestError
-from ssv.runtime.scheduler import QueueFull
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.control import ControlReceiver
 from ssv.runtime.serving.intake import Settings

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ssv.bundle.policy import Policy
 from ssv.plugins.reference import most_likely
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.decode.sampling import Sampling, choose, without_tokens
+from ssv.runtime.decode.verify import Verdict, asks_for_pass, judged_rows, walk
 from ssv.runtime.engine import Engine, EngineError, StepOutput
-from ssv.runtime.prompt_cache import PromptCache
 from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
-from ssv.runtime.sampling import Sampling, choose, without_tokens
-from ssv.runtime.stats import Counters
-from ssv.runtime.verify import Verdict, asks_for_pass, judged_rows, walk
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from ssv.plugins.ops import on
 
 # Missing where there was no C compiler; one that is there and does not load is an error to be seen.
-if importlib.util.find_spec("ssv.runtime._sampling") is not None:
-    from ssv.runtime import _sampling
+if importlib.util.find_spec("ssv.runtime.decode._sampling") is not None:
+    from ssv.runtime.decode import _sampling
 else:
     _sampling = None  # type: ignore[assignment]
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ssv.bundle.policy import Policy
-from ssv.runtime.decoding import DecodeBatch, Row
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.decode.scheduler import Scheduler
 from ssv.runtime.request import Chunk, FinishReason, Request
-from ssv.runtime.scheduler import Scheduler
-from ssv.runtime.stats import Counters
 from ssv.runtime.text import TextStream
 
 
