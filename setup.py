@@ -96,8 +96,8 @@ setup(
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
     ext_modules=[
         Extension(
-            "ssv.runtime._cpu",
-            ["runtime/_cpu.c"],
+            "ssv.runtime.engines._cpu",
+            ["runtime/engines/_cpu.c"],
             extra_compile_args=["-O3", "-ffast-math"],
             libraries=["m"],  # brings the vector expf along
             optional=True,

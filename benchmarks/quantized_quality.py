@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ssv.model.decoder import Decoder
 from ssv.model.unified import load_any, quantization_of
+from ssv.runtime.engines.torch_engine import TorchEngine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.torch_engine import TorchEngine, target_engine
 from ssv.support.environment import versions, write_record
 from ssv.support.prompts import read_prompts
 

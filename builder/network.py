@@ -2,7 +2,7 @@
 
 One step runs T tokens of B rows: writes their keys and values into the cache in place, attends under the mask "key j is visible
 to the query at position i when j <= i", gathers R rows of the result, and runs final norm, LM head and top-1 over those alone. Prefill,
-decoding, ragged verification and decoding after a rollback are this one network (`ssv.runtime.engine`).
+decoding, ragged verification and decoding after a rollback are this one network (`ssv.runtime.engines.contract`).
 
 Inputs: `input_ids` int32 [B, T]; `position` int32 [B]; `gather_rows` int32 [R]; `key_positions` int32 [V], 0 to V - 1, where V is at
 least the largest position + 1: attention looks at so much of the cache and no more, its cost follows the context, not max_length; for a conditioned draft `features` fp32

@@ -15,13 +15,13 @@ from ssv.model.scorer import load_scorer
 from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
-from ssv.runtime.engine import Engine, EngineError
+from ssv.runtime.engines.contract import Engine, EngineError
+from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
+from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.runtime.memory import give_back
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.strategies import policy_for
-from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.support.waiting import Say, say_nothing
 
 GPU_PREFILL_CHUNK = 512

@@ -9,7 +9,7 @@ from tiny import tiny_ids
 from torch import Tensor
 
 from ssv.runtime.decode.batch import DecodeBatch, Row
-from ssv.runtime.engine import Engine, StepOutput
+from ssv.runtime.engines.contract import Engine, StepOutput
 
 
 def drive(engine: Engine, features_out: bool = False) -> list[StepOutput]:

@@ -3,7 +3,7 @@
 A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own* cache, each
 weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
 
-Shapes: see `ssv.runtime.engine`; N states (rows of the table).
+Shapes: see `ssv.runtime.engines.contract`; N states (rows of the table).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssv.runtime.engine import EngineError, StepOutput, check_step
+from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
 
 EOS = 0
 VOCAB_SIZE = 12

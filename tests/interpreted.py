@@ -19,8 +19,8 @@ from ssv.bundle.tensorrt_api import logger
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.scorer import Scorer
-from ssv.runtime.kv_cache import KVCache
-from ssv.runtime.tensorrt_engine import TensorRTEngine
+from ssv.runtime.engines.kv_cache import KVCache
+from ssv.runtime.engines.tensorrt_engine import TensorRTEngine
 
 LIMITS = Limits(max_batch=3, max_length=64, max_pending=4, prefill_chunk=16)
 

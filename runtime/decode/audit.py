@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ssv.runtime.decode.sampling import without_tokens
-from ssv.runtime.engine import Engine
+from ssv.runtime.engines.contract import Engine
 
 
 @dataclass(frozen=True, slots=True)

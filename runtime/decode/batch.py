@@ -22,7 +22,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.sampling import Sampling, choose, without_tokens
 from ssv.runtime.decode.verify import Verdict, asks_for_pass, judged_rows, walk
-from ssv.runtime.engine import Engine, EngineError, StepOutput
+from ssv.runtime.engines.contract import Engine, EngineError, StepOutput
 from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
 
 PREFILL_CHUNK = 64

@@ -18,8 +18,8 @@ from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
 from ssv.runtime.request import SamplingParams
-from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
 from ssv.support.progress import silent
 
 SIZES = {"max_batch": 3, "max_length": 64}

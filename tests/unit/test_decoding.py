@@ -20,7 +20,7 @@ from ssv.runtime.decode import batch as decoding
 from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, Row
 from ssv.runtime.decode.sampling import Sampling, choose
 from ssv.runtime.decode.verify import Verdict
-from ssv.runtime.engine import EngineError, StepOutput
+from ssv.runtime.engines.contract import EngineError, StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
 from ssv.runtime.strategies import policy_for

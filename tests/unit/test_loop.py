@@ -21,12 +21,12 @@ from ssv.runtime.decode.batch import DecodeBatch, PromptBlock
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.scheduler import QueueFull
+from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.strategies import policy_for
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.torch_engine import Precision, draft_engine, target_engine
 
 TIERS = {
     "premium": Policy(accept_below=0.0, verify_above=0.3, risk_budget=0.6, max_pending=6),

@@ -21,9 +21,9 @@ from ssv.builder.network import Graph
 from ssv.model.checkpoint import RopeScaling
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer
-from ssv.runtime.engine import EngineError
-from ssv.runtime.tensorrt_engine import TensorRTEngine
-from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
+from ssv.runtime.engines.contract import EngineError
+from ssv.runtime.engines.tensorrt_engine import TensorRTEngine
+from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},

@@ -23,9 +23,9 @@ from torch import Tensor
 from ssv.bundle.manifest import EngineEntry, FileEntry, Manifest, engine_source
 from ssv.bundle.tensorrt_api import EngineBuildError
 from ssv.model.draft import DraftHead
-from ssv.runtime import tensorrt_engine
-from ssv.runtime.engine import EngineError
-from ssv.runtime.tensorrt_engine import PlanRunner, TensorRTEngine, check_entry, choose_entry, load_engine
+from ssv.runtime.engines import tensorrt_engine
+from ssv.runtime.engines.contract import EngineError
+from ssv.runtime.engines.tensorrt_engine import PlanRunner, TensorRTEngine, check_entry, choose_entry, load_engine
 
 OUTPUTS = {"hidden": (torch.float32, 2), "logits": (torch.float32, 3), "token": (torch.int32, None)}
 WIDEST = 8

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import tiny_decoder
 
-from ssv.runtime import torch_engine
-from ssv.runtime.engine import EngineError
+from ssv.runtime.engines import torch_engine
+from ssv.runtime.engines.contract import EngineError
+from ssv.runtime.engines.torch_engine import cpu_threads, target_engine
 from ssv.runtime.threads import (
     INTERVAL_SECONDS,
     CpuTimes,
@@ -19,7 +20,6 @@ from ssv.runtime.threads import (
     read_cpu_times,
     threads_for,
 )
-from ssv.runtime.torch_engine import cpu_threads, target_engine
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftKind, draft_spec
 from ssv.model.scorer import Scorer
 from ssv.model.smoothing import Ranges, activation_ranges, smooth_join, smoothed_parts
-from ssv.runtime import cpu_int8, torch_engine
-from ssv.runtime.cpu_int8 import FusedScorer, quantize_rows
-from ssv.runtime.engine import EngineError, StepOutput
-from ssv.runtime.kv_cache import KVCache
-from ssv.runtime.torch_engine import INT4_GROUP, Precision, TorchEngine, draft_engine, target_engine
+from ssv.runtime.engines import cpu_int8, torch_engine
+from ssv.runtime.engines.contract import EngineError, StepOutput
+from ssv.runtime.engines.cpu_int8 import FusedScorer, quantize_rows
+from ssv.runtime.engines.kv_cache import KVCache
+from ssv.runtime.engines.torch_engine import INT4_GROUP, Precision, TorchEngine, draft_engine, target_engine
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -621,7 +621,7 @@ def assert_equal_but_for_flips(found_RX: Tensor, expected_RX: Tensor) -> None:
 
 def fused_and_not(decoder: Decoder, draft: Draft | None = None) -> tuple[TorchEngine, TorchEngine]:
     fused, modules = make_engine(decoder, "int8", draft=draft), make_engine(decoder, "int8", draft=draft)
-    assert fused.fused is not None, "runtime/_cpu.c was not compiled"
+    assert fused.fused is not None, "runtime/engines/_cpu.c was not compiled"
     return fused, without_stages(modules)
 
 

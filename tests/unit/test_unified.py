@@ -22,7 +22,7 @@ from ssv.model.checkpoint import CheckpointError, DecoderSpec, Weights, hf_confi
 from ssv.model.decoder import Decoder
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of, quantized_linear
 from ssv.model.unified import load_any, quantization_of
-from ssv.runtime.torch_engine import target_engine
+from ssv.runtime.engines.torch_engine import target_engine
 
 ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
 LAYER = "model.layers.0"

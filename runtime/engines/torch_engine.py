@@ -25,9 +25,17 @@ from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision
 from ssv.model.scorer import Scorer
 from ssv.model.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
 from ssv.plugins.ops import on
-from ssv.runtime.cpu_int8 import FusedInt8Layers, FusedJoin, FusedScorer, Int8Linear, Scaled, int8_scale, share_stages
-from ssv.runtime.engine import EngineError, StepOutput, check_step
-from ssv.runtime.kv_cache import CachedAttend, KVCache
+from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
+from ssv.runtime.engines.cpu_int8 import (
+    FusedInt8Layers,
+    FusedJoin,
+    FusedScorer,
+    Int8Linear,
+    Scaled,
+    int8_scale,
+    share_stages,
+)
+from ssv.runtime.engines.kv_cache import CachedAttend, KVCache
 from ssv.runtime.threads import ThreadCount, chosen_by_operator, default_threads
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]

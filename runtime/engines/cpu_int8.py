@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft
 from ssv.model.scorer import Scorer
-from ssv.runtime.engine import EngineError
+from ssv.runtime.engines.contract import EngineError
 
 _LEVELS = 63.0
 _ROWS = 512
 
 
-if importlib.util.find_spec("ssv.runtime._cpu") is not None:
-    from ssv.runtime import _cpu
+if importlib.util.find_spec("ssv.runtime.engines._cpu") is not None:
+    from ssv.runtime.engines import _cpu
 else:  # installed where there was no C compiler; one that is there and does not load is an error
     _cpu = None  # type: ignore[assignment]
 

@@ -25,8 +25,8 @@ from ssv.bundle.manifest import EngineEntry, Manifest, engine_source
 from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.draft import DraftHead, DraftSpec
-from ssv.runtime.engine import EngineError, StepOutput, check_step
-from ssv.runtime.kv_cache import KVCache
+from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
+from ssv.runtime.engines.kv_cache import KVCache
 
 _KEYS_STEP = 256
 """V is rounded up to a multiple of this, so that few different shapes come up."""
@@ -43,7 +43,7 @@ class Runner(Protocol):
 
 
 class TensorRTEngine:
-    """A target or a draft over its own KV cache: `ssv.runtime.engine.Engine`."""
+    """A target or a draft over its own KV cache: `ssv.runtime.engines.contract.Engine`."""
 
     def __init__(
         self,
