@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from ssv.builder.config import DistillConfig, ScorerConfig
-from ssv.builder.corpus import Conversations
-from ssv.builder.distill import measure_agreement
-from ssv.builder.scorer_fit import auc, collect_samples, reliability
+from ssv.builder.training.corpus import Conversations
+from ssv.builder.training.distill import measure_agreement
+from ssv.builder.training.scorer_fit import auc, collect_samples, reliability
 from ssv.model.checkpoint import load_checkpoint
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft

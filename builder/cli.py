@@ -235,7 +235,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from ssv.builder.quantize_job import load_source, quantize
+    from ssv.builder.training.quantize_job import load_source, quantize
     from ssv.support.progress import terminal_report
 
     require_device(args.device)

@@ -219,7 +219,7 @@ class QuantizeConfig(_Strict):
         tokens: of that text.
         group_size: input channels that share an INT4 scale; null for the largest of 128, 64 and 32 that fits.
         lm_head: quantize the target's LM head too.
-        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.recover`); 0 for no training.
+        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.training.recover`); 0 for no training.
         openings_file: openings of user turns in text that the target writes itself.
     """
 

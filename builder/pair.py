@@ -27,16 +27,16 @@ from ssv.builder.config import (
     ScorerConfig,
     checked,
 )
-from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.distill import DistillResult, distill, distillation_source, draft_passes, view_target
 from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
 from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
-from ssv.builder.quantize_job import quantize
-from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
+from ssv.builder.training.corpus import chat_pieces, write_conversations
+from ssv.builder.training.distill import DistillResult, distill, distillation_source, draft_passes, view_target
+from ssv.builder.training.quantize_job import quantize
+from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.bundle.manifest import (
     Manifest,
     TierEntry,

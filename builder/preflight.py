@@ -8,10 +8,10 @@ from typing import Any
 
 from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
 from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
-from ssv.builder.corpus import chat_pieces
 from ssv.builder.engine import check_length, tensorrt_for
-from ssv.builder.quantize import QuantizeError
 from ssv.builder.target import Target, openings_of
+from ssv.builder.training.corpus import chat_pieces
+from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, TierEntry, file_entry
 from ssv.bundle.policy import Policy
 from ssv.model.draft import Draft, draft_spec, load_draft

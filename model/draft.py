@@ -174,7 +174,7 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
     """An untrained draft whose layers are copies of the target's.
 
     A conditioned draft starts as the target's last layer on the highest tapped features: its join begins at zero and its tap
-    passes the last of the tapped layers through. Training then fits the join (`ssv.builder.distill.fit_start`).
+    passes the last of the tapped layers through. Training then fits the join (`ssv.builder.training.distill.fit_start`).
     """
     draft = Draft(spec).to(target.embed.weight.device)
     conditioned = draft.tap is not None

@@ -11,8 +11,8 @@ from drive import drive, flat, names, start
 from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_spec, tiny_weights
 
-from ssv.builder.corpus import ChatPieces, write_conversations
-from ssv.builder.recover import Recovery, _loss, recover
+from ssv.builder.training.corpus import ChatPieces, write_conversations
+from ssv.builder.training.recover import Recovery, _loss, recover
 from ssv.bundle.policy import Policy
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer

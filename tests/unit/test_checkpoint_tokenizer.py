@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from ssv.builder.corpus import chat_pieces
 from ssv.builder.target import Target, openings_of, prompt_tokens
 from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
+from ssv.builder.training.corpus import chat_pieces
 from ssv.model.checkpoint import CheckpointError
 from ssv.support.prompts import read_prompts
 

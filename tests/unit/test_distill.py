@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_decoder
 
-from ssv.builder import distill as distilling
 from ssv.builder.config import DistillConfig, ScorerConfig
-from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
-from ssv.builder.distill import distill, draft_passes, measure_agreement, view_target
-from ssv.builder.scorer_fit import Samples, auc, collect_samples, fit_scorer, reliability
+from ssv.builder.training import distill as distilling
+from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.training.distill import distill, draft_passes, measure_agreement, view_target
+from ssv.builder.training.scorer_fit import Samples, auc, collect_samples, fit_scorer, reliability
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.draft import Draft, draft_spec, load_draft, save_draft, start_from_target
 from ssv.support import files

@@ -15,16 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ssv.builder.cli import main
 from ssv.builder.config import QuantizeConfig, RecipeError, checked
-from ssv.builder.corpus import ChatPieces, write_conversations
-from ssv.builder.distill import CausalAttend
-from ssv.builder.quantize import (
+from ssv.builder.training.corpus import ChatPieces, write_conversations
+from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.quantize import (
     QuantizeError,
     quantize_draft,
     quantize_target,
     save_quantized_draft,
     save_quantized_target,
 )
-from ssv.builder.recover import Recovery, _loss, recover
+from ssv.builder.training.recover import Recovery, _loss, recover
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft

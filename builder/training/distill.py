@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssv.builder.config import DistillConfig
-from ssv.builder.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
 from ssv.bundle.manifest import digest, file_entry, write_whole
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target

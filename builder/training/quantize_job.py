@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ssv.builder.config import QuantizeConfig
-from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
-from ssv.builder.recover import Recovery, recover
 from ssv.builder.target import WINDOW, Target, load_target, openings_of, prompt_tokens
+from ssv.builder.training.corpus import chat_pieces, write_conversations
+from ssv.builder.training.quantize import quantize_draft, quantize_target, save_quantized_draft, save_quantized_target
+from ssv.builder.training.recover import Recovery, recover
 from ssv.bundle.manifest import MANIFEST_NAME
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.decoder import Decoder
@@ -41,7 +41,7 @@ def quantize(
 
     Raises:
         CheckpointError: `out` exists, or the draft is damaged or not the target's.
-        QuantizeError: see `ssv.builder.quantize`.
+        QuantizeError: see `ssv.builder.training.quantize`.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists: choose another place")
