@@ -258,7 +258,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from ssv.builder.engine import compile_engine
+    from ssv.builder.tensorrt.engine import compile_engine
     from ssv.support.progress import terminal_report
 
     config = checked(
@@ -282,7 +282,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from ssv.builder.kernels import write_kernels
+    from ssv.builder.tensorrt.kernels import write_kernels
     from ssv.support.progress import terminal_report
 
     config = checked(KernelsConfig, compute_capability=args.compute_capability.split(","), dtype=args.dtype)

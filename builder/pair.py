@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ssv.builder.calibrate import BOUND_KIND, Calibration
-from ssv.builder.compile_job import compile_apart
 from ssv.builder.config import (
     CalibrationConfig,
     DistillConfig,
@@ -27,12 +26,13 @@ from ssv.builder.config import (
     ScorerConfig,
     checked,
 )
-from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
 from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
 from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
+from ssv.builder.tensorrt.compile_job import compile_apart
+from ssv.builder.tensorrt.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.training.corpus import chat_pieces, write_conversations
 from ssv.builder.training.distill import DistillResult, distill, distillation_source, draft_passes, view_target
 from ssv.builder.training.quantize_job import quantize

@@ -8,8 +8,8 @@ from typing import Any
 
 from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
 from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
-from ssv.builder.engine import check_length, tensorrt_for
 from ssv.builder.target import Target, openings_of
+from ssv.builder.tensorrt.engine import check_length, tensorrt_for
 from ssv.builder.training.corpus import chat_pieces
 from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, TierEntry, file_entry

@@ -43,7 +43,7 @@ class PluginOps:
     """The ops as plugins of full TensorRT.
 
     Args:
-        graph: `ssv.builder.network.Graph` of the network that they are added to.
+        graph: `ssv.builder.tensorrt.network.Graph` of the network that they are added to.
 
     Raises:
         OpError: Triton is missing, which compiles the kernels.
@@ -219,7 +219,7 @@ class NativeOps:
     """The ops by layers that every TensorRT has.
 
     Args:
-        graph: `ssv.builder.network.Graph` of the network that they are added to.
+        graph: `ssv.builder.tensorrt.network.Graph` of the network that they are added to.
     """
 
     def __init__(self, graph: Any) -> None:

@@ -12,8 +12,8 @@ import torch
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.network import Graph, Limits, build_draft, build_target
-from ssv.builder.spill import Spill
+from ssv.builder.tensorrt.network import Graph, Limits, build_draft, build_target
+from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.manifest import EngineEntry
 from ssv.bundle.tensorrt_api import logger
 from ssv.model.decoder import Decoder

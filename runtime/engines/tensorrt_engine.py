@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssv.builder.network import Limits, profiles
+from ssv.builder.tensorrt.network import Limits, profiles
 from ssv.bundle.manifest import EngineEntry, Manifest, engine_source
 from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import DecoderSpec

@@ -17,7 +17,7 @@ from tiny import relative_error
 from tiny_bundle import build, write_recipe
 
 from ssv.builder.config import EngineConfig, checked
-from ssv.builder.engine import compile_engine
+from ssv.builder.tensorrt.engine import compile_engine
 from ssv.bundle.manifest import read_manifest
 from ssv.runtime.engines.tensorrt_engine import PlanRunner, load_engine
 from ssv.runtime.llm import LLM

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_spec, tiny_weights
 from tiny_bundle import build, write_recipe
 
-from ssv.builder import engine, spill
 from ssv.builder.cli import main
 from ssv.builder.config import EngineConfig
-from ssv.builder.engine import checkpoint_digest, compile_engine, limits_of, load_networks
-from ssv.builder.network import Limits
-from ssv.builder.spill import Spill
+from ssv.builder.tensorrt import engine, spill
+from ssv.builder.tensorrt.engine import checkpoint_digest, compile_engine, limits_of, load_networks
+from ssv.builder.tensorrt.network import Limits
+from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle import tensorrt_api
 from ssv.bundle.manifest import EngineEntry, Manifest, engine_source, read_manifest, write_manifest
 from ssv.bundle.tensorrt_api import EngineBuildError, load_tensorrt

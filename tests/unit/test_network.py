@@ -16,8 +16,8 @@ from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, tiny_weights
 from torch import Tensor
 
-from ssv.builder import network
-from ssv.builder.network import Graph
+from ssv.builder.tensorrt import network
+from ssv.builder.tensorrt.network import Graph
 from ssv.model.checkpoint import RopeScaling
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer

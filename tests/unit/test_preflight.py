@@ -163,7 +163,7 @@ def test_sigterm_tidies_up_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) ->
 CHILD = "import time; print('up', flush=True); time.sleep(600)"
 PARENT = f"""
 import os, signal, subprocess, sys
-from ssv.builder.compile_job import _die_with
+from ssv.builder.tensorrt.compile_job import _die_with
 me = os.getpid()
 subprocess.Popen([sys.executable, "-c", {CHILD!r}], preexec_fn=lambda: _die_with(me))
 signal.pause()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssv.builder.spill import Spill
+from ssv.builder.tensorrt.spill import Spill
 
 
 @pytest.mark.parametrize("count", [1, 3, 1 << 14, (1 << 17) + 5])

@@ -25,8 +25,8 @@ from interpreted import new_graph
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.network import Graph
-from ssv.builder.spill import Spill
+from ssv.builder.tensorrt.network import Graph
+from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.tensorrt_api import data_type
 from ssv.plugins import reference
 from ssv.plugins.contract import Judged, OpError, Score

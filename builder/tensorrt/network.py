@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.spill import Spill
+from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, data_type
 from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft, FeatureTap

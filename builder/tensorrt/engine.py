@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 
 from ssv.builder.config import EngineConfig
-from ssv.builder.network import Graph, Limits, add_profiles, build_draft, build_target
-from ssv.builder.spill import Spill
+from ssv.builder.tensorrt.network import Graph, Limits, add_profiles, build_draft, build_target
+from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.manifest import (
     EngineEntry,
     Manifest,
