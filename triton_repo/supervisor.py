@@ -202,7 +202,7 @@ class Supervisor:
         args = self._args
         secure = ["--tls-cert", str(args.tls_cert), "--tls-key", str(args.tls_key)] if args.tls_cert else []
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
-        command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
+        command = [sys.executable, "-m", "ssv.triton_repo.openai.app", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
         environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}
         self._openai = subprocess.Popen(bound(command), env=environment, start_new_session=True)  # noqa: S603

@@ -149,7 +149,7 @@ def processes(server: Server) -> dict[str, psutil.Process]:
             command = " ".join(process.cmdline())
         except psutil.NoSuchProcess:  # ended meanwhile
             continue
-        if "ssv.client.openai_api" in command:
+        if "ssv.triton_repo.openai.app" in command:
             found["openai"] = process
         elif "guardian.py" in command:
             found["guardian"] = process

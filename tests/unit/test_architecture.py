@@ -29,8 +29,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime/llm.py": ("support", "model", "bundle", "runtime", "runtime/engines", "runtime/strategies", "runtime/decode"),
     "runtime/serving": ("support", "bundle", "runtime", "runtime/strategies", "runtime/decode", "runtime/llm.py"),
     "builder/cli.py": ("support", "model", "bundle", "builder/config.py", "builder/target.py", "builder/training", "builder/tensorrt", "builder", "runtime", "runtime/decode", "runtime/llm.py"),
-    "client": ("support", "bundle", "runtime", "runtime/strategies", "runtime/llm.py", "runtime/serving"),
+    "client": ("support", "runtime", "runtime/strategies", "runtime/llm.py"),
     "ab": ("support", "runtime", "runtime/strategies", "runtime/decode", "runtime/llm.py", "client"),
+    "triton_repo/openai": ("support", "bundle", "runtime/serving", "client"),
     "triton_repo": ("support", "bundle", "runtime", "runtime/strategies", "runtime/decode", "runtime/llm.py", "runtime/serving", "ab"),
 }
 

@@ -56,9 +56,9 @@ BODIES = {
     "ssv-serve --help": 'command("ssv.triton_repo.serve", "--help")',
     "ssv-serve": 'assert command("ssv.triton_repo.serve", "--bundle", bundle, "--tritonserver", "/nowhere") == 2',
     "the OpenAI API": (
-        "from ssv.client.openai_api import Models\n"
+        "from ssv.triton_repo.openai.app import Models\n"
         'assert Models.of_bundle(Path(bundle)).tiers[0] == "premium"\n'
-        'command("ssv.client.openai_api", "--help")'
+        'command("ssv.triton_repo.openai.app", "--help")'
     ),
     "preprocessing": 'model("preprocessing", bundle=bundle)',
     "postprocessing": 'model("postprocessing", bundle=bundle)',

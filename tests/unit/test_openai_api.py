@@ -28,13 +28,14 @@ from tritonclient.utils import deserialize_bytes_tensor
 
 from ssv.bundle.manifest import Manifest, TierEntry, write_manifest
 from ssv.bundle.policy import Policy
-from ssv.client import access_log, openai_api
-from ssv.client.openai_api import Models, create_app
 from ssv.client.triton import Reply, ServerError, Settings, request_inputs
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.request import RequestError
 from ssv.runtime.serving.intake import Intake, Limits
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.triton_repo.openai import access_log
+from ssv.triton_repo.openai import app as openai_api
+from ssv.triton_repo.openai.app import Models, create_app
 
 MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -1328,7 +1329,7 @@ class TritonThread:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ssv.client.openai_api", *arguments]
+    command = [sys.executable, "-m", "ssv.triton_repo.openai.app", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 

@@ -20,8 +20,8 @@ With `stream_options` {"continuous_usage_stats": true} every chunk has the usage
 where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing. What is not supported is refused,
 whether it is a field or a value: nothing is ignored in silence.
 
-Errors are OpenAI's objects, with its codes (`ssv.client.openai_errors`); every request has a line in the log and an `X-Request-Id`
-(`ssv.client.access_log`).
+Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and an `X-Request-Id`
+(`ssv.triton_repo.openai.access_log`).
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
-from ssv.client.access_log import Access, AccessLog
-from ssv.client.openai_errors import ApiError, error_object, invalid_body, translated
-from ssv.client.openai_requests import ApiRequest, ChatRequest, CompletionRequest, StreamOptions
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import Metrics, boards_folder
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
+from ssv.triton_repo.openai.access_log import Access, AccessLog
+from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
+from ssv.triton_repo.openai.schema import ApiRequest, ChatRequest, CompletionRequest, StreamOptions
 
 log = logging.getLogger("ssv.openai")
 
@@ -509,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "Serve the OpenAI API before a running ssv-serve."
     parser = argparse.ArgumentParser(
-        prog="python -m ssv.client.openai_api", description=description, allow_abbrev=False
+        prog="python -m ssv.triton_repo.openai.app", description=description, allow_abbrev=False
     )
     add_version(parser)
     parser.add_argument("--url", required=True, help="grpc://host:port, or grpcs:// for TLS")

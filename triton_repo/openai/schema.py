@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from ssv.client.openai_errors import ApiError, Caller, field_name
 from ssv.client.triton import Settings
+from ssv.triton_repo.openai.errors import ApiError, Caller, field_name
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16

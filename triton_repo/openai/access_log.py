@@ -21,9 +21,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.client.openai_errors import ApiError, error_object
 from ssv.client.triton import Reply
 from ssv.runtime.serving.log import log_event
+from ssv.triton_repo.openai.errors import ApiError, error_object
 
 log = logging.getLogger("ssv.openai")
 
