@@ -69,7 +69,7 @@ class EngineEntry(_Strict):
         tensorrt: version that built it, and the only one that runs it.
         compute_capabilities: GPUs that it runs on, such as "8.9".
         compute_type: of products, attention and cache: "float16" or "bfloat16".
-        max_batch, max_length, max_pending, prefill_chunk: what it was built for, see `ssv.builder.tensorrt.network.Limits`.
+        max_batch, max_length, max_pending, prefill_chunk: what it was built for, see `ssv.bundle.shapes.Limits`.
         source: SHA-256 of what it was compiled from: an engine of other weights than the bundle's is refused.
         checkpoint: SHA-256 of the quantized checkpoint, if it was compiled from one.
         plugins: whether it holds kernels of ours (`ssv.plugins`); what it computes is the same.

@@ -12,9 +12,11 @@ import torch
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.tensorrt.network import Graph, Limits, build_draft, build_target
+from ssv.builder.tensorrt.graph import Graph
+from ssv.builder.tensorrt.network import build_draft, build_target
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.manifest import EngineEntry
+from ssv.bundle.shapes import Limits
 from ssv.bundle.tensorrt_api import logger
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft

@@ -262,7 +262,7 @@ def load() -> tuple[ModuleType, ModuleType]:
 
 
 def _played() -> ModuleType:
-    """All that the library reads of the native module, and what `ssv.builder.tensorrt.network.Graph` does."""
+    """All that the library reads of the native module, and what `ssv.builder.tensorrt.graph.Graph` does."""
     registry = _Registry()
     trt: Any = ModuleType("tensorrt")
     trt.__path__ = []

@@ -23,7 +23,9 @@ from typing import Any, Literal
 import torch
 
 from ssv.builder.config import EngineConfig
-from ssv.builder.tensorrt.network import Graph, Limits, add_profiles, build_draft, build_target
+from ssv.builder.tensorrt.graph import Graph
+from ssv.builder.tensorrt.lowering import NativeOps, NetworkOps, PluginOps
+from ssv.builder.tensorrt.network import add_profiles, build_draft, build_target
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.manifest import (
     EngineEntry,
@@ -36,6 +38,7 @@ from ssv.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
+from ssv.bundle.shapes import Limits
 from ssv.bundle.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import checkpoint_files
 from ssv.model.decoder import Decoder
@@ -44,7 +47,6 @@ from ssv.model.quantized import precision_of
 from ssv.model.scorer import load_scorer
 from ssv.model.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
-from ssv.plugins.tensorrt import NativeOps, NetworkOps, PluginOps
 from ssv.support.environment import versions
 from ssv.support.progress import Report
 

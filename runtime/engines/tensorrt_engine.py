@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssv.builder.tensorrt.network import Limits, profiles
 from ssv.bundle.manifest import EngineEntry, Manifest, engine_source
+from ssv.bundle.shapes import Limits, profiles
 from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.draft import DraftHead, DraftSpec

@@ -24,15 +24,15 @@ from ssv.builder.cli import main
 from ssv.builder.config import EngineConfig
 from ssv.builder.tensorrt import engine, spill
 from ssv.builder.tensorrt.engine import checkpoint_digest, compile_engine, limits_of, load_networks
-from ssv.builder.tensorrt.network import Limits
+from ssv.builder.tensorrt.lowering import NativeOps
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle import tensorrt_api
 from ssv.bundle.manifest import EngineEntry, Manifest, engine_source, read_manifest, write_manifest
+from ssv.bundle.shapes import Limits
 from ssv.bundle.tensorrt_api import EngineBuildError, load_tensorrt
 from ssv.model.checkpoint import DecoderSpec, Weights, hf_config
 from ssv.model.quantized import AwqLinear, precision_of
 from ssv.plugins.contract import OpError
-from ssv.plugins.tensorrt import NativeOps
 from ssv.support.progress import silent
 
 ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}

@@ -17,7 +17,7 @@ from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec
 from torch import Tensor
 
 from ssv.builder.tensorrt import network
-from ssv.builder.tensorrt.network import Graph
+from ssv.builder.tensorrt.graph import Graph
 from ssv.model.checkpoint import RopeScaling
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer

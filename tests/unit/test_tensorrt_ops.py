@@ -25,12 +25,13 @@ from interpreted import new_graph
 from network_interpreter import NetworkInterpreter
 from torch import Tensor
 
-from ssv.builder.tensorrt.network import Graph
+from ssv.builder.tensorrt.graph import Graph
+from ssv.builder.tensorrt.lowering import NativeOps, PluginOps
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.tensorrt_api import data_type
 from ssv.plugins import reference
 from ssv.plugins.contract import Judged, OpError, Score
-from ssv.plugins.tensorrt import NativeOps, PluginOps, register_plugins
+from ssv.plugins.registration import register_plugins
 
 FP32, FP16, BF16, INT32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
 HIDDEN, VOCAB, EPS = 24, 99, 1e-5
