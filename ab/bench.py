@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ssv.runtime.counters import Counters
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
-from ssv.runtime.strategies import METHODS
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.environment import commit, machine, versions
 from ssv.support.progress import Report, terminal_report

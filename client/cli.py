@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.strategies import METHODS
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.waiting import waiting
 

@@ -19,8 +19,8 @@ from ssv.runtime.engines.contract import Engine, EngineError
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.runtime.memory import give_back
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
-from ssv.runtime.strategies import policy_for
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
 

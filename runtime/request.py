@@ -83,7 +83,7 @@ class Request:
 
     Attributes:
         prompt_ids: token ids, at least one.
-        method: one of `ssv.runtime.strategies.METHODS`.
+        method: one of `ssv.runtime.methods.METHODS`.
         num_draft_tokens: of `speculative`.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
         arrived: time.monotonic() from which its times are counted; None for that of its submission.

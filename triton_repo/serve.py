@@ -22,9 +22,9 @@ from pydantic import ValidationError
 from ssv.ab.routing import read_routing
 from ssv.bundle.manifest import read_manifest, unused_files, verify_files
 from ssv.bundle.policy import Policy
+from ssv.runtime.methods import policy_for
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.log import log_to_stderr
-from ssv.runtime.strategies import policy_for
 from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.support.waiting import waiting
 from ssv.triton_repo.admin_key import admin_key, hide_or_say

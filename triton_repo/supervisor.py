@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 
 from ssv.runtime.memory import GIVE_BACK
+from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.control import ControlSender
 from ssv.runtime.serving.log import log_event
 from ssv.runtime.serving.metrics import BOARDS_VARIABLE, Metrics, Reader
-from ssv.runtime.strategies import METHODS
 from ssv.support.waiting import waiting
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front

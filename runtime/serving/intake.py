@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ssv.bundle.manifest import Manifest
+from ssv.runtime.methods import METHODS, policy_for
 from ssv.runtime.request import RequestError, SamplingParams
-from ssv.runtime.strategies import METHODS, policy_for
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.json_text import parse_json
 
@@ -129,7 +129,7 @@ class Settings:
     """A checked request without its prompt, as it travels from `preprocessing` to `ssv`.
 
     Attributes:
-        method: see `ssv.runtime.strategies.METHODS`.
+        method: see `ssv.runtime.methods.METHODS`.
         stream: whether chunks are wanted, or one response at the end.
         timeout: seconds after which it ends with what it has; None for none.
     """

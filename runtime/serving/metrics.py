@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssv.runtime.counters import Counters
+from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.board import Board
-from ssv.runtime.strategies import METHODS
 
 if TYPE_CHECKING:
     from ssv.runtime.decode.audit import Audit

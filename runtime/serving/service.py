@@ -14,8 +14,8 @@ from ssv.runtime.decode.audit import Audit, RunningAudit
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Chunk, Request, RequestError
-from ssv.runtime.strategies import policy_for
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from ssv.runtime.decode.sampling import Sampling, choose
 from ssv.runtime.decode.verify import Verdict
 from ssv.runtime.engines.contract import EngineError, StepOutput
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
-from ssv.runtime.strategies import policy_for
 from ssv.runtime.tokenizer import BundleTokenizer
 
 # Under the names of the tiers, so that one batch can mix them.

@@ -13,6 +13,7 @@ import pytest
 
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.serving import intake as module
 from ssv.runtime.serving.intake import (
@@ -25,7 +26,6 @@ from ssv.runtime.serving.intake import (
     declared_inputs,
     parameter_tensors,
 )
-from ssv.runtime.strategies import METHODS
 from ssv.runtime.tokenizer import BundleTokenizer
 
 VOCAB_SIZE = 300

@@ -23,8 +23,8 @@ from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
-from ssv.runtime.strategies import policy_for
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
 

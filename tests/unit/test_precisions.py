@@ -10,8 +10,8 @@ from tiny_bundle import build, write_recipe
 
 from ssv.runtime.engines.torch_engine import Precision
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.strategies import METHODS
 from ssv.support.prompts import read_prompts
 
 

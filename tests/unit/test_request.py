@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
+from ssv.runtime.methods import METHODS, policy_for
 from ssv.runtime.request import Request, RequestError, SamplingParams
-from ssv.runtime.strategies import METHODS, policy_for
 
 INVALID: list[dict[str, Any]] = [
     {"temperature": -0.1},

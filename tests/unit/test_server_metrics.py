@@ -14,6 +14,7 @@ import pytest
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.audit import Audit
 from ssv.runtime.decode.prompt_cache import CacheStats
+from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.board import Board
 from ssv.runtime.serving.metrics import (
     COUNTERS,
@@ -31,7 +32,6 @@ from ssv.runtime.serving.metrics import (
     boards_folder,
 )
 from ssv.runtime.serving.service import Load
-from ssv.runtime.strategies import METHODS
 
 NAMES = {*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS[0], REFUSED[0], INVALID[0], RUNNING[0], RESTARTS[0]}
 ANSWER = Counters(prompt_tokens=5, emitted=11, judged=9, accepted=7, target_passes=4, target_tokens=13)

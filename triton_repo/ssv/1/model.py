@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.memory import keep_large_blocks
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.control import ControlReceiver
@@ -27,7 +28,6 @@ from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import DRAINING, Metrics, boards_folder
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
 from ssv.runtime.serving.service import Load, Service, ServiceError
-from ssv.runtime.strategies import policy_for
 
 log = logging.getLogger("ssv.server")
 
