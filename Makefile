@@ -29,13 +29,9 @@ $(BUNDLE)/manifest.json: | setup
 serve: setup $(BUNDLE)/manifest.json
 	$(BIN)/ssv-serve --bundle $(BUNDLE) --openai-port 8003
 
-# In two halves side by side, since tests have one thread: every other file each. The second half is shown after the first.
-ODD = $(shell ls tests/unit/test_*.py | awk 'NR % 2')
-EVEN = $(shell ls tests/unit/test_*.py | awk 'NR % 2 == 0')
+# Two workers, as most tests have one thread; a file is one worker's, since its tests share what takes long to make.
 test: setup lint
-	@mkdir -p build; $(BIN)/pytest $(EVEN) > build/even.log 2>&1 & even=$$!; \
-	trap 'kill $$even' INT TERM; $(BIN)/pytest $(ODD); odd=$$?; wait $$even; even=$$?; cat build/even.log; \
-	exit $$((odd > even ? odd : even))
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Real servers over the demo bundle, which is built if it is not there (a minute and a half): three to five minutes.
 # Whatever the machine does besides, they pass: they wait for what has to happen, and say nothing of how fast.

@@ -37,6 +37,7 @@ EXTRAS = {
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         "pytest",
+        "pytest-xdist",
         "ruff",
         "mypy",
         "types-PyYAML",

@@ -30,14 +30,14 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
         return AUTOREGRESSIVE
     if method == "speculative":
         return speculative(num_draft_tokens)
-    if method in tiers:
-        return tiers[method]
-    if method in TIERS:
+    if method not in TIERS:
+        raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if method not in tiers:
         has = ", ".join(tiers) or "none"
         raise RequestError(
             f"the bundle has no tier {method!r} (it has: {has}): calibrate it with `ssv-build calibrate`"
         )
-    raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return tiers[method]
 
 
 def speculative(num_draft_tokens: int) -> Policy:

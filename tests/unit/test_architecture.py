@@ -207,7 +207,8 @@ def test_an_upward_import_is_found(tmp_path: Path, line: str, room: str, upper: 
 def test_relative_imports_are_found(tmp_path: Path, folder: str, line: str, file: str) -> None:
     for each in ("builder", folder):
         (tmp_path / each).mkdir(parents=True)
-    (tmp_path / "builder/pair.py").touch()
+    for name in ("builder/__init__.py", "builder/pair.py"):
+        (tmp_path / name).touch()
     (tmp_path / folder / file).write_text(line + "\n")
     planted = folder.replace("/", ".") + (".planted" if file == "planted.py" else "")
     assert wrong(tmp_path) == [f"{planted} imports builder.pair"]

@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
+from checkout import ROOT
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from ssv.ab import router as module
@@ -848,7 +849,7 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
     monkeypatch.setattr(PbFamily, "made", {}, raising=False)
     monkeypatch.setattr(module, "AsyncClient", FakeClient)
-    path = Path(__file__).parents[2] / "triton_repo" / "ab_router" / "1" / "model.py"
+    path = ROOT / "triton_repo" / "ab_router" / "1" / "model.py"
     spec = importlib.util.spec_from_file_location("ab_router_model", path)
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 from safetensors.torch import save_file
 
 from ssv.builder.config import load_recipe
@@ -24,7 +25,7 @@ from ssv.model.checkpoint import hf_config, load_checkpoint
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft
 
-PRESET = Path(__file__).parents[2] / "builder" / "presets" / "smollm2-135m.yaml"
+PRESET = ROOT / "builder" / "presets" / "smollm2-135m.yaml"
 
 
 @pytest.fixture(scope="module")

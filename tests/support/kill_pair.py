@@ -2,7 +2,7 @@
 
 Takes some minutes, so it is no part of the suite, whose `test_staging.py` kills at each step of the file system:
 
-    .venv/bin/python tests/kill_pair.py --work FOLDER [--kills 20] [--seed 0]
+    .venv/bin/python tests/support/kill_pair.py --work FOLDER [--kills 20] [--seed 0]
 """
 
 from __future__ import annotations

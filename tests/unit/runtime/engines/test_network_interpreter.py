@@ -73,6 +73,11 @@ def _same(actual: Tensor, expected: Tensor) -> None:
 # --- constants -------------------------------------------------------------------------------------------------------
 
 
+def by_name(value: Any) -> str:
+    """Functions are shown by their address otherwise."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -227,7 +232,7 @@ def test_unary_not_and_negation_of_integers(net: _Network) -> None:
         (trt.ActivationType.GELU_ERF, torch.nn.functional.gelu),
         (trt.ActivationType.GELU_TANH, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
     ],
-    ids=str,
+    ids=by_name,
 )
 def test_activation(net: _Network, activation: Any, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     x = _rand(6, 8, dtype=dtype)
@@ -313,7 +318,7 @@ def test_softmax(net: _Network, dtype: torch.dtype, axis: int) -> None:
         (trt.ReduceOperation.AVG, Tensor.mean),
         (trt.ReduceOperation.PROD, lambda x, axes, keepdim: x.prod(2, keepdim).prod(0, keepdim)),
     ],
-    ids=str,
+    ids=by_name,
 )
 def test_reduce(net: _Network, operation: Any, function: Any, keep: bool, dtype: torch.dtype) -> None:
     x = _rand(2, 5, 7, dtype=dtype)

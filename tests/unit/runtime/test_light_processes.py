@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 from tiny_bundle import build, write_recipe
-
-ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import contextlib, io, json, sys
