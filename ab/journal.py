@@ -1,7 +1,4 @@
-"""Append-only JSON lines that a crash in mid-line does not spoil.
-
-May import: ssv.builder.json_text.
-"""
+"""Append-only JSON lines that a crash in mid-line does not spoil."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 
 class Journal:

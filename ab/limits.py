@@ -1,7 +1,4 @@
-"""Limits as they are written on a command line: "ttft_p95<500ms,error_rate<2%".
-
-May import: nothing else of ssv.
-"""
+"""Limits as they are written on a command line: "ttft_p95<500ms,error_rate<2%"."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 Whoever was assigned counts once, with the first request: more requests of one user are not independent of each other. What an arm did not
 choose, answers in place of one out of service, is left out of the comparison, and so is what the first arm answers meanwhile. A shadow
 is compared by pairs of an answer and its copy.
-
-May import: ssv.ab.limits, .sequential, .statistics.
 """
 
 from __future__ import annotations

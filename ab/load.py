@@ -1,7 +1,4 @@
-"""Runs a plan: asks the arms, and writes down each answer as it comes.
-
-May import: ssv.ab.answers, .arms, .endpoints, .journal, .plan, .questions, .samples; ssv.builder.progress.
-"""
+"""Runs a plan: asks the arms, and writes down each answer as it comes."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from ssv.ab.journal import Journal
 from ssv.ab.plan import Turn, seed_of
 from ssv.ab.questions import Question
 from ssv.ab.samples import Sample, answered
-from ssv.builder.progress import Report
+from ssv.support.progress import Report
 
 MAX_FAILURES = 5
 """Requests of an arm that fail one after the other, beyond as many as run at the same time, end the run: the arm is gone."""

@@ -1,7 +1,4 @@
-"""From samples to what a report says: figures of each arm, and differences between arms with their intervals.
-
-May import: ssv.ab.arms, .limits, .samples, .scoring, .statistics.
-"""
+"""From samples to what a report says: figures of each arm, and differences between arms with their intervals."""
 
 from __future__ import annotations
 

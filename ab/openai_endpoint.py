@@ -1,7 +1,4 @@
-"""Asks an arm that speaks OpenAI's chat completions.
-
-May import: ssv.builder.json_text; ssv.ab.answers, .arms.
-"""
+"""Asks an arm that speaks OpenAI's chat completions."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from urllib.parse import urlsplit
 
 from ssv.ab.answers import Answer, EndpointError, Piece, Sampling, answer_of, check_answer
 from ssv.ab.arms import Arm
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
     from openai import APIStatusError, DefaultHttpxClient

@@ -1,7 +1,4 @@
-"""A run's document as one HTML page that needs nothing else: no script, no font, no picture from elsewhere.
-
-May import: ssv.ab.samples, .terminal.
-"""
+"""A run's document as one HTML page that needs nothing else: no script, no font, no picture from elsewhere."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A block is some prompts, which run together at one concurrency. Every arm runs it twice: the arms in a random order, then in the reverse of
 that order (A B B A), so that a machine that becomes slower all the time slows all arms alike.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

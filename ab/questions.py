@@ -1,7 +1,4 @@
-"""Prompts of a comparison, and what a right answer to them looks like.
-
-May import: ssv.builder.json_text; ssv.ab.scoring.
-"""
+"""Prompts of a comparison, and what a right answer to them looks like."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssv.ab import scoring
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")

@@ -1,7 +1,4 @@
-"""What to do after a comparison, in one sentence: which arm to use, and what that saves a month.
-
-May import: ssv.ab.measures, .statistics.
-"""
+"""What to do after a comparison, in one sentence: which arm to use, and what that saves a month."""
 
 from __future__ import annotations
 

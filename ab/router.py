@@ -1,7 +1,4 @@
-"""Sends live requests to their arms, hands on what comes, and writes down what became of each.
-
-May import: ssv.ab.journal, .routing; ssv.client.triton, .triton_aio.
-"""
+"""Sends live requests to their arms, hands on what comes, and writes down what became of each."""
 
 from __future__ import annotations
 

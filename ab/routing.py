@@ -1,7 +1,4 @@
-"""Which arm live traffic goes to: by a stable hash, in given shares.
-
-May import: ssv.builder.json_text.
-"""
+"""Which arm live traffic goes to: by a stable hash, in given shares."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 
 class RoutingError(ValueError):

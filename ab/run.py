@@ -2,8 +2,6 @@
 
 A run's folder holds run.json, what was fixed before; samples.jsonl, one line a request, written as answers come; report.json and
 report.html. Whatever ends a run, its samples are there, and a report of them can be made.
-
-May import: everything of ssv.ab; ssv.builder.environment, .progress.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ from ssv.ab.plan import block_size, make_plan
 from ssv.ab.questions import RIGHT_OR_WRONG, Question
 from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import prompts_needed_pairs, prompts_needed_scores, simultaneous_level
-from ssv.builder.environment import commit, machine, versions
-from ssv.builder.progress import Report
+from ssv.support.environment import commit, machine, versions
+from ssv.support.progress import Report
 
 EXIT_PARTIAL = 3
 

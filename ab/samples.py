@@ -1,7 +1,4 @@
-"""What one request of a comparison came to.
-
-May import: ssv.ab.answers, .journal.
-"""
+"""What one request of a comparison came to."""
 
 from __future__ import annotations
 

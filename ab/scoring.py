@@ -22,8 +22,6 @@ separators is one word: "3" does not stand in "3.5", and "1,000" is "1000".
   that may break, is 3100, or 3 and 100. "1,2,3" is a list.
 * Digits of all scripts are digits. Words for numbers, units and percent signs are not worked out: "18 %" is 18, "2 million" is 2.
 * Values are compared exactly: 3.0 is 3, and 1/3 is not 0.33.
-
-May import: nothing else of ssv.
 """
 
 # Letters and signs that look alike are what this is about.

@@ -2,8 +2,6 @@
 
 An interval for a number of observations fixed beforehand, looked at time and again, misses sooner or later. These (confidence sequences)
 are wider, by a factor of about 1.5 to 2, and hold at all times together.
-
-May import: ssv.ab.statistics.
 """
 
 from __future__ import annotations

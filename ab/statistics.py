@@ -4,8 +4,6 @@ Arm `a` is what is in use and arm `b` the candidate; differences are b - a, or r
 that ran together) are alike, so that clusters are what is independent: they are what is resampled, with all their requests in both arms.
 
 Shapes: C clusters, D draws of the bootstrap, N requests.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

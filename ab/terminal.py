@@ -1,7 +1,4 @@
-"""A run's document as tables in the terminal.
-
-May import: nothing else of ssv.
-"""
+"""A run's document as tables in the terminal."""
 
 from __future__ import annotations
 

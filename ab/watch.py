@@ -1,7 +1,4 @@
-"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that breaks a guard-rail.
-
-May import: ssv.ab.journal, .limits, .live, .routing, .statistics, .terminal.
-"""
+"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that breaks a guard-rail."""
 
 from __future__ import annotations
 

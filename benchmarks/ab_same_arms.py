@@ -18,7 +18,7 @@ from scipy.stats import binom  # type: ignore[import-untyped]
 from server_under_test import ServerUnderTest
 
 from ssv.ab.cli import main as ssv_ab
-from ssv.builder.environment import versions, write_record
+from ssv.support.environment import versions, write_record
 
 ROOT = Path(__file__).parents[1]
 ALPHA = 0.05

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from ssv.builder.config import load_recipe
-from ssv.builder.environment import versions, write_record
-from ssv.builder.prompts import read_prompts
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ssv.builder.environment import versions, write_record
 from ssv.client.triton import Client, Settings
 from ssv.runtime.threads import chosen_by_operator
+from ssv.support.environment import versions, write_record
 
 PROMPT = "Explain how rainbows form."
 

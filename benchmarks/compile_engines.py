@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.checkpoint import DecoderSpec
-from ssv.builder.environment import versions, write_record
-from ssv.builder.manifest import read_manifest
+from ssv.bundle.manifest import read_manifest
+from ssv.model.checkpoint import DecoderSpec
+from ssv.support.environment import versions, write_record
 
 _SSV_BUILD = [sys.executable, "-m", "ssv.builder.cli"]
 

@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ssv.builder.checkpoint import load_checkpoint
 from ssv.builder.config import DistillConfig, ScorerConfig
-from ssv.builder.corpus import Conversations
-from ssv.builder.decoder import Decoder
-from ssv.builder.distill import measure_agreement
-from ssv.builder.draft import load_draft
-from ssv.builder.environment import versions, write_record
-from ssv.builder.prompts import read_prompts
-from ssv.builder.scorer import load_scorer
-from ssv.builder.scorer_fit import auc, collect_samples, reliability
+from ssv.builder.training.corpus import Conversations
+from ssv.builder.training.distill import measure_agreement
+from ssv.builder.training.scorer_fit import auc, collect_samples, reliability
+from ssv.model.checkpoint import load_checkpoint
+from ssv.model.decoder import Decoder
+from ssv.model.draft import load_draft
+from ssv.model.scorer import load_scorer
+from ssv.runtime.counters import Counters
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.stats import Counters
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 _BATCH = 8

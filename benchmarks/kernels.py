@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssv.builder.environment import versions, write_record
 from ssv.plugins import launch, reference
+from ssv.support.environment import versions, write_record
 
 L2_SHARE = 4
 """The buffers that are rotated through are together so many times as large as the L2 cache."""

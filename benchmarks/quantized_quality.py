@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssv.builder.decoder import Decoder
-from ssv.builder.environment import versions, write_record
-from ssv.builder.prompts import read_prompts
-from ssv.builder.unified import load_any, quantization_of
+from ssv.model.decoder import Decoder
+from ssv.model.unified import load_any, quantization_of
+from ssv.runtime.engines.torch_engine import TorchEngine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.torch_engine import TorchEngine, target_engine
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
 
 _MAX_LENGTH = 2048
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.environment import versions, write_record
-from ssv.builder.prompts import read_prompts
-from ssv.runtime.stats import Counters
+from ssv.runtime.counters import Counters
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 BASELINE, GREEDY = "autoregressive", "greedy"

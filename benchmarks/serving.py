@@ -19,11 +19,11 @@ from typing import Any
 
 from server_under_test import ServerUnderTest, percentile
 
-from ssv.builder.environment import versions, write_record
-from ssv.builder.prompts import read_prompts
 from ssv.client.triton import Settings
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 

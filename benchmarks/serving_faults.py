@@ -19,8 +19,8 @@ from typing import Any
 
 from server_under_test import ServerUnderTest, ask, percentile, pid_exists, reference
 
-from ssv.builder.environment import versions, write_record
 from ssv.client.triton import Client, ServerError, Settings
+from ssv.support.environment import versions, write_record
 
 PROMPT = "Write a long story about a lighthouse."
 

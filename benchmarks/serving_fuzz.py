@@ -25,9 +25,9 @@ import tritonclient.grpc as grpcclient
 from server_under_test import ServerUnderTest, reference
 from tritonclient.utils import InferenceServerException
 
-from ssv.builder.environment import versions, write_record
 from ssv.client.triton import MODEL, ServerError, server_error, split_url
-from ssv.runtime.intake import FLAGS, NUMBERS, STRING_LISTS, STRINGS, WHOLE_NUMBERS, declared_inputs
+from ssv.runtime.serving.intake import FLAGS, NUMBERS, STRING_LISTS, STRINGS, WHOLE_NUMBERS, declared_inputs
+from ssv.support.environment import versions, write_record
 
 DTYPES = {
     "BOOL": np.bool_, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "UINT64": np.uint64, "FP16": np.float16,

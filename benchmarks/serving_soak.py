@@ -17,9 +17,9 @@ from typing import Any
 
 from server_under_test import ServerUnderTest
 
-from ssv.builder.environment import versions, write_record
-from ssv.builder.prompts import read_prompts
 from ssv.client.triton import ServerError, Settings
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("premium", "balanced", "turbo", "autoregressive")

@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 from server_under_test import ServerUnderTest, ask
 
-from ssv.builder.environment import versions, write_record
 from ssv.client.triton import Settings
+from ssv.support.environment import versions, write_record
 
 PROMPT = "Explain how rainbows form."
 

@@ -51,7 +51,7 @@ def main() -> int:
     words = [word for word in sys.argv[1:] if word != "--tell"]
     before, after = (told(interpreter, words) for interpreter in (args.before, args.after))
     figures = compare(before, after)
-    from ssv.builder.environment import versions, write_record
+    from ssv.support.environment import versions, write_record
 
     what = {"precision": args.precision, "commits": {"before": before[0], "after": after[0]}}
     write_record({**what, **figures}, args.out, versions("torch", "transformers"))
@@ -59,10 +59,10 @@ def main() -> int:
 
 
 def tell(args: argparse.Namespace) -> None:
-    from ssv.builder.environment import commit
-    from ssv.builder.prompts import read_prompts
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
+    from ssv.support.environment import commit
+    from ssv.support.prompts import read_prompts
 
     llm = LLM.load(args.bundle, precision=args.precision)
     print(json.dumps(commit()), flush=True)

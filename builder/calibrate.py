@@ -7,8 +7,6 @@ are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 20
 out evenly among the families.
 
 How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
-
-May import: ssv.builder.config, .progress, .tiers.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ssv.builder.config import CalibrationConfig
-from ssv.builder.progress import Report
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
+from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"
 """Of `upper_bound`. Simulated at a limit of 2 %, nominally wrong in 5 % of calibrations: wrong in 5 to 9 % with 224 prompts, in 14 % with 48

@@ -1,7 +1,4 @@
-"""ssv-build: makes bundles and their parts.
-
-A composition root: the only module of the builder that may import the runtime, which calibration decodes with.
-"""
+"""ssv-build: makes bundles and their parts."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from ssv.builder.config import (
     checked,
     load_recipe,
 )
-from ssv.builder.console import (
+from ssv.support.console import (
     add_batch,
     add_device,
     add_precision,
@@ -31,13 +28,13 @@ from ssv.builder.console import (
     require_device,
     run_command,
 )
-from ssv.builder.waiting import waiting
+from ssv.support.waiting import waiting
 
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
     from ssv.builder.config import Recipe
-    from ssv.builder.progress import Report
-    from ssv.builder.tiers import Policy
+    from ssv.bundle.policy import Policy
+    from ssv.support.progress import Report
 
 OPENINGS = Path(__file__).parent / "presets" / "openings.txt"
 
@@ -141,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pair(args: argparse.Namespace) -> int:
     from ssv.builder.pair import build_pair
-    from ssv.builder.progress import terminal_report
+    from ssv.support.progress import terminal_report
 
     require_device(args.device)
 
@@ -158,11 +155,11 @@ def _pair(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from ssv.builder.draft import save_draft
     from ssv.builder.pair import make_draft
     from ssv.builder.preflight import check_distillation
-    from ssv.builder.progress import terminal_report
     from ssv.builder.target import load_target
+    from ssv.model.draft import save_draft
+    from ssv.support.progress import terminal_report
 
     require_device(args.device)
     recipe = _recipe(args)
@@ -185,9 +182,9 @@ def _distill(args: argparse.Namespace) -> int:
 def _scorer(args: argparse.Namespace) -> int:
     from ssv.builder.pair import make_scorer
     from ssv.builder.preflight import check_openings
-    from ssv.builder.progress import terminal_report
-    from ssv.builder.scorer import save_scorer
     from ssv.builder.target import load_target
+    from ssv.model.scorer import save_scorer
+    from ssv.support.progress import terminal_report
 
     require_device(args.device)
     recipe = _recipe(args)
@@ -211,8 +208,8 @@ def _scorer(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     from ssv.builder.pair import calibration_document, made_for
     from ssv.builder.preflight import check_lengths, check_prompts
-    from ssv.builder.progress import terminal_report
     from ssv.builder.target import load_target
+    from ssv.support.progress import terminal_report
 
     require_device(args.device)
     recipe = _recipe(args)
@@ -238,8 +235,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from ssv.builder.progress import terminal_report
-    from ssv.builder.quantize_job import load_source, quantize
+    from ssv.builder.training.quantize_job import load_source, quantize
+    from ssv.support.progress import terminal_report
 
     require_device(args.device)
     config = checked(
@@ -261,8 +258,8 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from ssv.builder.engine import compile_engine
-    from ssv.builder.progress import terminal_report
+    from ssv.builder.tensorrt.engine import compile_engine
+    from ssv.support.progress import terminal_report
 
     config = checked(
         EngineConfig,
@@ -285,8 +282,8 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from ssv.builder.kernels import write_kernels
-    from ssv.builder.progress import terminal_report
+    from ssv.builder.tensorrt.kernels import write_kernels
+    from ssv.support.progress import terminal_report
 
     config = checked(KernelsConfig, compute_capability=args.compute_capability.split(","), dtype=args.dtype)
     with terminal_report() as report:
@@ -317,10 +314,10 @@ def calibrate_bundle(
 ) -> Calibration:
     """Calibrates a bundle by decoding with the torch engine."""
     from ssv.builder.calibrate import PromptResult, calibrate
-    from ssv.builder.prompts import read_prompts
-    from ssv.runtime.audit import audit
+    from ssv.runtime.decode.audit import audit
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
+    from ssv.support.prompts import read_prompts
 
     with waiting(f"loading {bundle}") as say:
         llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, threads=threads, say=say)

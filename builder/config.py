@@ -1,7 +1,4 @@
-"""The recipe of a bundle: every setting of every build step, from one YAML file.
-
-May import: ssv.builder.tensorrt_api.
-"""
+"""The recipe of a bundle: every setting of every build step, from one YAML file."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssv.builder.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
+from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -222,7 +219,7 @@ class QuantizeConfig(_Strict):
         tokens: of that text.
         group_size: input channels that share an INT4 scale; null for the largest of 128, 64 and 32 that fits.
         lm_head: quantize the target's LM head too.
-        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.recover`); 0 for no training.
+        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.training.recover`); 0 for no training.
         openings_file: openings of user turns in text that the target writes itself.
     """
 

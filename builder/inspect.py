@@ -1,7 +1,4 @@
-"""Shows a bundle, for a person and for a program.
-
-May import: ssv.builder.manifest, .waiting.
-"""
+"""Shows a bundle, for a person and for a program."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.builder.manifest import Manifest, read_manifest
-from ssv.builder.waiting import waiting
+from ssv.bundle.manifest import Manifest, read_manifest
+from ssv.support.waiting import waiting
 
 
 def bundle_facts(bundle: Path) -> dict[str, Any]:

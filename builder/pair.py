@@ -2,8 +2,6 @@
 
 The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have not changed is taken over
 (`ssv.builder.parts`).
-
-May import: everything of ssv.builder but the command line. Decoding, for the calibration, is handed in.
 """
 
 from __future__ import annotations
@@ -19,8 +17,6 @@ import torch
 from torch import Tensor
 
 from ssv.builder.calibrate import BOUND_KIND, Calibration
-from ssv.builder.checkpoint import hf_config
-from ssv.builder.compile_job import compile_apart
 from ssv.builder.config import (
     CalibrationConfig,
     DistillConfig,
@@ -30,13 +26,18 @@ from ssv.builder.config import (
     ScorerConfig,
     checked,
 )
-from ssv.builder.corpus import chat_pieces, write_conversations
-from ssv.builder.distill import DistillResult, distill, distillation_source, draft_passes, view_target
-from ssv.builder.draft import Draft, load_draft, save_draft
-from ssv.builder.engine import checkpoint_digest, limits_of, uses_plugins
-from ssv.builder.environment import versions
-from ssv.builder.files import save_whole
-from ssv.builder.manifest import (
+from ssv.builder.parts import Parts
+from ssv.builder.place import bundle_at
+from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
+from ssv.builder.staging import staging
+from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
+from ssv.builder.tensorrt.compile_job import compile_apart
+from ssv.builder.tensorrt.engine import checkpoint_digest, limits_of, uses_plugins
+from ssv.builder.training.corpus import chat_pieces, write_conversations
+from ssv.builder.training.distill import DistillResult, distill, distillation_source, draft_passes, view_target
+from ssv.builder.training.quantize_job import quantize
+from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
+from ssv.bundle.manifest import (
     Manifest,
     TierEntry,
     digest,
@@ -46,19 +47,16 @@ from ssv.builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from ssv.builder.parts import Parts
-from ssv.builder.place import bundle_at
-from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
-from ssv.builder.progress import Report
-from ssv.builder.prompts import read_prompts
-from ssv.builder.quantize_job import quantize
-from ssv.builder.scorer import Scorer, load_scorer, save_scorer
-from ssv.builder.scorer_fit import ScorerReport, collect_samples, fit_scorer
-from ssv.builder.smoothing import activation_ranges
-from ssv.builder.staging import staging
-from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
-from ssv.builder.tensorrt_api import PACKAGES, load_tensorrt
-from ssv.builder.tiers import Policy
+from ssv.bundle.policy import Policy
+from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
+from ssv.model.checkpoint import hf_config
+from ssv.model.draft import Draft, load_draft, save_draft
+from ssv.model.scorer import Scorer, load_scorer, save_scorer
+from ssv.model.smoothing import activation_ranges
+from ssv.support.environment import versions
+from ssv.support.files import save_whole
+from ssv.support.progress import Report
+from ssv.support.prompts import read_prompts
 
 MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
 """Calibrates the bundle in a folder, which has no tiers yet."""

@@ -2,8 +2,6 @@
 
 A part is taken over from the run before, if that was interrupted or failed after finishing it, or from the bundle that is there. Whether its
 sources are the same is judged by their content (`digest`s of files, settings that change the result), never by a path.
-
-May import: ssv.builder.manifest, .progress, .staging.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ssv.builder.manifest import (
+from ssv.builder.staging import Stage
+from ssv.bundle.manifest import (
     EngineEntry,
     FileEntry,
     Manifest,
@@ -25,8 +24,7 @@ from ssv.builder.manifest import (
     file_entry,
     write_whole,
 )
-from ssv.builder.progress import notice
-from ssv.builder.staging import Stage
+from ssv.support.progress import notice
 
 _PART_FILES = {
     "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),

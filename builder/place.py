@@ -1,7 +1,4 @@
-"""What is at the place where a bundle is to be built: nothing, a bundle that may be replaced, or something to leave alone.
-
-May import: ssv.builder.manifest, .json_text.
-"""
+"""What is at the place where a bundle is to be built: nothing, a bundle that may be replaced, or something to leave alone."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from ssv.builder.json_text import parse_json
-from ssv.builder.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
+from ssv.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
+from ssv.support.json_text import parse_json
 
 # What `ssv-build compile` leaves in a bundle if it is killed: a plan in the making, or one that no manifest names yet.
 _LEFT_BY_COMPILE = re.compile(r"(target|draft)/(\.(target|draft)-.*\.part|(target|draft)-.*-[0-9a-f]{12}\.engine)")

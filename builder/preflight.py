@@ -1,7 +1,4 @@
-"""What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can.
-
-May import: ssv.builder.calibrate, .config, .corpus, .draft, .engine, .manifest, .prompts, .quantize, .scorer, .target, .tiers, .json_text.
-"""
+"""What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can."""
 
 from __future__ import annotations
 
@@ -11,16 +8,16 @@ from typing import Any
 
 from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
 from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
-from ssv.builder.corpus import chat_pieces
-from ssv.builder.draft import Draft, draft_spec, load_draft
-from ssv.builder.engine import check_length, tensorrt_for
-from ssv.builder.json_text import parse_json
-from ssv.builder.manifest import BundleError, TierEntry, file_entry
-from ssv.builder.prompts import read_prompts
-from ssv.builder.quantize import QuantizeError
-from ssv.builder.scorer import load_scorer
 from ssv.builder.target import Target, openings_of
-from ssv.builder.tiers import Policy
+from ssv.builder.tensorrt.engine import check_length, tensorrt_for
+from ssv.builder.training.corpus import chat_pieces
+from ssv.builder.training.quantize import QuantizeError
+from ssv.bundle.manifest import BundleError, TierEntry, file_entry
+from ssv.bundle.policy import Policy
+from ssv.model.draft import Draft, draft_spec, load_draft
+from ssv.model.scorer import load_scorer
+from ssv.support.json_text import parse_json
+from ssv.support.prompts import read_prompts
 
 _RESERVED = 64
 """Tokens of a row that the runtime keeps for drafting."""

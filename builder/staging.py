@@ -6,8 +6,6 @@ been finished; the next one takes those over and removes the rest.
 
 The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two, and
 between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
-
-May import: ssv.builder.manifest, .place, .progress.
 """
 
 from __future__ import annotations
@@ -22,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssv.builder.manifest import BundleError, lock_file, retired_place
 from ssv.builder.place import bundle_at
-from ssv.builder.progress import notice
+from ssv.bundle.manifest import BundleError, lock_file, retired_place
+from ssv.support.progress import notice
 
 RECORD_NAME = "parts.json"
 _BUNDLE, _LOCK, _QUANTIZED = "bundle", "lock", "quantized-"

@@ -1,7 +1,4 @@
-"""A target that has been read: network, weights, tokenizer.
-
-May import: ssv.builder.checkpoint, .control_tokens, .decoder, .manifest, .prompts, .tokenizer.
-"""
+"""A target that has been read: network, weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
-from ssv.builder.control_tokens import ConversationEncoder
-from ssv.builder.decoder import Decoder
-from ssv.builder.manifest import digest, file_entry
-from ssv.builder.prompts import read_text
 from ssv.builder.tokenizer import check_vocabulary, conversation_encoder, end_tokens, load_tokenizer, text_digest
+from ssv.bundle.manifest import digest, file_entry
+from ssv.model.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
+from ssv.model.control_tokens import ConversationEncoder
+from ssv.model.decoder import Decoder
+from ssv.support.prompts import read_text
 
 WINDOW = 512
 """Tokens that are run at a time when a model is calibrated."""

@@ -1,7 +1,4 @@
-"""A checkpoint's tokenizer: read, checked against the model's embedding, and the tokens that end an answer.
-
-May import: ssv.builder.chat_template, .checkpoint, .control_tokens, .json_text.
-"""
+"""A checkpoint's tokenizer: read, checked against the model's embedding, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.chat_template import ChatTemplate
-from ssv.builder.checkpoint import CheckpointError
-from ssv.builder.control_tokens import ConversationEncoder, is_word
-from ssv.builder.json_text import parse_json
+from ssv.model.chat_template import ChatTemplate
+from ssv.model.checkpoint import CheckpointError
+from ssv.model.control_tokens import ConversationEncoder, is_word
+from ssv.support.json_text import parse_json
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 

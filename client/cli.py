@@ -1,7 +1,4 @@
-"""ssv-generate: streams an answer to a prompt, from a bundle here or from a server.
-
-May import: ssv.builder.console, .waiting; ssv.runtime.llm, .request, .strategies; ssv.client.triton.
-"""
+"""ssv-generate: streams an answer to a prompt, from a bundle here or from a server."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssv.builder.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
-from ssv.builder.waiting import waiting
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.strategies import METHODS
+from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
+from ssv.support.waiting import waiting
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,4 @@
-"""A client of the server's `ensemble` over gRPC.
-
-May import: nothing else of ssv.
-"""
+"""A client of the server's `ensemble` over gRPC."""
 
 from __future__ import annotations
 
@@ -239,7 +236,7 @@ class Client:
 
 
 def server_error(error: InferenceServerException, url: str) -> ServerError:
-    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.pieces`)."""
+    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.serving.pieces`)."""
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
         text = f"no server answers at {url}: start one with `ssv-serve`"

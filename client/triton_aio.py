@@ -1,7 +1,4 @@
-"""A client of the server's `ensemble` for many streams at a time: one connection, in an event loop.
-
-May import: ssv.client.triton.
-"""
+"""A client of the server's `ensemble` for many streams at a time: one connection, in an event loop."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ A kernel of TensorRT's "quickly deployable plugins" is launched with pointers to
 nothing else: no scratch memory, no floats. So these are the kernels with SPLITS = 1, specialised to a model's sizes.
 
 Shapes: see `contract.py`.
-
-May import: ssv.plugins.contract, .kernels, .launch.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H hidden, V vocab,
 F features of the scorer.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ it. The base is a rounded number, but one and the same in all sums that are adde
 Rows are contiguous. Offsets of rows are int64: 16,384 rows of 262,144 exceed int32.
 
 Shapes: see `contract.py`; U blocks of a tile, L lanes, C logits of a piece, S programs that share a row.
-
-May import: ssv.plugins.reference.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Block sizes and shares are what was fastest on an H200, those of `choose` on an H100 (`benchmarks/kernels.py`).
 
 Shapes: see `contract.py`.
-
-May import: ssv.plugins.contract, .kernels.
 """
 
 from __future__ import annotations

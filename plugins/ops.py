@@ -1,9 +1,7 @@
 """The ops wherever their tensors are: by Triton kernels on CUDA, by the definition elsewhere. The one place that chooses.
 
-    from ssv.plugins import ops
-    chosen = ops.on(logits.device).choose(logits, seeds, positions)
-
-May import: ssv.plugins.contract, .launch, .reference.
+from ssv.plugins import ops
+chosen = ops.on(logits.device).choose(logits, seeds, positions)
 """
 
 from __future__ import annotations

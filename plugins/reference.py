@@ -1,8 +1,6 @@
 """The ops in plain PyTorch: the definition that every kernel and every lowering is compared with, and what runs on the CPU.
 
 Shapes: see `contract.py`.
-
-May import: ssv.plugins.contract.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
     """Top-1 token, how sure it is, and the scorer's r = sigmoid(weight . features + bias).
 
     The features are the hidden state over its root mean square (if F = H + 3), log(1 - p1), entropy, and margin of the two largest logits
-    (`ssv.builder.scorer`).
+    (`ssv.model.scorer`).
 
     A row with NaN, or whose largest logit is infinite or beyond 2e38 either way, has no distribution: all but its token is NaN, and its token is any.
 

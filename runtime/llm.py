@@ -1,9 +1,4 @@
-"""A bundle that answers: requests in, text out.
-
-May import: ssv.builder.checkpoint, .decoder, .draft, .manifest, .scorer, .tiers, .waiting; ssv.runtime.decoding, .engine, .loop, .memory, .prompt_cache,
-.request, .strategies, .tensorrt_engine, .tokenizer,
-.torch_engine.
-"""
+"""A bundle that answers: requests in, text out."""
 
 from __future__ import annotations
 
@@ -11,23 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ssv.builder.checkpoint import load_checkpoint, read_safetensors
-from ssv.builder.decoder import Decoder
-from ssv.builder.draft import load_draft, load_draft_head
-from ssv.builder.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.builder.scorer import load_scorer
-from ssv.builder.tiers import Policy
-from ssv.builder.waiting import Say, say_nothing
-from ssv.runtime.decoding import PREFILL_CHUNK, DecodeBatch, PromptBlock
-from ssv.runtime.engine import Engine, EngineError
-from ssv.runtime.loop import DecodeLoop
+from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
+from ssv.bundle.policy import Policy
+from ssv.model.checkpoint import load_checkpoint, read_safetensors
+from ssv.model.decoder import Decoder
+from ssv.model.draft import load_draft, load_draft_head
+from ssv.model.scorer import load_scorer
+from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, PromptBlock
+from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.engines.contract import Engine, EngineError
+from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
+from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.runtime.memory import give_back
-from ssv.runtime.prompt_cache import PromptCache
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
-from ssv.runtime.strategies import policy_for
-from ssv.runtime.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.runtime.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
+from ssv.support.waiting import Say, say_nothing
 
 GPU_PREFILL_CHUNK = 512
 

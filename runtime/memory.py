@@ -3,8 +3,6 @@
 A server's processes want opposite things. `tritonserver` holds messages of any size for a moment: what it frees shall go back to the system,
 or one large message after the other stays in one of malloc's arenas. The engines free and take the same large tensors at every step: they
 shall be had again without a page fault for each page.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
-"""What a caller asks for and what it gets back.
-
-May import: ssv.runtime.stats.
-"""
+"""What a caller asks for and what it gets back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ssv.runtime.stats import Counters
+from ssv.runtime.counters import Counters
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
@@ -86,7 +83,7 @@ class Request:
 
     Attributes:
         prompt_ids: token ids, at least one.
-        method: one of `ssv.runtime.strategies.METHODS`.
+        method: one of `ssv.runtime.methods.METHODS`.
         num_draft_tokens: of `speculative`.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
         arrived: time.monotonic() from which its times are counted; None for that of its submission.

@@ -1,7 +1,4 @@
-"""From tokens to text as they come: whole characters only, and nothing that may turn out to be a stop string.
-
-May import: nothing else of ssv.
-"""
+"""From tokens to text as they come: whole characters only, and nothing that may turn out to be a stop string."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of them wait: beside one
 busy process two threads on two cores decode at a quarter to two fifths of the speed of one. No way of waiting cures that, neither spinning nor sleeping
 (`benchmarks/busy_neighbours.py`), so the number of threads follows what the machine gives.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

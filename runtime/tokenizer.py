@@ -1,7 +1,4 @@
-"""A bundle's tokenizer: text to token ids, with or without the chat template, and back. Imports no torch.
-
-May import: ssv.builder.control_tokens; ssv.runtime.request, .text, .tokenizer_files.
-"""
+"""A bundle's tokenizer: text to token ids, with or without the chat template, and back. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssv.builder.control_tokens import ConversationEncoder, ConversationError, check_role
+from ssv.model.control_tokens import ConversationEncoder, ConversationError, check_role
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.text import TextStream
 
@@ -78,7 +75,7 @@ class BundleTokenizer:
         """Token ids of a conversation in the model's chat template, up to where the assistant answers.
 
         The control tokens are the template's alone: written in a message, in whatever way, they are text; which tokens those are, says
-        `ssv.builder.control_tokens`.
+        `ssv.model.control_tokens`.
 
         Args:
             messages: each with "role" and "content".

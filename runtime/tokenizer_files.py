@@ -2,8 +2,6 @@
 
 tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
 use.
-
-May import: ssv.builder.chat_template, .json_text.
 """
 
 from __future__ import annotations
@@ -17,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from ssv.builder.json_text import parse_json
+from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
-    from ssv.builder.chat_template import ChatTemplate
+    from ssv.model.chat_template import ChatTemplate
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -89,7 +87,7 @@ class FileTokenizer:
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
     ) -> str:
-        """Text of a conversation, which knows what of it the messages say if their texts do (`ssv.builder.chat_template.Said`).
+        """Text of a conversation, which knows what of it the messages say if their texts do (`ssv.model.chat_template.Said`).
 
         Raises:
             ValueError: there is no template.
@@ -114,7 +112,7 @@ class FileTokenizer:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        from ssv.builder.chat_template import ChatTemplate  # jinja2
+        from ssv.model.chat_template import ChatTemplate  # jinja2
 
         if self.chat_template is None:
             raise ValueError("the model has no chat template")

@@ -3,8 +3,6 @@
 Arguments can be read by everybody on the machine. What is shown of them is memory of the process, which is overwritten
 once they have been read: of ssv-serve itself, which sees a key among them when it has begun. (What tritonserver is
 given is never shown: `unseen.py`.)
-
-May import: ssv.runtime.server_log.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ssv.runtime.server_log import log_event
+from ssv.runtime.serving.log import log_event
 
 log = logging.getLogger("ssv.serve")
 

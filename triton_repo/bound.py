@@ -1,8 +1,6 @@
 """Becomes a program that ends when the process that started it does: `python bound.py PID HOW PROGRAM ARGUMENT...`.
 
 Run as a file, with nothing but the standard library: it stands between ssv-serve and each of its children.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

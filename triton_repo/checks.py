@@ -1,7 +1,4 @@
-"""What can be known to fail before anything is started, so that it is said at once and by its name.
-
-May import: ssv.builder.manifest; ssv.runtime.server_config, .tls.
-"""
+"""What can be known to fail before anything is started, so that it is said at once and by its name."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from ssv.builder.manifest import Manifest
-from ssv.runtime.server_config import ServerConfig
-from ssv.runtime.tls import certificate_name
+from ssv.bundle.manifest import Manifest
+from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.tls import certificate_name
 
 TORCH_PRECISIONS = ("fp32", "bf16", "int8", "int4")
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625, "fp16": 2.0, "fp8": 1.0}

@@ -4,8 +4,6 @@ They are there from the first moment to the last, whatever becomes of tritonserv
 drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with Retry-After (Triton 2.51 answers
 `generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and an error whoever asks it for a
 stream, when all has been decoded), and metrics are the server's own before Triton's.
-
-May import: ssv.runtime.server_log, .server_metrics.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from ssv.runtime.server_log import log_event
-from ssv.runtime.server_metrics import DRAINING, Metrics, Reader
+from ssv.runtime.serving.log import log_event
+from ssv.runtime.serving.metrics import DRAINING, Metrics, Reader
 
 log = logging.getLogger("ssv.serve")
 
@@ -36,7 +34,7 @@ STARTING = "the server is starting: try again later"
 _INFERENCE = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/(generate|generate_stream|infer)$")
 _MODEL_READY = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/ready$")
 
-# Of messages of ours (`ssv.runtime.pieces.error_text`) and of Triton.
+# Of messages of ours (`ssv.runtime.serving.pieces.error_text`) and of Triton.
 _STATUS = re.compile(r"\b(UNAVAILABLE|INVALID_ARGUMENT|INTERNAL|DEADLINE_EXCEEDED): ")
 _CODES = {"UNAVAILABLE": 503, "INVALID_ARGUMENT": 400, "INTERNAL": 500, "DEADLINE_EXCEEDED": 504}
 _FULL = "Exceeds maximum queue size"

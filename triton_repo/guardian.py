@@ -7,8 +7,6 @@ its end with ssv-serve, however that ends. Then whoever has the mark is killed, 
 they leave are removed.
 
 Run as a file, with nothing but the standard library: `python guardian.py FOLDER PREFIX`.
-
-May import: nothing else of ssv.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where tritonserver is, and what it needs to run Python models: the one of nvidia-pytriton, or another.
-
-May import: nothing else of ssv.
-"""
+"""Where tritonserver is, and what it needs to run Python models: the one of nvidia-pytriton, or another."""
 
 from __future__ import annotations
 

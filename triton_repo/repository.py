@@ -1,7 +1,4 @@
-"""The model repository of a bundle: the folders beside this file, with a server's settings put into their config files.
-
-May import: ssv.builder.manifest; ssv.runtime.server_config.
-"""
+"""The model repository of a bundle: the folders beside this file, with a server's settings put into their config files."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ssv.builder.manifest import Manifest
-from ssv.runtime.server_config import ServerConfig
+from ssv.bundle.manifest import Manifest
+from ssv.runtime.serving.config import ServerConfig
 
 MODELS = ("preprocessing", "ssv", "postprocessing", "ensemble")
 ROUTER = "ab_router"

@@ -3,8 +3,6 @@
 Its options, and what they come to: checks (`checks.py`), a model repository made for the bundle (`repository.py`), and the processes
 (`supervisor.py`). SIGTERM and SIGINT drain: no more requests are taken, those that run are finished. Exit status 2 is for what cannot be
 started, 70 for what has died too often.
-
-The composition root of the server: it may import everything of ssv.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ssv.ab.routing import read_routing
-from ssv.builder.console import add_device, add_engine, add_precision, add_version, run_command
-from ssv.builder.manifest import read_manifest, unused_files, verify_files
-from ssv.builder.tiers import Policy
-from ssv.builder.waiting import waiting
-from ssv.runtime.server_config import ServerConfig
-from ssv.runtime.server_log import log_to_stderr
-from ssv.runtime.strategies import policy_for
+from ssv.bundle.manifest import read_manifest, unused_files, verify_files
+from ssv.bundle.policy import Policy
+from ssv.runtime.methods import policy_for
+from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.log import log_to_stderr
+from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
+from ssv.support.waiting import waiting
 from ssv.triton_repo.admin_key import admin_key, hide_or_say
 from ssv.triton_repo.checks import ServeError, check_machine, check_options, check_tls, listen
 from ssv.triton_repo.installation import bundled, given

@@ -2,9 +2,6 @@
 
 Should one of tritonserver's Python models die, it goes on saying that it is ready, and requests hang or fail: the whole server is stopped
 then, which ends its clients' streams with an error, and started again, a few times. The OpenAI API is started again by itself.
-
-May import: ssv.builder.waiting; ssv.runtime.control, .memory, .server_log, .server_metrics, .strategies;
-    ssv.triton_repo.bound, .front, .guardian, .installation, .tritonserver.
 """
 
 from __future__ import annotations
@@ -24,12 +21,12 @@ from pathlib import Path
 
 import psutil
 
-from ssv.builder.waiting import waiting
-from ssv.runtime.control import ControlSender
 from ssv.runtime.memory import GIVE_BACK
-from ssv.runtime.server_log import log_event
-from ssv.runtime.server_metrics import BOARDS_VARIABLE, Metrics, Reader
-from ssv.runtime.strategies import METHODS
+from ssv.runtime.methods import METHODS
+from ssv.runtime.serving.control import ControlSender
+from ssv.runtime.serving.log import log_event
+from ssv.runtime.serving.metrics import BOARDS_VARIABLE, Metrics, Reader
+from ssv.support.waiting import waiting
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front
 from ssv.triton_repo.guardian import VARIABLE, Guardian
@@ -205,7 +202,7 @@ class Supervisor:
         args = self._args
         secure = ["--tls-cert", str(args.tls_cert), "--tls-key", str(args.tls_key)] if args.tls_cert else []
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
-        command = [sys.executable, "-m", "ssv.client.openai_api", "--url", url, "--host", args.host]
+        command = [sys.executable, "-m", "ssv.triton_repo.openai.app", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
         environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}
         self._openai = subprocess.Popen(bound(command), env=environment, start_new_session=True)  # noqa: S603

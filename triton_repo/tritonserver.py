@@ -1,7 +1,4 @@
-"""tritonserver: its command line, its process, and the word that it is not ready any more.
-
-May import: ssv.runtime.server_log; ssv.triton_repo.admin_key, .guardian, .installation, .repository, .unseen.
-"""
+"""tritonserver: its command line, its process, and the word that it is not ready any more."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from ssv.runtime.server_log import log_event
+from ssv.runtime.serving.log import log_event
 from ssv.triton_repo.admin_key import VARIABLE
 from ssv.triton_repo.guardian import VARIABLE as MARK_VARIABLE
 from ssv.triton_repo.guardian import end, remove_shared_memory

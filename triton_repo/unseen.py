@@ -4,8 +4,6 @@ What `ps` shows of a process is the part of its memory where its arguments lie w
 given pointers to them. So it is started with stars in their place, and with the arguments in its environment, which
 other users cannot read; it is held before its first instruction, and the pointers are turned to those. The environment
 that it hands on has them no more. (A program that starts another with its own arguments, as a script does, shows them.)
-
-May import: ssv.triton_repo.bound.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tiny_bundle import build, write_recipe
 
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Chunk, Request, SamplingParams
-from ssv.runtime.service import Service
+from ssv.runtime.serving.service import Service
 
 ROWS = 4
 SECONDS = 120.0

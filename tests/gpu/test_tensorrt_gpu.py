@@ -17,12 +17,12 @@ from tiny import relative_error
 from tiny_bundle import build, write_recipe
 
 from ssv.builder.config import EngineConfig, checked
-from ssv.builder.engine import compile_engine
-from ssv.builder.manifest import read_manifest
-from ssv.builder.progress import silent
+from ssv.builder.tensorrt.engine import compile_engine
+from ssv.bundle.manifest import read_manifest
+from ssv.runtime.engines.tensorrt_engine import PlanRunner, load_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
-from ssv.runtime.tensorrt_engine import PlanRunner, load_engine
+from ssv.support.progress import silent
 
 FLAVOR = os.environ.get("SSV_FLAVOR", "tensorrt_rtx")
 

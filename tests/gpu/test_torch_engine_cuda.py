@@ -11,16 +11,16 @@ from drive import drive, flat, names, start
 from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_spec, tiny_weights
 
-from ssv.builder.corpus import ChatPieces, write_conversations
-from ssv.builder.decoder import Decoder
-from ssv.builder.progress import silent
-from ssv.builder.recover import Recovery, _loss, recover
-from ssv.builder.scorer import Scorer
-from ssv.builder.tiers import Policy
-from ssv.runtime.decoding import DecodeBatch, Row
+from ssv.builder.training.corpus import ChatPieces, write_conversations
+from ssv.builder.training.recover import Recovery, _loss, recover
+from ssv.bundle.policy import Policy
+from ssv.model.decoder import Decoder
+from ssv.model.scorer import Scorer
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
 from ssv.runtime.request import SamplingParams
-from ssv.runtime.stats import Counters
-from ssv.runtime.torch_engine import TorchEngine, draft_engine, target_engine
+from ssv.support.progress import silent
 
 SIZES = {"max_batch": 3, "max_length": 64}
 

@@ -11,8 +11,8 @@ from triton_asks import Stream, is_final, tensor, value
 
 from ssv.client.triton import Client, Reply, Settings
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Output, Request, SamplingParams
-from ssv.runtime.strategies import METHODS
 
 LOSSLESS = ("autoregressive", "speculative", "premium")
 QUESTION = "Explain how rainbows form."

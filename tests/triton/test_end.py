@@ -26,7 +26,7 @@ import tritonclient.grpc as grpcclient
 from triton_asks import free_ports, read_metrics, wait_until
 
 from ssv.client.triton import Client, ServerError, Settings
-from ssv.runtime.server_metrics import ANSWERED, REQUESTS
+from ssv.runtime.serving.metrics import ANSWERED, REQUESTS
 from ssv.triton_repo.supervisor import EXIT_DIED
 
 PROMPT = "Once upon a time"
@@ -149,7 +149,7 @@ def processes(server: Server) -> dict[str, psutil.Process]:
             command = " ".join(process.cmdline())
         except psutil.NoSuchProcess:  # ended meanwhile
             continue
-        if "ssv.client.openai_api" in command:
+        if "ssv.triton_repo.openai.app" in command:
             found["openai"] = process
         elif "guardian.py" in command:
             found["guardian"] = process

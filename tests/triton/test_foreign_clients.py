@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from ssv.builder.manifest import read_manifest
+from ssv.bundle.manifest import read_manifest
 
 SECONDS = 240.0
 NUM_REQUESTS = 8

@@ -16,7 +16,7 @@ import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from triton_asks import SECONDS, wait_until
 
-from ssv.builder.manifest import read_manifest
+from ssv.bundle.manifest import read_manifest
 
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 

@@ -19,7 +19,7 @@ from triton_asks import SECONDS, Stream, metric, read_metrics, tensor, value, wa
 from tritonclient.utils import InferenceServerException
 
 from ssv.client.triton import Client, ServerError, Settings
-from ssv.runtime.server_metrics import COUNTERS, GAUGES, REQUESTS
+from ssv.runtime.serving.metrics import COUNTERS, GAUGES, REQUESTS
 
 BUSY = ("ssv_requests_decoding", "ssv_requests_joining", "ssv_requests_waiting")
 ENDLESS = {"max_tokens": 1000, "ignore_eos": True}

@@ -1,95 +1,250 @@
-"""The direction of imports, and that nothing is unpickled or evaluated."""
+"""The rooms of the repository: who imports whom. The table is the architecture, and it is exact in both directions."""
+
+from __future__ import annotations
 
 import ast
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("builder", "plugins", "runtime", "triton_repo", "client", "ab")
-MODULES = sorted(
-    p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if p.name not in ("__init__.py", "model.py")
-)
-SHIMS = sorted((ROOT / "triton_repo").glob("*/1/model.py"))
-COMPOSITION_ROOTS = {"builder/cli.py", "triton_repo/serve.py"}
+
+# A room, a folder or one file of it, and the rooms that it imports. Each stands below all that it imports.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "support": (),
+    "plugins": (),
+    "model": ("support", "plugins"),
+    "bundle": ("support",),
+    "runtime": ("support", "model", "bundle"),
+    "runtime/engines": ("plugins", "model", "bundle", "runtime"),
+    "runtime/decode": ("plugins", "bundle", "runtime", "runtime/engines"),
+    "runtime/llm.py": ("support", "model", "bundle", "runtime", "runtime/engines", "runtime/decode"),
+    "runtime/serving": ("support", "bundle", "runtime", "runtime/decode", "runtime/llm.py"),
+    "builder/config.py": ("bundle",),
+    "builder/tokenizer.py": ("support", "model"),
+    "builder/target.py": ("support", "model", "bundle", "builder/tokenizer.py"),
+    "builder/training": (
+        "support",
+        "plugins",
+        "model",
+        "bundle",
+        "builder/config.py",
+        "builder/tokenizer.py",
+        "builder/target.py",
+    ),
+    "builder/tensorrt": ("support", "plugins", "model", "bundle", "builder/config.py"),
+    "builder": (
+        "support",
+        "model",
+        "bundle",
+        "runtime",
+        "runtime/decode",
+        "runtime/llm.py",
+        "builder/config.py",
+        "builder/target.py",
+        "builder/training",
+        "builder/tensorrt",
+    ),
+    "client": ("support", "runtime", "runtime/llm.py"),
+    "ab": ("support", "runtime", "runtime/decode", "runtime/llm.py", "client"),
+    "triton_repo/openai": ("support", "bundle", "runtime/serving", "client"),
+    "triton_repo": ("support", "bundle", "runtime", "runtime/decode", "runtime/llm.py", "runtime/serving", "ab"),
+}
+
+FOLDERS = tuple(dict.fromkeys(room.split("/")[0] for room in ROOMS))
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+BY_NAME = ("importlib.import_module", "import_module", "__import__")
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Files by the dotted name under which they are imported, without "ssv."; a package has its folder's name."""
+    found = {}
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+def room_of(path: Path, root: Path) -> str:
+    """The room that a file is in: its own if it has one, else that of the nearest folder.
+
+    Raises:
+        LookupError: it is in no room.
+    """
+    name = path.relative_to(root).as_posix()
+    for room in (name, *(folder.as_posix() for folder in Path(name).parents)):
+        if room in ROOMS:
+            return room
+    raise LookupError(f"{name} is in no room: add its folder to the table")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_nothing_is_imported_from_the_right(path: Path) -> None:
-    banned = {
-        "plugins": ("ssv.",),
-        "builder": ("ssv.runtime", "ssv.triton_repo", "ssv.client", "ssv.ab"),
-        "runtime": ("ssv.triton_repo", "ssv.client", "ssv.ab"),
-        "triton_repo": ("ssv.client", "ssv.ab"),
-        "client": ("ssv.triton_repo", "ssv.ab"),
-        "ab": ("ssv.runtime", "ssv.triton_repo"),
-    }
-    if name_of(path) in COMPOSITION_ROOTS:
-        return
-    folder = path.relative_to(ROOT).parts[0]
-    wrong = [m for m in imports_of(path) if m.startswith(banned[folder]) and not m.startswith(f"ssv.{folder}")]
-    assert not wrong
+def imported_names(path: Path, name: str) -> Iterator[str]:
+    """Every name that a file imports from ssv, wherever in it: "builder.config" as well as "builder.config.Recipe"."""
+    is_package = path.name == "__init__.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # relative: from . is the file's package
+                package = name.split(".") if is_package else name.split(".")[:-1]
+                base = ".".join(["ssv", *package[: len(package) + 1 - node.level], *([base] if base else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        else:
+            continue
+        yield from (each.removeprefix("ssv.") for each in names if each.startswith("ssv."))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_says_what_it_may_import_and_keeps_to_it(path: Path) -> None:
-    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-    if name_of(path) in COMPOSITION_ROOTS:
-        assert "composition root" in doc.lower()
-        return
-    stated = re.search(r"May import: (.*)", doc, re.DOTALL)
-    assert stated, "the module's docstring lacks its `May import:`"
-    text = re.sub(r"\s+", " ", stated.group(1))
-    if "everything" in text:
-        return
-    used = {
-        m for m in imports_of(path) if re.fullmatch(r"ssv\.(builder|runtime|plugins|triton_repo|client|ab)\.\w+", m)
-    }
-    used = {m for m in used if (ROOT / Path(*m.split(".")[1:])).with_suffix(".py").exists()}
-    # `ssv.builder.a, .b; ssv.runtime.c` lists modules of one package after its first.
-    allowed = set()
-    for part in text.split(";"):
-        package = re.search(r"ssv\.(\w+)", part)
-        if package:
-            allowed |= {f"ssv.{package.group(1)}.{name}" for name in re.findall(r"\.(\w+)", part)}
-    assert used <= allowed, f"imports {sorted(used - allowed)}, allows {sorted(allowed)}"
+def imports(root: Path) -> dict[str, set[str]]:
+    """The modules that each module imports; of `from ssv.runtime import llm` it is runtime.llm, not the package.
+
+    Raises:
+        LookupError: something is imported from ssv that is not there.
+    """
+    modules = modules_of(root)
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        own = found.setdefault(name, set())
+        for each in imported_names(path, name):
+            parts = each.split(".")
+            # The longest part of a name that is a module; what follows it is something in it.
+            target = next((t for n in range(len(parts), 0, -1) if (t := ".".join(parts[:n])) in modules), None)
+            if target is None:
+                raise LookupError(f"{path.relative_to(root)} imports ssv.{each}, which is not there")
+            own.add(target)
+        # `from package import module` names the package too: what was meant is the module.
+        own -= {t for t in own if modules[t].name == "__init__.py" and any(o.startswith(f"{t}.") for o in own)}
+        own.discard(name)
+    return found
+
+
+def edges(root: Path) -> dict[tuple[str, str], list[str]]:
+    """Imports between rooms, and the modules that make them."""
+    modules, found = modules_of(root), {}
+    for name, targets in imports(root).items():
+        for target in targets:
+            edge = room_of(modules[name], root), room_of(modules[target], root)
+            if edge[0] != edge[1]:
+                found.setdefault(edge, []).append(f"{name} imports {target}")
+    return found
+
+
+def wrong(root: Path) -> list[str]:
+    """Imports that the table does not allow."""
+    return sorted(each for (room, of), names in edges(root).items() if of not in ROOMS[room] for each in names)
+
+
+def test_rooms_import_what_stands_in_the_table() -> None:
+    assert not wrong(ROOT)
+
+
+def test_nothing_that_is_allowed_is_unused() -> None:
+    used = edges(ROOT)
+    assert not [(room, of) for room, allowed in ROOMS.items() for of in allowed if (room, of) not in used]
+
+
+def test_the_table_goes_one_way() -> None:
+    order = list(ROOMS)
+    assert not [(room, of) for room, allowed in ROOMS.items() for of in allowed if order.index(of) >= order.index(room)]
+
+
+def test_every_room_is_there() -> None:
+    assert not [room for room in ROOMS if not (ROOT / room).exists()]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph, done, path = imports(ROOT), set(), []
+
+    def visit(name: str) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for target in sorted(graph[name]):
+            visit(target)
+        done.add(path.pop())
+
+    for name in sorted(graph):
+        visit(name)
+
+
+PLANTED = {
+    "a from-import": "from ssv.{upper} import anything",
+    "an import": "import ssv.{upper}",
+    "an import under another name": "import ssv.{upper} as x",
+    "a from-import of the module": "from ssv.{package} import {module}",
+    "among others, in brackets": "from ssv.{package} import (\n    {module} as y,\n)",
+    "inside a function": "def f():\n    from ssv.{upper} import anything",
+    "for types alone": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ssv.{upper} import anything",
+    "by name": 'import importlib\nx = importlib.import_module("ssv.{upper}")',
+    "everything": "from ssv.{upper} import *",
+}
+
+
+@pytest.mark.parametrize("line", PLANTED.values(), ids=PLANTED)
+@pytest.mark.parametrize(("room", "upper"), [("plugins", "builder.pair"), ("plugins", "runtime.engines.torch_engine")])
+def test_an_upward_import_is_found(tmp_path: Path, line: str, room: str, upper: str) -> None:
+    package, _, module = upper.rpartition(".")
+    for name in (room, package.replace(".", "/")):
+        for folder in (Path(name), *Path(name).parents):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            if folder != Path():
+                (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / f"{upper.replace('.', '/')}.py").write_text("anything = 1\n")
+    (tmp_path / room / "planted.py").write_text(line.format(upper=upper, package=package, module=module) + "\n")
+    assert wrong(tmp_path) == [f"{room}.planted imports {upper}"]
 
 
 @pytest.mark.parametrize(
-    "name", ["scheduler", "prompt_cache", "intake", "pieces", "server_metrics", "tokenizer", "text"]
+    ("folder", "line"), [("plugins", "from ..builder import pair"), ("plugins/sub", "from ...builder.pair import x")]
 )
-def test_what_is_no_arithmetic_imports_no_torch(name: str) -> None:
-    assert not any(m.split(".")[0] == "torch" for m in imports_of(ROOT / "runtime" / f"{name}.py"))
+@pytest.mark.parametrize("file", ["planted.py", "__init__.py"])
+def test_relative_imports_are_found(tmp_path: Path, folder: str, line: str, file: str) -> None:
+    for each in ("builder", folder):
+        (tmp_path / each).mkdir(parents=True)
+    for name in ("builder/__init__.py", "builder/pair.py"):
+        (tmp_path / name).touch()
+    (tmp_path / folder / file).write_text(line + "\n")
+    planted = folder.replace("/", ".") + (".planted" if file == "planted.py" else "")
+    assert wrong(tmp_path) == [f"{planted} imports builder.pair"]
 
 
-@pytest.mark.parametrize("path", SHIMS, ids=name_of)
-def test_models_of_the_server_import_the_runtime_alone(path: Path) -> None:
-    # The router is a client of its arms that lives in the server.
-    banned = ("ssv.triton_repo", "ssv.client", "ssv.plugins") + (() if "ab_router" in path.parts else ("ssv.ab",))
-    wrong = [m for m in imports_of(path) if m.startswith(banned)]
-    assert SHIMS and not wrong
+def test_a_package_that_is_imported_is_found(tmp_path: Path) -> None:
+    for name in ("plugins", "builder"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "builder/__init__.py").write_text("x = 1\n")
+    (tmp_path / "plugins/planted.py").write_text("import ssv.builder\n")
+    assert wrong(tmp_path) == ["plugins.planted imports builder"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+def test_an_import_of_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/planted.py").write_text("from ssv.builder.consol import error\n")
+    with pytest.raises(LookupError, match=r"plugins/planted.py imports ssv.builder.consol"):
+        wrong(tmp_path)
+
+
+def test_a_file_outside_of_all_rooms_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "runtime/elsewhere").mkdir(parents=True)
+    with pytest.raises(LookupError, match="is in no room"):
+        room_of(tmp_path / "elsewhere/x.py", tmp_path)
+
+
+MODULES = sorted(modules_of(ROOT).items())
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
+def test_nothing_is_unpickled_or_evaluated(name: str, path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
     names = {ast.unparse(call.func) for call in calls}
     assert not names & {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}
-    assert not imports_of(path) & {"pickle", "cloudpickle", "dill", "joblib"}
+    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert not modules & {"pickle", "cloudpickle", "dill", "joblib"}
     assert not any(k.arg == "trust_remote_code" for call in calls for k in call.keywords)

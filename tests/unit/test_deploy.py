@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ssv.client.openai_api import Models, create_app
-from ssv.runtime.server_metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
+from ssv.runtime.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
 from ssv.triton_repo import checks, front, serve
+from ssv.triton_repo.openai.app import Models, create_app
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -14,10 +14,10 @@ import triton_python_backend_utils as pb_utils
 
 from ssv.ab.router import METRICS, Outcome, Router
 from ssv.ab.routing import Routing
-from ssv.runtime.intake import declared_inputs, parameter_tensors
-from ssv.runtime.pieces import error_text
 from ssv.runtime.request import RequestError
-from ssv.runtime.server_log import log_to_stderr
+from ssv.runtime.serving.intake import declared_inputs, parameter_tensors
+from ssv.runtime.serving.log import log_to_stderr
+from ssv.runtime.serving.pieces import error_text
 
 
 class TritonPythonModel:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ssv.builder.manifest import read_manifest
-from ssv.runtime.control import ControlSender
-from ssv.runtime.pieces import Piece, error_text
-from ssv.runtime.server_config import ServerConfig
+from ssv.bundle.manifest import read_manifest
+from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.control import ControlSender
+from ssv.runtime.serving.pieces import Piece, error_text
 from ssv.runtime.text import Detokenizer, StreamError
 from ssv.runtime.tokenizer import BundleTokenizer
 

@@ -1,4 +1,4 @@
-"""Triton's view of `ssv.runtime.intake`."""
+"""Triton's view of `ssv.runtime.serving.intake`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ssv.builder.manifest import read_manifest
-from ssv.runtime.intake import Intake, declared_inputs
-from ssv.runtime.pieces import error_text
+from ssv.bundle.manifest import read_manifest
 from ssv.runtime.request import RequestError
-from ssv.runtime.server_config import ServerConfig
-from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import Admission, Metrics, Refusal, boards_folder
+from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.intake import Intake, declared_inputs
+from ssv.runtime.serving.log import log_event, log_to_stderr
+from ssv.runtime.serving.metrics import Admission, Metrics, Refusal, boards_folder
+from ssv.runtime.serving.pieces import error_text
 from ssv.runtime.tokenizer import BundleTokenizer
 
 log = logging.getLogger("ssv.server")

@@ -1,4 +1,4 @@
-"""Triton's view of `ssv.runtime.service`."""
+"""Triton's view of `ssv.runtime.serving.service`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from ssv.runtime.control import ControlReceiver
-from ssv.runtime.intake import Settings
+from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.memory import keep_large_blocks
-from ssv.runtime.pieces import Answer, Piece, error_text
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Chunk, Request, RequestError
-from ssv.runtime.scheduler import QueueFull
-from ssv.runtime.server_config import ServerConfig
-from ssv.runtime.server_log import log_event, log_to_stderr
-from ssv.runtime.server_metrics import DRAINING, Metrics, boards_folder
-from ssv.runtime.service import Load, Service, ServiceError
-from ssv.runtime.strategies import policy_for
+from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.control import ControlReceiver
+from ssv.runtime.serving.intake import Settings
+from ssv.runtime.serving.log import log_event, log_to_stderr
+from ssv.runtime.serving.metrics import DRAINING, Metrics, boards_folder
+from ssv.runtime.serving.pieces import Answer, Piece, error_text
+from ssv.runtime.serving.service import Load, Service, ServiceError
 
 log = logging.getLogger("ssv.server")
 
@@ -172,7 +172,7 @@ class _Sink:
             self._log(logging.ERROR, reason="error", error=error)
 
     def refuse(self, error: Exception, reason: str) -> None:
-        """Of a request that is not taken; why is one of `ssv.runtime.server_metrics.REFUSALS`."""
+        """Of a request that is not taken; why is one of `ssv.runtime.serving.metrics.REFUSALS`."""
         self._metrics.withdrawn(self.request.method)
         self._metrics.refused(reason)
         self._send_error("UNAVAILABLE", pb_utils.TritonError.UNAVAILABLE, error)

@@ -1,0 +1,58 @@
+"""What a request cost: the counters of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts of one request, or sums over several.
+
+    Attributes:
+        requests: how many these counts are of.
+        prompt_tokens: length of the prompts.
+        cached_tokens: of the prompts, those whose keys and values were there from a request before.
+        emitted: output tokens.
+        drafted: tokens proposed by the draft.
+        judged: drafted tokens that the target judged.
+        accepted: judged tokens that it kept.
+        trusted: emitted tokens that the target never judged.
+        rolled_back: drafted tokens that were dropped.
+        target_passes: target steps after the prompt's.
+        target_tokens: tokens that went through those steps.
+        queue_s: seconds from arrival until the prompt's turn.
+        first_token_s: seconds from arrival to the first token (TTFT).
+        total_s: seconds from arrival to the last token.
+    """
+
+    requests: int = 1
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    emitted: int = 0
+    drafted: int = 0
+    judged: int = 0
+    accepted: int = 0
+    trusted: int = 0
+    rolled_back: int = 0
+    target_passes: int = 0
+    target_tokens: int = 0
+    queue_s: float = field(default=0.0, compare=False)
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the judged tokens that the target kept; 0 when none was judged."""
+        return self.accepted / self.judged if self.judged else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens emitted per target pass (acceptance length), without each request's first, which its prompt's step gives."""
+        return (self.emitted - self.requests) / self.target_passes if self.target_passes else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)

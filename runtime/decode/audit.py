@@ -1,0 +1,76 @@
+"""What the target says of an output, after the fact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ssv.runtime.decode.sampling import without_tokens
+from ssv.runtime.engines.contract import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Emitted tokens that the target, given the same prefix, would not have chosen greedily.
+
+    Attributes:
+        strict: any other argmax. `margin`: only where it prefers its argmax by more than 1 nat, which leaves near-ties out.
+    """
+
+    strict: int
+    margin: int
+
+
+class RunningAudit:
+    """An audit of one output, a chunk at a time, in a cache row that nobody uses.
+
+    Attributes:
+        num_tokens: of the output.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
+        chunk: int,
+        *,
+        eos_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+    ) -> None:
+        """Args:
+        chunk: tokens of a step.
+        eos_ids: what the target could not choose among the first `min_tokens` of the output.
+        """
+        self._eos, self._banned = torch.tensor(list(eos_ids), dtype=torch.long), len(prompt_ids) - 1 + min_tokens
+        self.num_tokens = len(output_ids)
+        self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins again, in whatever row comes next."""
+        self._done = self._strict = self._margin = 0
+
+    def step(self, target: Engine, row: int) -> Audit | None:
+        """Runs the next chunk, in the row of the one before; returns what was found when that was the last."""
+        start, stop = self._done, min(self._done + self._chunk, len(self._tokens) - 1)
+        rows_R = torch.arange(min(max(self._first, start), stop), stop)
+        at = torch.tensor([start], dtype=torch.int32)
+        out = target.step(self._tokens[None, start:stop], at, rows_R - start, first_row=row)
+        logits_RV = out.logits_RV
+        if len(rows_R) and start < self._banned and len(self._eos):
+            logits_RV = without_tokens(logits_RV, rows_R < self._banned, self._eos)
+        emitted_R1 = self._tokens[rows_R + 1, None].to(logits_RV.device)
+        gap_R = logits_RV.amax(dim=1) - logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
+        self._strict += int((gap_R > 0).sum())
+        self._margin += int((gap_R > 1).sum())
+        self._done = stop
+        return Audit(self._strict, self._margin) if stop == len(self._tokens) - 1 else None
+
+
+def audit(target: Engine, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Audit:
+    """Audits at once, in cache row 0, which is overwritten."""
+    found = RunningAudit(prompt_ids, output_ids, len(prompt_ids) + len(output_ids)).step(target, 0)
+    assert found is not None
+    return found

@@ -1,0 +1,181 @@
+"""Continuous batching, a round at a time: requests join and leave between the rounds of the others.
+
+A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits for a chunk at the
+most, and whoever joins is never kept waiting by those who decode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from ssv.bundle.policy import Policy
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.decode.scheduler import Scheduler
+from ssv.runtime.request import Chunk, FinishReason, Request
+from ssv.runtime.text import TextStream
+
+
+def _never() -> bool:
+    return False
+
+
+class Running:
+    """A request that waits or runs."""
+
+    def __init__(
+        self, index: int, request: Request, policy: Policy, text: TextStream | None, is_cancelled: Callable[[], bool]
+    ) -> None:
+        self.index, self.request, self.text, self.is_cancelled = index, request, text, is_cancelled
+        if text is not None:
+            text.min_tokens = request.params.min_tokens
+        would_stop = text.would_stop if text is not None else lambda _: False
+        self.row = Row(request.params, policy, would_stop, Counters())
+        self.finish_reason: FinishReason | None = None
+        self.arrived = time.monotonic() if request.arrived is None else request.arrived
+
+    def push(self, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> Chunk | None:
+        """Hands tokens to the request until it ends; what comes after its end is dropped."""
+        if self.finish_reason is not None:
+            return None
+        params, counters = self.request.params, self.row.counters
+        texts: list[str] = []
+        taken: list[int] = []
+        unsaid: list[int] = []
+        for token in tokens:
+            counters.emitted += 1
+            counters.first_token_s = counters.first_token_s or time.monotonic() - self.arrived
+            taken.append(token)
+            if token in eos_token_ids and not params.ignore_eos:
+                self.finish_reason = "stop"
+                break
+            unsaid.append(token)
+            if params.stop and self.text is not None:
+                texts.append(self.text.push(unsaid.pop()))
+                if self.text.stopped:
+                    self.finish_reason = "stop"
+                    break
+            if counters.emitted >= params.max_tokens:
+                self.finish_reason = "length"
+                break
+        # No stop string can end the output among these: they are decoded at once, not token by token.
+        if unsaid and self.text is not None:
+            texts.append(self.text.push(*unsaid))
+        if self.finish_reason is not None:
+            return self._last(texts, taken)
+        return Chunk(self.index, "".join(texts), tuple(taken), self.row.counters) if taken else None
+
+    def end(self, reason: FinishReason) -> Chunk:
+        """Ends the request where it is."""
+        self.finish_reason = reason
+        return self._last([], [])
+
+    def _last(self, texts: list[str], taken: list[int]) -> Chunk:
+        if self.text is not None:
+            texts.append(self.text.flush())
+            if self.text.stopped:  # a stop string before half a character shows only now
+                self.finish_reason = "stop"
+        self.row.counters.total_s = time.monotonic() - self.arrived
+        return Chunk(self.index, "".join(texts), tuple(taken), self.row.counters, self.finish_reason)
+
+
+class DecodeLoop:
+    """Requests over the rows of one batch.
+
+    Attributes:
+        scheduler: who is where.
+        prompt_cache: the batch's, or None.
+    """
+
+    def __init__(self, batch: DecodeBatch, eos_token_ids: frozenset[int], max_waiting: int | None = None) -> None:
+        self.batch, self.eos_token_ids = batch, eos_token_ids
+        self.scheduler: Scheduler[Running] = Scheduler(batch.target.max_batch, max_waiting)
+        self.prompt_cache = batch.prompt_cache
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(
+        self,
+        index: int,
+        request: Request,
+        policy: Policy,
+        text: TextStream | None,
+        is_cancelled: Callable[[], bool] = _never,
+    ) -> None:
+        """Queues a request; its chunks bear `index`.
+
+        Args:
+            text: of a request whose chunks shall have text, or that has stop strings.
+            is_cancelled: asked in every round.
+
+        Raises:
+            RequestError: it cannot be served.
+            QueueFull: too many wait.
+        """
+        self.batch.check(request.prompt_ids, request.params, policy)
+        self.scheduler.submit(Running(index, request, policy, text, is_cancelled))
+
+    def step(self) -> Iterator[Chunk]:
+        """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""
+        yield from self._leave()
+        yield from self._join()
+        rows = self.scheduler.rows
+        if rows:
+            self.batch.draft()
+            for gained in (self.batch.release, self.batch.verify):
+                for running, tokens in zip(rows, gained(), strict=True):
+                    if (chunk := running.push(tokens, self.eos_token_ids)) is not None:
+                        yield chunk
+            self._drop_finished()
+
+    def _join(self) -> list[Chunk]:
+        """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts."""
+        scheduler, chunks, budget = self.scheduler, [], self.batch.prefill_chunk
+        while budget > 0:
+            if (running := scheduler.admit()) is not None:
+                running.row.counters.queue_s = time.monotonic() - running.arrived
+                self.batch.begin(running.request.prompt_ids, running.row)
+            if (running := scheduler.joining) is None:
+                break
+            before = self.batch.num_prefilled
+            first = self.batch.prefill()
+            if first is None:
+                break
+            budget -= len(running.request.prompt_ids) - before
+            scheduler.joined()
+            if (chunk := running.push([first], self.eos_token_ids)) is not None:
+                chunks.append(chunk)
+            self._drop_finished()
+        return chunks
+
+    def _leave(self) -> list[Chunk]:
+        """Ends requests that were cancelled or whose time is over."""
+        now = time.monotonic()
+
+        def reason(running: Running) -> FinishReason | None:
+            deadline = running.request.deadline
+            if running.is_cancelled():
+                return "cancelled"
+            return "deadline" if deadline is not None and now >= deadline else None
+
+        scheduler = self.scheduler
+        ended = [(running, why) for running in scheduler.waiting if (why := reason(running)) is not None]
+        if ended:
+            leaving = {id(running) for running, _ in ended}
+            scheduler.drop(lambda running: id(running) in leaving)
+        if scheduler.joining is not None and (why := reason(scheduler.joining)) is not None:
+            ended.append((scheduler.joining, why))
+            scheduler.abandon()
+            self.batch.abandon()
+        ended += [(running, why) for running in scheduler.rows if (why := reason(running)) is not None]
+        chunks = [running.end(why) for running, why in ended]
+        self._drop_finished()
+        return chunks
+
+    def _drop_finished(self) -> None:
+        for row in range(len(self.scheduler.rows) - 1, -1, -1):
+            if self.scheduler.rows[row].finish_reason is not None:
+                self.batch.remove(row, self.scheduler.finish(row))

@@ -1,0 +1,150 @@
+"""Which token a row chooses: temperature, top-k and top-p, then the noise of its seed and position.
+
+One choice serves all: what a draft proposes, what the target would have chosen, and plain decoding. A drafted token is right when it is the
+target's own choice, so that a seed gives the same text with every lossless method.
+
+Shapes: R rows, V vocab.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssv.plugins.ops import on
+
+# Missing where there was no C compiler; one that is there and does not load is an error to be seen.
+if importlib.util.find_spec("ssv.runtime.decode._sampling") is not None:
+    from ssv.runtime.decode import _sampling
+else:
+    _sampling = None  # type: ignore[assignment]
+
+FIRST_SELECTED = 256
+"""Tokens of a row that are selected at first: as a rule more than top-k or top-p keep."""
+
+LEAST_TEMPERATURE = 1e-6
+"""A tiny temperature must not divide into infinities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Settings of the tokens that are to be chosen, one per row.
+
+    Attributes:
+        temperature_R: fp32, 0 is greedy.
+        top_k_R: int64, 0 keeps all.
+        top_p_R: fp32, 1 keeps all.
+        seed_R: int64, 64 bits in two's complement.
+        position_R: int64, the token's place in its sequence.
+    """
+
+    temperature_R: Tensor
+    top_k_R: Tensor
+    top_p_R: Tensor
+    seed_R: Tensor
+    position_R: Tensor
+
+    def to(self, device: torch.device) -> Sampling:
+        return Sampling(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None) -> Tensor:
+    """The column that each row chooses, int32 [R], on the logits' device; -1 where they are no distribution.
+
+    Args:
+        sampling: on the CPU.
+        token_V: int64, the token of each column, where it is another number than the column's.
+    """
+    rows, vocab = logits_RV.shape
+    if logits_RV.device.type != "cpu" or _sampling is None:
+        sampling = sampling.to(logits_RV.device)
+        x_RV = filtered(logits_RV, sampling)
+        return on(logits_RV.device).choose(x_RV, sampling.seed_R, sampling.position_R, token_V)
+    logits_RV = logits_RV.float().contiguous()
+    temperature_R = _divisor(sampling.temperature_R)
+    index_R = torch.empty(rows, dtype=torch.int32)
+    _sampling.choose(
+        logits_RV.data_ptr(),
+        0 if token_V is None else token_V.data_ptr(),
+        temperature_R.data_ptr(),
+        sampling.top_k_R.data_ptr(),
+        sampling.top_p_R.data_ptr(),
+        sampling.seed_R.data_ptr(),
+        sampling.position_R.data_ptr(),
+        index_R.data_ptr(),
+        rows,
+        vocab,
+    )
+    return index_R
+
+
+def filtered(logits_RV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits over the temperature, counted from the largest, fp32 [R, V]; -inf for what temperature 0, top-k or top-p leaves out.
+
+    Top-k comes first. Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p: always at least
+    one. Of equal logits the lower column comes first, at the edges too. A row does not depend on the others.
+    """
+    vocab = logits_RV.shape[1]
+    logits_RV = logits_RV.float()
+    greedy_R = sampling.temperature_R == 0
+    top_k_R, top_p_R = sampling.top_k_R.where(~greedy_R, 1), sampling.top_p_R.where(~greedy_R, 1.0)
+    temperature_R1 = _divisor(sampling.temperature_R).where(~greedy_R, 1.0)[:, None]
+    x_RV = (logits_RV - logits_RV.amax(dim=1, keepdim=True)) / temperature_R1
+    rows = (((top_k_R > 0) & (top_k_R < vocab)) | (top_p_R < 1)).nonzero()[:, 0]
+    if len(rows):
+        x_RV[rows] = _selected(logits_RV[rows], x_RV[rows], top_k_R[rows], top_p_R[rows])
+    return x_RV
+
+
+def _divisor(temperature_R: Tensor) -> Tensor:
+    """Temperatures to divide by, those of greedy rows being 0 still."""
+    return temperature_R.clamp(min=LEAST_TEMPERATURE).where(temperature_R > 0, 0.0)
+
+
+def _selected(logits_RV: Tensor, x_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """`filtered` of rows that do not keep all tokens.
+
+    Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting all. C grows until
+    it holds what every row keeps, and all equals of the least likely of these.
+    """
+    vocab = logits_RV.shape[1]
+    top_k_R1, top_p_R1 = top_k_R.where(top_k_R > 0, vocab).clamp(max=vocab)[:, None], top_p_R[:, None]
+    of_all_R1 = top_k_R1 == vocab
+    most = int(top_k_R1.where(~of_all_R1, 0).max())
+    count = max(FIRST_SELECTED, most + 1)
+    # 1 over the largest probability: that sum of a row is the same beside any other rows.
+    all_mass_R1 = 1 / x_RV.softmax(dim=1).amax(dim=1, keepdim=True).double() if bool(of_all_R1.any()) else None
+    while True:
+        count = min(count, vocab)
+        value_RC, token_RC = logits_RV.topk(count, dim=1)
+        weight_RC = x_RV.gather(1, token_RC).double().exp()
+        mass_RC = weight_RC.cumsum(dim=1)  # one after the other, so that C does not change it
+        rank_C = torch.arange(count, device=logits_RV.device)
+        mass_R1 = mass_RC.gather(1, (top_k_R1 - 1).clamp(max=count - 1))
+        if all_mass_R1 is not None:
+            mass_R1 = torch.where(of_all_R1, all_mass_R1, mass_R1)
+        # A top_p of 1 keeps all, also where rounding has the mass before the last tokens reach the whole.
+        kept_RC = (mass_RC - weight_RC < top_p_R1 * mass_R1) | (rank_C == 0) | (top_p_R1 == 1)
+        num_kept_R1 = (kept_RC & (rank_C < top_k_R1)).sum(dim=1, keepdim=True)
+        edge_R1 = value_RC.gather(1, num_kept_R1 - 1)
+        if count == vocab or bool((value_RC[:, -1:] < edge_R1).all()):
+            break
+        count *= 8
+    above_RC, equal_RC = value_RC > edge_R1, value_RC == edge_R1
+    # The selection is in no order among equals.
+    equals_RC = token_RC.where(equal_RC, vocab).sort(dim=1).values
+    last_R1 = equals_RC.gather(1, num_kept_R1 - above_RC.sum(dim=1, keepdim=True) - 1)
+    kept_RC = above_RC | (equal_RC & (token_RC <= last_R1))
+    kept_x_RC = x_RV.gather(1, token_RC).where(kept_RC, -torch.inf)
+    return torch.full_like(x_RV, -torch.inf).scatter_(1, token_RC, kept_x_RC)
+
+
+def without_tokens(logits_RV: Tensor, is_banned_R: Tensor, token_ids: Tensor) -> Tensor:
+    """Logits of which some rows, bool [R] on the CPU, cannot choose some tokens (columns, int64)."""
+    columns_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
+    columns_V[token_ids] = True
+    banned_RV = is_banned_R[:, None] & columns_V
+    return logits_RV.masked_fill(banned_RV.to(logits_RV.device), -torch.inf)

@@ -1,0 +1,79 @@
+"""Which request is in which row, and who comes next. Imports no torch: it can be tested and reasoned about by itself.
+
+Rows in use are always the first ones, because an engine step runs a run of rows: when a row ends, the last one moves into its place. Each
+cache row has room for the longest request, so free rows are free cache: a request is admitted when there is one. One request at a time
+joins: its prompt is run in the row behind the others, between their rounds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may; the message says how many that is."""
+
+
+class Scheduler(Generic[T]):
+    """First come, first served, into a fixed number of rows.
+
+    Attributes:
+        rows: what decodes, by row.
+        joining: what is on its way into the next row.
+        waiting: what is not yet.
+        num_admitted: how many have been let join.
+    """
+
+    def __init__(self, max_rows: int, max_waiting: int | None = None) -> None:
+        """Args:
+        max_waiting: beside those that the free rows take; None for no bound.
+        """
+        self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.rows: list[T] = []
+        self.joining: T | None = None
+        self.waiting: deque[T] = deque()
+        self.num_admitted = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.rows or self.waiting) or self.joining is not None
+
+    def submit(self, item: T) -> None:
+        """Raises QueueFull."""
+        free = self.max_rows - len(self.rows) - (self.joining is not None)
+        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting + free:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already: try again later")
+        self.waiting.append(item)
+
+    def admit(self) -> T | None:
+        """Lets the first of those that wait join, if none does and a row is free; returns it."""
+        if self.joining is None and self.waiting and len(self.rows) < self.max_rows:
+            self.joining = self.waiting.popleft()
+            self.num_admitted += 1
+            return self.joining
+        return None
+
+    def joined(self) -> None:
+        """What joins decodes from now on, in the row behind the others."""
+        assert self.joining is not None
+        self.rows.append(self.joining)
+        self.joining = None
+
+    def abandon(self) -> None:
+        """What joins does not."""
+        self.joining = None
+
+    def finish(self, row: int) -> int:
+        """Ends a row; returns the row whose state must be moved into it (itself when it was the last)."""
+        last = len(self.rows) - 1
+        self.rows[row] = self.rows[last]
+        self.rows.pop()
+        return last
+
+    def drop(self, leaves: Callable[[T], bool]) -> None:
+        """Takes those that leave out of the queue."""
+        self.waiting = deque(item for item in self.waiting if not leaves(item))

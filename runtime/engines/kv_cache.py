@@ -1,0 +1,98 @@
+"""Keys and values of every row, in place, addressed by position.
+
+Rolling a row back is moving its length, which the caller keeps: what lies beyond is never seen and gets overwritten.
+
+Shapes: L layers, B rows, K key/value heads, S cache length, D head dim, M tokens of a step.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssv.model.checkpoint import DecoderSpec
+
+
+class KVCache:
+    """Attributes:
+    keys, values: [L, B, K, S, D].
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, max_batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (spec.num_layers, max_batch, spec.num_kv_heads, max_length, spec.head_dim)
+        # Zeros, not empty: masked positions are multiplied by zero, and zero times NaN is NaN.
+        self.keys, self.values = (_zeros(shape, dtype, torch.device(device)) for _ in range(2))
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        """Copies the first `length` positions of row `source` over those of `dest`."""
+        for cache in (self.keys, self.values):
+            cache[:, dest, :, :length] = cache[:, source, :, :length]
+
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        """A copy of positions `start` to `stop` of a row, [2, L, K, stop - start, D]."""
+        return torch.stack([cache[:, row, :, start:stop] for cache in (self.keys, self.values)])
+
+    def write(self, row: int, start: int, held_2LKMD: Tensor) -> None:
+        """Puts what `read` gave into a row, from position `start` on."""
+        for cache, held in zip((self.keys, self.values), held_2LKMD, strict=True):
+            cache[:, row, :, start : start + held.shape[2]] = held
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory, on a CPU, only where something is written: most requests are shorter than a row."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+class CachedAttend:
+    """Attention of one step over the cache: `ssv.model.decoder.Attend`."""
+
+    def __init__(self, keys_LBKSD: Tensor, values_LBKSD: Tensor, position_BT: Tensor, last: int) -> None:
+        """Args:
+        keys_LBKSD, values_LBKSD: the step's rows of the cache.
+        position_BT: int64, of each token.
+        last: positions that can be seen at the most.
+        """
+        self._keys, self._values, self._last = keys_LBKSD, values_LBKSD, last
+        device = position_BT.device
+        batch, tokens = position_BT.shape
+        row_M1 = torch.arange(batch, device=device).repeat_interleave(tokens)[:, None]
+        heads_1K = torch.arange(keys_LBKSD.shape[2], device=device)[None]
+        self._at = (row_M1, heads_1K, position_BT.flatten()[:, None])
+        self._mask_B1TS = visible(position_BT, last)
+
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_put_(self._at, k_MKD.to(keys.dtype))
+        values.index_put_(self._at, v_MKD.to(values.dtype))
+        seen = (keys[:, :, : self._last], values[:, :, : self._last])
+        return grouped_attention(q_MND.to(keys.dtype).flatten(1), *seen, self._mask_B1TS)
+
+
+def visible(position_BT: Tensor, last: int) -> Tensor:
+    """The mask of the engine contract, bool [B, 1, T, last]: key j is visible to a query at position i when j <= i."""
+    return (torch.arange(last, device=position_BT.device) <= position_BT[:, :, None])[:, None]
+
+
+def grouped_attention(queries_MX: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, mask_B1TS: Tensor) -> Tensor:
+    """Attention of [M, N * D] queries, N query heads. The query heads of one key/value head are taken as further queries of
+    it, so that the cache is never expanded.
+
+    Returns:
+        [M, N * D].
+    """
+    batch, kv_heads, _, dim = keys_BKSD.shape
+    tokens = mask_B1TS.shape[2]
+    groups = queries_MX.shape[1] // (kv_heads * dim)
+    q = queries_MX.view(batch, tokens, kv_heads, groups, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    mask = mask_B1TS.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(q, keys_BKSD, values_BKSD, attn_mask=mask)
+    return out.view(batch, kv_heads, groups, tokens, dim).permute(0, 3, 1, 2, 4).reshape(batch * tokens, -1)

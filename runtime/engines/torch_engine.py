@@ -1,0 +1,445 @@
+"""The engine contract on PyTorch: CPU in fp32, bf16, int8 and int4, CUDA in fp32 and bf16.
+
+int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On CUDA int8 and int4
+run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds
+quantized to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16.
+
+Shapes: see `engine.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft, FeatureTap
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
+from ssv.model.scorer import Scorer
+from ssv.model.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
+from ssv.plugins.ops import on
+from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
+from ssv.runtime.engines.cpu_int8 import (
+    FusedInt8Layers,
+    FusedJoin,
+    FusedScorer,
+    Int8Linear,
+    Scaled,
+    int8_scale,
+    share_stages,
+)
+from ssv.runtime.engines.kv_cache import CachedAttend, KVCache
+from ssv.runtime.threads import ThreadCount, chosen_by_operator, default_threads
+
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+INT4_GROUP = 32
+
+
+class TorchEngine:
+    """A target or a draft over its own KV cache. Make one with `target_engine` or `draft_engine`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_batch: int,
+        max_length: int,
+        tap: FeatureTap | None = None,
+        draft: Draft | None = None,
+        scorer: Scorer | None = None,
+        threads: ThreadCount | None = None,
+    ) -> None:
+        if max_length > decoder.spec.max_positions:
+            raise EngineError(f"max length {max_length} exceeds the model's {decoder.spec.max_positions} positions")
+        self.max_batch, self.max_length = max_batch, max_length
+        self.decoder, self.tap, self.draft = decoder, tap, draft
+        self.has_scorer = scorer is not None
+        self.num_features = decoder.spec.hidden_size if draft is not None and draft.conditioned else 0
+        covers_all = draft is None or draft.spec.head_size == decoder.spec.vocab_size
+        self.token_ids_V = None if draft is None or (covers_all and _is_identity(draft.token_ids)) else draft.token_ids
+        self.vocab_size = draft.spec.head_size if draft is not None else decoder.spec.vocab_size
+        self.device = decoder.norm.weight.device
+        int8 = isinstance(decoder.lm_head, Int8Linear)
+        self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
+        self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
+        # The bits of fp32 and bf16 products depend on the number of threads, and an output must not depend on the machine's other work.
+        self._threads = threads if int8 and self.device.type == "cpu" else None
+        self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
+        self._fused_join = FusedJoin(draft) if self.fused and draft is not None and draft.conditioned else None
+        self._score = FusedScorer(scorer) if self.fused and scorer is not None else scorer
+        if int8 and self.fused is None:
+            warnings.warn(
+                "int8 runs without its compiled stages, which is slower: install a C compiler and ssv again",
+                stacklevel=3,
+            )
+
+    @torch.inference_mode()
+    def step(
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        features_in_BTF: Tensor | None = None,
+        *,
+        count_B: Tensor | None = None,
+        features_out: bool = False,
+        first_row: int = 0,
+    ) -> StepOutput:
+        """See `Engine.step`. Positions and gathered rows are on the CPU: checking them must not wait for the device."""
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        if features_out and self.tap is None:
+            raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
+        if self._threads is not None:
+            self._threads.follow()
+        batch, tokens = input_ids_BT.shape
+        rows = slice(first_row, first_row + batch)
+        keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
+        tap = self.tap if features_out else None
+        tapped_layers = tap.layers if tap is not None else ()
+        ids_M = input_ids_BT.to(self.device).flatten()
+        features_MF = None if features_in_BTF is None else features_in_BTF.to(self.device, self.dtype).flatten(0, 1)
+        kept_M = None
+        if self.fused is not None:
+            if count_B is None:
+                count_B = torch.full((batch,), tokens, dtype=torch.int32)
+            elif (kept_M := _without_padding(count_B, tokens)) is not None:
+                ids_M = ids_M[kept_M]
+                features_MF = None if features_MF is None else features_MF[kept_M]
+                gather_rows_R = torch.searchsorted(kept_M, gather_rows_R)
+            x_MH, joined = self._embed(ids_M, features_MF)
+            hidden_MH, tapped_MX = self.fused.run_layers(
+                x_MH, position_B.contiguous(), count_B.contiguous(), keys, values, tapped_layers, joined
+            )
+        else:
+            x_MH, joined = self._embed(ids_M, features_MF)
+            position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
+            attend = CachedAttend(keys, values, position_BT, int(position_B.max()) + tokens)
+            hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
+        hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
+        token_R, reject_prob_R = self._scored(hidden_RH, logits_RV)
+        features_BTF = None
+        if tap is not None:
+            features_MF = tap.project(tapped_MX)
+            if kept_M is not None:
+                features_MF = features_MF.new_zeros(batch * tokens, features_MF.shape[1]).index_copy_(
+                    0, kept_M, features_MF
+                )
+            features_BTF = features_MF.view(batch, tokens, -1)
+        return StepOutput(
+            hidden_RH=hidden_RH,
+            logits_RV=logits_RV,
+            features_BTF=features_BTF,
+            reject_prob_R=reject_prob_R,
+            token_R=token_R,
+        )
+
+    def _head(self, hidden_MH: Tensor, gather_rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        """The gathered rows' hidden states and their logits: the LM head sees no others."""
+        if not len(gather_rows_R):  # filling the cache needs none
+            return hidden_MH[:0], hidden_MH.new_empty(0, self.vocab_size, dtype=torch.float32)
+        if self.fused is not None:
+            hidden_RH = hidden_MH[gather_rows_R]
+            return hidden_RH, self.fused.logits(hidden_RH).float()
+        norm, rows_R = self.decoder.norm, gather_rows_R.to(self.device, torch.int32)
+        assert norm.eps is not None
+        hidden_RH, normed_RH = on(self.device).gather_norm(hidden_MH, rows_R, norm.weight, norm.eps)
+        return hidden_RH, self.decoder.lm_head(normed_RH).float()
+
+    def _scored(self, hidden_RH: Tensor, logits_RV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Each row's argmax, if it is found on the way, and its reject probability."""
+        if self._score is None:
+            return None, None
+        if isinstance(self._score, FusedScorer):
+            return None, self._score(hidden_RH, logits_RV)
+        found = self._score(hidden_RH, logits_RV)
+        token_R = found.token_R.long() if self.token_ids_V is None else self.token_ids_V[found.token_R]
+        return token_R, found.reject_prob_R
+
+    def _embed(self, input_ids_M: Tensor, features_MF: Tensor | None) -> tuple[Tensor, Scaled | None]:
+        """What goes into the first layer, and what that layer has still to add to it."""
+        x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
+        if self.draft is None or features_MF is None:
+            return x_MH, None
+        if self._fused_join is None:
+            return self.draft.join_features(x_MH, features_MF), None
+        # A copy: the layers work in place, and these are the caller's.
+        features_MF = features_MF.clone(memory_format=torch.contiguous_format)
+        return features_MF, self._fused_join(x_MH, features_MF)
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        """See `Engine.move_row`."""
+        self.cache.move_row(source, dest, length)
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        """See `Engine.read_cache`."""
+        return self.cache.read(row, start, stop)
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        """See `Engine.write_cache`."""
+        self.cache.write(row, start, held)
+
+
+def target_engine(
+    decoder: Decoder,
+    *,
+    precision: Precision,
+    max_batch: int,
+    max_length: int,
+    device: str = "cpu",
+    draft: Draft | None = None,
+    ranges: Ranges | None = None,
+    threads: ThreadCount | None = None,
+) -> TorchEngine:
+    """An engine over a target.
+
+    Args:
+        decoder: in fp32, or as it is stored, which gives the same and takes less memory; left as it is.
+        draft: the draft whose features the target shall return, if it is a conditioned one.
+        ranges: activation ranges of the target, and of the draft's tap under "tap."; int8 smooths with them if given.
+        threads: which int8 on the CPU follows from step to step; None leaves torch's number alone.
+
+    Raises:
+        EngineError: precision unknown, or not to be had on this device.
+    """
+    tap = draft.tap if draft is not None else None
+    decoder = _prepare(decoder, precision, device, lambda d: smoothed_parts(d, ranges) if ranges else ())
+    if tap is not None:
+        tap = _prepare_tap(tap, precision, device, ranges.get("tap.project") if ranges else None)
+    return TorchEngine(decoder, max_batch=max_batch, max_length=max_length, tap=tap, threads=threads)
+
+
+def draft_engine(
+    draft: Draft,
+    *,
+    precision: Precision,
+    max_batch: int,
+    max_length: int,
+    device: str = "cpu",
+    scorer: Scorer | None = None,
+    ranges: Ranges | None = None,
+    threads: ThreadCount | None = None,
+) -> TorchEngine:
+    """An engine over a draft, with its scorer; arguments as for `target_engine`."""
+
+    def smooth(copied: Draft) -> Iterator[nn.Module]:
+        if ranges:
+            yield from smoothed_parts(copied.decoder, ranges, prefix="decoder.")
+            if copied.conditioned:
+                smooth_join(copied.join, [copied.embed_norm, copied.feature_norm], ranges["join"])
+
+    without_tap = copy.copy(draft)
+    without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target
+    copied = _prepare(without_tap, precision, device, smooth)
+    return TorchEngine(
+        copied.decoder,
+        max_batch=max_batch,
+        max_length=max_length,
+        draft=copied,
+        scorer=scorer.to(device) if scorer is not None else None,
+        threads=threads,
+    )
+
+
+_shared_count: ThreadCount | None = None
+
+
+def cpu_threads(threads: int | None) -> ThreadCount | None:
+    """Settles how many threads the engines of this process have on a CPU.
+
+    Args:
+        threads: so many, whatever the machine does; None to follow the cores that are free, up to torch's own number, unless the
+            environment says how many (`OMP_NUM_THREADS`).
+
+    Returns:
+        What an engine has to follow; None for a fixed number. One for the process, as torch's number is.
+
+    Raises:
+        EngineError: fewer than one.
+    """
+    global _shared_count
+    if threads is not None:
+        if threads < 1:
+            raise EngineError(f"threads must be 1 or more, got {threads}")
+        _set_threads(threads)
+    if threads is not None or chosen_by_operator():
+        _shared_count = None
+    elif _shared_count is None or _shared_count.current != torch.get_num_threads():  # or another number was set since
+        _shared_count = ThreadCount(default_threads(torch.get_num_threads()), _set_threads)
+    return _shared_count
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    share_stages(threads)
+
+
+class Int4Linear(nn.Module):
+    """Weight-only int4 on the CPU (aten::_weight_int4pack_mm_for_cpu): groups of INT4_GROUP input channels with a scale and a
+    zero point each, activations in bf16."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        if len(weight_OI) % 16:
+            raise EngineError(f"precision int4 needs output sizes that are multiples of 16, got {len(weight_OI)}")
+        values_OI, scale_OG, zero_OG = int4_groups(weight_OI)
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_OI, 1)
+        # The kernel computes (value - 8) * scale + zero.
+        pairs_OG2 = torch.stack((scale_OG, zero_OG + 8 * scale_OG), dim=-1)
+        self._scales_GO2 = pairs_OG2.transpose(0, 1).contiguous().to(torch.bfloat16)
+        self.bias_O = bias_O
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        rounded_MI = x_MI.to(torch.bfloat16).contiguous()
+        y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded_MI, self._packed, INT4_GROUP, self._scales_GO2)
+        y_MO = y_MO.to(x_MI.dtype)  # as any linear layer: states and features of an engine have one type
+        return y_MO if self.bias_O is None else y_MO + self.bias_O
+
+
+def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds to 16 levels per group between the group's extremes (as Q4_1 does): int32 values [O, I], scale and zero [O, G]."""
+    outputs, inputs = weight_OI.shape
+    if inputs % INT4_GROUP:
+        raise EngineError(f"precision int4 needs input sizes that are multiples of {INT4_GROUP}, got {inputs}")
+    groups = weight_OI.view(outputs, -1, INT4_GROUP)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-8)
+    values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
+    return values.view(outputs, inputs), scale, low
+
+
+def _without_padding(count_B: Tensor, tokens: int) -> Tensor | None:
+    """Which of the step's [B * T] tokens are no padding, int64 in their order; None where all are."""
+    counts = count_B.tolist()
+    if min(counts) == tokens:
+        return None
+    return torch.tensor([b * tokens + t for b, count in enumerate(counts) for t in range(count)], dtype=torch.long)
+
+
+M = TypeVar("M", Decoder, Draft, FeatureTap)
+N = TypeVar("N", bound=nn.Module)
+
+
+def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], Iterable[nn.Module]]) -> M:
+    """A copy in a precision on a device.
+
+    Args:
+        smooth: smooths the copy for int8, part by part: each is packed before the next one.
+    """
+    if precision not in get_args(Precision):
+        raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
+    if (found := precision_of(module)) is not None and precision in ("int8", "int4"):
+        raise EngineError(
+            f"this checkpoint is quantized to {found} already, and cannot run in {precision}: use bf16 or fp32"
+        )
+    # New modules over the same parameters: replacing one leaves the caller's module as it is.
+    module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
+    on_cpu = _is_cpu(device)
+    _replace(module, Fp8Linear, _Dequantized)
+    _replace(module, AwqLinear, _Dequantized)
+    if precision == "int8":
+        replacement = _int8_linear if on_cpu else _rounded_int8
+        with one_thread():
+            for part in smooth(module):
+                _replace(part, nn.Linear, replacement)
+            _replace(module, nn.Linear, replacement)
+    elif precision == "int4":
+        _replace(module, nn.Linear, _int4_linear if on_cpu else _rounded_int4)
+    keeps_fp32 = precision == "fp32" or (on_cpu and precision in ("int8", "int4"))
+    _convert(module, device, torch.float32 if keeps_fp32 else torch.bfloat16)
+    return module
+
+
+def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
+    prepared = _prepare(tap, precision, device, lambda _: ())
+    if range_X is not None and precision == "int8" and _is_cpu(device):
+        # No norm comes before the tap that could take the factor: it is applied to the features.
+        weight = tap.project.weight
+        factor_X = smoothing_factor(weight, range_X, "join")
+        prepared._modules["project"] = Int8Linear(scaled_columns(weight, factor_X), None, input_factor_I=1 / factor_X)
+    return prepared
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch use one thread for many small operations: beside another busy process each would wait for the second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def _int8_linear(linear: nn.Linear) -> nn.Module:
+    return Int8Linear(linear.weight, linear.bias)
+
+
+def _int4_linear(linear: nn.Linear) -> nn.Module:
+    return Int4Linear(linear.weight.float(), linear.bias)
+
+
+def _rounded_int4(linear: nn.Linear) -> nn.Module:
+    values, scale, low = int4_groups(linear.weight.float())
+    rounded = values.view(*scale.shape, -1) * scale[..., None] + low[..., None]
+    return _with_weight(linear, rounded.view_as(linear.weight))
+
+
+def _rounded_int8(linear: nn.Linear) -> nn.Module:
+    weight = linear.weight.float()
+    scale = int8_scale(weight)
+    return _with_weight(linear, (weight / scale).round() * scale)
+
+
+def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    linear = copy.copy(linear)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+class _Dequantized(nn.Module):
+    """A layer of a quantized checkpoint, with its weights dequantized once and its inputs rounded as it says: what a quantized engine
+    computes, at the speed of one that is not."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self._layer = layer
+        self.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        return F.linear(self._layer.prepare_input(x_MI), self.weight, self.bias)
+
+
+def _replace(module: nn.Module, kind: type[N], replacement: Callable[[N], nn.Module]) -> None:
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, replacement(child))
+
+
+def _convert(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    # module.to() would write through the parameters into the caller's module.
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                # Of an embedding each step uses a few rows, which become fp32 then: it is not made larger.
+                stays = isinstance(part, nn.Embedding) and parameter.dtype.itemsize <= dtype.itemsize
+                converted = parameter.to(device, parameter.dtype if stays else dtype)
+                part._parameters[name] = nn.Parameter(converted, requires_grad=False)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer.to(device) if buffer is not None else None
+
+
+def _is_identity(token_ids_V: Tensor) -> bool:
+    return bool((token_ids_V == torch.arange(len(token_ids_V), device=token_ids_V.device)).all())

@@ -1,0 +1,77 @@
+"""Settings of a server: one set of names for the command line, the models' config files and the container."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from ssv.bundle.manifest import Manifest
+from ssv.runtime.request import MAX_PENDING
+from ssv.runtime.serving.intake import Limits
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be; the message names them."""
+
+
+class ServerConfig(BaseModel):
+    """Settings of the models, each a parameter of the config.pbtxt of those that use it.
+
+    Attributes:
+        bundle: folder.
+        engine, precision, device: see `LLM.load`; precision "" is the bundle's choice.
+        threads: of the torch engine on a CPU; 0 for as many as there are cores that nobody else uses.
+        max_rows: requests that are decoded side by side.
+        max_waiting: requests that wait for a row; more are refused at once.
+        max_length: tokens of prompt and output together.
+        max_tokens: of an output, at most.
+        max_prompt_bytes: of a prompt's text.
+        prefill_chunk: tokens of a prompt between two rounds; 0 for what fits the device.
+        prompt_cache_mb: memory for beginnings of prompts; 0 for none.
+        stream_interval_ms: between two responses of a stream, at least.
+        responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores, each response takes
+            time from the engines.
+        verified: files of the bundle that ssv-serve has checked, as JSON (see `verify_files`); "" for none.
+        audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: Path
+    engine: Literal["torch", "tensorrt"] = "torch"
+    precision: str = ""
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Annotated[int, Field(ge=0)] = 0
+    max_rows: PositiveInt = 8
+    max_waiting: Annotated[int, Field(ge=0)] = 64
+    max_length: PositiveInt = 2048
+    max_tokens: PositiveInt = 1024
+    max_prompt_bytes: PositiveInt = 65536
+    prefill_chunk: Annotated[int, Field(ge=0)] = 0
+    prompt_cache_mb: Annotated[int, Field(ge=0)] = 256
+    stream_interval_ms: Annotated[int, Field(ge=0)] = 40
+    responses_per_s: Annotated[int, Field(ge=0)] = 40
+    verified: str = ""
+    audit_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @classmethod
+    def from_model_config(cls, model_config: Mapping[str, Any]) -> ServerConfig:
+        """Settings of a model as Triton hands it its config.
+
+        Raises:
+            ConfigError: a parameter that is unknown, missing or out of range.
+        """
+        given = {name: entry["string_value"] for name, entry in model_config.get("parameters", {}).items()}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"parameters of model {model_config.get('name')}: {problems}") from error
+
+    def limits(self, manifest: Manifest) -> Limits:
+        """What a request may ask for, with this bundle."""
+        most = int(manifest.target["max_positions"]) - 2 * MAX_PENDING  # as `LLM.load` has it
+        return Limits(min(self.max_length, most), self.max_tokens, self.max_prompt_bytes)

@@ -1,0 +1,436 @@
+"""What a client may ask for, checked, and made into a request. Imports no torch: it runs beside the engines, not with them.
+
+The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI frontend, the bench
+clients of sglang and vLLM. What is known and not supported is refused with a message, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ssv.bundle.manifest import Manifest
+from ssv.runtime.methods import METHODS, policy_for
+from ssv.runtime.request import RequestError, SamplingParams
+from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.support.json_text import parse_json
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy: clients that cannot send 0 send 1e-6."""
+
+LARGEST_SEED = 2**64 - 1
+DEFAULT_MAX_TOKENS = 256
+
+MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 256
+"""Stop words, and bytes of each: they are looked for at every token."""
+
+STRINGS = ("text_input", "ssv_messages", "sampling_parameters", "ssv_tier")
+STRING_LISTS = ("stop_words", "bad_words")
+FLAGS = (
+    "stream",
+    "ignore_eos",
+    "exclude_input_in_output",
+    "return_perf_metrics",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+    "return_finish_reason",
+    "return_log_probs",
+    "return_context_logits",
+    "return_generation_logits",
+    "ssv_chat",
+)
+WHOLE_NUMBERS = (
+    "max_tokens",
+    "min_tokens",
+    "min_length",
+    "top_k",
+    "seed",
+    "random_seed",
+    "end_id",
+    "pad_id",
+    "beam_width",
+    "num_return_sequences",
+)
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "length_penalty",
+    "ssv_max_divergence",
+    "ssv_timeout",
+)
+"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
+
+# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send the second to
+# whatever they measure, where it changes nothing either.
+_NO_SETTINGS = ("id", "accumulate_tokens")
+# Names that other servers have for ours, where the spelling does not tell.
+_ELSEWHERE = {
+    "n": "num_return_sequences",
+    "best_of": "num_return_sequences",
+    "prompt": "text_input",
+    "inputs": "text_input",
+    "messages": "ssv_messages",
+    "stop": "stop_words",
+    "max_completion_tokens": "max_tokens",
+    "tier": "ssv_tier",
+    "timeout": "ssv_timeout",
+}
+# Settings that change the output and are not supported, and the value that changes nothing.
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_NEUTRAL: dict[str, Any] = {
+    **_PENALTIES,
+    "length_penalty": 1.0,
+    "beam_width": 1,
+    "num_return_sequences": 1,
+    "return_log_probs": False,
+    "return_context_logits": False,
+    "return_generation_logits": False,
+}
+# Of vLLM's sampling parameters, beside those above that have the same name.
+_VLLM_NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "min_p": 0.0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "detokenize": True,
+    "logprobs": 0,
+    "prompt_logprobs": 0,
+}
+_VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", *_PENALTIES)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Attributes:
+    max_length: tokens of prompt and output together.
+    max_tokens: of an output.
+    max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
+    """
+
+    max_length: int
+    max_tokens: int
+    max_prompt_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A checked request without its prompt, as it travels from `preprocessing` to `ssv`.
+
+    Attributes:
+        method: see `ssv.runtime.methods.METHODS`.
+        stream: whether chunks are wanted, or one response at the end.
+        timeout: seconds after which it ends with what it has; None for none.
+    """
+
+    method: str
+    params: SamplingParams
+    stream: bool
+    timeout: float | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        fields = json.loads(text)
+        params = fields.pop("params")
+        return cls(params=SamplingParams(**{**params, "stop": tuple(params["stop"])}), **fields)
+
+
+class Intake:
+    """Makes requests of what clients send to a bundle's models."""
+
+    def __init__(self, manifest: Manifest, tokenizer: BundleTokenizer, limits: Limits) -> None:
+        self._manifest, self._tokenizer, self._limits = manifest, tokenizer, limits
+        self._vocab_size = int(manifest.target["vocab_size"])
+
+    def prepare(
+        self, tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[int, ...], Settings]:
+        """Prompt token ids and settings of a request's tensors, each [1] or [1, n].
+
+        Args:
+            parameters: of the request, beside its tensors: fields of HTTP `generate` that are no tensors become such.
+
+        Raises:
+            RequestError: what cannot be served.
+        """
+        fields = {name: _plain(name, tensor) for name, tensor in tensors.items()}
+        _merge_parameters(fields, parameters or {})
+        for name in STRINGS:
+            size, most = len(fields.get(name, "").encode()), self._limits.max_prompt_bytes
+            if size > most:
+                raise RequestError(f"{name} has {size} bytes, at most {most} are taken: shorten it")
+        _merge_sampling_parameters(fields)
+        prompt = self._prompt(fields)
+        room = self._limits.max_length - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, and prompt and output together may have {self._limits.max_length}: shorten it"
+            )
+        params = self._params(fields, room)
+        timeout = fields.get("ssv_timeout")
+        if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+            raise RequestError(f"ssv_timeout {timeout} must be above 0 seconds")
+        return prompt, Settings(self._method(fields), params, bool(fields.get("stream", False)), timeout)
+
+    def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
+        text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
+        if messages:
+            if text:
+                raise RequestError("text_input and ssv_messages are both given: give one of them")
+            return self._tokenizer.chat_ids(_messages(messages))
+        if "text_input" not in fields:
+            raise RequestError("text_input is missing: give a prompt there, or a conversation in ssv_messages")
+        if fields.get("ssv_chat"):
+            return self._tokenizer.chat_ids([{"role": "user", "content": text}])
+        return self._tokenizer.encode(text)
+
+    def _params(self, fields: Mapping[str, Any], room: int) -> SamplingParams:
+        for name, neutral in _NEUTRAL.items():
+            if fields.get(name, neutral) != neutral:
+                raise RequestError(f"{name} {fields[name]} is not supported: leave it out, or give {neutral}")
+        if any(fields.get("bad_words", ())):
+            raise RequestError("bad_words are not supported: leave them out")
+        if fields.get("exclude_input_in_output") is False:
+            raise RequestError("exclude_input_in_output false is not supported: text_output never has the prompt")
+        most = min(room, self._limits.max_tokens)
+        max_tokens = fields.get("max_tokens", min(DEFAULT_MAX_TOKENS, most))
+        if max_tokens > most:
+            raise RequestError(
+                f"max_tokens {max_tokens}: at most {most} are possible with this prompt "
+                f"(limits: {self._limits.max_tokens} of output, {self._limits.max_length} with the prompt)"
+            )
+        min_tokens, min_length = fields.get("min_tokens"), fields.get("min_length")
+        if None not in (min_tokens, min_length) and min_tokens != min_length:
+            raise RequestError(f"min_tokens {min_tokens} and min_length {min_length} are the same setting: give one")
+        temperature = fields.get("temperature", 0.0)
+        seed = fields.get("seed", fields.get("random_seed"))
+        if seed != fields.get("random_seed", seed):
+            raise RequestError(f"seed {seed} and random_seed {fields['random_seed']} are the same setting: give one")
+        stop = tuple(word for word in fields.get("stop_words", ()) if word)
+        longest = max((len(word.encode()) for word in stop), default=0)
+        if len(stop) > MAX_STOP_WORDS or longest > MAX_STOP_BYTES:
+            raise RequestError(
+                f"{len(stop)} stop_words, the longest of {longest} bytes: at most {MAX_STOP_WORDS} of {MAX_STOP_BYTES} bytes "
+                "are taken"
+            )
+        if seed is not None and not 0 <= seed <= LARGEST_SEED:
+            raise RequestError(f"seed {seed} must be between 0 and {LARGEST_SEED}")
+        top_k = fields.get("top_k", 0)
+        return SamplingParams(
+            temperature=0.0 if 0 <= temperature < GREEDY_BELOW else temperature,
+            top_k=0 if top_k == -1 else top_k,  # vLLM's "all"
+            top_p=fields.get("top_p", 1.0),
+            seed=secrets.randbits(64) if seed is None else seed,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens or min_length or 0,
+            stop=stop,
+            ignore_eos=bool(fields.get("ignore_eos", False)) or self._never_ends(fields.get("end_id")),
+        )
+
+    def _never_ends(self, end_id: int | None) -> bool:
+        """Whether `end_id` asks for no end: clients that measure send one that is no token."""
+        if end_id is None or end_id in self._manifest.eos_token_ids:
+            return False
+        if 0 <= end_id < self._vocab_size:
+            raise RequestError(
+                f"end_id {end_id} is not one of the model's ({', '.join(map(str, self._manifest.eos_token_ids))}): "
+                "leave it out, and use stop_words"
+            )
+        return True
+
+    def _method(self, fields: Mapping[str, Any]) -> str:
+        tier, bound = fields.get("ssv_tier") or None, fields.get("ssv_max_divergence")
+        if tier is not None and tier not in METHODS:
+            raise RequestError(f"ssv_tier {tier!r} is unknown; known: {', '.join(METHODS)}")
+        if bound is None:
+            tier = tier or "premium"
+        else:
+            if not 0 <= bound <= 1:
+                raise RequestError(f"ssv_max_divergence {bound} must be between 0 and 1")
+            within = [name for name in METHODS if self._bound(name) <= bound]
+            if tier is not None and tier not in within:
+                raise RequestError(
+                    f"ssv_tier {tier!r} has a divergence of up to {self._bound(tier)} and exceeds ssv_max_divergence {bound}"
+                )
+            # They stand in the order of what they save.
+            tier = tier or within[-1]
+        policy_for(tier, self._manifest.policies)
+        return tier
+
+    def _bound(self, method: str) -> float:
+        entry = self._manifest.tiers.get(method)
+        if entry is None:
+            return 0.0 if method in ("autoregressive", "speculative") else math.inf
+        return 0.0 if entry.lossless else (entry.divergence_bound if entry.divergence_bound is not None else math.inf)
+
+
+def _plain(name: str, tensor: np.ndarray) -> Any:
+    """A tensor's value as Python has it."""
+    values = tensor.reshape(-1).tolist()
+    if name in STRINGS + STRING_LISTS:
+        texts = [_text(name, value) for value in values]
+        if name in STRING_LISTS:
+            return texts
+        values = texts
+    if len(values) != 1:
+        raise RequestError(f"{name} has {len(values)} values, one is wanted")
+    if name in NUMBERS:
+        if not math.isfinite(values[0]):
+            raise RequestError(f"{name} {values[0]} is not a number that can be used")
+        return float(str(np.float32(values[0])))  # 0.7 as it was meant, not fp32's 0.699999988
+    return values[0]
+
+
+def _text(name: str, value: bytes | str) -> str:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} has half of a surrogate pair at {error.start}: send whole characters"
+            ) from error
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not valid UTF-8: byte {error.start} is {value[error.start]:#04x}") from error
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    messages = _json("ssv_messages", text)
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and set(m) == {"role", "content"} and all(isinstance(v, str) for v in m.values())
+        for m in messages
+    ):
+        raise RequestError('ssv_messages must be a JSON list of {"role": text, "content": text}')
+    return messages
+
+
+def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Puts a request's parameters beside the tensors of the same meaning.
+
+    Raises:
+        RequestError: one is unknown, or contradicts a tensor.
+    """
+    for name, value in parameters.items():
+        if name in _NO_SETTINGS:
+            continue
+        if name not in declared_inputs():
+            near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, declared_inputs(), 1)), None)
+            cure = f"use {near}, or leave it out" if near is not None else "leave it out"
+            raise RequestError(f"{name[:64]!r} is unknown: {cure}")
+        if name in STRING_LISTS:
+            value = [str(value)]
+        elif name in STRINGS:
+            value = str(value)
+        else:
+            value = _cast("parameters", name, value, bool if name in FLAGS else int if name in WHOLE_NUMBERS else float)
+        if name in fields and fields[name] != value:
+            raise RequestError(
+                f"{name} is given twice, as {fields[name]!r} and as a parameter as {value!r}: give it once"
+            )
+        fields[name] = value
+
+
+def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
+    """Puts what vLLM's `sampling_parameters` say beside the tensors of the same meaning."""
+    text = fields.pop("sampling_parameters", "")
+    if not text:
+        return
+    given = _json("sampling_parameters", text)
+    if not isinstance(given, dict):
+        raise RequestError("sampling_parameters must be a JSON object")
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in _VLLM_NEUTRAL:
+            neutral = _VLLM_NEUTRAL[name]
+            if _cast("sampling_parameters", name, value, type(neutral)) != neutral:
+                raise RequestError(f"sampling_parameters: {name} {value!r} is not supported: leave it out")
+            continue
+        if name == "stop":
+            target, value = "stop_words", [value] if isinstance(value, str) else value
+            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+                raise RequestError("sampling_parameters: stop must be a text or a list of texts")
+        elif name in _VLLM:
+            kind = bool if name in FLAGS else int if name in WHOLE_NUMBERS else float
+            target, value = name, _cast("sampling_parameters", name, value, kind)
+        else:
+            raise RequestError(f"sampling_parameters: {name!r} is not supported; known: {', '.join((*_VLLM, 'stop'))}")
+        if target in fields and fields[target] != value:
+            raise RequestError(f"{name} is given twice, as {fields[target]!r} and in sampling_parameters as {value!r}")
+        fields[target] = value
+
+
+def _cast(where: str, name: str, value: Any, kind: type) -> Any:
+    """A number or flag that may have been sent as text."""
+    if kind is bool:
+        known = {"true": True, "false": False, True: True, False: False}
+        key = value.lower() if isinstance(value, str) else value
+        if isinstance(key, (str, bool)) and key in known:
+            return known[key]
+    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+            if math.isfinite(number) and (kind is float or isinstance(value, str) or number == value):
+                return number
+        except (ValueError, OverflowError):
+            pass
+    raise RequestError(f"{where}: {name} {value!r} is not {'a flag' if kind is bool else 'a number'}")
+
+
+def _json(name: str, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise RequestError(f"{name} has a key twice: {', '.join(key for key, _ in pairs)}")
+        return found
+
+    try:
+        value = parse_json(text, object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate can be written in JSON, and in no text
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise RequestError(f"{name} is not valid JSON: {error}") from error
+    return value
+
+
+def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A request's parameters as the tensors that would have said the same, each [1, 1].
+
+    Raises:
+        RequestError: see `Intake.prepare`.
+    """
+    fields: dict[str, Any] = {}
+    _merge_parameters(fields, parameters)
+    tensors = {}
+    for name, value in fields.items():
+        if name in (*STRINGS, *STRING_LISTS):
+            tensors[name] = np.array([[(value if name in STRINGS else value[0]).encode()]], dtype=np.object_)
+            continue
+        whole = np.uint64 if name in ("seed", "random_seed") else np.int32
+        dtype = np.bool_ if name in FLAGS else np.float32 if name in NUMBERS else whole
+        if dtype is whole and not np.iinfo(whole).min <= value <= np.iinfo(whole).max:
+            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(whole).max}")
+        tensors[name] = np.array([[value]], dtype=dtype)
+    return tensors
+
+
+def declared_inputs() -> Sequence[str]:
+    """All names that a client may send."""
+    return (*STRINGS, *STRING_LISTS, *FLAGS, *WHOLE_NUMBERS, *NUMBERS)

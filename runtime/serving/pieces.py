@@ -1,0 +1,101 @@
+"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssv.runtime.request import Chunk
+from ssv.runtime.serving.intake import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """All of a response but its text, and what its text has to be made with.
+
+    Attributes:
+        key: of the answer; `number`: of the piece in it, from 0.
+        token_ids: new since the piece before.
+        stop: strings that end the text.
+        fields: the other outputs of `ensemble`, by name.
+        min_tokens, context: see `ssv.runtime.text.TextStream`; the context is the first piece's.
+    """
+
+    key: str
+    number: int
+    token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    is_last: bool
+    fields: dict[str, Any]
+    min_tokens: int = 0
+    context: tuple[int, ...] = ()
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it has no response: it only gives `postprocessing` the occasion to learn that nobody waits any more."""
+        return not self.fields
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Piece:
+        given = json.loads(text)
+        return cls(**{**given, **{name: tuple(given[name]) for name in ("token_ids", "stop", "context")}})
+
+
+class Answer:
+    """The pieces of one request: what has come since the piece before, or a single one at the end."""
+
+    def __init__(self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = ()) -> None:
+        """Args:
+        context: the end of the prompt, if the output's text goes on with its text.
+        """
+        self._key, self._settings, self._lossless = key, settings, lossless
+        self._context = tuple(context)
+        self._number = 0
+        self._sent_at = -math.inf
+        self._held: list[int] = []
+
+    def probe(self) -> Piece:
+        """What to send when nothing has been sent for a while."""
+        return Piece(self._key, self._number, (), (), False, {})
+
+    def piece(self, chunk: Chunk, now: float, interval: float) -> Piece | None:
+        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always are.
+
+        Args:
+            interval: seconds between two pieces, at least: each costs the server's processes as much as some tokens are worth.
+        """
+        self._held.extend(chunk.token_ids)
+        is_last = chunk.finish_reason is not None
+        if not (is_last or (self._settings.stream and now - self._sent_at >= interval)):
+            return None
+        self._sent_at = now
+        token_ids, self._held = tuple(self._held), []
+        counters = chunk.counters
+        fields = {
+            "finish_reason": chunk.finish_reason or "",
+            "num_input_tokens": counters.prompt_tokens,
+            "num_output_tokens": len(token_ids),
+            "acceptance_rate": counters.acceptance_rate,
+            "total_accepted_draft_tokens": counters.accepted,
+            "total_draft_tokens": counters.judged,
+            "ssv_tier_used": self._settings.method,
+            "ssv_lossless": self._lossless,
+            "ssv_unverified_tokens": counters.trusted,
+            "ssv_target_passes": counters.target_passes,
+            "ssv_cached_tokens": counters.cached_tokens,
+        }
+        params, context = self._settings.params, self._context if self._number == 0 else ()
+        piece = Piece(self._key, self._number, token_ids, params.stop, is_last, fields, params.min_tokens, context)
+        self._number += 1
+        return piece
+
+
+def error_text(status: str, error: Exception | str) -> str:
+    """An error's message with its status in front: Triton does not hand the status on to clients of a stream."""
+    return f"{status}: {error}"

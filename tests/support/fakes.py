@@ -1,0 +1,332 @@
+"""Engines and a tokenizer made of tables: the decoding logic without a model.
+
+A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own* cache, each
+weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
+
+Shapes: see `ssv.runtime.engines.contract`; N states (rows of the table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
+
+EOS = 0
+VOCAB_SIZE = 12
+NUM_STATES = 1009
+
+_PRIME = 1_048_573  # below 2^20: a hash is exact in fp32
+_NUM_FEATURES = 2  # the hash of the prefix, and whether the draft made it itself
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step that was run: where each row began, how many tokens of it, and the gathered (cache row, position)."""
+
+    first_row: int
+    position: tuple[int, ...]
+    tokens: int
+    gathered: tuple[tuple[int, int], ...]
+
+
+class _TokenCache:
+    """Token ids where a real engine has keys and values."""
+
+    def __init__(self, max_batch: int, max_length: int, vocab_size: int, weight_S: Tensor) -> None:
+        self.max_batch, self.max_length, self.vocab_size = max_batch, max_length, vocab_size
+        self.weight_S = weight_S
+        self.unwritten = vocab_size
+        self.tokens_BS = torch.full((max_batch, max_length), self.unwritten)
+        self.calls: list[StepRecord] = []
+
+    def write(
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        count_B: Tensor | None,
+        first_row: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Stores a step's tokens; returns row and position of the gathered ones. Padding is noise: nothing may read it."""
+        dtypes = (input_ids_BT.dtype, position_B.dtype, gather_rows_R.dtype)
+        if dtypes != (torch.int64, torch.int32, torch.int64):
+            raise EngineError(f"input_ids, position, gather_rows have dtypes {dtypes}")
+        batch, tokens = input_ids_BT.shape
+        at_BT = position_B.long()[:, None] + torch.arange(tokens)
+        if count_B is not None:
+            is_padding_BT = torch.arange(tokens) >= count_B[:, None]
+            input_ids_BT = input_ids_BT.masked_fill(is_padding_BT, self.unwritten)
+        self.tokens_BS[first_row : first_row + batch].scatter_(1, at_BT, input_ids_BT)
+        row_R, at_R = first_row + gather_rows_R // tokens, at_BT.flatten()[gather_rows_R]
+        gathered = tuple(zip(row_R.tolist(), at_R.tolist(), strict=True))
+        self.calls.append(StepRecord(first_row, tuple(position_B.tolist()), tokens, gathered))
+        return row_R, at_R
+
+    def hash_RS(self, row_R: Tensor) -> Tensor:
+        """Hash of the first 1, 2, ... S tokens of rows."""
+        return ((self.tokens_BS[row_R] + 1) * self.weight_S[: self.max_length]).cumsum(dim=1) % _PRIME
+
+    def check_written(self, row_R: Tensor, at_R: Tensor) -> None:
+        visible_RS = torch.arange(self.max_length) <= at_R[:, None]
+        assert not bool((visible_RS & (self.tokens_BS[row_R] == self.unwritten)).any()), "reads what was never written"
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        self.tokens_BS[dest, :length] = self.tokens_BS[source, :length]
+        self.tokens_BS[dest, length:] = self.unwritten
+
+
+class FakeTarget:
+    """A target engine.
+
+    Attributes:
+        logits_NV: the table.
+        calls: the steps that were run.
+        steps_B: how many of them each cache row took part in.
+    """
+
+    num_features = 0
+    token_ids_V: Tensor | None = None
+    has_scorer = False
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        vocab_size: int = VOCAB_SIZE,
+        max_batch: int = 1,
+        max_length: int = 96,
+        tap: bool = True,
+        eos_bias: float = 0.0,
+    ) -> None:
+        self.max_batch, self.max_length, self.vocab_size, self.tap = max_batch, max_length, vocab_size, tap
+        generator = torch.Generator().manual_seed(seed)
+        self.logits_NV = torch.randn(NUM_STATES, vocab_size, generator=generator) * 1.5
+        self.logits_NV[:, EOS] += eos_bias
+        self.weight_S = torch.randint(1, _PRIME, (max_length + 64,), generator=generator)
+        self.cache = _TokenCache(max_batch, max_length, vocab_size, self.weight_S)
+        self.steps_B = torch.zeros(max_batch, dtype=torch.long)
+
+    @property
+    def calls(self) -> list[StepRecord]:
+        return self.cache.calls
+
+    @torch.inference_mode()
+    def step(
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        features_in_BTF: Tensor | None = None,
+        *,
+        count_B: Tensor | None = None,
+        features_out: bool = False,
+        first_row: int = 0,
+    ) -> StepOutput:
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        if features_out and not self.tap:
+            raise EngineError("features_out: this engine was made without a tap")
+        batch, tokens = input_ids_BT.shape
+        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, count_B, first_row)
+        self.steps_B[first_row : first_row + batch] += 1
+        self.cache.check_written(row_R, at_R)
+        row_B = torch.arange(first_row, first_row + batch)
+        hash_BS = self.cache.hash_RS(row_B)
+        features_BTF = None
+        if features_out:
+            hash_BT = hash_BS.gather(1, position_B.long()[:, None] + torch.arange(tokens))
+            features_BTF = torch.stack((hash_BT.float(), torch.zeros_like(hash_BT).float()), dim=-1)
+        state_R = hash_BS[row_R - first_row, at_R] % NUM_STATES
+        return StepOutput(state_R[:, None].float(), self.logits_NV[state_R].clone(), features_BTF)
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        self.cache.move_row(source, dest, length)
+        self.steps_B[dest] = self.steps_B[source]
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        return self.cache.tokens_BS[row, start:stop].clone()
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        self.cache.tokens_BS[row, start : start + len(held)] = held
+
+    def state(self, tokens: Sequence[int]) -> int:
+        """Row of the table that gives the token after these."""
+        weights = self.weight_S[: len(tokens)].tolist()
+        return sum((token + 1) * weight for token, weight in zip(tokens, weights, strict=True)) % _PRIME % NUM_STATES
+
+    def next_logits(self, tokens: Sequence[int]) -> Tensor:
+        """What `step` must give for the token after these."""
+        return self.logits_NV[self.state(tokens)]
+
+
+class FakeDraft:
+    """A draft of a `FakeTarget`: in each state it has the target's logits, or others with another argmax.
+
+    A conditioned one takes the prefix from the features that it is given, as a target's feature of token i is the hash of the
+    tokens up to i, and its own hidden state the same one token further. It checks every entry that a query sees: that the
+    feature is that of the token before the entry's, that it is the target's wherever the target has run since, and that
+    it continues the entry before.
+
+    Args:
+        agreement: share of the states in which its logits are the target's.
+        disagree_at: positions of predicted tokens where it never has them.
+        noise: of other logits added to all.
+        reject_noise: share of the states in which `reject_prob` says the opposite of the truth; None for no scorer.
+        token_ids: the tokens that the head covers, in its order; None for all.
+
+    Attributes:
+        wrong_features: entries found wrong.
+    """
+
+    def __init__(
+        self,
+        target: FakeTarget,
+        *,
+        seed: int = 1,
+        conditioned: bool = False,
+        agreement: float = 0.7,
+        disagree_at: Iterable[int] = (),
+        noise: float = 0.0,
+        reject_noise: float | None = 0.2,
+        token_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.target, self.conditioned = target, conditioned
+        self.max_batch, self.max_length = target.max_batch, target.max_length
+        self.num_features = _NUM_FEATURES if conditioned else 0
+        self.token_ids_V = torch.tensor(token_ids) if token_ids is not None else None
+        self._ids_V = self.token_ids_V if token_ids is not None else torch.arange(target.vocab_size)
+        self.vocab_size = len(self._ids_V)
+        generator = torch.Generator().manual_seed(seed)
+        self.agrees_N = torch.rand(NUM_STATES, generator=generator) < agreement
+        noise_NV = torch.randn(target.logits_NV.shape, generator=generator) * noise
+        self.same_NV, self.other_NV = target.logits_NV + noise_NV, target.logits_NV.roll(1, dims=1) + noise_NV
+        self.disagree_at = torch.tensor(sorted(disagree_at), dtype=torch.long)
+        self.has_scorer = reject_noise is not None
+        self.lies_N = torch.rand(NUM_STATES, generator=generator) < (reject_noise or 0.0)
+        self.jitter_N = torch.rand(NUM_STATES, generator=generator)
+        self.cache = _TokenCache(self.max_batch, self.max_length, target.vocab_size, target.weight_S)
+        self.features_BSF = torch.zeros(self.max_batch, self.max_length, _NUM_FEATURES)
+        self.written_BS = torch.zeros(self.max_batch, self.max_length, dtype=torch.long)
+        self.wrong_features = 0
+
+    @property
+    def calls(self) -> list[StepRecord]:
+        return self.cache.calls
+
+    @torch.inference_mode()
+    def step(
+        self,
+        input_ids_BT: Tensor,
+        position_B: Tensor,
+        gather_rows_R: Tensor,
+        features_in_BTF: Tensor | None = None,
+        *,
+        count_B: Tensor | None = None,
+        features_out: bool = False,
+        first_row: int = 0,
+    ) -> StepOutput:
+        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        assert not features_out, "a draft has no features to give"
+        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, count_B, first_row)
+        if features_in_BTF is not None:
+            self._keep_features(features_in_BTF, position_B, first_row)
+        if not len(row_R):  # filling the cache
+            return StepOutput(torch.empty(0, _NUM_FEATURES), torch.empty(0, len(self._ids_V)))
+        self.cache.check_written(row_R, at_R)
+        if features_in_BTF is None:
+            hash_R, predicted_R = self.cache.hash_RS(row_R)[torch.arange(len(row_R)), at_R], at_R + 1
+        else:
+            hash_R, predicted_R = self._conditioned_hash(row_R, at_R), at_R + 2
+        logits_RV, reject_prob_R = self.predict(hash_R % NUM_STATES, predicted_R)
+        hidden_RH = torch.stack((hash_R.float(), torch.ones_like(hash_R).float()), dim=1)
+        return StepOutput(hidden_RH, logits_RV, None, reject_prob_R if self.has_scorer else None)
+
+    def move_row(self, source: int, dest: int, length: int) -> None:
+        self.cache.move_row(source, dest, length)
+        self.features_BSF[dest, :length] = self.features_BSF[source, :length]
+        self.written_BS[dest, :length] = self.written_BS[source, :length]
+
+    def read_cache(self, row: int, start: int, stop: int) -> Tensor:
+        return torch.cat(
+            (self.cache.tokens_BS[row, start:stop, None], self.features_BSF[row, start:stop].long()), dim=1
+        )
+
+    def write_cache(self, row: int, start: int, held: Tensor) -> None:
+        at = slice(start, start + len(held))
+        self.cache.tokens_BS[row, at], self.features_BSF[row, at] = held[:, 0], held[:, 1:].float()
+        self.written_BS[row, at] = self.target.steps_B[row]
+
+    def predict(self, state_R: Tensor, predicted_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the head and reject_prob for tokens at positions `predicted_R`."""
+        agrees_R = self.agrees_N[state_R] & ~torch.isin(predicted_R, self.disagree_at)
+        logits_RV = torch.where(agrees_R[:, None], self.same_NV[state_R], self.other_NV[state_R])
+        logits_RV = logits_RV[:, self._ids_V]
+        mismatch_R = self._ids_V[logits_RV.argmax(dim=1)] != self.target.logits_NV[state_R].argmax(dim=1)
+        says_R = mismatch_R ^ self.lies_N[state_R]
+        return logits_RV, torch.where(says_R, 0.5, 0.01) + 0.4 * self.jitter_N[state_R] ** 2
+
+    def next(self, tokens: Sequence[int]) -> tuple[Tensor, float]:
+        """What `step` must give for the token after these: logits, reject_prob."""
+        logits_1V, reject_prob_1 = self.predict(torch.tensor([self.target.state(tokens)]), torch.tensor([len(tokens)]))
+        return logits_1V[0], float(reject_prob_1[0])
+
+    def _keep_features(self, features_BTF: Tensor, position_B: Tensor, first_row: int) -> None:
+        batch, tokens = features_BTF.shape[:2]
+        row_B1 = torch.arange(first_row, first_row + batch)[:, None]
+        at_BT = position_B.long()[:, None] + torch.arange(tokens)
+        self.features_BSF[row_B1, at_BT] = features_BTF
+        self.written_BS[row_B1, at_BT] = self.target.steps_B[row_B1]
+
+    def _conditioned_hash(self, row_R: Tensor, at_R: Tensor) -> Tensor:
+        """Hash of the tokens up to the entry's own, as its features have it; counts the visible entries that are wrong."""
+        given_RS, own_RS = self.features_BSF[row_R].unbind(dim=2)
+        given_RS, own_RS = given_RS.long(), own_RS.bool()
+        visible_RS = torch.arange(self.max_length) <= at_R[:, None]
+        # Entry i holds the feature of token i and token i + 1.
+        weight_S = self.target.weight_S[1 : self.max_length + 1]
+        continued_RS = (given_RS + (self.cache.tokens_BS[row_R] + 1) * weight_S) % _PRIME
+        breaks_RS = torch.zeros_like(own_RS)
+        breaks_RS[:, 1:] = given_RS[:, 1:] != continued_RS[:, :-1]
+        seen_RS = given_RS == self.target.cache.hash_RS(row_R)
+        outdated_RS = self.written_BS[row_R] != self.target.steps_B[row_R][:, None]
+        wrong_RS = visible_RS & (breaks_RS | torch.where(own_RS, outdated_RS, ~seen_RS))
+        self.wrong_features += int(wrong_RS.sum())
+        return (continued_RS.gather(1, at_R[:, None])[:, 0] + wrong_RS.sum(dim=1)) % _PRIME
+
+
+class FakeTokenizer:
+    """Byte pieces, as a byte-level BPE has them: some tokens have several characters, some only a part of one."""
+
+    pieces = (b"<end>", b"a", b"b", b"ab", b" c", b"E", b"ND", b"aE", b"\xe2", b"\x82\xac", b"x\xc3", b"\xa9y")
+
+    def __init__(self, special_ids: Iterable[int] = (EOS,)) -> None:
+        self.special_ids = frozenset(special_ids)
+
+    def decode(
+        self, token_ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        assert not clean_up_tokenization_spaces, "cleaning up changes the text of the tokens before"
+        kept = [t for t in token_ids if not (skip_special_tokens and t in self.special_ids)]
+        return b"".join(self.pieces[t] for t in kept).decode(errors="replace")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Longest piece first."""
+        assert not add_special_tokens, "a chat template has them already"
+        data, ids = text.encode(), []
+        while data:
+            ids.append(
+                max((i for i, p in enumerate(self.pieces) if data.startswith(p)), key=lambda i: len(self.pieces[i]))
+            )
+            data = data[len(self.pieces[ids[-1]]) :]
+        return ids
+
+    def apply_chat_template(
+        self, conversation: Sequence[dict[str, str]], add_generation_prompt: bool = False, tokenize: bool = True
+    ) -> str:
+        assert not tokenize
+        text = "".join(f"{message['content']}<end>" for message in conversation)
+        return text + "ab" if add_generation_prompt else text

@@ -1,0 +1,83 @@
+"""A recipe, a target and prompts of a few words: a bundle made of them decodes, as nonsense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_spec, tiny_weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from ssv.builder import pair
+from ssv.builder.calibrate import MIN_PROMPTS, Calibration, Trial
+from ssv.builder.config import CalibrationConfig, load_recipe
+from ssv.bundle.manifest import Manifest, read_manifest
+from ssv.bundle.policy import Policy
+from ssv.model.checkpoint import hf_config
+from ssv.support.progress import Report, silent
+
+RECIPE = """
+name: tiny
+target: {path: target}
+draft:
+  distill: {layers: [0, 1], head_size: 48, tokens: 800, rows: 16, window: 48, batch_rows: 8, depth: 2}
+scorer:
+  fit: {rows: 32, window: 48, depth: 2}
+calibration:
+  make: {prompts_file: prompts.jsonl, families: [[0.4, 0.6, 6]], accept_below: [0.1]}
+precision: fp32
+"""
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} <e> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+def write_recipe(base: Path) -> Path:
+    """Path of a recipe, in a folder with its target and its prompts."""
+    folder = base / "target"
+    folder.mkdir()
+    spec = tiny_spec()
+    weights = {name: weight.contiguous() for name, weight in tiny_weights(spec).items()}
+    save_file(weights, folder / "model.safetensors")
+    words = ["<s>", "<e>", "user", "assistant", "<<first>>", "<<second>>", "<<third>>", *(f"w{i}" for i in range(105))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(hf_config(spec, [1], torch.float32)))
+    lines = [
+        json.dumps({"id": str(i), "prompt": " ".join(f"w{(7 * i + j) % 105}" for j in range(20))})
+        for i in range(MIN_PROMPTS)
+    ]
+    (base / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    path = base / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+class Calibrator:
+    """Stands for decoding; counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, bundle: Path, config: CalibrationConfig, report: Report) -> Calibration:
+        self.calls += 1
+        assert read_manifest(bundle).tiers["premium"].lossless  # a bundle that decodes already
+
+        def trial(accept_below: float) -> Trial:
+            policy = Policy(accept_below=accept_below, verify_above=0.4, risk_budget=0.6, max_pending=6)
+            return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 0.6)
+
+        tiers = {"premium": trial(0.0), "balanced": trial(0.1), "turbo": trial(0.1)}
+        return Calibration(list(tiers.values()), tiers)
+
+
+def build(recipe: Path, out: Path, make: Calibrator | None = None) -> Manifest:
+    return pair.build_pair(load_recipe(recipe), out, device="cpu", make_calibration=make or Calibrator(), report=silent)

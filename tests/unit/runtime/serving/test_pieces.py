@@ -1,0 +1,138 @@
+"""An answer in pieces: what each of them has, and that none is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ssv.runtime.counters import Counters
+from ssv.runtime.request import Chunk, FinishReason, SamplingParams
+from ssv.runtime.serving.intake import Settings
+from ssv.runtime.serving.pieces import Answer, Piece, error_text
+
+COUNTERS = Counters(
+    prompt_tokens=9, cached_tokens=4, emitted=5, drafted=8, judged=4, accepted=3, trusted=1, target_passes=2
+)
+
+
+def make(*, stream: bool, stop: tuple[str, ...] = (), lossless: bool = True, method: str = "premium") -> Answer:
+    return Answer("key", Settings(method, SamplingParams(stop=stop), stream, None), lossless)
+
+
+def chunk(*token_ids: int, reason: FinishReason | None = None, counters: Counters = COUNTERS) -> Chunk:
+    return Chunk(0, "", token_ids, counters, reason)
+
+
+def pieces(answer: Answer, *chunks: Chunk) -> list[Piece]:
+    return [piece for each in chunks if (piece := answer.piece(each, 0.0, 0.0)) is not None]
+
+
+def test_streaming_has_a_piece_for_each_chunk() -> None:
+    found = pieces(make(stream=True), chunk(1), chunk(2, 3), chunk(reason="stop"))
+    assert [piece.token_ids for piece in found] == [(1,), (2, 3), ()]
+    assert [piece.number for piece in found] == [0, 1, 2]
+    assert [piece.is_last for piece in found] == [False, False, True]
+    assert [piece.fields["finish_reason"] for piece in found] == ["", "", "stop"]
+    assert [piece.fields["num_output_tokens"] for piece in found] == [1, 2, 0]
+
+
+def test_pieces_keep_their_distance() -> None:
+    """Tokens that come too soon leave with the next ones; the first ones and the end never wait."""
+    answer = make(stream=True)
+    times = [100.0, 100.25, 100.49, 100.5, 100.6, 101.2, 101.3]
+    found = [answer.piece(chunk(i), now, 0.5) for i, now in enumerate(times)]
+    assert [piece and piece.token_ids for piece in found] == [(0,), None, None, (1, 2, 3), None, (4, 5), None]
+    last = answer.piece(chunk(reason="cancelled"), 101.3, 0.5)
+    assert last is not None
+    assert (last.token_ids, last.number, last.is_last) == ((6,), 3, True)
+    assert last.fields["num_output_tokens"] == 1
+
+
+def test_otherwise_there_is_one_with_all_tokens() -> None:
+    (piece,) = pieces(make(stream=False), chunk(1), chunk(2, 3), chunk(4, reason="length"))
+    assert (piece.token_ids, piece.number, piece.is_last) == ((1, 2, 3, 4), 0, True)
+    assert (piece.fields["num_output_tokens"], piece.fields["finish_reason"]) == (4, "length")
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "cancelled", "deadline"])
+def test_every_end_is_a_last_piece(reason: FinishReason) -> None:
+    (piece,) = pieces(make(stream=False), chunk(reason=reason))
+    assert piece.is_last
+    assert piece.fields["finish_reason"] == reason
+
+
+def test_fields() -> None:
+    answer = make(stream=True, lossless=False, method="turbo", stop=("END", "x"))
+    (piece,) = pieces(answer, chunk(1, 2))
+    assert piece.key == "key"
+    assert piece.stop == ("END", "x")
+    assert piece.fields == {
+        "finish_reason": "",
+        "num_input_tokens": 9,
+        "num_output_tokens": 2,
+        "acceptance_rate": 0.75,
+        "total_accepted_draft_tokens": 3,
+        "total_draft_tokens": 4,
+        "ssv_tier_used": "turbo",
+        "ssv_lossless": False,
+        "ssv_unverified_tokens": 1,
+        "ssv_target_passes": 2,
+        "ssv_cached_tokens": 4,
+    }
+
+
+def test_types_of_fields_survive_json() -> None:
+    """They choose the types of tensors."""
+    for counters in (COUNTERS, Counters(), Counters(judged=3, accepted=3)):
+        (piece,) = pieces(make(stream=True), chunk(1, counters=counters))
+        back = Piece.from_json(piece.to_json())
+        assert back == piece
+        assert [type(value) for value in back.fields.values()] == [type(value) for value in piece.fields.values()]
+        assert type(back.fields["acceptance_rate"]) is float
+
+
+def test_counters_are_those_of_the_moment() -> None:
+    """A chunk's counters are the request's own, which go on counting."""
+    answer, counters = make(stream=True), Counters(target_passes=1)
+    first = answer.piece(chunk(1, counters=counters), 0.0, 0.0)
+    counters.target_passes = 2
+    assert first is not None
+    assert first.fields["ssv_target_passes"] == 1
+
+
+@pytest.mark.parametrize("stop", [(), ("é", '"', "\n", "\x00", "\ud800")])
+def test_json(stop: tuple[str, ...]) -> None:
+    (piece,) = pieces(make(stream=True, stop=stop), chunk(1))
+    text = piece.to_json()
+    assert text.isascii()
+    assert Piece.from_json(text) == Piece.from_json(text.encode()) == piece
+
+
+def test_probe() -> None:
+    answer = make(stream=True, stop=("END",))
+    first, probe, second = answer.piece(chunk(1), 0.0, 0.0), answer.probe(), answer.piece(chunk(2), 0.0, 0.0)
+    assert first is not None and second is not None
+    assert probe.is_probe and not first.is_probe
+    assert (probe.key, probe.token_ids, probe.is_last) == ("key", (), False)
+    assert second.number == first.number + 1
+    assert Piece.from_json(probe.to_json()).is_probe
+
+
+def test_probe_takes_no_tokens_along() -> None:
+    answer = make(stream=False)
+    assert answer.piece(chunk(1), 0.0, 0.0) is None
+    assert answer.probe().token_ids == ()
+    (piece,) = pieces(answer, chunk(2, reason="stop"))
+    assert piece.token_ids == (1, 2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "1", '{"key": "a"}', json.dumps({"key": "k", "more": 1})])
+def test_what_is_no_piece_raises(text: Any) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        Piece.from_json(text)
+
+
+def test_errors_have_their_status_in_front() -> None:
+    assert error_text("UNAVAILABLE", ValueError("no: later")) == "UNAVAILABLE: no: later"

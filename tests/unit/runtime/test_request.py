@@ -1,0 +1,162 @@
+"""Settings out of range are refused by name; policies of the methods; the counters' sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ssv.bundle.policy import Policy
+from ssv.runtime.counters import Counters
+from ssv.runtime.methods import METHODS, policy_for
+from ssv.runtime.request import Request, RequestError, SamplingParams
+
+INVALID: list[dict[str, Any]] = [
+    {"temperature": -0.1},
+    {"temperature": math.nan},
+    {"temperature": math.inf},
+    {"top_k": -1},
+    {"top_p": 0.0},
+    {"top_p": -0.5},
+    {"top_p": 1.01},
+    {"top_p": math.nan},
+    {"max_tokens": 0},
+    {"max_tokens": -3},
+    {"min_tokens": -1},
+    {"min_tokens": 11, "max_tokens": 10},
+    {"stop": ("a", "")},
+    {"max_delay": 0.0},
+    {"max_delay": -1.0},
+    {"max_delay": math.nan},
+]
+
+
+@pytest.mark.parametrize("settings", INVALID, ids=repr)
+def test_invalid_setting_is_refused_by_name(settings: dict[str, Any]) -> None:
+    name, value = next(iter(settings.items()))
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**settings)
+    if name != "stop":
+        assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 5},
+        {"top_k": 0},
+        {"top_k": 10**6},
+        {"top_p": 1.0},
+        {"top_p": 1e-9},
+        {"max_tokens": 1},
+        {"min_tokens": 10, "max_tokens": 10},
+        {"stop": ()},
+        {"max_delay": 1e-3},
+        {"max_delay": math.inf},
+    ],
+    ids=repr,
+)
+def test_settings_at_their_borders(settings: dict[str, Any]) -> None:
+    SamplingParams(**settings)
+
+
+def test_stop_as_one_string_is_refused() -> None:
+    """It would stop at each of its characters."""
+    with pytest.raises(RequestError, match="stop"):
+        SamplingParams(stop="END")  # type: ignore[arg-type]
+
+
+def test_greedy() -> None:
+    assert SamplingParams().greedy
+    assert not SamplingParams(temperature=1e-6).greedy
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        SamplingParams().temperature = 1.0  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        Request((1,), "autoregressive").method = "premium"  # type: ignore[misc]
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+PREMIUM = Policy(accept_below=0, verify_above=0.5, risk_budget=0.9, max_pending=8)
+TURBO = Policy(accept_below=0.1, verify_above=0.9, risk_budget=0.99, max_pending=16)
+
+
+@pytest.mark.parametrize("name", ["top_k", "seed", "max_tokens", "min_tokens"])
+@pytest.mark.parametrize("value", [2.5, None, "3", True])
+def test_counts_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name} .* whole number"):
+        SamplingParams(**{name: value})
+
+
+def test_methods() -> None:
+    assert METHODS == ("autoregressive", "speculative", "premium", "balanced", "turbo")
+    assert policy_for("autoregressive", {}).max_pending == 0
+    for k in (1, 5, 32):
+        assert policy_for("speculative", {}, k) == Policy(accept_below=0, verify_above=1, risk_budget=1, max_pending=k)
+    assert policy_for("turbo", {"premium": PREMIUM, "turbo": TURBO}) is TURBO
+
+
+def test_lossless() -> None:
+    assert policy_for("autoregressive", {}).lossless
+    assert policy_for("speculative", {}).lossless
+    assert PREMIUM.lossless
+    assert not TURBO.lossless
+    assert TURBO.model_copy(update={"max_pending": 0}).lossless
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_speculative_needs_a_token(k: int) -> None:
+    with pytest.raises(RequestError, match=f"num_draft_tokens {k}"):
+        policy_for("speculative", {}, k)
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(
+        RequestError, match="unknown method 'Premium'; known: autoregressive, speculative, premium, balanced, turbo"
+    ):
+        policy_for("Premium", {"Premium": PREMIUM})
+
+
+def test_tier_that_the_bundle_lacks() -> None:
+    with pytest.raises(RequestError, match=r"no tier 'balanced' \(it has: premium, turbo\).*ssv-build calibrate"):
+        policy_for("balanced", {"premium": PREMIUM, "turbo": TURBO})
+    with pytest.raises(RequestError, match="it has: none"):
+        policy_for("premium", {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"accept_below": -0.1}, {"verify_above": 1.1}, {"risk_budget": math.nan}, {"max_pending": -1}, {"max_pendng": 3}],
+    ids=repr,
+)
+def test_policy_out_of_range(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        Policy.model_validate(PREMIUM.model_dump() | change)
+
+
+# --- counters -------------------------------------------------------------------------------------------------------
+
+
+def test_counters_add() -> None:
+    one = Counters(prompt_tokens=3, emitted=9, drafted=8, judged=6, accepted=5, target_passes=2, total_s=0.5)
+    both = one + Counters(emitted=1, judged=4, accepted=1, target_passes=1, total_s=0.25)
+    assert both == Counters(
+        requests=2, prompt_tokens=3, emitted=10, drafted=8, judged=10, accepted=6, target_passes=3, total_s=0.75
+    )
+    assert both.acceptance_rate == 0.6
+    assert both.to_dict()["emitted"] == 10
+    assert both.tokens_per_pass == (10 - 2) / 3
+    assert sum([one, one], Counters(requests=0)).tokens_per_pass == one.tokens_per_pass == 4.0
+
+
+def test_rates() -> None:
+    assert Counters(emitted=9, target_passes=2).tokens_per_pass == 4.0
+    assert Counters().tokens_per_pass == 0.0
+    assert Counters().acceptance_rate == 0.0

@@ -1,0 +1,1509 @@
+"""The OpenAI API: what is taken, what is refused and how, and what is answered; before a server that is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx2
+import numpy as np
+import pytest
+from openai import APIError, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from starlette.testclient import TestClient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor
+
+from ssv.bundle.manifest import Manifest, TierEntry, write_manifest
+from ssv.bundle.policy import Policy
+from ssv.client.triton import Reply, ServerError, Settings, request_inputs
+from ssv.client.triton_aio import AsyncClient
+from ssv.runtime.request import RequestError
+from ssv.runtime.serving.intake import Intake, Limits
+from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.triton_repo.openai import access_log
+from ssv.triton_repo.openai import app as openai_api
+from ssv.triton_repo.openai.app import Models, create_app
+
+MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def reply(text: str, reason: str = "", *, num_tokens: int = 2, **fields: Any) -> Reply:
+    known = {
+        "num_input_tokens": 7,
+        "judged": 4,
+        "accepted": 3,
+        "unverified": 1,
+        "target_passes": 2,
+        "cached_tokens": 5,
+        "tier": "turbo",
+        "lossless": False,
+    }
+    return Reply(text=text, finish_reason=reason, num_output_tokens=num_tokens, **{**known, **fields})
+
+
+class FakeBackend:
+    """Plays what it was given: replies, errors to raise, and events to wait for."""
+
+    def __init__(self, *script: Reply | Exception | asyncio.Event) -> None:
+        self.script = script or (reply("Hel"), reply(""), reply("lo", "stop"))
+        self.prompt: str | Sequence[Mapping[str, str]] = ""
+        self.settings = Settings()
+        self.request_id, self.is_streamed, self.num_calls = "", False, 0
+        self.ready, self.closed = True, asyncio.Event()
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        self.prompt, self.settings, self.request_id, self.is_streamed = prompt, settings, request_id, stream
+        self.num_calls += 1
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Reply):
+                    yield step
+                else:
+                    await step.wait()
+        finally:
+            self.closed.set()
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+    async def aclose(self) -> None:
+        pass
+
+
+def client_of(backend: FakeBackend, **options: Any) -> TestClient:
+    return TestClient(create_app(backend, MODELS, **options), raise_server_exceptions=False)
+
+
+def openai_of(backend: FakeBackend) -> OpenAI:
+    return OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client_of(backend), max_retries=0)
+
+
+def chat(backend: FakeBackend, **fields: Any) -> httpx2.Response:
+    return client_of(backend).post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, **fields})
+
+
+def complete(backend: FakeBackend, **fields: Any) -> httpx2.Response:
+    return client_of(backend).post("/v1/completions", json={"model": "tiny", "prompt": "Once", **fields})
+
+
+def events_of(response: httpx2.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = response.text.split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") for part in parts)
+    return [part[6:] if part[6:] == "[DONE]" else json.loads(part[6:]) for part in parts]
+
+
+def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert body["error"]["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return body["error"]
+
+
+# What is answered.
+
+
+def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
+    backend = FakeBackend()
+    body = chat(backend).json()
+    assert body.pop("id") == backend.request_id
+    assert backend.request_id.startswith("chatcmpl-")
+    assert body.pop("created") > MODELS.created
+    assert body == {
+        "object": "chat.completion",
+        "model": "tiny",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 7,
+            "completion_tokens": 6,
+            "total_tokens": 13,
+            "prompt_tokens_details": {"cached_tokens": 5},
+        },
+        "ssv": {
+            "tier": "turbo",
+            "lossless": False,
+            "unverified_tokens": 1,
+            "target_passes": 2,
+            "acceptance_rate": 0.75,
+        },
+    }
+    assert not backend.is_streamed
+
+
+def test_a_completion_is_openais() -> None:
+    backend = FakeBackend()
+    body = complete(backend).json()
+    assert body["id"] == backend.request_id
+    assert backend.request_id.startswith("cmpl-")
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [{"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "stop"}]
+    assert body["usage"]["total_tokens"] == 13
+    assert body["ssv"]["tier"] == "turbo"
+
+
+def test_a_chat_stream_is_openais() -> None:
+    backend = FakeBackend()
+    events = events_of(chat(backend, stream=True))
+    assert events.pop() == "[DONE]"
+    assert {(e["id"], e["object"], e["model"]) for e in events} == {
+        (backend.request_id, "chat.completion.chunk", "tiny")
+    }
+    assert len({e["created"] for e in events}) == 1
+    assert [e["choices"][0]["delta"] for e in events] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
+    assert [e["choices"][0]["finish_reason"] for e in events] == [None, None, None, "stop"]
+    assert [e.get("ssv", {}).get("acceptance_rate") for e in events] == [None, None, None, 0.75]
+    assert not any("usage" in e for e in events)
+    assert backend.is_streamed
+
+
+def test_a_completion_stream_is_openais() -> None:
+    events = events_of(complete(FakeBackend(), stream=True))
+    assert events.pop() == "[DONE]"
+    assert [e["choices"][0]["text"] for e in events] == ["Hel", "lo", ""]
+    assert {e["object"] for e in events} == {"text_completion"}
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    assert events[-1]["ssv"]["lossless"] is False
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_stream_ends_with_usage_when_it_is_asked_for(ask: Any) -> None:
+    events = events_of(ask(FakeBackend(), stream=True, stream_options={"include_usage": True}))
+    assert events.pop() == "[DONE]"
+    *chunks, last = events
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    assert last["id"] == chunks[0]["id"]
+
+
+@pytest.mark.parametrize("include_usage", [True, False, None])
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_every_chunk_has_the_usage_so_far_when_it_is_asked_for(ask: Any, include_usage: bool | None) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    events = events_of(ask(FakeBackend(), stream=True, stream_options=options))
+    assert events.pop() == "[DONE]"
+    if include_usage:
+        last = events.pop()
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == 6
+    so_far = [e["usage"]["completion_tokens"] for e in events]
+    assert so_far == ([0, 2, 6, 6] if ask is chat else [2, 6, 6])
+    assert {e["usage"]["prompt_tokens"] for e in events} == {7}
+    assert all(e["usage"]["total_tokens"] == 7 + e["usage"]["completion_tokens"] for e in events)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("stop", "stop"), ("length", "length"), ("deadline", "length")])
+def test_finish_reasons_are_openais(ours: str, theirs: str) -> None:
+    assert chat(FakeBackend(reply("a", ours))).json()["choices"][0]["finish_reason"] == theirs
+    events = events_of(chat(FakeBackend(reply("a", ours)), stream=True))
+    assert events[-2]["choices"][0]["finish_reason"] == theirs
+
+
+def test_nothing_judged_is_an_acceptance_rate_of_0() -> None:
+    assert chat(FakeBackend(reply("a", "stop", judged=0, accepted=0))).json()["ssv"]["acceptance_rate"] == 0.0
+
+
+def test_events_hold_nothing_that_is_taken_for_the_end_of_a_line() -> None:
+    text = "a\nb\r\u2028\u2029\x85\x0b\x00é😀"
+    response = complete(FakeBackend(reply(text, "stop")), stream=True)
+    assert len(response.text.splitlines()) == 2 * len(events_of(response))
+    assert events_of(response)[0]["choices"][0]["text"] == text
+
+
+def test_the_openai_package_reads_it() -> None:
+    client = openai_of(FakeBackend())
+    whole = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}])
+    assert whole.choices[0].message.content == "Hello"
+    assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
+    assert whole.usage.prompt_tokens_details.cached_tokens == 5
+    answer = whole.choices[0].message
+    again = client.chat.completions.create(model="tiny", messages=[answer, {"role": "user", "content": "And?"}])  # type: ignore[list-item]
+    assert again.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hi"}], stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hello"
+    assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens == 13
+    text = client.completions.create(model="tiny:turbo", prompt="Once", extra_body={"top_k": 5, "ignore_eos": True})
+    assert text.choices[0].text == "Hello"
+
+
+# Models and tiers.
+
+
+def test_models_are_the_name_and_its_tiers() -> None:
+    client = client_of(FakeBackend())
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [entry["id"] for entry in listed["data"]] == ["tiny", "tiny:premium", "tiny:turbo"]
+    assert listed["data"][0] == {"id": "tiny", "object": "model", "created": 1700000000, "owned_by": "ssv"}
+    for name in ("tiny", "tiny:turbo", "tiny:speculative"):
+        assert client.get(f"/v1/models/{name}").json() == {**listed["data"][0], "id": name}
+    assert error_of(client.get("/v1/models/huge"), 404)["code"] == "model_not_found"
+    assert openai_of(FakeBackend()).models.retrieve("tiny:turbo").id == "tiny:turbo"
+    assert [model.id for model in openai_of(FakeBackend()).models.list()] == ["tiny", "tiny:premium", "tiny:turbo"]
+
+
+def test_a_name_with_slash_and_colon_is_a_name() -> None:
+    client = TestClient(create_app(FakeBackend(), Models("org/tiny:1b", ("premium",), 1)))
+    assert client.get("/v1/models/org/tiny:1b").json()["id"] == "org/tiny:1b"
+    assert client.get("/v1/models/org/tiny:1b:premium").status_code == 200
+    assert client.get("/v1/models/org/tiny").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("model", "tier", "expected"),
+    [
+        ("tiny", None, None),
+        ("tiny:premium", None, "premium"),
+        ("tiny:turbo", None, "turbo"),
+        ("tiny:autoregressive", None, "autoregressive"),
+        ("tiny:speculative", None, "speculative"),
+        ("tiny", "turbo", "turbo"),
+        ("tiny:turbo", "turbo", "turbo"),
+    ],
+)
+def test_the_tier_comes_from_the_models_suffix_or_a_field(model: str, tier: str | None, expected: str | None) -> None:
+    backend = FakeBackend()
+    body = chat(backend, model=model, ssv_tier=tier).json()
+    assert backend.settings.tier == expected
+    assert body["model"] == model
+
+
+def test_the_bound_of_divergence_goes_to_the_server() -> None:
+    backend = FakeBackend()
+    chat(backend, ssv_max_divergence=0.02)
+    assert (backend.settings.tier, backend.settings.max_divergence) == (None, 0.02)
+    chat(backend, model="tiny:turbo", ssv_max_divergence=0.5)
+    assert (backend.settings.tier, backend.settings.max_divergence) == ("turbo", 0.5)
+
+
+def test_tiers_that_contradict_or_do_not_exist_are_refused() -> None:
+    error = error_of(chat(FakeBackend(), model="tiny:premium", ssv_tier="turbo"), 400)
+    assert error["param"] == "ssv_tier"
+    assert "premium" in error["message"] and "turbo" in error["message"]
+    error = error_of(chat(FakeBackend(), ssv_tier="balanced"), 400)
+    assert error["param"] == "ssv_tier"
+    assert "premium, turbo, autoregressive, speculative" in error["message"]
+
+
+@pytest.mark.parametrize("model", ["huge", "tiny:", "tiny:balanced", "tiny:nonsense", "tiny2", "", "turbo"])
+def test_a_model_that_is_not_there_is_404(model: str) -> None:
+    backend = FakeBackend()
+    error = error_of(chat(backend, model=model), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert "tiny:turbo" in error["message"]
+    assert backend.num_calls == 0
+    with pytest.raises(NotFoundError):
+        openai_of(FakeBackend()).completions.create(model="huge", prompt="Once")
+
+
+def test_models_are_read_from_the_manifest_alone(tmp_path: Path) -> None:
+    write_bundle(tmp_path)
+    models = Models.of_bundle(tmp_path)
+    assert (models.name, models.tiers) == ("tiny", ("premium", "turbo"))
+    assert models.created == int((tmp_path / "manifest.json").stat().st_mtime)
+
+
+def write_bundle(folder: Path) -> None:
+    def entry(accept_below: float) -> TierEntry:
+        policy = Policy(accept_below=accept_below, verify_above=0.5, risk_budget=0.9, max_pending=8)
+        return TierEntry(policy=policy, lossless=not accept_below, divergence=accept_below or None)
+
+    write_manifest(
+        folder,
+        Manifest(
+            name="tiny",
+            target={},
+            draft={},
+            eos_token_ids=[2],
+            default_precision="int8",
+            tiers={"premium": entry(0.0), "turbo": entry(0.1)},
+            files={},
+            sources={},
+            versions={},
+        ),
+    )
+
+
+# What is taken.
+
+
+def test_defaults_are_openais() -> None:
+    backend = FakeBackend()
+    chat(backend)
+    assert backend.settings == Settings(chat=False, temperature=1.0)
+    complete(backend)
+    assert backend.settings == Settings(chat=False, temperature=1.0, max_tokens=16)
+    assert backend.prompt == "Once"
+
+
+def test_null_is_what_is_left_out() -> None:
+    backend = FakeBackend()
+    names = set(openai_api.ChatRequest.model_fields) - {"model", "messages"}
+    assert chat(backend, **dict.fromkeys(names)).status_code == 200
+    assert backend.settings == Settings(chat=False, temperature=1.0)
+    names = {f.alias or n for n, f in openai_api.CompletionRequest.model_fields.items()} - {"model", "prompt"}
+    assert complete(backend, **dict.fromkeys(names)).status_code == 200
+
+
+def test_null_is_what_is_left_out_wherever_it_stands() -> None:
+    """Also of what nobody knows: clients write out all their fields."""
+    backend = FakeBackend()
+    parts = [{"type": "text", "text": "a", "cache_control": None}]
+    messages = [{"role": "user", "content": parts, "name": None, "tool_call_id": None, "reasoning_content": None}]
+    fields = {"parallel_tool_calls": None, "reasoning_effort": None, "guided_json": None, "unknown": None}
+    fields |= {"stream_options": {"include_usage": None, "unknown": None}, "logit_bias": {"5": None}}
+    response = chat(backend, messages=messages, metadata={"a": None}, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    assert backend.prompt == [{"role": "user", "content": "a"}]
+    assert backend.settings == Settings(chat=False, temperature=1.0)
+    assert not any("usage" in event for event in events_of(response)[:-1])
+
+
+def test_a_messages_name_changes_nothing() -> None:
+    backend = FakeBackend()
+    assert chat(backend, messages=[{"role": "user", "content": "Hi", "name": "Ann"}]).status_code == 200
+    assert backend.prompt == MESSAGES
+
+
+def test_settings_reach_the_server() -> None:
+    backend = FakeBackend()
+    given = {"max_tokens": 9, "min_tokens": 2, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 2**64 - 1}
+    chat(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5)
+    expected = Settings(chat=False, **given, stop=["a", "b"], ignore_eos=True, timeout=1.5)
+    assert backend.settings == expected
+    complete(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5)
+    assert backend.settings == expected
+
+
+def test_a_seed_below_0_counts_modulo_2_to_the_64() -> None:
+    backend = FakeBackend()
+    chat(backend, seed=-1)
+    assert backend.settings.seed == 2**64 - 1
+
+
+def test_one_stop_text_is_a_list_of_one_and_more_than_openais_four_are_taken() -> None:
+    backend = FakeBackend()
+    chat(backend, stop="END")
+    assert backend.settings.stop == ["END"]
+    chat(backend, stop=[str(i) for i in range(64)])
+    assert len(backend.settings.stop) == 64
+
+
+@pytest.mark.parametrize("fields", [{"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 5}])
+def test_both_names_of_max_tokens_are_one_setting(fields: dict[str, int]) -> None:
+    backend = FakeBackend()
+    chat(backend, **fields)
+    assert backend.settings.max_tokens == 5
+
+
+def test_messages_are_texts_or_parts_of_text() -> None:
+    backend = FakeBackend()
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "annotations": [], "audio": None},
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "é\u0000"},
+    ]
+    assert chat(backend, messages=messages).status_code == 200
+    assert backend.prompt == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "c"},
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "é\u0000"},
+    ]
+
+
+def test_a_list_of_one_prompt_is_a_prompt() -> None:
+    backend = FakeBackend()
+    complete(backend, prompt=["Twice"])
+    assert backend.prompt == "Twice"
+
+
+NEUTRAL = {
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+    "user": "u",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+}
+NEUTRAL_CHAT = {
+    "metadata": {"a": "b"},
+    "store": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "auto",
+}
+
+
+def test_values_that_change_nothing_are_taken() -> None:
+    for tier in ("auto", "default"):
+        backend = FakeBackend()
+        assert chat(backend, **NEUTRAL, **NEUTRAL_CHAT, service_tier=tier).status_code == 200
+        assert backend.settings == Settings(chat=False, temperature=1.0)
+    assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
+    assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
+
+
+# What is refused.
+
+WRONG = [
+    ("n", 2),
+    ("n", True),
+    ("presence_penalty", 0.5),
+    ("frequency_penalty", -1),
+    ("repetition_penalty", 1.1),
+    ("logit_bias", {"5": 1}),
+    ("temperature", 2.5),
+    ("temperature", -1),
+    ("temperature", "0.5"),
+    ("top_p", 0),
+    ("top_p", 1.5),
+    ("top_k", -2),
+    ("top_k", 2**31),
+    ("max_tokens", 0),
+    ("max_tokens", 2**31),
+    ("max_tokens", 2.5),
+    ("max_tokens", "5"),
+    ("max_tokens", True),
+    ("min_tokens", -1),
+    ("seed", 2**64),
+    ("seed", -(2**63) - 1),
+    ("seed", "x"),
+    ("stop", ""),
+    ("stop", ["a", ""]),
+    ("stop", ["a"] * 65),
+    ("stop", 5),
+    ("stop", "\ud800"),
+    ("ignore_eos", 1),
+    ("stream", "yes"),
+    ("stream_options", {"include_usage": True}),
+    ("user", 5),
+    ("ssv_max_divergence", 1.5),
+    ("ssv_timeout", 0),
+    ("model", 5),
+    ("model", None),
+    ("unknown", 1),
+]
+WRONG_CHAT = [
+    ("max_completion_tokens", 0),
+    ("logprobs", True),
+    ("top_logprobs", 1),
+    ("modalities", ["text", "audio"]),
+    ("response_format", {"type": "json_object"}),
+    ("tools", [{"type": "function"}]),
+    ("tool_choice", "required"),
+    ("functions", [{}]),
+    ("function_call", {"name": "f"}),
+    ("store", True),
+    ("service_tier", "flex"),
+    ("metadata", {"a": 1}),
+    ("messages", []),
+    ("messages", "Hi"),
+    ("reasoning_effort", "low"),
+    ("parallel_tool_calls", "yes"),
+    ("safety_identifier", 5),
+    ("prompt", "Hi"),
+]
+WRONG_COMPLETION = [
+    ("echo", True),
+    ("suffix", "x"),
+    ("suffix", ""),
+    ("best_of", 2),
+    ("logprobs", 0),
+    ("logprobs", False),
+    ("prompt", None),
+    ("prompt", ["a", "b"]),
+    ("prompt", []),
+    ("prompt", [1, 2]),
+    ("prompt", [[1, 2]]),
+    ("prompt", [None]),
+    ("max_completion_tokens", 5),
+    ("messages", MESSAGES),
+]
+
+
+def post_raw(backend: FakeBackend, path: str, body: object, **headers: str) -> httpx2.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    return client_of(backend).post(path, content=content, headers=headers)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG + WRONG_CHAT, ids=repr)
+def test_a_chat_field_that_is_wrong_is_refused_by_name(name: str, value: Any) -> None:
+    backend = FakeBackend()
+    body = {"model": "tiny", "messages": MESSAGES, name: value}
+    error = error_of(post_raw(backend, "/v1/chat/completions", body), 400)
+    assert re.split(r"[[.]", error["param"])[0] == name
+    assert name in error["message"]
+    assert backend.num_calls == 0
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG + WRONG_COMPLETION, ids=repr)
+def test_a_completion_field_that_is_wrong_is_refused_by_name(name: str, value: Any) -> None:
+    backend = FakeBackend()
+    body = {"model": "tiny", "prompt": "Once", name: value}
+    error = error_of(post_raw(backend, "/v1/completions", body), 400)
+    assert re.split(r"[[.]", error["param"])[0] == name
+    assert name in error["message"] or "prompt" in error["message"] or "token ids" in error["message"]
+    assert backend.num_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "words"),
+    [
+        ({"role": "tool", "content": "x"}, "messages[0].role", "'user'"),
+        ({"role": "user"}, "messages[0].content", "missing"),
+        ({"role": "user", "content": None}, "messages[0].content", "missing"),
+        ({"role": "user", "content": "x", "name": 5}, "messages[0].name", "string"),
+        ({"role": "user", "content": "x", "id": "m1"}, "messages[0].id", "not supported"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls", "not supported"),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": [{}]},
+            "messages[0].tool_calls",
+            "tool_calls is not supported",
+        ),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content", "'image_url' is not supported"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[0].content", "must be"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}, "messages[0].content", "must be"),
+        ({"role": "user", "content": ["x"]}, "messages[0].content", "not supported"),
+    ],
+)
+def test_a_message_that_is_wrong_is_refused_with_its_place(message: dict[str, Any], param: str, words: str) -> None:
+    error = error_of(chat(FakeBackend(), messages=[message]), 400)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_two_different_max_tokens_are_refused() -> None:
+    error = error_of(chat(FakeBackend(), max_tokens=4, max_completion_tokens=5), 400)
+    assert error["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("unknown", 1, "unknown_parameter"),
+        ("n", 2, "unsupported_value"),
+        ("tools", [{"type": "function"}], "unsupported_value"),
+        ("temperature", 3, "invalid_value"),
+        ("temperature", "hot", "invalid_type"),
+        ("messages", None, "missing_required_parameter"),
+        ("ssv_tier", "gold", "invalid_value"),
+        ("model", "huge", "model_not_found"),
+    ],
+)
+def test_errors_have_openais_codes(name: str, value: Any, code: str) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, name: value}
+    response = post_raw(FakeBackend(), "/v1/chat/completions", body)
+    error = error_of(response, 404 if name == "model" else 400)
+    assert (error["param"], error["code"]) == (name, code)
+
+
+@pytest.mark.parametrize(("name", "near"), [("max_token", "max_tokens"), ("temprature", "temperature"), ("zzz", None)])
+def test_the_nearest_known_name_is_said(name: str, near: str | None) -> None:
+    cure = f"use {near}, or leave it out" if near else "leave it out"
+    message = error_of(chat(FakeBackend(), **{name: 1}), 400)["message"]
+    assert message == f"{name} is unknown or not supported: {cure}"
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": HALF}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": HALF, "content": "x"}]}, "messages[0].role"),
+        ({"model": HALF}, "model"),
+        ({"stop": ["a", HALF]}, "stop[1]"),
+        ({"user": HALF}, "user"),
+        ({"ssv_tier": HALF}, "ssv_tier"),
+        ({"metadata": {"a": HALF}}, "metadata.a"),
+        ({"metadata": {HALF: "a"}}, "metadata"),
+        ({HALF: 1}, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(fields: Any, param: str | None, stream: bool) -> None:
+    """As JavaScript's slice() makes them."""
+    backend = FakeBackend()
+    body = {"model": "tiny", "messages": MESSAGES, "stream": stream, **fields}
+    error = error_of(post_raw(backend, "/v1/chat/completions", body), 400)
+    assert error["param"] == param
+    assert "is not valid Unicode" in error["message"]
+    assert backend.num_calls == 0
+
+
+def test_a_body_nested_without_end_is_refused() -> None:
+    for depth in (300, 900, 100_000):
+        body = b'{"model": "tiny", "prompt": "x", "logit_bias": ' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+        error_of(post_raw(FakeBackend(), "/v1/completions", body), 400)
+
+
+def test_an_unknown_stream_option_is_refused() -> None:
+    error = error_of(chat(FakeBackend(), stream=True, stream_options={"include_obfuscation": True}), 400)
+    assert error["param"] == "stream_options.include_obfuscation"
+
+
+@pytest.mark.parametrize("missing", ["model", "messages"])
+def test_what_is_missing_is_named(missing: str) -> None:
+    body = {"model": "tiny", "messages": MESSAGES}
+    del body[missing]
+    assert error_of(post_raw(FakeBackend(), "/v1/chat/completions", body), 400)["param"] == missing
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"5", b"\xff", b"[" * 100000, b'{"model": "tiny", "max_tokens": ' + b"9" * 5000 + b"}"]
+)
+def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    assert error_of(post_raw(FakeBackend(), "/v1/chat/completions", body), 400)["message"]
+
+
+def test_another_content_type_is_refused() -> None:
+    """A browser sends it to any site without asking."""
+    body = {"model": "tiny", "messages": MESSAGES}
+    response = post_raw(FakeBackend(), "/v1/chat/completions", body, **{"Content-Type": "text/plain"})
+    assert "application/json" in error_of(response, 400)["message"]
+
+
+def test_a_field_whose_name_is_no_text_is_refused() -> None:
+    body = {"model": "tiny", "prompt": "x", "un\ud800known": 1}
+    assert "not valid Unicode" in error_of(post_raw(FakeBackend(), "/v1/completions", body), 400)["message"]
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"1e999"])
+def test_a_temperature_that_is_no_number_is_refused(value: bytes) -> None:
+    body = b'{"model": "tiny", "prompt": "x", "temperature": ' + value + b"}"
+    assert error_of(post_raw(FakeBackend(), "/v1/completions", body), 400)["param"] == "temperature"
+
+
+def test_unknown_addresses_and_methods_are_errors_of_the_same_form() -> None:
+    client = client_of(FakeBackend())
+    error_of(client.get("/v1/nothing"), 404)
+    response = client.get("/v1/completions")
+    error_of(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_body_may_have_its_largest_size_and_not_a_byte_more() -> None:
+    body = json.dumps({"model": "tiny", "messages": MESSAGES}).encode()
+    headers = {"Content-Type": "application/json"}
+    for room, status in ((0, 200), (-1, 413)):
+        client = client_of(FakeBackend(), max_body_bytes=len(body) + room)
+        response = client.post("/v1/chat/completions", content=body, headers=headers)
+        assert response.status_code == status
+    assert str(len(body) - 1) in error_of(response, 413)["message"]
+
+
+# Errors of the server.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "expected"), [("INVALID_ARGUMENT", 400), ("UNAVAILABLE", 503), ("INTERNAL", 500), ("UNKNOWN", 500)]
+)
+def test_errors_before_the_first_token_have_a_status(status: str, expected: int, stream: bool) -> None:
+    backend = FakeBackend(ServerError("top_p 5 is wrong", status))
+    for ask in (chat, complete):
+        response = ask(backend, stream=stream)
+        assert error_of(response, expected)["message"] == "top_p 5 is wrong"
+        assert response.headers.get("retry-after") == ("1" if expected == 503 else None)
+
+
+class Words:
+    """A token for each byte; a chat is its contents."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: bool) -> str:
+        if any(message["content"] == "refuse me" for message in messages):
+            raise ValueError("roles must alternate")
+        return "".join(message["content"] for message in messages)
+
+
+class IntakeBackend(FakeBackend):
+    """Says what the server's own check of requests says."""
+
+    async def stream(
+        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+    ) -> AsyncGenerator[Reply, None]:
+        policy = Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.9, max_pending=8)
+        tiers = {"premium": TierEntry(policy=policy, lossless=True)}
+        manifest = Manifest(
+            name="tiny",
+            target={"vocab_size": 300},
+            draft={},
+            eos_token_ids=[2],
+            default_precision="int8",
+            tiers=tiers,
+            files={},
+            sources={},
+            versions={},
+        )
+        limits = Limits(max_length=100, max_tokens=50, max_prompt_bytes=300)
+        inputs = {i.name(): _tensor(i) for i in request_inputs(prompt, settings, stream=stream)}
+        try:
+            Intake(manifest, BundleTokenizer(Words()), limits).prepare(inputs)
+        except RequestError as error:
+            raise ServerError(str(error), "INVALID_ARGUMENT") from error
+        yield reply("fine", "stop")
+
+
+def _tensor(given: Any) -> np.ndarray:
+    kinds = {"BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
+    raw = given._get_content()
+    if given.datatype() == "BYTES":
+        return deserialize_bytes_tensor(raw).reshape(given.shape())
+    return np.frombuffer(raw, kinds[given.datatype()]).reshape(given.shape())
+
+
+CONTEXT = "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param", "code", "says"),
+    [
+        ({"prompt": "x" * 100}, "prompt", CONTEXT, "maximum context length is 100 tokens, and the prompt has 100"),
+        ({"prompt": "x" * 301}, "prompt", CONTEXT, "the prompt has 301 bytes, at most 300"),
+        ({"prompt": "x" * 80, "max_tokens": 30}, "max_tokens", CONTEXT, "of which the prompt leaves 20"),
+        (
+            {"prompt": "x", "max_tokens": 51},
+            "max_tokens",
+            "invalid_value",
+            "max_tokens 51 is too large: give at most 50",
+        ),
+        ({"prompt": ""}, "prompt", "invalid_value", "the prompt is empty"),
+        ({"prompt": "x", "max_tokens": 5, "min_tokens": 6}, "min_tokens", "invalid_value", "min_tokens 6"),
+        ({"prompt": "x", "stop": "z" * 2000}, "stop", "invalid_value", "stop texts"),
+        ({"prompt": "x", "ssv_tier": "turbo", "ssv_max_divergence": 0.1}, "ssv_tier", "invalid_value", "exceeds"),
+        (
+            {"messages": "x" * 100},
+            "messages",
+            CONTEXT,
+            "maximum context length is 100 tokens, and the messages have 100",
+        ),
+        ({"messages": "x" * 301}, "messages", CONTEXT, "the messages have"),
+        ({"messages": "x" * 80, "max_tokens": 30}, "max_tokens", CONTEXT, "of which the messages leave 20"),
+        (
+            {"messages": "x" * 80, "max_completion_tokens": 30},
+            "max_completion_tokens",
+            CONTEXT,
+            "give max_completion_tokens 20 at most instead of 30",
+        ),
+        (
+            {"messages": "x", "max_completion_tokens": 51},
+            "max_completion_tokens",
+            "invalid_value",
+            "max_completion_tokens 51 is too large",
+        ),
+        ({"messages": ""}, "messages", "invalid_value", "the last of the messages is empty"),
+        ({"messages": "refuse me"}, "messages", "invalid_value", "roles must alternate"),
+        ({"messages": "x", "stop": ["z" * 2000]}, "stop", "invalid_value", "stop texts"),
+    ],
+)
+def test_what_the_server_refuses_is_said_in_the_callers_words(
+    fields: dict[str, Any], param: str, code: str, says: str, stream: bool
+) -> None:
+    backend = IntakeBackend()
+    if "messages" in fields:
+        messages = [{"role": "user", "content": fields["messages"]}]
+        response = chat(backend, **{**fields, "messages": messages, "stream": stream})
+    else:
+        response = complete(backend, **fields, stream=stream)
+    error = error_of(response, 400)
+    assert (error["param"], error["code"]) == (param, code)
+    assert says in error["message"]
+    assert ("prompt is too long" in error["message"]) == (code == CONTEXT and not param.startswith("max_"))
+    assert not re.search("ssv_messages|text_input|stop_words", error["message"])
+
+
+def test_what_the_server_takes_is_answered() -> None:
+    assert (
+        complete(IntakeBackend(), stop=["a"], max_tokens=5, ssv_tier="premium").json()["choices"][0]["text"] == "fine"
+    )
+
+
+def test_an_error_in_mid_stream_is_an_event_and_the_end() -> None:
+    backend = FakeBackend(reply("Hel"), ServerError("the queue burns", "UNAVAILABLE"))
+    events = events_of(chat(backend, stream=True))
+    assert events[-1] == {"error": {"message": "the queue burns", "type": "server_error", "param": None, "code": None}}
+    assert len(events) == 3
+    stream = openai_of(backend).completions.create(model="tiny", prompt="x", stream=True)
+    assert next(iter(stream)).choices[0].text == "Hel"
+    with pytest.raises(APIError, match="the queue burns"):
+        next(iter(stream))
+
+
+def test_the_openai_package_raises_its_errors() -> None:
+    with pytest.raises(BadRequestError, match="n is not supported but for 1"):
+        openai_of(FakeBackend()).completions.create(model="tiny", prompt="x", n=2)
+    with pytest.raises(InternalServerError) as raised:
+        openai_of(FakeBackend(ServerError("full", "UNAVAILABLE"))).completions.create(model="tiny", prompt="x")
+    assert raised.value.status_code == 503
+
+
+def test_what_nobody_foresaw_is_500_and_says_nothing() -> None:
+    assert "secret" not in error_of(chat(FakeBackend(KeyError("secret"))), 500)["message"]
+
+
+def test_health_is_the_servers() -> None:
+    backend = FakeBackend()
+    assert client_of(backend).get("/health").status_code == 200
+    backend.ready = False
+    response = client_of(backend).get("/health")
+    error_of(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/tiny"])
+def test_where_there_is_get_there_is_head(path: str) -> None:
+    assert client_of(FakeBackend()).head(path).status_code == 200
+    assert client_of(FakeBackend()).head("/v1/models/huge").status_code == 404
+    backend = FakeBackend()
+    backend.ready = False
+    assert client_of(backend).head("/health").status_code == 503
+
+
+# Ids, and a line in the log for each request.
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the log has of requests."""
+    found: list[dict[str, Any]] = []
+
+    def record(_: logging.Logger, event: str, /, *, level: int = logging.INFO, **fields: Any) -> None:
+        found.append({"event": event, "level": level, **fields})
+
+    monkeypatch.setattr(access_log, "log_event", record)
+    return found
+
+
+SECRET = "xyzzy"
+
+
+def asking(backend: FakeBackend, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx2.Response:
+    body = {"model": "tiny", "prompt": SECRET, **fields}
+    return client_of(backend).post("/v1/completions", json=body, headers=headers or {})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_has_a_line(lines: list[dict[str, Any]], stream: bool) -> None:
+    response = asking(FakeBackend(), model="tiny:turbo", stream=stream)
+    (line,) = lines
+    assert response.headers["x-request-id"] == line.pop("id") != ""
+    assert 0 <= line.pop("first_token_s") <= line.pop("total_s")
+    assert line == {
+        "event": "access",
+        "level": logging.INFO,
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "tier": "turbo",
+        "stream": stream,
+        "prompt_tokens": 7,
+        "output_tokens": 6,
+        "reason": "stop",
+    }
+
+
+def test_a_request_id_is_made_known_to_all(lines: list[dict[str, Any]]) -> None:
+    backend = FakeBackend()
+    response = asking(backend)
+    assert response.headers["x-request-id"] == response.json()["id"] == backend.request_id == lines[0]["id"]
+    assert "answer" not in lines[0]
+    response = asking(backend, headers={"X-Request-Id": "trace-1/a:b=c@d.e~f+g_h"})
+    assert response.headers["x-request-id"] == backend.request_id == lines[1]["id"] == "trace-1/a:b=c@d.e~f+g_h"
+    assert lines[1]["answer"] == response.json()["id"] != backend.request_id
+    assert asking(backend, headers={"x-request-id": "a" * 128}).headers["x-request-id"] == "a" * 128
+
+
+@pytest.mark.parametrize("given", ["", " ", "a b", "a" * 129, "é", 'a"b', "a;b", "[a]", "a\tb", "a{b}"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/health"])
+def test_a_request_id_that_is_none_is_refused(lines: list[dict[str, Any]], given: str, path: str) -> None:
+    backend = FakeBackend()
+    headers = [(b"x-request-id", given.encode()), (b"content-type", b"application/json")]
+    response = client_of(backend).request("GET" if path == "/health" else "POST", path, headers=headers, content=b"{}")
+    error = error_of(response, 400)
+    assert (error["param"], error["code"]) == ("X-Request-Id", "invalid_value")
+    assert response.headers["x-request-id"] == lines[0]["id"]
+    assert re.fullmatch("req-[0-9a-f]{32}", lines[0]["id"])
+    assert lines[0]["status"] == 400
+    assert backend.num_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "expected"),
+    [
+        ({"model": "huge"}, 404, {"code": "model_not_found", "param": "model"}),
+        ({"n": 2}, 400, {"code": "unsupported_value", "param": "n"}),
+        ({"ssv_tier": SECRET}, 400, {"code": "invalid_value", "param": "ssv_tier"}),
+        ({"user": "half \ud800"}, 400, {"code": "invalid_value", "param": "user"}),
+        ({"max_tokens": SECRET}, 400, {"code": "invalid_type", "param": "max_tokens"}),
+    ],
+)
+def test_a_refused_request_has_a_line_without_texts(
+    lines: list[dict[str, Any]], fields: dict[str, Any], status: int, expected: dict[str, str]
+) -> None:
+    body = json.dumps({"model": "tiny", "prompt": SECRET, "stop": SECRET, **fields}).encode()
+    response = post_raw(FakeBackend(), "/v1/completions", body, **{"X-Request-Id": "mine"})
+    error_of(response, status)
+    assert response.headers["x-request-id"] == "mine"
+    (line,) = lines
+    assert (
+        line.items()
+        >= {"id": "mine", "status": status, "reason": "error", "level": logging.WARNING, **expected}.items()
+    )
+    assert SECRET not in repr(line)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("status", "expected"), [("UNAVAILABLE", 503), ("INTERNAL", 500), ("INVALID_ARGUMENT", 400)])
+def test_what_the_server_refuses_has_a_line(
+    lines: list[dict[str, Any]], status: str, expected: int, stream: bool
+) -> None:
+    response = asking(FakeBackend(ServerError(SECRET, status)), stream=stream, model="tiny:turbo")
+    (line,) = lines
+    assert line["status"] == response.status_code == expected
+    assert line["tier"] == "turbo" and line["reason"] == "error"
+    assert line["id"] == response.headers["x-request-id"]
+    assert SECRET not in repr(line)
+
+
+def test_every_other_request_has_a_line(lines: list[dict[str, Any]]) -> None:
+    client = client_of(FakeBackend(), max_body_bytes=100)
+    client.get("/health")
+    client.head("/health")
+    client.get("/nothing?a=" + SECRET)
+    client.put("/v1/models")
+    client.post("/v1/completions", content=b"x" * 101, headers={"Content-Type": "application/json"})
+    client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert [line["status"] for line in lines] == [200, 200, 404, 405, 413, 400]
+    assert len({line["id"] for line in lines}) == 6
+    assert SECRET not in repr(lines)
+
+
+def test_an_error_in_mid_stream_is_in_the_line(lines: list[dict[str, Any]]) -> None:
+    asking(FakeBackend(reply("Hel"), ServerError("the queue burns", "UNAVAILABLE")), stream=True)
+    assert lines[0].items() >= {"status": 200, "reason": "error", "output_tokens": 2}.items()
+
+
+def test_what_nobody_foresaw_has_a_line_and_an_id(lines: list[dict[str, Any]]) -> None:
+    response = asking(FakeBackend(KeyError("secret")), headers={"X-Request-Id": "mine"})
+    assert error_of(response, 500)["type"] == "server_error"
+    assert response.headers["x-request-id"] == "mine"
+    assert lines[0].items() >= {"id": "mine", "status": 500, "level": logging.ERROR}.items()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_in_the_line(lines: list[dict[str, Any]], stream: bool) -> None:
+    async def test() -> None:
+        backend = FakeBackend(reply("Hel"), asyncio.Event())
+        connection = Connection(backend, stream=stream)
+        while not backend.num_calls or (stream and connection.sent.qsize() < 3):
+            await asyncio.sleep(0)
+        connection.left.set()
+        await connection.task
+
+    run(test())
+    assert lines[0].items() >= {"status": 200 if stream else 499, "reason": "cancelled"}.items()
+
+
+def test_connections_too_many_are_refused_as_everything_else_is(lines: list[dict[str, Any]]) -> None:
+    num = 3
+    client = client_of(FakeBackend(), num_connections=lambda: num, max_connections=3)
+    assert client.get("/health").status_code == 200
+    num = 4
+    response = client.get("/health", headers={"X-Request-Id": "mine"})
+    assert error_of(response, 503)["code"] == "too_many_connections"
+    assert (response.headers["retry-after"], response.headers["x-request-id"]) == ("1", "mine")
+    assert lines[1].items() >= {"id": "mine", "status": 503}.items()
+
+
+# Time: when chunks leave, and what a client that leaves ends.
+
+
+class Connection:
+    """A request, played by hand: what has been sent so far, and leaving."""
+
+    def __init__(self, backend: FakeBackend, **fields: Any) -> None:
+        body = json.dumps({"model": "tiny", "messages": MESSAGES, **fields}).encode()
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        scope |= {"query_string": b"", "asgi": {"version": "3.0", "spec_version": "2.3"}}
+        self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.left = asyncio.Event()
+        bodies = [body]
+
+        async def receive() -> dict[str, Any]:
+            if bodies:
+                return {"type": "http.request", "body": bodies.pop()}
+            await self.left.wait()
+            return {"type": "http.disconnect"}
+
+        app: Any = create_app(backend, MODELS)
+        self.task = asyncio.create_task(app(scope, receive, self.sent.put))
+
+    async def next_event(self) -> Any:
+        message = await self.sent.get()
+        return json.loads(message["body"].removeprefix(b"data: "))
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 20.0))
+
+
+def test_chunks_leave_when_they_come() -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+        connection = Connection(FakeBackend(reply("Hel"), gate, reply("lo", "stop")), stream=True)
+        assert (await connection.sent.get())["status"] == 200
+        assert (await connection.next_event())["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert (await connection.next_event())["choices"][0]["delta"] == {"content": "Hel"}
+        assert connection.sent.empty()
+        gate.set()
+        assert (await connection.next_event())["choices"][0]["delta"] == {"content": "lo"}
+        await connection.task
+
+    run(test())
+
+
+@pytest.mark.parametrize("first", [(), (reply("Hel"),)], ids=["before the first token", "in mid-answer"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request_at_once(stream: bool, first: tuple[Reply, ...]) -> None:
+    async def test() -> None:
+        before = asyncio.all_tasks()
+        backend = FakeBackend(*first, asyncio.Event())
+        connection = Connection(backend, stream=stream)
+        while not backend.num_calls or (stream and first and connection.sent.qsize() < 3):
+            await asyncio.sleep(0)
+        assert not backend.closed.is_set()
+        connection.left.set()
+        await backend.closed.wait()
+        await connection.task
+        assert asyncio.all_tasks() == before
+
+    run(test())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_is_cancelled_here_ends_at_the_server(stream: bool) -> None:
+    async def test() -> None:
+        backend = FakeBackend(reply("Hel"), asyncio.Event())
+        connection = Connection(backend, stream=stream)
+        while not backend.num_calls or (stream and connection.sent.qsize() < 3):
+            await asyncio.sleep(0)
+        connection.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connection.task
+        assert backend.closed.is_set()
+
+    run(test())
+
+
+def test_a_finished_answer_leaves_nothing_running() -> None:
+    async def test() -> None:
+        before = asyncio.all_tasks()
+        connection = Connection(FakeBackend(), stream=True)
+        await connection.task
+        assert asyncio.all_tasks() == before
+
+    run(test())
+
+
+# Before a gRPC server.
+
+
+class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers as `ensemble` does: by what the prompt says."""
+
+    def __init__(self) -> None:
+        self.cancelled: queue.Queue[bool] = queue.Queue()
+        self.ended: queue.Queue[str] = queue.Queue()
+        self.requests: list[Any] = []
+        self.is_ready = True
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelReadyResponse(ready=self.is_ready and request.name == "ensemble")
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        async for request in requests:
+            self.requests.append(request)
+            what = request.raw_input_contents[0][4:].decode()
+            if what == "refuse":
+                message = f"in ensemble 'ensemble', [request id: {request.id}] INVALID_ARGUMENT: top_p 5 is wrong"
+                yield service_pb2.ModelStreamInferResponse(error_message=message)
+                return
+            if what == "break off":
+                return
+            yield response_of("Hel", "")
+            if what == "fail":
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+            if what == "hang":
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.cancelled.put(True)
+            yield response_of("lo", "stop")
+            await asyncio.sleep(0.05)  # Triton ends a stream a moment later
+            self.ended.put(what)
+
+
+def response_of(text: str, reason: str) -> Any:
+    outputs: dict[str, str | int | bool] = {"text_output": text, "finish_reason": reason, "num_input_tokens": 7}
+    outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
+    outputs |= {"ssv_unverified_tokens": 1, "ssv_target_passes": 2, "ssv_cached_tokens": 5}
+    outputs |= {"ssv_tier_used": "premium", "ssv_lossless": True}
+    response = service_pb2.ModelInferResponse(model_name="ensemble")
+    for name, value in outputs.items():
+        if isinstance(value, str):
+            datatype, content = "BYTES", len(value.encode()).to_bytes(4, "little") + value.encode()
+        elif isinstance(value, bool):
+            datatype, content = "BOOL", bytes([value])
+        else:
+            datatype, content = "INT32", value.to_bytes(4, "little")
+        response.outputs.add(name=name, datatype=datatype, shape=[1, 1])
+        response.raw_output_contents.append(content)
+    return service_pb2.ModelStreamInferResponse(infer_response=response)
+
+
+async def serve(triton: Triton, credentials: grpc.ServerCredentials | None = None) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    await server.start()
+    return server, port
+
+
+def with_triton(test: Any) -> None:
+    async def body() -> None:
+        triton = Triton()
+        server, port = await serve(triton)
+        backend = AsyncClient(f"grpc://127.0.0.1:{port}")
+        try:
+            await test(triton, backend)
+        finally:
+            await backend.aclose()
+            await server.stop(0)
+
+    run(body())
+
+
+def test_the_backend_asks_and_reads() -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
+        settings = Settings(tier="turbo", chat=False, seed=2**64 - 1)
+        replies = [r async for r in backend.stream("go", settings, request_id="cmpl-1", stream=True)]
+        assert [(r.text, r.finish_reason) for r in replies] == [("Hel", ""), ("lo", "stop")]
+        assert replies[-1].tier == "premium" and replies[-1].lossless
+        (request,) = triton.requests
+        assert (request.id, request.model_name) == ("cmpl-1", "ensemble")
+        assert triton.ended.qsize() == 1  # not cancelled when it was over
+        assert [i.name for i in request.inputs] == ["text_input", "ssv_chat", "stream", "ssv_tier", "seed"]
+
+    with_triton(test)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "message"),
+    [
+        ("refuse", "INVALID_ARGUMENT", "top_p 5 is wrong"),
+        ("fail", "UNAVAILABLE", "Socket closed"),
+        ("break off", "UNAVAILABLE", "the server ended the stream before the answer was complete"),
+    ],
+)
+def test_the_backend_raises_what_the_server_says(prompt: str, status: str, message: str) -> None:
+    async def test(_: Triton, backend: AsyncClient) -> None:
+        with pytest.raises(ServerError) as raised:
+            async for _reply in backend.stream(prompt, Settings(), request_id="", stream=True):
+                pass
+        assert (raised.value.status, str(raised.value)) == (status, message)
+
+    with_triton(test)
+
+
+def test_closing_the_backends_stream_cancels_the_request() -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
+        replies = backend.stream("hang", Settings(), request_id="", stream=True)
+        assert (await anext(replies)).text == "Hel"
+        await replies.aclose()
+        assert await asyncio.to_thread(triton.cancelled.get, timeout=10.0)
+
+    with_triton(test)
+
+
+def test_the_backend_says_whether_the_server_is_ready() -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
+        assert await backend.is_ready()
+        triton.is_ready = False
+        assert not await backend.is_ready()
+
+    with_triton(test)
+
+
+def test_a_server_that_is_not_there_is_unavailable_and_not_ready() -> None:
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        backend = AsyncClient(f"grpc://127.0.0.1:{port}")
+        assert not await backend.is_ready()
+        with pytest.raises(ServerError, match="no server answers") as raised:
+            await anext(backend.stream("go", Settings(), request_id="", stream=True))
+        assert raised.value.status == "UNAVAILABLE"
+        await backend.aclose()
+
+    run(test())
+
+
+# As ssv-serve starts it.
+
+
+class TritonThread:
+    """The made-up server, beside the test."""
+
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+        self.triton = Triton()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._server, self.port = self._run(serve(self.triton, credentials))
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10.0)
+
+    def stop(self) -> None:
+        self._run(self._server.stop(0))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ssv.triton_repo.openai.app", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until_serving(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert '"event": "serving"' in line, line + process.stderr.read()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    write_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def api(bundle: Path) -> Iterator[tuple[str, Triton]]:
+    """The API's address, and the server behind it."""
+    server, port = TritonThread(), free_port()
+    url = f"grpc://127.0.0.1:{server.port}"
+    limits = ["--max-body-bytes", "20000", "--max-connections", "3"]
+    process = start("--url", url, "--bundle", str(bundle), "--port", str(port), *limits)
+    try:
+        wait_until_serving(process)
+        yield f"http://127.0.0.1:{port}", server.triton
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        # A line for each request, and none of a failure.
+        lines = [json.loads(line) for line in process.stderr]
+        assert {line["event"] for line in lines} == {"access"}
+        assert len({line["id"] for line in lines}) == len(lines) > 5
+        assert {line["status"] for line in lines} >= {200, 400, 413, 503}
+    finally:
+        process.kill()
+        process.wait()
+        server.stop()
+
+
+def test_the_process_answers(api: tuple[str, Triton]) -> None:
+    url, _ = api
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["tiny", "tiny:premium", "tiny:turbo"]
+        stream = client.completions.create(model="tiny:turbo", prompt="go", stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == "Hello"
+        with pytest.raises(BadRequestError, match="top_p 5 is wrong"):
+            client.completions.create(model="tiny", prompt="refuse", stream=True)
+    assert httpx2.get(f"{url}/health").status_code == 200
+    head = httpx2.head(f"{url}/v1/models")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_process_cancels_for_a_client_that_leaves(api: tuple[str, Triton], stream: bool) -> None:
+    url, triton = api
+    before = len(triton.requests)
+    body = json.dumps({"model": "tiny", "prompt": "hang", "stream": stream})
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall((head + body).encode())
+        if stream:
+            assert b"200 OK" in client.recv(1 << 16)
+        else:
+            while len(triton.requests) == before:
+                pass
+        assert triton.cancelled.empty()
+    assert triton.cancelled.get(timeout=10.0)
+
+
+def test_the_process_refuses_a_body_while_it_is_read(api: tuple[str, Triton]) -> None:
+    """With a length and without one; a client that sends all of it before it reads still learns why."""
+    for body in (b" " * 2_000_000, iter([b" " * 10_000] * 200)):
+        response = httpx2.post(f"{api[0]}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert "more than 20000 bytes" in error_of(response, 413)["message"]
+
+
+def test_a_body_that_never_ends_is_refused(api: tuple[str, Triton]) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(api[0].rpartition(":")[2])), timeout=10.0) as client:
+        client.sendall(head + 3 * (b"2710\r\n" + b" " * 10_000 + b"\r\n"))
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+
+
+def test_the_process_bounds_its_connections(api: tuple[str, Triton]) -> None:
+    address = ("127.0.0.1", int(api[0].rpartition(":")[2]))
+    idle = [socket.create_connection(address) for _ in range(2)]
+    try:
+        assert httpx2.get(f"{api[0]}/health").status_code == 200
+        idle.append(socket.create_connection(address))
+        response = httpx2.get(f"{api[0]}/health")
+        assert error_of(response, 503)["code"] == "too_many_connections"
+        assert response.headers["retry-after"] == "1"
+    finally:
+        for client in idle:
+            client.close()
+
+
+def ends_with_error(*arguments: str) -> str:
+    process = start(*arguments)
+    _, error = process.communicate(timeout=60.0)
+    assert process.returncode == 2
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_a_port_that_is_taken_is_said(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = ends_with_error("--url", "grpc://127.0.0.1:1", "--bundle", str(bundle), "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "in use" in error
+    assert "hint: choose another" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--url": "http://x:1"}, "grpc://host:port"),
+        ({"--bundle": "/nowhere"}, "is not a bundle"),
+        ({"--port": "70000"}, "cannot listen"),
+        ({"--max-body-bytes": "0"}, "--max-body-bytes 0 must be at least 1"),
+        ({"--max-connections": "0"}, "--max-connections 0 must be at least 1"),
+        ({"--tls-cert": "x.pem"}, "give both"),
+        ({"--tls-cert": "x.pem", "--tls-key": "y.pem"}, "grpcs://"),
+        ({"--tls-cert": "x.pem", "--tls-key": "y.pem", "--url": "grpcs://x:1"}, "cannot be used"),
+    ],
+)
+def test_arguments_that_cannot_be_are_said(
+    bundle: Path,
+    change: dict[str, str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(openai_api, "log_to_stderr", lambda: None)
+    monkeypatch.setattr(openai_api, "_log_warnings_of_uvicorn", lambda: None)
+    arguments = {"--url": "grpc://127.0.0.1:1", "--bundle": str(bundle), "--port": "1", **change}
+    assert openai_api.main([part for pair in arguments.items() for part in pair]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
+@pytest.mark.parametrize("name", ["DNS:*.example.com", "IP:127.0.0.1"])
+def test_the_process_speaks_tls_on_both_sides(bundle: Path, tmp_path: Path, name: str) -> None:
+    """Also with a certificate for another name than the one it is reached by here, and one that is no authority's."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -days 2 -out {certificate} -keyout {key}"
+    command += f" -addext subjectAltName={name} -addext basicConstraints=critical,CA:FALSE"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    pair = (key.read_bytes(), certificate.read_bytes())
+    server, port = TritonThread(grpc.ssl_server_credentials([pair])), free_port()
+    url = f"grpcs://127.0.0.1:{server.port}"
+    process = start(
+        "--url",
+        url,
+        "--bundle",
+        str(bundle),
+        "--port",
+        str(port),
+        "--tls-cert",
+        str(certificate),
+        "--tls-key",
+        str(key),
+    )
+    try:
+        wait_until_serving(process)
+        assert httpx2.get(f"https://127.0.0.1:{port}/health", verify=False).status_code == 200
+    finally:
+        process.kill()
+        process.communicate()
+        server.stop()

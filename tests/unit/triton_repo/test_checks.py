@@ -1,0 +1,341 @@
+"""What ssv-serve refuses before anything is started, by its name."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ssv.bundle.manifest import EngineEntry, Manifest
+from ssv.runtime.serving.config import ServerConfig
+from ssv.triton_repo import checks, serve
+from ssv.triton_repo.checks import Gpu, ServeError, check_machine, check_tls, listen
+
+SPEC = {
+    "num_layers": 2,
+    "num_kv_heads": 2,
+    "num_heads": 4,
+    "head_dim": 8,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "max_positions": 128,
+}
+
+
+def parsed(*options: str) -> argparse.Namespace:
+    return serve._parser().parse_args(["--bundle", "bundle", *options])
+
+
+DIGEST = "0" * 64
+
+
+def manifest(*engines: EngineEntry) -> Manifest:
+    made: Any = SimpleNamespace(
+        target=SPEC,
+        draft={"decoder": {**SPEC, "num_layers": 1}},
+        default_precision="int8",
+        engines={f"{one.role}-{one.precision}-{i}": one for i, one in enumerate(engines)},
+    )
+    return made
+
+
+def engine(role: str, precision: str = "int4", capability: str = "8.9", max_batch: int = 8) -> EngineEntry:
+    return EngineEntry.model_validate(
+        {
+            "role": role,
+            "precision": precision,
+            "flavor": "tensorrt_rtx",
+            "tensorrt": "1",
+            "compute_capabilities": [capability],
+            "file": "f",
+            "compute_type": "float16",
+            "max_batch": max_batch,
+            "max_length": 2048,
+            "max_pending": 10,
+            "prefill_chunk": 64,
+            "source": DIGEST,
+            "build_seconds": 1.0,
+            "peak_memory_bytes": 1,
+        }
+    )
+
+
+def config(**given: Any) -> ServerConfig:
+    return ServerConfig(**{"bundle": Path("b"), "prompt_cache_mb": 0, **given})
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def with_ports(taken: str = "", port: int = 0, host: str = "127.0.0.1") -> list[str]:
+    kinds = ("http", "grpc", "metrics", "openai")
+    found = dict(zip(kinds, free_ports(4), strict=True)) | ({taken: port} if taken else {})
+    return ["--host", host, *(word for kind, number in found.items() for word in (f"--{kind}-port", str(number)))]
+
+
+# Ports and host
+
+
+def test_ports_that_are_free_are_taken_or_left() -> None:
+    args = parsed(*with_ports())
+    found = listen(args.host, False, args)
+    try:
+        assert {kind: each.getsockname() for kind, each in found.items()} == {
+            "http": ("127.0.0.1", args.http_port),
+            "metrics": ("127.0.0.1", args.metrics_port),
+        }
+        for port in (args.grpc_port, args.openai_port):
+            socket.create_server(("127.0.0.1", port)).close()
+    finally:
+        for each in found.values():
+            each.close()
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc", "metrics", "openai"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_port_that_is_taken(kind: str, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        args = parsed(*with_ports(kind, port, host))
+        with pytest.raises(ServeError, match=rf"--{kind}-port {port} is taken on {host}: choose another"):
+            listen(args.host, False, args)
+        for free in {args.http_port, args.grpc_port, args.metrics_port, args.openai_port} - {port}:
+            socket.create_server(("127.0.0.1", free)).close()  # nothing is held on to
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("no-such-host.invalid", "is not a name that is known here"),
+        ("192.0.2.1", "is not an address of this machine"),
+        ("1.2.3.4.5", "is not a name that is known here"),
+        ("", "--host is empty"),
+        ("http://127.0.0.1", "is not a name that is known here"),
+    ],
+)
+def test_a_host_that_cannot_be(host: str, message: str) -> None:
+    args = parsed(*with_ports(host=host))
+    with pytest.raises(ServeError, match=message):
+        listen(args.host, False, args)
+
+
+def test_http_stays_here_with_tls() -> None:
+    args = parsed(*with_ports(host="0.0.0.0"))
+    found = listen(args.host, True, args)
+    try:
+        assert found["http"].getsockname()[0] == "127.0.0.1"
+        assert found["metrics"].getsockname()[0] == "0.0.0.0"
+    finally:
+        for each in found.values():
+            each.close()
+
+
+# TLS
+
+
+def certificate(folder: Path, name: str, san: bool = True) -> tuple[Path, Path]:
+    paths = folder / f"{name}.pem", folder / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(paths[1]), "-out", str(paths[0]), "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*command, *(["-addext", "subjectAltName=DNS:localhost"] if san else [])], check=True, capture_output=True
+    )
+    return paths
+
+
+def test_a_certificate_and_its_key(tmp_path: Path) -> None:
+    check_tls(*certificate(tmp_path, "one"))
+    check_tls(None, None)
+
+
+def test_files_for_tls_that_cannot_be(tmp_path: Path) -> None:
+    (one, key), (other, other_key) = certificate(tmp_path, "one"), certificate(tmp_path, "other")
+    locked = tmp_path / "locked.key"
+    command = ["openssl", "pkey", "-in", str(key), "-aes256", "-passout", "pass:secret", "-out", str(locked)]
+    subprocess.run(command, check=True, capture_output=True)
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_bytes(b"\x00nonsense")
+    for pair, message in (
+        ((one, other_key), "give a certificate and its key"),
+        ((other, key), "give a certificate and its key"),
+        ((key, one), "give a certificate and its key"),
+        ((nonsense, key), "give a certificate and its key"),
+        ((one, nonsense), "give a certificate and its key"),
+        ((one, locked), "give a certificate and its key"),
+        ((one, tmp_path / "none.key"), "none.key is not a file"),
+        ((tmp_path, key), "is not a file"),
+        (certificate(tmp_path, "nameless", san=False), "no name in subjectAltName"),
+    ):
+        with pytest.raises(ServeError, match=message):
+            check_tls(*pair)
+
+
+def test_a_file_for_tls_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, key = certificate(tmp_path, "one")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    with pytest.raises(ServeError, match=r"one.pem cannot be read \(Permission denied\)"):
+        check_tls(one, key)
+
+
+# Device, engine, precision
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "gpu", lambda: None)
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "gpu", lambda: Gpu("9.0", 80 << 30))
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())
+
+
+def test_a_cpu_needs_no_gpu(no_gpu: None) -> None:
+    check_machine(config(), manifest())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [({"device": "cuda"}, "--device cuda"), ({"engine": "tensorrt"}, "--engine tensorrt")]
+)
+def test_a_machine_without_a_gpu(given: dict[str, str], named: str, no_gpu: None) -> None:
+    both = manifest(engine("target"), engine("draft"))
+    with pytest.raises(
+        ServeError, match=f"{named}: this machine has no NVIDIA GPU .*: use --engine torch --device cpu"
+    ):
+        check_machine(config(**given), both)
+
+
+def test_a_torch_without_cuda(h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_machine(config(device="cuda"), manifest())
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    with pytest.raises(ServeError, match=r"torch 2.13.0\+cpu has no CUDA: use"):
+        check_machine(config(device="cuda"), manifest())
+
+
+@pytest.mark.parametrize(
+    ("engines", "given", "message"),
+    [
+        ([], {}, "no engine of the target: build one"),
+        ([("target", "int4", "9.0")], {}, "no engine of the draft: build one"),
+        (
+            [("target", "int4", "9.0"), ("draft", "int4", "9.0")],
+            {"precision": "fp8"},
+            "--precision fp8: .* in int4: choose",
+        ),
+        (
+            [("target", "int4", "9.0"), ("draft", "int4", "8.9")],
+            {},
+            "draft are for compute capability 8.9, this GPU has 9.0",
+        ),
+        (
+            [("target", "int4", "9.0"), ("draft", "int4", "9.0")],
+            {"max_rows": 9},
+            "--max-rows 9: engines of the target take 8",
+        ),
+    ],
+)
+def test_engines_that_are_not_there(engines: list[Any], given: dict[str, Any], message: str, h100: None) -> None:
+    with pytest.raises(ServeError, match=message):
+        check_machine(config(engine="tensorrt", **given), manifest(*(engine(*one) for one in engines)))
+
+
+def test_engines_that_are_there(h100: None) -> None:
+    check_machine(
+        config(engine="tensorrt"), manifest(engine("target", capability="9.0"), engine("draft", capability="9.0"))
+    )
+
+
+# Memory
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = checks.memory_needed(config(max_rows=4, max_length=100), manifest())
+    # Keys and values of three layers in fp32, and their weights in int8.
+    assert needed >= 2 * 3 * 2 * 8 * 100 * 4 * 4
+    monkeypatch.setattr(checks, "free_memory", lambda: needed)
+    check_machine(config(max_rows=4, max_length=100), manifest())
+    with pytest.raises(ServeError, match=r"5 rows of 100 tokens .* GiB: give fewer --max-rows"):
+        check_machine(config(max_rows=5, max_length=100), manifest())
+
+
+def test_lengths_are_at_most_what_the_model_has() -> None:
+    long, longer = (checks.memory_needed(config(max_length=length), manifest()) for length in (128, 100_000))
+    assert long == longer
+
+
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_CGROUP", tmp_path)
+    everything = checks.free_memory()
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\ninactive_file 50000\n")
+    assert checks.free_memory() == 650000 < everything
+    (tmp_path / "memory.max").write_text("max\n")
+    assert checks.free_memory() > 650000
+
+
+def test_the_gpu_does_not_hold_it(h100: None) -> None:
+    with pytest.raises(ServeError, match=r"the GPU.s memory is 80\.0 GiB"):
+        check_machine(config(device="cuda", max_rows=10**9), manifest())
+
+
+def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.psutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(ServeError, match="/dev/shm has less than 16 MiB free"):
+        check_machine(config(), manifest())
+
+
+# As a command
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-rows", "0"], "--max-rows 0 cannot be"),
+        (["--audit-share", "2"], "--audit-share 2.0 cannot be"),
+        (["--threads", "-1"], "--threads -1 cannot be"),
+    ],
+)
+def test_settings_are_named_as_they_were_given(options: list[str], message: str) -> None:
+    args = parsed(*options)
+    args.responses_per_s = 0
+    with pytest.raises(ServeError, match=message):
+        serve._config(args)
+
+
+def test_a_second_server_says_so_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object) -> None:
+        pytest.fail("something was started")
+
+    monkeypatch.setattr(serve, "read_manifest", lambda bundle, verify: never() if verify else manifest())
+    monkeypatch.setattr(serve, "log_to_stderr", lambda: None)
+    monkeypatch.setattr(serve, "Supervisor", never)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert serve.main(["--bundle", str(tmp_path), *with_ports("metrics", port)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        f"error: --metrics-port {port} is taken on 127.0.0.1",
+        "hint: choose another, or end what listens there",
+    ]

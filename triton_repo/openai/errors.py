@@ -1,0 +1,149 @@
+"""The OpenAI API's errors: objects with the codes that clients act on, in the words of who asked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from ssv.client.triton import ServerError
+
+CONTEXT_LENGTH = "context_length_exceeded"
+"""Clients shorten the conversation and ask again."""
+
+# LangChain looks for it in the text where the openai package leaves the code out of that; litellm for "maximum context length".
+_TOO_LONG = "prompt is too long: "
+# What `ssv.runtime.serving.intake` says of a prompt or an output that is too long.
+_LONG_PROMPT = re.compile(r"^the prompt has (\d+) tokens, and prompt and output together may have (\d+)")
+_MANY_BYTES = re.compile(r"^(?:text_input|ssv_messages) has (\d+) bytes, at most (\d+) are taken")
+_LONG_OUTPUT = re.compile(
+    r"^max_tokens (\d+): at most (\d+) are possible with this prompt \(limits: (\d+) of output, (\d+) with the prompt\)"
+)
+
+# Of pydantic's kinds of errors, what OpenAI calls them; others are of a value.
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unsupported": "unsupported_value",
+}
+
+
+class ApiError(HTTPException):
+    """An answer other than 200.
+
+    Attributes:
+        param: field that is wrong; None if it is none, or several.
+        code: OpenAI's, for programs.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message, {"Retry-After": "1"} if status == 503 else None)
+        self.param, self.code = param, code
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """How a request names what the server has other names for.
+
+    Attributes:
+        is_chat: whether its prompt is `messages`, or else `prompt`.
+        max_tokens: the name under which it gave the limit of its output.
+    """
+
+    is_chat: bool
+    max_tokens: str = "max_tokens"
+
+    @property
+    def prompt(self) -> str:
+        return "messages" if self.is_chat else "prompt"
+
+
+def error_object(error: StarletteHTTPException) -> dict[str, Any]:
+    """The body of a response."""
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
+    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+
+
+def translated(error: ServerError, caller: Caller) -> ApiError:
+    """What the server said, as an answer to who asked over this API."""
+    if error.status == "INVALID_ARGUMENT":
+        return _invalid(str(error), caller)
+    if error.is_cut_off:  # what was being answered has not been refused
+        return ApiError(500, f"the server broke off while it answered: {error}")
+    return ApiError(503 if error.status == "UNAVAILABLE" else 500, str(error))
+
+
+def _invalid(message: str, caller: Caller) -> ApiError:
+    prompt, has, it = caller.prompt, "have" if caller.is_chat else "has", "them" if caller.is_chat else "it"
+    if match := _LONG_PROMPT.match(message):
+        tokens, most = match.groups()
+        text = f"{_TOO_LONG}This model's maximum context length is {most} tokens, and the {prompt} {has} {tokens}: shorten {it}"
+        return ApiError(400, text, prompt, CONTEXT_LENGTH)
+    if match := _MANY_BYTES.match(message):
+        num_bytes, most = match.groups()
+        text = f"{_TOO_LONG}the {prompt} {has} {num_bytes} bytes, at most {most} are taken: shorten {it}"
+        return ApiError(400, text, prompt, CONTEXT_LENGTH)
+    if match := _LONG_OUTPUT.match(message):
+        asked, possible, limit, most = match.groups()
+        if int(asked) > int(limit):
+            text = f"{caller.max_tokens} {asked} is too large: give at most {limit}"
+            return ApiError(400, text, caller.max_tokens, "invalid_value")
+        text = (
+            f"This model's maximum context length is {most} tokens, of which the {prompt} {'leave' if caller.is_chat else 'leaves'} "
+            f"{possible}: shorten {it}, or give {caller.max_tokens} {possible} at most instead of {asked}"
+        )
+        return ApiError(400, text, caller.max_tokens, CONTEXT_LENGTH)
+    # Of each name of the server's: the field that it is here, and the word for it in a sentence.
+    names = {
+        "ssv_messages": (prompt, prompt),
+        "text_input": (prompt, prompt),
+        "stop_words": ("stop", "stop texts"),
+        "max_tokens": (caller.max_tokens, caller.max_tokens),
+        **{name: (name, name) for name in _SAME_HERE},
+    }
+    known = re.compile(rf"\b({'|'.join(names)})\b")
+    first = known.search(message)
+    param = names[first[1]][0] if first else prompt if "prompt" in message or "messages" in message else None
+    text = known.sub(lambda found: names[found[1]][1], message)
+    if caller.is_chat:
+        text = text.replace("the prompt is empty", "the last of the messages is empty: give it a text")
+    return ApiError(400, text, param, "invalid_value")
+
+
+_SAME_HERE = ("min_tokens", "temperature", "top_k", "top_p", "seed", "ssv_tier", "ssv_max_divergence", "ssv_timeout")
+
+
+def invalid_body(errors: Sequence[Mapping[str, Any]], known: Collection[str]) -> ApiError:
+    """What is wrong with a body, of all that is: what is not supported before what is missing for it.
+
+    Args:
+        errors: pydantic's.
+        known: fields, for one that is misspelt.
+    """
+    error = next((one for one in errors if one["type"] in ("unsupported", "extra_forbidden")), errors[0])
+    _, *path = error["loc"]
+    kind = error["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}")
+    if not path:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    param = field_name(path)
+    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(param, known, 1)
+        cure = f"use {near[0]}, or leave it out" if near else "leave it out"
+        return ApiError(400, f"{param} is unknown or not supported: {cure}", param, code)
+    if kind == "missing":
+        return ApiError(400, f"{param} is missing: give it", param, code)
+    return ApiError(400, error["msg"] if kind == "unsupported" else f"{param}: {error['msg']}", param, code)
+
+
+def field_name(path: Sequence[str | int]) -> str:
+    """A place in a body, such as `messages[0].content`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")

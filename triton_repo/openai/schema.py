@@ -1,0 +1,237 @@
+"""What the OpenAI API takes: the bodies of its requests, checked, and what they ask of the server."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from ssv.client.triton import Settings
+from ssv.triton_repo.openai.errors import ApiError, Caller, field_name
+
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOP = 64
+"""Each is looked for at every token; OpenAI takes 4."""
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{message}", {"message": message})
+
+
+def _only(*neutral: Any) -> AfterValidator:
+    """A field of which only values that change nothing are supported."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        # True is 1 in Python.
+        if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
+            return value
+        but = f" but for {' and '.join(json.dumps(one) for one in neutral)}" if neutral else ""
+        raise _refuse(f"{info.field_name} is not supported{but}: leave it out")
+
+    return AfterValidator(check)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message's parts."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise _refuse(f"a content part of type {str(kind)[:40]!r} is not supported: give text")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise _refuse('a content part must be {"type": "text", "text": TEXT}, and nothing else')
+    return "\n".join(part["text"] for part in content)
+
+
+def _one_prompt(prompt: Any) -> Any:
+    if not isinstance(prompt, list):
+        return prompt
+    if any(isinstance(entry, (int, list)) for entry in prompt):
+        raise _refuse("token ids are not supported: give the prompt's text")
+    if len(prompt) != 1:
+        raise _refuse(f"{len(prompt)} prompts in one request are not supported: give one")
+    return prompt[0]
+
+
+def _listed(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _cleaned(value: Any, *path: str | int) -> Any:
+    """A body without what is null, which says the same as what is left out.
+
+    Raises:
+        ApiError: 400, text that is no text: half of a surrogate pair can be written in JSON.
+    """
+    if isinstance(value, dict):
+        for name in value:
+            _check_text(name, path)
+        return {name: _cleaned(held, *path, name) for name, held in value.items() if held is not None}
+    if isinstance(value, list):
+        return [_cleaned(held, *path, index) for index, held in enumerate(value)]
+    if isinstance(value, str):
+        _check_text(value, path)
+    return value
+
+
+def _check_text(text: str, path: tuple[str | int, ...]) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        param = field_name(path) or None
+        what = f"{param or 'a name'} is not valid Unicode: character {error.start} is half of a surrogate pair, leave it out"
+        raise ApiError(400, what, param, "invalid_value") from error
+
+
+class _Strict(BaseModel):
+    # Text that could be read as a number is not one, and what is unknown is wrong.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Any, _only(False)] = None
+
+
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined)]
+    name: str | None = None
+    # In what a client got as an answer and sends back.
+    refusal: Annotated[Any, _only()] = None
+    annotations: Annotated[Any, _only([])] = None
+    audio: Annotated[Any, _only()] = None
+    tool_calls: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only()] = None
+
+
+_Int32 = Annotated[int, Field(lt=2**31)]
+_StopText = Annotated[str, Field(min_length=1)]
+_StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
+
+
+class ApiRequest(_Strict):
+    """What both kinds of requests have."""
+
+    model: str
+    max_tokens: Annotated[_Int32, Field(ge=1)] | None = None
+    min_tokens: Annotated[_Int32, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[_Int32, Field(ge=-1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: _StopTexts | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    ssv_tier: str | None = None
+    ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
+    ssv_timeout: Annotated[float, Field(gt=0)] | None = None
+    n: Annotated[Any, _only(1)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    repetition_penalty: Annotated[Any, _only(1)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        try:
+            return _cleaned(body)
+        except RecursionError as error:
+            raise ApiError(400, "the body is nested too deeply: send it flat") from error
+
+    def settings(self, tier: str | None) -> Settings:
+        return Settings(
+            tier=tier,
+            max_divergence=self.ssv_max_divergence,
+            chat=False,
+            max_tokens=self.output_limit(),
+            min_tokens=self.min_tokens,
+            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=None if self.seed is None else self.seed % 2**64,
+            stop=self.stop or (),
+            ignore_eos=self.ignore_eos,
+            timeout=self.ssv_timeout,
+        )
+
+    def output_limit(self) -> int | None:
+        """Tokens of the output, at most; None leaves it to the server."""
+        raise NotImplementedError
+
+    def usage(self) -> StreamOptions:
+        """In which chunks of a stream it is.
+
+        Raises:
+            ApiError: 400, it is no stream.
+        """
+        if self.stream_options is not None and not self.stream:
+            what = "stream_options without stream: give stream true, or leave them out"
+            raise ApiError(400, what, "stream_options", "invalid_value")
+        return self.stream_options or StreamOptions()
+
+    def caller(self) -> Caller:
+        """How it names things."""
+        raise NotImplementedError
+
+
+class ChatRequest(ApiRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[_Int32, Field(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+    store: Annotated[Any, _only(False)] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+
+    def prompt(self) -> list[dict[str, str]]:
+        roles = {"developer": "system"}
+        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
+
+    def output_limit(self) -> int | None:
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            what = "max_tokens and max_completion_tokens differ: give one of them"
+            raise ApiError(400, what, "max_tokens", "invalid_value")
+        return given.pop() if given else None
+
+    def caller(self) -> Caller:
+        return Caller(True, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens")
+
+
+class CompletionRequest(ApiRequest):
+    """Body of /v1/completions."""
+
+    prompt_text: Annotated[str, BeforeValidator(_one_prompt), Field(alias="prompt")]
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only()] = None
+    best_of: Annotated[Any, _only(1)] = None
+    logprobs: Annotated[Any, _only()] = None
+
+    def prompt(self) -> str:
+        return self.prompt_text
+
+    def output_limit(self) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def caller(self) -> Caller:
+        return Caller(False)
