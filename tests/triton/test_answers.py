@@ -58,7 +58,7 @@ def text_of(replies: list[Reply]) -> str:
 
 
 def assert_same(replies: list[Reply], expected: Output, case: Case, alone: bool = True) -> None:
-    """Args: alone: whether no other request ran: greedy lossless ones draft less in company, which changes no token."""
+    """Args: alone: whether no other request ran: lossless ones draft less in company, which changes no token."""
     last, counters = replies[-1], expected.counters
     assert text_of(replies) == expected.text, case
     assert last.finish_reason == expected.finish_reason
@@ -67,7 +67,7 @@ def assert_same(replies: list[Reply], expected: Output, case: Case, alone: bool 
     assert {reply.tier for reply in replies} == {case.method}
     assert {reply.lossless for reply in replies} == {case.method in LOSSLESS}
     found = (last.judged, last.accepted, last.unverified, last.target_passes)
-    if alone or case.temperature > 0 or case.method not in LOSSLESS:
+    if alone or case.method not in LOSSLESS:
         assert found == (counters.judged, counters.accepted, counters.trusted, counters.target_passes)
     else:
         assert last.unverified == 0 and last.accepted <= last.judged
@@ -127,7 +127,7 @@ def test_stop_string_across_chunks(server: Server, llm: LLM) -> None:
 @pytest.mark.parametrize("method", ["premium", "turbo"])
 @pytest.mark.parametrize("prompt", ["😀🎉🚀 " * 12, "今天天气很好。" * 12])
 def test_characters_are_never_halved(server: Server, llm: LLM, prompt: str, method: str) -> None:
-    case = Case(prompt, method, chat=False, max_tokens=60, temperature=0.6, seed=3, ignore_eos=True)
+    case = Case(prompt, method, chat=False, max_tokens=60, temperature=0.6, seed=9, ignore_eos=True)
     expected = case.here(llm)
     replies = case.there(server)
     assert_same(replies, expected, case)
