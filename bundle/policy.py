@@ -1,8 +1,8 @@
-"""The four numbers that decide when a draft is verified."""
+"""Who drafts, and the four numbers that decide when a draft is verified."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,7 @@ class Policy(BaseModel):
     With r the scorer's probability that the target would reject a token:
 
     Attributes:
+        drafter: who proposes tokens, see `ssv.runtime.decode.drafters`.
         accept_below: r below it: trusted, committed without being judged. 0 trusts nothing, which is lossless.
         verify_above: r above it: critical, asks for a target pass now.
         risk_budget: a pass also runs when 1 - prod(1 - r) over the pending, not trusted tokens exceeds it. 1 never does.
@@ -22,6 +23,8 @@ class Policy(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    drafter: Literal["model", "prompt-lookup"] = "model"
 
     accept_below: Probability
     verify_above: Probability

@@ -12,9 +12,9 @@ from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
 from ssv.model.scorer import load_scorer
-from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engines.contract import Engine, EngineError
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine

@@ -1,4 +1,4 @@
-"""The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decode.batch`) runs them all, mixed in one batch."""
+"""The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decode.round`) runs them all, mixed in one batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from ssv.runtime.request import RequestError
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-METHODS = ("autoregressive", "speculative", *TIERS)
+BASELINES = ("autoregressive", "prompt-lookup", "speculative")
+"""What every bundle can be decoded by, beside its tiers; lossless."""
+
+METHODS = (*BASELINES, *TIERS)
+"""In the order of what they save, as a rule."""
 
 AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=0)
 """Plain decoding: the target makes every token. The baseline of every comparison."""
+
+PROMPT_LOOKUP = Policy(drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10)
+"""What followed the same words before is proposed, as many tokens as its author does; no draft model is asked."""
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:
@@ -30,6 +37,8 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
         return AUTOREGRESSIVE
     if method == "speculative":
         return speculative(num_draft_tokens)
+    if method == "prompt-lookup":
+        return PROMPT_LOOKUP
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method not in tiers:

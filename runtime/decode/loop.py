@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.decode.round import DecodeBatch
+from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.scheduler import Scheduler
 from ssv.runtime.request import Chunk, FinishReason, Request
 from ssv.runtime.text import TextStream

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ssv.bundle.manifest import Manifest
-from ssv.runtime.methods import METHODS, policy_for
+from ssv.runtime.methods import BASELINES, METHODS, policy_for
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.json_text import parse_json
@@ -274,7 +274,7 @@ class Intake:
     def _bound(self, method: str) -> float:
         entry = self._manifest.tiers.get(method)
         if entry is None:
-            return 0.0 if method in ("autoregressive", "speculative") else math.inf
+            return 0.0 if method in BASELINES else math.inf
         return 0.0 if entry.lossless else (entry.divergence_bound if entry.divergence_bound is not None else math.inf)
 
 

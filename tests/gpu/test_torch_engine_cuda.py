@@ -17,7 +17,8 @@ from ssv.bundle.policy import Policy
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.decode.round import DecodeBatch
+from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
 from ssv.runtime.request import SamplingParams
 from ssv.support.progress import silent

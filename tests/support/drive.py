@@ -8,7 +8,8 @@ import torch
 from tiny import tiny_ids
 from torch import Tensor
 
-from ssv.runtime.decode.batch import DecodeBatch, Row
+from ssv.runtime.decode.round import DecodeBatch
+from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import Engine, StepOutput
 
 

@@ -77,7 +77,7 @@ def test_models(client: OpenAI, model: str, bundle: Path) -> None:
         client.models.retrieve("huge")
 
 
-@pytest.mark.parametrize("tier", ["premium", "balanced", "turbo", "autoregressive", "speculative"])
+@pytest.mark.parametrize("tier", ["premium", "balanced", "turbo", "autoregressive", "prompt-lookup", "speculative"])
 def test_every_tier_answers_and_is_disclosed(client: OpenAI, model: str, tier: str) -> None:
     answer = client.chat.completions.create(model=f"{model}:{tier}", messages=MESSAGES, max_tokens=24, temperature=0)
     assert answer.model == f"{model}:{tier}"

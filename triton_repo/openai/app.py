@@ -4,7 +4,7 @@ POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models a
 ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
-NAME:autoregressive and NAME:speculative.
+NAME:autoregressive, NAME:prompt-lookup and NAME:speculative.
 
 What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
 /v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
@@ -51,6 +51,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
+from ssv.runtime.methods import BASELINES
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import Metrics, boards_folder
 from ssv.runtime.serving.tls import certificate_name
@@ -63,9 +64,6 @@ log = logging.getLogger("ssv.openai")
 
 DEFAULT_MAX_BODY_BYTES = 1 << 20
 DEFAULT_MAX_CONNECTIONS = 1024
-
-BASELINES = ("autoregressive", "speculative")
-"""Every bundle can be decoded so, beside its tiers."""
 
 GRACE_SECONDS = 4
 """For requests that run when it is told to stop: ssv-serve, which lets them finish before, waits five seconds."""

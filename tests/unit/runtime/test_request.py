@@ -96,7 +96,7 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 
 def test_methods() -> None:
-    assert METHODS == ("autoregressive", "speculative", "premium", "balanced", "turbo")
+    assert METHODS == ("autoregressive", "prompt-lookup", "speculative", "premium", "balanced", "turbo")
     assert policy_for("autoregressive", {}).max_pending == 0
     for k in (1, 5, 32):
         assert policy_for("speculative", {}, k) == Policy(accept_below=0, verify_above=1, risk_budget=1, max_pending=k)
@@ -119,7 +119,8 @@ def test_speculative_needs_a_token(k: int) -> None:
 
 def test_unknown_method() -> None:
     with pytest.raises(
-        RequestError, match="unknown method 'Premium'; known: autoregressive, speculative, premium, balanced, turbo"
+        RequestError,
+        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, premium, balanced, turbo",
     ):
         policy_for("Premium", {"Premium": PREMIUM})
 

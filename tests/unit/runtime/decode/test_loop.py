@@ -17,9 +17,9 @@ from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
-from ssv.runtime.decode.batch import DecodeBatch, PromptBlock
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.decode.round import DecodeBatch, PromptBlock
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
 from ssv.runtime.llm import LLM
@@ -33,7 +33,7 @@ TIERS = {
     "balanced": Policy(accept_below=0.05, verify_above=0.4, risk_budget=0.7, max_pending=8),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
-METHODS = ("autoregressive", "speculative", *TIERS)
+METHODS = ("autoregressive", "prompt-lookup", "speculative", *TIERS)
 KINDS = ("standalone", "conditioned")
 MAX_LENGTH = 64
 CHUNK = 3
@@ -228,7 +228,7 @@ def test_any_order_of_arrivals_and_departures(seed: int) -> None:
         assert cache_bytes or not play.ended[index].counters.cached_tokens
 
 
-@pytest.mark.parametrize("method", ["autoregressive", "speculative"])
+@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_decodes_gains_tokens_in_every_round_while_a_long_prompt_joins(kind: str, method: str) -> None:
     """And who joins needs no more rounds than its prompt has chunks."""
@@ -474,7 +474,7 @@ def cached(play: Play) -> list[int]:
 
 
 @pytest.mark.parametrize("busy", range(3))
-@pytest.mark.parametrize("method", ["autoregressive", "speculative", "turbo"])
+@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative", "turbo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_that_was_computed_before_is_not_computed_again(kind: str, method: str, busy: int) -> None:
     """In any row of the cache, also while rows before it leave."""
@@ -522,8 +522,12 @@ def test_what_is_cached_is_the_longest_beginning_of_those_before(kind: str, chun
     for i in range(40):
         prompt_ids = tuple(rng.choice((3, 3, 4)) for _ in range(rng.randint(1, 20)))
         method, temperature = rng.choice(("autoregressive", *METHODS)), rng.choice((0.0, 0.9))
-        drafts = method != "autoregressive"
-        before = [each.prompt_ids for each in play.requests if (each.method != "autoregressive") == drafts]
+        drafts = method not in ("autoregressive", "prompt-lookup")  # the target alone keeps something
+        before = [
+            each.prompt_ids
+            for each in play.requests
+            if (each.method not in ("autoregressive", "prompt-lookup")) == drafts
+        ]
         common = [
             next(
                 (n for n, (a, b) in enumerate(zip(prompt_ids, other, strict=False)) if a != b),

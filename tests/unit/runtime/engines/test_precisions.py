@@ -40,7 +40,7 @@ def test_every_method_decodes(bundle: Path, precision: str, batch: int) -> None:
     for request, output in zip(requests, outputs, strict=True):
         assert output.finish_reason == "length"
         assert len(output.token_ids) == request.params.max_tokens
-        assert output.counters.drafted > 0 or request.method == "autoregressive"
+        assert output.counters.drafted > 0 or request.method in ("autoregressive", "prompt-lookup")
     if precision == "int8":  # exact: the same alone
         for request, output in list(zip(requests, outputs, strict=True))[::3]:
             assert llm.generate([request])[0].token_ids == output.token_ids

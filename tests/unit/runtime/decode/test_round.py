@@ -1,7 +1,8 @@
-"""The decoding loop over table-driven engines: what is lossless equals plain decoding, what is lossy equals a slow twin."""
+"""Rounds over table-driven engines: what is lossless equals plain decoding, what is lossy equals a slow twin."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +17,10 @@ from torch import Tensor
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode import batch as decoding
-from ssv.runtime.decode.batch import PREFILL_CHUNK, DecodeBatch, Row
+from ssv.runtime.decode import choice
+from ssv.runtime.decode import round as module
+from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch
+from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import Sampling, choose
 from ssv.runtime.decode.verify import Verdict
 from ssv.runtime.engines.contract import EngineError, StepOutput
@@ -37,7 +40,12 @@ LOSSY = {
     "balanced": Policy(accept_below=0.05, verify_above=0.4, risk_budget=0.7, max_pending=8),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
-METHODS = [("autoregressive", 5), *(("speculative", k) for k in range(1, 8)), *((tier, 5) for tier in LOSSLESS)]
+METHODS = [
+    ("autoregressive", 5),
+    ("prompt-lookup", 5),
+    *(("speculative", k) for k in range(1, 8)),
+    *((tier, 5) for tier in LOSSLESS),
+]
 KINDS = ("standalone", "conditioned")
 SUBSET = [3, 0, 11, 6, 2, 9, 5]
 
@@ -316,10 +324,10 @@ def test_end_of_sequence_rejected(kind: str) -> None:
     llm = make_llm(kind=kind, agreement=0.6, eos_bias=-20.0, max_batch=3)
     draft_of(llm).other_NV[:, EOS] += 50.0
     outputs = assert_lossless(llm, SamplingParams(max_tokens=20), [prompt(5), prompt(6)])
-    for output in outputs:
-        assert output.finish_reason == "length"
-        assert output.counters.rolled_back <= output.counters.target_passes
-    assert sum(output.counters.rolled_back for output in outputs) > 20
+    assert all(output.finish_reason == "length" for output in outputs)
+    of_model = [o.counters for o, (method, _) in zip(outputs, METHODS * 2, strict=True) if method != "prompt-lookup"]
+    assert all(counters.rolled_back <= counters.target_passes for counters in of_model)
+    assert sum(counters.rolled_back for counters in of_model) > 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -484,7 +492,8 @@ def test_engines_are_told_what_is_padding(monkeypatch: pytest.MonkeyPatch, kind:
     llm = make_llm(kind=kind, max_batch=4, tiers=LOSSY)
     outputs = run(llm, [Request(prompt(i), m, SamplingParams(max_tokens=12), k) for i, (m, k) in enumerate(METHODS)])
     assert sum(map(sum, counts[FakeTarget])) == sum(output.counters.target_tokens for output in outputs)
-    assert sum(map(sum, counts[FakeDraft])) >= sum(output.counters.drafted for output in outputs) > 0
+    drafted = [o.counters.drafted for o, (method, _) in zip(outputs, METHODS, strict=True) if method != "prompt-lookup"]
+    assert sum(map(sum, counts[FakeDraft])) >= sum(drafted) > 0
     assert any(0 in each for each in counts[FakeDraft])
 
 
@@ -535,7 +544,10 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
         (replace(good, params=SamplingParams(max_tokens=19)), "max_tokens 19 exceed the cache of 20"),
         (replace(good, num_draft_tokens=33), "33 tokens may not be pending.*at most 32"),
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
-        (replace(good, method="fast"), "unknown method 'fast'; known: autoregressive, speculative, premium"),
+        (
+            replace(good, method="fast"),
+            "unknown method 'fast'; known: autoregressive, prompt-lookup, speculative, premium",
+        ),
     ]
     for request, message in refused:
         with pytest.raises(RequestError, match=message):
@@ -735,7 +747,7 @@ def test_released_tokens_leave_before_the_pass() -> None:
 def test_max_delay_asks_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time since the pass before, on a clock that draft steps make go."""
     llm = make_llm(agreement=1.0)
-    monkeypatch.setattr(decoding.time, "monotonic", lambda: float(len(draft_of(llm).calls)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(len(draft_of(llm).calls)))
     params = SamplingParams(max_tokens=15, ignore_eos=True, max_delay=3.0)
     output = run(llm, [Request((1, 2), "speculative", params, 7)])[0]
     assert visible(output) == reference(target_of(llm), (1, 2), params)
@@ -757,7 +769,7 @@ def test_same_seed_same_output(kind: str) -> None:
         assert visible(run(make_llm(**options), [request])[0]) == visible(output)
 
 
-@pytest.mark.parametrize("method", ["autoregressive", "speculative", "premium", "turbo"])
+@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative", "premium", "turbo"])
 def test_every_token_is_chosen_with_the_noise_of_its_place(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """What is proposed and what would have been right, in every pass over it; released and trusted tokens count."""
     made: list[tuple[Tensor, list[int], list[int]]] = []
@@ -766,7 +778,7 @@ def test_every_token_is_chosen_with_the_noise_of_its_place(monkeypatch: pytest.M
         made.append((logits_RV, sampling.seed_R.tolist(), sampling.position_R.tolist()))
         return choose(logits_RV, sampling, token_V)
 
-    monkeypatch.setattr(decoding, "choose", recording)
+    monkeypatch.setattr(choice, "choose", recording)
     llm = make_llm(max_batch=3, agreement=0.8, tiers=LOSSY)
     known = {}  # logits of the fake target, by what gives them
     params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True) for seed in (5, 6, 7)]
@@ -809,8 +821,8 @@ def test_a_seed_gives_the_same_text_with_every_lossless_method(kind: str, token_
             "tiers": LOSSY,
         }
         plain = visible(run(make_llm(**options), [Request((1, 2), "autoregressive", params)])[0])
-        methods = ["speculative", "premium", "turbo", "autoregressive"]
-        outputs = run(make_llm(max_batch=4, **options), [Request((1, 2), method, params, 4) for method in methods])
+        methods = ["speculative", "premium", "turbo", "autoregressive", "prompt-lookup"]
+        outputs = run(make_llm(max_batch=5, **options), [Request((1, 2), method, params, 4) for method in methods])
         for method, output in zip(methods, outputs, strict=True):
             if method != "turbo":
                 assert visible(output) == plain
@@ -886,6 +898,7 @@ def small_llm(kind: str, **options: Any) -> LLM:
         # The draft cannot propose tokens 2 and 4: they come of rejections and bonus rows alone.
         ("conditioned", "speculative", 2, [3, 0, 1]),
         ("standalone", "premium", 5, None),
+        ("standalone", "prompt-lookup", 0, None),
     ],
 )
 def test_sampled_output_has_the_target_distribution(
@@ -897,7 +910,7 @@ def test_sampled_output_has_the_target_distribution(
 
 def test_broken_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """That accepts every drafted token."""
-    monkeypatch.setattr(decoding, "walk", lambda pending, judged, choices: Verdict(len(pending), choices[-1]))
+    monkeypatch.setattr(module, "walk", lambda pending, judged, choices: Verdict(len(pending), choices[-1]))
     params = SamplingParams(temperature=0.9, max_tokens=4)
     assert sampled_p_value(small_llm("standalone"), "speculative", 2, params, 800) < 1e-4
 
@@ -906,7 +919,7 @@ def test_noise_that_does_not_change_with_the_place_is_caught(monkeypatch: pytest
     def stuck(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None) -> Tensor:
         return choose(logits_RV, replace(sampling, position_R=torch.zeros_like(sampling.position_R)), token_V)
 
-    monkeypatch.setattr(decoding, "choose", stuck)
+    monkeypatch.setattr(choice, "choose", stuck)
     params = SamplingParams(temperature=0.9, max_tokens=4)
     assert sampled_p_value(small_llm("standalone"), "autoregressive", 0, params, 800) < 1e-4
 

@@ -1,0 +1,70 @@
+"""The tokens that rows choose, of a draft's logits as well as the target's.
+
+Shapes: R rows of logits, V columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssv.plugins.reference import most_likely
+from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.sampling import Sampling, choose, without_tokens
+from ssv.runtime.engines.contract import EngineError
+
+At = Sequence[tuple[int, int]]
+"""Of each row of logits, the row in use that it belongs to, and the tokens of the current round before the one that is chosen."""
+
+
+def choices(
+    rows: Sequence[Row],
+    logits_RV: Tensor,
+    at: At,
+    eos: Tensor,
+    token_R: Tensor | None = None,
+    ids_V: Tensor | None = None,
+) -> list[int]:
+    """The token that each row of logits chooses; -1 where they are no distribution.
+
+    Args:
+        eos: columns of end-of-sequence.
+        token_R: tokens of the largest logits, if they were found on the way.
+        ids_V: tokens of the columns, where they are other numbers.
+    """
+    free_RV = _without_early_eos(rows, logits_RV, at, eos)
+    is_greedy = all(rows[b].params.greedy for b, _ in at)
+    if is_greedy and token_R is not None and free_RV is logits_RV:
+        return token_R.tolist()
+    index_R = most_likely(free_RV) if is_greedy else choose(free_RV, _sampling(rows, at), ids_V)
+    return (index_R if ids_V is None else ids_V[index_R].where(index_R >= 0, -1)).tolist()
+
+
+def check_chosen(tokens: Sequence[int]) -> None:
+    """Raises EngineError where logits were no distribution to choose from."""
+    if min(tokens) < 0:
+        raise EngineError(
+            "an engine gave logits that are not numbers: its weights are damaged, or their type too narrow"
+        )
+
+
+def _sampling(rows: Sequence[Row], at: At) -> Sampling:
+    params = [rows[b].params for b, _ in at]
+    return Sampling(
+        torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        torch.tensor([p.top_k for p in params]),
+        torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        # 64 bits, of which the highest is a sign here.
+        torch.tensor([(p.seed + 2**63) % 2**64 - 2**63 for p in params]),
+        torch.tensor([rows[b].counters.prompt_tokens + rows[b].output_index(ahead) for b, ahead in at]),
+    )
+
+
+def _without_early_eos(rows: Sequence[Row], logits_RV: Tensor, at: At, eos: Tensor) -> Tensor:
+    """Takes end-of-sequence from the logits of rows that have to go on."""
+    if all(row.params.min_tokens == 0 for row in rows):
+        return logits_RV
+    early = torch.tensor([rows[b].output_index(ahead) < rows[b].params.min_tokens for b, ahead in at])
+    return without_tokens(logits_RV, early, eos)

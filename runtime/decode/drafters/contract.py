@@ -1,0 +1,62 @@
+"""What the round asks of a drafter.
+
+Shapes: B rows in use, T tokens of a step, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ssv.runtime.decode.row import Row
+
+
+class Drafter:
+    """Proposes tokens that follow what is committed. What a drafter without state has no use for does nothing.
+
+    Attributes:
+        needs_features: whether it takes the target's features, of prompts and of passes.
+        has_cache: whether it keeps something of a prompt, which a cache of prompts then has to keep too.
+        has_scores: whether its tokens have probabilities of being rejected; without, none of them can be trusted.
+    """
+
+    needs_features = False
+    has_cache = False
+    has_scores = False
+
+    def propose(self, rows: Sequence[Row], limits: Sequence[int]) -> None:
+        """Adds pending tokens to rows (`Row.propose`) until each asks for a pass.
+
+        Args:
+            limits: most tokens that may be pending in each row; 0 for a row that does not draft, or not with this drafter.
+        """
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """A prompt begins: that of the row that joins behind the others. One joins at a time."""
+
+    def prefill(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
+        """The target has run tokens `start` to `stop` of the prompt of the row that joins, row `b`."""
+
+    def join(self, b: int, row: Row) -> None:
+        """The prompt is run: the row is in use from now on."""
+
+    def observe(self, rows: Sequence[Row], features_BTF: Tensor | None) -> None:
+        """The target has run a pass over the rows; nothing is committed yet."""
+
+    def commit(self, row: Row, length: int) -> None:
+        """The first `length` tokens of a row will have been seen by the target, the pending ones beyond are dropped."""
+
+    def move(self, source: int, dest: int, row: Row) -> None:
+        """A row that is in use takes another place."""
+
+    def move_joining(self, source: int, dest: int, done: int) -> None:
+        """The row that joins takes another place, with `done` tokens of its prompt run."""
+
+    def snapshot(self, b: int, start: int, stop: int) -> Any:
+        """What it keeps of tokens `start` to `stop` of the prompt that joins; has `num_bytes`."""
+
+    def restore(self, b: int, start: int, stop: int, block: Any) -> None:
+        """Takes such a snapshot of the same tokens, in place of `prefill`."""

@@ -1,0 +1,295 @@
+"""One round over the rows of a batch: draft, pass, verdict, commit. All methods are policies of this one loop, mixed in one batch.
+
+A round drafts in all rows until each of them asks for a target pass, then runs one pass over every token that the target has not seen. So
+the target's cache is exact. What is sparse is how often a pass runs, and which rows of it reach the LM head and are judged.
+
+The engines may be anywhere; control is on the CPU, in plain numbers: after a step that has read all of a model's weights, the code of each
+further tensor operation has to come from memory again.
+
+Shapes: B rows in use, T tokens of a step, K pending tokens, J = K + 1, R gathered rows, V vocab, F features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssv.bundle.policy import Policy
+from ssv.runtime.decode.choice import check_chosen, choices
+from ssv.runtime.decode.drafters import drafters
+from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.verify import Verdict, judged_rows, walk
+from ssv.runtime.engines.contract import Engine
+from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
+
+PREFILL_CHUNK = 64
+"""Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBlock:
+    """What a chunk of a prompt left behind.
+
+    Attributes:
+        target: see `Engine.read_cache`.
+        draft: see `Drafter.snapshot`; None of a row whose drafter keeps nothing.
+    """
+
+    target: Tensor
+    draft: Any
+
+    @property
+    def num_bytes(self) -> int:
+        return self.target.numel() * self.target.element_size() + (
+            self.draft.num_bytes if self.draft is not None else 0
+        )
+
+
+@dataclass(slots=True)
+class _Joining:
+    """A row whose prompt has been run up to `done`."""
+
+    row: Row
+    ids_1T: Tensor
+    done: int = 0
+
+
+class DecodeBatch:
+    """Rows over a target and whoever proposes tokens for it.
+
+    A row joins behind the others: its prompt is run a chunk at a time, between their rounds.
+    """
+
+    def __init__(
+        self,
+        target: Engine,
+        draft: Engine | None,
+        eos_ids: Sequence[int],
+        max_length: int,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prompt_cache: PromptCache[PromptBlock] | None = None,
+        pass_tokens: int | None = None,
+    ) -> None:
+        """Args:
+        draft: None where no draft model is loaded.
+        max_length: tokens of prompt and output together.
+        prefill_chunk: tokens of a prompt that `prefill` runs at a time.
+        prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
+        pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
+        """
+        # A block of another length would be put where others belong.
+        assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
+        self.target, self.pass_tokens = target, pass_tokens
+        self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
+        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
+        self.drafters = drafters(target, draft, self.eos_ids)
+        self.rows: list[Row] = []
+        self._joining: _Joining | None = None
+
+    # --- the round --------------------------------------------------------------------------------------------------
+
+    def draft(self) -> None:
+        """Drafts in every row until it asks for a target pass."""
+        limits = [self._most_pending(row) for row in self.rows]
+        for drafter in self.drafters.values():
+            own = [
+                limit if self.drafter_of(row) is drafter else 0 for row, limit in zip(self.rows, limits, strict=True)
+            ]
+            if any(own):
+                drafter.propose(self.rows, own)
+
+    def release(self) -> list[list[int]]:
+        """Pending tokens that may leave before the pass, by row: trusted, like every one before them."""
+        released = []
+        for row in self.rows:
+            # The last pending token may have ended the output: the pass settles that.
+            judged = judged_rows(row.reject_prob[:-1], row.policy.accept_below)
+            row.released = judged.index(True)
+            released.append(row.pending[: row.released])
+        return released
+
+    def verify(self) -> list[list[int]]:
+        """Runs a target pass; returns the tokens that each row has gained since `release`."""
+        width = 1 + max(row.num_pending for row in self.rows)
+        judged = [judged_rows(row.reject_prob, row.policy.accept_below) for row in self.rows]
+        judged_at = [(b, j) for b, flags in enumerate(judged) for j, is_judged in enumerate(flags) if is_judged]
+        wanting = {drafter for row in self.rows if (drafter := self.drafter_of(row)) is not None}
+        out = self.target.step(
+            torch.tensor([row.unseen(width) for row in self.rows]),
+            torch.tensor([row.target_length for row in self.rows], dtype=torch.int32),
+            torch.tensor([b * width + j for b, j in judged_at]),
+            count_B=torch.tensor([row.num_pending + 1 for row in self.rows], dtype=torch.int32),
+            features_out=any(drafter.needs_features for drafter in wanting),
+        )
+        for drafter in wanting:
+            drafter.observe(self.rows, out.features_BTF)
+        chosen = iter(choices(self.rows, out.logits_RV, judged_at, self.eos_ids, out.token_R))
+        verdicts = [
+            walk(row.pending, flags, [next(chosen) for _ in range(sum(flags))])
+            for row, flags in zip(self.rows, judged, strict=True)
+        ]
+        check_chosen([verdict.next_token for verdict in verdicts])
+        return [self._commit(*each) for each in zip(self.rows, judged, verdicts, strict=True)]
+
+    def _commit(self, row: Row, judged: Sequence[bool], verdict: Verdict) -> list[int]:
+        """Keeps what the verdict keeps, adds the target's token; returns what has not left yet."""
+        start, counters, kept = row.target_length + 1, row.counters, verdict.num_kept
+        kept_judged = sum(judged[:kept])
+        counters.judged += sum(judged) - 1
+        counters.accepted += kept_judged
+        counters.trusted += kept - kept_judged
+        counters.rolled_back += row.num_pending - kept
+        counters.target_passes += 1
+        counters.target_tokens += row.num_pending + 1
+        row.tokens[start + kept :] = [verdict.next_token]
+        if (drafter := self.drafter_of(row)) is not None:
+            drafter.commit(row, start + kept)
+        row.target_length = start + kept
+        row.reject_prob.clear()
+        gained = row.tokens[start + row.released :]
+        row.released = 0
+        row.last_commit = time.monotonic()
+        return gained
+
+    def _most_pending(self, row: Row) -> int:
+        """Fewer where many rows share a pass, if the row's output is the same whenever it is verified."""
+        # The pass itself gives one more token, so no more than the rest but one is of use.
+        most = min(row.policy.max_pending, row.params.max_tokens - row.counters.emitted - 1)
+        if self.pass_tokens is None or not row.policy.lossless:
+            return most
+        return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
+
+    def drafter_of(self, row: Row) -> Drafter | None:
+        """None of a row that does not draft."""
+        return self.drafters[row.policy.drafter] if row.policy.max_pending else None
+
+    # --- rows come and go -------------------------------------------------------------------------------------------
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
+        """Raises RequestError if a request cannot run here."""
+        prompt_length = len(prompt_ids)
+        if not prompt_length:
+            raise RequestError("the prompt is empty")
+        if not all(0 <= token < self.target.vocab_size for token in prompt_ids):
+            raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}")
+        if prompt_length + params.max_tokens > self.max_length:
+            raise RequestError(
+                f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
+                f"{self.max_length}: shorten one of them or load with a larger max length"
+            )
+        if policy.max_pending > MAX_PENDING:
+            raise RequestError(
+                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's max_pending): "
+                f"at most {MAX_PENDING} can"
+            )
+        if not policy.max_pending:
+            return
+        if policy.drafter not in self.drafters:
+            raise RequestError("this method needs a draft, and none is loaded")
+        if not policy.lossless and not self.drafters[policy.drafter].has_scores:
+            raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
+
+    def begin(self, prompt_ids: Sequence[int], row: Row) -> None:
+        """Takes a row whose prompt `prefill` runs; no other may be on its way.
+
+        Raises:
+            RequestError: see `check`.
+        """
+        self.check(prompt_ids, row.params, row.policy)
+        assert self._joining is None, "one row joins at a time"
+        row.tokens = list(prompt_ids)
+        row.counters.prompt_tokens = len(prompt_ids)
+        self._joining = _Joining(row, torch.tensor([row.tokens]))
+        if (drafter := self.drafter_of(row)) is not None:
+            drafter.begin()
+        self._restore(self._joining)
+
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of the prompt of the row that joins that have been run, or were known."""
+        return self._joining.done if self._joining is not None else 0
+
+    def prefill(self) -> int | None:
+        """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
+        joining = self._joining
+        assert joining is not None
+        row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
+        drafter = self.drafter_of(row)
+        start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
+        out = self.target.step(
+            joining.ids_1T[:, start:stop],
+            torch.tensor([start], dtype=torch.int32),
+            torch.tensor([stop - start - 1]),
+            features_out=drafter is not None and drafter.needs_features,
+            first_row=b,
+        )
+        if drafter is not None:
+            drafter.prefill(b, joining.ids_1T, start, stop, out.features_BTF)
+        joining.done = stop
+        if stop - start == self.prefill_chunk:
+            self._keep(joining, start, stop)
+        if stop < length:
+            return None
+        self._joining = None
+        self.rows.append(row)
+        row.target_length = length
+        if drafter is not None:
+            drafter.join(b, row)
+        (first,) = chosen = choices(self.rows, out.logits_RV, [(b, 0)], self.eos_ids)
+        check_chosen(chosen)
+        row.tokens.append(first)
+        row.last_commit = time.monotonic()
+        return first
+
+    def abandon(self) -> None:
+        """Drops the row that joins."""
+        self._joining = None
+
+    def remove(self, row: int, moved: int) -> None:
+        """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
+        if row != moved:
+            self.rows[row] = self.rows[moved]
+            self.target.move_row(moved, row, self.rows[row].target_length)
+            if (drafter := self.drafter_of(self.rows[row])) is not None:
+                drafter.move(moved, row, self.rows[row])
+        self.rows.pop()
+        if self._joining is not None:
+            source, dest, done = len(self.rows) + 1, len(self.rows), self._joining.done
+            self.target.move_row(source, dest, done)
+            if (drafter := self.drafter_of(self._joining.row)) is not None:
+                drafter.move_joining(source, dest, done)
+
+    def _restore(self, joining: _Joining) -> None:
+        """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to give logits."""
+        if self.prompt_cache is None:
+            return
+        b, drafter = len(self.rows), self._caching(joining.row)
+        for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):
+            stop = joining.done + self.prefill_chunk
+            self.target.write_cache(b, joining.done, block.target)
+            if drafter is not None:
+                drafter.restore(b, joining.done, stop, block.draft)
+            joining.done = stop
+        joining.row.counters.cached_tokens = joining.done
+
+    def _keep(self, joining: _Joining, start: int, stop: int) -> None:
+        """Puts a chunk into the cache of prompts."""
+        b, drafter, tokens = len(self.rows), self._caching(joining.row), joining.row.tokens[:stop]
+        if self.prompt_cache is None or not self.prompt_cache.wants(tokens, drafter is not None):
+            return
+        draft = drafter.snapshot(b, start, stop) if drafter is not None else None
+        block = PromptBlock(self.target.read_cache(b, start, stop), draft)
+        self.prompt_cache.put(tokens, drafter is not None, block, block.num_bytes)
+
+    def _caching(self, row: Row) -> Drafter | None:
+        """The row's drafter if it keeps something of a prompt."""
+        drafter = self.drafter_of(row)
+        return drafter if drafter is not None and drafter.has_cache else None
