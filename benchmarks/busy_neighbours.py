@@ -42,7 +42,13 @@ for line in sys.stdin:
     print(output.counters.emitted / (time.perf_counter() - start), flush=True)
 """
 
-NEIGHBOUR = "while True: pass"
+NEIGHBOUR = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # it does not outlive who has started it
+    for _ in range(1_000_000):
+        pass
+"""
 
 
 def main() -> int:

@@ -22,7 +22,10 @@ STALE_SECONDS = 1.0
 
 # Of a core: a thread is given up when so much of its core is missing, and taken back when no more than that is. Beside a core that is
 # taken for a third of the time one thread decodes as fast as two.
-_GIVE_UP, _TAKE_BACK = 0.4, 0.2
+_GIVE_UP, _TAKE_BACK = 0.4, 0.3
+
+_MEMORY = 0.5
+"""How much of what others took before counts beside what they take now: a server's own other processes work in bursts."""
 
 _OPERATORS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -137,7 +140,7 @@ class ThreadCount:
         apply: sets the number of threads of the thread that calls `follow`.
         """
         self._most, self._apply, self._read, self._clock = most, apply, read, clock
-        self.current = most
+        self.current, self._others = most, 0.0
         self._last = read()
         # Asked when it is due and not before: a look costs as much as a hundredth of a token.
         self._due = clock() + INTERVAL_SECONDS
@@ -151,5 +154,6 @@ class ThreadCount:
         self._last, self._due = now, self._clock() + INTERVAL_SECONDS
         if now is not None and last is not None and 0 < now.at - last.at < STALE_SECONDS:
             others = max(0.0, (now.busy - last.busy) - (now.own - last.own)) / (now.at - last.at)
-            self.current = threads_for(now.cores - others, self.current, self._most)
+            self._others = _MEMORY * self._others + (1 - _MEMORY) * others
+            self.current = threads_for(now.cores - self._others, self.current, self._most)
         self._apply(self.current)  # always: a thread that decodes for the first time has its own number

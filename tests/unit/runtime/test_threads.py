@@ -31,8 +31,8 @@ from ssv.runtime.threads import (
         (1.0, 2, 2, 1),  # one busy neighbour
         (0.6, 1, 2, 1),  # two of them: never none
         (-0.3, 1, 2, 1),  # the kernel counts in ticks
-        (1.7, 1, 2, 1),  # not yet: a thread is taken back later than it is given up
-        (1.85, 1, 2, 2),
+        (1.65, 1, 2, 1),  # not yet: a thread is taken back later than it is given up
+        (1.75, 1, 2, 2),
         (6.0, 8, 8, 6),
         (7.95, 6, 8, 8),
         (64.0, 2, 2, 2),  # others' cores of a big machine
@@ -71,10 +71,13 @@ def test_one_thread_beside_a_busy_neighbour_and_two_when_it_has_left() -> None:
     count = machine.count()
     for seconds, own, others, expected in [
         (0.15, 2.0, 0.0, 2),
-        (0.15, 1.2, 0.8, 1),  # the neighbour
+        (0.15, 1.2, 0.6, 2),  # a burst, which says little
+        (0.15, 2.0, 0.0, 2),
+        (0.15, 1.0, 1.0, 1),  # the neighbour
         (0.15, 1.0, 1.0, 1),
         (0.15, 0.66, 1.34, 1),  # another
-        (0.15, 1.0, 0.05, 2),
+        (0.15, 1.0, 0.0, 1),
+        (0.15, 1.0, 0.0, 2),
     ]:
         machine.pass_time(seconds, own, others)
         count.follow()
