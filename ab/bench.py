@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -348,6 +349,15 @@ def _check_plot(path: Path) -> None:
         raise RequestError(f"--plot {path}: choose a .png file in a folder that exists")
 
 
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Values in their places, moved up as far as no two are nearer than `gap`: labels that can be read."""
+    placed: dict[int, float] = {}
+    at = -math.inf
+    for index in sorted(range(len(values)), key=lambda i: values[i]):
+        at = placed[index] = max(values[index], at + gap)
+    return [placed[index] for index in range(len(values))]
+
+
 def _plot(rows: Sequence[MethodRow], path: Path) -> None:
     import matplotlib
 
@@ -355,11 +365,13 @@ def _plot(rows: Sequence[MethodRow], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for row in rows:
+    height = max(row.speedup_high for row in rows) - min(row.speedup_low for row in rows)
+    heights = spread([row.speedup for row in rows], height / 16)
+    for row, label in zip(rows, heights, strict=True):
         x = (row.divergence or 0.0) * 100
         error = [[max(0.0, row.speedup - row.speedup_low)], [max(0.0, row.speedup_high - row.speedup)]]
         axes.errorbar([x], [row.speedup], yerr=error, fmt="o", capsize=3)
-        axes.annotate(row.method, (x, row.speedup), textcoords="offset points", xytext=(7, 5), fontsize=9)
+        axes.annotate(row.method, (x, label), textcoords="offset points", xytext=(7, 2), fontsize=9)
     axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("divergence: emitted tokens that are not the target's choice, %")
     axes.set_ylabel("speed-up over autoregressive")

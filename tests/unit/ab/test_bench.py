@@ -217,3 +217,9 @@ def test_a_broken_promise_is_said(
         row(divergence=divergence, divergence_low=low, divergence_high=high, divergence_promised=promised)
     )
     assert (found is None) if said is None else re.search(said, found or "")
+
+
+def test_labels_of_the_plot_are_apart() -> None:
+    assert bench.spread([1.0, 0.99, 1.4], 0.1) == pytest.approx([1.09, 0.99, 1.4])
+    assert bench.spread([2.0, 2.0, 2.0], 0.5) == [2.0, 2.5, 3.0]
+    assert bench.spread([], 1.0) == []
