@@ -121,12 +121,15 @@ def killed_at(n: int, out: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: 
     """Whether a run came to its n-th step, where it was killed as by SIGKILL."""
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a process that is forked while others' threads hold locks must not wait for ever
         try:
             Countdown(n, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(monkeypatch, can_exchange)
             publish(out, "new")
         finally:
             os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    status = os.waitpid(child, 0)[1]
+    assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGKILL, "it hung"
+    return os.WIFSIGNALED(status)
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
