@@ -4,53 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
-import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE
 
 import pytest
+import staged
+from staged import Countdown, fill, publish
 
 from ssv.builder import staging as module
 from ssv.builder.place import bundle_at
 from ssv.builder.staging import exchange, staging
 from ssv.bundle.manifest import (
     BundleError,
-    Manifest,
-    TierEntry,
-    file_entry,
     read_manifest,
     retired_place,
-    write_manifest,
 )
-from ssv.bundle.policy import Policy
-
-
-def fill(folder: Path, name: str) -> None:
-    """A bundle of two files that say its name."""
-    (folder / "target").mkdir(parents=True, exist_ok=True)
-    for file in ("target/weights", "scorer"):
-        (folder / file).write_text(f"{name} {file}")
-    policy = Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.9, max_pending=8)
-    manifest = Manifest(
-        name=name,
-        target={},
-        draft={},
-        eos_token_ids=[0],
-        default_precision="int8",
-        tiers={"premium": TierEntry(policy=policy, lossless=True)},
-        files={file: file_entry(folder / file) for file in ("target/weights", "scorer")},
-        sources={},
-        versions={},
-    )
-    write_manifest(folder, manifest)
-
-
-def publish(out: Path, name: str) -> None:
-    with staging(out) as stage:
-        fill(stage.bundle, name)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -86,61 +58,32 @@ def test_this_file_system_exchanges_folders(tmp_path: Path) -> None:
 
 # --- kills ----------------------------------------------------------------------------------------------------------
 
-STEPS = ((os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (os, "fsync"), (module, "_swap"))
+KilledAt = Callable[[int, Path, bool], bool]
 
 
-class Countdown:
-    """Ends the process, or raises, before or after the n-th call that changes folders."""
+@pytest.fixture(scope="module")
+def killed_at() -> Iterator[KilledAt]:
+    """`staged.killed_at`, in a process that has no threads."""
+    with subprocess.Popen([sys.executable, staged.__file__], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        ask, answers = process.stdin, process.stdout
 
-    def __init__(self, n: int, end: Callable[[], None]) -> None:
-        self.left, self.end = n, end
+        def killed(n: int, out: Path, can_exchange: bool) -> bool:
+            print(json.dumps([n, str(out), can_exchange]), file=ask, flush=True)
+            return bool(json.loads(answers.readline()))
 
-    def watch(self, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
-        for owner, name in STEPS:
-            real: Callable[..., Any] = getattr(owner, name)
-            if name == "_swap" and not can_exchange:
-                real = lambda *_: False  # noqa: E731
-            monkeypatch.setattr(owner, name, self.counted(real))
-
-    def counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            self.tick()
-            result = real(*args, **options)
-            self.tick()
-            return result
-
-        return call
-
-    def tick(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.end()
-
-
-def killed_at(n: int, out: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> bool:
-    """Whether a run came to its n-th step, where it was killed as by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a process that is forked while others' threads hold locks must not wait for ever
-        try:
-            Countdown(n, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(monkeypatch, can_exchange)
-            publish(out, "new")
-        finally:
-            os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGKILL, "it hung"
-    return os.WIFSIGNALED(status)
+        yield killed
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_killed_at_any_step_the_old_or_the_new_bundle_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+    tmp_path: Path, killed_at: KilledAt, can_exchange: bool
 ) -> None:
     steps, found = 0, set()
     while True:
         out = tmp_path / str(steps) / "bundle"
         fill(out, "old")
-        if not killed_at(steps + 1, out, monkeypatch, can_exchange):
+        if not killed_at(steps + 1, out, can_exchange):
             break
         steps += 1
         if can_exchange or out.exists():
