@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssv.builder.place import bundle_at
-from ssv.bundle.manifest import BundleError, lock_file, retired_place
+from ssv.bundle.manifest import BundleError, locked_file, retired_place
 from ssv.support.progress import notice
 
 RECORD_NAME = "parts.json"
@@ -127,18 +126,11 @@ def _lock(stage: Stage) -> int:
     while True:
         stage.work.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            return locked_file(path)
         except FileNotFoundError:
             continue  # a run that ends removed the folder
-        try:
-            lock_file(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(descriptor)
             raise BundleError(f"another run is building {stage.out}: choose another folder, or wait for it") from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
 
 
 def _tidy(stage: Stage) -> None:

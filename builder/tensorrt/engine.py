@@ -7,7 +7,6 @@ written beside its place and moved there when it is whole, then the manifest is 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
 import resource
@@ -33,7 +32,7 @@ from ssv.bundle.manifest import (
     digest,
     engine_source,
     file_entry,
-    lock_file,
+    locked_file,
     manifest_lock,
     read_manifest,
     write_manifest,
@@ -445,19 +444,12 @@ def _part_file(folder: Path, name: str) -> Iterator[Path]:
 
 def _locked(part: Path) -> int:
     """Descriptor of a file that is this process's until it is closed or the process dies."""
-    while True:
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            lock_file(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise EngineBuildError(
-                f"another `ssv-build compile` is making {part.name[1:].removesuffix('.part')} of this bundle: wait for it"
-            ) from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), part.stat()):
-                return descriptor
-        os.close(descriptor)
+    try:
+        return locked_file(part)
+    except BlockingIOError as error:
+        raise EngineBuildError(
+            f"another `ssv-build compile` is making {part.name[1:].removesuffix('.part')} of this bundle: wait for it"
+        ) from error
 
 
 def _spare_memory() -> None:
