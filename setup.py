@@ -99,6 +99,7 @@ setup(
         Extension(
             "ssv.runtime.engines._cpu",
             ["runtime/engines/_cpu.c"],
+            depends=["runtime/_processors.h"],
             extra_compile_args=["-O3", "-ffast-math"],
             libraries=["m"],  # brings the vector expf along
             optional=True,
@@ -107,6 +108,7 @@ setup(
         Extension(
             "ssv.runtime.decode._sampling",
             ["runtime/decode/_sampling.c"],
+            depends=["runtime/_processors.h"],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],
             optional=True,

@@ -1,5 +1,5 @@
-/* Sampled tokens on the CPU, a row of logits at a time: temperature, top-k and top-p as ssv/runtime/sampling.py has them, and the noise of
- * `choose` in ssv/plugins/reference.py. The tests compare the two.
+/* Sampled tokens on the CPU, a row of logits at a time: temperature, top-k and top-p as runtime/decode/sampling.py has them, and the noise of
+ * `choose` in plugins/reference.py. The tests compare the two.
  *
  * Nothing is put in order: a row of fifty thousand logits is read twice or three times, and what may be kept is a few hundred of them.
  * A row's token does not depend on the rows beside it, nor on the machine: sums have a fixed order, and no product is joined with a sum
@@ -12,20 +12,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
-
-/* A helper that the compiler leaves on its own would not be cloned with its caller, and have the oldest processor's instructions. */
-#ifdef __GNUC__
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "../_processors.h"
 
 #define BLOCK 64 /* columns that are looked at together */
 #define LANES 16

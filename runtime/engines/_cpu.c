@@ -2,8 +2,8 @@
  *
  * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic. Three of
  * these stages replace some twenty of them a layer, the others what a target and a draft have around their layers.
- * What they compute is defined in PyTorch by `Decoder`, `Draft` and `Scorer` of ssv.builder and by `quantize_rows` of
- * ssv/runtime/cpu_int8.py, and the tests compare the two.
+ * What they compute is defined in PyTorch by `Decoder`, `Draft` and `Scorer` of ssv.model and by `quantize_rows` of
+ * runtime/engines/cpu_int8.py, and the tests compare the two.
  *
  * Every row is computed by itself, in an order that does not depend on the rows beside it: a token's result is the same to
  * the last bit whether it is decoded alone or verified among others.
@@ -17,18 +17,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
-
-/* A helper that the compiler leaves on its own would not be cloned with its caller, and have the oldest processor's instructions. */
-#ifdef __GNUC__
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "../_processors.h"
 
 /* Rows are shared between the threads of the OpenMP runtime that torch has loaded: its products have just used them, so they are awake,
  * and a runtime of our own would fight with them for the cores. Without one (see use_threads) a single thread does all. */
@@ -130,7 +119,7 @@ static void join_rows(const float *embedded, const float *features, const float 
     }
 }
 
-/* The op `score` of ssv/plugins/reference.py: sigmoid(weight . features + bias) of each row; hidden = 0 leaves the state out.
+/* The op `score` of plugins/reference.py: sigmoid(weight . features + bias) of each row; hidden = 0 leaves the state out.
    Logits have to be numbers: a row without a distribution is not told apart. */
 MULTIVERSION
 static void score_rows(const float *state, const float *logits, const float *weight, float bias, float *out, long rows,
