@@ -10,7 +10,7 @@ from typing import Any
 
 from ssv.model.chat_template import ChatTemplate
 from ssv.model.checkpoint import CheckpointError
-from ssv.model.control_tokens import ConversationEncoder, is_word
+from ssv.model.control_tokens import ConversationEncoder, structure_ids
 from ssv.support.json_text import parse_json
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
@@ -148,8 +148,7 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of what a chat template's turns may begin and end with: special tokens, other added tokens that are no words, and the
     tokenizer's end of sequence."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    found = {token for token, entry in added.items() if entry.special or not is_word(entry.content)}
-    return frozenset(found | {tokenizer.eos_token_id} - {None})
+    return frozenset(structure_ids(added) | {tokenizer.eos_token_id} - {None})
 
 
 def conversation_encoder(tokenizer: Any, ends: Iterable[int] = ()) -> ConversationEncoder:

@@ -108,7 +108,7 @@ class ConversationEncoder:
     def _forbidden(self) -> dict[int, frozenset[int]]:
         """Tokens that must not arise where something was written, by who wrote it."""
         special = {token for token, entry in self._added.items() if entry.special or token in self._ends}
-        structure = {token for token, entry in self._added.items() if not is_word(entry.content)} | special
+        structure = structure_ids(self._added) | special
         around = (special | self._around_turns()) & structure
         inside = {token for token in structure if self._added[token].content in self._template}
         return {TEMPLATE: frozenset(), ASSISTANT: frozenset(around), OTHERS: frozenset(around | inside)}
@@ -227,7 +227,12 @@ def _said(message: Mapping[str, str]) -> dict[str, str]:
     return {key: str(value) if key == "role" else Said(value, origin) for key, value in message.items()}
 
 
-def is_word(text: str) -> bool:
+def structure_ids(added: Mapping[int, Any]) -> set[int]:
+    """Of the added tokens of a tokenizer those that can be structure: special ones, and others that are no words."""
+    return {token for token, entry in added.items() if entry.special or not _is_word(entry.content)}
+
+
+def _is_word(text: str) -> bool:
     """Whether an added token is a word that was added to the vocabulary, or whitespace, which a template writes as it does any text."""
     return all(char.isalnum() or char.isspace() for char in text)
 

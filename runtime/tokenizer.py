@@ -89,9 +89,9 @@ class BundleTokenizer:
             for value in message.values():
                 _check_text(value)
         try:
-            for message in messages:
-                check_role(message["role"])
             if self._encoder is None:
+                for message in messages:
+                    check_role(message["role"])
                 return tuple(self.inner.encode(self._render(messages), add_special_tokens=False))
             return tuple(self._encoder.chat_ids(messages))
         except ConversationError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class DecodeBatch:
             drafter.observe(self.rows, out.features_BTF)
         chosen = iter(choices(self.rows, out.logits_RV, judged_at, self.eos_ids, out.token_R))
         verdicts = [
-            walk(row.pending, flags, [next(chosen) for _ in range(sum(flags))])
+            walk(row.pending, flags, list(islice(chosen, sum(flags))))
             for row, flags in zip(self.rows, judged, strict=True)
         ]
         check_chosen([verdict.next_token for verdict in verdicts])
