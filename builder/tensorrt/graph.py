@@ -155,14 +155,6 @@ class Graph:
         shuffle.second_transpose = (0, 3, 1, 2, 4)
         return self.reshape(self._add("heads", shuffle), (-1, heads * groups * dim))
 
-    def first_columns(self, values_1T: Tensor, shape_BT: Any) -> Any:
-        """The first T of a constant's columns, T being known when the engine runs."""
-        tokens = self._add("tokens", self.network.add_slice(shape_BT, (1,), (1,), (1,)))
-        slice_ = self.network.add_slice(self.constant(values_1T, values_1T.dtype), (0,), (0,), (1,))
-        slice_.set_input(2, tokens)
-        slice_.axes = (1,)
-        return self._add("columns", slice_)
-
     def first_positions(self, cache_BKSD: Any, num_keys: Any) -> Any:
         """The part of a cache that may hold something: [B, K, V, D]."""
         slice_ = self.network.add_slice(cache_BKSD, (0,), (0,), (1,))
@@ -175,6 +167,10 @@ class Graph:
         slice_ = self.network.add_slice(x_RX, (start,), (size,), (1,))
         slice_.axes = (1,)
         return self._add("columns", slice_)
+
+    def last_size(self, x: Any, rank: int) -> Any:
+        """The size of the last axis, [1], known when the engine runs."""
+        return self._add("size", self.network.add_slice(self.shape(x), (rank - 1,), (1,), (1,)))
 
     def shape(self, x: Any) -> Any:
         return self._add("shape", self.network.add_shape(x))

@@ -1,12 +1,13 @@
 """The TensorRT network of a target or a draft: the engine contract as a strongly typed `INetworkDefinition`.
 
-One step runs T tokens of B rows: writes their keys and values into the cache in place, attends under the mask "key j is visible
-to the query at position i when j <= i", gathers R rows of the result, and runs final norm, LM head and top-1 over those alone. Prefill,
-decoding, ragged verification and decoding after a rollback are this one network (`ssv.runtime.engines.contract`).
+One step runs T tokens of B rows: writes their keys and values into the cache in place, attends under the mask that it is given,
+gathers R rows of the result, and runs final norm, LM head and top-1 over those alone. Prefill, decoding, ragged verification, trees and
+decoding after a rollback are this one network (`ssv.runtime.engines.contract`).
 
-Inputs: `input_ids` int32 [B, T]; `position` int32 [B]; `gather_rows` int32 [R]; `key_positions` int32 [V], 0 to V - 1, where V is at
-least the largest position + 1: attention looks at so much of the cache and no more, its cost follows the context, not max_length; for a conditioned draft `features` fp32
-[B, T, F]; `keys_0`, `values_0`, ... [B, K, S, D], which share memory with the outputs `keys_0_out`, ....
+Inputs: `input_ids` int32 [B, T]; `first_slot` int32 [B], where in the cache each row's tokens go; `position` int32 [B, T], by which they
+are rotated; `mask` bool [B, T, V], the first V slots of the cache that each token sees: attention looks at so much of the cache and no
+more, its cost follows the context, not max_length; `gather_rows` int32 [R]; for a conditioned draft `features` fp32 [B, T, F]; `keys_0`,
+`values_0`, ... [B, K, S, D], which share memory with the outputs `keys_0_out`, ....
 Outputs: `hidden` fp32 [R, H]; `logits` fp32 [R, V]; `token` int32 [R], its id in the vocabulary; of a target that has a tap, `features`
 fp32 [M, F]; of a draft, `token_prob` and, if it has a scorer, `reject_prob`, fp32 [R].
 
@@ -20,7 +21,7 @@ What runs in which type. Products, cache and attention: the compute type, fp16 o
 The softmax of attention is TensorRT's own, which accumulates in fp32.
 
 Shapes: B rows, T tokens, M = B * T, R gathered rows, H hidden, I inputs and O outputs of a linear layer, N query heads, K key/value heads, D head
-dim, P = D / 2, S cache length, V positions looked at or head rows, F features, L layers.
+dim, P = D / 2, S slots of a cache row, V slots looked at or head rows, F features, L layers.
 
 The gather with the final norm, and what is read off a draft's logits, are ops of `ssv.plugins`: plugins or layers of TensorRT.
 """
@@ -112,8 +113,7 @@ def add_profiles(graph: Graph, builder: Any, config: Any, limits: Limits, flavor
 
 
 def _sizes(name: str, shape: Sequence[int], step: StepShape) -> tuple[int, ...]:
-    own = {"gather_rows": step.gathered, "key_positions": step.num_keys}
-    dynamic = iter((own[name],) if name in own else (step.batch, step.tokens))
+    dynamic = iter((step.gathered,) if name == "gather_rows" else (step.batch, step.tokens, step.num_keys))
     return tuple(next(dynamic) if size < 0 else size for size in shape)
 
 
@@ -126,21 +126,19 @@ class _Step:
     def __init__(self, graph: Graph, decoder: Decoder, limits: Limits) -> None:
         spec, length = decoder.spec, limits.max_length
         ids_BT = graph.input("input_ids", torch.int32, (-1, -1))
-        self.position_B = graph.input("position", torch.int32, (-1,))
+        self.first_slot_B = graph.input("first_slot", torch.int32, (-1,))
+        self.position_BT = graph.input("position", torch.int32, (-1, -1))
+        mask_BTV = graph.input("mask", torch.bool, (-1, -1, -1))
         self.gather_rows_R = graph.input("gather_rows", torch.int32, (-1,))
         self.ids_M = graph.reshape(ids_BT, (-1,))
         self.shape_BT = graph.shape(ids_BT)
-        offset_1T = graph.first_columns(torch.arange(limits.prefill_chunk, dtype=torch.int32)[None], self.shape_BT)
-        self.position_BT = graph.add(graph.reshape(self.position_B, (-1, 1)), offset_1T)
+        self.num_keys = graph.last_size(mask_BTV, 3)
         angle_SP = torch.arange(length).float()[:, None] * decoder.spec.rope_frequencies()
         self.cos_SP = graph.constant(angle_SP.cos(), torch.float32)
         self.sin_SP = graph.constant(angle_SP.sin(), torch.float32)
         scales = torch.cat((torch.full((spec.num_heads,), query_scale(spec.head_dim)), torch.ones(spec.num_kv_heads)))
         self.scale_1X11 = scales.view(1, -1, 1, 1)
-        keys_V = graph.input("key_positions", torch.int32, (-1,))
-        self.num_keys = graph.shape(keys_V)
-        mask_B1TV = visible(graph, self.position_BT, keys_V)
-        self.mask_B1XV = graph.concat([mask_B1TV] * (spec.num_heads // spec.num_kv_heads), axis=2)
+        self.mask_B1XV = seen_by_groups(graph, mask_BTV, spec.num_heads // spec.num_kv_heads)
         cache = (-1, spec.num_kv_heads, length, spec.head_dim)
         self.caches = [
             tuple(graph.input(f"{kind}_{layer}", graph.dtype, cache) for kind in ("keys", "values"))
@@ -148,9 +146,9 @@ class _Step:
         ]
 
 
-def visible(graph: Graph, position_BT: Any, keys_V: Any) -> Any:
-    """The mask, bool [B, 1, T, V]: key j is visible to a query at position i when j <= i."""
-    return graph.not_(graph.greater(graph.unsqueeze(keys_V, (0, 1, 2)), graph.unsqueeze(position_BT, (1, 3))))
+def seen_by_groups(graph: Graph, mask_BTV: Any, groups: int) -> Any:
+    """The mask of all queries of a key/value head, [B, 1, groups * T, V]: the query heads that share it are further queries."""
+    return graph.concat([graph.unsqueeze(mask_BTV, (1,))] * groups, axis=2)
 
 
 def rms_norm(graph: Graph, x: Any, norm: nn.RMSNorm) -> Any:
@@ -196,8 +194,8 @@ def _attention(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any) -
         graph.columns(x, query_heads + i * kv_heads, kv_heads) for i, x in enumerate((turned_BXTD, qkv_BXTD))
     )
     keys, values = step.caches[index]
-    keys = graph.update_cache(keys, k_BKTD, step.position_B, f"keys_{index}_out")
-    values = graph.update_cache(values, v_BKTD, step.position_B, f"values_{index}_out")
+    keys = graph.update_cache(keys, k_BKTD, step.first_slot_B, f"keys_{index}_out")
+    values = graph.update_cache(values, v_BKTD, step.first_slot_B, f"values_{index}_out")
     # The query heads of one key/value head are taken as further queries of it: TensorRT would copy the whole cache for each of them.
     q_BKXD = graph.reshape(graph.columns(turned_BXTD, 0, query_heads), (0, kv_heads, -1, dim))
     keys, values = (graph.first_positions(x, step.num_keys) for x in (keys, values))

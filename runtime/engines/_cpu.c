@@ -195,23 +195,49 @@ INLINE void norm_and_rotate(const float *in, float scale, const float *bias, con
 }
 
 typedef struct {
-    long batch, heads, kv_heads, dim, length; /* length: S, positions a cache row holds */
+    long batch, heads, kv_heads, dim, length; /* length: S, slots of a cache row */
 } Shape;
 
+/* Where the tokens of a step lie in the cache, and what they see of it: first_slot: [batch]; counts: [batch], tokens of each row, one
+ * row after the other; prefix: [batch] and path: [rows, depth] of `Branches`, NULL for chains. */
+typedef struct {
+    const int32_t *first_slot, *counts, *prefix, *path;
+    long depth;
+} Places;
+
+/* The slots that a token sees, in logical order: slot j up to whole, then path[j - whole]. */
+typedef struct {
+    long seen, whole;
+    const int32_t *path;
+} Seen;
+
+/* Of token t of row b, which is row m of the step. */
+INLINE Seen seen_by(const Places *p, long b, long t, long m) {
+    if (!p->path) {
+        long seen = p->first_slot[b] + t + 1;
+        return (Seen){seen, seen, NULL};
+    }
+    const int32_t *path = p->path + m * p->depth;
+    long length = p->depth;
+    while (path[length - 1] < 0) length--; /* its own slot is always there */
+    return (Seen){p->prefix[b] + length, p->prefix[b], path};
+}
+
+INLINE long slot_of(const Seen *v, long j) { return j < v->whole ? j : v->path[j - v->whole]; }
+
 /* Splits the scaled qkv product into heads, rotates queries and keys, stores keys and values into the cache.
- * counts: tokens of each row, one row after the other; cosine, sine: [length, dim / 2], by position; keys, values: [batch,
- * kv_heads, length, dim]; queries out: [rows, heads, dim]. */
+ * cosine, sine: [length, dim / 2], by position; keys, values: [batch, kv_heads, length, dim]; queries out: [rows, heads, dim]. */
 MULTIVERSION
 static void store_rows(const float *qkv, const float *qkv_scale, const float *bias, const float *q_norm,
                        const float *k_norm, float eps, const float *cosine, const float *sine, float *queries,
-                       float *keys, float *values, const int32_t *position, const int32_t *counts, const Shape *s,
-                       long first_row, long last_row) {
+                       float *keys, float *values, const Places *places, const Shape *s, long first_row,
+                       long last_row) {
     long width = (s->heads + 2 * s->kv_heads) * s->dim, half = s->dim / 2, m = 0;
     for (long b = 0; b < s->batch; b++) {
-        for (long t = 0; t < counts[b]; t++, m++) {
+        for (long t = 0; t < places->counts[b]; t++, m++) {
             if (m < first_row || m >= last_row) continue;
-            long at = position[b] + t;
-            const float *row = qkv + m * width, *c = cosine + at * half, *sn = sine + at * half;
+            long at = places->first_slot[b] + t, position = seen_by(places, b, t, m).seen - 1;
+            const float *row = qkv + m * width, *c = cosine + position * half, *sn = sine + position * half;
             for (long n = 0; n < s->heads; n++)
                 norm_and_rotate(row + n * s->dim, qkv_scale[m], bias ? bias + n * s->dim : NULL, q_norm, eps, c, sn,
                                 queries + (m * s->heads + n) * s->dim, s->dim);
@@ -247,45 +273,45 @@ INLINE void sum_lanes(const Eight *s, float factor, float *out) {
     for (int i = 0; i < 4; i++) out[i] = (c[i] + c[i + 4]) * factor;
 }
 
-/* weights[j] = query . key j * root, for all keys seen. */
-INLINE void dot_keys(const float *query, const float *key, float root, float *weights, long seen, long dim) {
-    long j = 0, d, whole = dim - dim % EIGHT;
-    for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
-        const float *k0 = key + j * dim, *k1 = k0 + dim, *k2 = k1 + dim, *k3 = k2 + dim;
+/* The last n floats of a head, and zeros behind them. */
+INLINE Eight rest_of(const float *x, long n) {
+    Eight rest = {0};
+    for (long i = 0; i < n; i++) rest[i] = x[i];
+    return rest;
+}
+
+/* weights[j] = query . key j * root, for all keys seen. How a key's sum is made does not depend on the slot it lies in, nor on how that
+ * is aligned: a token has the same bits in a tree as in a chain. */
+INLINE void dot_keys(const float *query, const float *key, float root, float *weights, const Seen *v, long dim) {
+    long rest = dim % EIGHT, whole = dim - rest, last = v->seen - 1;
+    for (long j = 0; j <= last; j += 4) { /* four keys at a time: independent sums, one read of the query */
+        const float *k[4];
         Eight s[4] = {{0}, {0}, {0}, {0}};
-        for (d = 0; d < whole; d += EIGHT) {
+        for (long i = 0; i < 4; i++) k[i] = key + slot_of(v, j + i < last ? j + i : last) * dim;
+        for (long d = 0; d < whole; d += EIGHT) {
             const Eight q = *(const Eight *)(query + d);
-            s[0] += q * *(const Eight *)(k0 + d);
-            s[1] += q * *(const Eight *)(k1 + d);
-            s[2] += q * *(const Eight *)(k2 + d);
-            s[3] += q * *(const Eight *)(k3 + d);
+            for (int i = 0; i < 4; i++) s[i] += q * *(const Eight *)(k[i] + d);
         }
-        sum_lanes(s, root, weights + j);
-        for (; d < dim; d++) {
-            float q = query[d] * root;
-            weights[j] += q * k0[d];
-            weights[j + 1] += q * k1[d];
-            weights[j + 2] += q * k2[d];
-            weights[j + 3] += q * k3[d];
+        if (rest) {
+            const Eight q = rest_of(query + whole, rest);
+            for (int i = 0; i < 4; i++) s[i] += q * rest_of(k[i] + whole, rest);
         }
-    }
-    for (; j < seen; j++) {
-        float dot = 0.0f;
-        for (d = 0; d < dim; d++) dot += query[d] * key[j * dim + d];
-        weights[j] = dot * root;
+        float sums[4];
+        sum_lanes(s, root, sums);
+        for (long i = 0; i < 4 && j + i <= last; i++) weights[j + i] = sums[i];
     }
 }
 
 /* out = weighted sum of the values seen * factor. */
-INLINE void mix_values(const float *weights, const float *value, float factor, float *out, long seen, long dim) {
-    long d = 0;
+INLINE void mix_values(const float *weights, const float *value, float factor, float *out, const Seen *v, long dim) {
+    long d = 0, seen = v->seen;
     for (; d + 8 * EIGHT <= dim; d += 8 * EIGHT) { /* as many sums as registers hold */
         Eight s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0};
         for (long j = 0; j < seen; j++) {
-            const Eight *v = (const Eight *)(value + j * dim + d);
+            const Eight *x = (const Eight *)(value + slot_of(v, j) * dim + d);
             float w = weights[j];
-            s0 += w * v[0], s1 += w * v[1], s2 += w * v[2], s3 += w * v[3];
-            s4 += w * v[4], s5 += w * v[5], s6 += w * v[6], s7 += w * v[7];
+            s0 += w * x[0], s1 += w * x[1], s2 += w * x[2], s3 += w * x[3];
+            s4 += w * x[4], s5 += w * x[5], s6 += w * x[6], s7 += w * x[7];
         }
         Eight *result = (Eight *)(out + d);
         result[0] = s0 * factor, result[1] = s1 * factor, result[2] = s2 * factor, result[3] = s3 * factor;
@@ -293,39 +319,38 @@ INLINE void mix_values(const float *weights, const float *value, float factor, f
     }
     for (; d + EIGHT <= dim; d += EIGHT) {
         Eight sum = {0};
-        for (long j = 0; j < seen; j++) sum += weights[j] * *(const Eight *)(value + j * dim + d);
+        for (long j = 0; j < seen; j++) sum += weights[j] * *(const Eight *)(value + slot_of(v, j) * dim + d);
         *(Eight *)(out + d) = sum * factor;
     }
-    for (; d < dim; d++) {
-        float sum = 0.0f;
-        for (long j = 0; j < seen; j++) sum += weights[j] * value[j * dim + d];
-        out[d] = sum * factor;
+    if (d < dim) {
+        Eight sum = {0};
+        for (long j = 0; j < seen; j++) sum += weights[j] * rest_of(value + slot_of(v, j) * dim + d, dim - d);
+        for (long i = 0; d + i < dim; i++) out[d + i] = sum[i] * factor;
     }
 }
 
-/* Attention of every query to the keys up to its own position; out [rows, heads * dim] scaled to LEVELS.
+/* Attention of every query to the keys that it sees; out [rows, heads * dim] scaled to LEVELS.
  * weights: room for [heads / kv_heads, length]. Rows before first_row and from last_row on are left out. */
 MULTIVERSION
-static void attend_rows(const float *queries, const float *keys, const float *values, const int32_t *position,
-                        const int32_t *counts, float *weights, float *out, float *out_scale, const Shape *s,
-                        long first_row, long last_row) {
+static void attend_rows(const float *queries, const float *keys, const float *values, const Places *places,
+                        float *weights, float *out, float *out_scale, const Shape *s, long first_row, long last_row) {
     long groups = s->heads / s->kv_heads, dim = s->dim, m = 0;
     float root = 1.0f / sqrtf((float)dim);
     for (long b = 0; b < s->batch; b++) {
-        for (long t = 0; t < counts[b]; t++, m++) {
+        for (long t = 0; t < places->counts[b]; t++, m++) {
             if (m < first_row || m >= last_row) continue;
-            long seen = position[b] + t + 1;
+            const Seen v = seen_by(places, b, t, m);
             for (long k = 0; k < s->kv_heads; k++) {
                 long base = (b * s->kv_heads + k) * s->length * dim, first = (m * s->heads + k * groups) * dim;
                 /* All heads over the keys, then all over the values: each is read from afar once. */
                 for (long g = 0; g < groups; g++)
-                    dot_keys(queries + first + g * dim, keys + base, root, weights + g * s->length, seen, dim);
+                    dot_keys(queries + first + g * dim, keys + base, root, weights + g * s->length, &v, dim);
                 for (long g = 0; g < groups; g++) {
                     float *weight = weights + g * s->length, largest = -3.0e38f, sum = 0.0f;
-                    for (long j = 0; j < seen; j++) largest = weight[j] > largest ? weight[j] : largest;
-                    for (long j = 0; j < seen; j++) weight[j] = expf(weight[j] - largest);
-                    for (long j = 0; j < seen; j++) sum += weight[j];
-                    mix_values(weight, values + base, 1.0f / sum, out + first + g * dim, seen, dim);
+                    for (long j = 0; j < v.seen; j++) largest = weight[j] > largest ? weight[j] : largest;
+                    for (long j = 0; j < v.seen; j++) weight[j] = expf(weight[j] - largest);
+                    for (long j = 0; j < v.seen; j++) sum += weight[j];
+                    mix_values(weight, values + base, 1.0f / sum, out + first + g * dim, &v, dim);
                 }
             }
             out_scale[m] = scale_to_levels(out + m * s->heads * dim, s->heads * dim);
@@ -416,6 +441,7 @@ static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t g
 
 typedef struct {
     const Args *args;
+    Places places;
     Shape shape;
     float eps;
 } Attention;
@@ -424,24 +450,28 @@ static void store_part(const void *context, long first, long last, long thread) 
     const Attention *c = context;
     void *const *p = c->args->pointer;
     (void)thread;
-    store_rows(p[0], p[1], p[2], p[3], p[4], c->eps, p[5], p[6], p[7], p[8], p[9], p[10], p[11], &c->shape, first, last);
+    store_rows(p[0], p[1], p[2], p[3], p[4], c->eps, p[5], p[6], p[7], p[8], p[9], &c->places, &c->shape, first, last);
 }
 
 static void attend_part(const void *context, long first, long last, long thread) {
     const Attention *c = context;
     void *const *p = c->args->pointer;
-    float *weights = (float *)p[12] + thread * (c->shape.heads / c->shape.kv_heads) * c->shape.length;
-    attend_rows(p[7], p[8], p[9], p[10], p[11], weights, p[13], p[14], &c->shape, first, last);
+    float *weights = (float *)p[15] + thread * (c->shape.heads / c->shape.kv_heads) * c->shape.length;
+    attend_rows(p[7], p[8], p[9], &c->places, weights, p[16], p[17], &c->shape, first, last);
 }
 
 static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
     double eps;
-    if (read_float_and_args(objects, given, 20, &eps, &a)) return NULL;
-    Attention c = {&a, {a.number[15], a.number[16], a.number[17], a.number[18], a.number[19]}, (float)eps};
-    const int32_t *counts = a.pointer[11];
+    if (read_float_and_args(objects, given, 23, &eps, &a)) return NULL;
+    Attention c = {
+        &a,
+        {a.pointer[10], a.pointer[11], a.pointer[12], a.pointer[13], a.number[14]},
+        {a.number[18], a.number[19], a.number[20], a.number[21], a.number[22]},
+        (float)eps,
+    };
     long rows = 0;
-    for (long b = 0; b < c.shape.batch; b++) rows += counts[b];
+    for (long b = 0; b < c.shape.batch; b++) rows += c.places.counts[b];
     share_rows(store_part, &c, rows);
     share_rows(attend_part, &c, rows);
     Py_RETURN_NONE;
@@ -464,8 +494,8 @@ static PyMethodDef methods[] = {
     {"gated", (PyCFunction)(void (*)(void))py_gated, METH_FASTCALL,
      "gated(product, product_scale, bias, out, out_scale, rows, inner)"},
     {"attend", (PyCFunction)(void (*)(void))py_attend, METH_FASTCALL,
-     "attend(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, position, counts, weights, out, "
-     "out_scale, batch, heads, kv_heads, dim, length)"},
+     "attend(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, first_slot, counts, prefix, path, "
+     "depth, weights, out, out_scale, batch, heads, kv_heads, dim, length)"},
     {"join", (PyCFunction)(void (*)(void))py_join, METH_FASTCALL,
      "join(eps, embedded, features, embed_weight, feature_weight, out, out_scale, rows, hidden)"},
     {"score", (PyCFunction)(void (*)(void))py_score, METH_FASTCALL,

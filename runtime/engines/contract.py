@@ -1,12 +1,17 @@
 """The engine contract: a function over a KV cache, which knows nothing of speculation.
 
+A row of the cache has slots. Where a token's keys and values lie (its slot) and where it stands in its text (its position) are two things:
+siblings of a tree have one position and a slot each. In a chain both are the same number.
+
 Shapes: B rows of the step (a run of rows of the cache), T tokens, M = B * T, R gathered rows, H hidden, V vocab
-(of the engine's LM head), F features, S cache length.
+(of the engine's LM head), F features, S slots of a row, D the longest path of a tree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -15,6 +20,28 @@ from torch import Tensor
 
 class EngineError(RuntimeError):
     """A step or an engine that cannot be; the message says what was asked and what is possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """What the tokens of a step see where they are no chain: the ancestor mask, as slots.
+
+    Token t of row b sees slots 0 to `prefix_B[b]` - 1, which all tokens of its row share, and the slots of `path_BTD[b, t]`: those of its
+    ancestors beyond the prefix in the order of their positions, then its own. Its position is that of the last of them: the prefix plus the
+    path's length - 1. Ancestors may lie in this step or in steps before.
+
+    Attributes:
+        prefix_B: int32, on the CPU.
+        path_BTD: int32, on the CPU, padded on the right with -1; padding tokens have their own slot alone.
+    """
+
+    prefix_B: Tensor
+    path_BTD: Tensor
+
+    @property
+    def position_BT(self) -> Tensor:
+        """Positions of the tokens, int32 [B, T]."""
+        return self.prefix_B[:, None] + (self.path_BTD >= 0).sum(dim=2, dtype=torch.int32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +67,7 @@ class Engine(Protocol):
     """A decoder over its own KV cache.
 
     Attributes:
-        max_batch, max_length: rows of the cache, and tokens that each can hold.
+        max_batch, max_length: rows of the cache, and slots of each.
         vocab_size: V.
         num_features: F of `features_in`, for a feature-conditioned draft, otherwise 0.
         has_scorer: whether steps return `reject_prob_R`.
@@ -57,23 +84,25 @@ class Engine(Protocol):
     def step(
         self,
         input_ids_BT: Tensor,
-        position_B: Tensor,
+        first_slot_B: Tensor,
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        branches: Branches | None = None,
         count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
         """Runs T tokens of B rows and stores their keys and values.
 
-        Token t of row b is at position `position_B[b] + t` and sees the cache up to itself: prefill, decoding, ragged
+        Token t of row b goes to slot `first_slot_B[b] + t`. Without branches it sees all slots up to its own: prefill, decoding, ragged
         verification and decoding after a rollback are one and the same call. Rows with fewer than T tokens are
         right-padded; what padding writes lies beyond the row's length and is overwritten by its next step.
 
         Args:
             input_ids_BT: int64.
-            position_B: int32, tokens already in each row's cache.
+            first_slot_B: int32, slots of each row that are in use.
+            branches: what each token sees, where the tokens of a row are no chain.
             gather_rows_R: int64, rows of the flattened [B * T] hidden states that get logits.
             features_in_BTF: for a feature-conditioned draft.
             count_B: int32, tokens of each row that are no padding, 0 to T; None where all rows have T. An engine may leave padding out.
@@ -81,7 +110,15 @@ class Engine(Protocol):
             first_row: cache row of the step's first row; the others follow it.
 
         Raises:
-            EngineError: more rows than the cache has, or a token beyond its length.
+            EngineError: more rows than the cache has, a token beyond its length, or branches that see what is not there.
+        """
+        ...
+
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        """Moves the entries of ascending `slots` together, to `start` and the slots behind it: a path of a tree becomes text.
+
+        Raises:
+            EngineError: slots that do not ascend from `start` on, or lie beyond the cache.
         """
         ...
 
@@ -101,9 +138,10 @@ class Engine(Protocol):
 def check_step(
     engine: Engine,
     input_ids_BT: Tensor,
-    position_B: Tensor,
+    first_slot_B: Tensor,
     gather_rows_R: Tensor,
     features_in_BTF: Tensor | None,
+    branches: Branches | None,
     count_B: Tensor | None,
     first_row: int,
 ) -> None:
@@ -111,11 +149,11 @@ def check_step(
     compiled code reads and writes where they say."""
     batch, tokens = input_ids_BT.shape
     # Plain numbers: at one token a step a reduction costs several times its list.
-    positions, gathered = position_B.tolist(), gather_rows_R.tolist()
-    if position_B.shape != (batch,):
-        raise EngineError(f"position has shape {tuple(position_B.shape)}, the step has {batch} rows")
-    if position_B.dtype != torch.int32 or min(positions) < 0:
-        raise EngineError(f"position must be int32 and not negative, got {position_B.dtype} {positions}")
+    slots, gathered = first_slot_B.tolist(), gather_rows_R.tolist()
+    if first_slot_B.shape != (batch,):
+        raise EngineError(f"first_slot has shape {tuple(first_slot_B.shape)}, the step has {batch} rows")
+    if first_slot_B.dtype != torch.int32 or min(slots) < 0:
+        raise EngineError(f"first_slot must be int32 and not negative, got {first_slot_B.dtype} {slots}")
     if gathered and not 0 <= min(gathered) <= max(gathered) < batch * tokens:
         raise EngineError(f"gather_rows {gathered} lie outside the step's {batch * tokens} rows")
     if count_B is not None:
@@ -126,19 +164,46 @@ def check_step(
             )
         if padding := [row for row in gathered if row % tokens >= counts[row // tokens]]:
             raise EngineError(f"gather_rows {padding} are padding: the rows have {counts} tokens of {tokens}")
-    last_position = max(positions)
+    last_slot = max(slots) + tokens - 1
     if first_row < 0:
         raise EngineError(f"first_row {first_row} is negative")
     if first_row + batch > engine.max_batch:
         raise EngineError(
             f"step of rows {first_row} to {first_row + batch - 1}, the engine's cache has {engine.max_batch}"
         )
-    if last_position + tokens > engine.max_length:
+    if last_slot >= engine.max_length:
         raise EngineError(
-            f"step writes position {last_position + tokens - 1}, the cache holds {engine.max_length}: "
+            f"step writes slot {last_slot}, the cache holds {engine.max_length}: "
             "build or load the engine with a larger max length"
         )
+    if branches is not None:
+        _check_branches(branches, slots, tokens, None if count_B is None else counts)
     given = None if features_in_BTF is None else tuple(features_in_BTF.shape)
     wanted = (batch, tokens, engine.num_features) if engine.num_features else None
     if given != wanted:
         raise EngineError(f"features_in has shape {given}, expected {wanted}")
+
+
+def _check_branches(branches: Branches, slots: Sequence[int], tokens: int, counts: Sequence[int] | None) -> None:
+    """Raises EngineError for paths that see slots which are not written, or do not end at the token's own."""
+    prefix_B, path_BTD = branches.prefix_B, branches.path_BTD
+    if prefix_B.shape != (len(slots),) or path_BTD.dim() != 3 or path_BTD.shape[:2] != (len(slots), tokens):
+        shapes = f"{tuple(prefix_B.shape)} and {tuple(path_BTD.shape)}"
+        raise EngineError(f"branches have shapes {shapes}, the step has {len(slots)} rows of {tokens} tokens")
+    if prefix_B.dtype != torch.int32 or path_BTD.dtype != torch.int32:
+        raise EngineError(f"branches must be int32, got {prefix_B.dtype} and {path_BTD.dtype}")
+    for b, (first, prefix, row) in enumerate(zip(slots, prefix_B.tolist(), path_BTD.tolist(), strict=True)):
+        if not 0 <= prefix <= first:
+            raise EngineError(f"branches of row {b}: prefix {prefix} must lie between 0 and first_slot {first}")
+        for t in range(tokens if counts is None else counts[b]):
+            path = [slot for slot in row[t] if slot >= 0]
+            if row[t][: len(path)] != path or path[-1:] != [first + t]:
+                raise EngineError(f"path {row[t]} of token {t} of row {b} must end at its own slot {first + t}")
+            if any(slot < prefix for slot in path) or any(a >= b for a, b in pairwise(path)):
+                raise EngineError(f"path {path} of token {t} of row {b} must ascend from the prefix {prefix} on")
+
+
+def check_kept(start: int, slots: Sequence[int], max_length: int) -> None:
+    """Raises EngineError for slots that `Engine.keep` cannot move together."""
+    if start < 0 or any(a >= b for a, b in pairwise((start - 1, *slots, max_length))):
+        raise EngineError(f"kept slots {list(slots)} must ascend from {start} on, below {max_length}")

@@ -7,7 +7,7 @@ Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 
 what that costs in quality.
 
 Shapes: M tokens of the step (of all its B rows), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,
-D head dim, P rotated pairs (D / 2), S cache length, R gathered rows, V vocab, F features of the scorer.
+D head dim, P rotated pairs (D / 2), S slots of a cache row, R gathered rows, V vocab, F features of the scorer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft
 from ssv.model.scorer import Scorer
-from ssv.runtime.engines.contract import EngineError
+from ssv.runtime.engines.contract import Branches, EngineError
 
 _LEVELS = 63.0
 _ROWS = 512
@@ -147,6 +147,26 @@ class _Scratch:
         self.cos_SP, self.sin_SP = rotate.cos[:, 0].contiguous(), rotate.sin[:, 0].contiguous()
 
 
+class Places:
+    """Where the tokens of a step lie in the cache and what they see, as the compiled stages read it."""
+
+    def __init__(self, first_slot_B: Tensor, count_B: Tensor, branches: Branches | None, kept_M: Tensor | None) -> None:
+        """Args:
+        first_slot_B, count_B: int32.
+        branches: None for chains.
+        kept_M: which of the step's [B * T] tokens are no padding; None where all are.
+        """
+        self.num_rows = len(first_slot_B)
+        self._held = [first_slot_B.contiguous(), count_B.contiguous()]
+        depth = 0
+        if branches is not None:
+            path_MD = branches.path_BTD.flatten(0, 1)
+            self._held += [branches.prefix_B.contiguous(), (path_MD if kept_M is None else path_MD[kept_M]).contiguous()]
+            depth = path_MD.shape[1]
+        addresses = [tensor.data_ptr() for tensor in self._held]
+        self.args = (*addresses, *[0] * (4 - len(addresses)), depth)
+
+
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """A product whose rows are still to be multiplied with their scales.
@@ -206,8 +226,7 @@ class FusedInt8Layers:
     def run_layers(
         self,
         x_MH: Tensor,
-        position_B: Tensor,
-        count_B: Tensor,
+        places: Places,
         keys_LBKSD: Tensor,
         values_LBKSD: Tensor,
         tapped_layers: tuple[int, ...] = (),
@@ -217,20 +236,19 @@ class FusedInt8Layers:
 
         Args:
             x_MH: fp32, contiguous; overwritten. The tokens of one row after those of the other, without padding.
-            position_B, count_B: int32, contiguous; where each row's tokens begin, and how many it has.
+            places: of the tokens, and what they see.
             keys_LBKSD, values_LBKSD: fp32, the step's rows of the cache, each layer's contiguous.
             joined: what is still to be added to `x_MH` (see `FusedJoin`).
         """
-        spec, max_length = self.decoder.spec, keys_LBKSD.shape[3]
-        num_tokens, batch = x_MH.shape[0], position_B.shape[0]
+        spec, max_length, num_tokens = self.decoder.spec, keys_LBKSD.shape[3], x_MH.shape[0]
         if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_TGS.shape[2]:
             self._scratch = _Scratch(self.decoder, num_tokens, max_length)
         s = self._scratch
         normed, queries, attended, gated = (
             x[:num_tokens] for x in (s.normed_MH, s.queries_MN, s.attended_MN, s.gated_MI)
         )
-        scale, product_scale, position = s.scale_M.data_ptr(), s.product_scale_M.data_ptr(), position_B.data_ptr()
-        counts, shape = count_B.data_ptr(), (batch, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
+        scale, product_scale = s.scale_M.data_ptr(), s.product_scale_M.data_ptr()
+        shape = (places.num_rows, spec.num_heads, spec.num_kv_heads, spec.head_dim, max_length)
         cos, sin, weights = s.cos_SP.data_ptr(), s.sin_SP.data_ptr(), s.weights_TGS.data_ptr()
         # Addresses of a layer's cache by arithmetic: slicing the tensors costs more than a stage does.
         keys, values = keys_LBKSD.data_ptr(), values_LBKSD.data_ptr()
@@ -254,7 +272,7 @@ class FusedInt8Layers:
             offset = index * layer_bytes
             _cpu.attend(
                 eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
-                queries_at, keys + offset, values + offset, position, counts, weights, attended_at, product_scale, *shape,
+                queries_at, keys + offset, values + offset, *places.args, weights, attended_at, product_scale, *shape,
             )  # fmt: skip
             product, added_scale = layer.o(attended), product_scale
             _cpu.add_norm(

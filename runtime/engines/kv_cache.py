@@ -1,25 +1,29 @@
-"""Keys and values of every row, in place, addressed by position.
+"""Keys and values of every row, in place, addressed by slot.
 
 Rolling a row back is moving its length, which the caller keeps: what lies beyond is never seen and gets overwritten.
 
-Shapes: L layers, B rows, K key/value heads, S cache length, D head dim, M tokens of a step.
+Shapes: L layers, B rows, K key/value heads, S slots of a row, D head dim, T tokens of a step's rows, M tokens of a step.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssv.model.checkpoint import DecoderSpec
+from ssv.runtime.engines.contract import Branches, check_kept
 
 
 class KVCache:
-    """Attributes:
-    keys, values: [L, B, K, S, D].
+    """The cache of one engine.
+
+    Attributes:
+        keys, values: [L, B, K, S, D].
     """
 
     def __init__(
@@ -30,16 +34,26 @@ class KVCache:
         self.keys, self.values = (_zeros(shape, dtype, torch.device(device)) for _ in range(2))
 
     def move_row(self, source: int, dest: int, length: int) -> None:
-        """Copies the first `length` positions of row `source` over those of `dest`."""
+        """Copies the first `length` slots of row `source` over those of `dest`."""
         for cache in (self.keys, self.values):
             cache[:, dest, :, :length] = cache[:, source, :, :length]
 
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        """See `Engine.keep`."""
+        check_kept(start, slots, self.keys.shape[3])
+        stay = next((i for i, slot in enumerate(slots) if slot != start + i), len(slots))
+        if stay == len(slots):
+            return
+        moved = torch.tensor(slots[stay:], device=self.keys.device)
+        for cache in (self.keys, self.values):
+            cache[:, row, :, start + stay : start + len(slots)] = cache[:, row].index_select(2, moved)
+
     def read(self, row: int, start: int, stop: int) -> Tensor:
-        """A copy of positions `start` to `stop` of a row, [2, L, K, stop - start, D]."""
+        """A copy of slots `start` to `stop` of a row, [2, L, K, stop - start, D]."""
         return torch.stack([cache[:, row, :, start:stop] for cache in (self.keys, self.values)])
 
     def write(self, row: int, start: int, held_2LKMD: Tensor) -> None:
-        """Puts what `read` gave into a row, from position `start` on."""
+        """Puts what `read` gave into a row, from slot `start` on."""
         for cache, held in zip((self.keys, self.values), held_2LKMD, strict=True):
             cache[:, row, :, start : start + held.shape[2]] = held
 
@@ -55,31 +69,42 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class CachedAttend:
     """Attention of one step over the cache: `ssv.model.decoder.Attend`."""
 
-    def __init__(self, keys_LBKSD: Tensor, values_LBKSD: Tensor, position_BT: Tensor, last: int) -> None:
+    def __init__(self, keys_LBKSD: Tensor, values_LBKSD: Tensor, slot_BT: Tensor, mask_B1TS: Tensor) -> None:
         """Args:
         keys_LBKSD, values_LBKSD: the step's rows of the cache.
-        position_BT: int64, of each token.
-        last: positions that can be seen at the most.
+        slot_BT: int64, of each token.
+        mask_B1TS: from `visible`; S is as much of a row as can be seen at the most.
         """
-        self._keys, self._values, self._last = keys_LBKSD, values_LBKSD, last
-        device = position_BT.device
-        batch, tokens = position_BT.shape
+        self._keys, self._values, self._mask_B1TS = keys_LBKSD, values_LBKSD, mask_B1TS
+        device = slot_BT.device
+        batch, tokens = slot_BT.shape
         row_M1 = torch.arange(batch, device=device).repeat_interleave(tokens)[:, None]
         heads_1K = torch.arange(keys_LBKSD.shape[2], device=device)[None]
-        self._at = (row_M1, heads_1K, position_BT.flatten()[:, None])
-        self._mask_B1TS = visible(position_BT, last)
+        self._at = (row_M1, heads_1K, slot_BT.flatten()[:, None])
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
         keys.index_put_(self._at, k_MKD.to(keys.dtype))
         values.index_put_(self._at, v_MKD.to(values.dtype))
-        seen = (keys[:, :, : self._last], values[:, :, : self._last])
-        return grouped_attention(q_MND.to(keys.dtype).flatten(1), *seen, self._mask_B1TS)
+        last = self._mask_B1TS.shape[3]
+        return grouped_attention(q_MND.to(keys.dtype).flatten(1), keys[:, :, :last], values[:, :, :last], self._mask_B1TS)
 
 
-def visible(position_BT: Tensor, last: int) -> Tensor:
-    """The mask of the engine contract, bool [B, 1, T, last]: key j is visible to a query at position i when j <= i."""
-    return (torch.arange(last, device=position_BT.device) <= position_BT[:, :, None])[:, None]
+def visible(slot_BT: Tensor, num_slots: int, branches: Branches | None = None) -> Tensor:
+    """The mask of the engine contract, bool [B, 1, T, num_slots], on the device of `slot_BT`.
+
+    Args:
+        slot_BT: of each token; without branches it sees all up to its own.
+    """
+    column_S = torch.arange(num_slots, device=slot_BT.device)
+    if branches is None:
+        return (column_S <= slot_BT[:, :, None])[:, None]
+    path_BTD = branches.path_BTD.to(slot_BT.device, torch.int64)
+    prefix_B11 = branches.prefix_B.to(slot_BT.device)[:, None, None]
+    mask_BTS = (column_S < prefix_B11).repeat(1, slot_BT.shape[1], 1)
+    # Where a path ends, its own slot stands for what is missing: it is seen already.
+    mask_BTS.scatter_(2, path_BTD.where(path_BTD >= 0, slot_BT[:, :, None]), True)
+    return mask_BTS[:, None]
 
 
 def grouped_attention(queries_MX: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, mask_B1TS: Tensor) -> Tensor:

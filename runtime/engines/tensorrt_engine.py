@@ -4,14 +4,14 @@
 GPU: torch tensors are its buffers, the KV cache is bound as input and output at once, and decode and verify shapes that come back are
 captured as CUDA graphs.
 
-Shapes: see `engine.py`; V positions of the cache that attention looks at.
+Shapes: see `contract.py`; V slots of the cache that attention looks at.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +25,8 @@ from ssv.bundle.shapes import Limits, profiles
 from ssv.bundle.tensorrt_api import EngineBuildError, Flavor, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.draft import DraftHead, DraftSpec
-from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
-from ssv.runtime.engines.kv_cache import KVCache
+from ssv.runtime.engines.contract import Branches, EngineError, StepOutput, check_step
+from ssv.runtime.engines.kv_cache import KVCache, visible
 
 _KEYS_STEP = 256
 """V is rounded up to a multiple of this, so that few different shapes come up."""
@@ -76,35 +76,40 @@ class TensorRTEngine:
         limits = Limits(entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk)
         self._limits, self._profiles = limits, profiles(limits, entry.flavor)
         self.cache = KVCache(spec, self.max_batch, entry.max_length, getattr(torch, entry.compute_type), self.device)
-        self._key_positions = torch.arange(entry.max_length, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
     def step(
         self,
         input_ids_BT: Tensor,
-        position_B: Tensor,
+        first_slot_B: Tensor,
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        branches: Branches | None = None,
         count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
         """See `Engine.step`. TensorRT ignores writes beyond the cache in silence: `check_step` refuses them before."""
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        check_step(self, input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, first_row)
         if features_out and not self._has_features_out:
             raise EngineError("features_out: this engine was compiled without the tap of a conditioned draft")
         tokens = input_ids_BT.shape[1]
         parts = []
         for start, stop, rows, kept in self._pieces(input_ids_BT.shape[0], tokens, gather_rows_R):
             features = None if features_in_BTF is None else features_in_BTF[:, start:stop]
-            found = self._run(input_ids_BT[:, start:stop], position_B + start, rows, features, first_row)
+            part = None if branches is None else Branches(branches.prefix_B, branches.path_BTD[:, start:stop])
+            found = self._run(input_ids_BT[:, start:stop], first_slot_B + start, rows, features, part, first_row)
             parts.append((found, kept))
         return self._joined(parts, features_out, input_ids_BT.shape[0])
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
         self.cache.move_row(source, dest, length)
+
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        """See `Engine.keep`."""
+        self.cache.keep(row, start, slots)
 
     def read_cache(self, row: int, start: int, stop: int) -> Tensor:
         """See `Engine.read_cache`."""
@@ -130,7 +135,13 @@ class TensorRTEngine:
             yield start, stop, row_R[kept] * (stop - start) + token_R[kept] - start, kept
 
     def _run(
-        self, ids_BT: Tensor, position_B: Tensor, rows_R: Tensor, features_BTF: Tensor | None, first_row: int
+        self,
+        ids_BT: Tensor,
+        first_slot_B: Tensor,
+        rows_R: Tensor,
+        features_BTF: Tensor | None,
+        branches: Branches | None,
+        first_row: int,
     ) -> dict[str, Tensor]:
         """One run. Its number of gathered rows is rounded up, so that few different shapes come up."""
         batch, tokens = ids_BT.shape
@@ -139,13 +150,16 @@ class TensorRTEngine:
         padded = min(1 << max(len(rows_R) - 1, 0).bit_length(), most)
         rows = torch.zeros(max(padded, len(rows_R)), dtype=torch.int32)
         rows[: len(rows_R)] = rows_R
-        last = int(position_B.max()) + tokens
+        last = int(first_slot_B.max()) + tokens
         num_keys = min(-(-last // _KEYS_STEP) * _KEYS_STEP, self.max_length)
+        device = self.cache.keys.device
+        slot_BT = first_slot_B.to(device)[:, None] + torch.arange(tokens, device=device)
         inputs = {
             "input_ids": ids_BT.to(torch.int32),
-            "position": position_B,
+            "first_slot": first_slot_B,
+            "position": (slot_BT if branches is None else branches.position_BT).to(torch.int32),
+            "mask": visible(slot_BT, num_keys, branches)[:, 0],
             "gather_rows": rows,
-            "key_positions": self._key_positions[:num_keys],
         }
         if features_BTF is not None:
             inputs["features"] = features_BTF.float()
@@ -304,6 +318,8 @@ class PlanRunner:
         self._bound: OrderedDict[tuple[object, ...], _Bound] = OrderedDict()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = [self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names]
+        if "mask" not in names:
+            raise EngineError(f"{plan} was compiled by an earlier version of ssv: build the engine again")
         self._outputs = [name for name, known in zip(names, is_input, strict=True) if not known]
 
     def run(self, profile: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

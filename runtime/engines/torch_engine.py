@@ -4,14 +4,14 @@ int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and a
 run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds
 quantized to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16.
 
-Shapes: see `engine.py`.
+Shapes: see `contract.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeVar, get_args
 
@@ -25,17 +25,18 @@ from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision
 from ssv.model.scorer import Scorer
 from ssv.model.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
 from ssv.plugins.ops import on
-from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
+from ssv.runtime.engines.contract import Branches, EngineError, StepOutput, check_step
 from ssv.runtime.engines.cpu_int8 import (
     FusedInt8Layers,
     FusedJoin,
     FusedScorer,
     Int8Linear,
+    Places,
     Scaled,
     int8_scale,
     share_stages,
 )
-from ssv.runtime.engines.kv_cache import CachedAttend, KVCache
+from ssv.runtime.engines.kv_cache import CachedAttend, KVCache, visible
 from ssv.runtime.threads import ThreadCount, chosen_by_operator, default_threads
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
@@ -84,16 +85,17 @@ class TorchEngine:
     def step(
         self,
         input_ids_BT: Tensor,
-        position_B: Tensor,
+        first_slot_B: Tensor,
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        branches: Branches | None = None,
         count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        """See `Engine.step`. Positions and gathered rows are on the CPU: checking them must not wait for the device."""
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        """See `Engine.step`. Slots and gathered rows are on the CPU: checking them must not wait for the device."""
+        check_step(self, input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, first_row)
         if features_out and self.tap is None:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
         if self._threads is not None:
@@ -114,13 +116,14 @@ class TorchEngine:
                 features_MF = None if features_MF is None else features_MF[kept_M]
                 gather_rows_R = torch.searchsorted(kept_M, gather_rows_R)
             x_MH, joined = self._embed(ids_M, features_MF)
-            hidden_MH, tapped_MX = self.fused.run_layers(
-                x_MH, position_B.contiguous(), count_B.contiguous(), keys, values, tapped_layers, joined
-            )
+            places = Places(first_slot_B, count_B, branches, kept_M)
+            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, places, keys, values, tapped_layers, joined)
         else:
             x_MH, joined = self._embed(ids_M, features_MF)
-            position_BT = position_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
-            attend = CachedAttend(keys, values, position_BT, int(position_B.max()) + tokens)
+            slot_BT = first_slot_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
+            mask_B1TS = visible(slot_BT, int(first_slot_B.max()) + tokens, branches)
+            attend = CachedAttend(keys, values, slot_BT, mask_B1TS)
+            position_BT = slot_BT if branches is None else branches.position_BT.to(self.device)
             hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
         hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
         token_R, reject_prob_R = self._scored(hidden_RH, logits_RV)
@@ -176,6 +179,10 @@ class TorchEngine:
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
         self.cache.move_row(source, dest, length)
+
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        """See `Engine.keep`."""
+        self.cache.keep(row, start, slots)
 
     def read_cache(self, row: int, start: int, stop: int) -> Tensor:
         """See `Engine.read_cache`."""

@@ -22,9 +22,9 @@ def drive(engine: Engine, features_out: bool = False) -> list[StepOutput]:
         seed = len(outputs) + 10
         generator = torch.Generator().manual_seed(seed)
         given = torch.randn(*shape, features, generator=generator) if features else None
-        position_B, rows_R = torch.tensor(position, dtype=torch.int32), torch.tensor(gather, dtype=torch.long)
+        first_slot_B, rows_R = torch.tensor(position, dtype=torch.int32), torch.tensor(gather, dtype=torch.long)
         ids_BT = tiny_ids(*shape, seed=seed)
-        outputs.append(engine.step(ids_BT, position_B, rows_R, given, features_out=features_out, first_row=first_row))
+        outputs.append(engine.step(ids_BT, first_slot_B, rows_R, given, features_out=features_out, first_row=first_row))
 
     step((1, 9), [0], [8])
     step((1, 5), [0], [4, 1], first_row=1)

@@ -3,7 +3,7 @@
 A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own* cache, each
 weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
 
-Shapes: see `ssv.runtime.engines.contract`; N states (rows of the table).
+Shapes: see `ssv.runtime.engines.contract`; N states (rows of the table); S slots, or as many positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssv.runtime.engines.contract import EngineError, StepOutput, check_step
+from ssv.runtime.engines.contract import Branches, EngineError, StepOutput, check_kept, check_step
 
 EOS = 0
 VOCAB_SIZE = 12
@@ -26,12 +26,24 @@ _NUM_FEATURES = 2  # the hash of the prefix, and whether the draft made it itsel
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A step that was run: where each row began, how many tokens of it, and the gathered (cache row, position)."""
+    """A step that was run: the slot where each row began, how many tokens of it, and the gathered (cache row, slot)."""
 
     first_row: int
     position: tuple[int, ...]
     tokens: int
     gathered: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What tokens see: the slot at each of their positions, and their own position. What lies beyond that is any slot."""
+
+    row_M: Tensor
+    slot_MS: Tensor
+    position_M: Tensor
+
+    def of(self, index_R: Tensor) -> _Seen:
+        return _Seen(self.row_M[index_R], self.slot_MS[index_R], self.position_M[index_R])
 
 
 class _TokenCache:
@@ -47,37 +59,57 @@ class _TokenCache:
     def write(
         self,
         input_ids_BT: Tensor,
-        position_B: Tensor,
+        first_slot_B: Tensor,
         gather_rows_R: Tensor,
+        branches: Branches | None,
         count_B: Tensor | None,
         first_row: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Stores a step's tokens; returns row and position of the gathered ones. Padding is noise: nothing may read it."""
-        dtypes = (input_ids_BT.dtype, position_B.dtype, gather_rows_R.dtype)
+    ) -> _Seen:
+        """Stores a step's tokens; returns what each of them sees. Padding is noise: nothing may read it."""
+        dtypes = (input_ids_BT.dtype, first_slot_B.dtype, gather_rows_R.dtype)
         if dtypes != (torch.int64, torch.int32, torch.int64):
-            raise EngineError(f"input_ids, position, gather_rows have dtypes {dtypes}")
+            raise EngineError(f"input_ids, first_slot, gather_rows have dtypes {dtypes}")
         batch, tokens = input_ids_BT.shape
-        at_BT = position_B.long()[:, None] + torch.arange(tokens)
+        at_BT = first_slot_B.long()[:, None] + torch.arange(tokens)
         if count_B is not None:
             is_padding_BT = torch.arange(tokens) >= count_B[:, None]
             input_ids_BT = input_ids_BT.masked_fill(is_padding_BT, self.unwritten)
         self.tokens_BS[first_row : first_row + batch].scatter_(1, at_BT, input_ids_BT)
-        row_R, at_R = first_row + gather_rows_R // tokens, at_BT.flatten()[gather_rows_R]
-        gathered = tuple(zip(row_R.tolist(), at_R.tolist(), strict=True))
-        self.calls.append(StepRecord(first_row, tuple(position_B.tolist()), tokens, gathered))
-        return row_R, at_R
+        row_M = torch.arange(first_row, first_row + batch).repeat_interleave(tokens)
+        gathered = tuple(zip(row_M[gather_rows_R].tolist(), at_BT.flatten()[gather_rows_R].tolist(), strict=True))
+        self.calls.append(StepRecord(first_row, tuple(first_slot_B.tolist()), tokens, gathered))
+        slot_MS = torch.arange(self.max_length).repeat(batch * tokens, 1)
+        if branches is None:
+            return _Seen(row_M, slot_MS, at_BT.flatten())
+        for m, path in enumerate(branches.path_BTD.flatten(0, 1).tolist()):
+            own = [slot for slot in path if slot >= 0]
+            prefix = int(branches.prefix_B[m // tokens])
+            slot_MS[m, prefix : prefix + len(own)] = torch.tensor(own)
+        return _Seen(row_M, slot_MS, branches.position_BT.flatten().long())
 
-    def hash_RS(self, row_R: Tensor) -> Tensor:
-        """Hash of the first 1, 2, ... S tokens of rows."""
-        return ((self.tokens_BS[row_R] + 1) * self.weight_S[: self.max_length]).cumsum(dim=1) % _PRIME
+    def hash_RS(self, seen: _Seen) -> Tensor:
+        """Hash of the first 1, 2, ... S tokens that are seen."""
+        tokens_RS = self.tokens_BS[seen.row_M[:, None], seen.slot_MS]
+        return ((tokens_RS + 1) * self.weight_S[: self.max_length]).cumsum(dim=1) % _PRIME
 
-    def check_written(self, row_R: Tensor, at_R: Tensor) -> None:
-        visible_RS = torch.arange(self.max_length) <= at_R[:, None]
-        assert not bool((visible_RS & (self.tokens_BS[row_R] == self.unwritten)).any()), "reads what was never written"
+    def hash_R(self, seen: _Seen) -> Tensor:
+        """Hash of all that is seen."""
+        return self.hash_RS(seen).gather(1, seen.position_M[:, None])[:, 0]
+
+    def check_written(self, seen: _Seen) -> None:
+        visible_RS = torch.arange(self.max_length) <= seen.position_M[:, None]
+        tokens_RS = self.tokens_BS[seen.row_M[:, None], seen.slot_MS]
+        assert not bool((visible_RS & (tokens_RS == self.unwritten)).any()), "reads what was never written"
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         self.tokens_BS[dest, :length] = self.tokens_BS[source, :length]
         self.tokens_BS[dest, length:] = self.unwritten
+
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        check_kept(start, slots, self.max_length)
+        kept = self.tokens_BS[row, list(slots)]
+        self.tokens_BS[row, start:] = self.unwritten
+        self.tokens_BS[row, start : start + len(slots)] = kept
 
 
 class FakeTarget:
@@ -119,33 +151,36 @@ class FakeTarget:
     def step(
         self,
         input_ids_BT: Tensor,
-        position_B: Tensor,
+        first_slot_B: Tensor,
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        branches: Branches | None = None,
         count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        check_step(self, input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, first_row)
         if features_out and not self.tap:
             raise EngineError("features_out: this engine was made without a tap")
         batch, tokens = input_ids_BT.shape
-        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, count_B, first_row)
+        seen = self.cache.write(input_ids_BT, first_slot_B, gather_rows_R, branches, count_B, first_row)
         self.steps_B[first_row : first_row + batch] += 1
-        self.cache.check_written(row_R, at_R)
-        row_B = torch.arange(first_row, first_row + batch)
-        hash_BS = self.cache.hash_RS(row_B)
+        self.cache.check_written(seen.of(gather_rows_R))
+        hash_M = self.cache.hash_R(seen)
         features_BTF = None
         if features_out:
-            hash_BT = hash_BS.gather(1, position_B.long()[:, None] + torch.arange(tokens))
-            features_BTF = torch.stack((hash_BT.float(), torch.zeros_like(hash_BT).float()), dim=-1)
-        state_R = hash_BS[row_R - first_row, at_R] % NUM_STATES
+            features_BTF = torch.stack((hash_M.float(), torch.zeros_like(hash_M).float()), dim=-1)
+            features_BTF = features_BTF.view(batch, tokens, _NUM_FEATURES)
+        state_R = hash_M[gather_rows_R] % NUM_STATES
         return StepOutput(state_R[:, None].float(), self.logits_NV[state_R].clone(), features_BTF)
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         self.cache.move_row(source, dest, length)
         self.steps_B[dest] = self.steps_B[source]
+
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        self.cache.keep(row, start, slots)
 
     def read_cache(self, row: int, start: int, stop: int) -> Tensor:
         return self.cache.tokens_BS[row, start:stop].clone()
@@ -221,26 +256,28 @@ class FakeDraft:
     def step(
         self,
         input_ids_BT: Tensor,
-        position_B: Tensor,
+        first_slot_B: Tensor,
         gather_rows_R: Tensor,
         features_in_BTF: Tensor | None = None,
         *,
+        branches: Branches | None = None,
         count_B: Tensor | None = None,
         features_out: bool = False,
         first_row: int = 0,
     ) -> StepOutput:
-        check_step(self, input_ids_BT, position_B, gather_rows_R, features_in_BTF, count_B, first_row)
+        check_step(self, input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, first_row)
         assert not features_out, "a draft has no features to give"
-        row_R, at_R = self.cache.write(input_ids_BT, position_B, gather_rows_R, count_B, first_row)
+        seen = self.cache.write(input_ids_BT, first_slot_B, gather_rows_R, branches, count_B, first_row)
         if features_in_BTF is not None:
-            self._keep_features(features_in_BTF, position_B, first_row)
-        if not len(row_R):  # filling the cache
+            self._keep_features(features_in_BTF, first_slot_B, first_row)
+        if not len(gather_rows_R):  # filling the cache
             return StepOutput(torch.empty(0, _NUM_FEATURES), torch.empty(0, len(self._ids_V)))
-        self.cache.check_written(row_R, at_R)
+        seen = seen.of(gather_rows_R)
+        self.cache.check_written(seen)
         if features_in_BTF is None:
-            hash_R, predicted_R = self.cache.hash_RS(row_R)[torch.arange(len(row_R)), at_R], at_R + 1
+            hash_R, predicted_R = self.cache.hash_R(seen), seen.position_M + 1
         else:
-            hash_R, predicted_R = self._conditioned_hash(row_R, at_R), at_R + 2
+            hash_R, predicted_R = self._conditioned_hash(seen), seen.position_M + 2
         logits_RV, reject_prob_R = self.predict(hash_R % NUM_STATES, predicted_R)
         hidden_RH = torch.stack((hash_R.float(), torch.ones_like(hash_R).float()), dim=1)
         return StepOutput(hidden_RH, logits_RV, None, reject_prob_R if self.has_scorer else None)
@@ -249,6 +286,11 @@ class FakeDraft:
         self.cache.move_row(source, dest, length)
         self.features_BSF[dest, :length] = self.features_BSF[source, :length]
         self.written_BS[dest, :length] = self.written_BS[source, :length]
+
+    def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
+        self.cache.keep(row, start, slots)
+        for held_BS in (self.features_BSF, self.written_BS):
+            held_BS[row, start : start + len(slots)] = held_BS[row, list(slots)]
 
     def read_cache(self, row: int, start: int, stop: int) -> Tensor:
         return torch.cat(
@@ -274,28 +316,30 @@ class FakeDraft:
         logits_1V, reject_prob_1 = self.predict(torch.tensor([self.target.state(tokens)]), torch.tensor([len(tokens)]))
         return logits_1V[0], float(reject_prob_1[0])
 
-    def _keep_features(self, features_BTF: Tensor, position_B: Tensor, first_row: int) -> None:
+    def _keep_features(self, features_BTF: Tensor, first_slot_B: Tensor, first_row: int) -> None:
         batch, tokens = features_BTF.shape[:2]
         row_B1 = torch.arange(first_row, first_row + batch)[:, None]
-        at_BT = position_B.long()[:, None] + torch.arange(tokens)
+        at_BT = first_slot_B.long()[:, None] + torch.arange(tokens)
         self.features_BSF[row_B1, at_BT] = features_BTF
         self.written_BS[row_B1, at_BT] = self.target.steps_B[row_B1]
 
-    def _conditioned_hash(self, row_R: Tensor, at_R: Tensor) -> Tensor:
+    def _conditioned_hash(self, seen: _Seen) -> Tensor:
         """Hash of the tokens up to the entry's own, as its features have it; counts the visible entries that are wrong."""
-        given_RS, own_RS = self.features_BSF[row_R].unbind(dim=2)
+        row_R1, at_R1 = seen.row_M[:, None], seen.position_M[:, None]
+        given_RS, own_RS = self.features_BSF[row_R1, seen.slot_MS].unbind(dim=2)
         given_RS, own_RS = given_RS.long(), own_RS.bool()
-        visible_RS = torch.arange(self.max_length) <= at_R[:, None]
+        visible_RS = torch.arange(self.max_length) <= at_R1
         # Entry i holds the feature of token i and token i + 1.
         weight_S = self.target.weight_S[1 : self.max_length + 1]
-        continued_RS = (given_RS + (self.cache.tokens_BS[row_R] + 1) * weight_S) % _PRIME
+        continued_RS = (given_RS + (self.cache.tokens_BS[row_R1, seen.slot_MS] + 1) * weight_S) % _PRIME
         breaks_RS = torch.zeros_like(own_RS)
         breaks_RS[:, 1:] = given_RS[:, 1:] != continued_RS[:, :-1]
-        seen_RS = given_RS == self.target.cache.hash_RS(row_R)
-        outdated_RS = self.written_BS[row_R] != self.target.steps_B[row_R][:, None]
+        text = _Seen(seen.row_M, torch.arange(self.max_length).expand_as(seen.slot_MS), seen.position_M)
+        seen_RS = given_RS == self.target.cache.hash_RS(text)
+        outdated_RS = self.written_BS[row_R1, seen.slot_MS] != self.target.steps_B[row_R1]
         wrong_RS = visible_RS & (breaks_RS | torch.where(own_RS, outdated_RS, ~seen_RS))
         self.wrong_features += int(wrong_RS.sum())
-        return (continued_RS.gather(1, at_R[:, None])[:, 0] + wrong_RS.sum(dim=1)) % _PRIME
+        return (continued_RS.gather(1, at_R1)[:, 0] + wrong_RS.sum(dim=1)) % _PRIME
 
 
 class FakeTokenizer:

@@ -21,7 +21,8 @@ from ssv.builder.tensorrt.graph import Graph
 from ssv.model.checkpoint import RopeScaling
 from ssv.model.decoder import Decoder
 from ssv.model.scorer import Scorer
-from ssv.runtime.engines.contract import EngineError
+from ssv.runtime.engines import kv_cache, tensorrt_engine
+from ssv.runtime.engines.contract import Branches, EngineError
 from ssv.runtime.engines.tensorrt_engine import TensorRTEngine
 from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
 
@@ -145,12 +146,10 @@ def test_a_draft_that_is_sure_keeps_its_features_finite() -> None:
 
 
 def mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def visible(graph: Graph, position_BT: Any, keys_V: Any) -> Any:
-        one = graph.constant(torch.ones(1, 1, dtype=torch.int32), torch.int32)
-        return network_visible(graph, graph.add(position_BT, one), keys_V)
+    def visible(slot_BT: Tensor, num_slots: int, branches: Branches | None = None) -> Tensor:
+        return kv_cache.visible(slot_BT + 1, num_slots, branches)
 
-    network_visible = network.visible
-    monkeypatch.setattr(network, "visible", visible)
+    monkeypatch.setattr(tensorrt_engine, "visible", visible)
 
 
 def rope_halves_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +256,7 @@ def test_steps_take_the_narrowest_profile_and_are_cut_to_it() -> None:
 
 def test_steps_beyond_the_cache_are_refused_before_they_run() -> None:
     engine = interpreted_target(tiny_decoder(), torch.float16)
-    with pytest.raises(EngineError, match="writes position 64, the cache holds 64"):
+    with pytest.raises(EngineError, match="writes slot 64, the cache holds 64"):
         engine.step(tiny_ids(1, 5), at(60), rows(0))
     with pytest.raises(EngineError, match="without the tap"):
         engine.step(tiny_ids(1, 5), at(0), rows(0), features_out=True)

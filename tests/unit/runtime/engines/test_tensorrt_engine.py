@@ -138,10 +138,10 @@ class Context:
     def _compute(self) -> None:
         ids = self._at("input_ids", torch.int32, self.shapes["input_ids"])
         rows = self._at("gather_rows", torch.int32, self.shapes["gather_rows"])
-        position = self._at("position", torch.int32, self.shapes["position"])
+        first_slot = self._at("first_slot", torch.int32, self.shapes["first_slot"])
         for name in self._plan.caches:
             cache = self._at(f"{name}_out", torch.float16, self.shapes[name])
-            for b, p in enumerate(position.tolist()):
+            for b, p in enumerate(first_slot.tolist()):
                 cache[b, :, p] = ids[b, 0].half()
         keys = self._at("keys_0", torch.float16, self.shapes["keys_0"])
         found = ids.flatten()[rows.long()]
@@ -162,7 +162,7 @@ def played_tensorrt(plan: Plan) -> Any:
         device_memory_size_v2 = 4096
 
         def __init__(self, log: Any) -> None:
-            inputs = ["input_ids", "position", "gather_rows", "key_positions", *plan.caches]
+            inputs = ["input_ids", "first_slot", "position", "mask", "gather_rows", *plan.caches]
             self._names = [*inputs, *OUTPUTS, *(f"{name}_out" for name in plan.caches)]
             self._num_inputs, self._log = len(inputs), log
             self.num_io_tensors = len(self._names)
@@ -264,9 +264,10 @@ def step(
     used = slice(first_row, first_row + len(ids))
     return {
         "input_ids": torch.tensor(ids, dtype=torch.int32),
-        "position": torch.full((len(ids),), position, dtype=torch.int32),
+        "first_slot": torch.full((len(ids),), position, dtype=torch.int32),
+        "position": torch.full((len(ids), len(ids[0])), position, dtype=torch.int32),
+        "mask": torch.ones(len(ids), len(ids[0]), 16, dtype=torch.bool),
         "gather_rows": torch.tensor(gather, dtype=torch.int32),
-        "key_positions": torch.arange(16, dtype=torch.int32),
         "keys_0": cache[0, used],
         "values_0": cache[1, used],
     }
@@ -475,7 +476,7 @@ def test_inputs_are_copied(runner: PlanRunner, plan: Plan, cache: Tensor) -> Non
     inputs = step(cache, [[3, 4]])
     runner.run(0, inputs)
     (context,) = plan.contexts
-    given = [inputs[name].data_ptr() for name in ("input_ids", "position", "gather_rows", "key_positions")]
+    given = [inputs[name].data_ptr() for name in ("input_ids", "first_slot", "position", "mask", "gather_rows")]
     assert not set(given) & set(context.addresses.values())
     del inputs  # the graph must not read what is gone
     assert runner.run(0, step(cache, [[8, 9]], gather=(1,)))["token"].tolist() == [9]

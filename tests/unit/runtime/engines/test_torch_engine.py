@@ -329,7 +329,7 @@ def test_the_cache_can_be_filled_to_its_last_position() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_step_beyond_the_cache(precision: Precision) -> None:
     engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
-    with pytest.raises(EngineError, match="writes position 16, the cache holds 16"):
+    with pytest.raises(EngineError, match="writes slot 16, the cache holds 16"):
         step(engine, tiny_ids(2, 4), [0, 13])
     with pytest.raises(EngineError, match="step of rows 0 to 2, the engine's cache has 2"):
         step(engine, tiny_ids(3, 1), [0, 0, 0])
@@ -341,9 +341,9 @@ def test_step_beyond_the_cache(precision: Precision) -> None:
 @pytest.mark.parametrize(
     ("position", "gather", "first_row", "named"),
     [
-        (torch.tensor([0, 0, 0], dtype=torch.int32), [0], 0, r"position has shape \(3,\), the step has 2 rows"),
-        (torch.tensor([0], dtype=torch.int32), [0], 0, r"position has shape \(1,\), the step has 2 rows"),
-        (torch.tensor([0, 0]), [0], 0, "position must be int32 and not negative, got torch.int64"),
+        (torch.tensor([0, 0, 0], dtype=torch.int32), [0], 0, r"first_slot has shape \(3,\), the step has 2 rows"),
+        (torch.tensor([0], dtype=torch.int32), [0], 0, r"first_slot has shape \(1,\), the step has 2 rows"),
+        (torch.tensor([0, 0]), [0], 0, "first_slot must be int32 and not negative, got torch.int64"),
         (torch.tensor([0, -1], dtype=torch.int32), [0], 0, r"not negative, got torch.int32 \[0, -1\]"),
         (torch.tensor([0, 0], dtype=torch.int32), [6], 0, r"gather_rows \[6\] lie outside the step's 6 rows"),
         (torch.tensor([0, 0], dtype=torch.int32), [0, -1], 0, "lie outside the step's 6 rows"),

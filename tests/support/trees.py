@@ -1,0 +1,37 @@
+"""Random trees of tokens, as steps of an engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from ssv.runtime.engines.contract import Branches
+
+
+def random_parents(num_nodes: int, seed: int) -> list[int]:
+    """Parents of the nodes of a random tree, each after its parent; -1 is the text before the tree."""
+    rng = random.Random(seed)
+    return [rng.randint(max(-1, node - 5), node - 1) for node in range(num_nodes)]
+
+
+def path_to(parents: Sequence[int], node: int) -> list[int]:
+    """The nodes from the tree's beginning to a node, itself last."""
+    path: list[int] = []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def branches(prefixes: Sequence[int], trees: Sequence[Sequence[int]]) -> Branches:
+    """What the nodes of trees see, one tree a row, whose nodes lie in the slots behind its prefix; narrower trees are padded."""
+    width = max(len(parents) for parents in trees)
+    paths = [
+        [[prefix + n for n in path_to(parents, t)] if t < len(parents) else [prefix + t] for t in range(width)]
+        for prefix, parents in zip(prefixes, trees, strict=True)
+    ]
+    depth = max(len(path) for row in paths for path in row)
+    padded = [[path + [-1] * (depth - len(path)) for path in row] for row in paths]
+    return Branches(torch.tensor(list(prefixes), dtype=torch.int32), torch.tensor(padded, dtype=torch.int32))
