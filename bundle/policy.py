@@ -1,4 +1,4 @@
-"""Who drafts, and the four numbers that decide when a draft is verified."""
+"""Who drafts, what shape a draft has, and the numbers that decide when it is verified."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Policy(BaseModel):
-    """When drafted tokens are trusted, and when the target is asked.
+    """What is drafted, when drafted tokens are trusted, and when the target is asked.
 
     With r the scorer's probability that the target would reject a token:
 
@@ -20,6 +21,10 @@ class Policy(BaseModel):
         verify_above: r above it: critical, asks for a target pass now.
         risk_budget: a pass also runs when 1 - prod(1 - r) over the pending, not trusted tokens exceeds it. 1 never does.
         max_pending: and when so many tokens are pending. 0 drafts nothing: autoregressive decoding.
+        children: most children of a node by its depth, the root's first; the last number is also that of all deeper ones. (1,) is a chain.
+        beam: most nodes of a level that get children: those that are most probably right.
+        max_depth: most tokens of a path; None for as many as may be pending.
+        pays: draft only what saves more time than it costs, by costs that were measured (`ssv.runtime.decode.costs`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,7 +36,21 @@ class Policy(BaseModel):
     risk_budget: Probability
     max_pending: Annotated[int, Field(ge=0)]
 
+    children: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
+    beam: Count = 1
+    max_depth: Count | None = None
+    pays: bool = False
+
     @property
     def lossless(self) -> bool:
         """Whether output is plain decoding's, token for token, greedy or sampled."""
         return self.accept_below == 0.0 or self.max_pending == 0
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether what it drafts has no branches."""
+        return max(self.children) == 1
+
+    def children_of(self, depth: int) -> int:
+        """Most children of a node of a depth, the root's being 0."""
+        return self.children[min(depth, len(self.children) - 1)]

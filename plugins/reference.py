@@ -161,10 +161,15 @@ def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | N
     check_choose(x_RV, seed_R, position_R, token_V)
     if token_V is None:
         token_V = torch.arange(x_RV.shape[1], device=x_RV.device)
-    words_RV = random_words(token_V[None], position_R[:, None], seed_R[:, None])
-    noise_RV = -(-((words_RV.double() + 0.5) * 2.0**-32).log()).log()
+    noise_RV = gumbel(token_V[None], position_R[:, None], seed_R[:, None])
     index_R = (x_RV.double() + noise_RV).argmax(dim=1)
     return index_R.where(x_RV.amax(dim=1).isfinite(), -1).int()
+
+
+def gumbel(token: Tensor, position: Tensor, seed: Tensor) -> Tensor:
+    """The noise of `choose`, fp64, of int64 arguments that are broadcast."""
+    words = random_words(token, position, seed)
+    return -(-((words.double() + 0.5) * 2.0**-32).log()).log()
 
 
 def random_words(token: Tensor, position: Tensor, seed: Tensor) -> Tensor:

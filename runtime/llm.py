@@ -12,6 +12,7 @@ from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
 from ssv.model.scorer import load_scorer
+from ssv.runtime.decode.costs import Costs
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
@@ -39,7 +40,7 @@ class LLM:
         limits: largest divergence that each lossy tier's calibration promises.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
-        pass_tokens: see `DecodeBatch`.
+        pass_tokens, costs: see `DecodeBatch`.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class LLM:
         prefill_chunk: int = PREFILL_CHUNK,
         pass_tokens: int | None = None,
         limits: Mapping[str, float] | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.limits = dict(limits or {})
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
-        self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
+        self.prefill_chunk, self.pass_tokens, self.costs = prefill_chunk, pass_tokens, costs
         self._streaming = False
 
     @classmethod
@@ -225,6 +227,7 @@ class LLM:
             prefill_chunk=self.prefill_chunk,
             prompt_cache=cache,
             pass_tokens=self.pass_tokens,
+            costs=self.costs,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

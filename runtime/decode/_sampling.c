@@ -296,6 +296,60 @@ static long choose_column(const Row *r) {
     return keeps_all ? choose_of_all(r, largest) : choose_of_kept(r, largest, filter(r, largest));
 }
 
+typedef struct {
+    double score; /* logit + temperature times noise, counted from the largest logit */
+    int32_t column;
+} Ranked;
+
+#define MOST_RANKED 64
+
+/* Puts a column where it belongs among the best so far; of equal scores the lower column is first. */
+INLINE long insert(Ranked *best, long held, long count, double score, int32_t column) {
+    long at = held < count ? held : count - 1;
+    if (held == count && !(score > best[at].score || (score == best[at].score && column < best[at].column))) return held;
+    for (; at > 0 && (score > best[at - 1].score || (score == best[at - 1].score && column < best[at - 1].column)); at--)
+        best[at] = best[at - 1];
+    best[at] = (Ranked){score, column};
+    return held < count ? held + 1 : count;
+}
+
+/* The columns that a row chooses first, second and so on, and the share of e to the score that each has. */
+MULTIVERSION
+static void rank_columns(const Row *r, long count, int32_t *out, float *share) {
+    Ranked best[MOST_RANKED];
+    long held = 0;
+    double total = 0.0;
+    float largest = find_largest(r, room.block_max);
+    for (long k = 0; k < count; k++) out[k] = -1, share[k] = 0.0f;
+    if (!isfinite(largest)) return;
+    if (r->temperature == 0.0f) {
+        Row plain = *r;
+        plain.temperature = 1.0f;
+        total = weigh(&plain, largest, room.weight);
+        for (long start = 0, block = 0; start < r->vocab; start += BLOCK, block++) {
+            if (held == count && !((double)room.block_max[block] - largest > best[held - 1].score)) continue;
+            long stop = start + BLOCK < r->vocab ? start + BLOCK : r->vocab;
+            for (long i = start; i < stop; i++)
+                if (r->logits[i] > -INFINITY) held = insert(best, held, count, (double)r->logits[i] - largest, (int32_t)i);
+        }
+        for (long k = 0; k < held; k++) out[k] = best[k].column, share[k] = (float)(exp(best[k].score) / total);
+        return;
+    }
+    if (!r->top_k && r->top_p >= 1.0f) {
+        for (long i = 0; i < r->vocab; i++) room.candidate[i] = (Candidate){r->logits[i], 0.0f, (int32_t)i};
+    }
+    long kept = !r->top_k && r->top_p >= 1.0f ? r->vocab : filter(r, largest);
+    for (long i = 0; i < kept; i++) {
+        long column = room.candidate[i].column;
+        float distance = (room.candidate[i].logit - largest) / r->temperature;
+        double score = distance + gumbel(word_of(r, r->tokens ? r->tokens[column] : column));
+        if (!(distance > -INFINITY)) continue;
+        held = insert(best, held, count, score, (int32_t)column);
+        total += exp(score * r->temperature);
+    }
+    for (long k = 0; k < held; k++) out[k] = best[k].column, share[k] = (float)(exp(best[k].score * r->temperature) / total);
+}
+
 static int make_room(long vocab) {
     vocab += BLOCK; /* the last block is written whole */
     if (vocab <= room.columns) return 0;
@@ -308,26 +362,53 @@ static int make_room(long vocab) {
     return room.columns ? 0 : -1;
 }
 
+/* Where the settings of a call's rows lie. */
+typedef struct {
+    unsigned long long logits, tokens, temperature, top_k, top_p, seed, position;
+} Settings;
+
+INLINE Row row_of(const Settings *s, long vocab, long m) {
+    uint64_t key = ((uint64_t *)s->seed)[m];
+    int64_t kept = ((int64_t *)s->top_k)[m];
+    return (Row){
+        .logits = (float *)s->logits + m * vocab,
+        .tokens = (int64_t *)s->tokens,
+        .vocab = vocab,
+        .temperature = ((float *)s->temperature)[m],
+        .top_p = ((float *)s->top_p)[m],
+        .top_k = kept < vocab ? kept : 0,
+        .key = {(uint32_t)key, (uint32_t)(key >> 32)},
+        .position = (uint32_t)((int64_t *)s->position)[m],
+    };
+}
+
 static PyObject *py_choose(PyObject *self, PyObject *args) {
-    unsigned long long logits, tokens, temperature, top_k, top_p, seed, position, out;
+    Settings s;
+    unsigned long long out;
     long rows, vocab;
-    if (!PyArg_ParseTuple(args, "KKKKKKKKll", &logits, &tokens, &temperature, &top_k, &top_p, &seed, &position, &out, &rows, &vocab))
+    if (!PyArg_ParseTuple(args, "KKKKKKKKll", &s.logits, &s.tokens, &s.temperature, &s.top_k, &s.top_p, &s.seed, &s.position, &out,
+                          &rows, &vocab))
         return NULL;
     if (make_room(vocab)) return PyErr_NoMemory();
     for (long m = 0; m < rows; m++) {
-        uint64_t key = ((uint64_t *)seed)[m];
-        int64_t kept = ((int64_t *)top_k)[m];
-        Row row = {
-            .logits = (float *)logits + m * vocab,
-            .tokens = (int64_t *)tokens,
-            .vocab = vocab,
-            .temperature = ((float *)temperature)[m],
-            .top_p = ((float *)top_p)[m],
-            .top_k = kept < vocab ? kept : 0,
-            .key = {(uint32_t)key, (uint32_t)(key >> 32)},
-            .position = (uint32_t)((int64_t *)position)[m],
-        };
+        Row row = row_of(&s, vocab, m);
         ((int32_t *)out)[m] = (int32_t)choose_column(&row);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_rank(PyObject *self, PyObject *args) {
+    Settings s;
+    unsigned long long out, share;
+    long rows, vocab, count;
+    if (!PyArg_ParseTuple(args, "KKKKKKKKKlll", &s.logits, &s.tokens, &s.temperature, &s.top_k, &s.top_p, &s.seed, &s.position, &out,
+                          &share, &rows, &vocab, &count))
+        return NULL;
+    if (count < 1 || count > MOST_RANKED) return PyErr_Format(PyExc_ValueError, "1 to %d columns can be ranked", MOST_RANKED);
+    if (make_room(vocab)) return PyErr_NoMemory();
+    for (long m = 0; m < rows; m++) {
+        Row row = row_of(&s, vocab, m);
+        rank_columns(&row, count, (int32_t *)out + m * count, (float *)share + m * count);
     }
     Py_RETURN_NONE;
 }
@@ -336,6 +417,9 @@ static PyMethodDef methods[] = {
     {"choose", py_choose, METH_VARARGS,
      "choose(logits, tokens, temperature, top_k, top_p, seed, position, out, rows, vocab): fp32 [rows, vocab], int64 [vocab] or 0, fp32, "
      "int64, fp32, int64, int64, int32 [rows]"},
+    {"rank", py_rank, METH_VARARGS,
+     "rank(logits, tokens, temperature, top_k, top_p, seed, position, out, share, rows, vocab, count): as choose, int32 and fp32 [rows, "
+     "count]"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssv.plugins.reference import most_likely
 from ssv.runtime.decode.row import Row
-from ssv.runtime.decode.sampling import Sampling, choose, without_tokens
+from ssv.runtime.decode.sampling import Sampling, choose, ranked, without_tokens
 from ssv.runtime.engines.contract import EngineError
 
 At = Sequence[tuple[int, int]]
@@ -40,6 +40,22 @@ def choices(
         return token_R.tolist()
     index_R = most_likely(free_RV) if is_greedy else choose(free_RV, _sampling(rows, at), ids_V)
     return (index_R if ids_V is None else ids_V[index_R].where(index_R >= 0, -1)).tolist()
+
+
+def ranking(
+    rows: Sequence[Row], logits_RV: Tensor, at: At, eos: Tensor, count: int, ids_V: Tensor | None = None
+) -> list[tuple[list[int], list[float]]]:
+    """The tokens that each row of logits chooses first, second and so on, and their shares (see `ranked`); arguments as for `choices`.
+
+    A row has `count` of them, or as many as it can choose from; a single -1 where the logits are no distribution.
+    """
+    index_RK, share_RK = ranked(_without_early_eos(rows, logits_RV, at, eos), _sampling(rows, at), count, ids_V)
+    token_RK = index_RK if ids_V is None else ids_V[index_RK].where(index_RK >= 0, -1)
+    found = []
+    for tokens, shares in zip(token_RK.tolist(), share_RK.tolist(), strict=True):
+        num = max(sum(token >= 0 for token in tokens), 1)
+        found.append((tokens[:num], shares[:num]))
+    return found
 
 
 def check_chosen(tokens: Sequence[int]) -> None:

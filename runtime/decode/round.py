@@ -1,12 +1,13 @@
 """One round over the rows of a batch: draft, pass, verdict, commit. All methods are policies of this one loop, mixed in one batch.
 
-A round drafts in all rows until each of them asks for a target pass, then runs one pass over every token that the target has not seen. So
+A round drafts a tree in every row, then runs one pass over every token that the target has not seen: the last of the text, which is the
+tree's root, and the tree. The verdict walks from the root along the target's own choices, and the path that it finds becomes text. So
 the target's cache is exact. What is sparse is how often a pass runs, and which rows of it reach the LM head and are judged.
 
 The engines may be anywhere; control is on the CPU, in plain numbers: after a step that has read all of a model's weights, the code of each
 further tensor operation has to come from memory again.
 
-Shapes: B rows in use, T tokens of a step, K pending tokens, J = K + 1, R gathered rows, V vocab, F features.
+Shapes: B rows in use, T tokens of a step, R gathered rows, V vocab, F features.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen, choices
+from ssv.runtime.decode.costs import Costs
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk
-from ssv.runtime.engines.contract import Engine
+from ssv.runtime.engines.contract import Branches, Engine
 from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
@@ -78,6 +81,7 @@ class DecodeBatch:
         prefill_chunk: int = PREFILL_CHUNK,
         prompt_cache: PromptCache[PromptBlock] | None = None,
         pass_tokens: int | None = None,
+        costs: Costs | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -85,10 +89,11 @@ class DecodeBatch:
         prefill_chunk: tokens of a prompt that `prefill` runs at a time.
         prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
         pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
+        costs: of steps here, for policies that draft only what pays.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
-        self.target, self.pass_tokens = target, pass_tokens
+        self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self.drafters = drafters(target, draft, self.eos_ids)
@@ -100,61 +105,75 @@ class DecodeBatch:
     def draft(self) -> None:
         """Drafts in every row until it asks for a target pass."""
         limits = [self._most_pending(row) for row in self.rows]
+        prices = self.costs.prices(len(self.rows)) if self.costs is not None else None
+        for row in self.rows:
+            row.tree = Tree()
         for drafter in self.drafters.values():
             own = [
                 limit if self.drafter_of(row) is drafter else 0 for row, limit in zip(self.rows, limits, strict=True)
             ]
             if any(own):
-                drafter.propose(self.rows, own)
+                drafter.propose(self.rows, own, prices)
 
     def release(self) -> list[list[int]]:
         """Pending tokens that may leave before the pass, by row: trusted, like every one before them."""
         released = []
         for row in self.rows:
-            # The last pending token may have ended the output: the pass settles that.
-            judged = judged_rows(row.reject_prob[:-1], row.policy.accept_below)
-            row.released = judged.index(True)
-            released.append(row.pending[: row.released])
+            # The last token of the first path may have ended the output: the pass settles that.
+            path, accept_below = row.tree.first_path[:-1], row.policy.accept_below
+            row.released = next((i for i, n in enumerate(path) if not row.tree.risks[n] < accept_below), len(path))
+            released.append(row.first_path[: row.released])
         return released
 
     def verify(self) -> list[list[int]]:
         """Runs a target pass; returns the tokens that each row has gained since `release`."""
-        width = 1 + max(row.num_pending for row in self.rows)
-        judged = [judged_rows(row.reject_prob, row.policy.accept_below) for row in self.rows]
+        rows = self.rows
+        width = 1 + max(len(row.tree) for row in rows)
+        judged = [judged_rows(row.tree, row.policy.accept_below) for row in rows]
         judged_at = [(b, j) for b, flags in enumerate(judged) for j, is_judged in enumerate(flags) if is_judged]
-        wanting = {drafter for row in self.rows if (drafter := self.drafter_of(row)) is not None}
+        wanting = {drafter for row in rows if (drafter := self.drafter_of(row)) is not None}
         out = self.target.step(
-            torch.tensor([row.unseen(width) for row in self.rows]),
-            torch.tensor([row.target_length for row in self.rows], dtype=torch.int32),
+            torch.tensor([row.unseen(width) for row in rows]),
+            torch.tensor([row.target_length for row in rows], dtype=torch.int32),
             torch.tensor([b * width + j for b, j in judged_at]),
-            count_B=torch.tensor([row.num_pending + 1 for row in self.rows], dtype=torch.int32),
+            branches=None if all(row.tree.is_chain for row in rows) else self._branches(),
+            count_B=torch.tensor([len(row.tree) + 1 for row in rows], dtype=torch.int32),
             features_out=any(drafter.needs_features for drafter in wanting),
         )
-        for drafter in wanting:
-            drafter.observe(self.rows, out.features_BTF)
-        chosen = iter(choices(self.rows, out.logits_RV, judged_at, self.eos_ids, out.token_R))
+        ahead = [(b, rows[b].tree.depths[j - 1] if j else 0) for b, j in judged_at]
+        chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
         verdicts = [
-            walk(row.pending, flags, list(islice(chosen, sum(flags))))
-            for row, flags in zip(self.rows, judged, strict=True)
+            walk(row.tree, flags, list(islice(chosen, sum(flags)))) for row, flags in zip(rows, judged, strict=True)
         ]
         check_chosen([verdict.next_token for verdict in verdicts])
-        return [self._commit(*each) for each in zip(self.rows, judged, verdicts, strict=True)]
+        return [self._commit(b, verdict, out.features_BTF) for b, verdict in enumerate(verdicts)]
 
-    def _commit(self, row: Row, judged: Sequence[bool], verdict: Verdict) -> list[int]:
-        """Keeps what the verdict keeps, adds the target's token; returns what has not left yet."""
-        start, counters, kept = row.target_length + 1, row.counters, verdict.num_kept
-        kept_judged = sum(judged[:kept])
-        counters.judged += sum(judged) - 1
-        counters.accepted += kept_judged
-        counters.trusted += kept - kept_judged
-        counters.rolled_back += row.num_pending - kept
+    def _branches(self) -> Branches:
+        """What roots and nodes see: a root stands in the slot behind its text, node n in the n-th behind it."""
+        starts = [row.target_length for row in self.rows]
+        paths = [
+            [[start], *([start, *(start + 1 + n for n in row.tree.path(node))] for node in range(len(row.tree)))]
+            for row, start in zip(self.rows, starts, strict=True)
+        ]
+        return branches_of(starts, paths, starts)
+
+    def _commit(self, b: int, verdict: Verdict, features_BTF: Tensor | None) -> list[int]:
+        """Keeps the path that the verdict keeps, adds the target's token; returns what has not left yet."""
+        row, path = self.rows[b], verdict.path
+        counters, tree, start = row.counters, row.tree, row.target_length + 1
+        counters.judged += sum(not tree.risks[n] < row.policy.accept_below for n in tree.first_path)
+        counters.judged += len(tree) - len(tree.first_path)
+        counters.drafted += len(tree)
+        counters.accepted += verdict.num_judged
+        counters.trusted += len(path) - verdict.num_judged
+        counters.rolled_back += len(tree) - len(path)
         counters.target_passes += 1
-        counters.target_tokens += row.num_pending + 1
-        row.tokens[start + kept :] = [verdict.next_token]
+        counters.target_tokens += len(tree) + 1
+        self.target.keep(b, start, [start + node for node in path])
         if (drafter := self.drafter_of(row)) is not None:
-            drafter.commit(row, start + kept)
-        row.target_length = start + kept
-        row.reject_prob.clear()
+            drafter.observe(b, row, path, None if features_BTF is None else features_BTF[b])
+        row.tokens += [*(tree.tokens[node] for node in path), verdict.next_token]
+        row.tree = Tree()
         gained = row.tokens[start + row.released :]
         row.released = 0
         row.last_commit = time.monotonic()
@@ -162,9 +181,10 @@ class DecodeBatch:
 
     def _most_pending(self, row: Row) -> int:
         """Fewer where many rows share a pass, if the row's output is the same whenever it is verified."""
-        # The pass itself gives one more token, so no more than the rest but one is of use.
-        most = min(row.policy.max_pending, row.params.max_tokens - row.counters.emitted - 1)
-        if self.pass_tokens is None or not row.policy.lossless:
+        most = row.policy.max_pending
+        if row.policy.is_chain or row.rest <= 0:
+            most = min(most, row.rest)
+        if self.pass_tokens is None or not row.policy.lossless or len(self.rows) == 1 or row.policy.pays:
             return most
         return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 
@@ -241,12 +261,11 @@ class DecodeBatch:
             return None
         self._joining = None
         self.rows.append(row)
-        row.target_length = length
-        if drafter is not None:
-            drafter.join(b, row)
         (first,) = chosen = choices(self.rows, out.logits_RV, [(b, 0)], self.eos_ids)
         check_chosen(chosen)
         row.tokens.append(first)
+        if drafter is not None:
+            drafter.join(b, row)
         row.last_commit = time.monotonic()
         return first
 

@@ -1,4 +1,4 @@
-"""One row of a batch: the settings of its request, its tokens, and how far everybody has come with them."""
+"""One row of a batch: the settings of its request, its text, what is drafted behind it, and how far everybody has come with them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
+from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import asks_for_pass
 from ssv.runtime.request import SamplingParams
 
@@ -19,11 +20,11 @@ class Row:
     """Settings and state of one row.
 
     Attributes:
-        would_stop: whether drafted token ids would complete a stop string.
-        tokens: those the target has seen, one more that it has not, then the pending ones.
-        target_length, draft_length: entries in the engines' caches.
-        reject_prob: of each pending token.
-        released: pending tokens that have already left, being trusted like all before them.
+        would_stop: whether token ids that follow the text would complete a stop string.
+        tokens: the text, prompt and output: those the target has seen, and one more that it has not, the root of the tree.
+        tree: what is drafted behind it.
+        draft_length: entries of the text in the draft's cache.
+        released: tokens of the tree's first path that have already left, being trusted like all before them.
     """
 
     params: SamplingParams
@@ -31,9 +32,8 @@ class Row:
     would_stop: Callable[[Sequence[int]], bool]
     counters: Counters
     tokens: list[int] = field(default_factory=list)
-    target_length: int = 0
+    tree: Tree = field(default_factory=Tree)
     draft_length: int = 0
-    reject_prob: list[float] = field(default_factory=list)
     released: int = 0
     last_commit: float = 0.0
 
@@ -44,27 +44,31 @@ class Row:
         self.policy = self.policy.model_copy(update=dict(zip(names, rounded, strict=True)))
 
     @property
-    def pending(self) -> list[int]:
-        """Token ids drafted since the last pass."""
-        return self.tokens[self.target_length + 1 :]
+    def target_length(self) -> int:
+        """Tokens that the target has seen, which is also the slot of the root."""
+        return len(self.tokens) - 1
 
     @property
-    def num_pending(self) -> int:
-        return len(self.tokens) - self.target_length - 1
+    def rest(self) -> int:
+        """Tokens that a draft may add to the output: the pass itself gives one more."""
+        return self.params.max_tokens - self.counters.emitted - 1
+
+    @property
+    def first_path(self) -> list[int]:
+        """Token ids of the tree's first path."""
+        return [self.tree.tokens[node] for node in self.tree.first_path]
 
     def unseen(self, width: int) -> list[int]:
-        """What the target has not seen, padded on the right to `width` tokens."""
-        return padded(self.tokens, self.target_length, width)
+        """What the target has not seen, root and tree, padded on the right to `width` tokens."""
+        return padded((self.tokens[-1], *self.tree.tokens), 0, width)
 
     def output_index(self, ahead: int) -> int:
         """Tokens of the output before one that is chosen after `ahead` others of this round."""
         return self.counters.emitted - self.released + ahead
 
-    def propose(self, token: int, reject_prob: float = 0.0) -> None:
-        """Adds a drafted token to the pending ones."""
-        self.tokens.append(token)
-        self.reject_prob.append(reject_prob)
-        self.counters.drafted += 1
+    def ends(self, token: int, eos_ids: frozenset[int]) -> bool:
+        """Whether the output ends with a token."""
+        return token in eos_ids and not self.params.ignore_eos
 
     def asks_for_pass(self, limit: int, eos_ids: frozenset[int]) -> bool:
         """Whether it asks for a target pass now: by its policy, because its draft came to an end, or because its caller waits too long.
@@ -72,12 +76,16 @@ class Row:
         Args:
             limit: most tokens that may be pending.
         """
-        if asks_for_pass(self.reject_prob, self.policy, limit):
+        tree = self.tree
+        if asks_for_pass(tree.risks, self.policy, limit):
             return True
-        if self.tokens[-1] in eos_ids and not self.params.ignore_eos:
+        if self.ends(tree.tokens[-1], eos_ids):
             return True
-        if self.params.stop and self.would_stop(self.pending):
-            return True
+        return bool(self.params.stop and self.would_stop(self.first_path)) or self.waits_too_long
+
+    @property
+    def waits_too_long(self) -> bool:
+        """Whether its caller has waited for a token as long as it may."""
         return self.params.max_delay is not None and time.monotonic() - self.last_commit >= self.params.max_delay
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssv.plugins.ops import on
+from ssv.plugins.reference import gumbel
 
 # Missing where there was no C compiler; one that is there and does not load is an error to be seen.
 if importlib.util.find_spec("ssv.runtime.decode._sampling") is not None:
@@ -66,19 +67,61 @@ def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None)
     logits_RV = logits_RV.float().contiguous()
     temperature_R = _divisor(sampling.temperature_R)
     index_R = torch.empty(rows, dtype=torch.int32)
-    _sampling.choose(
+    _sampling.choose(*_addresses(logits_RV, token_V, temperature_R, sampling), index_R.data_ptr(), rows, vocab)
+    return index_R
+
+
+def ranked(
+    logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The columns that each row would choose first, second and so on if those before could not be chosen, and the share of each.
+
+    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that over what the row can choose:
+    what another model would choose under the same noise, if its logits are these and some error about as large as one nat. At temperature
+    0 it is the softmax of the logits.
+
+    Args:
+        sampling: on the CPU.
+        token_V: int64, the token of each column, where it is another number than the column's.
+
+    Returns:
+        int32 [R, K] and fp32 [R, K] on the CPU, K being `count` or V; -1 and 0 where a row can choose no more, or has no distribution.
+    """
+    rows, vocab = logits_RV.shape
+    count = min(count, vocab)
+    if logits_RV.device.type == "cpu" and _sampling is not None:
+        index_RK, share_RK = torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
+        logits_RV = logits_RV.float().contiguous()
+        temperature_R = _divisor(sampling.temperature_R)
+        _sampling.rank(
+            *_addresses(logits_RV, token_V, temperature_R, sampling), index_RK.data_ptr(), share_RK.data_ptr(),
+            rows, vocab, count,
+        )  # fmt: skip
+        return index_RK, share_RK
+    sampling = sampling.to(logits_RV.device)
+    score_RV = filtered(logits_RV, sampling)
+    # Where temperature is 0 `filtered` leaves one token; here all are in order.
+    greedy_R1 = (sampling.temperature_R == 0)[:, None]
+    scale_R1 = _divisor(sampling.temperature_R)[:, None].where(~greedy_R1, 1.0)
+    if token_V is None:
+        token_V = torch.arange(vocab, device=logits_RV.device)
+    noise_RV = gumbel(token_V[None], sampling.position_R[:, None], sampling.seed_R[:, None])
+    below_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
+    score_RV = torch.where(greedy_R1, below_RV.double(), (score_RV.double() + noise_RV) * scale_R1)
+    valid_R1 = logits_RV.amax(dim=1, keepdim=True).isfinite()
+    share_RK, index_RK = score_RV.softmax(dim=1).where(valid_R1, 0.0).topk(count, dim=1)
+    index_RK = index_RK.where(score_RV.gather(1, index_RK).isfinite() & valid_R1, -1)
+    return index_RK.int().cpu(), share_RK.float().cpu()
+
+
+def _addresses(logits_RV: Tensor, token_V: Tensor | None, temperature_R: Tensor, sampling: Sampling) -> tuple[int, ...]:
+    """What the compiled stages take first. The caller holds the tensors."""
+    held = (temperature_R, sampling.top_k_R, sampling.top_p_R, sampling.seed_R, sampling.position_R)
+    return (
         logits_RV.data_ptr(),
         0 if token_V is None else token_V.data_ptr(),
-        temperature_R.data_ptr(),
-        sampling.top_k_R.data_ptr(),
-        sampling.top_p_R.data_ptr(),
-        sampling.seed_R.data_ptr(),
-        sampling.position_R.data_ptr(),
-        index_R.data_ptr(),
-        rows,
-        vocab,
+        *(tensor.data_ptr() for tensor in held),
     )
-    return index_R
 
 
 def filtered(logits_RV: Tensor, sampling: Sampling) -> Tensor:

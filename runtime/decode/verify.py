@@ -1,9 +1,9 @@
 """Which drafted tokens are judged, when the target is asked, and what its choices say of them: pure functions on plain numbers, which cost
 less than the calls of as many tensor operations.
 
-Shapes: K pending tokens of a row, J = K + 1 rows of the target.
+Shapes: N nodes of a row's tree, J = N + 1 rows of the target.
 
-Target row j of a pass judges drafted token j; row K is the bonus row, which gives the next token when nothing is rejected.
+Target row 0 of a pass is the root's and gives the token after the text; row n + 1 is node n's and gives the token after it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssv.bundle.policy import Policy
+from ssv.runtime.decode.tree import ROOT, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,41 +21,56 @@ class Verdict:
     """What the target decided about a row.
 
     Attributes:
-        num_kept: drafted tokens that are kept, trusted ones included.
-        next_token: the target's choice after them: in place of a rejected one, or the bonus.
+        path: nodes that are kept, from the root on, trusted ones included.
+        num_judged: of these, those that the target judged.
+        next_token: the target's choice after them: in place of what was drafted, or the bonus.
     """
 
-    num_kept: int
+    path: tuple[int, ...]
+    num_judged: int
     next_token: int
 
 
-def asks_for_pass(reject_prob_K: Sequence[float], policy: Policy, max_pending: int) -> bool:
+def asks_for_pass(risks: Sequence[float], policy: Policy, max_pending: int) -> bool:
     """Whether a row's pending tokens ask for a target pass now.
 
     Args:
-        reject_prob_K: of the pending tokens, at least one.
+        risks: of the pending tokens, at least one.
         max_pending: the policy's, or less where the output ends before.
     """
-    judged = [r for r in reject_prob_K if not r < policy.accept_below]
+    judged = [r for r in risks if not r < policy.accept_below]
     risk = 1 - math.prod(1 - r for r in judged)
     is_critical = bool(judged) and max(judged) > policy.verify_above
-    return is_critical or risk > policy.risk_budget or len(reject_prob_K) >= max_pending
+    return is_critical or risk > policy.risk_budget or len(risks) >= max_pending
 
 
-def judged_rows(reject_prob_K: Sequence[float], accept_below: float) -> list[bool]:
-    """Which target rows of a pass are judged, J = K + 1 of them: those of the tokens that are not trusted, and the bonus row."""
-    return [not r < accept_below for r in reject_prob_K] + [True]
+def judged_rows(tree: Tree, accept_below: float) -> list[bool]:
+    """Which of a pass's J rows are judged: all but those whose next token is trusted. Trusted are nodes of the first path alone."""
+    judged = [True] * (len(tree) + 1)
+    for node in tree.first_path:
+        if tree.risks[node] < accept_below:
+            judged[tree.parents[node] + 1] = False
+    return judged
 
 
-def walk(pending_K: Sequence[int], judged_J: Sequence[bool], choices: Sequence[int]) -> Verdict:
-    """Goes along the drafted tokens while they are the target's own choices; trusted ones are passed without asking.
+def walk(tree: Tree, judged_J: Sequence[bool], choices: Sequence[int]) -> Verdict:
+    """Goes from the root along the nodes that are the target's own choices; trusted ones are passed without asking.
 
     Args:
         judged_J: from `judged_rows`.
         choices: of the target, one for each judged row.
     """
-    choice = iter(choices)
-    for k, (token, is_judged) in enumerate(zip(pending_K, judged_J, strict=False)):
-        if is_judged and (chosen := next(choice)) != token:
-            return Verdict(k, chosen)
-    return Verdict(len(pending_K), next(choice))
+    chosen = iter(choices)
+    choice_J = [next(chosen) if is_judged else None for is_judged in judged_J]
+    first_child = dict(zip((ROOT, *tree.first_path), tree.first_path, strict=False))
+    path: list[int] = []
+    node, num_judged = ROOT, 0
+    while True:
+        choice = choice_J[node + 1]
+        child = first_child[node] if choice is None else tree.child(node, choice)
+        if child is None:
+            assert choice is not None
+            return Verdict(tuple(path), num_judged, choice)
+        num_judged += choice is not None
+        path.append(child)
+        node = child

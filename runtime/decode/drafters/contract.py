@@ -1,6 +1,6 @@
 """What the round asks of a drafter.
 
-Shapes: B rows in use, T tokens of a step, F features.
+Shapes: T tokens of a row's pass (or of a chunk of a prompt), F features.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.row import Row
 
 
@@ -26,11 +27,12 @@ class Drafter:
     has_cache = False
     has_scores = False
 
-    def propose(self, rows: Sequence[Row], limits: Sequence[int]) -> None:
-        """Adds pending tokens to rows (`Row.propose`) until each asks for a pass.
+    def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
+        """Gives rows a tree (`Row.tree`), in the shape that each row's policy says.
 
         Args:
-            limits: most tokens that may be pending in each row; 0 for a row that does not draft, or not with this drafter.
+            limits: most nodes of each row's tree; 0 for a row that does not draft, or not with this drafter.
+            prices: of drafting and verifying, for policies that pay; None where they are not known.
         """
         raise NotImplementedError
 
@@ -43,11 +45,12 @@ class Drafter:
     def join(self, b: int, row: Row) -> None:
         """The prompt is run: the row is in use from now on."""
 
-    def observe(self, rows: Sequence[Row], features_BTF: Tensor | None) -> None:
-        """The target has run a pass over the rows; nothing is committed yet."""
+    def observe(self, b: int, row: Row, path: Sequence[int], features_TF: Tensor | None) -> None:
+        """The target has run a pass over row `b` and kept a path of its tree; the row's text does not have it yet.
 
-    def commit(self, row: Row, length: int) -> None:
-        """The first `length` tokens of a row will have been seen by the target, the pending ones beyond are dropped."""
+        Args:
+            features_TF: of root and nodes, of a target that was asked for them.
+        """
 
     def move(self, source: int, dest: int, row: Row) -> None:
         """A row that is in use takes another place."""

@@ -1,4 +1,6 @@
-"""A draft model proposes token after token, each with the scorer's probability that the target rejects it.
+"""A draft model proposes a tree, a level at a time, each node with the scorer's probability that the target rejects it.
+
+Every branch is continued from its own tokens: the nodes of a level that get children are one step of the draft, each behind its ancestors.
 
 Conditioned drafts take the target's features (EAGLE-3, Li et al. 2025, arXiv:2503.01840); standalone ones are language models of their own.
 
@@ -8,15 +10,20 @@ Shapes: B rows in use, T tokens of a step, R gathered rows, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from ssv.runtime.decode.choice import check_chosen, choices
+from ssv.runtime.decode.choice import check_chosen, choices, ranking
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.growth import Growth, Guess
 from ssv.runtime.decode.row import Row, padded
+from ssv.runtime.decode.tree import ROOT, branches_of
 from ssv.runtime.engines.contract import Engine, EngineError, StepOutput
+from ssv.runtime.request import MAX_PENDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +66,11 @@ class ModelDrafter(Drafter):
         self._offset = 1 if self.needs_features else 0
         self._max_batch, self._eos_ids = target.max_batch, frozenset(eos_ids.tolist())
         self._eos_columns = _positions_of(eos_ids, engine.token_ids_V)
-        # What the next step of each row takes for its first tokens.
+        # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
+        self._growing: dict[int, _Growing] = {}
+        # Of the last draft step: which of its rows a candidate of a row was.
+        self._sources: dict[tuple[int, int], int] = {}
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
 
@@ -86,7 +96,7 @@ class ModelDrafter(Drafter):
     def join(self, b: int, row: Row) -> None:
         row.draft_length = row.target_length - self._offset
         if self._last_feature_11F is not None:
-            self._hold([b], b + 1, self._last_feature_11F)
+            self._hold(b, 0, self._last_feature_11F[0])
 
     def snapshot(self, b: int, start: int, stop: int) -> DraftBlock:
         return DraftBlock(self.engine.read_cache(b, *self._entries(start, stop)), self._last_feature_11F)
@@ -101,25 +111,50 @@ class ModelDrafter(Drafter):
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
-    def propose(self, rows: Sequence[Row], limits: Sequence[int]) -> None:
-        drafting = [b for b, limit in enumerate(limits) if limit > 0]
-        while drafting:
-            out = self._step(rows, drafting)
-            ahead = [(b, rows[b].num_pending) for b in drafting]
-            tokens = choices(rows, out.logits_RV, ahead, self._eos_columns, out.token_R, self.engine.token_ids_V)
-            check_chosen(tokens)
-            scored = out.reject_prob_R.tolist() if out.reject_prob_R is not None else [0.0] * len(drafting)
-            for b, token, reject_prob in zip(drafting, tokens, scored, strict=True):
-                rows[b].propose(token, reject_prob)
-            drafting = [b for b in drafting if not rows[b].asks_for_pass(limits[b], self._eos_ids)]
+    def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
+        self._growing = {
+            b: _Growing(
+                Growth(
+                    row.policy,
+                    limit,
+                    row.rest,
+                    () if row.params.ignore_eos else self._eos_ids,
+                    prices if row.policy.pays else None,
+                )
+            )
+            for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
+            if limit > 0
+        }
+        drafting = [b for b, growing in self._growing.items() if growing.growth.open]
+        out = self._step_text(rows, drafting) if drafting else None
+        while out is not None:
+            guesses = iter(self._guesses(rows, drafting, out))
+            for b in drafting:
+                growing, row = self._growing[b], rows[b]
+                growing.note_expanded()
+                growing.growth.add([next(guesses) for _ in growing.growth.open])
+                row.tree = growing.growth.tree()
+                if self._asks(row, limits[b]):
+                    growing.growth.open = []
+            drafting = [b for b in drafting if self._growing[b].growth.open]
+            out = self._step_level(rows, drafting, out) if drafting else None
 
-    def observe(self, rows: Sequence[Row], features_BTF: Tensor | None) -> None:
-        if features_BTF is not None:
-            self._hold(range(len(rows)), len(rows), features_BTF)
+    def _asks(self, row: Row, limit: int) -> bool:
+        """Whether a row asks for its pass before its tree has its full shape."""
+        return row.asks_for_pass(limit, self._eos_ids) if row.tree.is_chain else row.waits_too_long
 
-    def commit(self, row: Row, length: int) -> None:
-        # Entries that a conditioned draft made of its own hidden states are made again from the target's features.
-        row.draft_length = row.target_length if self.needs_features else min(row.draft_length, length)
+    def observe(self, b: int, row: Row, path: Sequence[int], features_TF: Tensor | None) -> None:
+        if features_TF is not None:
+            rows = [0, *(node + 1 for node in path)]
+            kept = features_TF[: len(rows)] if rows[-1] == len(path) else features_TF[rows]
+            self._hold(b, row.target_length - row.draft_length, kept)
+        elif (growing := self._growing.pop(b, None)) is not None:
+            # What it made of tokens that are text now is as good as what it would make again.
+            slots = growing.slots_of(path)
+            self.engine.keep(b, row.draft_length, slots)
+            row.draft_length += len(slots)
+        if row.target_length + 1 + len(path) - row.draft_length > MAX_PENDING:
+            self._fill(b, row, [*row.tokens, *(row.tree.tokens[node] for node in path)])
 
     def move(self, source: int, dest: int, row: Row) -> None:
         self.engine.move_row(source, dest, row.draft_length)
@@ -129,40 +164,155 @@ class ModelDrafter(Drafter):
     def move_joining(self, source: int, dest: int, done: int) -> None:
         self.engine.move_row(source, dest, max(done - self._offset, 0))
 
-    def _step(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
-        """Feeds each drafting row what the draft has not seen yet; the others are padding."""
+    def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
+        """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are padding."""
         starts = [row.draft_length for row in rows]
-        counts = [len(rows[b].tokens) - self._offset - starts[b] for b in drafting]
+        counts = [len(row.tokens) - self._offset - row.draft_length if b in drafting else 0 for b, row in enumerate(rows)]
         width = max(counts)
-        all_counts = [0] * len(rows)
-        for b, count in zip(drafting, counts, strict=True):
-            all_counts[b] = count
         windows = [padded(row.tokens, row.draft_length + self._offset, width) for row in rows]
         out = self.engine.step(
             torch.tensor(windows),
             torch.tensor(starts, dtype=torch.int32),
-            torch.tensor([b * width + count - 1 for b, count in zip(drafting, counts, strict=True)]),
+            torch.tensor([b * width + counts[b] - 1 for b in drafting]),
             self._features_BTF[: len(rows), :width] if self._features_BTF is not None else None,
-            count_B=torch.tensor(all_counts, dtype=torch.int32),
+            count_B=torch.tensor(counts, dtype=torch.int32),
         )
-        for b, count in zip(drafting, counts, strict=True):
-            rows[b].draft_length += count
-        if self.needs_features:
-            self._hold(drafting, len(rows), out.hidden_RH[:, None])
+        for b in drafting:
+            rows[b].draft_length += counts[b]
+            self._growing[b].end = rows[b].draft_length
         return out
 
-    def _hold(self, rows: Sequence[int], num_rows: int, features_RTF: Tensor) -> None:
-        tokens = features_RTF.shape[1]
+    def _step_level(self, rows: Sequence[Row], drafting: Sequence[int], before: StepOutput) -> StepOutput:
+        """Feeds each drafting row the nodes of its tree that get children, each behind its own ancestors.
+
+        Args:
+            before: the step of their parents, whose hidden states they are joined with.
+        """
+        opened = [self._growing[b].growth.open if b in drafting else [] for b in range(len(rows))]
+        ends = [growing.end if (growing := self._growing.get(b)) else row.draft_length for b, row in enumerate(rows)]
+        width = max(map(len, opened))
+        candidates = [self._growing[b].growth.candidates if b in self._growing else [] for b in range(len(rows))]
+        ids = [padded([candidates[b][i].guess.token for i in opened[b]], 0, width) for b in range(len(rows))]
+        paths = [
+            [[*self._growing[b].ancestors(i), ends[b] + t] for t, i in enumerate(opened[b])] for b in range(len(rows))
+        ]
+        is_chain = all(
+            path == list(range(rows[b].draft_length, ends[b] + 1)) and len(row) == 1
+            for b, row in enumerate(paths)
+            for path in row
+        )
+        places = [b * width + t for b in range(len(rows)) for t in range(len(opened[b]))]
+        features_BTF = None
+        if self.needs_features:
+            sources = self._sources
+            hidden_RH = before.hidden_RH
+            flat = hidden_RH.new_zeros(len(rows) * width, hidden_RH.shape[1])
+            flat[places] = hidden_RH[[sources[b, candidates[b][i].parent] for b in drafting for i in opened[b]]]
+            features_BTF = flat.view(len(rows), width, -1)
+        return self.engine.step(
+            torch.tensor(ids),
+            torch.tensor(ends, dtype=torch.int32),
+            torch.tensor(places),
+            features_BTF,
+            branches=None if is_chain else branches_of([row.draft_length for row in rows], paths, ends),
+            count_B=torch.tensor([len(each) for each in opened], dtype=torch.int32),
+        )
+
+    def _guesses(self, rows: Sequence[Row], drafting: Sequence[int], out: StepOutput) -> list[list[Guess]]:
+        """The likeliest next tokens of each gathered row."""
+        growths = {b: self._growing[b].growth for b in drafting}
+        self._sources = {
+            key: r for r, key in enumerate((b, i) for b in drafting for i in growths[b].open)
+        }
+        ahead = [(b, 0 if i == ROOT else growths[b].candidates[i].depth) for b in drafting for i in growths[b].open]
+        most = max(growths[b].num_children(i) for b in drafting for i in growths[b].open)
+        scored = out.reject_prob_R.tolist() if out.reject_prob_R is not None else None
+        if most == 1 and scored is not None:
+            tokens = choices(rows, out.logits_RV, ahead, self._eos_columns, out.token_R, self.engine.token_ids_V)
+            check_chosen(tokens)
+            return [[Guess(token, 1 - r, r)] for token, r in zip(tokens, scored, strict=True)]
+        ranked = ranking(rows, out.logits_RV, ahead, self._eos_columns, most, self.engine.token_ids_V)
+        check_chosen([tokens[0] for tokens, _ in ranked])
+        greedy = [rows[b].params.greedy for b, _ in ahead]
+        return [
+            _shared(tokens, shares, scored[r] if scored is not None else None, greedy[r])
+            for r, (tokens, shares) in enumerate(ranked)
+        ]
+
+    def _fill(self, b: int, row: Row, text: Sequence[int]) -> None:
+        """Makes the entries of a row that has not drafted for long: a step is no wider than what any row has room for."""
+        start, stop = row.draft_length, len(text) - self._offset
+        features_1TF = None
+        if self._features_BTF is not None:
+            features_1TF = self._features_BTF[b : b + 1, : stop - start]
+        self.engine.step(
+            torch.tensor([text[start + self._offset : stop + self._offset]]),
+            torch.tensor([start], dtype=torch.int32),
+            torch.empty(0, dtype=torch.long),
+            features_1TF,
+            first_row=b,
+        )
+        if self._features_BTF is not None:  # that of the last token waits for the one after it
+            self._features_BTF[b, 0] = self._features_BTF[b, stop - start]
+        row.draft_length = stop
+
+    def _hold(self, b: int, start: int, features_TF: Tensor) -> None:
+        """Keeps features of a row's tokens for its next step, behind `start` others."""
+        stop = start + len(features_TF)
         held = self._features_BTF
-        if held is None or held.shape[1] < tokens:
-            grown = features_RTF.new_zeros(self._max_batch, tokens, features_RTF.shape[2])
+        if held is None or held.shape[1] < stop:
+            grown = features_TF.new_zeros(self._max_batch, stop, features_TF.shape[1])
             if held is not None:
                 grown[:, : held.shape[1]] = held
             self._features_BTF = held = grown
-        if len(rows) == num_rows:  # all of them, in their order
-            held[: len(rows), :tokens] = features_RTF
-        else:
-            held[list(rows), :tokens] = features_RTF
+        held[b, start:stop] = features_TF
+
+
+@dataclass(slots=True)
+class _Growing:
+    """A row's tree while it grows, and where the draft's cache has its nodes.
+
+    Attributes:
+        end: the first slot that is free.
+        slots: of the candidates that the draft has run.
+    """
+
+    growth: Growth
+    end: int = 0
+    slots: dict[int, int] = field(default_factory=dict)
+
+    def ancestors(self, candidate: int) -> list[int]:
+        """Slots of the candidates before one, the text's left out."""
+        found = []
+        while (candidate := self.growth.candidates[candidate].parent) != ROOT:
+            found.append(self.slots[candidate])
+        return found[::-1]
+
+    def note_expanded(self) -> None:
+        """The open candidates have been run."""
+        for candidate in self.growth.open:
+            if candidate != ROOT:
+                self.slots[candidate] = self.end
+                self.end += 1
+
+    def slots_of(self, path: Sequence[int]) -> list[int]:
+        """Slots of a path's nodes, as far as they have been run."""
+        candidates = [self.growth.candidate_of[node] for node in path]
+        return [self.slots[candidate] for candidate in takewhile(self.slots.__contains__, candidates)]
+
+
+def _shared(tokens: Sequence[int], shares: Sequence[float], reject_prob: float | None, greedy: bool) -> list[Guess]:
+    """Guesses of tokens whose shares the draft says; the scorer corrects what it says of the first, the others share what is left.
+
+    Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand.
+    """
+    first = 1 - reject_prob if reject_prob is not None and greedy else shares[0]
+    risk = 1 - shares[0] if reject_prob is None else reject_prob
+    left = (1 - first) / max(1 - shares[0], 1e-6)
+    return [
+        Guess(token, first if k == 0 else share * left, risk if k == 0 else 1 - share * left)
+        for k, (token, share) in enumerate(zip(tokens, shares, strict=True))
+    ]
 
 
 def _positions_of(ids: Tensor, ids_V: Tensor | None) -> Tensor:

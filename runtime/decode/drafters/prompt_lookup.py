@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.row import Row
 
@@ -23,10 +24,10 @@ class PromptLookup(Drafter):
     def __init__(self, eos_ids: frozenset[int]) -> None:
         self._eos_ids = eos_ids
 
-    def propose(self, rows: Sequence[Row], limits: Sequence[int]) -> None:
+    def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
         for row, limit in zip(rows, limits, strict=True):
             for token in continuation(row.tokens, limit):
-                row.propose(token)
+                row.tree.add(token)
                 if row.asks_for_pass(limit, self._eos_ids):
                     break
 

@@ -542,7 +542,7 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
     refused = [
         (replace(good, prompt_ids=()), "prompt is empty"),
         (replace(good, params=SamplingParams(max_tokens=19)), "max_tokens 19 exceed the cache of 20"),
-        (replace(good, num_draft_tokens=33), "33 tokens may not be pending.*at most 32"),
+        (replace(good, num_draft_tokens=65), "65 tokens may not be pending.*at most 64"),
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
@@ -724,7 +724,7 @@ def test_release_gives_a_trusted_prefix_before_the_pass(kind: str) -> None:
             row.counters.emitted = len(tokens)
             batch.draft()
             steps = len(target.calls)
-            pending = row.pending
+            pending = row.first_path
             gained = batch.release()[0]
             assert gained == expected == pending[: len(gained)]
             assert len(target.calls) == steps
@@ -910,7 +910,9 @@ def test_sampled_output_has_the_target_distribution(
 
 def test_broken_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """That accepts every drafted token."""
-    monkeypatch.setattr(module, "walk", lambda pending, judged, choices: Verdict(len(pending), choices[-1]))
+    monkeypatch.setattr(
+        module, "walk", lambda tree, judged, choices: Verdict(tuple(range(len(tree))), len(tree), choices[-1])
+    )
     params = SamplingParams(temperature=0.9, max_tokens=4)
     assert sampled_p_value(small_llm("standalone"), "speculative", 2, params, 800) < 1e-4
 

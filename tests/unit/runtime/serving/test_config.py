@@ -109,7 +109,7 @@ def test_it_does_not_change() -> None:
 def test_limits() -> None:
     config = ServerConfig(bundle=Path("/b"), max_length=500, max_tokens=20, max_prompt_bytes=30)
     assert config.limits(manifest(8192)) == Limits(500, 20, 30)
-    assert config.limits(manifest(400)) == Limits(336, 20, 30)
+    assert config.limits(manifest(400)) == Limits(272, 20, 30)
 
 
 def test_command_line_has_every_setting_with_its_default() -> None:
