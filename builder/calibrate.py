@@ -18,7 +18,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ssv.builder.config import CalibrationConfig
+from ssv.builder.survival_fit import SurvivalFit
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs
+from ssv.runtime.methods import PREMIUM
 from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"
@@ -62,7 +65,7 @@ class Trial:
     Attributes:
         divergence, divergence_margin: shares of the emitted tokens.
         divergence_bound: upper confidence bound of `divergence`, prompts being the unit that is drawn.
-        cost: of a token, in target passes of one token.
+        cost: of a token, in target passes of one token, at the costs measured and as if each drafted token took a draft step.
     """
 
     policy: Policy
@@ -78,22 +81,34 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All trials, and the one chosen for each tier."""
+    """What calibrating found.
+
+    Attributes:
+        trials: all of them.
+        tiers: the one chosen for each tier.
+        costs: by which.
+        survival: how far the draft's shares are to be trusted; None if that was not asked.
+    """
 
     trials: list[Trial]
     tiers: dict[str, Trial]
+    costs: Costs
+    survival: SurvivalFit | None = None
 
 
 def calibrate(
-    run: Callable[[Policy], Sequence[PromptResult]], config: CalibrationConfig, report: Report
+    run: Callable[[Policy], Sequence[PromptResult]], config: CalibrationConfig, costs: Costs, report: Report
 ) -> Calibration:
     """Tries the grid and chooses.
+
+    Args:
+        costs: of steps where the trials run: they decide which of the admissible policies is the cheapest, nothing else.
 
     Raises:
         ValueError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS` prompts.
     """
     families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
-    num_runs = len(families) * (1 + len(config.accept_below))
+    num_runs = 1 + len(families) * len(config.accept_below)
     trials: list[Trial] = []
     # The chance of a wrong choice is shared out among the families.
     confidence = 1 - (1 - config.confidence) / len(families)
@@ -101,12 +116,12 @@ def calibrate(
     def tried(policy: Policy) -> Trial:
         results = run(policy)
         check_num_prompts(len(results), config)
-        trial = _trial(policy, results, config, confidence)
+        trial = _trial(policy, results, costs, confidence)
         trials.append(trial)
         report("calibrate", len(trials), num_runs, f"divergence {trial.divergence:.4f}, cost {trial.cost:.3f}")
         return trial
 
-    lossless = [tried(policy) for policy in families]
+    premium = tried(PREMIUM)
     limits: dict[str, float] = dict(config.limits.items())
     passed: dict[str, list[Trial]] = {tier: [] for tier in limits}
     for family in families:
@@ -119,7 +134,7 @@ def calibrate(
             for tier in open_tiers:
                 passed[tier].append(trial)
     report("calibrate", num_runs, num_runs, "done")
-    tiers = {"premium": min(lossless, key=lambda t: t.cost)}
+    tiers = {"premium": premium}
     for tier, candidates in passed.items():
         if not candidates:
             raise ValueError(
@@ -127,21 +142,23 @@ def calibrate(
                 f"{config.confidence}: add smaller thresholds or more prompts, or raise the limit"
             )
         tiers[tier] = min(candidates, key=lambda t: t.cost)
-    return Calibration(trials, tiers)
+    return Calibration(trials, tiers, costs)
 
 
-def _trial(policy: Policy, results: Sequence[PromptResult], config: CalibrationConfig, confidence: float) -> Trial:
+def _trial(policy: Policy, results: Sequence[PromptResult], costs: Costs, confidence: float) -> Trial:
     emitted = sum(r.emitted for r in results)
     passes = sum(r.target_passes for r in results)
-    extra_tokens = sum(r.target_tokens - r.target_passes for r in results)
     drafted = sum(r.drafted for r in results)
+    seconds = passes * costs.target.at(
+        sum(r.target_tokens for r in results) / max(passes, 1)
+    ) + drafted * costs.draft.at(1)
     return Trial(
         policy=policy,
         divergence=sum(r.divergent for r in results) / emitted,
         divergence_margin=sum(r.divergent_margin for r in results) / emitted,
         divergence_bound=upper_bound([(r.divergent, r.emitted) for r in results], confidence),
         target_passes_per_token=passes / emitted,
-        cost=(passes + extra_tokens * config.cost_of_extra_token + drafted * config.cost_of_draft_step) / emitted,
+        cost=seconds / costs.target.at(1) / emitted,
     )
 
 

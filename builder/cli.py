@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from ssv.builder.config import (
 from ssv.support.console import (
     add_batch,
     add_device,
+    add_engine,
     add_precision,
     add_threads,
     add_version,
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from ssv.builder.config import Recipe
     from ssv.bundle.policy import Policy
     from ssv.support.progress import Report
+
+PROFILE_REPEATS = 40
+"""Ten to fifteen seconds on two CPU cores."""
 
 OPENINGS = Path(__file__).parent / "presets" / "openings.txt"
 
@@ -103,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
     compile_.add_argument("--max-batch", type=int, default=8, help="rows of a step (default: 8)")
     compile_.add_argument(
-        "--max-length", type=int, default=2048, help="tokens of a row, 64 of them for drafting (default: 2048)"
+        "--max-length", type=int, default=2048, help="tokens of a row, 128 of them for drafting (default: 2048)"
     )
     compile_.add_argument(
         "--max-pending", type=int, help="most tokens verified at a time (default: what the bundle's tiers ask)"
@@ -130,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"], help="of states and logits"
     )
     kernels.add_argument("--out", type=Path, required=True, help="folder to write")
+    profile = command("profile", _profile, "measure what steps cost here, for what is drafted by what pays")
+    profile.add_argument("bundle", type=Path)
+    add_engine(profile)
+    add_precision(profile)
+    add_device(profile)
+    add_threads(profile)
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("bundle", type=Path)
     inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
@@ -292,6 +303,33 @@ def _kernels(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from ssv.bundle.manifest import manifest_lock, read_manifest, write_manifest
+    from ssv.runtime.decode.costs import measure
+    from ssv.runtime.llm import LLM
+
+    with waiting(f"loading {args.bundle}") as say:
+        llm = LLM.load(
+            args.bundle,
+            engine=args.engine,
+            precision=args.precision,
+            device=args.device,
+            threads=args.threads,
+            say=say,
+        )
+    assert llm.draft is not None
+    costs = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS)
+    with manifest_lock(args.bundle):
+        manifest = read_manifest(args.bundle, verify=False)
+        profiles = {**manifest.profiles, llm.place: costs}
+        write_manifest(args.bundle, manifest.model_copy(update={"profiles": profiles}))
+    print(f"{llm.place}:")
+    for name, curve in (("target pass", costs.target), ("draft step", costs.draft)):
+        sizes = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in zip(curve.tokens, curve.seconds, strict=True))
+        print(f"  {name}, milliseconds by tokens: {sizes}")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from ssv.builder.inspect import bundle_facts, print_bundle
 
@@ -314,7 +352,10 @@ def calibrate_bundle(
 ) -> Calibration:
     """Calibrates a bundle by decoding with the torch engine."""
     from ssv.builder.calibrate import PromptResult, calibrate
+    from ssv.builder.survival_fit import PROBED, Seen, fit_survival, watch_guesses
     from ssv.runtime.decode.audit import audit
+    from ssv.runtime.decode.costs import measure
+    from ssv.runtime.decode.round import DecodeBatch
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
     from ssv.support.prompts import read_prompts
@@ -342,7 +383,19 @@ def calibrate_bundle(
             )
         return results
 
-    return calibrate(run, config, report)
+    batch_of_one = DecodeBatch(llm.target, llm.draft, sorted(llm.eos_token_ids), llm.max_length)
+
+    def probe(greedy: bool) -> list[Seen]:
+        report("survival", 0 if greedy else 1, 2, "greedy" if greedy else "sampled")
+        sampled = {} if greedy else {"temperature": 0.8, "top_p": 0.95}
+        return watch_guesses(batch_of_one, prompts, SamplingParams(max_tokens=config.max_tokens, **sampled), PROBED)
+
+    assert llm.draft is not None
+    # By what is known when the bundle decodes: the rule that drafts what pays goes by corrected shares.
+    fitted = fit_survival(probe)
+    report("survival", 2, 2, "done")
+    llm.costs, llm.survival = measure(llm.target, llm.draft), fitted.survival
+    return replace(calibrate(run, config, llm.costs, report), survival=fitted)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

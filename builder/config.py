@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-MaxPending = Annotated[int, Field(ge=1, le=32)]
+MaxPending = Annotated[int, Field(ge=1, le=MAX_PENDING)]
 """What the runtime's caches have room for."""
 Limit = Annotated[float, Field(gt=0.0, le=1.0)]
 """No number of prompts shows that a divergence is 0."""
@@ -185,12 +186,10 @@ class CalibrationConfig(_Strict):
         num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds, and one that holds
             less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
         max_tokens: of each output.
-        families: settings tried of (verify_above, risk_budget, max_pending).
+        families: settings tried of (verify_above, risk_budget, max_pending), for the lossy tiers.
         accept_below: thresholds tried with each.
         limits: largest divergence of each lossy tier.
         confidence: that a tier's true divergence on such prompts is below its limit.
-        cost_of_draft_step, cost_of_extra_token: of a draft step, and of each further token of a target pass, as shares of
-            a target pass of one token. They decide which of the admissible policies is the cheapest, nothing else.
     """
 
     prompts_file: Path
@@ -200,8 +199,6 @@ class CalibrationConfig(_Strict):
     accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent]
     limits: dict[Literal["balanced", "turbo"], Limit] = {"balanced": 0.02, "turbo": 0.05}
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    cost_of_draft_step: Share = 0.1
-    cost_of_extra_token: Share = 0.08
 
 
 class CalibrationPart(_Strict):
@@ -252,7 +249,7 @@ class EngineConfig(_Strict):
         flavor: `tensorrt_rtx` builds on any machine, `tensorrt` on the GPU that will run the engine.
         compute_capability: GPUs that it shall run on, such as "8.9".
         max_batch: rows of a step.
-        max_length: tokens that each row of the cache holds; the runtime keeps 64 of them for drafting.
+        max_length: tokens that each row of the cache holds; the runtime keeps 128 of them for drafting.
         max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
         prefill_chunk: most tokens of a row in one step.
         plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of TensorRT; auto takes plugins
@@ -265,7 +262,7 @@ class EngineConfig(_Strict):
     flavor: Flavor = "tensorrt_rtx"
     compute_capability: Annotated[list[Capability], Field(min_length=1)]
     max_batch: PositiveInt = 8
-    max_length: Annotated[int, Field(ge=128)] = 2048
+    max_length: Annotated[int, Field(ge=3 * MAX_PENDING)] = 2048
     max_pending: MaxPending | None = None
     prefill_chunk: Annotated[int, Field(ge=64)] = 256
     plugins: Literal["on", "off", "auto"] = "auto"

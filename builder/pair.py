@@ -48,6 +48,8 @@ from ssv.bundle.manifest import (
     write_manifest,
 )
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.model.checkpoint import hf_config
 from ssv.model.draft import Draft, load_draft, save_draft
@@ -124,17 +126,17 @@ def build_pair(
         _write_scorer(parts, recipe, target, device, draft.spec.decoder.hidden_size, report)
         _write_ranges(parts, recipe, target, draft)
         _write_calibration(parts, recipe, target, draft, make_calibration, report)
-        tiers = read_calibration(stage.bundle / "calibration.json")
-        manifest = _manifest(recipe, target, draft, parts, tiers)
+        tiers, survival = read_calibration(stage.bundle / "calibration.json")
+        manifest = _manifest(recipe, target, draft, parts, tiers, survival)
         for engine in recipe.engines:
             write_manifest(stage.bundle, manifest)
             _write_engine(parts, recipe, engine, target, device, report)
-            manifest = _manifest(recipe, target, draft, parts, tiers)
+            manifest = _manifest(recipe, target, draft, parts, tiers, survival)
         parts.drop_unused()
         if out.is_dir():  # an engine that another process adds must not come between here and the exchange
             held.enter_context(manifest_lock(out))
         parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
-        manifest = _manifest(recipe, target, draft, parts, tiers)
+        manifest = _manifest(recipe, target, draft, parts, tiers, survival)
         write_manifest(stage.bundle, manifest)
     if (work := _work_folder(parts)).exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -159,6 +161,8 @@ def calibration_document(
         "bound": {"kind": BOUND_KIND, "method": "bootstrap over prompts, at least the Poisson bound"},
         "trials": [trial.to_dict() for trial in calibration.trials],
         "tiers": {name: trial.to_dict() for name, trial in calibration.tiers.items()},
+        "costs": calibration.costs.model_dump(mode="json"),
+        "survival": calibration.survival.to_dict() if calibration.survival is not None else None,
     }
 
 
@@ -307,7 +311,14 @@ def _write_engine(
     parts.finish_engine(name, read_manifest(bundle, verify=False).engines[name])
 
 
-def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: Parts, tiers: dict[str, TierEntry]) -> Manifest:
+def _manifest(
+    recipe: Recipe,
+    target: Target,
+    draft: Draft,
+    parts: Parts,
+    tiers: dict[str, TierEntry],
+    survival: Survival | None = None,
+) -> Manifest:
     of_engines = {PACKAGES[engine.flavor]: engine.tensorrt for engine in parts.engines.values()}
     return Manifest(
         name=recipe.name,
@@ -318,9 +329,17 @@ def _manifest(recipe: Recipe, target: Target, draft: Draft, parts: Parts, tiers:
         tiers=tiers,
         files=dict(sorted(parts.files.items())),
         engines=parts.engines,
+        survival=survival,
+        profiles=_profiles(parts.old, target, draft),
         sources=parts.sources,
         versions=versions("ssv", "torch", "transformers", "safetensors") | of_engines,
     )
+
+
+def _profiles(old: Manifest | None, target: Target, draft: Draft) -> dict[str, Costs]:
+    """What steps cost is the networks' shapes' and the machine's: profiles of a bundle with the same shapes stay true."""
+    shapes = (target.spec.to_dict(), draft.spec.to_dict())
+    return old.profiles if old is not None and (old.target, old.draft) == shapes else {}
 
 
 def _content(file: Path | None) -> str | None:

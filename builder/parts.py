@@ -61,7 +61,7 @@ class Parts:
     """
 
     def __init__(self, stage: Stage, old: Manifest | None) -> None:
-        self.stage, self._old = stage, old
+        self.stage, self.old = stage, old
         self.sources: dict[str, str] = {}
         self.files: dict[str, FileEntry] = {}
         self.engines: dict[str, EngineEntry] = {}
@@ -138,7 +138,7 @@ class Parts:
         return taken
 
     def _of_old(self, part: str, source: str) -> _Part | None:
-        old = self._old
+        old = self.old
         if old is None or old.sources.get(part) != source:
             return None
         engine = old.engines.get(part.removeprefix(_engine_part("")))

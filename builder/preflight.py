@@ -14,6 +14,7 @@ from ssv.builder.training.corpus import chat_pieces
 from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, TierEntry, file_entry
 from ssv.bundle.policy import Policy
+from ssv.bundle.survival import Survival
 from ssv.model.draft import Draft, draft_spec, load_draft
 from ssv.model.scorer import load_scorer
 from ssv.support.json_text import parse_json
@@ -156,8 +157,8 @@ def check_lengths(config: CalibrationConfig, target: Target) -> None:
             )
 
 
-def read_calibration(path: Path) -> dict[str, TierEntry]:
-    """The tiers of a calibration.
+def read_calibration(path: Path) -> tuple[dict[str, TierEntry], Survival | None]:
+    """The tiers of a calibration, and how far the draft's shares are to be trusted, if it says so.
 
     Raises:
         BundleError: it is none.
@@ -168,9 +169,11 @@ def read_calibration(path: Path) -> dict[str, TierEntry]:
         tiers = {name: _tier(trial, limits.get(name)) for name, trial in document["tiers"].items()}
         if "premium" not in tiers or not isinstance(document["made_for"], dict):
             raise KeyError("tiers.premium")
+        found = document.get("survival")
+        survival = None if found is None else Survival(greedy=found["greedy"], sampled=found["sampled"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is not a calibration ({error}): make one with `ssv-build calibrate`") from error
-    return tiers
+    return tiers, survival
 
 
 def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor
 from ssv.support.json_text import parse_json
 from ssv.support.waiting import Say, say_nothing
@@ -102,6 +104,8 @@ class Manifest(_Strict):
         eos_token_ids: tokens that end an output.
         default_precision: what the torch engine runs in on a CPU unless told otherwise.
         engines: TensorRT engines by name.
+        survival: how far the draft's shares are to be trusted; None for a bundle that was calibrated before that was known.
+        profiles: what steps cost, by place (`ssv.runtime.decode.costs.place`); of places where somebody measured.
         sources: what each part was made from, by SHA-256: a step whose sources have not changed is not repeated.
         versions: of the packages that built it.
     """
@@ -115,6 +119,8 @@ class Manifest(_Strict):
     tiers: dict[str, TierEntry]
     files: dict[str, FileEntry]
     engines: dict[str, EngineEntry] = {}
+    survival: Survival | None = None
+    profiles: dict[str, Costs] = {}
     sources: dict[str, str]
     versions: dict[str, str]
 

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_PENDING = 64
+"""Most tokens that may be pending, as a tree or a chain. Engines need this much cache beyond the longest sequence."""
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
 from ssv.model.scorer import load_scorer
-from ssv.runtime.decode.costs import Costs
+from ssv.runtime.decode.costs import measure, place
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
@@ -21,7 +23,7 @@ from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
+from ssv.runtime.request import Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
 
@@ -40,7 +42,8 @@ class LLM:
         limits: largest divergence that each lossy tier's calibration promises.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
-        pass_tokens, costs: see `DecodeBatch`.
+        place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
+        pass_tokens, costs, survival: see `DecodeBatch`.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class LLM:
         prefill_chunk: int = PREFILL_CHUNK,
         pass_tokens: int | None = None,
         limits: Mapping[str, float] | None = None,
+        place: str = "",
         costs: Costs | None = None,
+        survival: Survival | None = None,
     ) -> None:
         self.limits = dict(limits or {})
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
-        self.prefill_chunk, self.pass_tokens, self.costs = prefill_chunk, pass_tokens, costs
+        self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
+        self.place, self.costs, self.survival = place, costs, survival
         self._streaming = False
 
     @classmethod
@@ -111,7 +117,7 @@ class LLM:
             verify_files(bundle, manifest, verified=verified or {}, unused=unused, say=say)
         say(f"loading {bundle}")
         if engine == "tensorrt":
-            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
+            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk, say)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         if not on_cpu and not torch.cuda.is_available():
@@ -143,6 +149,9 @@ class LLM:
         )
         del decoder, draft, ranges, draft_ranges, target_ranges
         give_back()
+        threads = thread_count.most if thread_count is not None else torch.get_num_threads()
+        key = place("torch", precision, device, threads)
+        costs = cls._costs(manifest, *engines, key, say)
         return cls(
             *engines,
             BundleTokenizer.load(bundle, manifest.eos_token_ids),
@@ -152,7 +161,18 @@ class LLM:
             max_length=max_length,
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
+            place=key,
+            costs=costs,
+            survival=manifest.survival,
         )
+
+    @staticmethod
+    def _costs(manifest: Manifest, target: Engine, draft: Engine, key: str, say: Say) -> Costs | None:
+        """The bundle's profile of this place; measured, where it has none and a tier goes by it."""
+        if key in manifest.profiles or not any(policy.pays for policy in manifest.policies.values()):
+            return manifest.profiles.get(key)
+        say(f"measuring what steps cost here: the bundle has no profile of {key}, `ssv-build profile` gives it one")
+        return measure(target, draft)
 
     @classmethod
     def _load_tensorrt(
@@ -163,6 +183,7 @@ class LLM:
         max_batch: int,
         max_length: int,
         prefill_chunk: int | None,
+        say: Say,
     ) -> LLM:
         entries = [choose_entry(bundle, manifest, role, precision) for role in ("target", "draft")]
         draft = load_draft_head(bundle / "draft" / "draft.safetensors")  # its weights are in its engine
@@ -170,6 +191,7 @@ class LLM:
             load_engine(bundle, manifest, entries[0], max_batch=max_batch),
             load_engine(bundle, manifest, entries[1], draft, max_batch=max_batch),
         ]
+        key = place("tensorrt", entries[0].precision, "cuda", 1)
         return cls(
             engines[0],
             engines[1],
@@ -179,6 +201,9 @@ class LLM:
             limits=manifest.divergence_limits,
             max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
+            place=key,
+            costs=cls._costs(manifest, *engines, key, say),
+            survival=manifest.survival,
         )
 
     def chat_ids(self, prompt: str) -> tuple[int, ...]:
@@ -228,6 +253,7 @@ class LLM:
             prompt_cache=cache,
             pass_tokens=self.pass_tokens,
             costs=self.costs,
+            survival=self.survival,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

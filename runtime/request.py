@@ -10,9 +10,6 @@ from ssv.runtime.counters import Counters
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
-MAX_PENDING = 64
-"""Most tokens that may be pending, as a tree or a chain. Engines need this much cache beyond the longest sequence."""
-
 MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""

@@ -139,7 +139,7 @@ class ThreadCount:
         most: threads on an idle machine.
         apply: sets the number of threads of the thread that calls `follow`.
         """
-        self._most, self._apply, self._read, self._clock = most, apply, read, clock
+        self.most, self._apply, self._read, self._clock = most, apply, read, clock
         self.current, self._others = most, 0.0
         self._last = read()
         # Asked when it is due and not before: a look costs as much as a hundredth of a token.
@@ -155,5 +155,5 @@ class ThreadCount:
         if now is not None and last is not None and 0 < now.at - last.at < STALE_SECONDS:
             others = max(0.0, (now.busy - last.busy) - (now.own - last.own)) / (now.at - last.at)
             self._others = _MEMORY * self._others + (1 - _MEMORY) * others
-            self.current = threads_for(now.cores - self._others, self.current, self._most)
+            self.current = threads_for(now.cores - self._others, self.current, self.most)
         self._apply(self.current)  # always: a thread that decodes for the first time has its own number

@@ -1,4 +1,4 @@
-"""What steps cost here, and what of a draft is worth its cost.
+"""What of a draft is worth its cost, by what steps cost here.
 
 Drafting pays if it raises the tokens per second. A tree whose nodes survive with probabilities s gives 1 + sum s tokens a round; the round
 costs its draft steps and one pass over 1 + nodes tokens. Something more is worth it if its tokens over its seconds are more than the
@@ -7,46 +7,20 @@ whole's so far.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 
+import torch
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Seconds of a step by its tokens, measured at some sizes, a straight line between them and on from the last two.
-
-    Attributes:
-        tokens: ascending.
-        seconds: of each, not falling.
-    """
-
-    tokens: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def at(self, tokens: float) -> float:
-        i = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
-        t0, t1 = self.tokens[i - 1], self.tokens[i]
-        s0, s1 = self.seconds[i - 1], self.seconds[i]
-        return s0 + (s1 - s0) * (tokens - t0) / (t1 - t0)
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What steps of a target and its draft cost.
-
-    Attributes:
-        target: seconds of a pass by its tokens, all rows together.
-        draft: seconds of a draft step, everything around it included.
-    """
-
-    target: Curve
-    draft: Curve
-
-    def prices(self, num_rows: int) -> Prices:
-        """For rounds of so many rows."""
-        return Prices(self, num_rows)
-
+from ssv.bundle.profile import Costs, Curve
+from ssv.runtime.decode.sampling import Sampling, ranked
+from ssv.runtime.engines.contract import Engine, StepOutput
 
 FIRST_GUESS = 0.7
 """What is taken for the share of a node's first child before it is drafted: about what a draft's first guess is worth."""
@@ -97,3 +71,76 @@ class Prices:
             if (surplus := gain - rate * cost) > best_surplus:
                 best, best_surplus = count, surplus
         return best
+
+
+PASS_SIZES = (1, 2, 4, 8, 16, 32, 64)
+DRAFT_SIZES = (1, 2, 4, 8, 16)
+REPEATS = 5
+
+_TEXT = 128
+"""Tokens of a text before the steps that are measured."""
+
+
+def measure(target: Engine, draft: Engine, repeats: int = REPEATS) -> Costs:
+    """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds to them."""
+
+    for engine in (target, draft):
+        _step(engine, 0, _text(engine), gathered=0)
+
+    def passes(tokens: int) -> None:
+        out = _step(target, _text(target), tokens, gathered=tokens, features_out=draft.num_features > 0)
+        out.logits_RV.argmax(dim=1).tolist()
+
+    def drafts(tokens: int) -> None:
+        logits_RV = _step(draft, _text(draft), tokens, gathered=tokens).logits_RV
+        zeros_R = torch.zeros(tokens, dtype=torch.long)
+        ranked(logits_RV, Sampling(zeros_R.float(), zeros_R, zeros_R.float() + 1, zeros_R, zeros_R), 4)
+
+    found = _measured([*(partial(passes, n) for n in PASS_SIZES), *(partial(drafts, n) for n in DRAFT_SIZES)], repeats)
+    split = len(PASS_SIZES)
+    return Costs(target=_curve(PASS_SIZES, found[:split]), draft=_curve(DRAFT_SIZES, found[split:]))
+
+
+def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
+    return Curve(tokens=tuple(sizes), seconds=tuple(accumulate(seconds, max)))  # more tokens do not cost less
+
+
+def _text(engine: Engine) -> int:
+    """Tokens before those of the steps."""
+    return min(_TEXT, engine.max_length - max(PASS_SIZES))
+
+
+def _step(engine: Engine, start: int, tokens: int, *, gathered: int, features_out: bool = False) -> StepOutput:
+    return engine.step(
+        torch.ones(1, tokens, dtype=torch.long),
+        torch.tensor([start], dtype=torch.int32),
+        torch.arange(gathered),
+        torch.zeros(1, tokens, engine.num_features) if engine.num_features else None,
+        features_out=features_out,
+    )
+
+
+def _measured(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+    """The least seconds of each; they take turns, so that what disturbs one disturbs the others too."""
+    least = [math.inf] * len(runs)
+    for _ in range(repeats):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            least[i] = min(least[i], time.perf_counter() - start)
+    return least
+
+
+def place(engine: str, precision: str, device: str, threads: int) -> str:
+    """What costs depend on, as the key of a profile: engine, precision, processor and, on a CPU, threads at the most."""
+    if torch.device(device).type == "cuda":
+        return f"{engine} {precision} on {torch.cuda.get_device_name()}"
+    return f"{engine} {precision} on {_processor()} with {threads} threads"
+
+
+def _processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

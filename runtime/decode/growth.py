@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.tree import ROOT, Tree
-from ssv.runtime.request import MAX_PENDING
 
 
 @dataclass(frozen=True, slots=True)

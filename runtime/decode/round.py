@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, choices
-from ssv.runtime.decode.costs import Costs
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.prompt_cache import PromptCache
@@ -31,7 +33,7 @@ from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk
 from ssv.runtime.engines.contract import Branches, Engine
-from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
+from ssv.runtime.request import RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
@@ -82,6 +84,7 @@ class DecodeBatch:
         prompt_cache: PromptCache[PromptBlock] | None = None,
         pass_tokens: int | None = None,
         costs: Costs | None = None,
+        survival: Survival | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -90,13 +93,14 @@ class DecodeBatch:
         prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
         pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
         costs: of steps here, for policies that draft only what pays.
+        survival: how far the draft's shares are to be trusted; None to take them as they are.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self.drafters = drafters(target, draft, self.eos_ids)
+        self.drafters = drafters(target, draft, self.eos_ids, survival or Survival())
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
 
@@ -105,7 +109,7 @@ class DecodeBatch:
     def draft(self) -> None:
         """Drafts in every row until it asks for a target pass."""
         limits = [self._most_pending(row) for row in self.rows]
-        prices = self.costs.prices(len(self.rows)) if self.costs is not None else None
+        prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
         for row in self.rows:
             row.tree = Tree()
         for drafter in self.drafters.values():
@@ -215,6 +219,10 @@ class DecodeBatch:
             return
         if policy.drafter not in self.drafters:
             raise RequestError("this method needs a draft, and none is loaded")
+        if policy.pays and self.costs is None:
+            raise RequestError(
+                "this method drafts what pays, and the costs of steps here are not known: give them (`costs`)"
+            )
         if not policy.lossless and not self.drafters[policy.drafter].has_scores:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 

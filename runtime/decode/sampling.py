@@ -71,14 +71,12 @@ def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None)
     return index_R
 
 
-def ranked(
-    logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def ranked(logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The columns that each row would choose first, second and so on if those before could not be chosen, and the share of each.
 
-    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that over what the row can choose:
-    what another model would choose under the same noise, if its logits are these and some error about as large as one nat. At temperature
-    0 it is the softmax of the logits.
+    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that: what another model would
+    choose under the same noise, if its logits are these and some error about as large as one nat. What top-k and top-p leave out counts
+    there with l alone, since another model may keep it. At temperature 0 shares are the softmax of the logits.
 
     Args:
         sampling: on the CPU.
@@ -107,10 +105,13 @@ def ranked(
         token_V = torch.arange(vocab, device=logits_RV.device)
     noise_RV = gumbel(token_V[None], sampling.position_R[:, None], sampling.seed_R[:, None])
     below_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
-    score_RV = torch.where(greedy_R1, below_RV.double(), (score_RV.double() + noise_RV) * scale_R1)
+    noisy_RV = (score_RV.double() + noise_RV) * scale_R1
+    all_RV = torch.where(greedy_R1 | noisy_RV.isinf(), below_RV.double(), noisy_RV)
+    score_RV = torch.where(greedy_R1, below_RV.double(), noisy_RV)
     valid_R1 = logits_RV.amax(dim=1, keepdim=True).isfinite()
-    share_RK, index_RK = score_RV.softmax(dim=1).where(valid_R1, 0.0).topk(count, dim=1)
-    index_RK = index_RK.where(score_RV.gather(1, index_RK).isfinite() & valid_R1, -1)
+    score_RK, index_RK = score_RV.topk(count, dim=1)
+    share_RK = (score_RK - all_RV.logsumexp(dim=1, keepdim=True)).exp().where(valid_R1, 0.0)
+    index_RK = index_RK.where(score_RK.isfinite() & valid_R1, -1)
     return index_RK.int().cpu(), share_RK.float().cpu()
 
 

@@ -161,7 +161,10 @@ class Places:
         depth = 0
         if branches is not None:
             path_MD = branches.path_BTD.flatten(0, 1)
-            self._held += [branches.prefix_B.contiguous(), (path_MD if kept_M is None else path_MD[kept_M]).contiguous()]
+            self._held += [
+                branches.prefix_B.contiguous(),
+                (path_MD if kept_M is None else path_MD[kept_M]).contiguous(),
+            ]
             depth = path_MD.shape[1]
         addresses = [tensor.data_ptr() for tensor in self._held]
         self.args = (*addresses, *[0] * (4 - len(addresses)), depth)

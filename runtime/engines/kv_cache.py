@@ -87,7 +87,9 @@ class CachedAttend:
         keys.index_put_(self._at, k_MKD.to(keys.dtype))
         values.index_put_(self._at, v_MKD.to(values.dtype))
         last = self._mask_B1TS.shape[3]
-        return grouped_attention(q_MND.to(keys.dtype).flatten(1), keys[:, :, :last], values[:, :, :last], self._mask_B1TS)
+        return grouped_attention(
+            q_MND.to(keys.dtype).flatten(1), keys[:, :, :last], values[:, :, :last], self._mask_B1TS
+        )
 
 
 def visible(slot_BT: Tensor, num_slots: int, branches: Branches | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ssv.bundle.manifest import Manifest
-from ssv.runtime.request import MAX_PENDING
+from ssv.bundle.policy import MAX_PENDING
 from ssv.runtime.serving.intake import Limits
 
 

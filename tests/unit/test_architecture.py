@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": ("support", "model", "bundle"),
     "runtime/engines": ("plugins", "model", "bundle", "runtime"),
     "runtime/decode": ("plugins", "bundle", "runtime", "runtime/engines"),
-    "runtime/decode/drafters": ("runtime/engines", "runtime/decode"),
+    "runtime/decode/drafters": ("bundle", "runtime/engines", "runtime/decode"),
     "runtime/decode/round.py": ("bundle", "runtime", "runtime/engines", "runtime/decode", "runtime/decode/drafters"),
     "runtime/decode/loop.py": ("bundle", "runtime", "runtime/decode", "runtime/decode/round.py"),
     "runtime/llm.py": (
@@ -52,6 +52,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "bundle",
         "runtime",
         "runtime/decode",
+        "runtime/decode/drafters",
+        "runtime/decode/round.py",
         "runtime/llm.py",
         "builder/config.py",
         "builder/target.py",

@@ -85,12 +85,12 @@ def imports() -> Iterator[None]:
 
 
 def config(role: str = "target", precision: str = "fp16", **changes: Any) -> EngineConfig:
-    settings = {"compute_capability": ["8.9"], "max_length": 128, "prefill_chunk": 64}
+    settings = {"compute_capability": ["8.9"], "max_length": 192, "prefill_chunk": 64}
     return EngineConfig.model_validate({"role": role, "precision": precision, **settings, **changes})
 
 
 def arguments(bundle: Path, *more: str) -> list[str]:
-    fixed = ["--role", "target", "--max-length", "128", "--prefill-chunk", "64", "--out", str(bundle)]
+    fixed = ["--role", "target", "--max-length", "192", "--prefill-chunk", "64", "--out", str(bundle)]
     return ["compile", *fixed, *more]
 
 
@@ -165,7 +165,7 @@ def test_the_entry_says_what_was_asked_and_the_bundle_verifies(compiled: Compile
     asked = ("target", "fp16", "tensorrt_rtx", "float16")
     assert (entry.role, entry.precision, entry.flavor, entry.compute_type) == asked
     assert (entry.tensorrt, entry.compute_capabilities) == (trt.__version__, ["8.9"])
-    assert (entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk) == (8, 128, 6, 64)
+    assert (entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk) == (8, 192, 6, 64)
     digest = manifest.files[entry.file].sha256
     assert (entry.file, entry.checkpoint) == (f"target/{name}-{digest[:12]}.engine", None)
     assert entry.source == engine_source(manifest, "target")
@@ -536,7 +536,7 @@ def test_limits_follow_the_bundles_tiers(built: Path) -> None:
     manifest = read_manifest(built)
     assert limits_of(config(), manifest).max_pending == 6
     assert limits_of(config(max_pending=9), manifest).max_pending == 9
-    assert limits_of(config(prefill_chunk=256), manifest).prefill_chunk == 128
+    assert limits_of(config(prefill_chunk=256), manifest).prefill_chunk == 192
 
 
 def test_tiers_that_verify_more_than_a_chunk_are_refused(built: Path) -> None:
@@ -552,7 +552,7 @@ def test_tiers_that_verify_more_than_a_chunk_are_refused(built: Path) -> None:
     [
         ("max-length", "64"),
         ("prefill-chunk", "32"),
-        ("max-pending", "33"),
+        ("max-pending", "65"),
         ("max-batch", "0"),
         ("compute-capability", "ada"),
         ("compute-capability", "8.9,8.9"),

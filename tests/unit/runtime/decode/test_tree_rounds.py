@@ -10,14 +10,14 @@ import pytest
 from chi_square import p_value
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode import round as module
-from ssv.runtime.decode.costs import Costs, Curve
 from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, walk
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import MAX_PENDING, Output, Request, SamplingParams
+from ssv.runtime.request import Output, Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 
@@ -35,7 +35,7 @@ SHAPES = {
     "pays": tree(MAX_PENDING, children=(4,), beam=8, pays=True),
 }
 LOSSY = Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12)
-COSTS = Costs(Curve((1, 64), (1.0, 3.0)), Curve((1, 64), (0.05, 0.3)))
+COSTS = Costs(target=Curve(tokens=(1, 64), seconds=(1.0, 3.0)), draft=Curve(tokens=(1, 64), seconds=(0.05, 0.3)))
 KINDS = ("standalone", "conditioned")
 
 
@@ -103,10 +103,18 @@ def test_trees_give_the_text_of_plain_decoding(shape: str, kind: str) -> None:
         plain = run(
             make_llm(SHAPES[shape], kind, **options), [Request(ids, "autoregressive", params) for ids, params in asked]
         )
-        methods = ["premium", "premium", "turbo", "autoregressive", "premium", "prompt-lookup", "premium", "speculative"]
+        methods = [
+            "premium",
+            "premium",
+            "turbo",
+            "autoregressive",
+            "premium",
+            "prompt-lookup",
+            "premium",
+            "speculative",
+        ]
         requests = [
-            Request(ids, method, params)
-            for (ids, params), method in zip(asked, (*methods, "premium"), strict=True)
+            Request(ids, method, params) for (ids, params), method in zip(asked, (*methods, "premium"), strict=True)
         ]
         together = run(make_llm(SHAPES[shape], kind, max_batch=3, **options), requests)
         for request, output, expected in zip(requests, together, plain, strict=True):
@@ -262,5 +270,3 @@ def test_a_position_that_is_a_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     llm = make_llm(SHAPES["bushy"], "conditioned")
     outputs = [llm.generate([Request((1, 2), method, params)])[0] for method in ("premium", "autoregressive")]
     assert text_of(outputs[0]) != text_of(outputs[1])
-
-
