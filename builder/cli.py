@@ -387,8 +387,9 @@ def calibrate_bundle(
 
     def probe(greedy: bool) -> list[Seen]:
         report("survival", 0 if greedy else 1, 2, "greedy" if greedy else "sampled")
-        sampled = {} if greedy else {"temperature": 0.8, "top_p": 0.95}
-        return watch_guesses(batch_of_one, prompts, SamplingParams(max_tokens=config.max_tokens, **sampled), PROBED)
+        temperature, top_p = (0.0, 1.0) if greedy else (0.8, 0.95)
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=config.max_tokens)
+        return watch_guesses(batch_of_one, prompts, sampling, PROBED)
 
     assert llm.draft is not None
     # By what is known when the bundle decodes: the rule that drafts what pays goes by corrected shares.

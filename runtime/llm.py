@@ -202,7 +202,7 @@ class LLM:
             max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
             place=key,
-            costs=cls._costs(manifest, *engines, key, say),
+            costs=cls._costs(manifest, engines[0], engines[1], key, say),
             survival=manifest.survival,
         )
 

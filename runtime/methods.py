@@ -10,7 +10,7 @@ from ssv.runtime.request import RequestError
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-BASELINES = ("autoregressive", "prompt-lookup", "speculative")
+BASELINES = ("autoregressive", "prompt-lookup", "speculative", "specinfer", "eagle")
 """What every bundle can be decoded by, beside its tiers; lossless."""
 
 METHODS = (*BASELINES, *TIERS)
@@ -23,8 +23,23 @@ PROMPT_LOOKUP = Policy(drafter="prompt-lookup", accept_below=0.0, verify_above=1
 """What followed the same words before is proposed, as many tokens as its author does; no draft model is asked."""
 
 
+SPECINFER = Policy(
+    accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=20, children=(1, 1, 3, 1), beam=3, max_depth=8
+)
+"""A static expansion tree: one guess after another, but three for the third token, each continued to a depth of eight (SpecInfer, Miao et al.
+2023, arXiv:2305.09781: the expansion <1, 1, 3, 1, 1, 1, 1, 1>), by the bundle's draft and this project's verdict."""
+
+EAGLE = Policy(
+    accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=60, children=(10,), beam=10, max_depth=7
+)
+"""A dynamic tree of a fixed size: the ten best nodes of each level get ten children each, and the 60 best of all are verified (EAGLE-2, Li et
+al. 2024, arXiv:2406.16858: 60 tokens, depth 7, top 10)."""
+
 PREMIUM = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=32, children=(4,), beam=8, pays=True)
 """Lossless, and never slower: the tree that saves most at what steps cost here, none where none does."""
+
+
+_FIXED = {"autoregressive": AUTOREGRESSIVE, "prompt-lookup": PROMPT_LOOKUP, "specinfer": SPECINFER, "eagle": EAGLE}
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:
@@ -37,12 +52,10 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     Raises:
         RequestError: unknown method, or a tier that the bundle was not calibrated for.
     """
-    if method == "autoregressive":
-        return AUTOREGRESSIVE
     if method == "speculative":
         return speculative(num_draft_tokens)
-    if method == "prompt-lookup":
-        return PROMPT_LOOKUP
+    if method in _FIXED:
+        return _FIXED[method]
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method not in tiers:

@@ -115,13 +115,18 @@ def ranked(logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | 
     return index_RK.int().cpu(), share_RK.float().cpu()
 
 
-def _addresses(logits_RV: Tensor, token_V: Tensor | None, temperature_R: Tensor, sampling: Sampling) -> tuple[int, ...]:
+def _addresses(
+    logits_RV: Tensor, token_V: Tensor | None, temperature_R: Tensor, sampling: Sampling
+) -> tuple[int, int, int, int, int, int, int]:
     """What the compiled stages take first. The caller holds the tensors."""
-    held = (temperature_R, sampling.top_k_R, sampling.top_p_R, sampling.seed_R, sampling.position_R)
     return (
         logits_RV.data_ptr(),
         0 if token_V is None else token_V.data_ptr(),
-        *(tensor.data_ptr() for tensor in held),
+        temperature_R.data_ptr(),
+        sampling.top_k_R.data_ptr(),
+        sampling.top_p_R.data_ptr(),
+        sampling.seed_R.data_ptr(),
+        sampling.position_R.data_ptr(),
     )
 
 
