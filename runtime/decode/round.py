@@ -150,6 +150,7 @@ class DecodeBatch:
         counters.rolled_back += row.num_pending - kept
         counters.target_passes += 1
         counters.target_tokens += row.num_pending + 1
+        counters.passes_by_kept[kept] += 1
         row.tokens[start + kept :] = [verdict.next_token]
         if (drafter := self.drafter_of(row)) is not None:
             drafter.commit(row, start + kept)

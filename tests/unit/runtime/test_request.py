@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -155,6 +157,17 @@ def test_counters_add() -> None:
     assert both.to_dict()["emitted"] == 10
     assert both.tokens_per_pass == (10 - 2) / 3
     assert sum([one, one], Counters(requests=0)).tokens_per_pass == one.tokens_per_pass == 4.0
+
+
+def test_passes_by_what_they_kept() -> None:
+    one = Counters(target_passes=3, passes_by_kept=Counter([0, 2, 2]))
+    both = one + Counters(target_passes=1, passes_by_kept=Counter([3]))
+    assert one.passes_by_kept == {0: 1, 2: 2}  # a sum leaves its parts as they are
+    assert both.passes_by_kept == {0: 1, 2: 2, 3: 1}
+    assert both.kept_by_depth == [0.75, 0.75, 0.25]
+    assert Counters(target_passes=2, passes_by_kept=Counter([0, 0])).kept_by_depth == []
+    assert Counters().kept_by_depth == []
+    assert json.loads(json.dumps(both.to_dict()))["passes_by_kept"] == {"0": 1, "2": 2, "3": 1}
 
 
 def test_rates() -> None:
