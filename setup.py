@@ -33,11 +33,13 @@ EXTRAS = {
     "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
     "plot": ["matplotlib"],
     # Comparisons need no torch: they ask servers.
-    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2"],
+    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2", "prometheus-client"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         "pytest",
         "pytest-xdist",
+        "hypothesis",
+        "cryptography",
         "ruff",
         "mypy",
         "types-PyYAML",

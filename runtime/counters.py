@@ -23,10 +23,10 @@ class Counters:
         rolled_back: drafted tokens that were dropped.
         target_passes: target steps after the prompt's.
         target_tokens: tokens that went through those steps.
-        passes_by_kept: those steps, by how many of their drafted tokens were kept.
         queue_s: seconds from arrival until the prompt's turn.
         first_token_s: seconds from arrival to the first token (TTFT).
         total_s: seconds from arrival to the last token.
+        passes_by_kept: target passes, by how many of their drafted tokens were kept.
     """
 
     requests: int = 1
@@ -40,10 +40,10 @@ class Counters:
     rolled_back: int = 0
     target_passes: int = 0
     target_tokens: int = 0
-    passes_by_kept: Counter[int] = field(default_factory=Counter)
     queue_s: float = field(default=0.0, compare=False)
     first_token_s: float = 0.0
     total_s: float = 0.0
+    passes_by_kept: Counter[int] = field(default_factory=Counter)
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

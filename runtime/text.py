@@ -11,7 +11,8 @@ _HALF_CHARACTER = "\ufffd"
 class TextStream:
     """The text of one request.
 
-    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives.
+    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives. (With
+    `tokenizers.decoders.DecodeStream` they are not: it has no end, so half a character that an output ends with is lost.)
 
     Attributes:
         min_tokens: tokens that do not complete a stop string.

@@ -359,7 +359,11 @@ async def _events(
 
 
 class _EventStream(Response):
-    """Server-sent events, whose generator is closed when nobody listens any more."""
+    """Server-sent events, whose generator is closed when nobody listens any more.
+
+    sse-starlette's response would break streams off as soon as uvicorn is told to stop, where they have `GRACE_SECONDS`
+    here, unless a switch for the whole process is set; and it reads the connection's messages, as `_while_connected` does.
+    """
 
     media_type = "text/event-stream"
 

@@ -655,7 +655,7 @@ def test_watch_reads_the_servers_audits(log: Path, tmp_path: Path, capsys: pytes
     }
 
 
-@pytest.mark.parametrize("how", ["nobody", "garbage", "bytes"])
+@pytest.mark.parametrize("how", ["nobody", "garbage", "bytes", "a page", "another server's"])
 def test_watch_goes_on_without_metrics_and_says_so(
     log: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -666,8 +666,13 @@ def test_watch_goes_on_without_metrics_and_says_so(
             raise BadStatusLine("SSH-2.0")
 
         monkeypatch.setattr(watch_module, "urlopen", garbage)
-    if how == "bytes":
-        (tmp_path / "metrics").write_bytes(b"\xff\xfe")
+    contents = {
+        "bytes": b"\xff\xfe",
+        "a page": b"<html>not found</html>",
+        "another server's": b"ssv_audited_tokens 3\n",
+    }
+    if how in contents:
+        (tmp_path / "metrics").write_bytes(contents[how])
         url = (tmp_path / "metrics").as_uri()
     assert look(write(log, *BAD), "--guard", "divergence<5%,error_rate<5%", "--metrics-url", url) == 4
     out = capsys.readouterr().out

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import beta, binomtest, multinomial, norm, t
 from scipy.stats import bootstrap as scipys
 
@@ -100,6 +103,32 @@ def test_a_quantile_weighs_requests_by_the_draws_of_their_cluster() -> None:
     # Of a: 7 of 1..10, then 4 of 1..5 (3.5 of them); of b the halves lie the other way round.
     np.testing.assert_allclose(statistic(np.array([[1, 1], [1, 0], [0, 3]])), [21 / 7 - 1, 27 / 4 - 1, 12 / 9 - 1])
     assert np.isnan(relative_quantile([], [], b, cluster, 0.7)(np.array([[1, 1]])))[0]
+
+
+PROMPTS = st.lists(st.tuples(*[st.floats(0.1, 1000.0)] * 4), min_size=2, max_size=12)
+
+
+@given(PROMPTS, st.floats(0.5, 0.999), st.randoms(use_true_random=False))
+def test_a_ratio_is_the_same_seen_from_either_arm_and_in_any_order(
+    prompts: list[tuple[float, ...]], level: float, random: Random
+) -> None:
+    num_a, den_a, num_b, den_b = zip(*prompts, strict=True)
+    found = ratio_interval(num_a, den_a, num_b, den_b, level=level)
+    assert found.low <= found.estimate <= found.high
+    back = ratio_interval(num_b, den_b, num_a, den_a, level=level)
+    for there, home in ((found.estimate, back.estimate), (found.low, back.high), (found.high, back.low)):
+        assert math.log1p(there) == pytest.approx(-math.log1p(home), rel=1e-6, abs=1e-9)
+    shuffled = random.sample(prompts, len(prompts))
+    again = ratio_interval(*zip(*shuffled, strict=True), level=level)
+    assert (again.low, again.high) == pytest.approx((found.low, found.high), rel=1e-6, abs=1e-9)
+
+
+@given(PROMPTS, st.floats(0.5, 0.99), st.floats(0.1, 0.999))
+def test_a_higher_level_has_a_wider_interval(prompts: list[tuple[float, ...]], level: float, further: float) -> None:
+    higher = level + further * (0.999 - level)
+    columns = list(zip(*prompts, strict=True))
+    narrow, wide = (ratio_interval(*columns, level=each) for each in (level, higher))
+    assert wide.low <= narrow.low and narrow.high <= wide.high
 
 
 def test_requests_of_a_prompt_are_not_taken_for_independent() -> None:
@@ -259,6 +288,17 @@ def test_the_arms_are_treated_alike(a: int, b: int) -> None:
     assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
     assert -1 <= one.low < one.high <= 1
     assert one.low <= one.estimate <= one.high
+
+
+@given(st.tuples(*[st.integers(0, 60)] * 4).filter(any), st.floats(0.5, 0.999))
+def test_the_interval_of_proportions_holds_its_estimate_and_is_odd_in_the_arms(
+    counts: tuple[int, ...], level: float
+) -> None:
+    both, only_a, only_b, neither = counts
+    found = paired_proportions(both, only_a, only_b, neither, level=level)
+    assert -1 <= found.low <= found.estimate <= found.high <= 1
+    back = paired_proportions(both, only_b, only_a, neither, level=level)
+    assert (back.low, back.estimate, back.high) == pytest.approx((-found.high, -found.estimate, -found.low))
 
 
 def test_mcnemars_p_value_is_exact() -> None:

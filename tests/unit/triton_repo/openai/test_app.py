@@ -7,13 +7,13 @@ import json
 import logging
 import queue
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import grpc
 import httpx2
 import numpy as np
 import pytest
+from certificates import self_signed
+from cryptography.x509 import DNSName, GeneralName, IPAddress
 from openai import APIError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from starlette.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -1477,14 +1479,10 @@ def test_arguments_that_cannot_be_are_said(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
-@pytest.mark.parametrize("name", ["DNS:*.example.com", "IP:127.0.0.1"])
-def test_the_process_speaks_tls_on_both_sides(bundle: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [DNSName("*.example.com"), IPAddress(IPv4Address("127.0.0.1"))], ids=repr)
+def test_the_process_speaks_tls_on_both_sides(bundle: Path, tmp_path: Path, name: GeneralName) -> None:
     """Also with a certificate for another name than the one it is reached by here, and one that is no authority's."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -days 2 -out {certificate} -keyout {key}"
-    command += f" -addext subjectAltName={name} -addext basicConstraints=critical,CA:FALSE"
-    subprocess.run(command.split(), check=True, capture_output=True)
+    certificate, key = self_signed(tmp_path, "one", of="x", san=[name], ca=False)
     pair = (key.read_bytes(), certificate.read_bytes())
     server, port = TritonThread(grpc.ssl_server_credentials([pair])), free_port()
     url = f"grpcs://127.0.0.1:{server.port}"
