@@ -23,7 +23,7 @@ SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicor
 
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
-    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate"],
+    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate", "scipy"],
     # Compiles the kernels of the plugins. PyTorch's CUDA builds bring the Triton that they want along.
     "kernels": [*TORCH, "triton"],
     # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
