@@ -24,7 +24,8 @@ from ssv.ab.arms import parse_arm
 from ssv.ab.endpoints import connect
 from ssv.ab.openai_endpoint import OpenAIEndpoint
 from ssv.client.triton import Reply
-from ssv.triton_repo.openai.app import Models, create_app
+from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.translation import Models
 
 SAMPLING = Sampling(max_tokens=16, temperature=0.5, timeout=5.0)
 

@@ -55,7 +55,7 @@ BODIES = {
     "ssv-serve --help": 'command("ssv.triton_repo.serve", "--help")',
     "ssv-serve": 'assert command("ssv.triton_repo.serve", "--bundle", bundle, "--tritonserver", "/nowhere") == 2',
     "the OpenAI API": (
-        "from ssv.triton_repo.openai.app import Models\n"
+        "from ssv.triton_repo.openai.translation import Models\n"
         'assert Models.of_bundle(Path(bundle)).tiers[0] == "premium"\n'
         'command("ssv.triton_repo.openai.app", "--help")'
     ),

@@ -37,7 +37,8 @@ from ssv.runtime.serving.intake import Intake, Limits
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.triton_repo.openai import access_log
 from ssv.triton_repo.openai import app as openai_api
-from ssv.triton_repo.openai.app import Models, create_app
+from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.translation import Models
 
 MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
 MESSAGES = [{"role": "user", "content": "Hi"}]
