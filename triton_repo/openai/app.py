@@ -53,8 +53,8 @@ from ssv.support.console import add_version, run_command
 from ssv.triton_repo.openai.access_log import Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
-from ssv.triton_repo.openai.stream import EventStream, events, while_connected, whole
-from ssv.triton_repo.openai.translation import Answer, Models, json_bytes
+from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, while_connected, whole
+from ssv.triton_repo.openai.translation import Answer, Models
 
 log = logging.getLogger("ssv.openai")
 

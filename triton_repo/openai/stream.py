@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -13,7 +14,19 @@ from starlette.types import Receive, Scope, Send
 
 from ssv.client.triton import Reply, ServerError
 from ssv.triton_repo.openai.errors import ApiError, error_object
-from ssv.triton_repo.openai.translation import Answer, event, json_bytes
+from ssv.triton_repo.openai.translation import Answer
+
+_END = b"data: [DONE]\n\n"
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON as it is sent."""
+    # ASCII: there are clients that take U+2028 for the end of a line.
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _event(content: object) -> bytes:
+    return b"data: " + json_bytes(content) + b"\n\n"
 
 
 async def while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
@@ -53,6 +66,11 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
 
 
 async def whole(answer: Answer, replies: AsyncGenerator[Reply, None]) -> Response:
+    """The response that is no stream, once all of it has come.
+
+    Raises:
+        ClientDisconnect, ServerError: as the replies do.
+    """
     texts = []
     async with aclosing(replies):
         async for reply in replies:
@@ -79,15 +97,16 @@ async def events(
                     chunks.append(answer.piece(reply.text))
                 for chunk in chunks:
                     has_begun = True
-                    yield chunk
+                    yield _event(chunk)
         for chunk in answer.closing():
-            yield chunk
+            yield _event(chunk)
+        yield _END
     except ServerError as error:
         if not has_begun:
             raise
         meant_error = meant(error)
         answer.access.fail(meant_error)
-        yield event(error_object(meant_error))
+        yield _event(error_object(meant_error))
     except ClientDisconnect:
         answer.access.reason = "cancelled"
         if not has_begun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -121,29 +120,30 @@ class Answer:
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**self._head(kind), "choices": [choice], "usage": self._counted(), "ssv": self._disclosure()}
 
-    def opening(self) -> list[bytes]:
-        """What a stream begins with."""
+    def opening(self) -> list[dict[str, Any]]:
+        """The chunks that a stream begins with."""
         return [self._chunk({"delta": {"role": "assistant", "content": ""}}, num_tokens=0)] if self.is_chat else []
 
-    def piece(self, text: str) -> bytes:
+    def piece(self, text: str) -> dict[str, Any]:
+        """A chunk of a stream."""
         return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text})
 
-    def closing(self) -> list[bytes]:
-        """What a stream ends with."""
+    def closing(self) -> list[dict[str, Any]]:
+        """The chunks that a stream ends with."""
         content: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
         chunks = [self._chunk(content, self._finish_reason(), ssv=self._disclosure())]
         if self.usage.include_usage:
-            chunks.append(event({**self._chunk_head(), "choices": [], "usage": self._counted()}))
-        return [*chunks, b"data: [DONE]\n\n"]
+            chunks.append({**self._chunk_head(), "choices": [], "usage": self._counted()})
+        return chunks
 
     def _chunk(
         self, content: dict[str, Any], reason: str | None = None, num_tokens: int | None = None, **extra: Any
-    ) -> bytes:
+    ) -> dict[str, Any]:
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
         usage: dict[str, Any] = {"usage": None} if self.usage.include_usage else {}
         if self.usage.continuous_usage_stats:
             usage = {"usage": self._counted(num_tokens)}
-        return event({**self._chunk_head(), "choices": [choice], **usage, **extra})
+        return {**self._chunk_head(), "choices": [choice], **usage, **extra}
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head("chat.completion.chunk" if self.is_chat else "text_completion")
@@ -173,12 +173,3 @@ class Answer:
             "target_passes": reply.target_passes,
             "acceptance_rate": reply.accepted / reply.judged if reply.judged else 0.0,
         }
-
-
-def json_bytes(content: object) -> bytes:
-    # ASCII: there are clients that take U+2028 for the end of a line.
-    return json.dumps(content, separators=(",", ":")).encode()
-
-
-def event(content: object) -> bytes:
-    return b"data: " + json_bytes(content) + b"\n\n"
