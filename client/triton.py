@@ -15,6 +15,8 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from ssv.runtime.reply import Reply
+
 MODEL = "ensemble"
 
 # What Triton puts before a message, and what our models do.
@@ -61,31 +63,6 @@ class Settings:
     timeout: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One response of a stream.
-
-    Attributes:
-        text: new text.
-        num_output_tokens: new tokens.
-        finish_reason: "" but for the last.
-        judged, accepted: drafted tokens that the target judged, and kept, so far; `unverified`: emitted ones that it never judged.
-        cached_tokens: of the prompt, those that had been computed before.
-    """
-
-    text: str
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-    judged: int
-    accepted: int
-    unverified: int
-    target_passes: int
-    cached_tokens: int
-    tier: str
-    lossless: bool
-
-
 def request_inputs(
     prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, stream: bool
 ) -> list[grpcclient.InferInput]:
@@ -116,24 +93,8 @@ def request_inputs(
 
 
 def read_reply(result: grpcclient.InferResult) -> Reply:
-    """A response's tensors."""
-
-    def value(name: str) -> Any:
-        return result.as_numpy(name).reshape(-1)[0]
-
-    return Reply(
-        text=value("text_output").decode(),
-        finish_reason=value("finish_reason").decode(),
-        num_input_tokens=int(value("num_input_tokens")),
-        num_output_tokens=int(value("num_output_tokens")),
-        judged=int(value("total_draft_tokens")),
-        accepted=int(value("total_accepted_draft_tokens")),
-        unverified=int(value("ssv_unverified_tokens")),
-        target_passes=int(value("ssv_target_passes")),
-        cached_tokens=int(value("ssv_cached_tokens")),
-        tier=value("ssv_tier_used").decode(),
-        lossless=bool(value("ssv_lossless")),
-    )
+    """Reads a response's tensors."""
+    return Reply.read(lambda name: result.as_numpy(name).reshape(-1)[0])
 
 
 def split_url(url: str) -> tuple[str, bool]:

@@ -70,6 +70,13 @@ NUMBERS = (
 )
 """Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
 
+_DTYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "INT32": np.int32,
+    "UINT64": np.uint64,
+    "FP32": np.float32,
+}
+
 # What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send the second to
 # whatever they measure, where it changes nothing either.
 _NO_SETTINGS = ("id", "accumulate_tokens")
@@ -423,10 +430,9 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if name in (*STRINGS, *STRING_LISTS):
             tensors[name] = np.array([[(value if name in STRINGS else value[0]).encode()]], dtype=np.object_)
             continue
-        whole = np.uint64 if name in ("seed", "random_seed") else np.int32
-        dtype = np.bool_ if name in FLAGS else np.float32 if name in NUMBERS else whole
-        if dtype is whole and not np.iinfo(whole).min <= value <= np.iinfo(whole).max:
-            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(whole).max}")
+        dtype = _DTYPES[input_type(name)]
+        if issubclass(dtype, np.integer) and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(dtype).max}")
         tensors[name] = np.array([[value]], dtype=dtype)
     return tensors
 
@@ -434,3 +440,10 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def declared_inputs() -> Sequence[str]:
     """All names that a client may send."""
     return (*STRINGS, *STRING_LISTS, *FLAGS, *WHOLE_NUMBERS, *NUMBERS)
+
+
+def input_type(name: str) -> str:
+    """Returns what Triton calls the type of an input's elements."""
+    if name in WHOLE_NUMBERS:
+        return "UINT64" if name in ("seed", "random_seed") else "INT32"
+    return "BOOL" if name in FLAGS else "FP32" if name in NUMBERS else "STRING"

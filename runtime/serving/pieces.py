@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ssv.runtime.reply import Reply, outputs
 from ssv.runtime.request import Chunk
 from ssv.runtime.serving.intake import Settings
+
+_TEXT = next(output.name for output in outputs() if output.attribute == "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,10 @@ class Piece:
     def is_probe(self) -> bool:
         """Whether it has no response: it only gives `postprocessing` the occasion to learn that nobody waits any more."""
         return not self.fields
+
+    def outputs(self, text: str) -> dict[str, Any]:
+        """All outputs of `ensemble`, with the text that was made of the piece."""
+        return {_TEXT: text, **self.fields}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -77,19 +84,21 @@ class Answer:
         self._sent_at = now
         token_ids, self._held = tuple(self._held), []
         counters = chunk.counters
-        fields = {
-            "finish_reason": chunk.finish_reason or "",
-            "num_input_tokens": counters.prompt_tokens,
-            "num_output_tokens": len(token_ids),
-            "acceptance_rate": counters.acceptance_rate,
-            "total_accepted_draft_tokens": counters.accepted,
-            "total_draft_tokens": counters.judged,
-            "ssv_tier_used": self._settings.method,
-            "ssv_lossless": self._lossless,
-            "ssv_unverified_tokens": counters.trusted,
-            "ssv_target_passes": counters.target_passes,
-            "ssv_cached_tokens": counters.cached_tokens,
-        }
+        reply = Reply(
+            text="",
+            finish_reason=chunk.finish_reason or "",
+            num_input_tokens=counters.prompt_tokens,
+            num_output_tokens=len(token_ids),
+            judged=counters.judged,
+            accepted=counters.accepted,
+            unverified=counters.trusted,
+            target_passes=counters.target_passes,
+            cached_tokens=counters.cached_tokens,
+            tier=self._settings.method,
+            lossless=self._lossless,
+        )
+        fields = reply.outputs()
+        del fields[_TEXT]
         params, context = self._settings.params, self._context if self._number == 0 else ()
         piece = Piece(self._key, self._number, token_ids, params.stop, is_last, fields, params.min_tokens, context)
         self._number += 1

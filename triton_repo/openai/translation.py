@@ -171,5 +171,5 @@ class Answer:
             "lossless": reply.lossless,
             "unverified_tokens": reply.unverified,
             "target_passes": reply.target_passes,
-            "acceptance_rate": reply.accepted / reply.judged if reply.judged else 0.0,
+            "acceptance_rate": reply.acceptance_rate,
         }
