@@ -24,6 +24,7 @@ from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.support.console import (
     add_device,
     add_engine,
+    add_max_rows,
     add_precision,
     add_threads,
     add_version,
@@ -66,17 +67,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="ssv-bench", description="Compare ways to decode: speed, work of the target, and what it costs in quality."
     )
     add_version(parser)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help="what decodes")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a `prompt` each")
-    parser.add_argument("--num-prompts", type=int, help="only the first so many")
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated, of: {', '.join(METHODS)}")
+    parser.add_argument("--num-prompts", type=int, help="only the first so many (default: all)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s, all)")
     parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: 1.0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampled output (default: 0)")
+    add_max_rows(parser, "prompts decoded side by side", default=1)
     parser.add_argument(
         "--rounds", type=positive, default=3, metavar="N", help="run all prompts at most so many times (default: 3)"
     )
@@ -92,8 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     add_precision(parser)
     add_device(parser)
     add_threads(parser)
-    parser.add_argument("--price-per-hour", type=float, help="of this machine, for the cost per 1M tokens")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed-up, divergence and kept tokens")
+    parser.add_argument(
+        "--price-per-hour", type=float, help="of this machine, for the cost per 1M tokens (default: none)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw speed-up, divergence and kept tokens (default: no picture)"
+    )
     return parser
 
 
@@ -103,8 +108,6 @@ def _run(args: argparse.Namespace) -> int:
         raise RequestError(f"--price-per-hour {args.price_per_hour} must be above 0")
     if args.num_prompts is not None and args.num_prompts < 1:
         raise RequestError(f"--num-prompts {args.num_prompts} must be at least 1")
-    if args.batch < 1:
-        raise RequestError(f"--batch {args.batch} must be at least 1")
     if not 0 < args.half_width < 1:
         raise RequestError(f"--half-width {args.half_width} is a share of a speed-up: give a number between 0 and 1")
     if importlib.util.find_spec("scipy") is None:
@@ -130,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
             engine=args.engine,
             precision=args.precision,
             device=args.device,
-            max_batch=args.batch,
+            max_batch=args.max_rows,
             threads=args.threads,
             say=say,
         )
@@ -140,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
             prompts,
             methods,
             params,
-            batch=args.batch,
+            batch=args.max_rows,
             rounds=args.rounds,
             half_width=args.half_width,
             num_draft_tokens=args.num_draft_tokens,

@@ -65,7 +65,7 @@ def _engine(
         *options,
         "--compute-capability",
         args.compute_capability,
-        "--out",
+        "--bundle",
         str(bundle),
     ]
     quantize_seconds = None

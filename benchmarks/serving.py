@@ -39,11 +39,11 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--tiers", default="premium,balanced,turbo,autoregressive")
+    parser.add_argument("--methods", default="premium,balanced,turbo,autoregressive")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)[: args.num_prompts]
-    tiers = args.tiers.split(",")
+    tiers = args.methods.split(",")
     llm = LLM.load(args.bundle, max_batch=args.clients)
     # Neither run may find what another has computed.
     with ServerUnderTest(args.bundle, "--max-rows", str(args.clients), "--prompt-cache-mb", "0") as server:

@@ -242,13 +242,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ssv.triton_repo.openai.app", description=description, allow_abbrev=False
     )
     add_version(parser)
-    parser.add_argument("--url", required=True, help="grpc://host:port, or grpcs:// for TLS")
+    parser.add_argument("--url", required=True, help="of the server: grpc://host:port, or grpcs:// for TLS")
     parser.add_argument("--bundle", type=Path, required=True, help="for the names of its tiers")
-    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs://")
-    parser.add_argument("--tls-key", type=Path, help="PEM")
-    parser.add_argument("--max-body-bytes", type=int, default=DEFAULT_MAX_BODY_BYTES, help="default: %(default)s")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, required=True, help="to listen on")
+    parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs:// (default: no TLS)")
+    parser.add_argument("--tls-key", type=Path, help="PEM of its key (default: no TLS)")
+    parser.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=DEFAULT_MAX_BODY_BYTES,
+        help="of a request, at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-connections",
         type=int,

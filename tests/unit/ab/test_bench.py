@@ -56,7 +56,7 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_the_last_line_is_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_bench(folder, "--batch", "4") == 0
+    assert run_bench(folder, "--max-rows", "4") == 0
     found = document(capsys)
     assert {"rows", "machine", "versions", "commit"} <= found.keys()
     rows = {row["method"]: row for row in found["rows"]}
@@ -156,7 +156,6 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--methods", "fast"], "unknown method 'fast'"),
         (["--price-per-hour", "0"], "--price-per-hour 0.0 must be above 0"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
-        (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--half-width", "0"], "--half-width 0.0 is a share of a speed-up: give a number between 0 and 1"),
         (["--plot", "speed.pdf"], "choose a .png file"),
         (["--plot", "/nowhere/speed.png"], "choose a .png file in a folder that exists"),

@@ -584,7 +584,7 @@ def test_replies_of_ssv_are_an_answer_with_its_counts(server: tuple[Triton, int]
     ("query", "expected"),
     [
         ("", {}),
-        ("?tier=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
+        ("?method=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
         ("?max_divergence=0.25", {"ssv_max_divergence": np.float32(0.25).tobytes()}),
     ],
 )

@@ -241,7 +241,7 @@ def signals_stay() -> Any:
     signal.signal(signal.SIGTERM, before)
 
 
-A, B = "a=grpc://127.0.0.1:1", "b=grpc://127.0.0.1:1?tier=turbo"
+A, B = "a=grpc://127.0.0.1:1", "b=grpc://127.0.0.1:1?method=turbo"
 
 
 def ab(prompts: Path, *options: str, a: str = A, b: str = B) -> int:

@@ -46,8 +46,8 @@ print(" ".join(heavy) or "light")
 BODIES = {
     "ssv-build --help": 'command("ssv.builder.cli", "--help")',
     "ssv-build pair --help": 'command("ssv.builder.cli", "pair", "--help")',
-    "ssv-build inspect": 'assert command("ssv.builder.cli", "inspect", bundle) == 0',
-    "ssv-build inspect --json": 'assert command("ssv.builder.cli", "inspect", bundle, "--json") == 0',
+    "ssv-build inspect": 'assert command("ssv.builder.cli", "inspect", "--bundle", bundle) == 0',
+    "ssv-build inspect --json": 'assert command("ssv.builder.cli", "inspect", "--bundle", bundle, "--json") == 0',
     "ssv-generate --help": 'command("ssv.client.cli", "--help")',
     "ssv-generate --url": 'assert command("ssv.client.cli", "hello", "--url", "grpc://127.0.0.1:1") == 2',
     "ssv-bench --help": 'command("ssv.ab.bench", "--help")',
