@@ -32,14 +32,17 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Attributes:
-    url: without the settings.
-    tier, max_divergence: asked of a server of ssv; None for its default.
-    model: asked of an OpenAI endpoint.
-    gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the temperature "default" is
-        the server's own, and not sent.
-    max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
-    stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the stream, and with a seed.
+    """What is compared: an endpoint, and how it is asked.
+
+    Attributes:
+        url: without the settings.
+        tier, max_divergence: asked of a server of ssv; None for its default.
+        model: asked of an OpenAI endpoint.
+        gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the
+            temperature "default" is the server's own, and not sent.
+        max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
+        stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the
+            stream, and with a seed.
     """
 
     name: str

@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="no further round once the 95 %% interval of each speed-up reaches at most this share of it to either side "
-        "(default: 0.05)",
+        help="no further round once the 95 %% interval of each speed-up reaches at most this share of it to either "
+        "side (default: 0.05)",
     )
     add_engine(parser)
     add_precision(parser)
@@ -254,7 +254,9 @@ def is_narrow(speedup: Interval | None, half_width: float) -> bool:
 
 
 def rounds_disagree(row: MethodRow, half_width: float) -> str | None:
-    """What is to be said of a method of which a round's speed-up is further than `half_width` of it from that of all rounds."""
+    """What is to be said of a method of which a round's speed-up is further than `half_width` of it from that of all
+    rounds.
+    """
     least, most = min(row.speedup_by_round), max(row.speedup_by_round)
     if max(most - row.speedup, row.speedup - least) <= half_width * row.speedup:
         return None

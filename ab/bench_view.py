@@ -29,8 +29,8 @@ class MethodRow:
         speedup_by_round: the same ratio within each round.
         tokens_per_pass: emitted tokens per target pass (acceptance length).
         target_passes_per_token, target_tokens_per_token: fewer passes is not fewer tokens through the target.
-        divergence: share of emitted tokens that are not the target's argmax given the same prefix; `divergence_margin`: by
-            more than 1 nat. Null for sampled output, where they say nothing.
+        divergence: share of emitted tokens that are not the target's argmax given the same prefix; `divergence_margin`:
+            by more than 1 nat. Null for sampled output, where they say nothing.
         divergence_low, divergence_high: its 95 % interval over prompts; null of a single prompt.
         divergence_promised: what the tier's calibration bounds it to; null for a lossless method.
         kept_by_depth: share of the passes that kept their first drafted token, their second, and so on.
@@ -131,7 +131,9 @@ def plot(rows: Sequence[MethodRow], path: Path) -> None:
 
 
 def figure(rows: Sequence[MethodRow]) -> Figure:
-    """Draws a line for each method: its speed-up and its divergence, with their intervals, and the tokens that passes kept."""
+    """Draws a line for each method: its speed-up and its divergence, with their intervals, and the tokens that passes
+    kept.
+    """
     from matplotlib import pyplot
 
     drawn, (speed, divergence, kept) = pyplot.subplots(

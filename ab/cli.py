@@ -54,7 +54,8 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument("log", type=Path, help="JSON lines, the `log` of the file of arms")
     parser.add_argument(
         "--guard", default="", metavar="LIMITS",
-        help='an arm that breaks one is taken out of service, such as "error_rate<2%%,e2e_p95<5s,divergence<5%%" (default: none)',
+        help='an arm that breaks one is taken out of service, such as "error_rate<2%%,e2e_p95<5s,divergence<5%%" '
+        "(default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--metric", default="tpot", choices=METRICS, help="that the advice to stop goes by (default: tpot)"

@@ -1,4 +1,6 @@
-"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that breaks a guard-rail."""
+"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that
+breaks a guard-rail.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +113,8 @@ def _show(
     torn: int,
 ) -> None:
     table = Table(
-        "arm", "requests", "errors", "left", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95 s", "passes/token", "unverified",
-        "audited divergence", title="ssv-ab watch",
+        "arm", "requests", "errors", "left", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95 s", "passes/token",
+        "unverified", "audited divergence", title="ssv-ab watch",
     )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"

@@ -145,9 +145,10 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
             num_tokens += reply.num_output_tokens
             print(reply.text, end="", flush=True)
     return (
-        f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, first after {first * 1e3:.0f} ms; "
-        f"{reply.target_passes} target passes, {reply.accepted} of {reply.judged} judged accepted, "
-        f"{reply.unverified} trusted unseen; lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
+        f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, "
+        f"first after {first * 1e3:.0f} ms; {reply.target_passes} target passes, "
+        f"{reply.accepted} of {reply.judged} judged accepted, {reply.unverified} trusted unseen; "
+        f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
     )
 
 

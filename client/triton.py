@@ -40,7 +40,7 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of one request; None leaves a setting to the server.
+    """How one request is to be answered; None leaves a setting to the server.
 
     Attributes:
         tier: premium, balanced or turbo, or autoregressive, prompt-lookup or speculative, for comparison.
@@ -113,7 +113,9 @@ class Client:
     """One stream at a time, over a connection of its own."""
 
     def __init__(self, url: str, *, ca: Path | None = None) -> None:
-        """Args:
+        """Makes a connection when it is first used.
+
+        Args:
             ca: PEM that the server's certificate is checked with; None for the system's.
 
         Raises:
@@ -197,7 +199,10 @@ class Client:
 
 
 def server_error(error: InferenceServerException, url: str) -> ServerError:
-    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.serving.pieces`)."""
+    """What an error of the client's library says.
+
+    A stream's errors have their status in their text (`ssv.runtime.serving.pieces`).
+    """
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
         text = f"no server answers at {url}: start one with `ssv-serve`"

@@ -55,12 +55,16 @@ class Counters:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted per target pass (acceptance length), without each request's first, which its prompt's step gives."""
+        """Tokens emitted per target pass (acceptance length), without each request's first, which its prompt's step
+        gives.
+        """
         return (self.emitted - self.requests) / self.target_passes if self.target_passes else 0.0
 
     @property
     def kept_by_depth(self) -> list[float]:
-        """Share of the target passes that kept their first drafted token, their second, and so on, to the deepest that any kept."""
+        """Share of the target passes that kept their first drafted token, their second, and so on, to the deepest that
+        any kept.
+        """
         deepest = max((kept for kept, passes in self.passes_by_kept.items() if passes), default=0)
         return [
             sum(passes for kept, passes in self.passes_by_kept.items() if kept >= depth) / self.target_passes

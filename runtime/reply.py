@@ -1,4 +1,7 @@
-"""A response of the server. Its outputs are declared here, and nowhere else: whoever sends, reads or configures them asks this class."""
+"""A response of the server.
+
+Its outputs are declared here, and nowhere else: whoever sends, reads or configures them asks this class.
+"""
 
 from __future__ import annotations
 

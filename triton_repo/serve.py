@@ -1,8 +1,8 @@
 """ssv-serve: a Triton Inference Server over a bundle, watched over while it runs.
 
-Its options, and what they come to: checks (`checks.py`), a model repository made for the bundle (`repository.py`), and the processes
-(`supervisor.py`). SIGTERM and SIGINT drain: no more requests are taken, those that run are finished. Exit status 2 is for what cannot be
-started, 70 for what has died too often.
+Its options, and what they come to: checks (`checks.py`), a model repository made for the bundle (`repository.py`), and
+the processes (`supervisor.py`). SIGTERM and SIGINT drain: no more requests are taken, those that run are finished. Exit
+status 2 is for what cannot be started, 70 for what has died too often.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""What a client may ask for, checked, and made into a request. Imports no torch: it runs beside the engines, not with them.
+"""What a client may ask for, checked, and made into a request.
 
-The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI frontend, the bench
-clients of sglang and vLLM. What is known and not supported is refused with a message, never ignored.
+Imports no torch: it runs beside the engines, not with them.
+
+The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI
+frontend, the bench clients of sglang and vLLM. What is known and not supported is refused with a message, never
+ignored.
 """
 
 from __future__ import annotations
@@ -68,7 +71,9 @@ NUMBERS = (
     "ssv_max_divergence",
     "ssv_timeout",
 )
-"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
+"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and
+FP32 [1].
+"""
 
 _DTYPES: dict[str, type[np.generic]] = {
     "BOOL": np.bool_,
@@ -77,8 +82,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "FP32": np.float32,
 }
 
-# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send the second to
-# whatever they measure, where it changes nothing either.
+# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send
+# the second to whatever they measure, where it changes nothing either.
 _NO_SETTINGS = ("id", "accumulate_tokens")
 # Names that other servers have for ours, where the spelling does not tell.
 _ELSEWHERE = {
@@ -120,10 +125,12 @@ _VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "i
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Attributes:
-    max_length: tokens of prompt and output together.
-    max_tokens: of an output.
-    max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
+    """What a server has room for.
+
+    Attributes:
+        max_length: tokens of prompt and output together.
+        max_tokens: of an output.
+        max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
     """
 
     max_length: int

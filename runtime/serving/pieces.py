@@ -1,4 +1,7 @@
-"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch."""
+"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Piece:
 
     @property
     def is_probe(self) -> bool:
-        """Whether it has no response: it only gives `postprocessing` the occasion to learn that nobody waits any more."""
+        """Whether it has no response: `postprocessing` only learns by it whether anybody still waits."""
         return not self.fields
 
     def outputs(self, text: str) -> dict[str, Any]:
@@ -58,8 +61,10 @@ class Answer:
     """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
     def __init__(self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = ()) -> None:
-        """Args:
-        context: the end of the prompt, if the output's text goes on with its text.
+        """Begins an answer of which nothing has come.
+
+        Args:
+            context: the end of the prompt, if the output's text goes on with its text.
         """
         self._key, self._settings, self._lossless = key, settings, lossless
         self._context = tuple(context)
@@ -72,10 +77,12 @@ class Answer:
         return Piece(self._key, self._number, (), (), False, {})
 
     def piece(self, chunk: Chunk, now: float, interval: float) -> Piece | None:
-        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always are.
+        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always
+        are.
 
         Args:
-            interval: seconds between two pieces, at least: each costs the server's processes as much as some tokens are worth.
+            interval: seconds between two pieces, at least: each costs the server's processes as much as some tokens are
+                worth.
         """
         self._held.extend(chunk.token_ids)
         is_last = chunk.finish_reason is not None

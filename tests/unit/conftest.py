@@ -1,4 +1,6 @@
-"""Kernels run in Triton's interpreter here, which has to be chosen before they are imported; examples of properties are the same in every run."""
+"""Kernels run in Triton's interpreter here, which has to be chosen before they are imported; examples of properties are
+the same in every run.
+"""
 
 import os
 

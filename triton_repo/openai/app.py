@@ -1,27 +1,28 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
-POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200 when the server is
-ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
+POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200
+when the server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
 
-A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
-NAME:autoregressive, NAME:prompt-lookup and NAME:speculative.
+A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
+for comparison NAME:autoregressive, NAME:prompt-lookup and NAME:speculative.
 
-What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
-/v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
-are joined by line feeds, and the role "developer" is "system".
+What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows,
+and 16 tokens for /v1/completions; /v1/chat/completions takes the server's default for max_tokens. A negative seed
+counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role "developer" is "system".
 
-Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the same as a
-model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an answer ends with what there is
-("length"). Responses disclose under `ssv` what was done: the whole of it, or the last chunk with a choice.
+Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the
+same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an
+answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the whole of it, or the last
+chunk with a choice.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
-`user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or "default", and
-where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing. What is not supported is refused,
-whether it is a field or a value: nothing is ignored in silence.
+`user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or
+"default", and where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing.
+What is not supported is refused, whether it is a field or a value: nothing is ignored in silence.
 
-Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and an `X-Request-Id`
-(`ssv.triton_repo.openai.access_log`).
+Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and
+an `X-Request-Id` (`ssv.triton_repo.openai.access_log`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the OpenAI API says, in the server's words, and what the server says, in the API's: models and tiers, replies and responses."""
+"""What the OpenAI API says, in the server's words, and what the server says, in the API's: models and tiers, replies
+and responses.
+"""
 
 from __future__ import annotations
 

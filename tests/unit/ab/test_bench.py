@@ -1,4 +1,6 @@
-"""ssv-bench and ssv-generate on a tiny bundle: what they count and print, and what they refuse before they load anything."""
+"""ssv-bench and ssv-generate on a tiny bundle: what they count and print, and what they refuse before they load
+anything.
+"""
 
 from __future__ import annotations
 
@@ -269,9 +271,11 @@ class Decoder:
     target = None
 
     def __init__(self, seconds: Mapping[str, float], hiccups: Mapping[int, float]) -> None:
-        """Args:
-        seconds: that an answer takes, by method.
-        hiccups: seconds that an answer takes besides, by its number.
+        """Sets the clock to zero.
+
+        Args:
+            seconds: that an answer takes, by method.
+            hiccups: seconds that an answer takes besides, by its number.
         """
         self.now, self.seconds, self.hiccups = 0.0, seconds, hiccups
         self.asked: list[str] = []

@@ -415,7 +415,9 @@ def test_a_refusal_of_what_was_sent_names_the_setting(setting: str, said: Any) -
 
 PLAIN = {
     "id": "c", "object": "chat.completion", "created": 1, "model": "m",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Oslo", "reasoning": "hm"}, "finish_reason": "stop"}],
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "Oslo", "reasoning": "hm"}, "finish_reason": "stop"}
+    ],
     "usage": {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11},
 }  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""Runs against arms that are made up: what is written and said of those that end well, break off, or cannot begin; and their reports."""
+"""Runs against arms that are made up: what is written and said of those that end well, break off, or cannot begin; and
+their reports.
+"""
 
 from __future__ import annotations
 

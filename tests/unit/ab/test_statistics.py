@@ -1,4 +1,6 @@
-"""Intervals hold the truth as often as they say, and verdicts are as rarely wrong; simulated with fixed seeds, or computed exactly."""
+"""Intervals hold the truth as often as they say, and verdicts are as rarely wrong; simulated with fixed seeds, or
+computed exactly.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,8 @@ def test_intervals_of_the_95th_percentile_hold_the_truth_at_least_as_often_as_th
 def test_a_ratio_is_of_sums() -> None:
     found = ratio_interval([1.0, 4.0], [1, 2], [3.0, 15.0], [1, 3], level=0.95)
     assert found.estimate == pytest.approx((18 / 4) / (5 / 3) - 1)
-    # By hand: without the first cluster 5 / 2, without the second 3; their standard error, and t of one degree of freedom.
+    # By hand: without the first cluster 5 / 2, without the second 3; their standard error, and t of one degree of
+    # freedom.
     reach = 12.7062 * math.log(3 / 2.5) / 2
     assert found.high == pytest.approx(2.7 * math.exp(reach) - 1, rel=1e-4)
     assert found.low == pytest.approx(2.7 * math.exp(-reach) - 1, rel=1e-4)
@@ -447,7 +450,7 @@ def test_scores_have_the_power_that_was_promised_and_no_more_false_claims(
     rng = np.random.default_rng(1)
 
     def rate(mean: float) -> float:
-        """Of scores on either side of their mean."""
+        """Draws scores on either side of their mean."""
         draws = mean + sd * rng.choice([-1.0, 1.0], (500, needed))
         intervals = [paired_scores(d, level=1 - 2 * alpha, bound=1, num_draws=500, seed=i) for i, d in enumerate(draws)]
         return float(np.mean([judge(interval, margin) == Quality.NON_INFERIOR for interval in intervals]))

@@ -44,7 +44,7 @@ def ports(config: ModelConfig, side: str) -> dict[str, tuple[int, list[int]]]:
 
 
 def settings_of(config: ModelConfig) -> ServerConfig:
-    """As Triton hands a config to a model."""
+    """The settings that a model finds in the config that Triton hands it."""
     parameters = {name: {"string_value": parameter.string_value} for name, parameter in config.parameters.items()}
     return ServerConfig.from_model_config({"name": config.name, "parameters": parameters})
 

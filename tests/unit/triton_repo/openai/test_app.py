@@ -676,7 +676,7 @@ HALF = "half \ud83d"
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_half_a_surrogate_pair_is_refused_wherever_it_stands(fields: Any, param: str | None, stream: bool) -> None:
-    """As JavaScript's slice() makes them."""
+    """JavaScript's slice() makes such halves."""
     backend = FakeBackend()
     body = {"model": "tiny", "messages": MESSAGES, "stream": stream, **fields}
     error = error_of(post_raw(backend, "/v1/chat/completions", body), 400)
@@ -1396,7 +1396,10 @@ def test_the_process_cancels_for_a_client_that_leaves(api: tuple[str, Triton], s
     before = len(triton.requests)
     body = json.dumps({"model": "tiny", "prompt": "hang", "stream": stream})
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         client.sendall((head + body).encode())
         if stream:
             assert b"200 OK" in client.recv(1 << 16)
@@ -1415,7 +1418,10 @@ def test_the_process_refuses_a_body_while_it_is_read(api: tuple[str, Triton]) ->
 
 
 def test_a_body_that_never_ends_is_refused(api: tuple[str, Triton]) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", int(api[0].rpartition(":")[2])), timeout=10.0) as client:
         client.sendall(head + 3 * (b"2710\r\n" + b" " * 10_000 + b"\r\n"))
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
