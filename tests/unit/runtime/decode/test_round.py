@@ -640,6 +640,7 @@ def slow_twin(
         counters.rolled_back += len(pending) - kept
         counters.target_passes += 1
         counters.target_tokens += len(pending) + 1
+        counters.passes_by_kept[kept] += 1
         tokens += [*pending[:kept], choice(tokens + pending[:kept])]
         if EOS in tokens[start + 1 :]:
             del tokens[tokens.index(EOS, start + 1) + 1 :]
