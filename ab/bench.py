@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.bench_view import MethodRow, check_plot, plot, print_tables
@@ -233,16 +234,27 @@ def speedup_of(tally: Tally, baseline: Tally) -> Interval | None:
 
     Returns None of a single group, which says nothing of how others would differ from it.
     """
-    from ssv.ab.statistics import ratio_interval  # scipy takes a while, and `--help` does without
+    from ssv.ab.statistics import mean_ratio_interval  # scipy takes a while, and `--help` does without
 
     if len(tally.seconds[0]) < 2:
         return None
     columns = (_over_rounds(each) for each in (baseline.tokens, baseline.seconds, tally.tokens, tally.seconds))
-    return ratio_interval(*columns, level=0.95)
+    return mean_ratio_interval(*columns, level=0.95)
 
 
 def _over_rounds(by_round: Sequence[Sequence[float]]) -> list[float]:
     return [sum(each) for each in zip(*by_round, strict=True)]
+
+
+def _mean_ratio(
+    tokens: Sequence[Sequence[int]],
+    seconds: Sequence[Sequence[float]],
+    base_tokens: Sequence[Sequence[int]],
+    base_seconds: Sequence[Sequence[float]],
+) -> float:
+    """The geometric mean of the groups' ratios of tokens per second; all by round and group."""
+    sums = zip(*(_over_rounds(each) for each in (tokens, seconds, base_tokens, base_seconds)), strict=True)
+    return geometric_mean([(n / s) / (base_n / base_s) for n, s, base_n, base_s in sums])
 
 
 def is_narrow(speedup: Interval | None, half_width: float) -> bool:
@@ -321,9 +333,10 @@ def _row(
     counters = sum((output.counters for output in outputs), Counters(requests=0))
     audits = [audit(llm.target, p, o.token_ids) for p, o in zip(prompts, outputs, strict=True)] if greedy else None
     divergence = None if audits is None else _share([a.strict for a in audits], [len(o.token_ids) for o in outputs])
-    speed, speedup = _speed(tally.tokens, tally.seconds), speedup_of(tally, baseline)
+    speed = sum(map(sum, tally.tokens)) / sum(map(sum, tally.seconds))
+    speedup = speedup_of(tally, baseline)
     by_round = [
-        _speed([tokens], [seconds]) / _speed([base_tokens], [base_seconds])
+        _mean_ratio([tokens], [seconds], [base_tokens], [base_seconds])
         for tokens, seconds, base_tokens, base_seconds in zip(
             tally.tokens, tally.seconds, baseline.tokens, baseline.seconds, strict=True
         )
@@ -338,7 +351,7 @@ def _row(
     return MethodRow(
         method=method,
         tokens_per_s=speed,
-        speedup=speed / _speed(baseline.tokens, baseline.seconds),
+        speedup=_mean_ratio(tally.tokens, tally.seconds, baseline.tokens, baseline.seconds),
         speedup_low=1 + speedup.low if speedup is not None else None,
         speedup_high=1 + speedup.high if speedup is not None else None,
         speedup_by_round=by_round,
@@ -363,10 +376,6 @@ def _row(
         ttft_ms=first[len(first) // 2] * 1e3,
         cost_per_1m_tokens=price_per_hour / (speed * 3600) * 1e6 if price_per_hour is not None else None,
     )
-
-
-def _speed(tokens: Sequence[Sequence[int]], seconds: Sequence[Sequence[float]]) -> float:
-    return sum(map(sum, tokens)) / sum(map(sum, seconds))
 
 
 def _share(found: Sequence[int], of: Sequence[int]) -> Interval:

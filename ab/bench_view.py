@@ -24,9 +24,9 @@ class MethodRow:
 
     Attributes:
         tokens_per_s: emitted tokens per second of decoding, the prompts' included, over all rounds.
-        speedup: its ratio to the baseline's in the same run.
+        speedup: geometric mean, over groups of prompts, of the ratio to the baseline's tokens per second in the same run.
         speedup_low, speedup_high: its 95 % interval over groups of prompts; null where there is one group alone.
-        speedup_by_round: the same ratio within each round.
+        speedup_by_round: the same within each round.
         tokens_per_pass: emitted tokens per target pass (acceptance length).
         target_passes_per_token, target_tokens_per_token: fewer passes is not fewer tokens through the target.
         divergence: share of emitted tokens that are not the target's argmax given the same prefix; `divergence_margin`:

@@ -94,6 +94,34 @@ def ratio_interval(
     return Interval(middle, low, high, level)
 
 
+def mean_ratio_interval(
+    num_a_C: npt.ArrayLike, den_a_C: npt.ArrayLike, num_b_C: npt.ArrayLike, den_b_C: npt.ArrayLike, *, level: float
+) -> Interval:
+    """Estimates how much greater the clusters' own ratios are in b than in a: their geometric mean, relative to a.
+
+    All clusters weigh alike, so that a hiccup of the machine is no more than one of many, however long it was; the ratio of
+    sums (`ratio_interval`) is what is paid for. The interval is Student's t for the mean of the logarithms, of which the
+    jackknife's standard error is the usual one.
+
+    Args:
+        num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of tokens and of seconds.
+
+    Raises:
+        ValueError: lengths that differ, numbers that are not finite or not above 0, or fewer than 2 clusters.
+    """
+    _check_share("level", level)
+    columns = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
+    num_clusters = len(columns)
+    if num_clusters < 2:
+        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+    if np.any(columns <= 0):
+        raise ValueError("a cluster's sum is not above 0: leave out what has no ratio")
+    logs_C = _log_of_ratios(columns)
+    reach = float(student_t.ppf((1 + level) / 2, num_clusters - 1) * logs_C.std(ddof=1)) / math.sqrt(num_clusters)
+    low, middle, high = (math.expm1(float(logs_C.mean()) + step) for step in (-reach, 0.0, reach))
+    return Interval(middle, low, high, level)
+
+
 def _log_of_ratios(sums_N4: Values) -> Values:
     num_a, den_a, num_b, den_b = sums_N4.T
     logs: Values = np.log(num_b / den_b) - np.log(num_a / den_a)
