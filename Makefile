@@ -18,7 +18,7 @@ $(VENV)/.ready: setup.py constraints.txt runtime/_processors.h runtime/engines/_
 
 demo: setup
 	$(BIN)/ssv-build pair builder/presets/smollm2-135m.yaml --out $(BUNDLE)
-	$(BIN)/ssv-build inspect $(BUNDLE)
+	$(BIN)/ssv-build inspect --bundle $(BUNDLE)
 	$(BIN)/ssv-generate --bundle $(BUNDLE) --max-tokens 120 "Explain how rainbows form."
 	$(BIN)/ssv-bench --bundle $(BUNDLE) --prompts benchmarks/prompts/demo.jsonl --plot bundles/demo.png
 

@@ -23,7 +23,7 @@ SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicor
 
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
-    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate"],
+    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate", "scipy"],
     # Compiles the kernels of the plugins. PyTorch's CUDA builds bring the Triton that they want along.
     "kernels": [*TORCH, "triton"],
     # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
@@ -33,11 +33,13 @@ EXTRAS = {
     "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
     "plot": ["matplotlib"],
     # Comparisons need no torch: they ask servers.
-    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2"],
+    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2", "prometheus-client"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         "pytest",
         "pytest-xdist",
+        "hypothesis",
+        "cryptography",
         "ruff",
         "mypy",
         "types-PyYAML",

@@ -12,7 +12,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 
 _NUMBERS = ("gpus", "price_per_hour", "price_per_1m_tokens")
 _FOR_ANY = (*_NUMBERS, "temperature")
-_FOR_TRITON = ("tier", "max_divergence")
+_FOR_TRITON = ("method", "max_divergence")
 _SWITCHES = ("max_completion_tokens", "stream_options", "stream", "seed")
 _FOR_OPENAI = ("model", *_SWITCHES)
 
@@ -32,14 +32,17 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Attributes:
-    url: without the settings.
-    tier, max_divergence: asked of a server of ssv; None for its default.
-    model: asked of an OpenAI endpoint.
-    gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the temperature "default" is
-        the server's own, and not sent.
-    max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
-    stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the stream, and with a seed.
+    """What is compared: an endpoint, and how it is asked.
+
+    Attributes:
+        url: without the settings.
+        tier, max_divergence: asked of a server of ssv; None for its default.
+        model: asked of an OpenAI endpoint.
+        gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the
+            temperature "default" is the server's own, and not sent.
+        max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
+        stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the
+            stream, and with a seed.
     """
 
     name: str
@@ -87,7 +90,7 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """NAME=grpc://host:8001?tier=balanced, NAME=http://host:8003/v1?model=NAME; grpcs and https speak TLS.
+    """NAME=grpc://host:8001?method=balanced, NAME=http://host:8003/v1?model=NAME; grpcs and https speak TLS.
 
     Raises:
         ValueError: naming what is wrong.
@@ -115,8 +118,8 @@ def parse_arm(text: str) -> Arm:
         raise ValueError(f"arm {name}: unknown setting {unknown[0]!r}; known for {parts.scheme}: {', '.join(known)}")
     if parts.scheme.startswith("http") and not given.get("model"):
         raise ValueError(f"arm {name} names no model: add ?model=... to its address")
-    if "tier" in given and "max_divergence" in given:
-        raise ValueError(f"arm {name} has a tier and a max_divergence: give one of them")
+    if "method" in given and "max_divergence" in given:
+        raise ValueError(f"arm {name} has a method and a max_divergence: give one of them")
     address = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
     numbers: dict[str, Any] = {
         key: _number(name, key, given[key]) for key in (*_NUMBERS, "max_divergence") if key in given
@@ -124,7 +127,7 @@ def parse_arm(text: str) -> Arm:
     return Arm(
         name,
         address,
-        tier=given.get("tier"),
+        tier=given.get("method"),
         model=given.get("model"),
         temperature=_temperature(name, given["temperature"]) if "temperature" in given else None,
         **numbers,

@@ -29,8 +29,8 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Raises OSError: the disk is full, or gone."""
-        # One write, but for a disk that is nearly full: lines of several threads do not mix. Of a line that did not fit, the part that
-        # did must not take the next one with it.
+        # One write, but for a disk that is nearly full: lines of several threads do not mix. Of a line that did not
+        # fit, the part that did must not take the next one with it.
         data = (b"\n" if self._is_torn else b"") + json.dumps(record, separators=(",", ":")).encode() + b"\n"
         while data:
             written = os.write(self._file, data)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 METRICS = ("ttft", "ttfo", "tpot", "itl", "e2e")
 LATENCIES = tuple(f"{metric}_{statistic}" for metric in METRICS for statistic in STATISTICS)
-"""Time to the first token, to the first that is no reasoning, time per output token after it, time between tokens, time to the end."""
+"""Time to the first token, to the first that is no reasoning, time per output token after it, time between tokens, time
+to the end.
+"""
 
 _LIMIT = re.compile(r"\s*(\w+)\s*<\s*(\d+(?:\.\d+)?)\s*(ms|s|%|)\s*")
 _SCALES = {"ms": 1e-3, "s": 1.0, "%": 1e-2, "": 1.0}
@@ -17,9 +19,11 @@ _SCALES = {"ms": 1e-3, "s": 1.0, "%": 1e-2, "": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Attributes:
-    name: what must stay below, such as "ttft_p95".
-    value: seconds, or a share.
+    """A bound of an SLO or a guard-rail: a figure has to stay below it.
+
+    Attributes:
+        name: what must stay below, such as "ttft_p95".
+        value: seconds, or a share.
     """
 
     name: str
@@ -45,7 +49,9 @@ class Limit:
 
 
 def parse_limits(text: str, shares: Sequence[str] = (), latencies: Sequence[str] = LATENCIES) -> tuple[Limit, ...]:
-    """Args:
+    """Reads limits as they are written, such as "ttft_p95<500ms,error_rate<2%".
+
+    Args:
         shares: names of shares, which have no unit, or %.
         latencies: names of times that are known.
 

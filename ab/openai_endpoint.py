@@ -40,7 +40,8 @@ def http_client(**options: Any) -> DefaultHttpxClient:
 
 
 def api_key(arm: Arm) -> str | None:
-    """The key that an arm is asked with: SSV_AB_KEY_<ARM>'s, or OPENAI_API_KEY's if the arm is at OpenAI or OPENAI_BASE_URL's host.
+    """The key that an arm is asked with: SSV_AB_KEY_<ARM>'s, or OPENAI_API_KEY's if the arm is at OpenAI or
+    OPENAI_BASE_URL's host.
 
     Raises:
         ValueError: what the variable holds cannot be sent; naming the variable, not what it holds.
@@ -92,7 +93,8 @@ class OpenAIEndpoint:
                 raise error.__cause__ from None
             raise EndpointError(self._without_key(f"{type(error).__name__}: {error}")) from error
         except Exception as error:
-            # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a stream breaks.
+            # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a
+            # stream breaks.
             what = self._without_key(f"{type(error).__name__}: {error}")
             raise EndpointError(f"what came is no stream of chat completions: {what}") from error
 

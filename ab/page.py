@@ -23,7 +23,8 @@ SIZE = (5.2, 2.9)
 GLOSSARY = {
     "streams": "requests that run at the same time (concurrency)",
     "tokens/s": "output tokens of all requests together, per second in which the arm had something to do",
-    "TTFT p50/p95 ms": "time to the first token, of reasoning or of the answer: that of the middle request, and the one that 95 % do not exceed",
+    "TTFT p50/p95 ms": "time to the first token, of reasoning or of the answer: that of the middle request, "
+    "and the one that 95 % do not exceed",
     "TTFO p50/p95 ms": "time to the first token of the answer itself, after the reasoning",
     "per token ms": "mean time per output token after the first (TPOT)",
     "e2e p50/p95/p99 s": "time from the request to the end of its answer",
@@ -37,7 +38,8 @@ GLOSSARY = {
     "failed": "requests without an answer, of all",
     "lossless": "gives the text that the target model alone gives, token for token",
     "interval": "where the true difference lies: all intervals of a kind hold together with 95 %",
-    "non-inferior": "the whole interval of the difference in quality is above the margin: not worse by more than was put up with",
+    "non-inferior": "the whole interval of the difference in quality is above the margin: "
+    "not worse by more than was put up with",
     "undecided": "the interval holds the margin: more prompts with answers would tell",
     "block": "prompts that ran together; every arm runs each block twice, in turns",
 }

@@ -1,7 +1,7 @@
 """Who is asked what, and when: every arm the same prompts with the same seeds, in turns.
 
-A block is some prompts, which run together at one concurrency. Every arm runs it twice: the arms in a random order, then in the reverse of
-that order (A B B A), so that a machine that becomes slower all the time slows all arms alike.
+A block is some prompts, which run together at one concurrency. Every arm runs it twice: the arms in a random order,
+then in the reverse of that order (A B B A), so that a machine that becomes slower all the time slows all arms alike.
 """
 
 from __future__ import annotations

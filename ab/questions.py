@@ -20,8 +20,8 @@ class Question:
 
     Attributes:
         answers: any of them is right; none if answers cannot be checked.
-        check: `exact`: the text is an answer; `contains`: an answer's words stand in it; `number`: its last number is the answer; `f1`:
-            share of words in common, from 0 to 1. What a word and a number is, `ssv.ab.scoring` says.
+        check: `exact`: the text is an answer; `contains`: an answer's words stand in it; `number`: its last number is
+            the answer; `f1`: share of words in common, from 0 to 1. What a word and a number is, `ssv.ab.scoring` says.
     """
 
     id: str
@@ -38,7 +38,8 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Prompts of a JSON lines file: `prompt`, and where wanted `id`, `answer` (a text, a number, or several) and `check`.
+    """Prompts of a JSON lines file: `prompt`, and where wanted `id`, `answer` (a text, a number, or several) and
+    `check`.
 
     Raises:
         ValueError: a line that is not so, naming it; an id that comes twice; no prompts.

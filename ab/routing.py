@@ -20,10 +20,12 @@ class RoutingError(ValueError):
 
 
 class LiveArm(BaseModel):
-    """Attributes:
-    share: of the traffic.
-    url: of another server; None for the one that routes.
-    tier, max_divergence: asked of the server; None for its default.
+    """A part of the live traffic, and what answers it.
+
+    Attributes:
+        share: of the traffic.
+        url: of another server; None for the one that routes.
+        tier, max_divergence: asked of the server; None for its default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,7 +55,8 @@ class Routing(BaseModel):
     Attributes:
         salt: with another, others are in which arm.
         log: JSON lines, appended to.
-        arms: by name; the first is arm A: what others are compared with, and where their traffic goes when they fall back.
+        arms: by name; the first is arm A: what others are compared with, and where their traffic goes when they fall
+            back.
         shadow: arm that gets a copy of requests, whose answers nobody sees; all are answered by arm A then.
         shadow_share: of the requests, those that are copied.
     """
@@ -124,7 +127,9 @@ def fallback_path(log: Path) -> Path:
 
 
 class Fallback:
-    """Arms that are out of service, as the file beside the log says: looked at before each request, read when it has changed."""
+    """Arms that are out of service, as the file beside the log says: looked at before each request, read when it has
+    changed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

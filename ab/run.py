@@ -1,7 +1,8 @@
-"""ssv-ab run, and what goes with the folder that it writes: `report` makes its report again, `compare` puts two of them side by side.
+"""ssv-ab run, and what goes with the folder that it writes: `report` makes its report again, `compare` puts two of them
+side by side.
 
-A run's folder holds run.json, what was fixed before; samples.jsonl, one line a request, written as answers come; report.json and
-report.html. Whatever ends a run, its samples are there, and a report of them can be made.
+A run's folder holds run.json, what was fixed before; samples.jsonl, one line a request, written as answers come;
+report.json and report.html. Whatever ends a run, its samples are there, and a report of them can be made.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def power_in_words(settings: RunSettings, questions: Sequence[Question], discord
         needed = prompts_needed_scores(settings.margin, sd=EXPECTED_SCORE_SD, alpha=alpha, power=POWER)
         basis = f"if differences in score have a standard deviation of {EXPECTED_SCORE_SD}"
     text = (
-        f"a margin of {100 * settings.margin:g} points needs {needed} prompts with answers for a power of {POWER:.0%}, {basis}; "
-        f"there are {settings.num_answers}"
+        f"a margin of {100 * settings.margin:g} points needs {needed} prompts with answers for a power of {POWER:.0%}, "
+        f"{basis}; there are {settings.num_answers}"
     )
     return text + (": quality will probably stay undecided" if settings.num_answers < needed else "")
 
@@ -180,7 +181,8 @@ def compare(before: Path, after: Path) -> int:
         )
         terminal.show_examples(name, examples(all_a, all_b, most=SHOWN_EXAMPLES, length=SHOWN_LENGTH))
     print(
-        "The runs were made at different times: what their machines did besides is in these differences. Cost is time of the machine."
+        "The runs were made at different times: what their machines did besides is in these differences. "
+        "Cost is time of the machine."
     )
     return 0
 

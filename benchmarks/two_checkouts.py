@@ -1,9 +1,10 @@
 """Is a change one of form alone? Two checkouts decode the same prompts, and what they say is compared.
 
-Greedy: outputs, drafted and accepted tokens of every method have to be the same, token for token. Sampled: tokens per target pass of each,
-which may differ where the rule of acceptance does.
+Greedy: outputs, drafted and accepted tokens of every method have to be the same, token for token. Sampled: tokens per
+target pass of each, which may differ where the rule of acceptance does.
 
-    python benchmarks/two_checkouts.py --before ../before/.venv/bin/python --after .venv/bin/python --bundle bundles/smollm2-135m
+    python benchmarks/two_checkouts.py --before ../before/.venv/bin/python --after .venv/bin/python \\
+        --bundle bundles/smollm2-135m
 
 Each interpreter is that of a checkout's environment; it runs this file with --tell, which prints what it decoded.
 """

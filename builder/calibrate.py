@@ -11,7 +11,6 @@ How to decode is the caller's: `run` is given a policy and returns what each pro
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -184,10 +183,7 @@ def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws:
 
 
 def poisson_upper(num_events: int, confidence: float) -> float:
-    """The mean under which at most `num_events` have a chance of 1 - confidence."""
-    low, high = 0.0, num_events + 10.0 * math.sqrt(num_events + 1) + 10.0
-    for _ in range(60):
-        mean = (low + high) / 2
-        at_most = sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(num_events + 1))
-        low, high = (mean, high) if at_most > 1 - confidence else (low, mean)
-    return high
+    """Returns the mean under which at most `num_events` have a chance of 1 - confidence: a quantile of the gamma distribution."""
+    from scipy.special import gammaincinv  # type: ignore[import-untyped]  # other commands do without
+
+    return float(gammaincinv(num_events + 1, confidence))

@@ -20,9 +20,9 @@ from ssv.builder.config import (
     load_recipe,
 )
 from ssv.support.console import (
-    add_batch,
     add_device,
     add_engine,
+    add_max_rows,
     add_precision,
     add_threads,
     add_version,
@@ -64,12 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, run, help)
         sub.add_argument("recipe", type=Path, help="YAML recipe, see builder/presets/")
         sub.add_argument("--out", type=Path, required=True, help="what to write")
-        sub.add_argument("--target", type=Path, help="checkpoint to use instead of the recipe's")
+        sub.add_argument("--target", type=Path, help="checkpoint to use (default: the recipe's)")
         add_device(sub)
         return sub
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
-    add_batch(pair, "prompts decoded side by side while calibrating (default: 8)")
+    add_max_rows(pair, "prompts decoded side by side while calibrating")
     add_threads(pair)
     distill = recipe_command("distill", _distill, "make a draft for a target")
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
@@ -77,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
     calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
-    add_batch(calibrate, "prompts decoded side by side (default: 8)")
+    add_max_rows(calibrate, "prompts decoded side by side")
     add_precision(calibrate)
     add_threads(calibrate)
     quantize = command("quantize", _quantize, "quantize a target or a draft to FP8 or INT4 with NVIDIA ModelOpt")
     quantize.add_argument("source", type=Path, help="bundle, or (target only) Hugging Face folder or GGUF file")
-    quantize.add_argument("--role", required=True, choices=["target", "draft"])
-    quantize.add_argument("--precision", required=True, choices=["fp8", "int4"])
+    quantize.add_argument("--role", required=True, choices=["target", "draft"], help="which of its models")
+    quantize.add_argument("--precision", required=True, choices=["fp8", "int4"], help="of the weights")
     quantize.add_argument(
         "--prompts", type=Path, help="JSON lines to calibrate on (default: text the target writes itself)"
     )
@@ -91,22 +91,32 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--group-size", type=int, help="inputs that share an INT4 scale (default: 128, 64 or 32, as fits)"
     )
-    quantize.add_argument("--lm-head", action="store_true", help="quantize the target's LM head too")
+    quantize.add_argument("--lm-head", action="store_true", help="quantize the target's LM head too (default: off)")
     quantize.add_argument(
         "--recover-tokens", type=int, default=0, help="tokens to train on afterwards (default: 0, none)"
     )
-    quantize.add_argument("--openings", type=Path, default=OPENINGS, help="how user turns of self-written text begin")
+    quantize.add_argument(
+        "--openings",
+        type=Path,
+        default=OPENINGS,
+        help="how user turns of self-written text begin (default: %(default)s)",
+    )
     quantize.add_argument("--out", type=Path, required=True, help="folder (target) or file (draft) to write")
     add_device(quantize)
     compile_ = command("compile", _compile, "compile a TensorRT engine into a bundle")
-    compile_.add_argument("--role", required=True, choices=["target", "draft"])
-    compile_.add_argument("--precision", required=True, choices=["fp16", "bf16", "fp8", "int4"])
+    compile_.add_argument("--role", required=True, choices=["target", "draft"], help="which of its models")
+    compile_.add_argument("--precision", required=True, choices=["fp16", "bf16", "fp8", "int4"], help="of the weights")
     compile_.add_argument(
         "--checkpoint", type=Path, help="what `ssv-build quantize` wrote (default: the bundle's own weights)"
     )
-    compile_.add_argument("--flavor", default="tensorrt_rtx", choices=["tensorrt_rtx", "tensorrt"])
+    compile_.add_argument(
+        "--flavor",
+        default="tensorrt_rtx",
+        choices=["tensorrt_rtx", "tensorrt"],
+        help="which TensorRT compiles it and will run it (default: tensorrt_rtx)",
+    )
     compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
-    compile_.add_argument("--max-batch", type=int, default=8, help="rows of a step (default: 8)")
+    compile_.add_argument("--max-rows", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
     compile_.add_argument(
         "--max-length", type=int, default=2048, help="tokens of a row, 128 of them for drafting (default: 2048)"
     )
@@ -122,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["on", "off", "auto"],
         help="kernels of ours in the engine, which TensorRT for RTX cannot have (default: auto, where they can be)",
     )
-    compile_.add_argument("--out", type=Path, required=True, help="bundle that the engine is added to")
+    compile_.add_argument("--bundle", type=Path, required=True, help="what the engine is added to")
     kernels = command("kernels", _kernels, "compile the kernels of a bundle's models to PTX, without a GPU")
-    kernels.add_argument("bundle", type=Path)
+    kernels.add_argument("--bundle", type=Path, required=True, help="whose models the kernels are for")
     kernels.add_argument(
         "--compute-capability",
         default="8.0,8.9,9.0,10.0,12.0",
@@ -132,18 +142,23 @@ def _parser() -> argparse.ArgumentParser:
         help="GPUs (default: %(default)s)",
     )
     kernels.add_argument(
-        "--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"], help="of states and logits"
+        "--dtype",
+        default="bfloat16",
+        choices=["float16", "bfloat16", "float32"],
+        help="of states and logits (default: %(default)s)",
     )
     kernels.add_argument("--out", type=Path, required=True, help="folder to write")
     profile = command("profile", _profile, "measure what steps cost here, for what is drafted by what pays")
-    profile.add_argument("bundle", type=Path)
+    profile.add_argument("--bundle", type=Path, required=True, help="what to measure, and where the profile is kept")
     add_engine(profile)
     add_precision(profile)
     add_device(profile)
     add_threads(profile)
     inspect = command("inspect", _inspect, "show a bundle")
-    inspect.add_argument("bundle", type=Path)
-    inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
+    inspect.add_argument("--bundle", type=Path, required=True, help="what to show")
+    inspect.add_argument(
+        "--json", action="store_true", help="for programs: the manifest, and sizes in bytes (default: off)"
+    )
     return parser
 
 
@@ -155,7 +170,7 @@ def _pair(args: argparse.Namespace) -> int:
 
     def make(bundle: Path, config: CalibrationConfig, report: Report) -> Calibration:
         return calibrate_bundle(
-            bundle, config, report, device=args.device, batch=args.batch, precision=None, threads=args.threads
+            bundle, config, report, device=args.device, batch=args.max_rows, precision=None, threads=args.threads
         )
 
     recipe = _recipe(args)
@@ -234,7 +249,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             config,
             report,
             device=args.device,
-            batch=args.batch,
+            batch=args.max_rows,
             precision=args.precision,
             threads=args.threads,
         )
@@ -279,15 +294,15 @@ def _compile(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         flavor=args.flavor,
         compute_capability=args.compute_capability.split(","),
-        max_batch=args.max_batch,
+        max_rows=args.max_rows,
         max_length=args.max_length,
         max_pending=args.max_pending,
         prefill_chunk=args.prefill_chunk,
         plugins=args.plugins,
     )
     with terminal_report() as report:
-        name, entry = compile_engine(args.out, config, report)
-    facts = {"engine": name, **entry.model_dump(mode="json"), "plan_bytes": (args.out / entry.file).stat().st_size}
+        name, entry = compile_engine(args.bundle, config, report)
+    facts = {"engine": name, **entry.model_dump(mode="json"), "plan_bytes": (args.bundle / entry.file).stat().st_size}
     print(json.dumps(facts))
     return 0
 
@@ -367,7 +382,9 @@ def calibrate_bundle(
 
     def run(policy: Policy) -> list[PromptResult]:
         llm.tiers["turbo"] = policy  # the policy on trial takes a tier's place
-        outputs = llm.generate([Request(ids, "turbo", params) for ids in prompts])
+        requests = [Request(ids, "turbo", params) for ids in prompts]
+        # What pays depends on the rows that share a pass: the cost that is reported is that of a request alone.
+        outputs = [llm.generate([each])[0] for each in requests] if policy.pays else llm.generate(requests)
         results = []
         for ids, output in zip(prompts, outputs, strict=True):
             audited, counters = audit(llm.target, ids, output.token_ids), output.counters

@@ -248,7 +248,7 @@ class EngineConfig(_Strict):
             has it made, from the calibration's prompts.
         flavor: `tensorrt_rtx` builds on any machine, `tensorrt` on the GPU that will run the engine.
         compute_capability: GPUs that it shall run on, such as "8.9".
-        max_batch: rows of a step.
+        max_rows: rows of a step.
         max_length: tokens that each row of the cache holds; the runtime keeps 128 of them for drafting.
         max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
         prefill_chunk: most tokens of a row in one step.
@@ -261,7 +261,7 @@ class EngineConfig(_Strict):
     checkpoint: Path | None = None
     flavor: Flavor = "tensorrt_rtx"
     compute_capability: Annotated[list[Capability], Field(min_length=1)]
-    max_batch: PositiveInt = 8
+    max_rows: PositiveInt = 8
     max_length: Annotated[int, Field(ge=3 * MAX_PENDING)] = 2048
     max_pending: MaxPending | None = None
     prefill_chunk: Annotated[int, Field(ge=64)] = 256

@@ -15,6 +15,8 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from ssv.runtime.reply import Reply
+
 MODEL = "ensemble"
 
 # What Triton puts before a message, and what our models do.
@@ -38,7 +40,7 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of one request; None leaves a setting to the server.
+    """How one request is to be answered; None leaves a setting to the server.
 
     Attributes:
         tier: premium, balanced or turbo, or autoregressive, prompt-lookup or speculative, for comparison.
@@ -59,31 +61,6 @@ class Settings:
     stop: Sequence[str] = ()
     ignore_eos: bool | None = None
     timeout: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One response of a stream.
-
-    Attributes:
-        text: new text.
-        num_output_tokens: new tokens.
-        finish_reason: "" but for the last.
-        judged, accepted: drafted tokens that the target judged, and kept, so far; `unverified`: emitted ones that it never judged.
-        cached_tokens: of the prompt, those that had been computed before.
-    """
-
-    text: str
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-    judged: int
-    accepted: int
-    unverified: int
-    target_passes: int
-    cached_tokens: int
-    tier: str
-    lossless: bool
 
 
 def request_inputs(
@@ -116,24 +93,8 @@ def request_inputs(
 
 
 def read_reply(result: grpcclient.InferResult) -> Reply:
-    """A response's tensors."""
-
-    def value(name: str) -> Any:
-        return result.as_numpy(name).reshape(-1)[0]
-
-    return Reply(
-        text=value("text_output").decode(),
-        finish_reason=value("finish_reason").decode(),
-        num_input_tokens=int(value("num_input_tokens")),
-        num_output_tokens=int(value("num_output_tokens")),
-        judged=int(value("total_draft_tokens")),
-        accepted=int(value("total_accepted_draft_tokens")),
-        unverified=int(value("ssv_unverified_tokens")),
-        target_passes=int(value("ssv_target_passes")),
-        cached_tokens=int(value("ssv_cached_tokens")),
-        tier=value("ssv_tier_used").decode(),
-        lossless=bool(value("ssv_lossless")),
-    )
+    """Reads a response's tensors."""
+    return Reply.read(lambda name: result.as_numpy(name).reshape(-1)[0])
 
 
 def split_url(url: str) -> tuple[str, bool]:
@@ -152,7 +113,9 @@ class Client:
     """One stream at a time, over a connection of its own."""
 
     def __init__(self, url: str, *, ca: Path | None = None) -> None:
-        """Args:
+        """Makes a connection when it is first used.
+
+        Args:
             ca: PEM that the server's certificate is checked with; None for the system's.
 
         Raises:
@@ -236,7 +199,10 @@ class Client:
 
 
 def server_error(error: InferenceServerException, url: str) -> ServerError:
-    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.serving.pieces`)."""
+    """What an error of the client's library says.
+
+    A stream's errors have their status in their text (`ssv.runtime.serving.pieces`).
+    """
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
         text = f"no server answers at {url}: start one with `ssv-serve`"

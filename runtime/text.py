@@ -11,7 +11,9 @@ _HALF_CHARACTER = "\ufffd"
 class TextStream:
     """The text of one request.
 
-    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives.
+    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives. (With
+    `tokenizers.decoders.DecodeStream` they are not: it has no end, so half a character that an output ends with is
+    lost.)
 
     Attributes:
         min_tokens: tokens that do not complete a stop string.
@@ -34,8 +36,8 @@ class TextStream:
         """
         self._decode, self._stop = decode, tuple(stop)
         self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
-        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character). Those
-        # must have a text of their own: a decoder that strips a space strips it then from them.
+        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a
+        # character). Those must have a text of their own: a decoder that strips a space strips it then from them.
         prefix = decode(context) if context else ""
         known = prefix and not prefix.endswith(_HALF_CHARACTER)
         self._ids: list[int] = list(context) if known else []
@@ -45,8 +47,10 @@ class TextStream:
         self.stopped = False
 
     def push(self, *token_ids: int) -> str:
-        """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
-        that completes one."""
+        """Takes tokens, returns the text that can leave now.
+
+        With stop strings, one at a time: the output ends with the token that completes one.
+        """
         if not token_ids:
             return ""
         self._pushed += len(token_ids)

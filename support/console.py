@@ -57,7 +57,10 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
     choices = ["fp32", "bf16", "int8", "int4", "fp16", "fp8"]
-    help = "torch: fp32, bf16, int8, int4 (default: the bundle's on a CPU, bf16 on CUDA); tensorrt: that of a compiled engine"
+    help = (
+        "torch: fp32, bf16, int8, int4; tensorrt: that of a compiled engine "
+        "(default: the bundle's on a CPU, bf16 on CUDA; with tensorrt, that of the only engine)"
+    )
     parser.add_argument("--precision", choices=choices, help=help)
 
 
@@ -75,8 +78,8 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help=help)
 
 
-def add_batch(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--batch", type=positive, default=8, help=help)
+def add_max_rows(parser: argparse.ArgumentParser, help: str, default: int = 8) -> None:
+    parser.add_argument("--max-rows", type=positive, default=default, metavar="N", help=f"{help} (default: {default})")
 
 
 def positive(text: str) -> int:

@@ -36,9 +36,11 @@ class ServeError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Attributes:
-    capability: such as "9.0".
-    num_bytes: of its memory.
+    """What a GPU is, as far as engines ask.
+
+    Attributes:
+        capability: such as "9.0".
+        num_bytes: of its memory.
     """
 
     capability: str
@@ -91,7 +93,8 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
 
 
 def listen(host: str, local: bool, args: argparse.Namespace) -> dict[str, socket.socket]:
-    """Takes the ports that ssv-serve itself listens on, by kind (http, metrics), and makes sure that the others are free.
+    """Takes the ports that ssv-serve itself listens on, by kind (http, metrics), and makes sure that the others are
+    free.
 
     Args:
         local: whether HTTP stays on this machine.

@@ -17,10 +17,12 @@ class InstallationError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """Attributes:
-    binary: tritonserver.
-    arguments: that it always needs.
-    environment: variables to set for it.
+    """A tritonserver, and how it is started.
+
+    Attributes:
+        binary: tritonserver.
+        arguments: that it always needs.
+        environment: variables to set for it.
     """
 
     binary: Path

@@ -28,12 +28,12 @@ def compile_apart(bundle: Path, config: EngineConfig) -> None:
         "checkpoint": config.checkpoint,
         "flavor": config.flavor,
         "compute-capability": ",".join(config.compute_capability),
-        "max-batch": config.max_batch,
+        "max-rows": config.max_rows,
         "max-length": config.max_length,
         "max-pending": config.max_pending,
         "prefill-chunk": config.prefill_chunk,
         "plugins": config.plugins,
-        "out": bundle,
+        "bundle": bundle,
     }
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "ssv.builder.cli", "compile", *words]

@@ -180,7 +180,7 @@ def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
     """What an engine is built for; verification is as wide as the bundle's tiers ask unless told otherwise."""
     widest = max(tier.policy.max_pending for tier in manifest.tiers.values())
     return Limits(
-        max_batch=config.max_batch,
+        max_batch=config.max_rows,
         max_length=config.max_length,
         max_pending=config.max_pending or widest,
         prefill_chunk=min(config.prefill_chunk, config.max_length),

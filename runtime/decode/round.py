@@ -173,6 +173,7 @@ class DecodeBatch:
         counters.rolled_back += len(tree) - len(path)
         counters.target_passes += 1
         counters.target_tokens += len(tree) + 1
+        counters.passes_by_kept[len(path)] += 1
         self.target.keep(b, start, [start + node for node in path])
         if (drafter := self.drafter_of(row)) is not None:
             drafter.observe(b, row, path, None if features_BTF is None else features_BTF[b])

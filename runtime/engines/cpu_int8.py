@@ -167,7 +167,8 @@ class Places:
             ]
             depth = path_MD.shape[1]
         addresses = [tensor.data_ptr() for tensor in self._held]
-        self.args = (*addresses, *[0] * (4 - len(addresses)), depth)
+        first_slot, counts, prefix, path = (*addresses, *[0] * (4 - len(addresses)))
+        self.args = (first_slot, counts, prefix, path, depth)
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | N
     if not entries:
         raise EngineError(
             f"{bundle} has no {role} engine{f' in {precision}' if precision else ''}: "
-            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} --compute-capability YOURS --out {bundle}`"
+            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} --compute-capability YOURS --bundle {bundle}`"
         )
     problem: EngineError | None = None
     for entry in entries:
@@ -264,8 +264,8 @@ def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: s
     without = " --plugins off" if entry.flavor == "tensorrt" and not entry.plugins else ""
     rebuild = (
         f"build it again with `ssv-build compile --role {entry.role} --precision {entry.precision} --flavor {entry.flavor} "
-        f"--compute-capability {capability} --max-batch {entry.max_batch} --max-length {entry.max_length} --max-pending "
-        f"{entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized}{without} --out {bundle}`"
+        f"--compute-capability {capability} --max-rows {entry.max_batch} --max-length {entry.max_length} --max-pending "
+        f"{entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized}{without} --bundle {bundle}`"
     )
     plan = bundle / entry.file
     if entry.tensorrt != version:

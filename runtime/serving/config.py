@@ -32,8 +32,8 @@ class ServerConfig(BaseModel):
         prefill_chunk: tokens of a prompt between two rounds; 0 for what fits the device.
         prompt_cache_mb: memory for beginnings of prompts; 0 for none.
         stream_interval_ms: between two responses of a stream, at least.
-        responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores, each response takes
-            time from the engines.
+        responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores,
+            each response takes time from the engines.
         verified: files of the bundle that ssv-serve has checked, as JSON (see `verify_files`); "" for none.
         audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
     """

@@ -1,7 +1,10 @@
-"""What a client may ask for, checked, and made into a request. Imports no torch: it runs beside the engines, not with them.
+"""What a client may ask for, checked, and made into a request.
 
-The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI frontend, the bench
-clients of sglang and vLLM. What is known and not supported is refused with a message, never ignored.
+Imports no torch: it runs beside the engines, not with them.
+
+The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI
+frontend, the bench clients of sglang and vLLM. What is known and not supported is refused with a message, never
+ignored.
 """
 
 from __future__ import annotations
@@ -68,10 +71,19 @@ NUMBERS = (
     "ssv_max_divergence",
     "ssv_timeout",
 )
-"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
+"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and
+FP32 [1].
+"""
 
-# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send the second to
-# whatever they measure, where it changes nothing either.
+_DTYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "INT32": np.int32,
+    "UINT64": np.uint64,
+    "FP32": np.float32,
+}
+
+# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send
+# the second to whatever they measure, where it changes nothing either.
 _NO_SETTINGS = ("id", "accumulate_tokens")
 # Names that other servers have for ours, where the spelling does not tell.
 _ELSEWHERE = {
@@ -113,10 +125,12 @@ _VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "i
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Attributes:
-    max_length: tokens of prompt and output together.
-    max_tokens: of an output.
-    max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
+    """What a server has room for.
+
+    Attributes:
+        max_length: tokens of prompt and output together.
+        max_tokens: of an output.
+        max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
     """
 
     max_length: int
@@ -423,10 +437,9 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if name in (*STRINGS, *STRING_LISTS):
             tensors[name] = np.array([[(value if name in STRINGS else value[0]).encode()]], dtype=np.object_)
             continue
-        whole = np.uint64 if name in ("seed", "random_seed") else np.int32
-        dtype = np.bool_ if name in FLAGS else np.float32 if name in NUMBERS else whole
-        if dtype is whole and not np.iinfo(whole).min <= value <= np.iinfo(whole).max:
-            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(whole).max}")
+        dtype = _DTYPES[input_type(name)]
+        if issubclass(dtype, np.integer) and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(dtype).max}")
         tensors[name] = np.array([[value]], dtype=dtype)
     return tensors
 
@@ -434,3 +447,10 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def declared_inputs() -> Sequence[str]:
     """All names that a client may send."""
     return (*STRINGS, *STRING_LISTS, *FLAGS, *WHOLE_NUMBERS, *NUMBERS)
+
+
+def input_type(name: str) -> str:
+    """Returns what Triton calls the type of an input's elements."""
+    if name in WHOLE_NUMBERS:
+        return "UINT64" if name in ("seed", "random_seed") else "INT32"
+    return "BOOL" if name in FLAGS else "FP32" if name in NUMBERS else "STRING"

@@ -46,9 +46,11 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Attributes:
-    decoding, joining, waiting: requests that are.
-    prompts: of the prompt cache.
+    """What the service is busy with.
+
+    Attributes:
+        decoding, joining, waiting: requests that are.
+        prompts: of the prompt cache.
     """
 
     decoding: int
@@ -81,7 +83,8 @@ class _Client:
 class Service:
     """Requests from any thread, decoded by one.
 
-    When an engine fails, everything in it is in doubt: all requests end with the error, no more are taken, and `on_death` is called.
+    When an engine fails, everything in it is in doubt: all requests end with the error, no more are taken, and
+    `on_death` is called.
     """
 
     def __init__(
@@ -96,12 +99,16 @@ class Service:
         on_round: Callable[[Load], None] = lambda load: None,
         on_death: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """Args:
-        max_waiting: requests that wait for a row, at most.
-        audit_share: share of the greedy requests of lossy tiers whose output is judged afterwards by the target, when a row is free.
-        on_finish: called with the last chunk and the method of each request, by the service's thread; so are the others.
-        on_audit: called with each audit, the method of its request, and the number of tokens it is of.
-        on_round: called after every round, and once more when there is nothing left to do.
+        """Starts the thread that decodes.
+
+        Args:
+            max_waiting: requests that wait for a row, at most.
+            audit_share: share of the greedy requests of lossy tiers whose output is judged afterwards by the target,
+                when a row is free.
+            on_finish: called with the last chunk and the method of each request, by the service's thread; so are the
+                others.
+            on_audit: called with each audit, the method of its request, and the number of tokens it is of.
+            on_round: called after every round, and once more when there is nothing left to do.
         """
         self._llm, self._audit_share = llm, audit_share
         self._on_finish, self._on_audit, self._on_round, self._on_death = on_finish, on_audit, on_round, on_death
@@ -151,7 +158,8 @@ class Service:
             self._refuses = self._refuses or why
 
     def drain(self, timeout: float) -> bool:
-        """Takes no more requests, and ends once those it has are finished; after `timeout` seconds these end with an error.
+        """Takes no more requests, and ends once those it has are finished; after `timeout` seconds these end with an
+        error.
 
         Returns:
             Whether all were finished.

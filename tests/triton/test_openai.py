@@ -34,7 +34,7 @@ class Server(Protocol):
 
 @pytest.fixture(scope="module")
 def url(server: Server) -> str:
-    """Of the API, once it answers: it is started after the server."""
+    """The API's address, once it answers: it is started after the server."""
     address = urlsplit(server.openai_url).netloc
 
     def answers() -> bool:
@@ -253,7 +253,10 @@ def test_a_client_that_leaves_ends_its_request(server: Server, url: str, model: 
     address = urlsplit(url)
     body = {"model": model, "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
     with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=SECONDS) as connection:
         connection.sendall(head.encode() + content)
         if stream:

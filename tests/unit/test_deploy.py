@@ -19,7 +19,8 @@ import yaml
 
 from ssv.runtime.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
 from ssv.triton_repo import checks, front, serve
-from ssv.triton_repo.openai.app import Models, create_app
+from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.translation import Models
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -160,7 +160,7 @@ PLANTED = {
     "path": "see `runtime/nothing.py`",
     "path in a command": "```sh\nssv-bench --bundle x --prompts benchmarks/prompts/nothing.jsonl\n```",
     "option": "```sh\nssv-bench --bundel x\n```",
-    "option of another command": "```sh\nssv-build inspect x --role target\n```",
+    "option of another command": "```sh\nssv-build inspect --bundle x --role target\n```",
     "option on the next line": "```sh\nssv-serve --bundle x \\\n    --nothing\nssv-bench --bundle x\n```",
     "option in an indented block": "    ssv-generate --nothing x",
     "option in a sentence": "with `ssv-ab run --nothing`",

@@ -24,7 +24,8 @@ from ssv.ab.arms import parse_arm
 from ssv.ab.endpoints import connect
 from ssv.ab.openai_endpoint import OpenAIEndpoint
 from ssv.client.triton import Reply
-from ssv.triton_repo.openai.app import Models, create_app
+from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.translation import Models
 
 SAMPLING = Sampling(max_tokens=16, temperature=0.5, timeout=5.0)
 
@@ -414,7 +415,9 @@ def test_a_refusal_of_what_was_sent_names_the_setting(setting: str, said: Any) -
 
 PLAIN = {
     "id": "c", "object": "chat.completion", "created": 1, "model": "m",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Oslo", "reasoning": "hm"}, "finish_reason": "stop"}],
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "Oslo", "reasoning": "hm"}, "finish_reason": "stop"}
+    ],
     "usage": {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11},
 }  # fmt: skip
 
@@ -583,7 +586,7 @@ def test_replies_of_ssv_are_an_answer_with_its_counts(server: tuple[Triton, int]
     ("query", "expected"),
     [
         ("", {}),
-        ("?tier=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
+        ("?method=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
         ("?max_divergence=0.25", {"ssv_max_divergence": np.float32(0.25).tobytes()}),
     ],
 )

@@ -95,7 +95,7 @@ def test_seeds_depend_on_run_prompt_and_repeat_and_not_on_the_arm() -> None:
 
 def test_an_arm_is_a_name_an_address_and_settings() -> None:
     assert parse_arm("a=grpc://h:8001") == Arm("a", "grpc://h:8001")
-    assert parse_arm("fast=grpcs://h:8001/?tier=turbo&gpus=2&price_per_hour=1.5") == Arm(
+    assert parse_arm("fast=grpcs://h:8001/?method=turbo&gpus=2&price_per_hour=1.5") == Arm(
         "fast", "grpcs://h:8001", tier="turbo", gpus=2.0, price_per_hour=1.5
     )
     assert parse_arm("a=grpc://h:1?max_divergence=0.05").max_divergence == 0.05
@@ -123,11 +123,11 @@ def test_an_arm_is_a_name_an_address_and_settings() -> None:
         ("a=http://[::1/v1?model=m", "arm a: 'http://[::1/v1?model=m' is no address"),
         ("a=grpc://h:1?teir=turbo", "arm a: unknown setting 'teir'; known for grpc: gpus,"),
         ("a=grpc://h:1?model=m", "unknown setting 'model'; known for grpc"),
-        ("a=http://h/v1?model=m&tier=turbo", "unknown setting 'tier'; known for http"),
+        ("a=http://h/v1?model=m&method=turbo", "unknown setting 'method'; known for http"),
         ("a=http://h/v1", "arm a names no model: add ?model=..."),
         ("a=http://h/v1?model=", "arm a names no model"),
-        ("a=grpc://h:1?tier=turbo&tier=premium", "says something twice"),
-        ("a=grpc://h:1?tier=turbo&max_divergence=0.1", "has a tier and a max_divergence: give one of them"),
+        ("a=grpc://h:1?method=turbo&method=premium", "says something twice"),
+        ("a=grpc://h:1?method=turbo&max_divergence=0.1", "has a method and a max_divergence: give one of them"),
         ("a=grpc://h:1?price_per_hour=-1", "arm a: price_per_hour=-1 must be a number above 0"),
         ("a=grpc://h:1?gpus=0", "gpus=0 must be a number above 0"),
         ("a=grpc://h:1?gpus=many", "gpus=many must be a number above 0"),

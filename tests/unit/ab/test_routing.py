@@ -1,4 +1,6 @@
-"""Who is in which arm, what files of arms are refused, and which arms are out of service; then the log, which a crash must not spoil."""
+"""Who is in which arm, what files of arms are refused, and which arms are out of service; then the log, which a crash
+must not spoil.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_arms_have_their_shares(shares: Mapping[str, float]) -> None:
 
 
 def test_another_salt_shuffles_anew() -> None:
-    """Of those that were in b, as many are in b as of the others."""
+    """As many of those that were in b are in it again as of the others."""
     before, after = (routing({"a": 0.7, "b": 0.3}, salt=salt) for salt in ("one", "two"))
     both = sum(before.arm_of(unit) == after.arm_of(unit) == "b" for unit in UNITS)
     assert within_error(both, 0.09)

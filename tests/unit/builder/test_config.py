@@ -236,7 +236,7 @@ def test_there_is_a_preset() -> None:
 
 def test_engines_of_a_recipe() -> None:
     engine = checked(EngineConfig, role="draft", precision="int4", compute_capability=["8.9", "12.0"])
-    assert (engine.flavor, engine.max_batch, engine.max_length, engine.max_pending) == ("tensorrt_rtx", 8, 2048, None)
+    assert (engine.flavor, engine.max_rows, engine.max_length, engine.max_pending) == ("tensorrt_rtx", 8, 2048, None)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_engines_of_a_recipe() -> None:
         ({"precision": "int8"}, "precision"),
         ({"flavor": "trt"}, "flavor"),
         ({"max_pending": 65}, "max_pending"),
-        ({"max_batch": 0}, "max_batch"),
+        ({"max_rows": 0}, "max_rows"),
         ({"colour": 1}, "colour"),
     ],
 )

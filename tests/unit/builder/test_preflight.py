@@ -112,9 +112,9 @@ def test_a_batch_of_nothing_is_refused(
 ) -> None:
     more = ["--bundle", "bundle"] if command == "calibrate" else []
     with pytest.raises(SystemExit) as caught:
-        main([command, str(recipe), "--out", "out", *more, "--batch", batch])
+        main([command, str(recipe), "--out", "out", *more, "--max-rows", batch])
     assert caught.value.code == 2
-    assert f"--batch: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
+    assert f"--max-rows: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["pair", "distill", "scorer", "calibrate", "quantize"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -96,7 +98,13 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 
 def test_methods() -> None:
-    assert METHODS == ("autoregressive", "prompt-lookup", "speculative", "premium", "balanced", "turbo")
+    assert METHODS == (
+        "autoregressive", "prompt-lookup", "speculative", "specinfer", "eagle", "premium", "balanced", "turbo",
+    )  # fmt: skip
+    trees = {name: policy_for(name, {}) for name in ("specinfer", "eagle")}
+    assert all(policy.lossless and not policy.is_chain for policy in trees.values())
+    assert [trees["specinfer"].children_of(depth) for depth in range(8)] == [1, 1, 3, 1, 1, 1, 1, 1]
+    assert (trees["eagle"].max_pending, trees["eagle"].max_depth, trees["eagle"].beam) == (60, 7, 10)
     assert policy_for("autoregressive", {}).max_pending == 0
     for k in (1, 5, 32):
         assert policy_for("speculative", {}, k) == Policy(accept_below=0, verify_above=1, risk_budget=1, max_pending=k)
@@ -120,7 +128,7 @@ def test_speculative_needs_a_token(k: int) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(
         RequestError,
-        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, premium, balanced, turbo",
+        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, specinfer, eagle, premium, balanced, turbo",
     ):
         policy_for("Premium", {"Premium": PREMIUM})
 
@@ -155,6 +163,17 @@ def test_counters_add() -> None:
     assert both.to_dict()["emitted"] == 10
     assert both.tokens_per_pass == (10 - 2) / 3
     assert sum([one, one], Counters(requests=0)).tokens_per_pass == one.tokens_per_pass == 4.0
+
+
+def test_passes_by_what_they_kept() -> None:
+    one = Counters(target_passes=3, passes_by_kept=Counter([0, 2, 2]))
+    both = one + Counters(target_passes=1, passes_by_kept=Counter([3]))
+    assert one.passes_by_kept == {0: 1, 2: 2}  # a sum leaves its parts as they are
+    assert both.passes_by_kept == {0: 1, 2: 2, 3: 1}
+    assert both.kept_by_depth == [0.75, 0.75, 0.25]
+    assert Counters(target_passes=2, passes_by_kept=Counter([0, 0])).kept_by_depth == []
+    assert Counters().kept_by_depth == []
+    assert json.loads(json.dumps(both.to_dict()))["passes_by_kept"] == {"0": 1, "2": 2, "3": 1}
 
 
 def test_rates() -> None:

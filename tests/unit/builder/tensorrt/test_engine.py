@@ -90,7 +90,7 @@ def config(role: str = "target", precision: str = "fp16", **changes: Any) -> Eng
 
 
 def arguments(bundle: Path, *more: str) -> list[str]:
-    fixed = ["--role", "target", "--max-length", "192", "--prefill-chunk", "64", "--out", str(bundle)]
+    fixed = ["--role", "target", "--max-length", "192", "--prefill-chunk", "64", "--bundle", str(bundle)]
     return ["compile", *fixed, *more]
 
 
@@ -198,7 +198,7 @@ def test_a_command_compiles_a_quantized_draft_for_two_capabilities(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = quantized_draft(bundle, tmp_path / "draft.safetensors")
-    more = ("--role", "draft", "--compute-capability", "8.9,12.0", "--max-batch", "2", "--max-pending", "3")
+    more = ("--role", "draft", "--compute-capability", "8.9,12.0", "--max-rows", "2", "--max-pending", "3")
     assert main(arguments(bundle, "--precision", "int4", "--checkpoint", str(checkpoint), *more)) == 0
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
@@ -220,7 +220,7 @@ def test_a_second_engine_of_the_same_name_replaces_the_first(
 
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
     monkeypatch.setattr(engine, "write_manifest", checked_write)
-    name, entry = compile_engine(compiled_bundle, config(max_batch=2), silent)
+    name, entry = compile_engine(compiled_bundle, config(max_rows=2), silent)
     manifest = read_manifest(compiled_bundle)
     assert entry.max_batch == 2
     assert manifest.engines == {compiled.name: entry}
@@ -233,7 +233,7 @@ def test_a_second_engine_of_the_same_name_replaces_the_first(
 
 def test_an_engine_of_the_same_plan_keeps_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
-    (_, first), (_, second) = (compile_engine(bundle, config(max_batch=rows), silent) for rows in (1, 2))
+    (_, first), (_, second) = (compile_engine(bundle, config(max_rows=rows), silent) for rows in (1, 2))
     assert first.file == second.file
     assert read_manifest(bundle).engines == {config().name: second}
 
@@ -449,7 +449,7 @@ def test_what_a_gpu_has_no_arithmetic_for_is_refused_before_building(
     with pytest.raises(ValueError, match=message):
         config(role, precision, compute_capability=capabilities)
     argv = ["--role", role, "--precision", precision, "--compute-capability", ",".join(capabilities)]
-    assert main(["compile", *argv, "--out", str(bundle)]) == 2
+    assert main(["compile", *argv, "--bundle", str(bundle)]) == 2
     assert re.search(r"does not run a " + role, capsys.readouterr().err)
 
 
@@ -553,7 +553,7 @@ def test_tiers_that_verify_more_than_a_chunk_are_refused(built: Path) -> None:
         ("max-length", "64"),
         ("prefill-chunk", "32"),
         ("max-pending", "65"),
-        ("max-batch", "0"),
+        ("max-rows", "0"),
         ("compute-capability", "ada"),
         ("compute-capability", "8.9,8.9"),
     ],
@@ -584,7 +584,7 @@ def test_no_space_for_the_plan(compiled_bundle: Path) -> None:
     before = read_manifest(compiled_bundle)
     (compiled_bundle / "target" / ".target-fp16-tensorrt_rtx-8.9.part").symlink_to("/dev/full")
     with pytest.raises(EngineBuildError, match=r"cannot be written \(No space left on device\): choose a place"):
-        compile_engine(compiled_bundle, config(max_batch=2), silent)
+        compile_engine(compiled_bundle, config(max_rows=2), silent)
     assert part_files(compiled_bundle) == []
     assert read_manifest(compiled_bundle) == before
 

@@ -546,7 +546,7 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
-            "unknown method 'fast'; known: autoregressive, prompt-lookup, speculative, premium",
+            "unknown method 'fast'; known: autoregressive, prompt-lookup, speculative, specinfer, eagle, premium",
         ),
     ]
     for request, message in refused:
@@ -640,6 +640,7 @@ def slow_twin(
         counters.rolled_back += len(pending) - kept
         counters.target_passes += 1
         counters.target_tokens += len(pending) + 1
+        counters.passes_by_kept[kept] += 1
         tokens += [*pending[:kept], choice(tokens + pending[:kept])]
         if EOS in tokens[start + 1 :]:
             del tokens[tokens.index(EOS, start + 1) + 1 :]
