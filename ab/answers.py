@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ssv.ab import scoring
+from ssv.support.errors import UserError
 
 _STOPPED = (
     "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_word", "stop_words", "stop_token", "complete",
@@ -18,7 +19,7 @@ ENDINGS = frozenset((*_STOPPED, *_LIMITED))
 `content_filter`, `tool_calls` where no tools were given, `deadline`, names nobody knows) leaves no answer."""
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError):
     """An endpoint is not there, refused, broke off, or sent what cannot be an answer; the message says which."""
 
 

@@ -134,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if params.greedy and (params.top_k or params.top_p < 1):
-        raise RequestError("--top-k and --top-p are of sampled output: give a --temperature above 0")
+        raise RequestError("--top-k and --top-p are of sampled output", "give a --temperature above 0")
     prompts = read_prompts(args.prompts)[: args.num_prompts]
 
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
@@ -344,9 +344,9 @@ def _check_plot(path: Path) -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib: pip install 'ssv[plot]'")
+        raise RequestError("--plot needs matplotlib", "pip install 'ssv[plot]'")
     if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {path}: choose a .png file in a folder that exists")
+        raise RequestError(f"--plot {path}", "choose a .png file in a folder that exists")
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 
 
-class RoutingError(ValueError):
+class RoutingError(UserError):
     """A file that cannot be one of arms; the message names what is wrong."""
 
 

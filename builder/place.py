@@ -28,27 +28,29 @@ def bundle_at(out: Path) -> Manifest | None:
     if not os.path.lexists(out):
         return None
     if not out.is_dir():
-        raise BundleError(f"{out} exists and is not a folder: choose another one")
+        raise BundleError(f"{out} exists and is not a folder", "choose another one")
     if out.is_mount():
-        raise BundleError(f"{out} is a mount point and cannot be replaced as a whole: choose a folder inside of it")
+        raise BundleError(f"{out} is a mount point and cannot be replaced as a whole", "choose a folder inside of it")
     try:
         if not any(out.iterdir()):
             return None
     except OSError as error:
-        raise BundleError(f"{out} cannot be read ({error.strerror}): choose another folder") from error
+        raise BundleError(f"{out} cannot be read ({error.strerror})", "choose another folder") from error
     if not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} exists and is not a bundle: choose another folder")
+        raise BundleError(f"{out} exists and is not a bundle", "choose another folder")
     _refuse_strangers_manifest(out)
     try:
         manifest = read_manifest(out, verify=False)
     except BundleError as error:
         raise BundleError(
-            f"{out} is left as it is, its manifest cannot be used ({error}): choose another folder, or remove this one first"
+            f"{out} is left as it is, its manifest cannot be used ({error})",
+            "choose another folder, or remove this one first",
         ) from error
     if foreign := _unlisted(out, manifest):
         named = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise BundleError(
-            f"{out} holds files that its manifest does not list and that would be deleted ({named}): choose another folder, or move them first"
+            f"{out} holds files that its manifest does not list and that would be deleted ({named})",
+            "choose another folder, or move them first",
         )
     return manifest
 
@@ -60,15 +62,16 @@ def _refuse_strangers_manifest(out: Path) -> None:
         data = parse_json(path.read_text())
     except (ValueError, OSError) as error:
         raise BundleError(
-            f"{out} holds a {MANIFEST_NAME} that cannot be read ({error}): choose another folder, or remove this one if it was a bundle"
+            f"{out} holds a {MANIFEST_NAME} that cannot be read ({error})",
+            "choose another folder, or remove this one if it was a bundle",
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is not int or not data.keys() >= _KEYS:
-        raise BundleError(f"{out} holds a {MANIFEST_NAME} that is not a bundle's: choose another folder")
+        raise BundleError(f"{out} holds a {MANIFEST_NAME} that is not a bundle's", "choose another folder")
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{out} is a bundle of schema version {version}, this ssv writes {SCHEMA_VERSION} and can take nothing over from it: choose another "
-            "folder, or move this one first"
+            f"{out} is a bundle of schema version {version}, this ssv writes {SCHEMA_VERSION} and can take nothing over from it",
+            "choose another folder, or move this one first",
         )
 
 

@@ -71,7 +71,7 @@ def staging(out: Path) -> Iterator[Stage]:
         stage = Stage(out, out.parent / f".{out.name}.building")
         lock = _lock(stage)
     except OSError as error:
-        raise BundleError(f"{out.parent} cannot be written ({error.strerror}): choose another folder") from error
+        raise BundleError(f"{out.parent} cannot be written ({error.strerror})", "choose another folder") from error
     try:
         _tidy(stage)
         bundle_at(out)
@@ -109,7 +109,7 @@ def exchange(new: Path, place: Path) -> None:
             # Where it is certainly ours: deleted only in part it could not be told from a stranger's any more.
             retired.rename(new)
     except OSError as error:
-        raise BundleError(f"{place} cannot be replaced ({error.strerror}): choose another folder") from error
+        raise BundleError(f"{place} cannot be replaced ({error.strerror})", "choose another folder") from error
     _sync(place.parent)
 
 
@@ -121,7 +121,7 @@ def _lock(stage: Stage) -> int:
     path = stage.work / _LOCK
     if stage.work.is_dir() and any(stage.work.iterdir()) and not path.exists():
         raise BundleError(
-            f"{stage.work} is none of ours and in the way: move it, or choose another folder for the bundle"
+            f"{stage.work} is none of ours and in the way", "move it, or choose another folder for the bundle"
         )
     while True:
         stage.work.mkdir(exist_ok=True)
@@ -130,7 +130,9 @@ def _lock(stage: Stage) -> int:
         except FileNotFoundError:
             continue  # a run that ends removed the folder
         except BlockingIOError as error:
-            raise BundleError(f"another run is building {stage.out}: choose another folder, or wait for it") from error
+            raise BundleError(
+                f"another run is building {stage.out}", "choose another folder, or wait for it"
+            ) from error
 
 
 def _tidy(stage: Stage) -> None:

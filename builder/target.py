@@ -77,7 +77,7 @@ def openings_of(file: Path | None, target: Target) -> list[list[int]]:
     """Token ids of the openings in a file, one a line; control tokens in them are text, as in the messages that they begin.
 
     Raises:
-        ValueError: the file cannot be read, or an opening cannot be written without a control token.
+        UserError: the file cannot be read, or an opening cannot be written without a control token.
     """
     if file is None:
         return []

@@ -58,14 +58,14 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
         if not is_gguf:
             _refuse_config(source)
         raise CheckpointError(
-            f"{source}: its tokenizer cannot be read ({_one_line(error)}): use files that transformers "
-            f"{_version('transformers')} and tokenizers {_version('tokenizers')} read"
+            f"{source}: its tokenizer cannot be read ({_one_line(error)})",
+            f"use files that transformers {_version('transformers')} and tokenizers {_version('tokenizers')} read",
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(
-            f"{source}: its tokenizer has no tokenizer.json and none can be made of it: "
-            "convert it with transformers (save_pretrained of a fast tokenizer)"
+            f"{source}: its tokenizer has no tokenizer.json and none can be made of it",
+            "convert it with transformers (save_pretrained of a fast tokenizer)",
         )
     if is_gguf:
         if meta.get("tokenizer.ggml.model") == "gpt2":
@@ -102,7 +102,8 @@ def end_tokens(path: Path, tokenizer: Any) -> list[int]:
     if not found:
         raise CheckpointError(
             f"{path}: no token ends an answer, neither in the tokenizer nor in generation_config.json, config.json or the chat "
-            "template: add eos_token_id to generation_config.json"
+            "template",
+            "add eos_token_id to generation_config.json",
         )
     return sorted(found)
 
@@ -116,8 +117,8 @@ def check_vocabulary(path: Path, tokenizer: Any, ends: Iterable[int], rows: int)
     for token in ends:
         if not 0 <= token < rows:
             raise CheckpointError(
-                f"{path}: end token {token} ({_text_of(tokenizer, token)}) lies outside the model's embedding of {rows} rows: "
-                "give the files of one model, or enlarge its embedding"
+                f"{path}: end token {token} ({_text_of(tokenizer, token)}) lies outside the model's embedding of {rows} rows",
+                "give the files of one model, or enlarge its embedding",
             )
     vocab = tokenizer.get_vocab()
     beyond = sorted((token, text) for text, token in vocab.items() if token >= rows)
@@ -129,7 +130,8 @@ def check_vocabulary(path: Path, tokenizer: Any, ends: Iterable[int], rows: int)
     where = "the chat template writes token" if written else "the tokenizer has token"
     raise CheckpointError(
         f"{path}: {where} {token} ({name!r}), and the model's embedding has {rows} rows for the tokenizer's "
-        f"{max(vocab.values()) + 1}: give the files of one model, or enlarge its embedding"
+        f"{max(vocab.values()) + 1}",
+        "give the files of one model, or enlarge its embedding",
     )
 
 
@@ -185,7 +187,8 @@ def _refuse_config(folder: Path) -> None:
             AutoConfig.from_pretrained(folder)
         except Exception as error:  # it raises nothing narrower
             raise CheckpointError(
-                f"{path} is refused by transformers {_version('transformers')} ({_one_line(error)}): correct what it names"
+                f"{path} is refused by transformers {_version('transformers')} ({_one_line(error)})",
+                "correct what it names",
             ) from error
 
 
@@ -196,9 +199,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         given = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): mend it or fetch it again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error})", "mend it or fetch it again") from error
     if not isinstance(given, dict):
-        raise CheckpointError(f"{path} is not a JSON object: mend it or fetch it again")
+        raise CheckpointError(f"{path} is not a JSON object", "mend it or fetch it again")
     return given
 
 
@@ -244,13 +247,14 @@ def _one_template(path: Path, template: object) -> str:
     if isinstance(template, Mapping):
         if "default" not in template:
             raise CheckpointError(
-                f"{path}: the tokenizer has chat templates named {', '.join(map(str, template))}, and none named default: "
-                "give the one for chats that name"
+                f"{path}: the tokenizer has chat templates named {', '.join(map(str, template))}, and none named default",
+                "give the one for chats that name",
             )
         template = template["default"]
     if not isinstance(template, str) or not template.strip():
         raise CheckpointError(
-            f"{path}: the tokenizer lacks a chat template: add chat_template.jinja, or `chat_template` to tokenizer_config.json"
+            f"{path}: the tokenizer lacks a chat template",
+            "add chat_template.jinja, or `chat_template` to tokenizer_config.json",
         )
     return template
 
@@ -260,12 +264,12 @@ def _render(path: Path, tokenizer: Any, messages: list[dict[str, str]], *, add_g
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever the template's author lets it raise, or jinja2 with what is not its language
         raise CheckpointError(
-            f"{path}: the chat template fails on a user's question ({type(error).__name__}: {_one_line(error)}): "
-            "use one that takes a conversation beginning with the user"
+            f"{path}: the chat template fails on a user's question ({type(error).__name__}: {_one_line(error)})",
+            "use one that takes a conversation beginning with the user",
         ) from error
     if _USER not in text:
         raise CheckpointError(
-            f"{path}: the chat template leaves out the user's question: use one that writes all messages"
+            f"{path}: the chat template leaves out the user's question", "use one that writes all messages"
         )
     return text
 
@@ -290,12 +294,13 @@ def _check_gguf_ids(path: Path, meta: Mapping[str, Any]) -> None:
         return
     if not meta["num_tokens"]:
         raise CheckpointError(
-            f"{path}: the file has no tokenizer (tokenizer.ggml.tokens): convert the model again with it"
+            f"{path}: the file has no tokenizer (tokenizer.ggml.tokens)", "convert the model again with it"
         )
     for name, value in meta.items():
         if name.startswith("tokenizer.ggml.") and name.endswith("_token_id") and value >= meta["num_tokens"]:
             raise CheckpointError(
-                f"{path}: {name} {value} lies outside the vocabulary of {meta['num_tokens']} tokens: convert the model again"
+                f"{path}: {name} {value} lies outside the vocabulary of {meta['num_tokens']} tokens",
+                "convert the model again",
             )
 
 
@@ -320,7 +325,8 @@ def _set_split(path: Path, meta: Mapping[str, Any], tokenizer: Any) -> None:
         known = sorted({"default", *_DIGITS_THEN_GPT2, *_GPT2, *GGUF_PRE_TOKENIZER_SPLITS})
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre {pre!r} is unknown, and with another split the tokens would be others; known: "
-            f"{', '.join(known)}: use the model's safetensors folder"
+            f"{', '.join(known)}",
+            "use the model's safetensors folder",
         )
     if pre in _WHOLE_WORDS:
         backend.model.ignore_merges = True

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from ssv.bundle.policy import Policy
 from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 from ssv.support.waiting import Say, say_nothing
 
@@ -23,7 +24,7 @@ SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle that cannot be used; the message names the file and the cure."""
 
 
@@ -232,25 +233,25 @@ def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> 
     if not path.is_file():
         if not bundle.exists() and bundle.name and retired_place(bundle).is_dir():
             raise BundleError(
-                f"{bundle} was being replaced when that was interrupted, the old bundle lies at {retired_place(bundle)}: run the same "
-                "`ssv-build pair` again, or rename it"
+                f"{bundle} was being replaced when that was interrupted, the old bundle lies at {retired_place(bundle)}",
+                "run the same `ssv-build pair` again, or rename it",
             )
-        raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME}): make one with `ssv-build pair`")
+        raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME})", "make one with `ssv-build pair`")
     try:
         data = parse_json(path.read_text())
     except ValueError as error:
-        raise BundleError(f"{path} is damaged ({error}): build the bundle again") from error
+        raise BundleError(f"{path} is damaged ({error})", "build the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}: build the bundle again"
+            f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}", "build the bundle again"
         )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path} is damaged ({where}: {first['msg']}): build the bundle again") from error
+        raise BundleError(f"{path} is damaged ({where}: {first['msg']})", "build the bundle again") from error
     if verify:
         verify_files(bundle, manifest, say=say)
     return manifest
@@ -289,7 +290,7 @@ def verify_files(
         if not path.is_relative_to(root):
             raise BundleError(f"{bundle / MANIFEST_NAME} names {name}, which lies outside the bundle")
         if not path.is_file():
-            raise BundleError(f"{bundle} lacks {name}: build the bundle again")
+            raise BundleError(f"{bundle} lacks {name}", "build the bundle again")
         # Before it is read: what changes while it is read shows the next time.
         state = _state(path.stat(), expected)
         if name in unused or verified.get(name) == state:

@@ -33,7 +33,8 @@ class Limits:
         if not self.max_pending + 1 < self.prefill_chunk <= self.max_length:
             raise EngineBuildError(
                 f"prefill_chunk {self.prefill_chunk} must be more than max_pending + 1 = {self.max_pending + 1} and at most "
-                f"max_length {self.max_length}: choose other limits"
+                f"max_length {self.max_length}",
+                "choose other limits",
             )
 
 

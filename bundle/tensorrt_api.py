@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from ssv.support.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,7 +32,7 @@ _LEAST_CAPABILITY = {"fp16": (7, 5), "bf16": (8, 0), "int4": (8, 0), "fp8": (8, 
 _LEAST_CAPABILITY_OF_A_DRAFT = (8, 0)
 
 
-class EngineBuildError(RuntimeError):
+class EngineBuildError(UserError):
     """An engine that cannot be built or used; the message says why and what to do."""
 
 
@@ -68,14 +70,15 @@ def load_tensorrt(flavor: Flavor) -> ModuleType:
     try:
         trt = importlib.import_module(flavor)
     except ModuleNotFoundError as error:
-        raise EngineBuildError(f"{flavor} is not installed: pip install {PACKAGES[flavor]}") from error
+        raise EngineBuildError(f"{flavor} is not installed", f"pip install {PACKAGES[flavor]}") from error
     except (ImportError, OSError) as error:
         raise EngineBuildError(
-            f"{flavor} is installed and cannot be loaded ({error}): pip install {PACKAGES[flavor]}"
+            f"{flavor} is installed and cannot be loaded ({error})", f"pip install {PACKAGES[flavor]}"
         ) from error
     if not hasattr(trt.INetworkDefinition, "add_kv_cache_update"):
         raise EngineBuildError(
-            f"{flavor} {trt.__version__} is too old, it has no KV cache layer: pip install --upgrade {PACKAGES[flavor]}"
+            f"{flavor} {trt.__version__} is too old, it has no KV cache layer",
+            f"pip install --upgrade {PACKAGES[flavor]}",
         )
     return trt
 

@@ -161,19 +161,19 @@ def _refuse_quantized(weights: Weights, source: Path) -> None:
         if present := found & set(parts):
             example = next(name for name in weights if name.rpartition(".")[2] in present)
             raise CheckpointError(
-                f"{source} is quantized ({example} is a tensor of {method}): give the original weights"
+                f"{source} is quantized ({example} is a tensor of {method})", "give the original weights"
             )
     for name, weight in weights.items():
         if name.endswith(("_blocks", "_scales")):
-            raise CheckpointError(f"{source} is quantized to MXFP4 ({name}): give the original weights")
+            raise CheckpointError(f"{source} is quantized to MXFP4 ({name})", "give the original weights")
         if "bitsandbytes__" in name:
-            raise CheckpointError(f"{source} is quantized by bitsandbytes ({name}): give the original weights")
+            raise CheckpointError(f"{source} is quantized by bitsandbytes ({name})", "give the original weights")
         if ".lora_" in name:
-            raise CheckpointError(f"{source} is a LoRA adapter ({name}): merge it into its model and give the result")
+            raise CheckpointError(f"{source} is a LoRA adapter ({name})", "merge it into its model and give the result")
         if weight.dtype not in FLOATS and not name.endswith("rotary_emb.inv_freq"):
             kind = str(weight.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{source}: weight {name} is {kind}, quantized, and has no scale: give the original weights"
+                f"{source}: weight {name} is {kind}, quantized, and has no scale", "give the original weights"
             )
 
 
@@ -227,7 +227,8 @@ def _weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], 
     """The files of weights that count, and the index's map if they are its shards."""
     if (chosen := config.get("transformers_weights")) not in (None, _SINGLE):
         raise CheckpointError(
-            f"{folder}: config.json names its weights, transformers_weights {chosen!r}: rename them to {_SINGLE} and remove the setting"
+            f"{folder}: config.json names its weights, transformers_weights {chosen!r}",
+            f"rename them to {_SINGLE} and remove the setting",
         )
     # Read even if it does not count: damaged, it says that something happened to this folder.
     weight_map = _read_index(folder / _INDEX)
@@ -281,7 +282,8 @@ def _joined(files: Iterable[Path], weight_map: Mapping[str, str]) -> Weights:
                 continue
             if name in weights:
                 raise CheckpointError(
-                    f"{file.parent}: {name} is in {owner[name].name} and in {file.name}, and no index says which one counts: remove one"
+                    f"{file.parent}: {name} is in {owner[name].name} and in {file.name}, and no index says which one counts",
+                    "remove one",
                 )
             weights[name], owner[name] = tensor, file
     return weights

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from tokenizers import Encoding, Tokenizer
 
 from ssv.model.chat_template import ASSISTANT, OTHERS, TEMPLATE, Said, origin_of
+from ssv.support.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Of messages. A template writes them where it writes control tokens, and so no others are taken."""
@@ -34,7 +35,7 @@ _Place = Literal[
 _Span = tuple[int, int, int]  # a token's id, and from where to where the text has it
 
 
-class ConversationError(ValueError):
+class ConversationError(UserError):
     """A conversation that cannot be encoded; the message says what to change."""
 
 
@@ -188,7 +189,7 @@ class ConversationEncoder:
             cuts = [start + 1 for _, start, end in wrong if end - start > 1]
             if not cuts:
                 name = self._added[wrong[0][0]].content
-                raise ConversationError(f"{name!r} is a control token of this model: leave it out of the messages")
+                raise ConversationError(f"{name!r} is a control token of this model", "leave it out of the messages")
             bounds = [0, *cuts, len(text)]
             pieces = [(text[a:b], origin[a:b], "within" if a else place) for a, b in pairwise(bounds)]
             waiting += reversed(pieces)
@@ -218,7 +219,7 @@ def check_role(role: str) -> None:
         ConversationError: it is not.
     """
     if role not in ROLES:
-        raise ConversationError(f"role {role!r} is unknown: give one of {', '.join(ROLES)}")
+        raise ConversationError(f"role {role!r} is unknown", f"give one of {', '.join(ROLES)}")
 
 
 def _said(message: Mapping[str, str]) -> dict[str, str]:

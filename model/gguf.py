@@ -63,7 +63,8 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
     ) as error:  # UnicodeDecodeError is a ValueError
         if kind := re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
             raise CheckpointError(
-                f"{path} has a tensor of the unknown type {kind.group(1)}: convert the model to a common one, such as Q8_0"
+                f"{path} has a tensor of the unknown type {kind.group(1)}",
+                "convert the model to a common one, such as Q8_0",
             ) from error
         raise CheckpointError(f"{path} cannot be read ({error}): truncated or not a GGUF file") from error
     _refuse_parts(path, meta)
@@ -98,8 +99,8 @@ def _dequantized(tensor: Any, path: Path) -> Tensor:
         return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
     except (NotImplementedError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which is not supported: convert the model to a common "
-            "one, such as Q8_0"
+            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which is not supported",
+            "convert the model to a common one, such as Q8_0",
         ) from error
 
 
@@ -108,15 +109,15 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(8)
     if head[:4] in _BEFORE_GGUF:
-        raise CheckpointError(f"{path} is in a format before GGUF (GGML): convert the original weights anew")
+        raise CheckpointError(f"{path} is in a format before GGUF (GGML)", "convert the original weights anew")
     if len(head) < 8 or head[:4] != b"GGUF":
         raise CheckpointError(f"{path} cannot be read: truncated or not a GGUF file")
     little, big = struct.unpack("<I", head[4:])[0], struct.unpack(">I", head[4:])[0]
     if big < little and big < 1 << 16:
-        raise CheckpointError(f"{path} is a big-endian GGUF file: convert it with llama.cpp's gguf_convert_endian.py")
+        raise CheckpointError(f"{path} is a big-endian GGUF file", "convert it with llama.cpp's gguf_convert_endian.py")
     if little not in (2, 3):
         raise CheckpointError(
-            f"{path} is of GGUF version {little}, supported are 2 and 3: convert the original weights anew"
+            f"{path} is of GGUF version {little}, supported are 2 and 3", "convert the original weights anew"
         )
 
 
@@ -128,10 +129,11 @@ def _refuse_parts(path: Path, meta: Mapping[str, Any]) -> None:
         part, count = int(named.group(1)) - 1, int(named.group(2))
     if isinstance(count, int) and count > 1:
         raise CheckpointError(
-            f"{path} is part {part + 1} of a model in {count} files: merge them with `llama-gguf-split --merge` and give the result"
+            f"{path} is part {part + 1} of a model in {count} files",
+            "merge them with `llama-gguf-split --merge` and give the result",
         )
     if (kind := meta.get("general.type", "model")) != "model":
-        raise CheckpointError(f"{path} is no model but of general.type {kind!r}: give the model's own GGUF file")
+        raise CheckpointError(f"{path} is no model but of general.type {kind!r}", "give the model's own GGUF file")
 
 
 # --- Metadata -------------------------------------------------------------------------------------------------------
@@ -304,11 +306,11 @@ def _rope_scaling(
     kind = settings.values.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"rope.scaling.type {kind!r} is not supported, only 'none' and 'linear': use a file without it for contexts within the "
-            "length the model was trained with"
+            f"rope.scaling.type {kind!r} is not supported, only 'none' and 'linear'",
+            "use a file without it for contexts within the length the model was trained with",
         )
     if kind == "none" and factor != 1:
-        raise CheckpointError(f"rope.scaling.type 'none' contradicts the factor {factor}: remove one of them")
+        raise CheckpointError(f"rope.scaling.type 'none' contradicts the factor {factor}", "remove one of them")
     if divisors is None:
         return RopeDivisors((factor,) * (head_dim // 2)) if factor != 1 else None
     if arch != "llama":

@@ -331,7 +331,8 @@ def _rope_settings(
             continue
         if key == "factor" and kind == "default":
             raise CheckpointError(
-                f"rope scaling has factor {value} and no rope_type that uses it: add rope_type ('linear', 'llama3'), or remove factor"
+                f"rope scaling has factor {value} and no rope_type that uses it",
+                "add rope_type ('linear', 'llama3'), or remove factor",
             )
         raise CheckpointError(f"{key} {value!r} is not supported with rope_type {kind!r}")
     if kind == "default":
@@ -368,8 +369,8 @@ def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
         taken = scaling.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
         if taken != parameters["rope_theta"]:
             raise CheckpointError(
-                f"rope_parameters has rope_theta {parameters['rope_theta']}, with rope_scaling beside it {taken} counts: "
-                "write rope_theta into rope_scaling, or move all of it to rope_parameters"
+                f"rope_parameters has rope_theta {parameters['rope_theta']}, with rope_scaling beside it {taken} counts",
+                "write rope_theta into rope_scaling, or move all of it to rope_parameters",
             )
     return rope
 
@@ -377,7 +378,7 @@ def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _rope_type(rope: Mapping[str, Any]) -> str:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("type", kind) != kind:
-        raise CheckpointError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other: remove one")
+        raise CheckpointError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other", "remove one")
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise CheckpointError(
             f"rope_type {kind!r} is not supported, only 'default', 'linear' and 'llama3'; for contexts within the length the model "

@@ -151,7 +151,8 @@ def quantized_linear(weights: Mapping[str, Tensor], names: Sequence[str], bias_O
     if values.dtype == torch.uint8:
         if any(not _equal(factors[0], factor) for factor in factors):
             raise CheckpointError(
-                f"{' and '.join(names)} have different pre_quant_scale: quantize them again with ModelOpt's own export"
+                f"{' and '.join(names)} have different pre_quant_scale",
+                "quantize them again with ModelOpt's own export",
             )
         scale_OG = torch.cat([weights[f"{name}.weight_scale"].float() for name in names])
         factor_I = factors[0].float().clone() if factors[0] is not None else None  # a view would keep its file mapped
@@ -167,7 +168,8 @@ def quantized_linear(weights: Mapping[str, Tensor], names: Sequence[str], bias_O
 def _check_layer(weights: Mapping[str, Tensor], name: str) -> None:
     if not is_quantized(weights, name):
         raise CheckpointError(
-            f"{name} is not quantized, or lacks its weight_scale, beside layers of the same input that are: quantize them alike"
+            f"{name} is not quantized, or lacks its weight_scale, beside layers of the same input that are",
+            "quantize them alike",
         )
     weight, scale = weights[f"{name}.weight"], weights[f"{name}.weight_scale"]
     factor = weights.get(f"{name}.pre_quant_scale")

@@ -66,7 +66,7 @@ def load_scorer(path: Path, hidden_size: int) -> Scorer:
         features = (file.metadata() or {}).get("ssv_scorer_features", "").split(",")
     uses_hidden = features[0] == "hidden"
     if tuple(features[uses_hidden:]) != CONFIDENCE_FEATURES or set(state) != {"weight", "bias"}:
-        raise CheckpointError(f"{path} is not a scorer of known features: build one with `ssv-build scorer`")
+        raise CheckpointError(f"{path} is not a scorer of known features", "build one with `ssv-build scorer`")
     expected = len(CONFIDENCE_FEATURES) + (hidden_size if uses_hidden else 0)
     if state["weight"].shape != (expected,):
         raise CheckpointError(

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssv.support.errors import UserError
+
 Weights = dict[str, Tensor]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or is not supported; the message names the field or file and the cure."""
 
 

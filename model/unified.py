@@ -91,7 +91,8 @@ def quantization_of(path: Path) -> str | None:
         return None
     if not isinstance(algorithm, str) or algorithm not in _PRECISIONS:
         raise CheckpointError(
-            f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}: quantize the original again"
+            f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}",
+            "quantize the original again",
         )
     return _PRECISIONS[algorithm]
 
@@ -120,7 +121,7 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
     algorithms = [facts["quant_algo"] for facts in found if facts.get("quant_algo")]
     if len(algorithms) == 2 and algorithms[0] != algorithms[1]:
         raise CheckpointError(
-            f"{path}: {CONFIG_NAME} says {algorithms[0]}, config.json {algorithms[1]}: quantize the original again"
+            f"{path}: {CONFIG_NAME} says {algorithms[0]}, config.json {algorithms[1]}", "quantize the original again"
         )
     return found[0] if found else None
 
@@ -156,7 +157,7 @@ def _check(spec: DecoderSpec, weights: Weights, path: Path, precision: str | Non
         raise CheckpointError(f"{path}: {bare[0]} is quantized and has no scale")
     if precision is not None and not layers:
         raise CheckpointError(
-            f"{path} is said to be quantized to {precision}, and no layer of it is: give the right weights"
+            f"{path} is said to be quantized to {precision}, and no layer of it is", "give the right weights"
         )
     if precision is None and layers:
         raise CheckpointError(f"{path} is said not to be quantized but for its KV cache, and {min(layers)} is")

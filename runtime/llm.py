@@ -100,7 +100,7 @@ class LLM:
         bundle = Path(bundle)
         on_cpu = torch.device(device).type == "cpu"
         if threads is not None and not (engine == "torch" and on_cpu):
-            raise EngineError("threads are of the torch engine on a CPU: leave them out for another engine or device")
+            raise EngineError("threads are of the torch engine on a CPU", "leave them out for another engine or device")
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         manifest = read_manifest(bundle, verify=False)
@@ -113,7 +113,7 @@ class LLM:
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         if not on_cpu and not torch.cuda.is_available():
-            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine: use the device cpu")
+            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine", "use the device cpu")
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
         # As they are stored: the engines make of each layer what they need, one after the other.
         with one_thread():
@@ -191,8 +191,8 @@ class LLM:
         """
         if self._streaming:
             raise RequestError(
-                "another stream of this LLM is not finished and holds its cache: exhaust or close it first, or give all "
-                "requests to one call"
+                "another stream of this LLM is not finished and holds its cache",
+                "exhaust or close it first, or give all requests to one call",
             )
         self._streaming = True
         try:

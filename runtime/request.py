@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ssv.runtime.counters import Counters
+from ssv.support.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
@@ -18,7 +19,7 @@ MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request that cannot be served; the message says which setting and what is possible."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 
+from ssv.support.errors import UserError
+
 _HALF_CHARACTER = "\ufffd"
 
 
@@ -115,7 +117,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-class StreamError(RuntimeError):
+class StreamError(UserError):
     """A piece of a stream whose beginning is not known here; the message says what to do."""
 
 
@@ -159,7 +161,7 @@ class Detokenizer:
                 self._streams.popitem(last=False)
         stream, expected = self._streams.pop(key, (None, -1))
         if stream is None or number != expected:
-            raise StreamError("the server has lost the beginning of this answer, as it was restarted: ask again")
+            raise StreamError("the server has lost the beginning of this answer, as it was restarted", "ask again")
         text = ""
         if stop:
             for token in token_ids:

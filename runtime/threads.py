@@ -17,6 +17,9 @@ from pathlib import Path
 INTERVAL_SECONDS = 0.1
 """Between two looks at the machine. The kernel counts in hundredths of a second: less would be noise."""
 
+MAX_THREADS = 1024
+"""Of an engine. torch does not refuse what is far too many: the process crashes."""
+
 STALE_SECONDS = 1.0
 """What happened in a longer pause between two steps says little of now."""
 

@@ -95,7 +95,7 @@ class BundleTokenizer:
                 return tuple(self.inner.encode(self._render(messages), add_special_tokens=False))
             return tuple(self._encoder.chat_ids(messages))
         except ConversationError as error:
-            raise RequestError(str(error)) from error
+            raise RequestError(error.what, error.cure) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, without special ones and end tokens that were added to the vocabulary."""
@@ -170,6 +170,6 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X} at {error.start}), which UTF-8 cannot write: "
-            "send whole characters"
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X} at {error.start}), which UTF-8 cannot write",
+            "send whole characters",
         ) from error

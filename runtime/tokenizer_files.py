@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class TokenizerFileError(ValueError):
+class TokenizerFileError(UserError):
     """Files that are no tokenizer; the message names the file and the cure."""
 
 
@@ -51,7 +52,7 @@ class FileTokenizer:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerFileError(
-                f"{path} cannot be read ({error}): build the bundle again with this machine's version of tokenizers"
+                f"{path} cannot be read ({error})", "build the bundle again with this machine's version of tokenizers"
             ) from error
         # What training cut and padded, a prompt is not.
         backend.no_truncation()
@@ -145,9 +146,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TokenizerFileError(f"{path} is not JSON ({error}): build the bundle again") from error
+        raise TokenizerFileError(f"{path} is not JSON ({error})", "build the bundle again") from error
     if not isinstance(config, dict):
-        raise TokenizerFileError(f"{path} is not a JSON object: build the bundle again")
+        raise TokenizerFileError(f"{path} is not a JSON object", "build the bundle again")
     return config
 
 

@@ -8,12 +8,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssv.support.errors import UserError
+
 
 def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file in one step, over the one that is there.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; nothing is left behind, and what was there stays.
+        UserError: it cannot be written, as on a full disk; nothing is left behind, and what was there stays.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -21,7 +23,7 @@ def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] 
         part.replace(path)
     except (OSError, SafetensorError) as error:  # what the library makes of a full disk
         part.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({error}): choose a place with more room") from error
+        raise UserError(f"{path} cannot be written ({error})", "choose a place with more room") from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise

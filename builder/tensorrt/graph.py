@@ -297,7 +297,7 @@ class Graph:
     def _new_constant(self, tensor: Tensor, dtype: torch.dtype) -> Any:
         held = tensor.detach().cpu().to(dtype).contiguous()
         if dtype == torch.float16 and tensor.dtype != dtype and bool(held.isinf().any()):
-            raise EngineBuildError("a weight exceeds fp16's range: build with --precision bf16")
+            raise EngineBuildError("a weight exceeds fp16's range", "build with --precision bf16")
         weights = self.trt.Weights(self._type(dtype), self._spill.address(held), held.numel())
         return self._add("constant", self.network.add_constant(tuple(held.shape), weights))
 

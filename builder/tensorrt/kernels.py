@@ -32,7 +32,7 @@ def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report
     try:
         from ssv.plugins import aot
     except ModuleNotFoundError as error:
-        raise EngineBuildError(f"{error}: pip install triton, which compiles the kernels") from error
+        raise EngineBuildError(str(error), "pip install triton, which compiles the kernels") from error
     manifest = read_manifest(bundle)
     target = DecoderSpec.from_dict(manifest.target)
     draft = load_draft_head(bundle / "draft" / "draft.safetensors").spec

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssv.builder.tokenizer import control_ids
 from ssv.model.decoder import Decoder
+from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 
 
@@ -50,7 +51,7 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         tokenizer: of `transformers`.
 
     Raises:
-        ValueError: the template does not take, or does not write, a user's, an assistant's and another user's turn.
+        UserError: the template does not take, or does not write, a user's, an assistant's and another user's turn.
     """
     first, answer, second = marks = ("<<first>>", "<<second>>", "<<third>>")
     turns = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
@@ -59,18 +60,20 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # whatever the template's author lets it raise
-        raise ValueError(
+        raise UserError(
             f"the chat template refuses a conversation of user, assistant and user ({error}), which self-written "
-            f"conversations need: {cure}"
+            "conversations need",
+            cure,
         ) from error
     if (
         asked.count(first) != 1
         or any(text.count(mark) != 1 for mark in marks)
         or sorted(marks, key=text.find) != [*marks]
     ):
-        raise ValueError(
+        raise UserError(
             "the chat template does not write the three turns of a conversation one after the other, which self-written "
-            f"conversations need: {cure}"
+            "conversations need",
+            cure,
         )
     before, to_assistant = asked.split(first)
     to_user = text.partition(answer)[2].partition(second)[0]
@@ -93,9 +96,10 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
     if not pieces["before"]:
         pieces["before"] = [token for token in (tokenizer.bos_token_id, eos) if token is not None][:1]
     if not all(pieces.values()):
-        raise ValueError(
+        raise UserError(
             "the chat template writes nothing between a user's and an assistant's turn, and the tokenizer has no end of "
-            f"sequence, so that self-written conversations have no end of a turn: {cure}"
+            "sequence, so that self-written conversations have no end of a turn",
+            cure,
         )
     return ChatPieces(**pieces, end_of_turn=pieces["to_user"][0])
 

@@ -27,6 +27,7 @@ from ssv.builder.training.corpus import ChatPieces, Conversations, write_convers
 from ssv.bundle.manifest import digest, file_entry, write_whole
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
+from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 from ssv.support.progress import Report
 
@@ -67,7 +68,7 @@ def distill(
         weights_sha256: of the target's checkpoint: state that was made from another is not gone on from.
 
     Raises:
-        ValueError: `work` holds the state of another distillation, or the draft to start from has another shape.
+        UserError: `work` holds the state of another distillation, or the draft to start from has another shape.
         OSError: no room for what has to be kept.
         CheckpointError: the draft to start from is damaged or made for another target.
     """
@@ -104,7 +105,7 @@ def _claim(work: Path, source: dict[str, Any]) -> None:
         except ValueError:  # torn by a power cut
             same = False
         if not same:
-            raise ValueError(f"{work} holds the state of another distillation: choose another folder or remove it")
+            raise UserError(f"{work} holds the state of another distillation", "choose another folder or remove it")
         return
     write_whole(path, json.dumps(stamp, indent=1) + "\n")
 
@@ -115,9 +116,9 @@ def _require_room(work: Path, config: DistillConfig) -> None:
     needed = 5 * _num_shards(config) * config.rows * config.window - there
     free = shutil.disk_usage(work).free
     if needed > free:
-        raise OSError(
-            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB more: choose a place with "
-            "more room, or fewer tokens"
+        raise UserError(
+            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB more",
+            "choose a place with more room, or fewer tokens",
         )
 
 
@@ -471,7 +472,7 @@ def _earlier(target: Decoder, config: DistillConfig) -> Draft | None:
         return None
     draft, wanted = load_draft(config.start_from, target), _spec(target, config).to_dict()
     if differ := [name for name, value in draft.spec.to_dict().items() if value != wanted[name]]:
-        raise ValueError(f"{config.start_from} has another {' and '.join(differ)} than the recipe asks for")
+        raise UserError(f"{config.start_from} has another {' and '.join(differ)} than the recipe asks for")
     return draft.to(target.embed.weight.device).requires_grad_()
 
 

@@ -29,12 +29,13 @@ from ssv.model.decoder import Decoder, hf_names
 from ssv.model.draft import Draft, write_draft
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.model.unified import CONFIG_NAME, quantization_document
+from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 
 QuantizedPrecision = Literal["fp8", "int4"]
 
 
-class QuantizeError(RuntimeError):
+class QuantizeError(UserError):
     """A model that cannot be quantized as asked; the message says why and what to do."""
 
 
@@ -126,7 +127,7 @@ def save_quantized_target(
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_whole(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except FileExistsError as error:
-        raise CheckpointError(f"{folder} exists: choose another folder") from error
+        raise CheckpointError(f"{folder} exists", "choose another folder") from error
 
 
 def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None:
@@ -265,7 +266,7 @@ def _modelopt() -> Iterator[tuple[ModuleType, ModuleType]]:
             yield mtq, quant_utils
     except ImportError as error:
         raise QuantizeError(
-            f"NVIDIA ModelOpt is not installed ({error}): pip install nvidia-modelopt==0.47.0"
+            f"NVIDIA ModelOpt is not installed ({error})", "pip install nvidia-modelopt==0.47.0"
         ) from error
 
 
@@ -275,14 +276,14 @@ def _group_size(wanted: int | None, linears: dict[str, nn.Linear]) -> int:
         wanted = next((size for size in (128, 64, 32) if all(n % size == 0 for n in sizes.values())), 0)
         if not wanted:
             raise QuantizeError(
-                f"no group size of 128, 64 or 32 divides every layer's inputs {sorted(set(sizes.values()))}: use fp8"
+                f"no group size of 128, 64 or 32 divides every layer's inputs {sorted(set(sizes.values()))}", "use fp8"
             )
     if bad := [name for name, n in sizes.items() if n % wanted]:
         raise QuantizeError(
-            f"group size {wanted} does not divide the {sizes[bad[0]]} inputs of {bad[0]}: choose a smaller one"
+            f"group size {wanted} does not divide the {sizes[bad[0]]} inputs of {bad[0]}", "choose a smaller one"
         )
     if odd := [name for name, linear in linears.items() if linear.out_features % 2]:
-        raise QuantizeError(f"{odd[0]} has an odd number of outputs, INT4 packs them in pairs: use fp8")
+        raise QuantizeError(f"{odd[0]} has an odd number of outputs, INT4 packs them in pairs", "use fp8")
     return wanted
 
 

@@ -44,9 +44,9 @@ def quantize(
         QuantizeError: see `ssv.builder.training.quantize`.
     """
     if out.exists():
-        raise CheckpointError(f"{out} exists: choose another place")
+        raise CheckpointError(f"{out} exists", "choose another place")
     if config.role == "draft" and draft_file is None:
-        raise CheckpointError("there is no draft beside a plain checkpoint: give a bundle")
+        raise CheckpointError("there is no draft beside a plain checkpoint", "give a bundle")
     stage = f"quantize {config.role} {config.precision}"
     decoder = target.on(device, torch.float32)
     tokens_BT = calibration_tokens(target, decoder, config)
@@ -97,7 +97,7 @@ def _whole(out: Path) -> Iterator[Path]:
         yield part
         part.replace(out)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror}): choose another place") from error
+        raise CheckpointError(f"{out} cannot be written ({error.strerror})", "choose another place") from error
     finally:
         _remove(part)
 

@@ -23,6 +23,7 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.scorer import CONFIDENCE_FEATURES, Scorer
 from ssv.plugins.reference import confidence, normalized
+from ssv.support.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +109,12 @@ def fit_scorer(samples: Samples, config: ScorerConfig) -> tuple[Scorer, ScorerRe
     Samples keep the order of their conversations and the split is by position, so that no conversation is on both sides.
 
     Raises:
-        ValueError: too few samples, or all with the same label.
+        UserError: too few samples, or all with the same label.
     """
     num = len(samples.rejected_N)
     num_fit = int(num * (1 - config.held_out_share))
     if num_fit < 10 or num - num_fit < 10 or len(samples.rejected_N.unique()) < 2:
-        raise ValueError(f"{num} samples cannot be fitted: they need both labels and a number of each")
+        raise UserError(f"{num} samples cannot be fitted: they need both labels and a number of each")
     features_NF = samples.features_NF if config.use_hidden else samples.features_NF[:, -len(CONFIDENCE_FEATURES) :]
     mean_F = features_NF[:num_fit].mean(dim=0)
     scale_F = features_NF[:num_fit].std(dim=0).clamp(min=1e-6)

@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ssv.support.errors import UserError
 
-class EngineError(RuntimeError):
+
+class EngineError(UserError):
     """A step or an engine that cannot be; the message says what was asked and what is possible."""
 
 
@@ -135,8 +137,8 @@ def check_step(
         )
     if last_position + tokens > engine.max_length:
         raise EngineError(
-            f"step writes position {last_position + tokens - 1}, the cache holds {engine.max_length}: "
-            "build or load the engine with a larger max length"
+            f"step writes position {last_position + tokens - 1}, the cache holds {engine.max_length}",
+            "build or load the engine with a larger max length",
         )
     given = None if features_in_BTF is None else tuple(features_in_BTF.shape)
     wanted = (batch, tokens, engine.num_features) if engine.num_features else None

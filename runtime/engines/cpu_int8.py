@@ -46,7 +46,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.bias_O, self.input_factor_I = bias_O, input_factor_I
         if "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise EngineError("precision int8 needs torch with FBGEMM (x86-64): use bf16 or fp32 on this machine")
+            raise EngineError("precision int8 needs torch with FBGEMM (x86-64)", "use bf16 or fp32 on this machine")
         values, scale = _int8_values(weight_OI)
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():

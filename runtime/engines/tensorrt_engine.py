@@ -65,7 +65,7 @@ class TensorRTEngine:
         self.max_batch, self.max_length = max_batch or entry.max_batch, entry.max_length
         if self.max_batch > entry.max_batch:
             raise EngineError(
-                f"the {entry.role} engine was built for {entry.max_batch} rows, not {self.max_batch}: use fewer"
+                f"the {entry.role} engine was built for {entry.max_batch} rows, not {self.max_batch}", "use fewer"
             )
         self.num_features = spec.hidden_size if draft is not None and draft.kind == "conditioned" else 0
         self.has_scorer = draft is not None
@@ -219,8 +219,8 @@ def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | N
     entries = [e for e in manifest.engines.values() if e.role == role and precision in (None, e.precision)]
     if not entries:
         raise EngineError(
-            f"{bundle} has no {role} engine{f' in {precision}' if precision else ''}: "
-            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} --compute-capability YOURS --out {bundle}`"
+            f"{bundle} has no {role} engine{f' in {precision}' if precision else ''}",
+            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} --compute-capability YOURS --out {bundle}`",
         )
     problem: EngineError | None = None
     for entry in entries:
@@ -236,11 +236,11 @@ def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | N
 def _machine(flavor: Flavor) -> tuple[str, str]:
     """Version of TensorRT and compute capability of this machine."""
     if not torch.cuda.is_available():
-        raise EngineError("TensorRT engines run on an NVIDIA GPU and this machine has none: use the torch engine")
+        raise EngineError("TensorRT engines run on an NVIDIA GPU and this machine has none", "use the torch engine")
     try:
         version = load_tensorrt(flavor).__version__
     except EngineBuildError as error:
-        raise EngineError(str(error)) from error
+        raise EngineError(error.what, error.cure) from error
     return version, local_capability()
 
 
@@ -255,12 +255,12 @@ def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: s
     )
     plan = bundle / entry.file
     if entry.tensorrt != version:
-        raise EngineError(f"{plan} was built by {entry.flavor} {entry.tensorrt}, installed is {version}: {rebuild}")
+        raise EngineError(f"{plan} was built by {entry.flavor} {entry.tensorrt}, installed is {version}", rebuild)
     if capability not in entry.compute_capabilities:
         built_for = ", ".join(entry.compute_capabilities)
-        raise EngineError(f"{plan} is for compute capability {built_for}, this GPU has {capability}: {rebuild}")
+        raise EngineError(f"{plan} is for compute capability {built_for}, this GPU has {capability}", rebuild)
     if entry.source != engine_source(manifest, entry.role):
-        raise EngineError(f"{plan} was built from other weights than the bundle holds now: {rebuild}")
+        raise EngineError(f"{plan} was built from other weights than the bundle holds now", rebuild)
 
 
 # --- execution on a GPU ---------------------------------------------------------------------------------------------
@@ -296,9 +296,9 @@ class PlanRunner:
         try:
             self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         except OSError as error:
-            raise EngineError(f"{plan} cannot be read ({error.strerror}): build the engine again") from error
+            raise EngineError(f"{plan} cannot be read ({error.strerror})", "build the engine again") from error
         if self._engine is None:
-            raise EngineError(f"{plan} cannot be loaded ({self._log.last()}): build the engine again")
+            raise EngineError(f"{plan} cannot be loaded ({self._log.last()})", "build the engine again")
         self._stream = torch.cuda.Stream()
         self._scratch = torch.empty(self._engine.device_memory_size_v2, dtype=torch.uint8, device="cuda")
         self._bound: OrderedDict[tuple[object, ...], _Bound] = OrderedDict()

@@ -36,7 +36,7 @@ from ssv.runtime.engines.cpu_int8 import (
     share_stages,
 )
 from ssv.runtime.engines.kv_cache import CachedAttend, KVCache
-from ssv.runtime.threads import ThreadCount, chosen_by_operator, default_threads
+from ssv.runtime.threads import MAX_THREADS, ThreadCount, chosen_by_operator, default_threads
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 INT4_GROUP = 32
@@ -265,8 +265,8 @@ def cpu_threads(threads: int | None) -> ThreadCount | None:
     """
     global _shared_count
     if threads is not None:
-        if threads < 1:
-            raise EngineError(f"threads must be 1 or more, got {threads}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise EngineError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
         _set_threads(threads)
     if threads is not None or chosen_by_operator():
         _shared_count = None
@@ -336,7 +336,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
         raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
     if (found := precision_of(module)) is not None and precision in ("int8", "int4"):
         raise EngineError(
-            f"this checkpoint is quantized to {found} already, and cannot run in {precision}: use bf16 or fp32"
+            f"this checkpoint is quantized to {found} already, and cannot run in {precision}", "use bf16 or fp32"
         )
     # New modules over the same parameters: replacing one leaves the caller's module as it is.
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})

@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from ssv.bundle.manifest import Manifest
 from ssv.runtime.request import MAX_PENDING
 from ssv.runtime.serving.intake import Limits
+from ssv.runtime.threads import MAX_THREADS
+from ssv.support.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """Settings that cannot be; the message names them."""
 
 
@@ -44,7 +46,7 @@ class ServerConfig(BaseModel):
     engine: Literal["torch", "tensorrt"] = "torch"
     precision: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     max_rows: PositiveInt = 8
     max_waiting: Annotated[int, Field(ge=0)] = 64
     max_length: PositiveInt = 2048

@@ -18,6 +18,7 @@ import pytest
 
 from ssv.ab.journal import Journal, JournalReader
 from ssv.ab.routing import Fallback, LiveArm, Routing, RoutingError, fall_back, fallback_path, read_routing
+from ssv.support.errors import UserError
 
 UNITS = [f"user-{number}" for number in range(20_000)]
 
@@ -338,7 +339,7 @@ def test_a_reader_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     assert reader.rest() == [{"n": 3}]
     assert reader.torn == 0
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="has become shorter"):
+    with pytest.raises(UserError, match="has become shorter"):
         reader.read()
 
 

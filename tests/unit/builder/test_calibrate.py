@@ -15,6 +15,7 @@ from ssv.builder.calibrate import (
 )
 from ssv.builder.config import CalibrationConfig
 from ssv.bundle.policy import Policy
+from ssv.support.errors import UserError
 from ssv.support.progress import silent
 
 
@@ -52,7 +53,7 @@ def test_testing_stops_at_the_first_failure() -> None:
 
 
 def test_limit_that_cannot_be_met_is_an_error() -> None:
-    with pytest.raises(ValueError, match="tier balanced: no threshold"):
+    with pytest.raises(UserError, match="tier balanced: no threshold"):
         calibrate(lambda policy: results(50, 10), config(), silent)
 
 
@@ -63,9 +64,9 @@ def test_poisson_bound(events: int, expected: float) -> None:
 
 
 def test_fewer_prompts_than_the_bound_needs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"p: 199 prompts are too few .*: give at least 200"):
+    with pytest.raises(UserError, match=r"p: 199 prompts are too few .*: give at least 200"):
         calibrate(lambda policy: results(0, 10)[1:], config(), silent)
-    with pytest.raises(ValueError, match="20 prompts are too few"):
+    with pytest.raises(UserError, match="20 prompts are too few"):
         check_num_prompts(20, config())
     check_num_prompts(200, config())
     check_num_prompts(1, config(limits={}))  # no tier whose divergence would be bounded

@@ -17,6 +17,7 @@ from ssv.builder.target import Target, openings_of, prompt_tokens
 from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
 from ssv.builder.training.corpus import chat_pieces
 from ssv.model.checkpoint import CheckpointError
+from ssv.support.errors import UserError
 from ssv.support.prompts import read_prompts
 
 CONTROL = ("<s>", "<e>", "<eot>", "<h>", "</h>")
@@ -155,7 +156,7 @@ def test_a_template_that_does_not_work_is_refused(template: Any, says: str, tmp_
 
 def test_a_template_that_drops_history_writes_no_conversations(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, "<s> user {{ messages[-1]['content'] }} <e> " + ASKS))
-    with pytest.raises(ValueError, match="three turns of a conversation"):
+    with pytest.raises(UserError, match="three turns of a conversation"):
         chat_pieces(tokenizer)
 
 
@@ -269,5 +270,5 @@ def test_prompts_may_begin_with_a_byte_order_mark_and_must_be_utf_8(tmp_path: Pa
     assert read_prompts(path) == ["é\u2028x"]
     for data, says in ((b'{"prompt": "\xe9"}', "is not UTF-8"), (rb'{"prompt": "\ud83d"}', "half of a surrogate pair")):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(UserError, match=says):
             read_prompts(path)

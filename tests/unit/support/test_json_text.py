@@ -21,6 +21,7 @@ from ssv.bundle.manifest import read_manifest
 from ssv.model.checkpoint import read_hf_folder
 from ssv.model.unified import load_any
 from ssv.runtime.tokenizer_files import FileTokenizer
+from ssv.support.errors import UserError
 from ssv.support.json_text import MAX_DEPTH, parse_json
 from ssv.support.prompts import read_prompts
 
@@ -75,7 +76,7 @@ def test_files_that_are_nested_too_deeply_are_named(name: str, levels: int, tmp_
     write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).write_text(nested(levels) + "\n")
-    with pytest.raises(ValueError, match=file.replace(".", r"\.")) as raised:
+    with pytest.raises(UserError, match=file.replace(".", r"\.")) as raised:
         read(tmp_path / file)
     assert "nested deeper than" in str(raised.value) or file == "prompts.jsonl"
 
@@ -83,7 +84,7 @@ def test_files_that_are_nested_too_deeply_are_named(name: str, levels: int, tmp_
 def test_an_index_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(nested(100_000))
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors.index.json is damaged"):
         read_hf_folder(tmp_path)
 
 
