@@ -1,10 +1,10 @@
 """Finds the tiers' thresholds by decoding real prompts under a grid of policies.
 
-The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A lossy tier gets
-the cheapest policy whose divergence is below its limit with confidence. Policies of one family are tested in rising order of the
-threshold and only until the first fails, which keeps the chance of any wrong acceptance at the stated level however many
-are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052); it is shared
-out evenly among the families.
+The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A
+lossy tier gets the cheapest policy whose divergence is below its limit with confidence. Policies of one family are
+tested in rising order of the threshold and only until the first fails, which keeps the chance of any wrong acceptance
+at the stated level however many are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021,
+arXiv:2110.01052); it is shared out evenly among the families.
 
 How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
 """
@@ -92,7 +92,8 @@ def calibrate(
     """Tries the grid and chooses.
 
     Raises:
-        UserError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS` prompts.
+        UserError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS`
+            prompts.
     """
     families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
     num_runs = len(families) * (1 + len(config.accept_below))
@@ -150,8 +151,8 @@ def _trial(policy: Policy, results: Sequence[PromptResult], config: CalibrationC
 def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws: int = 4000, seed: int = 0) -> float:
     """Upper bound of sum(events) / sum(total) by the bootstrap over prompts, whose tokens are not independent; asymptotic (`BOUND_KIND`).
 
-    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a Poisson
-    count of independent events.
+    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a
+    Poisson count of independent events.
 
     Args:
         counts: (events, total) of each prompt.

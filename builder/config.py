@@ -66,8 +66,10 @@ class DistillConfig(_Strict):
         rows, window: conversations written side by side, and the length of each.
         depth: own steps that a conditioned draft is trained deep.
         depth_decay: weight of each depth's loss, relative to the one before.
-        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the recipe.
-        start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative to the recipe.
+        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the
+            recipe.
+        start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative
+            to the recipe.
     """
 
     kind: Literal["conditioned", "standalone"] = "conditioned"
@@ -151,7 +153,8 @@ class ScorerConfig(_Strict):
     Attributes:
         rows, window: conversations that the target writes greedily for it, and the length of each in tokens.
         depth: own steps of the draft that samples are taken from.
-        label: what counts as rejected: `mismatch`, the target's argmax differs; `divergence`, by more than `margin` nats.
+        label: what counts as rejected: `mismatch`, the target's argmax differs; `divergence`, by more than `margin`
+            nats.
         use_hidden: whether the draft's hidden state is a feature beside the three confidence features.
         held_out_share: share of the samples that the report is made on.
     """
@@ -183,15 +186,15 @@ class CalibrationConfig(_Strict):
 
     Attributes:
         prompts_file: JSON lines with a `prompt` each, used for nothing else.
-        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds, and one that holds
-            less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
+        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds,
+            and one that holds less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
         max_tokens: of each output.
         families: settings tried of (verify_above, risk_budget, max_pending).
         accept_below: thresholds tried with each.
         limits: largest divergence of each lossy tier.
         confidence: that a tier's true divergence on such prompts is below its limit.
-        cost_of_draft_step, cost_of_extra_token: of a draft step, and of each further token of a target pass, as shares of
-            a target pass of one token. They decide which of the admissible policies is the cheapest, nothing else.
+        cost_of_draft_step, cost_of_extra_token: of a draft step, and of each further token of a target pass, as shares
+            of a target pass of one token. They decide which of the admissible policies is the cheapest, nothing else.
     """
 
     prompts_file: Path
@@ -220,7 +223,8 @@ class QuantizeConfig(_Strict):
         tokens: of that text.
         group_size: input channels that share an INT4 scale; null for the largest of 128, 64 and 32 that fits.
         lm_head: quantize the target's LM head too.
-        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.training.recover`); 0 for no training.
+        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.training.recover`); 0 for no
+            training.
         openings_file: openings of user turns in text that the target writes itself.
     """
 
@@ -248,16 +252,16 @@ class EngineConfig(_Strict):
 
     Attributes:
         precision: fp8 and int4 compile a checkpoint that `ssv-build quantize` wrote.
-        checkpoint: that checkpoint, relative to the recipe; null for the bundle's own weights. In a recipe, null with fp8 or int4
-            has it made, from the calibration's prompts.
+        checkpoint: that checkpoint, relative to the recipe; null for the bundle's own weights. In a recipe, null with
+            fp8 or int4 has it made, from the calibration's prompts.
         flavor: `tensorrt_rtx` builds on any machine, `tensorrt` on the GPU that will run the engine.
         compute_capability: GPUs that it shall run on, such as "8.9".
         max_batch: rows of a step.
         max_length: tokens that each row of the cache holds; the runtime keeps 64 of them for drafting.
         max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
         prefill_chunk: most tokens of a row in one step.
-        plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of TensorRT; auto takes plugins
-            where there are any.
+        plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of
+            TensorRT; auto takes plugins where there are any.
     """
 
     role: Literal["target", "draft"]

@@ -1,7 +1,7 @@
 """Builds a bundle from a recipe: target, draft, scorer, activation ranges, calibration, engines, manifest.
 
-The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have not changed is taken over
-(`ssv.builder.parts`).
+The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have
+not changed is taken over (`ssv.builder.parts`).
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def build_pair(
 ) -> Manifest:
     """Builds the bundle of a recipe at `out`.
 
-    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it is, and its finished
-    parts for the next run.
+    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it
+    is, and its finished parts for the next run.
 
     Args:
         device: where to distil, fit and calibrate: "cpu" or "cuda".

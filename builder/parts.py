@@ -1,7 +1,8 @@
 """Which parts of a bundle need not be made again: those whose sources are what they were.
 
-A part is taken over from the run before, if that was interrupted or failed after finishing it, or from the bundle that is there. Whether its
-sources are the same is judged by their content (`digest`s of files, settings that change the result), never by a path.
+A part is taken over from the run before, if that was interrupted or failed after finishing it, or from the bundle that
+is there. Whether its sources are the same is judged by their content (`digest`s of files, settings that change the
+result), never by a path.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def bundle_at(out: Path) -> Manifest | None:
     Its files are not hashed. A bundle is replaced only if nothing but what it consists of is deleted with it.
 
     Raises:
-        BundleError: anything else is there: a file, a folder that is no bundle for certain, a bundle of another schema, files in a bundle
-            that its manifest does not list, a mount point. The message names it.
+        BundleError: anything else is there: a file, a folder that is no bundle for certain, a bundle of another schema,
+            files in a bundle that its manifest does not list, a mount point. The message names it.
     """
     if not os.path.lexists(out):
         return None

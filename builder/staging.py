@@ -1,11 +1,11 @@
 """A bundle in the making beside its place, and its exchange with the one that is there.
 
-All that a run writes lies in one hidden folder beside the bundle, `.NAME.building`: the bundle in the making, the record of its finished
-parts (`ssv.builder.parts`), quantized checkpoints. It is locked while the run lives. A run that fails or is killed leaves it if parts have
-been finished; the next one takes those over and removes the rest.
+All that a run writes lies in one hidden folder beside the bundle, `.NAME.building`: the bundle in the making, the
+record of its finished parts (`ssv.builder.parts`), quantized checkpoints. It is locked while the run lives. A run that
+fails or is killed leaves it if parts have been finished; the next one takes those over and removes the rest.
 
-The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two, and
-between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
+The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two,
+and between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def staging(out: Path) -> Iterator[Stage]:
 def exchange(new: Path, place: Path) -> None:
     """Puts a folder in a place; the folder that was there is afterwards at `new`, or gone.
 
-    Whenever the process is killed a reader finds the one or the other, where the file system can exchange; see the module's head.
+    Whenever the process is killed a reader finds the one or the other, where the file system can exchange; see the
+    module's head.
     """
     retired = retired_place(place)
     try:

@@ -18,7 +18,8 @@ _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 # GPT-2's split, with every digit by itself before it (llama.cpp's src/llama-vocab.cpp has them as one kind).
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
-# Whole words of the vocabulary are taken without asking the merges, and a prompt begins with BOS unless the file says otherwise.
+# Whole words of the vocabulary are taken without asking the merges, and a prompt begins with BOS unless the file says
+# otherwise.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 # What llama.cpp does with a file that does not say, as old converters wrote them.
 _DEFAULT_SPLITS = (

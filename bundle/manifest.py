@@ -45,8 +45,8 @@ class TierEntry(_Strict):
     Attributes:
         divergence: share of emitted tokens that the target would not have chosen, at most.
         divergence_bound: upper confidence bound of the divergence measured.
-        bound_kind: "asymptotic": of a bootstrap over prompts, which holds as often as it says for very many of them, and less often for few;
-            a bundle without it was made before this was said, by the same method.
+        bound_kind: "asymptotic": of a bootstrap over prompts, which holds as often as it says for very many of them,
+            and less often for few; a bundle without it was made before this was said, by the same method.
     """
 
     policy: Policy
@@ -272,8 +272,8 @@ def verify_files(
     """Hashes a bundle's files and compares.
 
     Args:
-        verified: what another process, of the same machine, got from this function: files that have not been touched since are not
-            hashed again.
+        verified: what another process, of the same machine, got from this function: files that have not been touched
+            since are not hashed again.
         unused: files that only have to be there, with the right size.
         say: called with what is being checked.
 

@@ -18,7 +18,8 @@ class Policy(BaseModel):
         drafter: who proposes tokens, see `ssv.runtime.decode.drafters`.
         accept_below: r below it: trusted, committed without being judged. 0 trusts nothing, which is lossless.
         verify_above: r above it: critical, asks for a target pass now.
-        risk_budget: a pass also runs when 1 - prod(1 - r) over the pending, not trusted tokens exceeds it. 1 never does.
+        risk_budget: a pass also runs when 1 - prod(1 - r) over the pending, not trusted tokens exceeds it. 1 never
+            does.
         max_pending: and when so many tokens are pending. 0 drafts nothing: autoregressive decoding.
     """
 

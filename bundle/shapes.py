@@ -61,9 +61,9 @@ class Profile:
 def profiles(limits: Limits, flavor: Flavor) -> tuple[Profile, ...]:
     """Decoding, verification and prefill, the narrowest first: a step takes the first that covers it.
 
-    TensorRT chooses kernels for what is usual in each. TensorRT for RTX makes kernels for the very shapes that it meets when
-    it runs (its documentation, "Working with Dynamic Shapes"), and each profile costs it 10 s and 30 MB with 30 layers: there verification
-    and prefill share one.
+    TensorRT chooses kernels for what is usual in each. TensorRT for RTX makes kernels for the very shapes that it meets
+    when it runs (its documentation, "Working with Dynamic Shapes"), and each profile costs it 10 s and 30 MB with 30
+    layers: there verification and prefill share one.
     """
     batch, width, chunk, length = limits.max_batch, limits.max_pending + 1, limits.prefill_chunk, limits.max_length
     one = StepShape(1, 1, 1, 1)

@@ -1,7 +1,7 @@
 """The two TensorRTs that engines are built with: which they are, how they are imported, what they call things.
 
-`tensorrt` is NVIDIA TensorRT 11, for data centres; `tensorrt_rtx` is TensorRT for RTX, whose builder needs no GPU. Their Python
-interfaces are the same where this package uses them.
+`tensorrt` is NVIDIA TensorRT 11, for data centres; `tensorrt_rtx` is TensorRT for RTX, whose builder needs no GPU.
+Their Python interfaces are the same where this package uses them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Capability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 
 
-# Tried with TensorRT for RTX 1.7.1 on a whole target and a whole draft, which multiplies fp32 (the scorer) whatever its precision.
+# Tried with TensorRT for RTX 1.7.1 on a whole target and a whole draft, which multiplies fp32 (the scorer) whatever its
+# precision.
 _LEAST_CAPABILITY = {"fp16": (7, 5), "bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 _LEAST_CAPABILITY_OF_A_DRAFT = (8, 0)
 

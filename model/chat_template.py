@@ -1,8 +1,9 @@
 """Chat templates, rendered so that it is known which characters a message says and which the template does.
 
-A template sees what it sees in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags, in jinja2's sandbox.
-Contents of messages are given as `Said`, a text that knows where its characters are from, through whatever the template does with it. What
-cannot be followed counts as said by a message: a control token in it is then text.
+A template sees what it sees in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags,
+in jinja2's sandbox. Contents of messages are given as `Said`, a text that knows where its characters are from, through
+whatever the template does with it. What cannot be followed counts as said by a message: a control token in it is then
+text.
 """
 
 from __future__ import annotations
@@ -226,9 +227,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a function gives, whose texts know their origin even if the function's do not.
 
-    It is called a second time with private characters in the place of what messages say. If both results are the same but for those, it
-    only moved them; if not, all it gave counts as said by a message. A `Said` that it gives is no better than a plain text: it may have
-    been put together with a plain one.
+    It is called a second time with private characters in the place of what messages say. If both results are the same
+    but for those, it only moved them; if not, all it gave counts as said by a message. A `Said` that it gives is no
+    better than a plain text: it may have been put together with a plain one.
     """
     args = [list(each) if isinstance(each, GeneratorType) else each for each in args]
     given = function(*args, **kwargs)

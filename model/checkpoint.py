@@ -50,11 +50,12 @@ def load_checkpoint(path: Path | str) -> tuple[DecoderSpec, Weights]:
         path: folder with config.json and *.safetensors, or a .gguf file.
 
     Returns:
-        The spec, and the weights in the dtype they are stored in (GGUF's quantized ones as fp16, the precision of its scales).
+        The spec, and the weights in the dtype they are stored in (GGUF's quantized ones as fp16, the precision of its
+        scales).
 
     Raises:
-        CheckpointError: missing, truncated, quantized, of an unsupported architecture, or with weights that do not fit the spec or are
-            not finite.
+        CheckpointError: missing, truncated, quantized, of an unsupported architecture, or with weights that do not fit
+            the spec or are not finite.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -88,7 +89,8 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
     """Weights restricted to what the spec asks for, each of the shape it asks for, all numbers finite.
 
     Raises:
-        CheckpointError: naming the first missing, misshapen or not finite weight, or biases that the spec does not know.
+        CheckpointError: naming the first missing, misshapen or not finite weight, or biases that the spec does not
+            know.
     """
     expected = spec.weight_shapes()
     for name, shape in expected.items():
@@ -186,8 +188,8 @@ _INDEX = "model.safetensors.index.json"
 def read_hf_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
     """config.json and all weights of a Hugging Face folder, as they are.
 
-    Of several files the one counts that transformers takes: model.safetensors, then the shards of the index. Without either, all files
-    together.
+    Of several files the one counts that transformers takes: model.safetensors, then the shards of the index. Without
+    either, all files together.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are pickled; the index and its shards do not fit.
@@ -250,7 +252,10 @@ def _weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], 
 
 
 def _read_index(index: Path) -> dict[str, str] | None:
-    """The file that each tensor is in. Others, such as a consolidated copy or an adapter, may lie beside those files."""
+    """The file that each tensor is in.
+
+    Others, such as a consolidated copy or an adapter, may lie beside those files.
+    """
     if not index.is_file():
         return None
     try:

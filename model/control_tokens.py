@@ -1,15 +1,16 @@
 """Conversations and texts to token ids, with the control tokens where they belong: in what the chat template writes.
 
-No token of these arises from what a message says, however it is spelt (a tokenizer's normalizer may make `<` of a full-width one), and
-neither from where two messages, or a message and the template, meet:
+No token of these arises from what a message says, however it is spelt (a tokenizer's normalizer may make `<` of a
+full-width one), and neither from where two messages, or a message and the template, meet:
 
 * special tokens, and end tokens that are added tokens;
 * other added tokens that the template writes around the turns of a conversation;
-* other added tokens that stand in the template's text, such as `<tool_call>`: an assistant's message may have those, since the model itself
-  writes them as text.
+* other added tokens that stand in the template's text, such as `<tool_call>`: an assistant's message may have those,
+  since the model itself writes them as text.
 
-Words (letters, digits and spaces alone) that were added to a vocabulary are no structure, unless they are special or end an answer. What
-would be such a token is encoded as the text that it is written with. All other texts get the ids that they have in `transformers`.
+Words (letters, digits and spaces alone) that were added to a vocabulary are no structure, unless they are special or
+end an answer. What would be such a token is encoded as the text that it is written with. All other texts get the ids
+that they have in `transformers`.
 """
 
 from __future__ import annotations

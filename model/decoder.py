@@ -1,7 +1,7 @@
 """The decoder network in PyTorch: what a `DecoderSpec` and its weights compute.
 
-One definition serves training, the torch engine (which swaps the linear layers for quantized ones) and, as reference, the
-TensorRT network. How keys and values are kept is the caller's: it passes an `Attend`.
+One definition serves training, the torch engine (which swaps the linear layers for quantized ones) and, as reference,
+the TensorRT network. How keys and values are kept is the caller's: it passes an `Attend`.
 
 Shapes: M tokens of the step flattened (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value
 heads, D head dim, P rotated pairs (D / 2), V vocab.
@@ -84,7 +84,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec, head_size: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        # Its weights always come from elsewhere; filling them at random on the meta device imports half of torch, 70 MB.
+        # Its weights always come from elsewhere; filling them at random on the meta device imports half of torch, 70
+        # MB.
         self.embed = nn.Embedding.from_pretrained(torch.zeros(spec.vocab_size, spec.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -161,7 +162,8 @@ _RENAMED = {
 
 def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Weights:
     """State dict of `Decoder` from weights under Hugging Face names, but for those that are quantized."""
-    # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it is used.
+    # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it
+    # is used.
     embedding = weights["model.embed_tokens.weight"]
     state = {"embed.weight": embedding.to(dtype or embedding.dtype, copy=True)}
     for module, sources in _sources(spec).items():

@@ -99,8 +99,8 @@ def draft_spec(target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], he
 class FeatureTap(nn.Module):
     """The target's features for a conditioned draft: hidden states after chosen layers, joined and projected.
 
-    The projection is trained with the draft but runs with the target, so that target features and the draft's own hidden
-    state have one width F, and rows of both kinds share a draft step.
+    The projection is trained with the draft but runs with the target, so that target features and the draft's own
+    hidden state have one width F, and rows of both kinds share a draft step.
     """
 
     def __init__(self, layers: tuple[int, ...], target_hidden: int, num_features: int) -> None:
@@ -174,8 +174,9 @@ _SHARED = ("decoder.embed.weight", "decoder.lm_head.weight")
 def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...], token_ids: Tensor) -> Draft:
     """An untrained draft whose layers are copies of the target's.
 
-    A conditioned draft starts as the target's last layer on the highest tapped features: its join begins at zero and its tap
-    passes the last of the tapped layers through. Training then fits the join (`ssv.builder.training.distill.fit_start`).
+    A conditioned draft starts as the target's last layer on the highest tapped features: its join begins at zero and
+    its tap passes the last of the tapped layers through. Training then fits the join
+    (`ssv.builder.training.distill.fit_start`).
     """
     draft = Draft(spec).to(target.embed.weight.device)
     conditioned = draft.tap is not None

@@ -1,7 +1,7 @@
 """Reads a GGUF file into a `DecoderSpec` and weights under Hugging Face names.
 
-What metadata means, and what counts where it is absent, is as in llama.cpp's loader (`load_hparams`). Metadata of the model's architecture that
-is not known here is refused by name: it may change what the model computes.
+What metadata means, and what counts where it is absent, is as in llama.cpp's loader (`load_hparams`). Metadata of the
+model's architecture that is not known here is refused by name: it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
         The spec, and the weights: fp32 and bf16 as fp32, all others as fp16, the precision of their scales.
 
     Raises:
-        CheckpointError: damaged, a part of a model, of an unsupported architecture, or with a setting or a type that is not supported.
+        CheckpointError: damaged, a part of a model, of an unsupported architecture, or with a setting or a type that is
+            not supported.
     """
     import gguf  # only readers of GGUF need it
 
@@ -138,7 +139,8 @@ def _refuse_parts(path: Path, meta: Mapping[str, Any]) -> None:
 
 # --- Metadata -------------------------------------------------------------------------------------------------------
 
-# Of an architecture's metadata, what says nothing about the computation. The number of vocabulary entries is the embedding's.
+# Of an architecture's metadata, what says nothing about the computation. The number of vocabulary entries is the
+# embedding's.
 _WITHOUT_EFFECT = {
     "vocab_size",
     "tensor_data_layout",
@@ -346,7 +348,7 @@ def _hf_name(gguf_name: str) -> str:
 
 
 def _undo_llama_permutation(weight: Tensor, num_heads: int) -> Tensor:
-    # llama.cpp stores q/k of Llama models, weights and biases, with rotated pairs adjacent; Hugging Face keeps them half
-    # a head apart.
+    # llama.cpp stores q/k of Llama models, weights and biases, with rotated pairs adjacent; Hugging Face keeps them
+    # half a head apart.
     pairs = weight.view(num_heads, len(weight) // num_heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)

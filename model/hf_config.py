@@ -1,8 +1,9 @@
 """config.json of a Hugging Face folder: to a `DecoderSpec` and back.
 
-What a config leaves out gets the default of its family's class in transformers 5 (`transformers.models.*.configuration_*`), and where two
-settings contradict each other the one that transformers takes counts, or the config is refused. A setting that would change what the model
-computes and is not supported is refused by name; it is never ignored.
+What a config leaves out gets the default of its family's class in transformers 5
+(`transformers.models.*.configuration_*`), and where two settings contradict each other the one that transformers takes
+counts, or the config is refused. A setting that would change what the model computes and is not supported is refused by
+name; it is never ignored.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
     """DecoderSpec of a parsed config.json.
 
     Raises:
-        CheckpointError: architecture or setting that is not supported, or a value of a wrong type or range, naming the field.
+        CheckpointError: architecture or setting that is not supported, or a value of a wrong type or range, naming the
+            field.
     """
     family = _family(config)
     _refuse_other_models(config, family)
@@ -234,8 +236,9 @@ def _refuse_windows(config: Mapping[str, Any], family: str) -> None:
         raise CheckpointError("layer_types: only full_attention layers are supported")
 
 
-# Settings that change what a model computes and that only other architectures have, with the value at which they change nothing. A class of
-# transformers ignores those that it does not know; then the weights were made for another model than its own.
+# Settings that change what a model computes and that only other architectures have, with the value at which they change
+# nothing. A class of transformers ignores those that it does not know; then the weights were made for another model
+# than its own.
 _NEUTRAL: dict[str, object] = {
     "alibi": False,
     "add_cross_attention": False,

@@ -3,10 +3,11 @@ the torch engine both follow.
 
 * FP8 (W8A8): weights and inputs in float8 E4M3, a scale for the weights of each output and one for all inputs, found by
   calibration: static, so a row's result does not depend on the other rows.
-* INT4 (AWQ, W4A16; Lin et al. 2023, arXiv:2306.00978): weights in symmetric 4-bit integers with a scale for each group of input
-  channels; inputs keep their type, but some are first multiplied by a factor per channel.
+* INT4 (AWQ, W4A16; Lin et al. 2023, arXiv:2306.00978): weights in symmetric 4-bit integers with a scale for each group
+  of input channels; inputs keep their type, but some are first multiplied by a factor per channel.
 
-The tensors are those of ModelOpt's unified checkpoint, so a layer is made from a checkpoint without converting anything.
+The tensors are those of ModelOpt's unified checkpoint, so a layer is made from a checkpoint without converting
+anything.
 
 Shapes: M rows, O outputs, I inputs, G groups of I, P = O / 2 bytes (two outputs in each).
 """
@@ -28,7 +29,10 @@ SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over quantized weights. Its scales are buffers, so that changing the type of a module's parameters leaves them."""
+    """A linear layer over quantized weights.
+
+    Its scales are buffers, so that changing the type of a module's parameters leaves them.
+    """
 
     bias: nn.Parameter | None
 

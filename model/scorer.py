@@ -1,8 +1,8 @@
 """The criticality scorer: one linear layer and a sigmoid over what the draft's forward pass already has.
 
-Features of a drafted token, in this order: the draft's hidden state (before its final norm, divided by its root mean square), then
-log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two largest of the draft's probabilities at temperature 1. The op
-`score` of `ssv.plugins` computes them, and defines what degenerate logits give.
+Features of a drafted token, in this order: the draft's hidden state (before its final norm, divided by its root mean
+square), then log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two largest of the draft's
+probabilities at temperature 1. The op `score` of `ssv.plugins` computes them, and defines what degenerate logits give.
 
 Shapes: R drafted tokens, H hidden of the draft, V draft vocab, F features.
 """

@@ -1,7 +1,7 @@
 """Makes a decoder easier to quantize: activation ranges, and moving their outliers into the weights.
 
-SmoothQuant (Xiao et al. 2023, arXiv:2211.10438): activations of a few channels are far larger than the rest and eat up the levels of
-a per-row scale. Dividing those channels where the activations are made and multiplying them into the next
+SmoothQuant (Xiao et al. 2023, arXiv:2211.10438): activations of a few channels are far larger than the rest and eat up
+the levels of a per-row scale. Dividing those channels where the activations are made and multiplying them into the next
 weight leaves the function unchanged and both sides easier.
 """
 
@@ -50,8 +50,8 @@ def smoothed_parts(decoder: Decoder, ranges: Ranges, prefix: str = "") -> Iterat
     """Smooths, in place, every linear layer whose input is made by a norm or by the gated MLP. The decoder's function stays
     the same. Its LM head must not share its weight with the embedding any more (it is copied here).
 
-    Yields each layer and then the decoder itself, once it is smoothed: who packs a part before asking for the next never holds the
-    whole decoder in fp32. All of them have to be taken.
+    Yields each layer and then the decoder itself, once it is smoothed: who packs a part before asking for the next
+    never holds the whole decoder in fp32. All of them have to be taken.
 
     Args:
         decoder: of any floating type; what is smoothed becomes fp32.

@@ -1,11 +1,13 @@
 """Reads ModelOpt's unified Hugging Face checkpoint: the usual folder, with quantized weights and their scales in it. TensorRT-LLM, vLLM and
 SGLang read it too.
 
-What was quantized, and how, stands in `hf_quant_config.json` (NVIDIA ModelOpt, modelopt.torch.export), of which there are two shapes, or in
-config.json's `quantization_config`:
+What was quantized, and how, stands in `hf_quant_config.json` (NVIDIA ModelOpt, modelopt.torch.export), of which there
+are two shapes, or in config.json's `quantization_config`:
 
-* nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...], "group_size": ...}}
-* flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...}, "ignore": [...]}
+* nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...],
+  "group_size": ...}}
+* flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...},
+  "ignore": [...]}
 """
 
 from __future__ import annotations

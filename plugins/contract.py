@@ -1,7 +1,7 @@
 """What the ops take and return, and the one error for what they do not: shared by the definition and the kernels.
 
-Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H hidden, V vocab,
-F features of the scorer.
+Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H
+hidden, V vocab, F features of the scorer.
 """
 
 from __future__ import annotations

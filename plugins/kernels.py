@@ -1,14 +1,17 @@
 """The ops as Triton kernels: device code only.
 
-Arguments stand in the order in which TensorRT launches a kernel: input pointers, int32 scalars, output pointers. Scratch memory and
-constants follow; without scratch (SPLITS = 1) a kernel needs nothing but its arguments, and that is what is compiled ahead of time.
+Arguments stand in the order in which TensorRT launches a kernel: input pointers, int32 scalars, output pointers.
+Scratch memory and constants follow; without scratch (SPLITS = 1) a kernel needs nothing but its arguments, and that is
+what is compiled ahead of time.
 
-A program reads its share of a row a tile at a time. A lane of it has a piece of each block of the tile: as many logits as one load of 16 bytes
-holds. What is found in a lane's pieces is joined to what the lane knows; lanes are joined at the end, then the programs of a row by the one
-that comes last. So nothing waits inside the loop, and one exponential is taken of each logit.
+A program reads its share of a row a tile at a time. A lane of it has a piece of each block of the tile: as many logits
+as one load of 16 bytes holds. What is found in a lane's pieces is joined to what the lane knows; lanes are joined at
+the end, then the programs of a row by the one that comes last. So nothing waits inside the loop, and one exponential is
+taken of each logit.
 
-Exponents of `score` are to base 2 and counted from a row's, a share's or a lane's `_base`: x * log2(e) - base is one instruction, and so is 2 to
-it. The base is a rounded number, but one and the same in all sums that are added, and exponents are rounded only once.
+Exponents of `score` are to base 2 and counted from a row's, a share's or a lane's `_base`: x * log2(e) - base is one
+instruction, and so is 2 to it. The base is a rounded number, but one and the same in all sums that are added, and
+exponents are rounded only once.
 
 Rows are contiguous. Offsets of rows are int64: 16,384 rows of 262,144 exceed int32.
 
@@ -159,7 +162,10 @@ def sparse_gather_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Grid (B * T,), a program for each row of the step. It counts the judged rows before its own: that is its place."""
+    """Grid (B * T,), a program for each row of the step.
+
+    It counts the judged rows before its own: that is its place.
+    """
     m = tl.program_id(0)
     b = m // tokens
     is_first = m == b * tokens
@@ -285,7 +291,8 @@ def _scored_share(
     place = block * LANES + lane
     first = tl.min(tl.where(top == largest, place, 2**31 - 1), axis=0)
     is_other = place != first
-    # What the lane of the largest has read is read once more: with the largest in its sum, what is small beside it would be lost.
+    # What the lane of the largest has read is read once more: with the largest in its sum, what is small beside it
+    # would be lost.
     again = tl.arange(0, triton.next_power_of_2(SHARE * BLOCKS))
     column = ((first_block + again[:, None]) * LANES + first % LANES) * PIECE + in_piece[None, :]
     mask = (again[:, None] < SHARE * BLOCKS) & (column < VOCAB)

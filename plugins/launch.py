@@ -167,8 +167,8 @@ _ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
 def _arrivals(num: int, device: torch.device) -> Tensor:
     """Counters that are 0, and set back by the kernel that used them: of this stream alone, as kernels of two streams may run at once.
 
-    A CUDA graph may be replayed beside anything, so every captured call has its own: from a store that was cleared before the capture, while
-    there are any, as clearing them in the graph costs 1 us each time."""
+    A CUDA graph may be replayed beside anything, so every captured call has its own: from a store that was cleared
+    before the capture, while there are any, as clearing them in the graph costs 1 us each time."""
     if device.type != "cuda":
         return torch.zeros(num, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():

@@ -1,7 +1,7 @@
 """Registers the ops with TensorRT's plugin library, as "quickly deployable plugins" (its documentation, "Adding custom operators in Python").
 
-Their kernels are compiled ahead of time: they end up inside the plan, and nothing has to be installed where it runs. Only full TensorRT has
-plugins; `ssv.builder.tensorrt.lowering` adds them to a network.
+Their kernels are compiled ahead of time: they end up inside the plan, and nothing has to be installed where it runs.
+Only full TensorRT has plugins; `ssv.builder.tensorrt.lowering` adds them to a network.
 """
 
 import importlib

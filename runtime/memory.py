@@ -1,8 +1,8 @@
 """What glibc's malloc does with large blocks that are freed.
 
-A server's processes want opposite things. `tritonserver` holds messages of any size for a moment: what it frees shall go back to the system,
-or one large message after the other stays in one of malloc's arenas. The engines free and take the same large tensors at every step: they
-shall be had again without a page fault for each page.
+A server's processes want opposite things. `tritonserver` holds messages of any size for a moment: what it frees shall
+go back to the system, or one large message after the other stays in one of malloc's arenas. The engines free and take
+the same large tensors at every step: they shall be had again without a page fault for each page.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class TextStream:
         """
         self._decode, self._stop = decode, tuple(stop)
         self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
-        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character). Those
-        # must have a text of their own: a decoder that strips a space strips it then from them.
+        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a
+        # character). Those must have a text of their own: a decoder that strips a space strips it then from them.
         prefix = decode(context) if context else ""
         known = prefix and not prefix.endswith(_HALF_CHARACTER)
         self._ids: list[int] = list(context) if known else []

@@ -1,8 +1,9 @@
 """Threads of a CPU engine: as many as there are cores that nobody else uses.
 
-The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of them wait: beside one
-busy process two threads on two cores decode at a quarter to two fifths of the speed of one. No way of waiting cures that, neither spinning nor sleeping
-(`benchmarks/busy_neighbours.py`), so the number of threads follows what the machine gives.
+The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of
+them wait: beside one busy process two threads on two cores decode at a quarter to two fifths of the speed of one. No
+way of waiting cures that, neither spinning nor sleeping (`benchmarks/busy_neighbours.py`), so the number of threads
+follows what the machine gives.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ MAX_THREADS = 1024
 STALE_SECONDS = 1.0
 """What happened in a longer pause between two steps says little of now."""
 
-# Of a core: a thread is given up when so much of its core is missing, and taken back when no more than that is. Beside a core that is
-# taken for a third of the time one thread decodes as fast as two.
+# Of a core: a thread is given up when so much of its core is missing, and taken back when no more than that is. Beside
+# a core that is taken for a third of the time one thread decodes as fast as two.
 _GIVE_UP, _TAKE_BACK = 0.4, 0.3
 
 _MEMORY = 0.5

@@ -57,8 +57,8 @@ class BundleTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that is to be continued: what the tokenizer puts before a text, such as BOS, if the text has it not
-        itself, and nothing behind it. Control tokens written in it are control tokens, as in llama-server and vLLM: such a prompt
-        is where clients render a chat template themselves.
+        itself, and nothing behind it. Control tokens written in it are control tokens, as in llama-server and vLLM:
+        such a prompt is where clients render a chat template themselves.
 
         Raises:
             RequestError: it is empty, or no text.
@@ -74,14 +74,15 @@ class BundleTokenizer:
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, up to where the assistant answers.
 
-        The control tokens are the template's alone: written in a message, in whatever way, they are text; which tokens those are, says
-        `ssv.model.control_tokens`.
+        The control tokens are the template's alone: written in a message, in whatever way, they are text; which tokens
+        those are, says `ssv.model.control_tokens`.
 
         Args:
             messages: each with "role" and "content".
 
         Raises:
-            RequestError: there is none, the last is empty, one is no text, a role is unknown, or the template refuses them.
+            RequestError: there is none, the last is empty, one is no text, a role is unknown, or the template refuses
+                them.
         """
         if not messages or not messages[-1]["content"].strip():
             raise RequestError("the prompt is empty")

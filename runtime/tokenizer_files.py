@@ -1,7 +1,7 @@
 """A tokenizer as `transformers` saves it, read without `transformers`, whose import takes seconds, 150 MB and torch.
 
-tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
-use.
+tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a
+chat template may use.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class FileTokenizer:
     ) -> str:
         """Text of tokens.
 
-        As the library has it, but for tokens of single bytes that are not UTF-8: there it gives U+FFFD for each byte of the whole run, also
-        for those of whole characters before the wrong one, which have been sent by then. Here, as in byte-level tokenizers, whole
-        characters stay and the others are U+FFFD.
+        As the library has it, but for tokens of single bytes that are not UTF-8: there it gives U+FFFD for each byte of
+        the whole run, also for those of whole characters before the wrong one, which have been sent by then. Here, as
+        in byte-level tokenizers, whole characters stay and the others are U+FFFD.
         """
         assert not clean_up_tokenization_spaces, "cleaning up changes the text of the tokens before"
         if self._byte_tokens.isdisjoint(token_ids):

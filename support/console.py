@@ -19,9 +19,9 @@ from ssv.support.errors import UserError
 def run_command(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit status; errors go to stderr.
 
-    What the user can mend ends as `error:` and, where there is something to do, `hint:`, with status 2. That is a `UserError`,
-    what the operating system refuses (a file, a device, memory), and a package that is not installed. Everything else is a bug:
-    its traceback is shown, with a line that asks for a report, and the status is 1.
+    What the user can mend ends as `error:` and, where there is something to do, `hint:`, with status 2. That is a
+    `UserError`, what the operating system refuses (a file, a device, memory), and a package that is not installed.
+    Everything else is a bug: its traceback is shown, with a line that asks for a report, and the status is 1.
     """
     try:
         return command()
@@ -44,7 +44,8 @@ def run_command(command: Callable[[], int]) -> int:
         return 128 + (signal.SIGTERM if ended else signal.SIGINT)
 
 
-# What only a mistake of ours makes the operating system say: a file descriptor or an address that is none, a child that is not there.
+# What only a mistake of ours makes the operating system say: a file descriptor or an address that is none, a child that
+# is not there.
 _BUGS = frozenset((errno.EBADF, errno.EFAULT, errno.ECHILD, errno.ESRCH))
 
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 100
-"""Levels of a document. Python's own limit depends on who calls, and whoever goes through the document next would meet it again."""
+"""Levels of a document.
+
+Python's own limit depends on who calls, and whoever goes through the document next would meet it again.
+"""
 
 
 def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

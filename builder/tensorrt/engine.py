@@ -1,7 +1,8 @@
 """Compiles a target or a draft into a TensorRT engine of a bundle.
 
-TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on. The plan is
-written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never holds half an engine.
+TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on.
+The plan is written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never
+holds half an engine.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
         Its name in the manifest, and its entry.
 
     Raises:
-        EngineBuildError: TensorRT missing, without a GPU where it needs one, or refusing the network; the checkpoint is of another
-            model or precision; the plan cannot be written.
+        EngineBuildError: TensorRT missing, without a GPU where it needs one, or refusing the network; the checkpoint is
+            of another model or precision; the plan cannot be written.
         CheckpointError, BundleError: the checkpoint or the bundle is damaged.
     """
     trt = tensorrt_for(config)
@@ -139,7 +140,8 @@ def tensorrt_for(config: EngineConfig) -> ModuleType:
     """The TensorRT that an engine is built with, once it is clear that this machine and that TensorRT can.
 
     Raises:
-        EngineBuildError: TensorRT missing, without a GPU where it needs one, without plugins that are asked for, or not building for a GPU.
+        EngineBuildError: TensorRT missing, without a GPU where it needs one, without plugins that are asked for, or not
+            building for a GPU.
     """
     uses_plugins(config)
     if config.flavor == "tensorrt":
@@ -382,7 +384,8 @@ def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
             return self.error is None
 
         def tell(self, what: str) -> None:
-            # An exception, Ctrl-C among them, must not cross TensorRT's C++: it is told to stop, and ours is raised again after it.
+            # An exception, Ctrl-C among them, must not cross TensorRT's C++: it is told to stop, and ours is raised
+            # again after it.
             try:
                 on_progress(self.steps, self.total, what)
             except BaseException as error:
@@ -458,7 +461,8 @@ def _locked(part: Path) -> int:
 def _spare_memory() -> None:
     """Has memory that is freed given back at once from now on, and starts the peak's measurement anew, where the system can.
 
-    TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for SmolLM2-135M.
+    TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for
+    SmolLM2-135M.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):

@@ -224,7 +224,10 @@ class Graph:
         return self.div(x, self.sqrt(self.add(mean_square, self.scalar(eps, rank=len(x.shape)))))
 
     def rms_norm(self, x: Any, weight_H: Tensor, eps: float) -> Any:
-        """Norm over the last axis of fp32, rounded to the compute type. TensorRT's own normalization subtracts the mean."""
+        """Norm over the last axis of fp32, rounded to the compute type.
+
+        TensorRT's own normalization subtracts the mean.
+        """
         weight = weight_H.view(*[1] * (len(x.shape) - 1), -1)
         return self.cast(self.mul(self.over_rms(x, eps), self.constant(weight, torch.float32)), self.dtype)
 

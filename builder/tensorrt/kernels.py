@@ -1,7 +1,7 @@
 """Compiles the kernels of a bundle's models ahead of time and writes them to files, as they would be put into engines.
 
-`ssv-build compile` does this by itself where TensorRT has plugins. Here they can be looked at, profiled and launched by other programs, and it is
-seen without a GPU that they assemble for it.
+`ssv-build compile` does this by itself where TensorRT has plugins. Here they can be looked at, profiled and launched by
+other programs, and it is seen without a GPU that they assemble for it.
 """
 
 from __future__ import annotations

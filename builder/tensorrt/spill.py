@@ -1,7 +1,7 @@
 """Tensors in a file instead of memory, at addresses that stay readable.
 
-TensorRT wants the address of every constant until an engine is built, and reads each of them once or twice. Behind read-only maps of
-a file they need no memory in between: what is let go comes back from the file when it is read.
+TensorRT wants the address of every constant until an engine is built, and reads each of them once or twice. Behind
+read-only maps of a file they need no memory in between: what is let go comes back from the file when it is read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lets a target write its own training conversations.
 
 A draft has to predict what its target says, so its best training text is the target's own. Both sides of a
-conversation are sampled: the user's turns warm, many of them begun with a given opening (without such openings a small target keeps to few
-subjects), the assistant's at a temperature that differs by row from 0 to 1.
+conversation are sampled: the user's turns warm, many of them begun with a given opening (without such openings a small
+target keeps to few subjects), the assistant's at a temperature that differs by row from 0 to 1.
 
 All rows advance in lock-step over one KV cache, so no step needs a mask.
 
@@ -32,7 +32,8 @@ class ChatPieces:
     """Token ids of the template's text around the turns.
 
     Attributes:
-        before: from the start to the first user turn (with the default system prompt, if the template has one); at least one.
+        before: from the start to the first user turn (with the default system prompt, if the template has one); at
+            least one.
         to_assistant: from the end of the user's turn to where the assistant answers; its first token ends the turn.
         to_user: from the end of the assistant's turn to the start of the user's; begins with `end_of_turn`.
         end_of_turn: what the assistant ends its turn with.
@@ -168,7 +169,8 @@ def write_conversations(
         user_temperature: lower than 1 keeps small models on a subject.
         greedy: all assistant turns at temperature 0, as for fitting a scorer to greedy decoding.
         opening_share: share of the user turns that begin with an opening.
-        cut_share: share of those that get only its first tokens, a random number of them: the target goes on differently.
+        cut_share: share of those that get only its first tokens, a random number of them: the target goes on
+            differently.
         max_user_tokens: a longer user turn is ended, small models ramble.
 
     Returns:

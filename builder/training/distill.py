@@ -1,8 +1,9 @@
 """Trains a draft to predict what its target says.
 
-The label is the target's distribution, restricted to the tokens that the draft's LM head covers. A conditioned draft is trained
-several of its own steps deep (training-time test of EAGLE-3): pass 0 sees the target's features everywhere,
-pass k sees features only up to k tokens before, and its own hidden states since, as it will when it drafts k + 1 tokens.
+The label is the target's distribution, restricted to the tokens that the draft's LM head covers. A conditioned draft is
+trained several of its own steps deep (training-time test of EAGLE-3): pass 0 sees the target's features everywhere,
+pass k sees features only up to k tokens before, and its own hidden states since, as it will when it drafts k + 1
+tokens.
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
 """
@@ -59,7 +60,8 @@ def distill(
 ) -> DistillResult:
     """Writes a corpus, trains a draft on it and measures it.
 
-    Everything is kept in `work`: run again after an interruption, it goes on from the last shard and the last checkpoint.
+    Everything is kept in `work`: run again after an interruption, it goes on from the last shard and the last
+    checkpoint.
 
     Args:
         target: the target's network on the device to train on; in bf16 on CUDA.
@@ -158,7 +160,8 @@ class CausalAttend:
 class PassAttend(CausalAttend):
     """The same for the one layer of a conditioned draft, pass after pass.
 
-    Pass k's query at position i sees the keys of pass 0 up to i - k, and of each pass j in between the one at i - k + j.
+    Pass k's query at position i sees the keys of pass 0 up to i - k, and of each pass j in between the one at i - k +
+    j.
     """
 
     def __init__(self, batch_rows: int) -> None:
@@ -275,8 +278,8 @@ def judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple[
 class SoftCrossEntropy(torch.autograd.Function):
     """Cross-entropy of each row to a distribution.
 
-    Written out because at some ten thousand rows of as many logits training is bound by memory traffic: this keeps one tensor of
-    the logits' dtype and makes the gradient in place, where autograd would keep several in fp32.
+    Written out because at some ten thousand rows of as many logits training is bound by memory traffic: this keeps one
+    tensor of the logits' dtype and makes the gradient in place, where autograd would keep several in fp32.
     """
 
     @staticmethod
@@ -305,10 +308,10 @@ _START_TOKENS = 500_000
 def fit_start(target: Decoder, draft: Draft, tokens_BT: Tensor, rows: int = 16, ridge: float = 1e-2) -> float:
     """Starts a conditioned draft so that its layer, a copy of the target's last, is given about what it knows.
 
-    Sets the join to the least-squares estimate of how the highest tapped features change from one token to the next, from
-    the embedding of the latter and the features of the former. With a join of zero the draft starts as a predictor of the
-    token that it has just been given, and training spends long on undoing that. The tap is left as it is, so that the
-    draft's own hidden state, the features of its further steps, is in the same space as the target's.
+    Sets the join to the least-squares estimate of how the highest tapped features change from one token to the next,
+    from the embedding of the latter and the features of the former. With a join of zero the draft starts as a predictor
+    of the token that it has just been given, and training spends long on undoing that. The tap is left as it is, so
+    that the draft's own hidden state, the features of its further steps, is in the same space as the target's.
 
     Args:
         rows: windows of one pass of the target.
@@ -484,9 +487,9 @@ def _untrained(target: Decoder, config: DistillConfig, data: list[Conversations]
 def _optimizers(draft: Draft, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices, AdamW for the norms and biases; one learning rate serves both.
 
-    The residual stream that the draft takes over from its target has values of some tens, so matrices have far to go: a draft of
-    SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200 steps AdamW at
-    8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
+    The residual stream that the draft takes over from its target has values of some tens, so matrices have far to go: a
+    draft of SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200
+    steps AdamW at 8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
     """
     trained = [p for p in draft.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim == 2], [p for p in trained if p.ndim < 2]

@@ -1,11 +1,12 @@
 """Quantizes a target or a draft with NVIDIA ModelOpt, and writes the result as ModelOpt's unified checkpoint.
 
-FP8 (`FP8_DEFAULT_CFG`) finds a scale for the inputs of each layer; INT4 (`INT4_AWQ_CFG`, Lin et al. 2023, arXiv:2306.00978) finds the factor
-by which each input channel is multiplied before its weights are rounded. Factors of inputs that a norm makes go into the norm,
-so only the attention's output and the MLP's inner product keep one (`pre_quant_scale`), as in ModelOpt's own export.
+FP8 (`FP8_DEFAULT_CFG`) finds a scale for the inputs of each layer; INT4 (`INT4_AWQ_CFG`, Lin et al. 2023,
+arXiv:2306.00978) finds the factor by which each input channel is multiplied before its weights are rounded. Factors of
+inputs that a norm makes go into the norm, so only the attention's output and the MLP's inner product keep one
+(`pre_quant_scale`), as in ModelOpt's own export.
 
-What is quantized is our own network, of which query, key and value are one layer, and gate and up: layers that share an input then share
-its scale or factor, where ModelOpt's export has to find a common one afterwards and loses by it.
+What is quantized is our own network, of which query, key and value are one layer, and gate and up: layers that share an
+input then share its scale or factor, where ModelOpt's export has to find a common one afterwards and loses by it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def quantize_target(
     Args:
         target: fp32; on CUDA this takes seconds, on a CPU INT4 takes some 50 ms a token of a model of 135 M.
         tokens_BT: int64, text to calibrate on.
-        group_size: input channels that share an INT4 scale; None for the largest of 128, 64 and 32 that divides every layer's inputs.
+        group_size: input channels that share an INT4 scale; None for the largest of 128, 64 and 32 that divides every
+            layer's inputs.
         lm_head: quantize the LM head too.
 
     Raises:

@@ -1,8 +1,9 @@
 """Wins back what quantizing cost: trains a quantized target to say what the original says.
 
-Quantization-aware distillation (Liu et al. 2023, LLM-QAT, arXiv:2305.17888): the weights behind the rounded ones, their scales and the norms are trained through
-the rounding (straight-through; for INT4 with learned steps, Esser et al. 2020, LSQ, arXiv:1902.08153) on the KL divergence to the original's
-distribution, over text that the original writes itself. What comes out has the same tensors as before.
+Quantization-aware distillation (Liu et al. 2023, LLM-QAT, arXiv:2305.17888): the weights behind the rounded ones, their
+scales and the norms are trained through the rounding (straight-through; for INT4 with learned steps, Esser et al. 2020,
+LSQ, arXiv:1902.08153) on the KL divergence to the original's distribution, over text that the original writes itself.
+What comes out has the same tensors as before.
 
 Shapes: B rows, T tokens of a window, M = B * T, O outputs, I inputs, G groups, V vocab.
 """

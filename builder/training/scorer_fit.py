@@ -1,7 +1,7 @@
 """Fits the criticality scorer: which of the draft's tokens would the target reject?
 
-The samples are the draft's own proposals along text that the target wrote greedily, several steps deep, as long as every step
-before was right: what the draft meets when it drafts.
+The samples are the draft's own proposals along text that the target wrote greedily, several steps deep, as long as
+every step before was right: what the draft meets when it drafts.
 
 Shapes: N samples, F features, B rows, T tokens, H hidden, V draft vocab.
 """
@@ -106,7 +106,8 @@ def _window_samples(
 def fit_scorer(samples: Samples, config: ScorerConfig) -> tuple[Scorer, ScorerReport]:
     """Logistic regression on a part of the samples, measured on the rest.
 
-    Samples keep the order of their conversations and the split is by position, so that no conversation is on both sides.
+    Samples keep the order of their conversations and the split is by position, so that no conversation is on both
+    sides.
 
     Raises:
         UserError: too few samples, or all with the same label.

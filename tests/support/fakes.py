@@ -1,7 +1,7 @@
 """Engines and a tokenizer made of tables: the decoding logic without a model.
 
-A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own* cache, each
-weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
+A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own*
+cache, each weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
 
 Shapes: see `ssv.runtime.engines.contract`; N states (rows of the table).
 """
@@ -52,7 +52,10 @@ class _TokenCache:
         count_B: Tensor | None,
         first_row: int,
     ) -> tuple[Tensor, Tensor]:
-        """Stores a step's tokens; returns row and position of the gathered ones. Padding is noise: nothing may read it."""
+        """Stores a step's tokens; returns row and position of the gathered ones.
+
+        Padding is noise: nothing may read it.
+        """
         dtypes = (input_ids_BT.dtype, position_B.dtype, gather_rows_R.dtype)
         if dtypes != (torch.int64, torch.int32, torch.int64):
             raise EngineError(f"input_ids, position, gather_rows have dtypes {dtypes}")
@@ -166,10 +169,10 @@ class FakeTarget:
 class FakeDraft:
     """A draft of a `FakeTarget`: in each state it has the target's logits, or others with another argmax.
 
-    A conditioned one takes the prefix from the features that it is given, as a target's feature of token i is the hash of the
-    tokens up to i, and its own hidden state the same one token further. It checks every entry that a query sees: that the
-    feature is that of the token before the entry's, that it is the target's wherever the target has run since, and that
-    it continues the entry before.
+    A conditioned one takes the prefix from the features that it is given, as a target's feature of token i is the hash
+    of the tokens up to i, and its own hidden state the same one token further. It checks every entry that a query sees:
+    that the feature is that of the token before the entry's, that it is the target's wherever the target has run since,
+    and that it continues the entry before.
 
     Args:
         agreement: share of the states in which its logits are the target's.

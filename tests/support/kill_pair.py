@@ -21,7 +21,8 @@ from tiny_bundle import RECIPE, write_recipe
 from ssv.bundle.manifest import digest, read_manifest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-# Everything is made anew from one recipe to the other; the tiers are those of a model of nonsense, so its limits are wide.
+# Everything is made anew from one recipe to the other; the tiers are those of a model of nonsense, so its limits are
+# wide.
 RECIPES = [
     RECIPE.replace("depth: 2}\nscorer", f"depth: 2, seed: {seed}}}\nscorer").replace(
         "accept_below: [0.1]", "accept_below: [0.1], max_tokens: 16, limits: {turbo: 0.99}"

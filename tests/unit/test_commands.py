@@ -1,4 +1,7 @@
-"""What every command says of its users' mistakes, and of bugs of ours. Mistakes of one command alone are tested with it."""
+"""What every command says of its users' mistakes, and of bugs of ours.
+
+Mistakes of one command alone are tested with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The files in deploy/: that they agree with each other, with ssv-serve and with the metrics. What an image does is not tested here."""
+"""The files in deploy/: that they agree with each other, with ssv-serve and with the metrics.
+
+What an image does is not tested here.
+"""
 
 from __future__ import annotations
 

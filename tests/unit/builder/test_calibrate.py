@@ -84,7 +84,10 @@ def coverage(num_prompts: int, runs: int) -> float:
 
 
 def test_the_bound_is_asymptotic_and_says_so() -> None:
-    """It holds less often than it says where prompts are few, which is why few are refused. (Python's own random numbers: the same anywhere.)"""
+    """It holds less often than it says where prompts are few, which is why few are refused.
+
+    (Python's own random numbers: the same anywhere.)
+    """
     assert BOUND_KIND == "asymptotic"
     assert coverage(12, 200) < 0.85
     assert coverage(MIN_PROMPTS, 80) > 0.9

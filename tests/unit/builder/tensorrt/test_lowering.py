@@ -1,7 +1,7 @@
 """The ops in TensorRT networks compute what their definition computes.
 
-Built from TensorRT's own layers they are interpreted, and compiled by TensorRT for RTX. As plugins they are driven by TensorRT's plugin library
-(tests/support/qdp.py), which has to find their shapes, kernels and launches.
+Built from TensorRT's own layers they are interpreted, and compiled by TensorRT for RTX. As plugins they are driven by
+TensorRT's plugin library (tests/support/qdp.py), which has to find their shapes, kernels and launches.
 
 Shapes: see `ssv.plugins.contract`; S = B + 1, J = K + 1.
 """
