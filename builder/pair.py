@@ -207,7 +207,10 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
 
 
 def _work_folder(parts: Parts) -> Path:
-    """Where a distillation keeps its state: one folder each, so that another recipe neither takes it for its own nor stumbles over it."""
+    """The folder where a distillation keeps its state.
+
+    Each recipe has one of its own, so that another recipe neither takes the state for its own nor stumbles over it.
+    """
     return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources["draft"][:12]
 
 
@@ -328,7 +331,10 @@ def _content(file: Path | None) -> str | None:
 
 
 def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens: int = 2048) -> dict[str, Tensor]:
-    """Activation ranges of target ("target." and, for the tap, "target.tap.project") and draft ("draft."), on chat-formatted prompts."""
+    """Activation ranges of a target and a draft on chat-formatted prompts.
+
+    Keys begin with "target." ("target.tap.project" for the tap) and with "draft.".
+    """
     tokens_BT = prompt_tokens(target, prompts, num_tokens)
 
     def run() -> None:

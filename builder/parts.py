@@ -76,7 +76,13 @@ class Parts:
                 path.unlink()
 
     def reuse(self, part: str, *sources: object) -> bool:
-        """Notes what a part is made from; takes it over from the run before or the old bundle if that was made from the same."""
+        """Notes what a part is made from, and takes the part over if it was made from the same before.
+
+        It is looked for in what the run before has left, and in the old bundle.
+
+        Returns:
+            Whether it was taken over.
+        """
         return self._reuse(part, sources) is not None
 
     def reuse_engine(self, name: str, *sources: object) -> bool:
@@ -99,10 +105,11 @@ class Parts:
         self._finish(_engine_part(name), [self.stage.bundle / entry.file], entry)
 
     def carry_over_engines(self, manifest: Manifest, there: Manifest | None) -> None:
-        """Takes over the engines of the bundle that is there which the recipe does not name, as long as they are of the same weights.
+        """Takes over engines of the old bundle that the recipe does not name and whose weights are still the same.
 
         Args:
             manifest: of the bundle in the making.
+            there: of the old bundle; None if there is none.
         """
         for name, entry in (there.engines if there is not None else {}).items():
             assert there is not None
@@ -111,7 +118,8 @@ class Parts:
             files = {entry.file: there.files[entry.file]}
             if entry.source != engine_source(manifest, entry.role):
                 notice(
-                    f"engine {name} was compiled from other weights than the bundle now has and is dropped: run `ssv-build compile` again"
+                    f"engine {name} was compiled from other weights than the bundle now has and is dropped: run "
+                    "`ssv-build compile` again"
                 )
             elif not self._are_whole(self.stage.out, files):
                 notice(f"engine {name} is damaged and is dropped: run `ssv-build compile` again")

@@ -1,4 +1,4 @@
-"""What is at the place where a bundle is to be built: nothing, a bundle that may be replaced, or something to leave alone."""
+"""What is at the place of a bundle: nothing, a bundle that may be replaced, or something to leave alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ _KEYS = {"schema_version", "name", "target", "draft", "eos_token_ids", "tiers", 
 
 
 def bundle_at(out: Path) -> Manifest | None:
-    """The manifest of the bundle at a place, which a new one may replace; None where there is nothing, or an empty folder.
+    """The manifest of the bundle at a place, which a new one may replace.
 
     Its files are not hashed. A bundle is replaced only if nothing but what it consists of is deleted with it.
+
+    Returns:
+        None where there is nothing, or an empty folder.
 
     Raises:
         BundleError: anything else is there: a file, a folder that is no bundle for certain, a bundle of another schema,
@@ -70,7 +73,8 @@ def _refuse_strangers_manifest(out: Path) -> None:
         raise BundleError(f"{out} holds a {MANIFEST_NAME} that is not a bundle's", "choose another folder")
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{out} is a bundle of schema version {version}, this ssv writes {SCHEMA_VERSION} and can take nothing over from it",
+            f"{out} is a bundle of schema version {version}, this ssv writes {SCHEMA_VERSION} and can take nothing "
+            "over from it",
             "choose another folder, or move this one first",
         )
 

@@ -1,4 +1,4 @@
-"""What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can."""
+"""Checks of a recipe before anything is built: its files, its sizes against the model, the machine and its GPUs."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def check_prompts(config: CalibrationConfig) -> None:
     for tier, limit in config.limits.items():
         if limit < least:
             raise RecipeError(
-                f"calibration.make.limits.{tier}: {most} tokens without any divergence show no more than that it is below {least:.2g}, the limit is "
-                f"{limit:g}",
+                f"calibration.make.limits.{tier}: {most} tokens without any divergence show no more than that it is "
+                f"below {least:.2g}, the limit is {limit:g}",
                 "add prompts or tokens, or raise the limit",
             )
 
@@ -123,7 +123,8 @@ def check_distillation(recipe: Recipe, target: Target) -> None:
         found = load_draft(config.start_from, target.decoder).spec.to_dict()
         if differ := [name for name, value in spec.to_dict().items() if value != found[name]]:
             raise RecipeError(
-                f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe asks for"
+                f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe "
+                "asks for"
             )
 
 
@@ -153,8 +154,8 @@ def check_lengths(config: CalibrationConfig, target: Target) -> None:
         length = len(encoder.chat_ids([{"role": "user", "content": prompt}]))
         if length + config.max_tokens > room:
             raise RecipeError(
-                f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that is more than the {room} the "
-                "model has room for",
+                f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that "
+                f"is more than the {room} the model has room for",
                 "shorten it, or give a smaller max_tokens",
             )
 

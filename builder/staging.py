@@ -60,7 +60,9 @@ class Stage:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Stage]:
-    """A stage whose bundle takes the place `out` when the block succeeds; if it does not, finished parts stay for the next run.
+    """A stage whose bundle takes the place `out` when the block succeeds.
+
+    If the block fails, finished parts stay for the next run.
 
     Raises:
         BundleError: the place cannot be written, holds something else than a bundle, or another run is building it.
@@ -137,7 +139,10 @@ def _lock(stage: Stage) -> int:
 
 
 def _tidy(stage: Stage) -> None:
-    """Restores a bundle that a killed exchange had set aside, and removes what dead runs have left beside finished parts."""
+    """Restores a bundle that a killed exchange had set aside, and removes what dead runs have left.
+
+    Finished parts stay.
+    """
     for path in stage.work.iterdir():
         if path.name not in (_BUNDLE, _LOCK, RECORD_NAME) and not path.name.startswith(_QUANTIZED):
             _remove(path)
@@ -193,7 +198,10 @@ def _swap(one: Path, other: Path) -> bool:
 
 
 def _make_durable(bundle: Path) -> None:
-    """Has all of a bundle readable by other users and on the disk, so that a power cut after the exchange finds it whole."""
+    """Makes a bundle readable by other users and writes all of it to the disk.
+
+    After that, a power cut that follows the exchange finds it whole.
+    """
     mask = _umask()
     for path in [*bundle.rglob("*"), bundle]:
         if path.is_file():

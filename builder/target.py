@@ -74,7 +74,9 @@ def load_target(path: Path, tokenizer_path: Path | None = None) -> Target:
 
 
 def openings_of(file: Path | None, target: Target) -> list[list[int]]:
-    """Token ids of the openings in a file, one a line; control tokens in them are text, as in the messages that they begin.
+    """Token ids of the openings in a file, one a line.
+
+    Control tokens in them are text, as they are in the messages that the openings begin.
 
     Raises:
         UserError: the file cannot be read, or an opening cannot be written without a control token.

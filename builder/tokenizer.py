@@ -31,7 +31,9 @@ _DEFAULT_SPLITS = (
 
 
 def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
-    """Reads the `transformers` tokenizer of a checkpoint, with one chat template, and without the truncation of its training.
+    """Reads the `transformers` tokenizer of a checkpoint.
+
+    It has one chat template, and does not truncate as it did in training.
 
     Args:
         path: a GGUF file or a folder.
@@ -82,8 +84,10 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
 
 
 def end_tokens(path: Path, tokenizer: Any) -> list[int]:
-    """Ids of all tokens that end an answer, ascending: the tokenizer's, those of generation_config.json and config.json (a GGUF file's
-    eos, eot and eom), and the one that the chat template writes after an assistant's message.
+    """Ids of all tokens that end an answer, ascending.
+
+    They are the tokenizer's, those of generation_config.json and config.json (a GGUF file's eos, eot and eom), and the
+    one that the chat template writes after an assistant's message.
 
     Raises:
         CheckpointError: there is none, or one of the files says something else than ids.
@@ -102,8 +106,8 @@ def end_tokens(path: Path, tokenizer: Any) -> list[int]:
         found.add(of_turn)
     if not found:
         raise CheckpointError(
-            f"{path}: no token ends an answer, neither in the tokenizer nor in generation_config.json, config.json or the chat "
-            "template",
+            f"{path}: no token ends an answer, neither in the tokenizer nor in generation_config.json, config.json or "
+            "the chat template",
             "add eos_token_id to generation_config.json",
         )
     return sorted(found)
@@ -118,7 +122,8 @@ def check_vocabulary(path: Path, tokenizer: Any, ends: Iterable[int], rows: int)
     for token in ends:
         if not 0 <= token < rows:
             raise CheckpointError(
-                f"{path}: end token {token} ({_text_of(tokenizer, token)}) lies outside the model's embedding of {rows} rows",
+                f"{path}: end token {token} ({_text_of(tokenizer, token)}) lies outside the model's embedding of "
+                f"{rows} rows",
                 "give the files of one model, or enlarge its embedding",
             )
     vocab = tokenizer.get_vocab()
@@ -148,8 +153,10 @@ def text_digest(tokenizer: Any, ends: Iterable[int]) -> str:
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of what a chat template's turns may begin and end with: special tokens, other added tokens that are no words, and the
-    tokenizer's end of sequence."""
+    """Ids of the tokens that a chat template's turns may begin and end with.
+
+    They are special tokens, other added tokens that are no words, and the tokenizer's end of sequence.
+    """
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return frozenset(structure_ids(added) | {tokenizer.eos_token_id} - {None})
 
@@ -220,7 +227,7 @@ def _end_tokens_of(path: Path) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first added token that the chat template writes after an assistant's message, be it marked as special or not."""
+    """The first added token, special or not, that the chat template writes after an assistant's message."""
     for conversation in (_conversation(tokenizer), _conversation(tokenizer, turns=2)):
         if conversation is None or _ASSISTANT not in conversation:
             continue
@@ -248,7 +255,8 @@ def _one_template(path: Path, template: object) -> str:
     if isinstance(template, Mapping):
         if "default" not in template:
             raise CheckpointError(
-                f"{path}: the tokenizer has chat templates named {', '.join(map(str, template))}, and none named default",
+                f"{path}: the tokenizer has chat templates named {', '.join(map(str, template))}, and none named "
+                "default",
                 "give the one for chats that name",
             )
         template = template["default"]
@@ -306,9 +314,9 @@ def _check_gguf_ids(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _set_split(path: Path, meta: Mapping[str, Any], tokenizer: Any) -> None:
-    """Splits text before the merges as the file's `tokenizer.ggml.pre` says; `transformers` takes GPT-2's way for those it does not know.
+    """Sets how text is split before the merges: as the file's `tokenizer.ggml.pre` says.
 
-    Source: `llm_tokenizer_bpe` in llama.cpp.
+    `transformers` takes GPT-2's way for every name that it does not know. Source: `llm_tokenizer_bpe` in llama.cpp.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
@@ -336,8 +344,11 @@ def _set_split(path: Path, meta: Mapping[str, Any], tokenizer: Any) -> None:
 
 
 def _as_it_stands(tokenizer: Any, num_tokens: int) -> Any:
-    """The same tokenizer as a class that reads its tokenizer.json as it stands; those of the families make their own split again when
-    they are read, and add their usual special tokens (GPT-2's <|endoftext|>) to vocabularies that have none."""
+    """The same tokenizer as a class that reads its tokenizer.json as it stands.
+
+    When they are read, the families' own classes make their split again, and add their usual special tokens (GPT-2's
+    <|endoftext|>) to vocabularies that have none.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

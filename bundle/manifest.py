@@ -132,7 +132,7 @@ class Manifest(_Strict):
 
     @property
     def divergence_limits(self) -> dict[str, float]:
-        """Of the lossy tiers that were calibrated."""
+        """The bound on divergence of each lossy tier that was calibrated."""
         return {name: tier.divergence for name, tier in self.tiers.items() if tier.divergence is not None}
 
 
@@ -233,7 +233,8 @@ def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> 
     if not path.is_file():
         if not bundle.exists() and bundle.name and retired_place(bundle).is_dir():
             raise BundleError(
-                f"{bundle} was being replaced when that was interrupted, the old bundle lies at {retired_place(bundle)}",
+                f"{bundle} was being replaced when that was interrupted, the old bundle lies at "
+                f"{retired_place(bundle)}",
                 "run the same `ssv-build pair` again, or rename it",
             )
         raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME})", "make one with `ssv-build pair`")
@@ -312,7 +313,10 @@ def unused_files(manifest: Manifest, engine: str) -> set[str]:
 
 
 def _state(status: os.stat_result, expected: FileEntry) -> str:
-    """A file that has this still has its content: the time of its last change (ctime) cannot be set back. With the hash, since the manifest
-    may be another one."""
+    """What stays the same as long as a file has the content that was hashed.
+
+    The time of the last change (ctime) cannot be set back. The hash is part of it, since the manifest may be another
+    one.
+    """
     facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, expected.sha256)
     return " ".join(map(str, facts))

@@ -32,8 +32,8 @@ class Limits:
                 raise EngineBuildError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.max_pending + 1 < self.prefill_chunk <= self.max_length:
             raise EngineBuildError(
-                f"prefill_chunk {self.prefill_chunk} must be more than max_pending + 1 = {self.max_pending + 1} and at most "
-                f"max_length {self.max_length}",
+                f"prefill_chunk {self.prefill_chunk} must be more than max_pending + 1 = {self.max_pending + 1} and at "
+                f"most max_length {self.max_length}",
                 "choose other limits",
             )
 

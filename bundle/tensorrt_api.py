@@ -51,7 +51,8 @@ def refuse_capabilities(role: str, precision: EnginePrecision, capabilities: Seq
         can = [p for p, needs in _LEAST_CAPABILITY.items() if all(_at_least(each, needs) for each in old)]
         instead = f", or the precision {' or '.join(can)}" if can and role == "target" else ""
         raise ValueError(
-            f"compute capability {', '.join(old)} does not run {what}, which takes {least[0]}.{least[1]} or more: choose another{instead}"
+            f"compute capability {', '.join(old)} does not run {what}, which takes {least[0]}.{least[1]} or more: "
+            f"choose another{instead}"
         )
 
 

@@ -168,8 +168,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        """Raises:
-        jinja2.TemplateError: it does not compile.
+        """Compiles a template.
+
+        Raises:
+            jinja2.TemplateError: it does not compile.
         """
         self.source = source
         self._template = _compile(source)
@@ -278,8 +280,10 @@ class _Marks:
     """
 
     def __init__(self, *values: Any) -> None:
-        """Args:
-        values: whose characters are none of them.
+        """Begins without a mark.
+
+        Args:
+            values: no mark is a character that occurs in these.
         """
         self._marks: dict[tuple[str, int], str] = {}
         self._meant: dict[str, tuple[str, int]] = {}
@@ -363,7 +367,10 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shown(value: Any) -> Any:
-    """What a template writes of a value: lists and objects may have something of a message in them, and so are all a message's."""
+    """What a template writes of a value.
+
+    Lists and objects may have something of a message in them, so all of their text counts as a message's.
+    """
     return value if value is None or isinstance(value, str | int | float | Undefined) else Said(str(value))
 
 

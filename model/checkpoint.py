@@ -73,8 +73,10 @@ def load_checkpoint(path: Path | str) -> tuple[DecoderSpec, Weights]:
 
 
 def settle_head(spec: DecoderSpec, weights: Weights) -> tuple[DecoderSpec, Weights]:
-    """What a config that ties the LM head to the embedding means beside a checkpoint that has a head of its own, as in transformers: they are
-    tied if the two are equal or there is only one of them."""
+    """Settles what it means that a config ties the LM head and the checkpoint has a head of its own.
+
+    As in transformers, they are tied if the two are equal or if there is only one of them.
+    """
     if not spec.tie_embeddings or (head := weights.get("lm_head.weight")) is None or head.dtype not in FLOATS:
         return spec, weights
     embedding = weights.get("model.embed_tokens.weight")
@@ -108,7 +110,8 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
     for name in expected:
         if not _all_finite(weights[name]):
             raise CheckpointError(
-                f"{source}: weight {name} holds NaN or infinite numbers: the checkpoint is damaged, or its training diverged"
+                f"{source}: weight {name} holds NaN or infinite numbers: the checkpoint is damaged, or its training "
+                "diverged"
             )
     return {name: weights[name] for name in expected}
 
@@ -213,8 +216,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The files that `load_checkpoint` makes a model of: of a folder its config.json, the weights that count, and the index if they are its
-    shards.
+    """The files that `load_checkpoint` makes a model of.
+
+    Of a folder they are its config.json, the weights that count, and the index if those are its shards.
 
     Raises:
         CheckpointError: see `read_hf_folder`.
@@ -272,7 +276,8 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> Weights:
     weights = _joined([folder / name for name in names], weight_map)
     if absent := sorted(set(weight_map) - set(weights)):
         raise CheckpointError(
-            f"{folder}: {weight_map[absent[0]]} lacks {absent[0]}, which the index says is in it: shards of different checkpoints?"
+            f"{folder}: {weight_map[absent[0]]} lacks {absent[0]}, which the index says is in it: shards of different "
+            "checkpoints?"
         )
     return weights
 
@@ -287,7 +292,8 @@ def _joined(files: Iterable[Path], weight_map: Mapping[str, str]) -> Weights:
                 continue
             if name in weights:
                 raise CheckpointError(
-                    f"{file.parent}: {name} is in {owner[name].name} and in {file.name}, and no index says which one counts",
+                    f"{file.parent}: {name} is in {owner[name].name} and in {file.name}, and no index says which one "
+                    "counts",
                     "remove one",
                 )
             weights[name], owner[name] = tensor, file

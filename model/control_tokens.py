@@ -27,7 +27,7 @@ from ssv.model.chat_template import ASSISTANT, OTHERS, TEMPLATE, Said, origin_of
 from ssv.support.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Of messages. A template writes them where it writes control tokens, and so no others are taken."""
+"""Roles that messages may have. Templates write roles where they write control tokens, so no others are taken."""
 
 _PROBE = "question"
 _Place = Literal[
@@ -46,10 +46,12 @@ class ConversationEncoder:
     def __init__(
         self, backend: Tokenizer, render: Callable[..., str], template: str | None, end_tokens: Iterable[int] = ()
     ) -> None:
-        """Args:
-        render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.model.chat_template`.
-        template: its source.
-        end_tokens: ids of tokens that end an answer.
+        """Sets the way up for a model.
+
+        Args:
+            render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.model.chat_template`.
+            template: its source.
+            end_tokens: ids of tokens that end an answer.
         """
         self._backend, self._render, self._template = backend, render, template or ""
         self._ends = frozenset(end_tokens)
@@ -230,12 +232,12 @@ def _said(message: Mapping[str, str]) -> dict[str, str]:
 
 
 def structure_ids(added: Mapping[int, Any]) -> set[int]:
-    """Of the added tokens of a tokenizer those that can be structure: special ones, and others that are no words."""
+    """Those of a tokenizer's added tokens that can be structure: special ones, and others that are no words."""
     return {token for token, entry in added.items() if entry.special or not _is_word(entry.content)}
 
 
 def _is_word(text: str) -> bool:
-    """Whether an added token is a word that was added to the vocabulary, or whitespace, which a template writes as it does any text."""
+    """Whether an added token is an ordinary word, or whitespace, which a template writes as it does any text."""
     return all(char.isalnum() or char.isspace() for char in text)
 
 

@@ -25,7 +25,7 @@ class Attend(Protocol):
     """Attention of one layer: stores what the step adds, returns what its queries see."""
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        """Returns the attended values, [M, N * D]."""
+        """Attends, and returns the values, [M, N * D]."""
         ...
 
 
@@ -43,8 +43,11 @@ class Rotation:
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and gated MLP. Query, key and value are one product, gate and up another: at one token a step
-    is bound by the number of calls and the bytes of weights, not by arithmetic."""
+    """Pre-norm attention and gated MLP.
+
+    Query, key and value are one product, gate and up another: at one token a step, time goes by the number of calls and
+    the bytes of weights, not by arithmetic.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -129,8 +132,9 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_weights(cls, spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Decoder:
-        """The decoder with a checkpoint's weights (Hugging Face names). Layers that the checkpoint holds quantized become
-        `QuantizedLinear`.
+        """The decoder with a checkpoint's weights (Hugging Face names).
+
+        Layers that the checkpoint holds quantized become `QuantizedLinear`.
 
         Args:
             dtype: of what is not quantized; None for the types that the checkpoint has.

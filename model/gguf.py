@@ -299,7 +299,10 @@ def _refuse_other_layers(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> No
 def _rope_scaling(
     settings: _Metadata, arch: str, head_dim: int, theta: float, divisors: tuple[float, ...] | None
 ) -> RopeScaling | RopeDivisors | None:
-    """Linear scaling (`rope.scaling.factor`, or `rope.scale_linear`, its old name) times the divisors in `rope_freqs.weight`."""
+    """Linear scaling of rope times the divisors in `rope_freqs.weight`.
+
+    The factor is `rope.scaling.factor`, or `rope.scale_linear`, its old name.
+    """
     factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 0.0))
     if factor < 0:
         raise CheckpointError(f"GGUF metadata: rope scaling factor {factor}, must be above 0")
@@ -326,8 +329,10 @@ def _rope_scaling(
 
 
 def _llama3(given: RopeDivisors, head_dim: int, theta: float) -> RopeScaling | None:
-    """The settings from which llama.cpp's converter makes these divisors, if they are those of all published Llama 3.1, 3.2 and 3.3: then a
-    bundle's config.json can say so, in the words that every other tool knows."""
+    """The settings from which llama.cpp's converter makes these divisors, if Llama 3.1, 3.2 or 3.3 has them.
+
+    A bundle's config.json can then say so, in the words that every other tool knows.
+    """
     scaling = RopeScaling(max(given.divisors), 1.0, 4.0, 8192)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency_P = 1.0 / theta**exponent

@@ -182,7 +182,8 @@ def _head_dim(config: Mapping[str, Any], family: _Family, hidden_size: int, num_
     if config.get("head_dim") is None and family.head_dim is None:
         if hidden_size % num_heads:
             raise CheckpointError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no "
+                "head_dim"
             )
         return hidden_size // num_heads
     return _count(config, "head_dim", family.head_dim)
@@ -228,7 +229,8 @@ def _refuse_windows(config: Mapping[str, Any], family: str) -> None:
     if window and (switch or family in ("llama", "mistral")):
         default = "" if config.get("sliding_window") else f" (the default of {family}, as config.json does not say)"
         raise CheckpointError(
-            f"sliding_window {window}{default}: sliding-window attention is not supported; if every token of this model "
+            f"sliding_window {window}{default}: sliding-window attention is not supported; if every token of this "
+            "model "
             'sees all before it, set "sliding_window": null'
         )
     layer_types = config.get("layer_types") or []
@@ -357,8 +359,11 @@ def _rope_settings(
 
 
 def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings that transformers takes: earlier ones wrote rope_theta beside rope_scaling, transformers 5 writes rope_parameters;
-    of both, rope_scaling counts, as model cards tell to add it by hand."""
+    """The settings of rope that transformers takes.
+
+    Earlier versions wrote rope_theta beside rope_scaling, transformers 5 writes rope_parameters. Where both are there
+    rope_scaling counts, since model cards tell people to add it by hand.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) is not None and not isinstance(config[key], Mapping):
             raise CheckpointError(
@@ -372,7 +377,8 @@ def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
         taken = scaling.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
         if taken != parameters["rope_theta"]:
             raise CheckpointError(
-                f"rope_parameters has rope_theta {parameters['rope_theta']}, with rope_scaling beside it {taken} counts",
+                f"rope_parameters has rope_theta {parameters['rope_theta']}, with rope_scaling beside it {taken} "
+                "counts",
                 "write rope_theta into rope_scaling, or move all of it to rope_parameters",
             )
     return rope
@@ -384,8 +390,8 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
         raise CheckpointError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other", "remove one")
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise CheckpointError(
-            f"rope_type {kind!r} is not supported, only 'default', 'linear' and 'llama3'; for contexts within the length the model "
-            "was trained with, remove the scaling"
+            f"rope_type {kind!r} is not supported, only 'default', 'linear' and 'llama3'; for contexts within the "
+            "length the model was trained with, remove the scaling"
         )
     return kind
 

@@ -1,5 +1,6 @@
-"""Quantized linear layers: what they are made of and what they compute. This is the definition that the TensorRT network and
-the torch engine both follow.
+"""Quantized linear layers: what they are made of and what they compute.
+
+This is the definition that the TensorRT network and the torch engine both follow.
 
 * FP8 (W8A8): weights and inputs in float8 E4M3, a scale for the weights of each output and one for all inputs, found by
   calibration: static, so a row's result does not depend on the other rows.
@@ -58,10 +59,12 @@ class QuantizedLinear(nn.Module):
 
 
 class Fp8Linear(QuantizedLinear):
-    """Attributes:
-    values_OI: float8_e4m3fn.
-    scale_O: fp32, of the weights.
-    input_scale: fp32 scalar.
+    """A linear layer over FP8 weights, whose inputs are rounded to FP8.
+
+    Attributes:
+        values_OI: float8_e4m3fn.
+        scale_O: fp32, of the weights.
+        input_scale: fp32 scalar.
     """
 
     values_OI: Tensor
@@ -91,10 +94,12 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class AwqLinear(QuantizedLinear):
-    """Attributes:
-    packed_PI: uint8; byte [p, i] holds weights [2 p, i] (low four bits) and [2 p + 1, i], two's complement.
-    scale_OG: fp32.
-    input_factor_I: fp32, or None.
+    """A linear layer over INT4 weights.
+
+    Attributes:
+        packed_PI: uint8; byte [p, i] holds weights [2 p, i] (low four bits) and [2 p + 1, i], two's complement.
+        scale_OG: fp32.
+        input_factor_I: fp32, or None.
     """
 
     packed_PI: Tensor

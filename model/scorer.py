@@ -70,6 +70,7 @@ def load_scorer(path: Path, hidden_size: int) -> Scorer:
     expected = len(CONFIDENCE_FEATURES) + (hidden_size if uses_hidden else 0)
     if state["weight"].shape != (expected,):
         raise CheckpointError(
-            f"{path}: scorer over {state['weight'].numel()} features, the draft's hidden size {hidden_size} gives {expected}"
+            f"{path}: scorer over {state['weight'].numel()} features, the draft's hidden size {hidden_size} gives "
+            f"{expected}"
         )
     return Scorer(state["weight"].float(), state["bias"].float().reshape(()), uses_hidden)

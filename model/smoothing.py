@@ -21,7 +21,7 @@ Ranges = dict[str, Tensor]
 _SHARE = {"qkv": 0.8, "gate_up": 0.8, "down": 0.5, "lm_head": 0.5, "join": 0.5}
 
 _ROWS = 512
-"""Of a weight that are worked on at a time: they stay in the processor's cache."""
+"""Rows of a weight that are worked on at a time: they stay in the processor's cache."""
 
 
 def activation_ranges(module: nn.Module, run: Callable[[], object]) -> Ranges:
@@ -47,8 +47,10 @@ def activation_ranges(module: nn.Module, run: Callable[[], object]) -> Ranges:
 
 
 def smoothed_parts(decoder: Decoder, ranges: Ranges, prefix: str = "") -> Iterator[nn.Module]:
-    """Smooths, in place, every linear layer whose input is made by a norm or by the gated MLP. The decoder's function stays
-    the same. Its LM head must not share its weight with the embedding any more (it is copied here).
+    """Smooths, in place, every linear layer whose input is made by a norm or by the gated MLP.
+
+    The decoder's function stays the same. Its LM head is copied here, as it must not share its weight with the
+    embedding any more.
 
     Yields each layer and then the decoder itself, once it is smoothed: who packs a part before asking for the next
     never holds the whole decoder in fp32. All of them have to be taken.

@@ -1,5 +1,6 @@
-"""Reads ModelOpt's unified Hugging Face checkpoint: the usual folder, with quantized weights and their scales in it. TensorRT-LLM, vLLM and
-SGLang read it too.
+"""Reads ModelOpt's unified Hugging Face checkpoint: the usual folder, with quantized weights and their scales.
+
+TensorRT-LLM, vLLM and SGLang read it too.
 
 What was quantized, and how, stands in `hf_quant_config.json` (NVIDIA ModelOpt, modelopt.torch.export), of which there
 are two shapes, or in config.json's `quantization_config`:
@@ -65,7 +66,9 @@ def quantization_document(precision: str, group_size: int | None, lm_head: bool)
 
 
 def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
-    """Reads a checkpoint, quantized by ModelOpt or not at all. Quantized layers keep their tensors, see `ssv.model.quantized`.
+    """Reads a checkpoint, quantized by ModelOpt or not at all.
+
+    Quantized layers keep their tensors, see `ssv.model.quantized`.
 
     Raises:
         CheckpointError: see `load_checkpoint`; or it is quantized in a way that is not supported.
@@ -80,7 +83,10 @@ def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
 
 
 def quantization_of(path: Path) -> str | None:
-    """ "fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized, or of which only the KV cache is.
+    """What ModelOpt has quantized a folder to, "fp8" or "int4".
+
+    Returns:
+        None for a folder that is not quantized, or of which only the KV cache is.
 
     Raises:
         CheckpointError: quantized by something else, or to something that is not supported.
@@ -191,5 +197,6 @@ def _check_scales(weights: Weights, scales: Iterable[str], path: Path) -> None:
         divides = name.endswith(".input_scale")
         if not (low.isfinite() and high.isfinite()) or low < 0 or (divides and low == 0):
             raise CheckpointError(
-                f"{path}: {name} holds {'0, ' if divides else ''}negative, NaN or infinite numbers: the checkpoint is damaged"
+                f"{path}: {name} holds {'0, ' if divides else ''}negative, NaN or infinite numbers: the checkpoint is "
+                "damaged"
             )

@@ -41,7 +41,7 @@ _MAX_SHARED_BYTES = 48 * 1024
 """A kernel may use this much without asking for more, which TensorRT's interface has no place for."""
 
 _ALONE = {"SPLITS": 1, "partial": None, "arrived": None}
-"""Of a kernel of which each program has a whole row, and so needs no scratch memory."""
+"""Constants of a kernel of which each program has a whole row, and which so needs no scratch memory."""
 
 Sizes = Mapping[str, Any]
 """A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: B, K, M, R, T."""
@@ -248,8 +248,9 @@ class _Letters(dict[str, Any]):
 
 
 def _without_hidden_arguments(ptx: str, num_arguments: int) -> str:
-    """Takes the pointers to scratch memory from an entry's arguments, which Triton adds and a kernel without scratch does not read:
-    TensorRT passes none.
+    """Takes from an entry's arguments the pointers to scratch memory, which TensorRT does not pass.
+
+    Triton adds them, and a kernel without scratch does not read them.
 
     Raises:
         OpError: the kernel does read them.

@@ -201,8 +201,10 @@ def choose_kernel(
     SHARE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Grid (R, SPLITS), each program for SHARE blocks of a row. Blocks in which nothing can be chosen, which are most of them after top-k or
-    top-p, cost their reading alone."""
+    """Grid (R, SPLITS), each program for SHARE blocks of a row.
+
+    Most blocks have nothing that can be chosen after top-k or top-p, and cost their reading alone.
+    """
     r = tl.program_id(0)
     split = tl.program_id(1)
     row = x + r.to(tl.int64) * VOCAB
@@ -259,8 +261,11 @@ def _scored_share(
     LANES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Of tiles `first_tile` to `first_tile + SHARE` of a row: the largest logit, its index, and the second largest; and over all logits but that
-    one, the sums of e = 2^exponent and of e * exponent, counted from the base of the largest."""
+    """What is found in tiles `first_tile` to `first_tile + SHARE` of a row.
+
+    It is the largest logit, its index, and the second largest; and over all logits but the largest, the sums of
+    e = 2^exponent and of e * exponent, counted from the base of the largest.
+    """
     lane = tl.arange(0, LANES)
     in_piece = tl.arange(0, PIECE)
     offset = lane[:, None] * PIECE + in_piece[None, :]
@@ -316,7 +321,7 @@ def _base(top):
 
 @triton.jit
 def _exponent(x, base):
-    """Of a logit; bounded from below, so that its product with 2 to it is finite."""
+    """The exponent of a logit, bounded from below, so that its product with 2 to it is finite."""
     return tl.maximum(tl.fma(x, _LOG2E, -base), _MIN_BELOW, propagate_nan=_KEEP_NAN)
 
 

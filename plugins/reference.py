@@ -1,6 +1,6 @@
-"""The ops in plain PyTorch: the definition that every kernel and every lowering is compared with, and what runs on the CPU.
+"""The definition of the ops, in plain PyTorch.
 
-Shapes: see `contract.py`.
+Every kernel and every lowering is compared with it, and it is what runs on the CPU. Shapes: see `contract.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ TRUSTED, GRAY, CRITICAL = 0, 1, 2
 """Zones of a drafted token: what is trusted is not judged."""
 
 MIN_BELOW = -1e4
-"""Logits count as at most this far below the largest: e to it is 0 in fp32, and products with it are finite where those with -inf are not."""
+"""Logits count as at most this far below the largest.
+
+Then e to it is 0 in fp32, and products with it are finite where those with -inf are not.
+"""
 
 MAX_LOGIT = 2e38
 """A row whose largest logit is not within this has no distribution: times log2(e) it would be no fp32 number."""
@@ -31,7 +34,7 @@ MIN_REST = 1e-7
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS, PHILOX_WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-"""Of Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+"""Constants of Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
 
 
 def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
@@ -114,8 +117,10 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
 
 
 def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> Judged:
-    """The rows that the target judges, compacted and normed: those whose zone is not TRUSTED, and each sequence's last, which gives the
-    bonus token. Padding, at and beyond a sequence's length, is left out.
+    """The rows that the target judges, compacted and normed.
+
+    They are those whose zone is not TRUSTED, and each sequence's last, which gives the bonus token. Padding, at and
+    beyond a sequence's length, is left out.
 
     Args:
         hidden_BTH: fp16, bf16 or fp32, before the final norm.

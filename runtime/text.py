@@ -29,10 +29,12 @@ class TextStream:
         min_tokens: int = 0,
         context: Sequence[int] = (),
     ) -> None:
-        """Args:
-        stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
-        min_tokens: see the attribute.
-        context: the end of what the text continues; nothing for a text of its own.
+        """Begins an output.
+
+        Args:
+            stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
+            min_tokens: see the attribute.
+            context: the end of what the text continues; nothing for a text of its own.
         """
         self._decode, self._stop = decode, tuple(stop)
         self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
@@ -47,8 +49,10 @@ class TextStream:
         self.stopped = False
 
     def push(self, *token_ids: int) -> str:
-        """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
-        that completes one."""
+        """Takes tokens, and returns the text that can leave now.
+
+        With stop strings, tokens are taken one at a time: the output ends with the token that completes one.
+        """
         if not token_ids:
             return ""
         self._pushed += len(token_ids)

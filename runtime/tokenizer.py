@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTEXT_TOKENS = 8
-"""Of a prompt's end, which the first token of a continuation is decoded with."""
+"""Tokens at a prompt's end that the first token of its continuation is decoded with."""
 
 
 class BundleTokenizer:
-    """Attributes:
-    inner: a `FileTokenizer`.
+    """A bundle's tokenizer: prompts and conversations to token ids.
+
+    Attributes:
+        inner: a `FileTokenizer`.
     """
 
     def __init__(self, inner: Any, end_tokens: Iterable[int] = ()) -> None:
-        """Args:
-        inner: a `FileTokenizer`, or a tokenizer of `transformers` that has one of the library tokenizers in it.
-        end_tokens: ids of tokens that end an answer.
+        """Wraps a tokenizer.
+
+        Args:
+            inner: a `FileTokenizer`, or a tokenizer of `transformers` that has one of the library tokenizers in it.
+            end_tokens: ids of tokens that end an answer.
         """
         if (backend := getattr(inner, "backend_tokenizer", None)) is not None:
             from ssv.runtime.tokenizer_files import FileTokenizer
@@ -56,9 +60,11 @@ class BundleTokenizer:
         return cls(FileTokenizer.load(Path(bundle) / "tokenizer"), end_tokens)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that is to be continued: what the tokenizer puts before a text, such as BOS, if the text has it not
-        itself, and nothing behind it. Control tokens written in it are control tokens, as in llama-server and vLLM:
-        such a prompt is where clients render a chat template themselves.
+        """Token ids of a text that is to be continued.
+
+        What the tokenizer puts before a text, such as BOS, stands before it if the text has it not itself, and nothing
+        stands behind it. Control tokens written in it are control tokens, as in llama-server and vLLM: such a prompt is
+        where clients render a chat template themselves.
 
         Raises:
             RequestError: it is empty, or no text.
@@ -115,13 +121,19 @@ class BundleTokenizer:
         )
 
     def stop_ids(self, stop: Iterable[str]) -> frozenset[int]:
-        """Tokens that end an output because a stop string is their text: special ones, which the output's text leaves out."""
+        """Tokens that end an output because a stop string is their text.
+
+        They are special ones, which the output's text leaves out.
+        """
         if self._backend is None or not (wanted := set(stop)):
             return frozenset()
         return frozenset(token for token, text in self._special().items() if text in wanted)
 
     def context(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """The end of a prompt that its continuation's text depends on; nothing where an answer begins, which is a text of its own."""
+        """The end of a prompt that its continuation's text depends on.
+
+        It is empty where an answer begins, since an answer is a text of its own.
+        """
         begins = self._where_answers_begin()
         if (
             not prompt_ids
@@ -171,6 +183,7 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X} at {error.start}), which UTF-8 cannot write",
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X} at {error.start}), which UTF-8 "
+            "cannot write",
             "send whole characters",
         ) from error

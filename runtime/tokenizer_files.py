@@ -88,7 +88,9 @@ class FileTokenizer:
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
     ) -> str:
-        """Text of a conversation, which knows what of it the messages say if their texts do (`ssv.model.chat_template.Said`).
+        """Text of a conversation.
+
+        It knows what of it the messages say if their texts do (`ssv.model.chat_template.Said`).
 
         Raises:
             ValueError: there is no template.

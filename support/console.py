@@ -82,7 +82,10 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """In the block SIGTERM ends what runs in the way of Ctrl-C: what it has begun is tidied up, and its children end with it."""
+    """While the block runs, SIGTERM ends it as Ctrl-C does.
+
+    What it has begun is tidied up, and its children end with it.
+    """
 
     def end(*_: object) -> None:
         raise _Terminated
@@ -103,7 +106,8 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
     choices = ["fp32", "bf16", "int8", "int4", "fp16", "fp8"]
-    help = "torch: fp32, bf16, int8, int4 (default: the bundle's on a CPU, bf16 on CUDA); tensorrt: that of a compiled engine"
+    default = "the bundle's on a CPU, bf16 on CUDA"
+    help = f"torch: fp32, bf16, int8, int4 (default: {default}); tensorrt: that of a compiled engine"
     parser.add_argument("--precision", choices=choices, help=help)
 
 

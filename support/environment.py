@@ -50,7 +50,10 @@ def commit() -> str:
 
 
 def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, str], device: str = "cpu") -> None:
-    """Prints a benchmark's figures with command, machine, versions, commit and date; writes them to a file if one is given."""
+    """Prints a benchmark's figures with command, machine, versions, commit and date.
+
+    They are also written to a file if one is given.
+    """
     record = {
         **figures,
         "command": " ".join(["python", *sys.argv]),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user of a command or a caller of the library can mend; every error of ours that they may see is one.
+    """Something that the user of a command or a caller of the library can mend.
 
-    Whatever else is raised is a bug (see `ssv.support.console.run_command`).
+    Every error of ours that they may see is one. Whatever else is raised is a bug (see
+    `ssv.support.console.run_command`).
 
     Attributes:
         what: what is wrong; it names the file, the setting or the value.

@@ -200,7 +200,9 @@ def checkpoint_digest(checkpoint: Path) -> str:
 
 
 def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
-    """The target and the draft of a bundle in the engine's types; the one that is compiled, from its checkpoint if one is given.
+    """The target and the draft of a bundle in the engine's types.
+
+    The one that is compiled is read from its checkpoint if one is given.
 
     Raises:
         EngineBuildError: the checkpoint is of another model or precision than asked for.
@@ -416,7 +418,8 @@ def _check_precision(module: torch.nn.Module, config: EngineConfig) -> None:
             f"{source} is quantized to {found}, asked for is {config.precision}", f"give --precision {found}"
         )
     raise EngineBuildError(
-        f"{source} is {'not quantized' if found is None else f'quantized to {found}'}, an {wanted} engine is made from an {wanted} checkpoint",
+        f"{source} is {'not quantized' if found is None else f'quantized to {found}'}, an {wanted} engine is made from "
+        f"an {wanted} checkpoint",
         f"make one with `ssv-build quantize --role {config.role} --precision {wanted}` and give it as --checkpoint",
     )
 
@@ -459,7 +462,7 @@ def _locked(part: Path) -> int:
 
 
 def _spare_memory() -> None:
-    """Has memory that is freed given back at once from now on, and starts the peak's measurement anew, where the system can.
+    """Has freed memory given back at once from now on, and starts measuring the peak anew, where the system can.
 
     TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for
     SmolLM2-135M.

@@ -21,8 +21,12 @@ from ssv.support.progress import Report
 
 
 def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report) -> list[Path]:
-    """Writes `<role>/<op>-sm_<capability>.ptx`, and beside each a JSON file that says how it is launched; returns the PTX files. Nothing is
-    written before all are compiled.
+    """Writes `<role>/<op>-sm_<capability>.ptx`, with a JSON file beside each that says how it is launched.
+
+    Nothing is written before all are compiled.
+
+    Returns:
+        The PTX files.
 
     Raises:
         EngineBuildError: Triton is missing, or a kernel cannot be compiled for a capability.

@@ -50,7 +50,10 @@ class Spill:
 
     @contextmanager
     def not_in_memory(self, seconds: float = 0.01) -> Iterator[None]:
-        """Frees, every so often while the block runs, the memory of what has been read from the file; it stays readable."""
+        """Keeps freeing, while the block runs, the memory of what has been read from the file.
+
+        What is freed stays readable. `seconds` lie between two times.
+        """
         done = threading.Event()
         thread = threading.Thread(target=lambda: self._let_go_until(done, seconds), daemon=True)
         thread.start()

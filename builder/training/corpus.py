@@ -72,8 +72,8 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         or sorted(marks, key=text.find) != [*marks]
     ):
         raise UserError(
-            "the chat template does not write the three turns of a conversation one after the other, which self-written "
-            "conversations need",
+            "the chat template does not write the three turns of a conversation one after the other, which "
+            "self-written conversations need",
             cure,
         )
     before, to_assistant = asked.split(first)
@@ -98,8 +98,8 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         pieces["before"] = [token for token in (tokenizer.bos_token_id, eos) if token is not None][:1]
     if not all(pieces.values()):
         raise UserError(
-            "the chat template writes nothing between a user's and an assistant's turn, and the tokenizer has no end of "
-            "sequence, so that self-written conversations have no end of a turn",
+            "the chat template writes nothing between a user's and an assistant's turn, and the tokenizer has no end "
+            "of sequence, so that self-written conversations have no end of a turn",
             cure,
         )
     return ChatPieces(**pieces, end_of_turn=pieces["to_user"][0])

@@ -91,7 +91,7 @@ def distill(
 
 
 def distillation_source(config: DistillConfig) -> dict[str, Any]:
-    """What of a configuration changes the draft, files by their content: two that give the same draft give the same here."""
+    """The settings that change the draft, with the content of files: equal ones make the same draft."""
     files = {name: getattr(config, name) for name in ("openings_file", "start_from")}
     return {
         **config.model_dump(mode="json", exclude={"openings_file", "start_from", "checkpoint_every"}),
@@ -113,13 +113,17 @@ def _claim(work: Path, source: dict[str, Any]) -> None:
 
 
 def _require_room(work: Path, config: DistillConfig) -> None:
-    """Refuses a disk that the corpus would fill: at 5 bytes a token, one shard more than asked for, less what is there."""
+    """Refuses a disk that the corpus would fill.
+
+    A token takes 5 bytes. One shard more than asked for may be written, and what is there already takes no more room.
+    """
     there = sum(path.stat().st_size for path in work.glob("corpus-*.safetensors"))
     needed = 5 * _num_shards(config) * config.rows * config.window - there
     free = shutil.disk_usage(work).free
     if needed > free:
         raise UserError(
-            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB more",
+            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB "
+            "more",
             "choose a place with more room, or fewer tokens",
         )
 
@@ -243,7 +247,10 @@ class DraftPass:
 
 
 def draft_passes(draft: Draft, tokens_BT: Tensor, view: TargetView, depth: int) -> Iterator[DraftPass]:
-    """Runs the draft over whole windows: a standalone one once, a conditioned one `depth` times (see the module's head)."""
+    """Runs the draft over whole windows: a standalone one once, a conditioned one `depth` times.
+
+    The module's head says why.
+    """
     rows, length = tokens_BT.shape
     if draft.tap is None:
         position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
@@ -284,11 +291,10 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
-        """Args:
-            logits, label: [..., V], label normalised.
+        """The loss of each row, fp32 [...].
 
-        Returns:
-            fp32 [...].
+        Args:
+            logits, label: [..., V], label normalised.
         """
         log_p = logits.log_softmax(-1, dtype=logits.dtype)  # autocast would make it fp32
         ctx.save_for_backward(log_p, label)
@@ -513,7 +519,7 @@ def _agreement(draft: Draft, step: DraftPass, view: TargetView, rows: slice, cou
 
 @torch.no_grad()
 def measure_agreement(target: Decoder, draft: Draft, data: Conversations, config: DistillConfig) -> list[float]:
-    """Share of the assistant's tokens where the draft's argmax is the target's, by depth, over all windows of `data`."""
+    """Share of the assistant's tokens, by depth, where the draft's argmax is the target's, over all of `data`."""
     device = target.embed.weight.device
     sums: list[Tensor] = []
     for start in range(0, len(data.tokens), config.batch_rows):

@@ -83,8 +83,10 @@ def quantize_target(
 def quantize_draft(
     draft: Draft, target: Decoder, tokens_BT: Tensor, precision: QuantizedPrecision, *, group_size: int | None = None
 ) -> Draft:
-    """A quantized copy of a draft; arguments as for `quantize_target`. Its LM head is the target's and stays as it is, and so does the
-    tap, which runs with the target."""
+    """A quantized copy of a draft; arguments as for `quantize_target`.
+
+    Its LM head is the target's and stays as it is, and so does the tap, which runs with the target.
+    """
     student = copy.deepcopy(draft)
     view = view_target(target, draft, tokens_BT.to(target.embed.weight.device))
 
@@ -133,7 +135,10 @@ def save_quantized_target(
 
 
 def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None:
-    """Writes a quantized draft: one safetensors file, as `ssv.model.draft.save_draft`, with ModelOpt's tensors for quantized layers."""
+    """Writes a quantized draft: one safetensors file, as `ssv.model.draft.save_draft` does.
+
+    Quantized layers have ModelOpt's tensors in it.
+    """
     layers = {name: part for name, part in student.named_modules() if isinstance(part, QuantizedLinear)}
     state = {
         name: value.to(dtype if value.is_floating_point() else torch.int32)
@@ -147,7 +152,10 @@ def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None
 
 
 def unified_weights(student: Decoder, dtype: torch.dtype) -> Weights:
-    """All tensors of a quantized target under Hugging Face names; what is not quantized, and the factors of inputs, in a type."""
+    """All tensors of a quantized target under Hugging Face names.
+
+    What is not quantized, and the factors of inputs, are in `dtype`.
+    """
     weights = {"model.embed_tokens.weight": student.embed.weight.to(dtype)}
     for module, parts in hf_names(student.spec).items():
         if module == "lm_head" and _is_plain(student.lm_head) and student.spec.tie_embeddings:

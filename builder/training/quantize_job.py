@@ -1,4 +1,7 @@
-"""From a model on disk to its quantized checkpoint on disk: reads, finds text to calibrate on, quantizes, trains if asked, writes."""
+"""From a model on disk to its quantized checkpoint on disk.
+
+Reads the model, finds text to calibrate on, quantizes, trains if asked to, and writes.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,10 @@ def quantize(
 
 
 def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig) -> Tensor:
-    """Text to calibrate on, int64 [B, T]: the user's prompts in the model's chat template, or what the target writes itself."""
+    """Text to calibrate on, int64 [B, T].
+
+    It is the user's prompts in the model's chat template, or what the target writes itself.
+    """
     if config.prompts_file is None:
         rows = -(-config.tokens // WINDOW)
         openings = openings_of(config.openings_file, target)

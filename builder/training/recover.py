@@ -173,8 +173,10 @@ class _TrainableFp8(nn.Module):
 
 @torch.no_grad()
 def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _TrainableAwq | _TrainableFp8]:
-    """Puts trainable layers in place of the quantized ones; they start from the original's weights, with the inputs' factors that have
-    gone into the norms taken out."""
+    """Puts trainable layers in place of the quantized ones.
+
+    They start from the original's weights, without the inputs' factors that have gone into the norms.
+    """
     trained.requires_grad_(False)
     ratios: dict[str, Tensor] = {}
     for index, (mine, theirs) in enumerate(zip(trained.blocks(), original.blocks(), strict=True)):

@@ -285,7 +285,10 @@ class FakeDraft:
         self.written_BS[row_B1, at_BT] = self.target.steps_B[row_B1]
 
     def _conditioned_hash(self, row_R: Tensor, at_R: Tensor) -> Tensor:
-        """Hash of the tokens up to the entry's own, as its features have it; counts the visible entries that are wrong."""
+        """Hash of the tokens up to the entry's own, as its features have it.
+
+        The visible entries that are wrong are counted.
+        """
         given_RS, own_RS = self.features_BSF[row_R].unbind(dim=2)
         given_RS, own_RS = given_RS.long(), own_RS.bool()
         visible_RS = torch.arange(self.max_length) <= at_R[:, None]

@@ -1,6 +1,7 @@
-"""Interrupts `ssv-build pair` again and again and looks at what is there: the old bundle or the new one, whole, and a run that finishes.
+"""Interrupts `ssv-build pair` again and again and looks at what is there.
 
-Takes some minutes, so it is no part of the suite, whose `test_staging.py` kills at each step of the file system:
+It has to be the old bundle or the new one, whole, and the next run has to finish. This takes some minutes, so it is no
+part of the suite, whose `test_staging.py` kills at each step of the file system:
 
     .venv/bin/python tests/support/kill_pair.py --work FOLDER [--kills 20] [--seed 0]
 """

@@ -138,7 +138,10 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel and how it is launched: grid, block and shared memory by name, then the scalars between inputs and outputs."""
+    """A kernel and how it is launched.
+
+    Grid, block and shared memory have names; then come the scalars between inputs and outputs.
+    """
 
     entry: str
     ptx: str

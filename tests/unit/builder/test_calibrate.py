@@ -73,7 +73,10 @@ def test_fewer_prompts_than_the_bound_needs_are_refused() -> None:
 
 
 def coverage(num_prompts: int, runs: int) -> float:
-    """Share of simulated calibrations whose bound holds; prompts differ in how often they diverge, in 2 % of tokens on average."""
+    """Share of simulated calibrations whose bound holds.
+
+    Prompts differ in how often they diverge, in 2 % of tokens on average.
+    """
     rng = random.Random(3)
     covered = 0
     for seed in range(runs):

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: end tokens from every file that names some, the families' chat templates, a GGUF's split."""
+"""A checkpoint's tokenizer: end tokens from every file that names some, chat templates, a GGUF's split."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ FAMILIES = {
         "<e>",
     ),
     "Qwen3": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}<s> assistant {% if loop.last %}<think> </think> {% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<s> assistant {% if loop.last %}<think> </think> "
+        "{% endif %}"
         "{{ m['content'].split('</think>')[-1] }} <e> {% else %}<s> {{ m['role'] }} {{ m['content'] }} <e> {% endif %}"
         "{% endfor %}" + ASKS,
         "<e>",
@@ -43,15 +44,17 @@ FAMILIES = {
         "<eot>",
     ),
     "Llama 2": (
-        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
-        "{% endif %}{% if m['role'] == 'user' %}{{ bos_token + ' [INST] ' + m['content'] | trim + ' [/INST]' }}{% else %}"
-        "{{ ' ' + m['content'] | trim + ' ' + eos_token + ' ' }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
+        "alternate') }}"
+        "{% endif %}{% if m['role'] == 'user' %}{{ bos_token + ' [INST] ' + m['content'] | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token + ' ' }}{% endif %}{% endfor %}",
         "<e>",
     ),
     "Mistral": (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] {{ m['content'] }} [/INST]{% elif m['role'] == "
-        "'assistant' %} {{ m['content'] }} {{ eos_token }}{% else %}{{ raise_exception('only user and assistant') }}{% endif %}"
-        "{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] {{ m['content'] }} [/INST]"
+        "{% elif m['role'] == "
+        "'assistant' %} {{ m['content'] }} {{ eos_token }}{% else %}{{ raise_exception('only user and assistant') }}"
+        "{% endif %}{% endfor %}",
         "<e>",
     ),
 }  # fmt: skip

@@ -33,7 +33,7 @@ any_kind = pytest.mark.parametrize("kind", ["conditioned", "standalone"])
 
 @torch.no_grad()
 def logits_of(draft: Draft) -> Tensor:
-    """Of two windows; the features of a conditioned draft go through its tap."""
+    """Logits of two windows; the features of a conditioned draft go through its tap."""
     ids_M, position_M = tiny_ids(20), torch.arange(10).repeat(2)
     features_MF = None
     if draft.tap is not None:

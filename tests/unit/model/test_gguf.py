@@ -33,7 +33,10 @@ def write_gguf(
     without: tuple[str, ...] = (),
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
-    """Writes a model as llama.cpp's converter does; tensors whose name contains one of `quantized` as Q8_0, metadata in place of the model's own."""
+    """Writes a model as llama.cpp's converter does.
+
+    Tensors whose name contains one of `quantized` are Q8_0, and `metadata` takes the place of the model's own.
+    """
     config = model.config
     arch = gguf.MODEL_ARCH.LLAMA if config.model_type == "llama" else gguf.MODEL_ARCH[config.model_type.upper()]
     prefix = gguf.MODEL_ARCH_NAMES[arch]

@@ -465,7 +465,7 @@ def test_scales_keep_their_type_when_the_parameters_change_theirs(tmp_path: Path
 
 
 def logits(decoder: Decoder) -> Tensor:
-    """Of a prefill and a step behind it."""
+    """Logits of a prefill and a step behind it."""
     engine = target_engine(decoder, precision="fp32", max_batch=2, max_length=32)
     steps = [((2, 9), [0, 0], range(18)), ((2, 2), [9, 7], range(4))]
     found = [

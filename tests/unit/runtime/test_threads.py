@@ -1,4 +1,4 @@
-"""How many threads a CPU engine has: what the machine gives, what an operator says, and that no output depends on it."""
+"""How many threads a CPU engine has: the machine's cores, an operator's word, and that no output depends on it."""
 
 from __future__ import annotations
 

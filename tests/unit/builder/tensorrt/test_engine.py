@@ -39,8 +39,10 @@ ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
 
 
 class Compiled(NamedTuple):
-    """Attributes:
-    name, entry, reports: of the engine; (stage, done, total) of each report.
+    """An engine that was compiled.
+
+    Attributes:
+        name, entry, reports: of the engine; (stage, done, total) of each report.
     """
 
     bundle: Path

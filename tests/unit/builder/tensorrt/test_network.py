@@ -1,8 +1,7 @@
-"""The TensorRT network computes what the torch engine computes, for every family and precision, step by step; and a network that is wrong
-does not.
+"""The TensorRT network computes what the torch engine computes, and a network that is wrong does not.
 
-Networks are built by the real TensorRT for RTX and evaluated by `network_interpreter`, which knows nothing of our
-builder.
+That is seen for every family and precision, step by step. Networks are built by the real TensorRT for RTX and evaluated
+by `network_interpreter`, which knows nothing of our builder.
 """
 
 from __future__ import annotations

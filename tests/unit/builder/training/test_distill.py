@@ -237,7 +237,7 @@ def test_the_result_says_what_was_done(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_deeper_passes_see_what_they_will_when_drafting() -> None:
-    """Pass k at entry i is what a decoder of one layer gives that is fed k of its own hidden states one after the other."""
+    """Pass k at entry i is what a decoder of one layer gives when it is fed k of its own hidden states in turn."""
     target = tiny_decoder()
     spec = draft_spec(target.spec, "conditioned", (0, 1), 48)
     draft = start_from_target(spec, target, (0, 1), torch.arange(48))
