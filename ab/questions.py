@@ -9,8 +9,8 @@ from typing import Any
 
 from ssv.ab import scoring
 from ssv.support.errors import UserError
+from ssv.support.files import read_text
 from ssv.support.json_text import parse_json
-from ssv.support.prompts import read_text
 
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")

@@ -6,17 +6,20 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
+from ssv.bundle.policy import MAX_PENDING
+from ssv.bundle.tensorrt_api import Capability, Flavor, refuse_capabilities
 from ssv.support.errors import UserError
+from ssv.support.precisions import EnginePrecision, QuantizedPrecision, TorchPrecision
+from ssv.support.strict import Strict, problems
+from ssv.support.yaml_text import read_yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-MaxPending = Annotated[int, Field(ge=1, le=32)]
+MaxPending = Annotated[int, Field(ge=1, le=MAX_PENDING)]
 """What the runtime's caches have room for."""
 Limit = Annotated[float, Field(gt=0.0, le=1.0)]
 """No number of prompts shows that a divergence is 0."""
@@ -26,9 +29,9 @@ class RecipeError(UserError):
     """A recipe that cannot be used; the message names the file and the key."""
 
 
-class _Strict(BaseModel):
-    # An unknown key is an error, never ignored; a number is one that can be compared.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Strict(Strict):
+    # A number is one that can be compared.
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -181,6 +184,13 @@ class ScorerPart(_Strict):
     fit: ScorerConfig = ScorerConfig()
 
 
+Limits = dict[Literal["balanced", "turbo"], Limit]
+
+
+def _usual_limits() -> Limits:
+    return {"balanced": 0.02, "turbo": 0.05}
+
+
 class CalibrationConfig(_Strict):
     """How the tiers' thresholds are found.
 
@@ -202,7 +212,7 @@ class CalibrationConfig(_Strict):
     max_tokens: PositiveInt = 128
     families: Annotated[list[tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent]
     accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent]
-    limits: dict[Literal["balanced", "turbo"], Limit] = {"balanced": 0.02, "turbo": 0.05}
+    limits: Limits = Field(default_factory=_usual_limits)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     cost_of_draft_step: Share = 0.1
     cost_of_extra_token: Share = 0.08
@@ -229,7 +239,7 @@ class QuantizeConfig(_Strict):
     """
 
     role: Literal["target", "draft"]
-    precision: Literal["fp8", "int4"]
+    precision: QuantizedPrecision
     prompts_file: Path | None = None
     tokens: PositiveInt = 1024
     group_size: Literal[32, 64, 128] | None = None
@@ -257,7 +267,7 @@ class EngineConfig(_Strict):
         flavor: `tensorrt_rtx` builds on any machine, `tensorrt` on the GPU that will run the engine.
         compute_capability: GPUs that it shall run on, such as "8.9".
         max_batch: rows of a step.
-        max_length: tokens that each row of the cache holds; the runtime keeps 64 of them for drafting.
+        max_length: tokens that each row of the cache holds; the runtime keeps `RESERVED_LENGTH` of them for drafting.
         max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
         prefill_chunk: most tokens of a row in one step.
         plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of
@@ -316,8 +326,8 @@ class Recipe(_Strict):
     draft: DraftConfig
     scorer: ScorerPart = ScorerPart()
     calibration: CalibrationPart
-    precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
-    engines: list[EngineConfig] = []
+    precision: TorchPrecision = "int8"
+    engines: list[EngineConfig] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _names_each_engine_once(self) -> Recipe:
@@ -339,7 +349,7 @@ def checked(kind: type[C], **settings: object) -> C:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(_problems(error)) from error
+        raise RecipeError(problems(error, "recipe")) from error
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -349,38 +359,15 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: not there, not YAML, or a key unknown, missing or out of range; all of them are named.
     """
     try:
-        text = path.read_text()
-        _refuse_double_keys(yaml.compose(text, yaml.SafeLoader))
-        data = yaml.safe_load(text)
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML ({error})") from error
+        data = read_yaml(path)
+    except UserError as error:
+        raise RecipeError(error.what, error.cure) from error
     try:
         return Recipe.model_validate(_absolute_paths(data, path.parent.resolve()))
     except RecursionError as error:
         raise RecipeError(f"{path}: an alias refers to what it stands in") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_problems(error)}") from error
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
-
-
-def _refuse_double_keys(root: yaml.Node | None) -> None:
-    """YAML takes the last of two equal keys in silence."""
-    seen: set[int] = set()  # an alias may refer to what it stands in
-    nodes: list[yaml.Node | None] = [root]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.CollectionNode) and id(node) not in seen:
-            seen.add(id(node))
-            pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.MarkedYAMLError(problem=f"key {twice[0]} is given twice", problem_mark=node.start_mark)
-            nodes += [value for _, value in pairs] or node.value
+        raise RecipeError(f"{path}: {problems(error, 'recipe')}") from error
 
 
 # A target's `file` is relative to its package, every other one to the recipe.

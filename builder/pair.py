@@ -54,7 +54,8 @@ from ssv.model.draft import Draft, load_draft, save_draft
 from ssv.model.scorer import Scorer, load_scorer, save_scorer
 from ssv.model.smoothing import activation_ranges
 from ssv.support.environment import versions
-from ssv.support.files import save_whole
+from ssv.support.files import save_whole, write_json
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.progress import Report
 from ssv.support.prompts import read_prompts
 
@@ -180,7 +181,7 @@ def _write_target(parts: Parts, target: Target) -> None:
     folder = parts.stage.bundle / "target"
     folder.mkdir(exist_ok=True)
     config = hf_config(target.spec, target.eos_token_ids, target.weights["model.embed_tokens.weight"].dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "config.json", config)
     tensors = {name: weight.contiguous() for name, weight in target.weights.items()}
     save_whole(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     target.tokenizer.save_pretrained(parts.stage.bundle / "tokenizer")
@@ -229,7 +230,7 @@ def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hid
             draft_path = parts.stage.bundle / "draft" / "draft.safetensors"
             scorer, fitted = make_scorer(target, draft_path, recipe.scorer.fit, recipe.draft.distill, device, report)
             save_scorer(scorer, path)
-            (parts.stage.bundle / "scorer.json").write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
+            write_json(parts.stage.bundle / "scorer.json", fitted.to_dict())
         parts.finish("scorer")
     load_scorer(path, hidden_size)
 
@@ -271,7 +272,7 @@ def _write_calibration(
         tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
         write_manifest(bundle, _manifest(recipe, target, draft, parts, tiers))
         document = calibration_document(make(bundle, config, report), mine, config)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(path, document)
     parts.finish("calibration")
 
 
@@ -286,7 +287,7 @@ def _write_engine(
     weights: tuple[object, ...] = ()
     if config.checkpoint is not None:
         weights = (checkpoint_digest(config.checkpoint),)
-    elif config.precision in ("fp8", "int4"):
+    elif config.precision in QUANTIZED_PRECISIONS:
         weights = (target.sha256, _content(prompts_file), target.text_sha256)
     made_from = (
         config.model_dump(mode="json", include={"role", "precision", "flavor", "compute_capability"}),

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ssv.builder.staging import Stage
 from ssv.bundle.manifest import (
@@ -23,9 +23,10 @@ from ssv.bundle.manifest import (
     digest,
     engine_source,
     file_entry,
-    write_whole,
 )
+from ssv.support.files import write_json
 from ssv.support.progress import notice
+from ssv.support.strict import Strict
 
 _PART_FILES = {
     "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),
@@ -36,7 +37,7 @@ _PART_FILES = {
 }
 
 
-class _Part(BaseModel):
+class _Part(Strict):
     """A finished part: what it was made from, by SHA-256, its files, and its entry if it is an engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,10 +47,10 @@ class _Part(BaseModel):
     engine: EngineEntry | None = None
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Record(Strict):
+    model_config = ConfigDict(frozen=False)  # a part is added when it is finished
 
-    parts: dict[str, _Part] = {}
+    parts: dict[str, _Part] = Field(default_factory=dict)
 
 
 class Parts:
@@ -183,7 +184,7 @@ class Parts:
 
     def _write_record(self) -> None:
         if self._record.parts:
-            write_whole(self.stage.record, self._record.model_dump_json(indent=1) + "\n")
+            write_json(self.stage.record, self._record.model_dump(mode="json"))
         else:
             self.stage.record.unlink(missing_ok=True)
 

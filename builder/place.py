@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 from ssv.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
+from ssv.support.files import part_of
 from ssv.support.json_text import parse_json
 
 # What `ssv-build compile` leaves in a bundle if it is killed: a plan in the making, or one that no manifest names yet.
 _LEFT_BY_COMPILE = re.compile(r"(target|draft)/(\.(target|draft)-.*\.part|(target|draft)-.*-[0-9a-f]{12}\.engine)")
-_OWN_FILES = (MANIFEST_NAME, MANIFEST_NAME + ".part")
+_OWN_FILES = (MANIFEST_NAME, part_of(Path(MANIFEST_NAME)).name)
 # Keys that a manifest has had in every schema version.
 _KEYS = {"schema_version", "name", "target", "draft", "eos_token_ids", "tiers", "files", "sources", "versions"}
 

@@ -13,15 +13,13 @@ from ssv.builder.tensorrt.engine import check_length, tensorrt_for
 from ssv.builder.training.corpus import chat_pieces
 from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, TierEntry, file_entry
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.model.draft import Draft, draft_spec, load_draft
 from ssv.model.scorer import load_scorer
 from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.prompts import read_prompts
-
-_RESERVED = 64
-"""Tokens of a row that the runtime keeps for drafting."""
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -46,7 +44,7 @@ def check_settings(recipe: Recipe) -> None:
         if engine.checkpoint is not None and not engine.checkpoint.exists():
             raise RecipeError(f"engines.{index}.checkpoint: {engine.checkpoint} is not there", "give one that exists")
         tensorrt_for(engine)
-        if engine.checkpoint is None and engine.precision in ("fp8", "int4"):
+        if engine.checkpoint is None and engine.precision in QUANTIZED_PRECISIONS:
             _require_modelopt()
     if recipe.calibration.file is not None:
         read_prompts(recipe.calibration.make.prompts_file)  # activation ranges are measured on them
@@ -148,7 +146,7 @@ def check_lengths(config: CalibrationConfig, target: Target) -> None:
     Raises:
         RecipeError: naming the first that does not.
     """
-    room = target.spec.max_positions - _RESERVED
+    room = target.spec.max_positions - RESERVED_LENGTH
     encoder = target.conversation_encoder()
     for number, prompt in enumerate(read_prompts(config.prompts_file)[: config.num_prompts], start=1):
         length = len(encoder.chat_ids([{"role": "user", "content": prompt}]))

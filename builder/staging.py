@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ssv.builder.place import bundle_at
 from ssv.bundle.manifest import BundleError, locked_file, retired_place
+from ssv.support.files import sync
 from ssv.support.progress import notice
 
 RECORD_NAME = "parts.json"
@@ -113,7 +114,7 @@ def exchange(new: Path, place: Path) -> None:
             retired.rename(new)
     except OSError as error:
         raise BundleError(f"{place} cannot be replaced ({error.strerror})", "choose another folder") from error
-    _sync(place.parent)
+    sync(place.parent)
 
 
 # --- the hidden folder ----------------------------------------------------------------------------------------------
@@ -207,15 +208,7 @@ def _make_durable(bundle: Path) -> None:
         if path.is_file():
             # Some files come from libraries that write them for their owner alone; a server runs as another user.
             path.chmod(path.stat().st_mode | 0o444 & ~mask)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _umask() -> int:

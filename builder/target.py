@@ -15,7 +15,7 @@ from ssv.bundle.manifest import digest, file_entry
 from ssv.model.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
 from ssv.model.control_tokens import ConversationEncoder
 from ssv.model.decoder import Decoder
-from ssv.support.prompts import read_text
+from ssv.support.files import read_text
 
 WINDOW = 512
 """Tokens that are run at a time when a model is calibrated."""

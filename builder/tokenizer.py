@@ -11,7 +11,7 @@ from typing import Any
 from ssv.model.chat_template import ChatTemplate
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.control_tokens import ConversationEncoder, structure_ids
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import read_json_object
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 
@@ -204,13 +204,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A file of settings; nothing if it is not there."""
     if not path.is_file():
         return {}
-    try:
-        given = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})", "mend it or fetch it again") from error
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{path} is not a JSON object", "mend it or fetch it again")
-    return given
+    return read_json_object(path, CheckpointError, "mend it or fetch it again")
 
 
 # --- end tokens -----------------------------------------------------------------------------------------------------

@@ -5,19 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from ssv.bundle.policy import Policy
-from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor
+from ssv.bundle.tensorrt_api import Capability, Flavor
 from ssv.support.errors import UserError
+from ssv.support.files import write_json
 from ssv.support.json_text import parse_json
+from ssv.support.precisions import EnginePrecision, TorchPrecision
+from ssv.support.strict import Strict
 from ssv.support.waiting import Say, say_nothing
 
 SCHEMA_VERSION = 2
@@ -28,18 +30,14 @@ class BundleError(UserError):
     """A bundle that cannot be used; the message names the file and the cure."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Strict):
+class FileEntry(Strict):
     """A file of the bundle: size in bytes, and SHA-256 in hexadecimal."""
 
     size: int
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class TierEntry(_Strict):
+class TierEntry(Strict):
     """A tier: its policy, whether it is lossless, and, if not, what was measured when it was calibrated.
 
     Attributes:
@@ -62,7 +60,7 @@ class TierEntry(_Strict):
         return self
 
 
-class EngineEntry(_Strict):
+class EngineEntry(Strict):
     """A TensorRT engine of the bundle.
 
     Attributes:
@@ -95,7 +93,7 @@ class EngineEntry(_Strict):
     peak_memory_bytes: int
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """Facts about a bundle.
 
     Attributes:
@@ -112,10 +110,10 @@ class Manifest(_Strict):
     target: dict[str, Any]
     draft: dict[str, Any]
     eos_token_ids: Annotated[list[int], Field(min_length=1)]
-    default_precision: Literal["fp32", "bf16", "int8", "int4"]
+    default_precision: TorchPrecision
     tiers: dict[str, TierEntry]
     files: dict[str, FileEntry]
-    engines: dict[str, EngineEntry] = {}
+    engines: dict[str, EngineEntry] = Field(default_factory=dict)
     sources: dict[str, str]
     versions: dict[str, str]
 
@@ -157,7 +155,7 @@ def file_entry(path: Path) -> FileEntry:
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Writes the manifest in one step: a reader sees the old one or the new one."""
-    write_whole(bundle / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+    write_json(bundle / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
 def lock_file(descriptor: int, operation: int) -> None:
@@ -206,13 +204,6 @@ def manifest_lock(bundle: Path) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one step, over the one that is there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def retired_place(bundle: Path) -> Path:

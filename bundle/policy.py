@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ssv.support.strict import Strict
+
+MAX_PENDING = 32
+"""Most tokens that may be pending. Engines need this much cache beyond the longest sequence, for padding."""
+
+RESERVED_LENGTH = 2 * MAX_PENDING
+"""Tokens of each row of a cache that no sequence can have: room for what is pending, and for its padding."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Policy(BaseModel):
+class Policy(Strict):
     """When drafted tokens are trusted, and when the target is asked.
 
     With r the scorer's probability that the target would reject a token:
@@ -22,8 +30,6 @@ class Policy(BaseModel):
             does.
         max_pending: and when so many tokens are pending. 0 drafts nothing: autoregressive decoding.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     drafter: Literal["model", "prompt-lookup"] = "model"
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from ssv.support.errors import UserError
+from ssv.support.precisions import EnginePrecision
 
 if TYPE_CHECKING:
     import torch
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
-EnginePrecision = Literal["fp16", "bf16", "fp8", "int4"]
 Capability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 """Compute capability of a GPU, such as "8.9"."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ssv.model.gguf import load_gguf
 from ssv.model.hf_config import hf_config, spec_from_hf_config
 from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import parse_json, read_json_object
 
 __all__ = [
     "FLOATS",
@@ -206,13 +206,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
-    try:
-        config = parse_json(config_path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{config_path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path} is not a JSON object")
-    return config
+    return read_json_object(config_path, CheckpointError)
 
 
 def checkpoint_files(path: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from ssv.model.checkpoint import (
 )
 from ssv.model.quantized import SCALES, is_quantized
 from ssv.support.environment import versions
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import read_json_object
 
 CONFIG_NAME = "hf_quant_config.json"
 
@@ -111,11 +111,8 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
     for file, key in ((path / CONFIG_NAME, None), (path / "config.json", "quantization_config")):
         if not file.is_file():
             continue
-        try:
-            document = parse_json(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON ({error})") from error
-        facts = document.get(key) if key is not None and isinstance(document, dict) else document
+        document = read_json_object(file, CheckpointError)
+        facts = document.get(key) if key is not None else document
         if facts is None:
             continue
         nested = facts.get("quantization", facts) if isinstance(facts, dict) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
@@ -20,7 +20,7 @@ from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
+from ssv.runtime.request import Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
 
@@ -121,12 +121,12 @@ class LLM:
             decoder = Decoder.from_weights(spec, weights, dtype=None)
             del weights
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
-        max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
+        max_length = min(max_length, spec.max_positions - RESERVED_LENGTH)
         sizes: dict[str, Any] = {
             "precision": precision,
             "device": device,
             "max_batch": max_batch,
-            "max_length": max_length + 2 * MAX_PENDING,
+            "max_length": max_length + RESERVED_LENGTH,
             "threads": thread_count,
         }
         ranges = read_safetensors(bundle / "activation_ranges.safetensors")
@@ -175,7 +175,7 @@ class LLM:
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
             limits=manifest.divergence_limits,
-            max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
+            max_length=min(max_length, *(entry.max_length - RESERVED_LENGTH for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
         )
 

@@ -11,9 +11,6 @@ from ssv.support.errors import UserError
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
-MAX_PENDING = 32
-"""Most tokens that may be pending. Engines need this much cache beyond the longest sequence, for padding."""
-
 MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ssv.support.errors import UserError
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import read_json_object
 
 if TYPE_CHECKING:
     from ssv.model.chat_template import ChatTemplate
@@ -145,13 +145,7 @@ def _whole_characters(tokens: Sequence[str]) -> list[str]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerFileError(f"{path} is not JSON ({error})", "build the bundle again") from error
-    if not isinstance(config, dict):
-        raise TokenizerFileError(f"{path} is not a JSON object", "build the bundle again")
-    return config
+    return read_json_object(path, TokenizerFileError, "build the bundle again")
 
 
 def _text_of(token: Any) -> str:

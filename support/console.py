@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 from ssv.support.errors import UserError
+from ssv.support.precisions import ENGINE_PRECISIONS, TORCH_PRECISIONS
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -60,7 +61,9 @@ def _mendable(error: Exception) -> UserError | None:
             return UserError(what, "use a smaller batch or length, or a machine with more memory")
         case OSError() if error.errno is not None and error.errno not in _BUGS:
             what = error.strerror or str(error)
-            return UserError(what if error.filename is None else f"{error.filename}: {what}")
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = what if error.filename is None else f"{error.filename}: {what}"
+            return UserError(what, "choose a place with more room" if is_full else "")
         case ModuleNotFoundError() if error.name is not None and error.name.partition(".")[0] != "ssv":
             return UserError(f"{error.name} is not installed", "install ssv with the extra that brings it, or ssv[all]")
     return None
@@ -105,9 +108,9 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    choices = ["fp32", "bf16", "int8", "int4", "fp16", "fp8"]
+    choices = tuple(dict.fromkeys((*TORCH_PRECISIONS, *ENGINE_PRECISIONS)))
     default = "the bundle's on a CPU, bf16 on CUDA"
-    help = f"torch: fp32, bf16, int8, int4 (default: {default}); tensorrt: that of a compiled engine"
+    help = f"torch: {', '.join(TORCH_PRECISIONS)} (default: {default}); tensorrt: that of a compiled engine"
     parser.add_argument("--precision", choices=choices, help=help)
 
 

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ssv.support.files import write_whole
+
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, memory in GiB, and GPU if that is what runs."""
@@ -65,7 +67,7 @@ def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, 
     text = json.dumps(record, indent=1)
     print(text)
     if out is not None:
-        out.write_text(text + "\n")
+        write_whole(out, text + "\n")
 
 
 def _git(root: Path, *args: str) -> str:

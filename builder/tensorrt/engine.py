@@ -48,6 +48,7 @@ from ssv.model.scorer import load_scorer
 from ssv.model.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
 from ssv.support.environment import versions
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.progress import Report
 
 OnProgress = Callable[[int, int, str], None]
@@ -409,7 +410,7 @@ _COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def _check_precision(module: torch.nn.Module, config: EngineConfig) -> None:
     found = precision_of(module)
-    wanted = config.precision if config.precision in ("fp8", "int4") else None
+    wanted = config.precision if config.precision in QUANTIZED_PRECISIONS else None
     if found == wanted:
         return
     source = config.checkpoint or f"the bundle's {config.role}"

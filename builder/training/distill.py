@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from ssv.builder.config import DistillConfig
 from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
-from ssv.bundle.manifest import digest, file_entry, write_whole
+from ssv.bundle.manifest import digest, file_entry
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
 from ssv.support.errors import UserError
-from ssv.support.files import save_whole
+from ssv.support.files import save_whole, write_json
 from ssv.support.progress import Report
 
 
@@ -109,7 +109,7 @@ def _claim(work: Path, source: dict[str, Any]) -> None:
         if not same:
             raise UserError(f"{work} holds the state of another distillation", "choose another folder or remove it")
         return
-    write_whole(path, json.dumps(stamp, indent=1) + "\n")
+    write_json(path, stamp)
 
 
 def _require_room(work: Path, config: DistillConfig) -> None:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,8 @@ from ssv.model.draft import Draft, write_draft
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.model.unified import CONFIG_NAME, quantization_document
 from ssv.support.errors import UserError
-from ssv.support.files import save_whole
-
-QuantizedPrecision = Literal["fp8", "int4"]
+from ssv.support.files import save_whole, write_json
+from ssv.support.precisions import QuantizedPrecision
 
 
 class QuantizeError(UserError):
@@ -127,8 +125,8 @@ def save_quantized_target(
     try:
         folder.mkdir(parents=True)
         save_tokenizer(folder)
-        (folder / CONFIG_NAME).write_text(json.dumps(document.nested, indent=1) + "\n")
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_json(folder / CONFIG_NAME, document.nested)
+        write_json(folder / "config.json", config)
         save_whole(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except FileExistsError as error:
         raise CheckpointError(f"{folder} exists", "choose another folder") from error

@@ -5,7 +5,6 @@ Reads the model, finds text to calibrate on, quantizes, trains if asked to, and 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from ssv.bundle.manifest import MANIFEST_NAME
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft
+from ssv.support.files import whole
 from ssv.support.progress import Report
 from ssv.support.prompts import read_prompts
 
@@ -95,21 +95,10 @@ def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig)
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A place beside `out` that becomes it when the block succeeds and vanishes when it does not."""
-    part = out.with_name(f".{out.name}.part")
+    """See `ssv.support.files.whole`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)
-        yield part
-        part.replace(out)
+        with whole(out) as part:
+            yield part
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written ({error.strerror})", "choose another place") from error
-    finally:
-        _remove(part)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

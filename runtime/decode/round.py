@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.choice import check_chosen, choices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
@@ -28,7 +28,7 @@ from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk
 from ssv.runtime.engines.contract import Engine
-from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
+from ssv.runtime.request import RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""

@@ -46,8 +46,9 @@ def test_as_text_a_cure_follows_what_is_wrong() -> None:
 )
 def test_what_the_system_refuses_is_no_bug(code: int, capsys: pytest.CaptureFixture[str]) -> None:
     why = os.strerror(code)
-    assert ended(OSError(code, why, "a/file"), capsys) == (2, [f"error: a/file: {why}"])
-    assert ended(OSError(code, why), capsys) == (2, [f"error: {why}"])
+    hint = ["hint: choose a place with more room"] if code == errno.ENOSPC else []
+    assert ended(OSError(code, why, "a/file"), capsys) == (2, [f"error: a/file: {why}", *hint])
+    assert ended(OSError(code, why), capsys) == (2, [f"error: {why}", *hint])
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

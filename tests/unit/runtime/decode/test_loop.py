@@ -14,7 +14,7 @@ import torch
 from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
 from ssv.runtime.decode.loop import DecodeLoop
@@ -24,7 +24,7 @@ from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
 

@@ -15,7 +15,7 @@ from drive import start
 from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import choice
 from ssv.runtime.decode import round as module
@@ -26,7 +26,7 @@ from ssv.runtime.decode.verify import Verdict
 from ssv.runtime.engines.contract import EngineError, StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 # Under the names of the tiers, so that one batch can mix them.
