@@ -19,20 +19,6 @@ from torch import Tensor
 from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ROPE_FREQS = "rope_freqs.weight"
 # Older files of the same family: their first four bytes, as they stand in the file.
 _BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
@@ -78,10 +64,11 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
     divisors = tuple(_dequantized(frequencies, path).flatten().tolist()) if frequencies is not None else None
     spec = _spec(meta, shapes, divisors)
     weights: Weights = {}
+    hf_names = _hf_names(spec)
     for tensor in reader.tensors:
         if tensor is frequencies:
             continue
-        name = _hf_name(tensor.name)
+        name = hf_names.get(tensor.name, tensor.name)  # no such model has another, and by its name it is refused
         values = _dequantized(tensor, path)
         quantized = tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16)
         weight = values.to(torch.float16) if quantized else values
@@ -341,15 +328,16 @@ def _llama3(given: RopeDivisors, head_dim: int, theta: float) -> RopeScaling | N
     )
 
 
-def _hf_name(gguf_name: str) -> str:
-    stem, _, suffix = gguf_name.rpartition(".")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.{suffix}"
-    if stem.startswith("blk."):
-        layer, _, part = stem.removeprefix("blk.").partition(".")
-        if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{suffix}"
-    return gguf_name
+def _hf_names(spec: DecoderSpec) -> dict[str, str]:
+    """What Hugging Face calls the tensors of a model, by their names in a GGUF file.
+
+    It is the gguf package's own table, turned round.
+    """
+    import gguf
+
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == spec.family)
+    table = gguf.get_tensor_name_map(arch, spec.num_layers)
+    return {table.get_name(name, try_suffixes=(".weight", ".bias")) or name: name for name in spec.weight_shapes()}
 
 
 def _undo_llama_permutation(weight: Tensor, num_heads: int) -> Tensor:
