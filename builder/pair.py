@@ -34,7 +34,8 @@ from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt.compile_job import compile_apart
 from ssv.builder.tensorrt.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.training.corpus import chat_pieces, write_conversations
-from ssv.builder.training.distill import DistillResult, distill, distillation_source, draft_passes, view_target
+from ssv.builder.training.distill import DistillResult, distill, distillation_source
+from ssv.builder.training.passes import draft_passes, view_target
 from ssv.builder.training.quantize_job import quantize
 from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.bundle.manifest import (

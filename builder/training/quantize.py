@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.training.distill import CausalAttend, draft_passes, view_target
+from ssv.builder.training.passes import CausalAttend, draft_passes, view_target
 from ssv.model.checkpoint import CheckpointError, Weights, hf_config
 from ssv.model.decoder import Decoder, hf_names
 from ssv.model.draft import Draft, write_draft

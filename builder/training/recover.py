@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssv.builder.training.corpus import ChatPieces, write_conversations
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.model.decoder import Decoder
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, to_fp8
 from ssv.support.progress import Report

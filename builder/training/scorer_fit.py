@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssv.builder.config import ScorerConfig
 from ssv.builder.training.corpus import Conversations
-from ssv.builder.training.distill import draft_passes, judged, view_target
+from ssv.builder.training.passes import draft_passes, judged, view_target
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.scorer import CONFIDENCE_FEATURES, Scorer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.model.checkpoint import DecoderSpec, Weights
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftKind, draft_spec

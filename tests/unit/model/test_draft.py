@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, whole_window
 from torch import Tensor
 
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.model.checkpoint import CheckpointError, RopeScaling
 from ssv.model.draft import (
     Draft,

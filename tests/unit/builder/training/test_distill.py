@@ -14,7 +14,8 @@ from tiny import tiny_decoder
 from ssv.builder.config import DistillConfig, ScorerConfig
 from ssv.builder.training import distill as distilling
 from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
-from ssv.builder.training.distill import distill, draft_passes, measure_agreement, view_target
+from ssv.builder.training.distill import distill, measure_agreement
+from ssv.builder.training.passes import CausalAttend, draft_passes, view_target
 from ssv.builder.training.scorer_fit import Samples, auc, collect_samples, fit_scorer, reliability
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.draft import Draft, draft_spec, load_draft, save_draft, start_from_target
@@ -256,7 +257,7 @@ def test_deeper_passes_see_what_they_will_when_drafting() -> None:
 
 
 def _whole(draft: Draft, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    return draft.run_layers(ids, features, torch.arange(len(ids)), distilling.CausalAttend(1))
+    return draft.run_layers(ids, features, torch.arange(len(ids)), CausalAttend(1))
 
 
 # --- scorer ---------------------------------------------------------------------------------------------------------
