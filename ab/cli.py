@@ -207,6 +207,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value} must be a share between 0 and 1")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature} must be 0 or above")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed} must be a whole number from 0 to 2^64 - 1")
     if args.slo:
         parse_limits(args.slo)
 

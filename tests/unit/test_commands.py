@@ -97,6 +97,8 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("ssv-ab", [*RUN, "good.jsonl", "--concurrency", "4"], "1 prompts do not fill a block of 4"),
     ("ssv-ab", [*RUN, "good.jsonl", "--out", "good.jsonl"], "good.jsonl is there already"),
     ("ssv-ab", [*RUN, "good.jsonl", "--out", "new"], "arm a at grpc://127.0.0.1:1 does not answer"),
+    ("ssv-ab", [*RUN, "good.jsonl", "--seed", "-1"], "--seed -1 must be a whole number from 0"),
+    ("ssv-ab", [*RUN, "good.jsonl", "--seed", str(2**64)], f"--seed {2**64} must be a whole number from 0"),
     ("ssv-ab", ["run", "--a", "x", "--b", "y", "--prompts", "good.jsonl"], "'x' is no arm"),
     ("ssv-ab", ["report", "nowhere"], "nowhere is not the folder of a run"),
     ("ssv-ab", ["compare", "folder", "folder"], "folder is not the folder of a run"),
