@@ -55,9 +55,7 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (
-        Exception
-    ) as error:  # the libraries below raise nothing narrower: a plain Exception for a file of another version
+    except Exception as error:  # the libraries raise nothing narrower for a file of another version
         if not is_gguf:
             _refuse_config(source)
         raise CheckpointError(

@@ -40,14 +40,8 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
     try:
         reader = gguf.GGUFReader(path)
         meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        OSError,
-        OverflowError,
-        struct.error,
-    ) as error:  # UnicodeDecodeError is a ValueError
+    # UnicodeDecodeError is a ValueError.
+    except (ValueError, KeyError, IndexError, OSError, OverflowError, struct.error) as error:
         if kind := re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
             raise CheckpointError(
                 f"{path} has a tensor of the unknown type {kind.group(1)}",
