@@ -60,7 +60,7 @@ def bundle_at(out: Path) -> Manifest | None:
 
 
 def _refuse_strangers_manifest(out: Path) -> None:
-    """Many things have a manifest.json: a browser's extension, a web site, a container's image."""
+    """Refuses a manifest.json that is no bundle's: browser extensions, web sites and container images have one, too."""
     path = out / MANIFEST_NAME
     try:
         data = parse_json(path.read_text())

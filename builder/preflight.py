@@ -191,7 +191,7 @@ def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
 
 
 def _check_made_for(recipe: Recipe, target: Target) -> None:
-    """What is given can be compared before what has to be made."""
+    """Refuses a calibration that was made for other files than those that the recipe gives."""
     assert recipe.calibration.file is not None
     mine = {"target": target.sha256}
     mine |= {

@@ -48,7 +48,7 @@ class Target:
         return Decoder.from_weights(self.spec, self.weights).to(device, dtype)
 
     def conversation_encoder(self) -> ConversationEncoder:
-        """The way of its conversations to token ids, which is that of a bundle that is served."""
+        """Turns conversations into token ids, as a served bundle does."""
         return conversation_encoder(self.tokenizer, self.eos_token_ids)
 
 

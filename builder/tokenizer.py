@@ -160,7 +160,7 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def conversation_encoder(tokenizer: Any, ends: Iterable[int] = ()) -> ConversationEncoder:
-    """The way of a tokenizer's conversations to token ids.
+    """Turns conversations into token ids with a tokenizer of `transformers`.
 
     Args:
         tokenizer: of `transformers`, with one chat template.
@@ -199,7 +199,7 @@ def _refuse_config(folder: Path) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A file of settings; nothing if it is not there."""
+    """The settings in a file; none if it is not there."""
     if not path.is_file():
         return {}
     return read_json_object(path, CheckpointError, "mend it or fetch it again")
@@ -230,7 +230,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _conversation(tokenizer: Any, turns: int = 3) -> str | None:
-    """A conversation in the chat template; None if it takes none of so many turns."""
+    """A conversation in the chat template; None if the template takes none with so many turns."""
     roles = (("user", _USER), ("assistant", _ASSISTANT), ("user", _AGAIN))[:turns]
     messages = [{"role": role, "content": content} for role, content in roles]
     try:
@@ -243,7 +243,7 @@ def _conversation(tokenizer: Any, turns: int = 3) -> str | None:
 
 
 def _one_template(path: Path, template: object) -> str:
-    """The template for chats of those that there may be by name."""
+    """The template for chats, where a tokenizer has several with names."""
     if isinstance(template, Mapping):
         if "default" not in template:
             raise CheckpointError(
@@ -279,7 +279,7 @@ def _render(path: Path, tokenizer: Any, messages: list[dict[str, str]], *, add_g
 
 
 def _gguf_metadata(path: Path) -> dict[str, Any]:
-    """Single values, and the number of tokens as `num_tokens`."""
+    """A GGUF file's metadata: single values, and the number of tokens as `num_tokens`."""
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
     try:

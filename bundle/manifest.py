@@ -193,7 +193,7 @@ def locked_file(path: Path) -> int:
 
 @contextmanager
 def manifest_lock(bundle: Path) -> Iterator[None]:
-    """In the block nobody else who asks for this lock changes the manifest; waits for one who does."""
+    """Keeps others who ask for this lock from changing the manifest while the block runs; waits for one who has it."""
     while True:
         descriptor = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -299,7 +299,7 @@ def verify_files(
 
 
 def unused_files(manifest: Manifest, engine: str) -> set[str]:
-    """Files that an engine of `LLM.load` does not read: of "torch" the compiled ones."""
+    """Files of a bundle that an engine does not read: the torch engine reads no compiled ones."""
     return {entry.file for entry in manifest.engines.values()} if engine == "torch" else set()
 
 

@@ -131,7 +131,7 @@ class Said(str):
 
 
 def _keep_places(name: str) -> None:
-    """Has a method that changes characters one by one give a text that knows their origin."""
+    """Makes a method that changes characters one by one give a text that knows their origin."""
     method = getattr(str, name)
 
     @wraps(method)
@@ -324,7 +324,7 @@ class _Marks:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what training learns, is what it encloses."""
+    """The tag `{% generation %}`, which marks what training learns; what it encloses is written as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
@@ -344,7 +344,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike jinja2's it does not escape for HTML."""
+    """The filter `tojson`; unlike jinja2's it does not escape for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

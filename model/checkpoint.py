@@ -160,7 +160,7 @@ _TENSORS_OF = {
 
 
 def _refuse_quantized(weights: Weights, source: Path) -> None:
-    """Weights that are not the numbers that they stand for, whether or not a config says so."""
+    """Refuses weights that are quantized, whether or not a config says so."""
     found = {name.rpartition(".")[2] for name in weights}
     for method, parts in _TENSORS_OF.items():
         if present := found & set(parts):

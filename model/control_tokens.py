@@ -41,12 +41,12 @@ class ConversationError(UserError):
 
 
 class ConversationEncoder:
-    """The way of a model's conversations to token ids."""
+    """Turns a model's conversations into token ids."""
 
     def __init__(
         self, backend: Tokenizer, render: Callable[..., str], template: str | None, end_tokens: Iterable[int] = ()
     ) -> None:
-        """Sets the way up for a model.
+        """Prepares the encoder of a model.
 
         Args:
             render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.model.chat_template`.
@@ -226,7 +226,7 @@ def check_role(role: str) -> None:
 
 
 def _said(message: Mapping[str, str]) -> dict[str, str]:
-    """A message whose texts know that they are one's; its role is the template's to write."""
+    """A message whose texts know that a message said them; its role counts as the template's."""
     origin = ASSISTANT if message["role"] == "assistant" else OTHERS
     return {key: str(value) if key == "role" else Said(value, origin) for key, value in message.items()}
 

@@ -165,7 +165,7 @@ _RENAMED = {
 
 
 def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Weights:
-    """State dict of `Decoder` from weights under Hugging Face names, but for those that are quantized."""
+    """State dict of `Decoder` from weights under Hugging Face names, without those that are quantized."""
     # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it
     # is used.
     embedding = weights["model.embed_tokens.weight"]

@@ -151,7 +151,7 @@ class Draft(nn.Module):
         return features_MF + self.join(torch.cat((self.embed_norm(x_MH), self.feature_norm(features_MF)), dim=-1))
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
-        """[R, V] over `token_ids`."""
+        """Logits over `token_ids`, [R, V]."""
         return self.decoder.logits(hidden_RH)
 
     def trainable_state(self) -> dict[str, Tensor]:

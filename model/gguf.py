@@ -87,7 +87,7 @@ def _dequantized(tensor: Any, path: Path) -> Tensor:
 
 
 def _check_header(path: Path) -> None:
-    """That a file is a GGUF of this byte order and a version that can be read."""
+    """Refuses a file that is not GGUF, of another byte order, or of a version that cannot be read."""
     with path.open("rb") as file:
         head = file.read(8)
     if head[:4] in _BEFORE_GGUF:
@@ -104,7 +104,7 @@ def _check_header(path: Path) -> None:
 
 
 def _refuse_parts(path: Path, meta: Mapping[str, Any]) -> None:
-    """Files that hold no whole model."""
+    """Refuses files that hold no whole model."""
     count = meta.get("split.count", 0)
     part = meta.get("split.no", 0)
     if not count and (named := re.search(r"-(\d{5})-of-(\d{5})$", path.stem)):
@@ -258,7 +258,7 @@ def _spec(
 
 
 def _refuse_other_layers(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Layers with or without parts that their family has."""
+    """Refuses layers that lack a part of their family, or have one of another."""
     query, output = "blk.0.attn_q.bias" in shapes, "blk.0.attn_output.bias" in shapes
     if arch == "qwen2" and not query:
         raise CheckpointError("blk.0.attn_q.bias is missing: a Qwen2 model has one")

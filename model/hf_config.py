@@ -222,7 +222,7 @@ def _refuse_other_models(config: Mapping[str, Any], family: _Family) -> None:
 
 
 def _refuse_windows(config: Mapping[str, Any], family: str) -> None:
-    """Sliding-window attention, which each family switches on in its own way."""
+    """Refuses sliding-window attention, which each family switches on in its own way."""
     window = config.get("sliding_window", None if family == "llama" else _DEFAULT_WINDOW)
     # Qwen's window is off unless use_sliding_window is set; Mistral's is on when not null.
     switch = _flag(config, "use_sliding_window")

@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Module):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """O and I."""
+        """The sizes O and I."""
 
     @abstractmethod
     def dequantized(self) -> Tensor:

@@ -136,7 +136,7 @@ def gather_norm_kernel(
     EPS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid (R,)."""
+    """Grid (R,), a program for each row."""
     r = tl.program_id(0).to(tl.int64)
     source = tl.load(row + r).to(tl.int64)
     column = tl.arange(0, BLOCK_H)

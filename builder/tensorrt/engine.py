@@ -321,7 +321,7 @@ def _builder(trt: ModuleType, config: EngineConfig, log: Any) -> Any:
 
 
 def _check_gpu(config: EngineConfig) -> None:
-    """TensorRT times kernels on the GPU that it builds for."""
+    """Refuses to build for a GPU that is not this machine's: TensorRT times kernels on the one that it builds for."""
     if not torch.cuda.is_available():
         raise EngineBuildError(
             "the flavor tensorrt builds on the GPU that will run the engine, and this machine has none",
@@ -395,7 +395,7 @@ def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
                 self.error = error
 
         def phase_finish(self, phase_name: str) -> None:
-            """Its steps have been counted."""
+            """Called at the end of a phase, whose steps have been counted."""
 
         def done(self, what: str) -> None:
             on_progress(self.total, self.total, what)
