@@ -6,7 +6,8 @@ Mistakes of one command alone are tested with it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -115,6 +116,17 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("openai", ["--url", "grpcs://h:1", "--bundle", "folder", "--port", "0", "--tls-cert", "key.pem", "--tls-key",
                 "key.pem"], "key.pem and key.pem cannot be used"),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A server's commands set up loggers, which is for the rest of a process."""
+    loggers = [logging.getLogger(name) for name in ("ssv", "uvicorn")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
