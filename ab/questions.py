@@ -9,8 +9,7 @@ from typing import Any
 
 from ssv.ab import scoring
 from ssv.support.errors import UserError
-from ssv.support.files import read_text
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import read_json_lines
 
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")
@@ -46,13 +45,11 @@ def read_questions(path: Path) -> list[Question]:
         UserError: the file cannot be read; a line that is not so, naming it; an id that comes twice; no prompts.
     """
     questions: list[Question] = []
-    # Not splitlines: texts may hold other characters that it takes for the end of a line.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                questions.append(_question(parse_json(line), number))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path}:{number}: {error}") from error
+    for number, given in read_json_lines(path):
+        try:
+            questions.append(_question(given, number))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}:{number}: {error}") from error
     if not questions:
         raise UserError(f"{path} holds no prompts")
     most, times = Counter(q.id for q in questions).most_common(1)[0]

@@ -30,6 +30,7 @@ from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import prompts_needed_pairs, prompts_needed_scores, simultaneous_level
 from ssv.support.environment import commit, machine, versions
 from ssv.support.errors import UserError
+from ssv.support.files import write_json, write_whole
 from ssv.support.progress import Report
 
 EXIT_PARTIAL = 3
@@ -106,7 +107,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     header = {"settings": settings.to_dict(), "disclosures": disclosures, "planned": sum(len(t.prompts) for t in plan)}
     header |= {"command": shlex.join(["ssv-ab", *sys.argv[1:]]), **_where()}
-    _write(folder / RUN, json.dumps(header, indent=1))
+    write_json(folder / RUN, header)
     status = "complete"
     with Journal(folder / SAMPLES) as journal:
         try:
@@ -119,7 +120,7 @@ def run(
             status = f"samples could not be written: {error}"
     load.close()
     if status != "complete":
-        _write(folder / RUN, json.dumps(header | {"ended": status}, indent=1))  # a report made again says it, too
+        write_json(folder / RUN, header | {"ended": status})  # a report made again says it, too
     if not (folder / SAMPLES).stat().st_size:
         raise UserError(f"nothing was measured: {status}")
     return make_report(folder)
@@ -142,8 +143,8 @@ def make_report(folder: Path) -> int:
         status = f"{'' if status == 'complete' else status + '; '}{torn} damaged lines of {SAMPLES} were left out"
     document = analyse(settings, samples, header["disclosures"], status=status)
     document |= {name: header[name] for name in ("command", "date", "commit", "machine", "versions")}
-    _write(folder / REPORT, json.dumps(document, indent=1))
-    _write(folder / PAGE, page.render(document, samples))
+    write_json(folder / REPORT, document)
+    write_whole(folder / PAGE, page.render(document, samples))
     terminal.show(document)
     print(f"{folder / REPORT}\n{folder / PAGE}")
     return 0 if status == "complete" else EXIT_PARTIAL
@@ -216,10 +217,3 @@ def _where() -> Mapping[str, Any]:
         "machine": machine(),
         "versions": versions("ssv", "tritonclient", "openai", "numpy", "scipy"),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
