@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ssv.ab import scoring
+from ssv.support.errors import UserError
 
 _STOPPED = (
     "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_word", "stop_words", "stop_token",
@@ -22,7 +23,7 @@ names nobody knows) leaves no answer.
 """
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError):
     """An endpoint is not there, refused, broke off, or sent what cannot be an answer; the message says which."""
 
 

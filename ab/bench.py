@@ -110,9 +110,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise RequestError(f"--num-prompts {args.num_prompts} must be at least 1")
     if not 0 < args.half_width < 1:
-        raise RequestError(f"--half-width {args.half_width} is a share of a speed-up: give a number between 0 and 1")
+        raise RequestError(f"--half-width {args.half_width} is a share of a speed-up", "give a number between 0 and 1")
     if importlib.util.find_spec("scipy") is None:
-        raise RequestError("ssv-bench needs scipy: pip install 'ssv[ab]'")
+        raise RequestError("ssv-bench needs scipy", "pip install 'ssv[ab]'")
     if args.plot is not None:
         check_plot(args.plot)
     params = SamplingParams(
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if params.greedy and (params.top_k or params.top_p < 1):
-        raise RequestError("--top-k and --top-p are of sampled output: give a --temperature above 0")
+        raise RequestError("--top-k and --top-p are of sampled output", "give a --temperature above 0")
     prompts = read_prompts(args.prompts)[: args.num_prompts]
 
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds

@@ -24,7 +24,8 @@ class MethodRow:
 
     Attributes:
         tokens_per_s: emitted tokens per second of decoding, the prompts' included, over all rounds.
-        speedup: geometric mean, over groups of prompts, of the ratio to the baseline's tokens per second in the same run.
+        speedup: geometric mean, over groups of prompts, of the ratio to the baseline's tokens per second in the same
+            run.
         speedup_low, speedup_high: its 95 % interval over groups of prompts; null where there is one group alone.
         speedup_by_round: the same within each round.
         tokens_per_pass: emitted tokens per target pass (acceptance length).
@@ -113,9 +114,9 @@ def _kept(rows: Sequence[MethodRow]) -> Table:
 def check_plot(path: Path) -> None:
     """Raises RequestError if no plot can be drawn, or not there."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib: pip install 'ssv[plot]'")
+        raise RequestError("--plot needs matplotlib", "pip install 'ssv[plot]'")
     if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {path}: choose a .png file in a folder that exists")
+        raise RequestError(f"--plot {path}", "choose a .png file in a folder that exists")
 
 
 def plot(rows: Sequence[MethodRow], path: Path) -> None:

@@ -20,6 +20,7 @@ from ssv.ab.questions import RIGHT_OR_WRONG, read_questions
 from ssv.ab.run import blocks_in_words, compare, digest, make_report, power_in_words, run
 from ssv.ab.watch import watch
 from ssv.support.console import add_version, run_command
+from ssv.support.errors import UserError
 from ssv.support.progress import terminal_report
 
 
@@ -80,9 +81,9 @@ def _add_watch(commands: Any) -> None:
 
 def _watch(args: argparse.Namespace) -> int:
     if not 0 < args.equivalence < 1:
-        raise ValueError(f"--equivalence {args.equivalence} must be a share between 0 and 1")
+        raise UserError(f"--equivalence {args.equivalence} must be a share between 0 and 1")
     if not 0 < args.every < float("inf"):
-        raise ValueError(f"--every {args.every} must be above 0")
+        raise UserError(f"--every {args.every} must be above 0")
     guards = parse_limits(args.guard, SHARES, guard_names()) if args.guard else ()
     return watch(
         args.log,
@@ -164,20 +165,21 @@ def _run(args: argparse.Namespace) -> int:
     questions = read_questions(args.prompts)[: args.num_prompts]
     with_answers = [question for question in questions if question.answers]
     if args.margin is not None and not with_answers:
-        raise ValueError(
-            f"--margin judges quality, and no prompt of {args.prompts} has an answer: add `answer` to them"
+        raise UserError(
+            f"--margin judges quality, and no prompt of {args.prompts} has an answer", "add `answer` to them"
         )
     if args.cost_per_correct:
         if len(with_answers) < len(questions) or any(q.check not in RIGHT_OR_WRONG for q in questions):
             lacking = next((q.id for q in questions if not q.answers or q.check not in RIGHT_OR_WRONG), "")
-            raise ValueError(
-                f"--cost-per-correct needs prompts whose answers are right or wrong, and {lacking!r} of {args.prompts} is not: "
-                "add `answer` to it"
+            raise UserError(
+                f"--cost-per-correct needs prompts whose answers are right or wrong, and {lacking!r} of {args.prompts} "
+                "is not",
+                "add `answer` to it",
             )
         if args.price_per_hour is None and any(
             a.price_per_hour is None and a.price_per_1m_tokens is None for a in arms
         ):
-            raise ValueError("--cost-per-correct needs a price: give --price-per-hour")
+            raise UserError("--cost-per-correct needs a price", "give --price-per-hour")
     settings = RunSettings(
         arms=arms,
         prompts=str(args.prompts),
@@ -217,13 +219,15 @@ def _check(args: argparse.Namespace) -> None:
     for name in above_zero:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
     for name in ("utilisation", "margin", "discordant"):
         value = getattr(args, name)
         if value is not None and not (0 < value < 1 or (name == "utilisation" and value == 1)):
-            raise ValueError(f"--{name} {value} must be a share between 0 and 1")
+            raise UserError(f"--{name} {value} must be a share between 0 and 1")
     if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature {args.temperature} must be 0 or above")
+        raise UserError(f"--temperature {args.temperature} must be 0 or above")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed} must be a whole number from 0 to 2^64 - 1")
     if args.slo:
         parse_limits(args.slo)
 
@@ -234,7 +238,7 @@ def _concurrencies(text: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or not all(1 <= concurrency <= 1024 for concurrency in found):
-        raise ValueError(f"--concurrency {text!r}: give whole numbers from 1 to 1024, such as 1,4,8")
+        raise UserError(f"--concurrency {text!r}", "give whole numbers from 1 to 1024, such as 1,4,8")
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 
 
@@ -63,11 +64,11 @@ class JournalReader:
 
         Raises:
             OSError: there is no such file.
-            ValueError: the file has become shorter: it is not the same any more.
+            UserError: the file has become shorter: it is not the same any more.
         """
         with self._path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < self._offset:
-                raise ValueError(f"{self._path} has become shorter while it was read: run the command anew")
+                raise UserError(f"{self._path} has become shorter while it was read", "run the command anew")
             file.seek(self._offset)
             data = file.read()
         end = data.rfind(b"\n") + 1

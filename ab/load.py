@@ -16,6 +16,7 @@ from ssv.ab.journal import Journal
 from ssv.ab.plan import Turn, seed_of
 from ssv.ab.questions import Question
 from ssv.ab.samples import Sample, answered
+from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
 MAX_FAILURES = 5
@@ -27,7 +28,7 @@ MAX_ERROR = 500
 """Characters of an error that are kept."""
 
 
-class ArmDown(RuntimeError):
+class ArmDown(UserError):
     """An arm does not answer."""
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ssv.ab.answers import Answer, EndpointError, Piece, Sampling, answer_of, check_answer
 from ssv.ab.arms import Arm
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def api_key(arm: Arm) -> str | None:
     OPENAI_BASE_URL's host.
 
     Raises:
-        ValueError: what the variable holds cannot be sent; naming the variable, not what it holds.
+        UserError: what the variable holds cannot be sent; naming the variable, not what it holds.
     """
     hosts = {_OPENAI, urlsplit(os.environ.get("OPENAI_BASE_URL", "")).hostname}
     host = urlsplit(arm.url).hostname or ""
@@ -52,7 +53,7 @@ def api_key(arm: Arm) -> str | None:
     for name in (arm.key_variable, *(("OPENAI_API_KEY",) if is_openais else ())):
         if key := os.environ.get(name, "").strip():
             if not (key.isascii() and key.isprintable()):
-                raise ValueError(f"arm {arm.name}: {name} holds characters that no key has: give the key alone")
+                raise UserError(f"arm {arm.name}: {name} holds characters that no key has", "give the key alone")
             return key
     return None
 
@@ -139,7 +140,7 @@ class OpenAIEndpoint:
             own = (chunk.model_extra or {}).get("ssv") or own
         if not came:
             raise EndpointError(
-                "what came is no stream of chat completions: give the address of an OpenAI API, with its /v1"
+                "what came is no stream of chat completions", "give the address of an OpenAI API, with its /v1"
             )
         if usage is None:
             cure = (
@@ -171,21 +172,22 @@ class OpenAIEndpoint:
         """Raises EndpointError: what comes is no answer of an API, whatever its status says."""
         if response.is_redirect:
             target = response.headers.get("location", "?")
-            raise EndpointError(self._without_key(f"it redirects to {target}: give the address that answers"))
+            raise EndpointError(self._without_key(f"it redirects to {target}"), "give the address that answers")
         if not response.is_success:
             return
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind in ("text/html", "application/xhtml+xml"):
             response.read()
             raise EndpointError(
-                f"a web page came, {_title(response.text)}, as of a login or a proxy: give the address of the API itself, with its /v1"
+                f"a web page came, {_title(response.text)}, as of a login or a proxy",
+                "give the address of the API itself, with its /v1",
             )
         if kind == "application/json" and self._arm.stream:
             response.read()
             given = _parsed(response.text)
             if isinstance(given, dict) and "choices" in given:
                 raise EndpointError(
-                    f"plain JSON came instead of a stream: add stream=no to the address of arm {self._arm.name}"
+                    "plain JSON came instead of a stream", f"add stream=no to the address of arm {self._arm.name}"
                 )
             raise EndpointError(self._without_key(f"JSON came that is no chat completion: {_said(given)}"))
 

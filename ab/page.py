@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssv.ab.samples import Sample
 from ssv.ab.terminal import figure_table, interval_text, percent, quality_text
+from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,9 +48,9 @@ ALWAYS = ("lossless", "interval", "non-inferior", "undecided", "block")
 
 
 def check_can_write() -> None:
-    """Raises ValueError: a package is missing; naming it."""
+    """Raises UserError: a package is missing; naming it."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"report.html needs {' and '.join(missing)}: pip install 'ssv[ab]'")
+        raise UserError(f"report.html needs {' and '.join(missing)}", "pip install 'ssv[ab]'")
 
 
 def render(document: Mapping[str, Any], samples: Sequence[Sample]) -> str:

@@ -284,7 +284,7 @@ def _inputs(
         ServerError: the request brings settings of its own.
     """
     if own := [name for name in ("ssv_tier", "ssv_max_divergence") if name in tensors]:
-        raise ServerError(f"{own[0]} is the arm's to set: ask `ensemble` for it, or leave it out", "INVALID_ARGUMENT")
+        raise ServerError(f"{own[0]} is the arm's to set", "INVALID_ARGUMENT", "ask `ensemble` for it, or leave it out")
     given = dict(tensors)
     if tier is not None:
         given["ssv_tier"] = np.array([[tier.encode()]], dtype=np.object_)

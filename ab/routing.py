@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ssv.support.errors import UserError
+from ssv.support.files import write_json
 from ssv.support.json_text import parse_json
+from ssv.support.strict import Strict
+from ssv.support.yaml_text import read_yaml
 
 
-class RoutingError(ValueError):
+class RoutingError(UserError):
     """A file that cannot be one of arms; the message names what is wrong."""
 
 
-class LiveArm(BaseModel):
+class LiveArm(Strict):
     """A part of the live traffic, and what answers it.
 
     Attributes:
@@ -27,8 +28,6 @@ class LiveArm(BaseModel):
         url: of another server; None for the one that routes.
         tier, max_divergence: asked of the server; None for its default.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     url: Annotated[str, Field(pattern=r"^grpcs?://[^/]+:\d+$")] | None = None
@@ -49,7 +48,7 @@ class LiveArm(BaseModel):
         return self
 
 
-class Routing(BaseModel):
+class Routing(Strict):
     """What the router is told, and the first record of its log repeats.
 
     Attributes:
@@ -60,8 +59,6 @@ class Routing(BaseModel):
         shadow: arm that gets a copy of requests, whose answers nobody sees; all are answered by arm A then.
         shadow_share: of the requests, those that are copied.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     salt: Annotated[str, Field(min_length=1)]
     log: Path
@@ -112,13 +109,13 @@ class Routing(BaseModel):
 def read_routing(path: Path) -> Routing:
     """Raises RoutingError: no such file, or not a file of arms."""
     try:
-        return Routing.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Routing.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise RoutingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
-        raise RoutingError(f"{path} cannot be read: {error}") from error
+    except UserError as error:
+        raise RoutingError(error.what, error.cure) from error
 
 
 def fallback_path(log: Path) -> Path:
@@ -158,9 +155,7 @@ def fall_back(path: Path, why: Mapping[str, str]) -> None:
             before = _read_fallback(path)
         except ValueError:
             before = {}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({**before, **why}, indent=1))
-    os.replace(part, path)
+    write_json(path, {**before, **why})
 
 
 def _read_fallback(path: Path) -> dict[str, str]:

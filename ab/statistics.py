@@ -22,6 +22,8 @@ from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.stats import binomtest, exponnorm, norm  # type: ignore[import-untyped]
 from scipy.stats import t as student_t
 
+from ssv.support.errors import UserError
+
 Weights = npt.NDArray[np.int64]  # [draws, clusters]: how often each cluster was drawn
 Values = npt.NDArray[np.float64]
 Statistic = Callable[[Weights], Values]
@@ -75,18 +77,18 @@ def ratio_interval(
         num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of seconds and of tokens.
 
     Raises:
-        ValueError: lengths that differ, numbers that are not finite, fewer than 2 clusters, or a sum that is 0 without
-            one of them.
+        ValueError: lengths that differ, or numbers that are not finite.
+        UserError: fewer than 2 clusters, or a sum that is 0 without one of them.
     """
     _check_share("level", level)
     columns = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
     num_clusters = len(columns)
     if num_clusters < 2:
-        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+        raise UserError(f"{num_clusters} clusters cannot be resampled", "give more prompts")
     total = columns.sum(axis=0)
     rest_C4 = total - columns
     if np.any(rest_C4 <= 0):
-        raise ValueError("a sum is 0 without one of the clusters: give more prompts")
+        raise UserError("a sum is 0 without one of the clusters", "give more prompts")
     estimate, without_C = _log_of_ratios(total[None])[0], _log_of_ratios(rest_C4)
     error = math.sqrt((num_clusters - 1) / num_clusters * float(np.sum((without_C - without_C.mean()) ** 2)))
     reach = float(student_t.ppf((1 + level) / 2, num_clusters - 1)) * error
@@ -99,9 +101,9 @@ def mean_ratio_interval(
 ) -> Interval:
     """Estimates how much greater the clusters' own ratios are in b than in a: their geometric mean, relative to a.
 
-    All clusters weigh alike, so that a hiccup of the machine is no more than one of many, however long it was; the ratio of
-    sums (`ratio_interval`) is what is paid for. The interval is Student's t for the mean of the logarithms, of which the
-    jackknife's standard error is the usual one.
+    All clusters weigh alike, so that a hiccup of the machine is no more than one of many, however long it was; the
+    ratio of sums (`ratio_interval`) is what is paid for. The interval is Student's t for the mean of the logarithms, of
+    which the jackknife's standard error is the usual one.
 
     Args:
         num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of tokens and of seconds.
@@ -113,7 +115,7 @@ def mean_ratio_interval(
     columns = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
     num_clusters = len(columns)
     if num_clusters < 2:
-        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+        raise UserError(f"{num_clusters} clusters cannot be resampled", "give more prompts")
     if np.any(columns <= 0):
         raise ValueError("a cluster's sum is not above 0: leave out what has no ratio")
     logs_C = _log_of_ratios(columns)
@@ -144,21 +146,21 @@ def bootstrap(
             are plenty.
 
     Raises:
-        ValueError: fewer than 2 clusters, or no finite statistic of the data or of most draws.
+        UserError: fewer than 2 clusters, or no finite statistic of the data or of most draws.
     """
     _check_share("level", level)
     if num_clusters < 2:
-        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+        raise UserError(f"{num_clusters} clusters cannot be resampled", "give more prompts")
     estimate = float(statistic(np.ones((1, num_clusters), np.int64))[0])
     if not math.isfinite(estimate):
-        raise ValueError(f"the statistic of the data is {estimate}: give more prompts")
+        raise UserError(f"the statistic of the data is {estimate}", "give more prompts")
     rng = np.random.default_rng(seed)
     chances_C = np.full(num_clusters, 1 / num_clusters)
     blocks = [statistic(rng.multinomial(num_clusters, chances_C, size)) for size in _block_sizes(num_draws)]
     values_D = np.concatenate(blocks)
     values_D = values_D[np.isfinite(values_D)]
     if 2 * len(values_D) < num_draws:
-        raise ValueError(f"{num_draws - len(values_D)} of {num_draws} draws have no finite value: give more prompts")
+        raise UserError(f"{num_draws - len(values_D)} of {num_draws} draws have no finite value", "give more prompts")
     reach = student_t.ppf((1 + level) / 2, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1))
     low, high = np.quantile(values_D, norm.cdf([-reach, reach]))
     return Interval(estimate, float(low), float(high), level)
@@ -328,12 +330,13 @@ def paired_scores(
         bound: width of the range of the score.
 
     Raises:
-        ValueError: fewer than 2 prompts, or differences that are not finite or out of bounds.
+        ValueError: differences that are not finite or out of bounds.
+        UserError: fewer than 2 prompts.
     """
     _check_share("level", level)
     difference = _columns(difference_C)[:, 0]
     if len(difference) < 2:
-        raise ValueError(f"{len(difference)} prompts show no spread: give more prompts")
+        raise UserError(f"{len(difference)} prompts show no spread", "give more prompts")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound is {bound}: give the width of the score's range")
     if np.any(np.abs(difference) > bound):

@@ -21,6 +21,7 @@ from ssv.ab.live import ALPHA, METRICS, LiveComparison, quantile
 from ssv.ab.routing import Fallback, fall_back, fallback_path
 from ssv.ab.statistics import Interval
 from ssv.ab.terminal import ms, percent, plain
+from ssv.support.errors import UserError
 
 EXIT_FELL_BACK = 4
 
@@ -45,10 +46,10 @@ def watch(
 
     Raises:
         OSError: there is no such log.
-        ValueError: it is not a log of the router.
+        UserError: it is not a log of the router.
     """
     if any(limit.name == "divergence" for limit in guards) and metrics_url is None:
-        raise ValueError("the guard on divergence needs the server's audits: give --metrics-url")
+        raise UserError("the guard on divergence needs the server's audits", "give --metrics-url")
     reader, live = JournalReader(path), LiveComparison(guards)
     fallback = Fallback(fallback_path(path))
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -57,7 +58,7 @@ def watch(
         for record in (*reader.read(), *(reader.rest() if every is None else ())):
             live.take(record)
         if not live.arms and every is None:
-            raise ValueError(f"{path} does not begin as a log of ab_router does: choose the `log` of its file of arms")
+            raise UserError(f"{path} does not begin as a log of ab_router does", "choose the `log` of its file of arms")
         audits = _audits(metrics_url) if metrics_url is not None else {}
         if audits:
             live.audits(audits)

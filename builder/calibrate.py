@@ -1,10 +1,10 @@
 """Finds the tiers' thresholds by decoding real prompts under a grid of policies.
 
-The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A lossy tier gets
-the cheapest policy whose divergence is below its limit with confidence. Policies of one family are tested in rising order of the
-threshold and only until the first fails, which keeps the chance of any wrong acceptance at the stated level however many
-are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052); it is shared
-out evenly among the families.
+The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A
+lossy tier gets the cheapest policy whose divergence is below its limit with confidence. Policies of one family are
+tested in rising order of the threshold and only until the first fails, which keeps the chance of any wrong acceptance
+at the stated level however many are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021,
+arXiv:2110.01052); it is shared out evenly among the families.
 
 How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
 """
@@ -21,23 +21,31 @@ from ssv.builder.survival_fit import SurvivalFit
 from ssv.bundle.policy import Policy
 from ssv.bundle.profile import Costs
 from ssv.runtime.methods import PREMIUM
+from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"
-"""Of `upper_bound`. Simulated at a limit of 2 %, nominally wrong in 5 % of calibrations: wrong in 5 to 9 % with 224 prompts, in 14 % with 48
-and in 37 % with 20."""
+"""What kind of bound `upper_bound` gives: one that holds ever better with more prompts.
+
+In simulations at a limit of 2 %, a bound that is nominally wrong in 5 % of calibrations was wrong in 5 to 9 % with 224
+prompts, in 14 % with 48 and in 37 % with 20.
+"""
 
 MIN_PROMPTS = 200
+"""Fewer are refused: their bound does not mean what it says."""
 
 
 def check_num_prompts(num_prompts: int, config: CalibrationConfig) -> None:
-    """Raises:
-    ValueError: too few prompts for the bound of a lossy tier to mean what it says.
+    """Refuses too few prompts.
+
+    Raises:
+        UserError: too few for the bound of a lossy tier to mean what it says.
     """
     if config.limits and num_prompts < MIN_PROMPTS:
-        raise ValueError(
+        raise UserError(
             f"{config.prompts_file}: {num_prompts} prompts are too few to bound the divergence of "
-            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %): give at least {MIN_PROMPTS}"
+            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %)",
+            f"give at least {MIN_PROMPTS}",
         )
 
 
@@ -64,7 +72,8 @@ class Trial:
     Attributes:
         divergence, divergence_margin: shares of the emitted tokens.
         divergence_bound: upper confidence bound of `divergence`, prompts being the unit that is drawn.
-        cost: of a token, in target passes of one token, at the costs measured and as if each drafted token took a draft step.
+        cost: of a token, in target passes of one token, at the costs measured and as if each drafted token took a draft
+            step.
     """
 
     policy: Policy
@@ -101,10 +110,12 @@ def calibrate(
     """Tries the grid and chooses.
 
     Args:
-        costs: of steps where the trials run: they decide which of the admissible policies is the cheapest, nothing else.
+        costs: of steps where the trials run: they decide which of the admissible policies is the cheapest, nothing
+            else.
 
     Raises:
-        ValueError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS` prompts.
+        UserError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS`
+            prompts.
     """
     families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
     num_runs = 1 + len(families) * len(config.accept_below)
@@ -136,9 +147,9 @@ def calibrate(
     tiers = {"premium": premium}
     for tier, candidates in passed.items():
         if not candidates:
-            raise ValueError(
-                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence "
-                f"{config.confidence}: add smaller thresholds or more prompts, or raise the limit"
+            raise UserError(
+                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence {config.confidence}",
+                "add smaller thresholds or more prompts, or raise the limit",
             )
         tiers[tier] = min(candidates, key=lambda t: t.cost)
     return Calibration(trials, tiers, costs)
@@ -162,10 +173,11 @@ def _trial(policy: Policy, results: Sequence[PromptResult], costs: Costs, confid
 
 
 def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws: int = 4000, seed: int = 0) -> float:
-    """Upper bound of sum(events) / sum(total) by the bootstrap over prompts, whose tokens are not independent; asymptotic (`BOUND_KIND`).
+    """Upper bound of sum(events) / sum(total) by the bootstrap over prompts.
 
-    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a Poisson
-    count of independent events.
+    The tokens of a prompt are not independent of each other, prompts are. The bound is asymptotic (`BOUND_KIND`).
+    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a
+    Poisson count of independent events.
 
     Args:
         counts: (events, total) of each prompt.
@@ -183,7 +195,8 @@ def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws:
 
 
 def poisson_upper(num_events: int, confidence: float) -> float:
-    """Returns the mean under which at most `num_events` have a chance of 1 - confidence: a quantile of the gamma distribution."""
+    """Returns the mean under which at most `num_events` have a chance of 1 - confidence: a quantile of the gamma
+    distribution."""
     from scipy.special import gammaincinv  # type: ignore[import-untyped]  # other commands do without
 
     return float(gammaincinv(num_events + 1, confidence))

@@ -19,6 +19,7 @@ from ssv.builder.config import (
     checked,
     load_recipe,
 )
+from ssv.bundle.policy import RESERVED_LENGTH
 from ssv.support.console import (
     add_device,
     add_engine,
@@ -30,6 +31,8 @@ from ssv.support.console import (
     require_device,
     run_command,
 )
+from ssv.support.files import write_json, write_whole
+from ssv.support.precisions import ENGINE_PRECISIONS, QUANTIZED_PRECISIONS
 from ssv.support.waiting import waiting
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = command("quantize", _quantize, "quantize a target or a draft to FP8 or INT4 with NVIDIA ModelOpt")
     quantize.add_argument("source", type=Path, help="bundle, or (target only) Hugging Face folder or GGUF file")
     quantize.add_argument("--role", required=True, choices=["target", "draft"], help="which of its models")
-    quantize.add_argument("--precision", required=True, choices=["fp8", "int4"], help="of the weights")
+    quantize.add_argument("--precision", required=True, choices=QUANTIZED_PRECISIONS, help="of the weights")
     quantize.add_argument(
         "--prompts", type=Path, help="JSON lines to calibrate on (default: text the target writes itself)"
     )
@@ -105,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add_device(quantize)
     compile_ = command("compile", _compile, "compile a TensorRT engine into a bundle")
     compile_.add_argument("--role", required=True, choices=["target", "draft"], help="which of its models")
-    compile_.add_argument("--precision", required=True, choices=["fp16", "bf16", "fp8", "int4"], help="of the weights")
+    compile_.add_argument("--precision", required=True, choices=ENGINE_PRECISIONS, help="of the weights")
     compile_.add_argument(
         "--checkpoint", type=Path, help="what `ssv-build quantize` wrote (default: the bundle's own weights)"
     )
@@ -118,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
     compile_.add_argument("--max-rows", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
     compile_.add_argument(
-        "--max-length", type=int, default=2048, help="tokens of a row, 128 of them for drafting (default: 2048)"
+        "--max-length",
+        type=int,
+        default=2048,
+        help=f"tokens of a row, {RESERVED_LENGTH} of them for drafting (default: 2048)",
     )
     compile_.add_argument(
         "--max-pending", type=int, help="most tokens verified at a time (default: what the bundle's tiers ask)"
@@ -221,7 +227,7 @@ def _scorer(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_scorer(scorer, args.out)
     document = json.dumps(fitted.to_dict(), indent=1)
-    args.out.with_suffix(".json").write_text(document + "\n")
+    write_whole(args.out.with_suffix(".json"), document + "\n")
     print(document)
     if not fitted.beats_baseline:
         print(
@@ -255,7 +261,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         )
     document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(args.out, document)
     print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))
     return 0
 

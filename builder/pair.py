@@ -1,7 +1,7 @@
 """Builds a bundle from a recipe: target, draft, scorer, activation ranges, calibration, engines, manifest.
 
-The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have not changed is taken over
-(`ssv.builder.parts`).
+The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have
+not changed is taken over (`ssv.builder.parts`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt.compile_job import compile_apart
 from ssv.builder.tensorrt.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.training.corpus import chat_pieces, write_conversations
-from ssv.builder.training.distill import DistillResult, distill, distillation_source, draft_passes, view_target
+from ssv.builder.training.distill import DistillResult, distill, distillation_source
+from ssv.builder.training.passes import draft_passes, view_target
 from ssv.builder.training.quantize_job import quantize
 from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.bundle.manifest import (
@@ -56,7 +57,8 @@ from ssv.model.draft import Draft, load_draft, save_draft
 from ssv.model.scorer import Scorer, load_scorer, save_scorer
 from ssv.model.smoothing import activation_ranges
 from ssv.support.environment import versions
-from ssv.support.files import save_whole
+from ssv.support.files import save_whole, write_json
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.progress import Report
 from ssv.support.prompts import read_prompts
 
@@ -102,8 +104,8 @@ def build_pair(
 ) -> Manifest:
     """Builds the bundle of a recipe at `out`.
 
-    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it is, and its finished
-    parts for the next run.
+    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it
+    is, and its finished parts for the next run.
 
     Args:
         device: where to distil, fit and calibrate: "cpu" or "cuda".
@@ -184,7 +186,7 @@ def _write_target(parts: Parts, target: Target) -> None:
     folder = parts.stage.bundle / "target"
     folder.mkdir(exist_ok=True)
     config = hf_config(target.spec, target.eos_token_ids, target.weights["model.embed_tokens.weight"].dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "config.json", config)
     tensors = {name: weight.contiguous() for name, weight in target.weights.items()}
     save_whole(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     target.tokenizer.save_pretrained(parts.stage.bundle / "tokenizer")
@@ -211,7 +213,10 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
 
 
 def _work_folder(parts: Parts) -> Path:
-    """Where a distillation keeps its state: one folder each, so that another recipe neither takes it for its own nor stumbles over it."""
+    """The folder where a distillation keeps its state.
+
+    Each recipe has one of its own, so that another recipe neither takes the state for its own nor stumbles over it.
+    """
     return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources["draft"][:12]
 
 
@@ -230,7 +235,7 @@ def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hid
             draft_path = parts.stage.bundle / "draft" / "draft.safetensors"
             scorer, fitted = make_scorer(target, draft_path, recipe.scorer.fit, recipe.draft.distill, device, report)
             save_scorer(scorer, path)
-            (parts.stage.bundle / "scorer.json").write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
+            write_json(parts.stage.bundle / "scorer.json", fitted.to_dict())
         parts.finish("scorer")
     load_scorer(path, hidden_size)
 
@@ -272,7 +277,7 @@ def _write_calibration(
         tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
         write_manifest(bundle, _manifest(recipe, target, draft, parts, tiers))
         document = calibration_document(make(bundle, config, report), mine, config)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(path, document)
     parts.finish("calibration")
 
 
@@ -287,7 +292,7 @@ def _write_engine(
     weights: tuple[object, ...] = ()
     if config.checkpoint is not None:
         weights = (checkpoint_digest(config.checkpoint),)
-    elif config.precision in ("fp8", "int4"):
+    elif config.precision in QUANTIZED_PRECISIONS:
         weights = (target.sha256, _content(prompts_file), target.text_sha256)
     made_from = (
         config.model_dump(mode="json", include={"role", "precision", "flavor", "compute_capability"}),
@@ -337,7 +342,8 @@ def _manifest(
 
 
 def _profiles(old: Manifest | None, target: Target, draft: Draft) -> dict[str, Costs]:
-    """What steps cost is the networks' shapes' and the machine's: profiles of a bundle with the same shapes stay true."""
+    """What steps cost is the networks' shapes' and the machine's: profiles of a bundle with the same shapes stay
+    true."""
     shapes = (target.spec.to_dict(), draft.spec.to_dict())
     return old.profiles if old is not None and (old.target, old.draft) == shapes else {}
 
@@ -347,7 +353,10 @@ def _content(file: Path | None) -> str | None:
 
 
 def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens: int = 2048) -> dict[str, Tensor]:
-    """Activation ranges of target ("target." and, for the tap, "target.tap.project") and draft ("draft."), on chat-formatted prompts."""
+    """Activation ranges of a target and a draft on chat-formatted prompts.
+
+    Keys begin with "target." ("target.tap.project" for the tap) and with "draft.".
+    """
     tokens_BT = prompt_tokens(target, prompts, num_tokens)
 
     def run() -> None:

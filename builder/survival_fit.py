@@ -1,4 +1,5 @@
-"""Fits how far a draft's shares are to be trusted (`ssv.bundle.survival`), by drafting trees and seeing what the target chooses."""
+"""Fits how far a draft's shares are to be trusted (`ssv.bundle.survival`), by drafting trees and seeing what the target
+chooses."""
 
 from __future__ import annotations
 

@@ -6,18 +6,18 @@ from bisect import bisect_left
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from ssv.support.strict import Strict
 
 
-class Curve(BaseModel):
+class Curve(Strict):
     """Seconds of a step by its tokens, measured at some sizes; a straight line between them, and on from the last two.
 
     Attributes:
         tokens: ascending.
         seconds: of each, not falling.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=2)]
     seconds: tuple[PositiveFloat, ...]
@@ -38,15 +38,13 @@ class Curve(BaseModel):
         return s0 + (s1 - s0) * (tokens - t0) / (t1 - t0)
 
 
-class Costs(BaseModel):
+class Costs(Strict):
     """What steps of a target and its draft cost.
 
     Attributes:
         target: a pass, by the tokens of all its rows together.
         draft: a draft step, with what the round does around it.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: Curve
     draft: Curve

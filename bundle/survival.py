@@ -5,27 +5,29 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ssv.support.strict import Strict
 
 LEAST = 1e-4
 """Shares are taken to lie between this and 1 less this: their log odds are finite."""
 
 
-class Survival(BaseModel):
-    """Corrections of the share that a draft gives its first, second, ... guess for a token: log odds become offset + slope * log odds.
+class Survival(Strict):
+    """Corrections of the share that a draft gives its first, second, ... guess for a token: log odds become offset +
+    slope * log odds.
 
     Attributes:
-        greedy, sampled: (offset, slope) by rank, of rows that choose the likeliest token and of rows that sample; the last one is that of all
-            further ranks. Nothing is corrected where there are none.
+        greedy, sampled: (offset, slope) by rank, of rows that choose the likeliest token and of rows that sample; the
+            last one is that of all further ranks. Nothing is corrected where there are none.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     greedy: tuple[tuple[float, Annotated[float, Field(gt=0)]], ...] = ()
     sampled: tuple[tuple[float, Annotated[float, Field(gt=0)]], ...] = ()
 
     def corrected(self, share: float, rank: int, *, greedy: bool) -> float:
-        """The probability that the target chooses a guess of a rank (0 is the first) that the draft gives this share."""
+        """The probability that the target chooses a guess of a rank (0 is the first) that the draft gives this
+        share."""
         table = self.greedy if greedy else self.sampled
         if not table:
             return share

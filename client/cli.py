@@ -11,6 +11,7 @@ from pathlib import Path
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
+from ssv.support.errors import UserError
 from ssv.support.waiting import waiting
 
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     if any("\udc80" <= char <= "\udcff" for text in args.stop for char in text):
-        raise ValueError("--stop has bytes that are no UTF-8: give it as text")
+        raise UserError("--stop has bytes that are no UTF-8", "give it as text")
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -86,8 +87,9 @@ def _prompt(given: str) -> str:
     try:
         return data.decode("utf-8-sig" if given == "-" else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt is not UTF-8 (byte {error.start} is {data[error.start]:#04x}): convert it, for example with iconv"
+        raise UserError(
+            f"the prompt is not UTF-8 (byte {error.start} is {data[error.start]:#04x})",
+            "convert it, for example with iconv",
         ) from error
 
 
@@ -124,8 +126,8 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         "--num-draft-tokens": args.num_draft_tokens != 5,
     }
     if wrong := [name for name, is_given in unused.items() if is_given]:
-        raise ValueError(
-            f"{', '.join(wrong)} cannot be set for a server, which has its own: give --bundle to decode here"
+        raise UserError(
+            f"{', '.join(wrong)} cannot be set for a server, which has its own", "give --bundle to decode here"
         )
     settings = Settings(
         tier=args.method,

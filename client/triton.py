@@ -16,6 +16,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from ssv.runtime.reply import Reply
+from ssv.support.errors import UserError
 
 MODEL = "ensemble"
 
@@ -24,7 +25,7 @@ _BEFORE = re.compile(r"^(in ensemble 'ensemble', |\[request id: [^\]]*\] )+")
 _STATUS = re.compile(r"^([A-Z_]+): (.*)$", re.DOTALL)
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError):
     """The server refused or failed, or is not there.
 
     Attributes:
@@ -33,8 +34,10 @@ class ServerError(RuntimeError):
         is_cut_off: whether the server was gone before it had answered.
     """
 
-    def __init__(self, message: str, status: str, *, is_unreachable: bool = False, is_cut_off: bool = False) -> None:
-        super().__init__(message)
+    def __init__(
+        self, what: str, status: str, cure: str = "", *, is_unreachable: bool = False, is_cut_off: bool = False
+    ) -> None:
+        super().__init__(what, cure)
         self.status, self.is_unreachable, self.is_cut_off = status, is_unreachable, is_cut_off
 
 
@@ -70,6 +73,9 @@ def request_inputs(
 
     Args:
         prompt: a text, or the messages of a conversation, each with "role" and "content".
+
+    Raises:
+        UserError: a number that its type cannot hold.
     """
     is_text = isinstance(prompt, str)
     values: list[tuple[str, str, Any]] = [
@@ -101,11 +107,18 @@ def split_url(url: str) -> tuple[str, bool]:
     """Address and whether TLS is spoken.
 
     Raises:
-        ValueError: not grpc://host:port or grpcs://host:port.
+        UserError: not grpc://host:port or grpcs://host:port.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or parts.port is None or parts.path.strip("/"):
-        raise ValueError(f"{url!r} is not the address of a server: give grpc://host:port, or grpcs://host:port for TLS")
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("grpc", "grpcs") and bool(parts.hostname) and not parts.path.strip("/")
+        is_address = is_address and parts.port is not None
+    except ValueError:  # half an IPv6 address, or a port that no port can be
+        is_address = False
+    if not is_address:
+        raise UserError(
+            f"{url!r} is not the address of a server", "give grpc://host:port, or grpcs://host:port for TLS"
+        )
     return parts.netloc, parts.scheme == "grpcs"
 
 
@@ -119,10 +132,13 @@ class Client:
             ca: PEM that the server's certificate is checked with; None for the system's.
 
         Raises:
-            ValueError: see `split_url`.
+            UserError: see `split_url`.
+            OSError: `ca` cannot be read.
         """
         self._url = url
         address, secure = split_url(url)
+        if ca is not None:
+            ca.open("rb").close()  # of a file that is not there, the library's client would complain twice
         self._client = grpcclient.InferenceServerClient(
             address, ssl=secure, root_certificates=str(ca) if ca is not None else None
         )
@@ -205,11 +221,12 @@ def server_error(error: InferenceServerException, url: str) -> ServerError:
     """
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
-        text = f"no server answers at {url}: start one with `ssv-serve`"
-        return ServerError(text, "UNAVAILABLE", is_unreachable=True)
+        return ServerError(
+            f"no server answers at {url}", "UNAVAILABLE", "start one with `ssv-serve`", is_unreachable=True
+        )
     message = _BEFORE.sub("", message)
     if "Exceeds maximum queue size" in message:
-        return ServerError("too many requests are waiting already: try again later", "UNAVAILABLE")
+        return ServerError("too many requests are waiting already", "UNAVAILABLE", "try again later")
     if match := _STATUS.match(message):
         status, message = match.groups()
     elif status == "UNAVAILABLE":  # not said by the server: it is gone, and so is what it did
@@ -223,5 +240,8 @@ def _tensor(name: str, datatype: str, value: Any) -> grpcclient.InferInput:
     if datatype == "BYTES":
         values = [text.encode() for text in values]
     tensor = grpcclient.InferInput(name, [1, len(values)], datatype)
-    tensor.set_data_from_numpy(np.array([values], dtype=kinds[datatype]))
+    try:
+        tensor.set_data_from_numpy(np.array([values], dtype=kinds[datatype]))
+    except OverflowError as error:
+        raise UserError(f"{name} {value} is not a number that can be sent", f"give one that fits {datatype}") from error
     return tensor

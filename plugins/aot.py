@@ -1,7 +1,8 @@
 """Kernels compiled ahead of time: PTX for a GPU that need not be there, and how TensorRT launches it.
 
-A kernel of TensorRT's "quickly deployable plugins" is launched with pointers to its inputs, then int32 scalars, then pointers to its outputs, and
-nothing else: no scratch memory, no floats. So these are the kernels with SPLITS = 1, specialised to a model's sizes.
+A kernel of TensorRT's "quickly deployable plugins" is launched with pointers to its inputs, then int32 scalars, then
+pointers to its outputs, and nothing else: no scratch memory, no floats. So these are the kernels with SPLITS = 1,
+specialised to a model's sizes.
 
 Shapes: see `contract.py`.
 """
@@ -31,13 +32,16 @@ _PTX_VERSIONS = {
     **dict.fromkeys(("10.3", "12.1"), 88),
     "11.0": 90,
 }
-"""Compute capabilities, and the PTX for each: 8.7, of CUDA 12.8, or the first that knows it. A driver refuses PTX newer than itself."""
+"""Compute capabilities, and the PTX for each: 8.7, of CUDA 12.8, or the first that knows it.
+
+A driver refuses PTX newer than itself.
+"""
 
 _MAX_SHARED_BYTES = 48 * 1024
 """A kernel may use this much without asking for more, which TensorRT's interface has no place for."""
 
 _ALONE = {"SPLITS": 1, "partial": None, "arrived": None}
-"""Of a kernel of which each program has a whole row, and so needs no scratch memory."""
+"""Constants of a kernel of which each program has a whole row, and which so needs no scratch memory."""
 
 Sizes = Mapping[str, Any]
 """A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: B, K, M, R, T."""
@@ -143,7 +147,8 @@ def compile_ahead(spec: Spec, capability: str) -> Artefact:
     """Compiles a kernel for a compute capability such as "9.0", and assembles it once to see that it can be.
 
     Raises:
-        OpError: the capability is unknown, kernels are being interpreted, or the kernel cannot be launched as TensorRT does.
+        OpError: the capability is unknown, kernels are being interpreted, or the kernel cannot be launched as TensorRT
+            does.
     """
     if capability not in _PTX_VERSIONS:  # the compiler would end the process
         raise OpError(f"{spec.name}: compute capability", f"one of {', '.join(_PTX_VERSIONS)}", capability)
@@ -243,8 +248,9 @@ class _Letters(dict[str, Any]):
 
 
 def _without_hidden_arguments(ptx: str, num_arguments: int) -> str:
-    """Takes the pointers to scratch memory from an entry's arguments, which Triton adds and a kernel without scratch does not read:
-    TensorRT passes none.
+    """Takes from an entry's arguments the pointers to scratch memory, which TensorRT does not pass.
+
+    Triton adds them, and a kernel without scratch does not read them.
 
     Raises:
         OpError: the kernel does read them.

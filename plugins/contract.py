@@ -1,7 +1,7 @@
 """What the ops take and return, and the one error for what they do not: shared by the definition and the kernels.
 
-Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H hidden, V vocab,
-F features of the scorer.
+Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H
+hidden, V vocab, F features of the scorer.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The judged rows of a step, first to last. How many there are is known on the device: the tensors have room for all M, and what lies
-    beyond the last of them is undefined.
+    """The judged rows of a step, first to last.
+
+    How many there are is known on the device alone: the tensors have room for all M, and what lies beyond the last
+    judged row is undefined.
 
     Attributes:
         normed_MH: their hidden states after the final norm, in the norm's dtype.
@@ -67,7 +69,11 @@ class Judged:
 
 
 def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> None:
-    """Raises OpError for arguments that `score` does not take."""
+    """Checks the arguments of `score`.
+
+    Raises:
+        OpError: it does not take them.
+    """
     rows, vocab = _matrix("score: logits", logits_RV)
     _, hidden = _matrix("score: hidden", hidden_RH)
     device = logits_RV.device
@@ -84,7 +90,11 @@ def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: 
 
 
 def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> None:
-    """Raises OpError for arguments that `gather_norm` does not take."""
+    """Checks the arguments of `gather_norm`.
+
+    Raises:
+        OpError: it does not take them.
+    """
     rows, hidden = _matrix("gather_norm: hidden", hidden_MH)
     device = hidden_MH.device
     _tensor("gather_norm: hidden", hidden_MH, (rows, hidden), FLOATS, device)
@@ -96,7 +106,11 @@ def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: f
 
 
 def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> None:
-    """Raises OpError for arguments that `sparse_gather` does not take."""
+    """Checks the arguments of `sparse_gather`.
+
+    Raises:
+        OpError: it does not take them.
+    """
     if hidden_BTH.dim() != 3:
         raise OpError("sparse_gather: hidden", "three axes", _shape(hidden_BTH))
     batch, tokens, hidden = hidden_BTH.shape
@@ -110,7 +124,11 @@ def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, w
 
 
 def check_choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None) -> None:
-    """Raises OpError for arguments that `choose` does not take."""
+    """Checks the arguments of `choose`.
+
+    Raises:
+        OpError: it does not take them.
+    """
     rows, vocab = _matrix("choose: logits", x_RV)
     _tensor("choose: logits", x_RV, (rows, vocab), (torch.float32,), x_RV.device)
     _columns("choose: logits", vocab, MAX_VOCAB)

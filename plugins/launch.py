@@ -26,7 +26,7 @@ from ssv.plugins.contract import (
 )
 
 BLOCKS, LANES, WARPS = 4, 256, 8
-"""Of a program that reads logits: loads that each lane has under way, lanes, and warps."""
+"""Shape of a program that reads logits: loads that each lane has under way, lanes, and warps."""
 
 SCORE_LANES, SCORE_WARPS = 32, 1
 """The same of `score` where programs share a row: one of a single warp joins its lanes without a barrier."""
@@ -116,14 +116,14 @@ def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | N
 def score_constants(
     hidden: int, vocab: int, dtype: torch.dtype, uses_hidden: bool, splits: int, lanes: int
 ) -> dict[str, int]:
-    """Of `score_kernel`."""
+    """Compile-time constants of `score_kernel`."""
     block = triton.next_power_of_2(triton.cdiv(hidden, splits))
     sizes = {"HIDDEN": hidden, "USES_HIDDEN": uses_hidden, "BLOCK_H": block, "SPLITS": splits}
     return {**sizes, **_tile_constants(vocab, dtype, lanes)}
 
 
 def norm_constants(hidden: int, eps: float) -> dict[str, float]:
-    """Of kernels that norm rows."""
+    """Compile-time constants of kernels that norm rows."""
     return {"HIDDEN": hidden, "EPS": eps, "BLOCK_H": triton.next_power_of_2(hidden)}
 
 
@@ -165,10 +165,13 @@ _ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrivals(num: int, device: torch.device) -> Tensor:
-    """Counters that are 0, and set back by the kernel that used them: of this stream alone, as kernels of two streams may run at once.
+    """Counters that are 0, and that the kernel which uses them sets back.
 
-    A CUDA graph may be replayed beside anything, so every captured call has its own: from a store that was cleared before the capture, while
-    there are any, as clearing them in the graph costs 1 us each time."""
+    They are this stream's alone, as kernels of two streams may run at once. A CUDA graph may be replayed beside
+    anything,
+    so every captured call has its own: from a store that was cleared before the capture, while there are any, as
+    clearing them in the graph costs 1 us each time.
+    """
     if device.type != "cuda":
         return torch.zeros(num, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():

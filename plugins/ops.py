@@ -1,7 +1,9 @@
-"""The ops wherever their tensors are: by Triton kernels on CUDA, by the definition elsewhere. The one place that chooses.
+"""The ops wherever their tensors are: Triton kernels on CUDA, the definition elsewhere.
 
-from ssv.plugins import ops
-chosen = ops.on(logits.device).choose(logits, seeds, positions)
+This is the one place that chooses.
+
+    from ssv.plugins import ops
+    chosen = ops.on(logits.device).choose(logits, seeds, positions)
 """
 
 from __future__ import annotations

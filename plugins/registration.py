@@ -1,7 +1,8 @@
-"""Registers the ops with TensorRT's plugin library, as "quickly deployable plugins" (its documentation, "Adding custom operators in Python").
+"""Registers the ops with TensorRT's plugin library, as "quickly deployable plugins".
 
-Their kernels are compiled ahead of time: they end up inside the plan, and nothing has to be installed where it runs. Only full TensorRT has
-plugins; `ssv.builder.tensorrt.lowering` adds them to a network.
+TensorRT's documentation describes these under "Adding custom operators in Python". The kernels are compiled ahead of
+time: they end up inside the plan, and nothing has to be installed where it runs. Only full TensorRT has plugins;
+`ssv.builder.tensorrt.lowering` adds them to a network.
 """
 
 import importlib
@@ -93,7 +94,10 @@ def _register(trtp: Any, aot: Any, name: str, plugin: _Plugin) -> None:
 
 
 class _Described:
-    """What a kernel is specialised to, of TensorRT's description of a tensor: its dtype, and the largest size of each axis."""
+    """What a kernel is specialised to in TensorRT's description of a tensor.
+
+    That is its dtype, and the largest size of each axis.
+    """
 
     def __init__(self, desc: Any) -> None:
         names = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}

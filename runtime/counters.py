@@ -55,8 +55,9 @@ class Counters:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted per target pass (acceptance length), without each request's first, which its prompt's step
-        gives.
+        """Tokens emitted per target pass (acceptance length).
+
+        A request's first token does not count: the prompt's own step gives it.
         """
         return (self.emitted - self.requests) / self.target_passes if self.target_passes else 0.0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
@@ -108,7 +108,7 @@ class LLM:
         bundle = Path(bundle)
         on_cpu = torch.device(device).type == "cpu"
         if threads is not None and not (engine == "torch" and on_cpu):
-            raise EngineError("threads are of the torch engine on a CPU: leave them out for another engine or device")
+            raise EngineError("threads are of the torch engine on a CPU", "leave them out for another engine or device")
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         manifest = read_manifest(bundle, verify=False)
@@ -121,7 +121,7 @@ class LLM:
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         if not on_cpu and not torch.cuda.is_available():
-            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine: use the device cpu")
+            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine", "use the device cpu")
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
         # As they are stored: the engines make of each layer what they need, one after the other.
         with one_thread():
@@ -129,12 +129,12 @@ class LLM:
             decoder = Decoder.from_weights(spec, weights, dtype=None)
             del weights
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
-        max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
+        max_length = min(max_length, spec.max_positions - RESERVED_LENGTH)
         sizes: dict[str, Any] = {
             "precision": precision,
             "device": device,
             "max_batch": max_batch,
-            "max_length": max_length + 2 * MAX_PENDING,
+            "max_length": max_length + RESERVED_LENGTH,
             "threads": thread_count,
         }
         ranges = read_safetensors(bundle / "activation_ranges.safetensors")
@@ -199,7 +199,7 @@ class LLM:
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
             limits=manifest.divergence_limits,
-            max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
+            max_length=min(max_length, *(entry.max_length - RESERVED_LENGTH for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
             place=key,
             costs=cls._costs(manifest, engines[0], engines[1], key, say),
@@ -218,8 +218,8 @@ class LLM:
         """
         if self._streaming:
             raise RequestError(
-                "another stream of this LLM is not finished and holds its cache: exhaust or close it first, or give all "
-                "requests to one call"
+                "another stream of this LLM is not finished and holds its cache",
+                "exhaust or close it first, or give all requests to one call",
             )
         self._streaming = True
         try:

@@ -61,7 +61,7 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     if method not in tiers:
         has = ", ".join(tiers) or "none"
         raise RequestError(
-            f"the bundle has no tier {method!r} (it has: {has}): calibrate it with `ssv-build calibrate`"
+            f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`"
         )
     return tiers[method]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ssv.runtime.counters import Counters
+from ssv.support.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
@@ -15,7 +16,7 @@ MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request that cannot be served; the message says which setting and what is possible."""
 
 
@@ -30,7 +31,8 @@ class SamplingParams:
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
         min_tokens: end-of-sequence is not chosen before, and no stop string that these complete ends the output.
-        stop: strings that end the output, which does not include them; one that is a special token's text is that token.
+        stop: strings that end the output, which does not include them; one that is a special token's text is that
+            token.
         ignore_eos: go on after end-of-sequence, for benchmarks.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 

@@ -162,7 +162,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise ServeError(f"{option} {first['input']} cannot be ({first['msg']}): choose another") from error
+        raise ServeError(f"{option} {first['input']} cannot be ({first['msg']})", "choose another") from error
 
 
 def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, str]:
@@ -181,9 +181,9 @@ def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, 
             policy_for(arm.tier, tiers)
     log_path = routing.log.absolute()
     if log_path.is_dir():
-        raise ServeError(f"{args.ab}: log {log_path} is a folder: choose a file")
+        raise ServeError(f"{args.ab}: log {log_path} is a folder", "choose a file")
     if not log_path.parent.is_dir():
-        raise ServeError(f"{args.ab}: the folder of log {log_path} does not exist: choose one that does")
+        raise ServeError(f"{args.ab}: the folder of log {log_path} does not exist", "choose one that does")
     return {
         "routing": routing.model_copy(update={"log": log_path}).model_dump_json(),
         "own_url": f"grpc{'s' if args.tls_cert else ''}://{in_url(reachable(args.host))}:{args.grpc_port}",

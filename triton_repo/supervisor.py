@@ -27,6 +27,7 @@ from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.control import ControlSender
 from ssv.runtime.serving.log import log_event
 from ssv.runtime.serving.metrics import BOARDS_VARIABLE, Metrics, Reader
+from ssv.support.errors import UserError
 from ssv.support.waiting import waiting
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front
@@ -88,7 +89,7 @@ class Deaths:
         return len(self._times) > self._most
 
 
-class GivenUp(RuntimeError):
+class GivenUp(UserError):
     """What died is not started again; the message says why."""
 
 

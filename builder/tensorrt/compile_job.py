@@ -17,10 +17,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def compile_apart(bundle: Path, config: EngineConfig) -> None:
-    """Compiles in a process that has none of this one's weights in memory, and that does not outlive it; it shows its progress itself.
+    """Compiles an engine in a process of its own, which does not outlive this one.
+
+    That process has none of this one's weights in memory, and it shows its progress itself.
 
     Raises:
-        EngineBuildError: it was not compiled, and that process has said why.
+        EngineBuildError: the engine was not compiled; that process has said why.
     """
     options = {
         "role": config.role,

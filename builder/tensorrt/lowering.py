@@ -1,10 +1,10 @@
 """The ops in a TensorRT network, in two forms with one interface: plugins, and TensorRT's own layers.
 
-`PluginOps` are "quickly deployable plugins" of full TensorRT (`ssv.plugins.registration`). TensorRT for RTX has no plugins; `NativeOps`
-builds the same ops from layers that both have.
+`PluginOps` are "quickly deployable plugins" of full TensorRT (`ssv.plugins.registration`). TensorRT for RTX has no
+plugins; `NativeOps` builds the same ops from layers that both have.
 
-Tensors are TensorRT's, weights torch's. Sizes H and V, and M of what is compacted, have to be known when the network is built or lie in its
-profiles; row indices have to be valid.
+Tensors are TensorRT's, weights torch's. Sizes H and V, and M of what is compacted, have to be known when the network is
+built or lie in its profiles; row indices have to be valid.
 
 Shapes: see `ssv.plugins.contract`.
 """
@@ -87,11 +87,13 @@ class NativeOps:
         top_RK, index_RK = g.top(logits_RV, min(2, vocab))
         first_R1, index_R1 = g.columns(top_RK, 0, 1), g.columns(index_RK, 0, 1)
         below_RV = self._at_least(MIN_BELOW, g.sub(logits_RV, first_R1))
-        # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability is near 1.
+        # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability
+        # is near 1.
         column_1V = g.constant(torch.arange(vocab, dtype=torch.int32)[None], torch.int32)
         exp_RV = g.select(g.equal(column_1V, index_R1), g.scalar(0.0, rank=2), g.exp(below_RV))
         others_R1 = g.sum(exp_RV)
-        # NaN for a row without a distribution, which all that is found of it is added to: its largest logit may hide it.
+        # NaN for a row without a distribution, which all that is found of it is added to: its largest logit may hide
+        # it.
         most = g.scalar(MAX_LOGIT, rank=2)
         is_within_R1 = g.and_(g.greater(first_R1, g.scalar(-MAX_LOGIT, rank=2)), g.greater(most, first_R1))
         is_known_R1 = g.and_(is_within_R1, g.greater(most, others_R1))

@@ -209,7 +209,8 @@ class DecodeBatch:
         if prompt_length + params.max_tokens > self.max_length:
             raise RequestError(
                 f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
-                f"{self.max_length}: shorten one of them or load with a larger max length"
+                f"{self.max_length}",
+                "shorten one of them or load with a larger max length",
             )
         if policy.max_pending > MAX_PENDING:
             raise RequestError(

@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ssv.support.errors import UserError
+
 T = TypeVar("T")
 
 
-class QueueFull(RuntimeError):
+class QueueFull(UserError):
     """As many requests wait as may; the message says how many that is."""
 
 
@@ -46,7 +48,7 @@ class Scheduler(Generic[T]):
         """Raises QueueFull."""
         free = self.max_rows - len(self.rows) - (self.joining is not None)
         if self.max_waiting is not None and len(self.waiting) >= self.max_waiting + free:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already: try again later")
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already", "try again later")
         self.waiting.append(item)
 
     def admit(self) -> T | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.board import Board
+from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
     from ssv.runtime.decode.audit import Audit
@@ -202,15 +203,15 @@ class Metrics:
         self._board.add(_key(f"{name}_count", tier=tier))
 
 
-class Refusal(RuntimeError):
+class Refusal(UserError):
     """A request that is not taken now; the message says why.
 
     Attributes:
         reason: one of `REFUSALS`.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, reason: str, cure: str = "") -> None:
+        super().__init__(what, cure)
         self.reason = reason
 
 
@@ -241,7 +242,7 @@ class Admission:
             raise Refusal(DRAINING, "draining")
         waiting = int(self._reader.get("ssv_requests_waiting"))
         if waiting >= self._max_waiting and self._reader.get("ssv_requests_decoding") >= self._max_rows:
-            raise Refusal(f"{waiting} requests are waiting already: try again later", "full")
+            raise Refusal(f"{waiting} requests are waiting already", "full", "try again later")
 
 
 class Reader:

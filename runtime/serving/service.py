@@ -16,6 +16,7 @@ from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Chunk, Request, RequestError
+from ssv.support.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ T = TypeVar("T")
 MAX_AUDITS_WAITING = 16
 
 
-class ServiceError(RuntimeError):
+class ServiceError(UserError):
     """The service takes no requests; the message says why."""
 
 
@@ -137,7 +138,7 @@ class Service:
             if self._refuses is not None:
                 raise ServiceError(self._refuses)
             if len(self._inbox) >= self._max_inbox:
-                raise QueueFull(f"{len(self._inbox)} requests are waiting already: try again later")
+                raise QueueFull(f"{len(self._inbox)} requests are waiting already", "try again later")
             self._inbox.append((request, sink))
             self._changed.notify()
 

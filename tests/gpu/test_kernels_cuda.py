@@ -1,4 +1,5 @@
-"""The Triton kernels on a GPU against the definition, compiled as they are called and compiled ahead of time. Needs any NVIDIA GPU.
+"""The Triton kernels on a GPU against the definition, compiled as they are called and compiled ahead of time. Needs any
+NVIDIA GPU.
 
 make test-gpu
 """

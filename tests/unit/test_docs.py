@@ -66,7 +66,10 @@ def wrong_paths(text: str) -> Iterator[str]:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of each command of ours. What is continued on the next line ends with a backslash, or is indented there."""
+    """The words of each command of ours.
+
+    What is continued on the next line ends with a backslash, or is indented there.
+    """
     joined = re.sub(r"\\\n|\n +", " ", re.sub(r"(?m)(^|\s)#.*$", "", blocks(text)))
     for line in [*joined.splitlines(), *spans(text)]:
         for command in line.split("&&"):

@@ -51,6 +51,7 @@ from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import Metrics, boards_folder
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
+from ssv.support.errors import UserError
 from ssv.triton_repo.openai.access_log import Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
@@ -279,12 +280,12 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     _, secure = split_url(args.url)
     if (args.tls_cert is None) != (args.tls_key is None):
-        raise ValueError("--tls-cert and --tls-key belong together: give both")
+        raise UserError("--tls-cert and --tls-key belong together", "give both")
     if args.tls_cert is not None and not secure:
-        raise ValueError(f"--tls-cert is also that of the server at {args.url}: give grpcs://host:port")
+        raise UserError(f"--tls-cert is also that of the server at {args.url}", "give grpcs://host:port")
     for option in ("max_body_bytes", "max_connections"):
         if getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
@@ -328,13 +329,13 @@ def _listen(host: str, port: int) -> socket.socket:
     """A listening socket: uvicorn itself would start first and then end in its own way.
 
     Raises:
-        OSError: the address is taken, or not this machine's.
+        UserError: the address is taken, or not this machine's.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
+    except (OSError, OverflowError, TypeError) as error:  # TypeError: of what is no name of a host
+        raise UserError(f"cannot listen on {host}:{port} ({error})", "choose another --host or --port") from error
 
 
 if __name__ == "__main__":

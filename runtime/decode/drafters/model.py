@@ -61,7 +61,7 @@ class ModelDrafter(Drafter):
         """
         if engine.max_batch < target.max_batch:
             raise EngineError(
-                f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}: make them the same"
+                f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}", "make them the same"
             )
         self._survival = survival
         self.engine, self.has_scores = engine, engine.has_scorer

@@ -339,7 +339,8 @@ def test_a_hiccup_is_diluted_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(SPEEDS, {hit: 6.0})
     _, turbo = compare(monkeypatch, decoder, rounds=4, half_width=0.05)
     assert len(decoder.asked) == WARM_UP + 4 * ROUND
-    # Nothing is discarded: with turbo one of 6 prompts took some 7 s instead of 1 s, and in four rounds 10 s instead of 4 s.
+    # Nothing is discarded: with turbo one of 6 prompts took some 7 s instead of 1 s, and in four rounds 10 s instead of
+    # 4 s.
     assert alone.speedup == pytest.approx(2 * (1 / 7) ** (1 / 6), rel=1e-3)
     assert turbo.speedup == pytest.approx(2 * (4 / 10) ** (1 / 6), rel=1e-3)
     assert turbo.speedup_by_round == pytest.approx([alone.speedup, 2.0, 2.0, 2.0], rel=1e-3)

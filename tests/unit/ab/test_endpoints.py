@@ -24,6 +24,7 @@ from ssv.ab.arms import parse_arm
 from ssv.ab.endpoints import connect
 from ssv.ab.openai_endpoint import OpenAIEndpoint
 from ssv.client.triton import Reply
+from ssv.support.errors import UserError
 from ssv.triton_repo.openai.app import create_app
 from ssv.triton_repo.openai.translation import Models
 
@@ -485,7 +486,7 @@ def test_a_key_follows_no_redirection_and_is_in_no_error(monkeypatch: pytest.Mon
         ask_with("", respond_with(b'{"error": {"message": "bad key sk-secret"}}', "application/json", 401))
     assert str(caught.value) == "AuthenticationError: 401: bad key ***: give its key in SSV_AB_KEY_API"
     monkeypatch.setenv("SSV_AB_KEY_API", "sk-sec\nret")
-    with pytest.raises(ValueError, match="SSV_AB_KEY_API holds characters that no key has") as wrong:
+    with pytest.raises(UserError, match="SSV_AB_KEY_API holds characters that no key has") as wrong:
         connect(parse_arm("api=http://127.0.0.1:1/v1?model=m"))
     assert "sk-sec" not in str(wrong.value)
 
@@ -632,7 +633,7 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
     with pytest.raises(EndpointError, match=r"no server answers at grpc://127\.0\.0\.1:1"):
         endpoint.ask("Hi", SAMPLING, 0)
     assert endpoint.disclosure() is None
-    with pytest.raises(ValueError, match="is not the address of a server"):
+    with pytest.raises(UserError, match="is not the address of a server"):
         connect(parse_arm("a=grpc://127.0.0.1"))
 
 

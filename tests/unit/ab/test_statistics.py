@@ -33,6 +33,7 @@ from ssv.ab.statistics import (
     relative_quantile,
     simultaneous_level,
 )
+from ssv.support.errors import UserError
 
 Array = npt.NDArray[np.float64]
 
@@ -223,16 +224,16 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_too_few_prompts_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^1 clusters cannot be resampled: give more prompts$"):
+    with pytest.raises(UserError, match=r"^1 clusters cannot be resampled: give more prompts$"):
         bootstrap(lambda weights: weights[:, 0], 1, level=0.95)
-    with pytest.raises(ValueError, match=r"^1 clusters cannot be resampled: give more prompts$"):
+    with pytest.raises(UserError, match=r"^1 clusters cannot be resampled: give more prompts$"):
         ratio_interval([1.0], [1], [1.0], [1], level=0.95)
-    with pytest.raises(ValueError, match=r"the data is nan: give more prompts$"):
+    with pytest.raises(UserError, match=r"the data is nan: give more prompts$"):
         bootstrap(relative_quantile([], [], [1.0, 1.0], [0, 1], 0.5), 2, level=0.95)
-    with pytest.raises(ValueError, match=r"without one of the clusters: give more prompts$"):
+    with pytest.raises(UserError, match=r"without one of the clusters: give more prompts$"):
         ratio_interval([1.0, 0.0], [1, 0], [1.0, 1.0], [1, 1], level=0.95)
     # 36 % of draws do without the first prompt, as many without the second, and 60 % without one of them.
-    with pytest.raises(ValueError, match=r"of 4000 draws have no finite value: give more prompts$"):
+    with pytest.raises(UserError, match=r"of 4000 draws have no finite value: give more prompts$"):
         bootstrap(relative_quantile([1.0], [0], [1.0], [1], 0.5), 40, level=0.95)
 
 
@@ -406,7 +407,7 @@ def test_with_many_prompts_scores_have_the_bootstraps_interval() -> None:
 
 
 def test_scores_that_cannot_be_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^1 prompts show no spread: give more prompts$"):
+    with pytest.raises(UserError, match=r"^1 prompts show no spread: give more prompts$"):
         paired_scores([0.0], level=0.95, bound=1)
     with pytest.raises(ValueError, match=r"a difference of 1.5 is beyond 1: give"):
         paired_scores([0.0, -1.5], level=0.95, bound=1)

@@ -1,4 +1,4 @@
-"""A whole bundle from a recipe, on a tiny target: what is written, what is reused, what is refused, what is left behind."""
+"""A whole bundle from a recipe, on a tiny target: what is written, reused, refused, and left behind."""
 
 from __future__ import annotations
 

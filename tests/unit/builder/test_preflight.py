@@ -17,6 +17,7 @@ from tiny_bundle import RECIPE, build, write_recipe
 from ssv.builder import pair
 from ssv.builder.cli import main
 from ssv.support.console import ended_by_sigterm, run_command
+from ssv.support.errors import UserError
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_recipe_that_cannot_be_built_is_refused_first(
     assert old in RECIPE
     recipe.write_text(RECIPE.replace(old, new, 1))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(UserError, match=message):
         build(recipe, tmp_path / "bundle")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -27,9 +27,11 @@ TARGETS = {"8.0": "sm_80", "8.9": "sm_89", "9.0": "sm_90a", "10.0": "sm_100a", "
 
 # Arguments of each kernel: inputs, int32 scalars, outputs; x is the type it is compiled for.
 ARGUMENTS = {
-    "score": ("hidden:x logits:x weight:float32 bias:float32", "", "token:int32 prob:float32 entropy:float32 margin:float32 reject_prob:float32"),
+    "score": ("hidden:x logits:x weight:float32 bias:float32", "",
+              "token:int32 prob:float32 entropy:float32 margin:float32 reject_prob:float32"),
     "gather_norm": ("hidden:float32 row:int32 weight:x", "num_rows", "gathered:float32 normed:x"),
-    "sparse_gather": ("hidden:x zone:int32 length:int32 weight:x", "batch tokens", "normed:x judged_row:int32 start:int32"),
+    "sparse_gather": ("hidden:x zone:int32 length:int32 weight:x", "batch tokens",
+                      "normed:x judged_row:int32 start:int32"),
 }  # fmt: skip
 LAUNCHES = {
     "score": ("R", {}),

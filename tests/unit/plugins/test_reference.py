@@ -1,4 +1,7 @@
-"""The definition of the ops: against formulas in fp64, loops in plain Python, and the distribution of what is emitted."""
+"""The definition of the ops, against formulas and loops.
+
+Formulas are in fp64, loops in plain Python; what is emitted is compared with its distribution.
+"""
 
 from __future__ import annotations
 

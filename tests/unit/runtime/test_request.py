@@ -128,7 +128,8 @@ def test_speculative_needs_a_token(k: int) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(
         RequestError,
-        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, specinfer, eagle, premium, balanced, turbo",
+        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, specinfer, eagle, premium,"
+        " balanced, turbo",
     ):
         policy_for("Premium", {"Premium": PREMIUM})
 

@@ -27,7 +27,7 @@ from ssv.builder.tensorrt.engine import checkpoint_digest, compile_engine, limit
 from ssv.builder.tensorrt.lowering import NativeOps
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle import tensorrt_api
-from ssv.bundle.manifest import EngineEntry, Manifest, engine_source, read_manifest, write_manifest
+from ssv.bundle.manifest import BundleError, EngineEntry, Manifest, engine_source, read_manifest, write_manifest
 from ssv.bundle.shapes import Limits
 from ssv.bundle.tensorrt_api import EngineBuildError, load_tensorrt
 from ssv.model.checkpoint import DecoderSpec, Weights, hf_config
@@ -39,8 +39,10 @@ ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
 
 
 class Compiled(NamedTuple):
-    """Attributes:
-    name, entry, reports: of the engine; (stage, done, total) of each report.
+    """An engine that was compiled.
+
+    Attributes:
+        name, entry, reports: of the engine; (stage, done, total) of each report.
     """
 
     bundle: Path
@@ -616,7 +618,7 @@ def test_no_plan_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_bundle_is_refused_before_anything_is_compiled(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "build_plan", lambda *_: pytest.fail("compiled"))
     (bundle / "scorer.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"scorer.safetensors does not match the manifest"):
+    with pytest.raises(BundleError, match=r"scorer.safetensors does not match the manifest"):
         compile_engine(bundle, config(), silent)
 
 

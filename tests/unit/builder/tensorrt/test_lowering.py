@@ -1,7 +1,7 @@
 """The ops in TensorRT networks compute what their definition computes.
 
-Built from TensorRT's own layers they are interpreted, and compiled by TensorRT for RTX. As plugins they are driven by TensorRT's plugin library
-(tests/support/qdp.py), which has to find their shapes, kernels and launches.
+Built from TensorRT's own layers they are interpreted, and compiled by TensorRT for RTX. As plugins they are driven by
+TensorRT's plugin library (tests/support/qdp.py), which has to find their shapes, kernels and launches.
 
 Shapes: see `ssv.plugins.contract`; S = B + 1, J = K + 1.
 """
@@ -320,7 +320,7 @@ TYPES = {"FLOAT": FP32, "HALF": FP16, "BF16": BF16, "INT32": INT32}
 
 
 def plugin_facts() -> dict[str, Any]:
-    """What TensorRT's plugin library makes of our plugins, on a GPU of compute capability 9.0: for a process of its own."""
+    """What TensorRT's plugin library makes of our plugins on compute capability 9.0, for a process of its own."""
     played, library = qdp.load()
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     refused = without_triton(library)
@@ -348,7 +348,7 @@ def without_triton(library: Any) -> str:
 
 
 def without_plugins(played: Any) -> str:
-    """Of a TensorRT that does not take one."""
+    """What is said of a TensorRT that does not take a plugin."""
     network = qdp.Network(played)
     network.add_plugin = lambda *_, **settings: None if settings["aot"] else pytest.fail("not ahead of time")  # type: ignore
     try:

@@ -1,4 +1,5 @@
-"""The real compiler on the real model: SmolLM2-135M-Instruct, all its thirty layers, and its draft, as `ssv-build compile` does it.
+"""The real compiler on the real model: SmolLM2-135M-Instruct, all its thirty layers, and its draft, as `ssv-build
+compile` does it.
 
 One precision here; all of them, with their times, in benchmarks/compile_engines.py.
 """
