@@ -50,11 +50,11 @@ ARMS = ["--a", "a=grpc://127.0.0.1:1", "--b", "b=grpc://127.0.0.1:2"]
 RUN = ["run", *ARMS, "--prompts"]
 
 MISTAKES: list[tuple[str, list[str], str]] = [
-    ("ssv-build", ["inspect", "nowhere"], "nowhere is not a bundle"),
-    ("ssv-build", ["inspect", "good.jsonl"], "good.jsonl is not a bundle"),
-    ("ssv-build", ["inspect", "folder"], "folder/manifest.json has schema version None"),
-    ("ssv-build", ["inspect", "binary"], "binary/manifest.json is damaged"),
-    ("ssv-build", ["inspect", "words"], "words/manifest.json is damaged"),
+    ("ssv-build", ["inspect", "--bundle", "nowhere"], "nowhere is not a bundle"),
+    ("ssv-build", ["inspect", "--bundle", "good.jsonl"], "good.jsonl is not a bundle"),
+    ("ssv-build", ["inspect", "--bundle", "folder"], "folder/manifest.json has schema version None"),
+    ("ssv-build", ["inspect", "--bundle", "binary"], "binary/manifest.json is damaged"),
+    ("ssv-build", ["inspect", "--bundle", "words"], "words/manifest.json is damaged"),
     ("ssv-build", ["pair", "nowhere.yaml", "--out", "o"], "nowhere.yaml"),
     ("ssv-build", ["pair", "folder", "--out", "o"], "folder cannot be read (Is a directory)"),
     ("ssv-build", ["pair", "open.yaml", "--out", "o"], "open.yaml is not YAML"),
@@ -66,9 +66,9 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("ssv-build", ["pair", "deep.yaml", "--out", "o"], "deep.yaml is nested too deeply"),
     ("ssv-build", ["quantize", "nowhere", "--role", "target", "--precision", "fp8", "--out", "o"],
      "checkpoint nowhere does not exist"),
-    ("ssv-build", ["compile", "--role", "target", "--precision", "fp16", "--compute-capability", "x", "--out", "o"],
+    ("ssv-build", ["compile", "--role", "target", "--precision", "fp16", "--compute-capability", "x", "--bundle", "o"],
      "compute_capability.0"),
-    ("ssv-build", ["kernels", "nowhere", "--out", "k"], "nowhere is not a bundle"),
+    ("ssv-build", ["kernels", "--bundle", "nowhere", "--out", "k"], "nowhere is not a bundle"),
     ("ssv-generate", ["hi", "--bundle", "nowhere"], "nowhere is not a bundle"),
     ("ssv-generate", ["hi", "--bundle", "binary"], "binary/manifest.json is damaged"),
     ("ssv-generate", ["hi", "--bundle", "nowhere", "--max-tokens", "0"], "max_tokens 0 must be between 1 and"),

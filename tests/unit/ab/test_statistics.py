@@ -131,7 +131,7 @@ def test_a_hiccup_counts_once_in_a_mean_ratio() -> None:
 
 @pytest.mark.parametrize("wrong", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan]])
 def test_what_has_no_mean_ratio_is_an_error(wrong: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"give more prompts|leave out"):
+    with pytest.raises((ValueError, UserError), match=r"give more prompts|leave out"):
         mean_ratio_interval(*[wrong] * 4, level=0.95)
 
 
