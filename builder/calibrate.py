@@ -81,6 +81,8 @@ class Trial:
     divergence_margin: float
     divergence_bound: float
     target_passes_per_token: float
+    target_tokens_per_token: float
+    drafted_per_token: float
     cost: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,6 +170,8 @@ def _trial(policy: Policy, results: Sequence[PromptResult], costs: Costs, confid
         divergence_margin=sum(r.divergent_margin for r in results) / emitted,
         divergence_bound=upper_bound([(r.divergent, r.emitted) for r in results], confidence),
         target_passes_per_token=passes / emitted,
+        target_tokens_per_token=sum(r.target_tokens for r in results) / emitted,
+        drafted_per_token=drafted / emitted,
         cost=seconds / costs.target.at(1) / emitted,
     )
 

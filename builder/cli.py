@@ -418,7 +418,7 @@ def calibrate_bundle(
     # By what is known when the bundle decodes: the rule that drafts what pays goes by corrected shares.
     fitted = fit_survival(probe)
     report("survival", 2, 2, "done")
-    llm.costs, llm.survival = measure(llm.target, llm.draft), fitted.survival
+    llm.costs, llm.survival = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS), fitted.survival
     return replace(calibrate(run, config, llm.costs, report), survival=fitted)
 
 

@@ -79,7 +79,7 @@ class Calibrator:
 
         def trial(accept_below: float) -> Trial:
             policy = Policy(accept_below=accept_below, verify_above=0.4, risk_budget=0.6, max_pending=6)
-            return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 0.6)
+            return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 1.5, 1.0, 0.6)
 
         tiers = {"premium": trial(0.0), "balanced": trial(0.1), "turbo": trial(0.1)}
         survival = SurvivalFit(Survival(greedy=((0.1, 0.9),), sampled=((0.0, 0.8),)), [])
