@@ -387,8 +387,7 @@ def calibrate_bundle(
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
 
     def run(policy: Policy) -> list[PromptResult]:
-        llm.tiers["turbo"] = policy  # the policy on trial takes a tier's place
-        requests = [Request(ids, "turbo", params) for ids in prompts]
+        requests = [Request(ids, "calibration", params, policy=policy) for ids in prompts]
         # What pays depends on the rows that share a pass: the cost that is reported is that of a request alone.
         outputs = [llm.generate([each])[0] for each in requests] if policy.pays else llm.generate(requests)
         results = []

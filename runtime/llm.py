@@ -22,7 +22,7 @@ from ssv.runtime.engines.contract import Engine, EngineError
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
 from ssv.runtime.memory import give_back
-from ssv.runtime.methods import policy_for
+from ssv.runtime.methods import policy_of
 from ssv.runtime.request import Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
@@ -230,7 +230,7 @@ class LLM:
     def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         loop = self.loop()
         for index, request in enumerate(requests):
-            policy = policy_for(request.method, self.tiers, request.num_draft_tokens)
+            policy = policy_of(request, self.tiers)
             loop.batch.check(request.prompt_ids, request.params, policy)  # what is no token has no text either
             loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
         while loop.has_work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssv.bundle.policy import Policy
-from ssv.runtime.request import RequestError
+from ssv.runtime.request import Request, RequestError
 
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
@@ -40,6 +40,17 @@ PREMIUM = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pendin
 
 
 _FIXED = {"autoregressive": AUTOREGRESSIVE, "prompt-lookup": PROMPT_LOOKUP, "specinfer": SPECINFER, "eagle": EAGLE}
+
+
+def policy_of(request: Request, tiers: Mapping[str, Policy]) -> Policy:
+    """The policy that a request is decoded by: its own, or its method's.
+
+    Raises:
+        RequestError: see `policy_for`.
+    """
+    if request.policy is not None:
+        return request.policy
+    return policy_for(request.method, tiers, request.num_draft_tokens)
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:

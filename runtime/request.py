@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
 from ssv.support.errors import UserError
 
@@ -84,6 +85,7 @@ class Request:
         prompt_ids: token ids, at least one.
         method: one of `ssv.runtime.methods.METHODS`.
         num_draft_tokens: of `speculative`.
+        policy: what is decoded by, in place of what the method's name stands for: the name then only labels the request.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
         arrived: time.monotonic() from which its times are counted; None for that of its submission.
     """
@@ -92,6 +94,7 @@ class Request:
     method: str
     params: SamplingParams = field(default_factory=SamplingParams)
     num_draft_tokens: int = 5
+    policy: Policy | None = None
     deadline: float | None = None
     arrived: float | None = None
 

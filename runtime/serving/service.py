@@ -14,7 +14,7 @@ from ssv.runtime.decode.audit import Audit, RunningAudit
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
-from ssv.runtime.methods import policy_for
+from ssv.runtime.methods import policy_of
 from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.support.errors import UserError
 
@@ -207,7 +207,7 @@ class Service:
             request, sink = self._inbox.popleft()
             params = request.params
             try:
-                policy = policy_for(request.method, self._llm.tiers, request.num_draft_tokens)
+                policy = policy_of(request, self._llm.tiers)
                 self._loop.batch.check(request.prompt_ids, params, policy)  # what is no token has no text either
                 text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
                 audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
-from ssv.runtime.methods import METHODS, policy_for
+from ssv.runtime.methods import METHODS, policy_for, policy_of
 from ssv.runtime.request import Request, RequestError, SamplingParams
 
 INVALID: list[dict[str, Any]] = [
@@ -181,3 +181,11 @@ def test_rates() -> None:
     assert Counters(emitted=9, target_passes=2).tokens_per_pass == 4.0
     assert Counters().tokens_per_pass == 0.0
     assert Counters().acceptance_rate == 0.0
+
+
+def test_a_request_may_bring_its_own_policy() -> None:
+    own = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=9, children=(3, 2))
+    assert policy_of(Request((1,), "mine", policy=own), {}) is own
+    assert policy_of(Request((1,), "premium"), {"premium": PREMIUM}) is PREMIUM
+    with pytest.raises(RequestError, match="unknown method 'mine'"):
+        policy_of(Request((1,), "mine"), {})

@@ -270,3 +270,13 @@ def test_a_position_that_is_a_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     llm = make_llm(SHAPES["bushy"], "conditioned")
     outputs = [llm.generate([Request((1, 2), method, params)])[0] for method in ("premium", "autoregressive")]
     assert text_of(outputs[0]) != text_of(outputs[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_brings_its_own_tree(kind: str) -> None:
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    llm = make_llm(SHAPES["bushy"], kind, max_batch=2)
+    own = Request((1, 2), "my tree", params, policy=SHAPES["static"])
+    outputs = run(llm, [own, Request((1, 2), "autoregressive", params)])
+    assert text_of(outputs[0]) == text_of(outputs[1])
+    assert outputs[0].counters.drafted > 16
