@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -29,7 +29,7 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    drafter: Literal["model", "prompt-lookup"] = "model"
+    drafter: Literal["model", "prompt-lookup", "suffix", "lookahead"] = "model"
 
     accept_below: Probability
     verify_above: Probability
@@ -40,6 +40,14 @@ class Policy(BaseModel):
     beam: Count = 1
     max_depth: Count | None = None
     pays: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pays and self.drafter == "lookahead":
+            raise ValueError(
+                "lookahead cannot draft only what pays: its window is run for later passes. Leave `pays` out"
+            )
+        return self
 
     @property
     def lossless(self) -> bool:

@@ -10,7 +10,7 @@ from ssv.runtime.request import RequestError
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-BASELINES = ("autoregressive", "prompt-lookup", "speculative")
+BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "speculative")
 """What every bundle can be decoded by, beside its tiers; lossless."""
 
 METHODS = (*BASELINES, *TIERS)
@@ -19,8 +19,42 @@ METHODS = (*BASELINES, *TIERS)
 AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=0)
 """Plain decoding: the target makes every token. The baseline of every comparison."""
 
-PROMPT_LOOKUP = Policy(drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10)
-"""What followed the same words before is proposed, as many tokens as its author does; no draft model is asked."""
+PROMPT_LOOKUP = Policy(
+    drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10, pays=True
+)
+"""What followed the same words before is proposed, at most as many tokens as its author does; no draft model is asked."""
+
+SUFFIX = Policy(
+    drafter="suffix",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=32,
+    children=(10,),
+    beam=32,
+    pays=True,
+)
+"""The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose probability is below
+0.1, so no node can have more than ten children."""
+
+LOOKAHEAD = Policy(
+    drafter="lookahead",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=55,
+    children=(7,),
+    beam=7,
+    max_depth=4,
+)
+"""Window 7, n-grams of 5, 7 guesses: 27 tokens of the window and 28 of the guesses in each pass, beside the root."""
+
+_WITHOUT_DRAFT = {
+    "autoregressive": AUTOREGRESSIVE,
+    "lookahead": LOOKAHEAD,
+    "prompt-lookup": PROMPT_LOOKUP,
+    "suffix": SUFFIX,
+}
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:
@@ -33,12 +67,10 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     Raises:
         RequestError: unknown method, or a tier that the bundle was not calibrated for.
     """
-    if method == "autoregressive":
-        return AUTOREGRESSIVE
     if method == "speculative":
         return speculative(num_draft_tokens)
-    if method == "prompt-lookup":
-        return PROMPT_LOOKUP
+    if method in _WITHOUT_DRAFT:
+        return _WITHOUT_DRAFT[method]
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method not in tiers:
