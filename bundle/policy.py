@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ssv.support.strict import Strict
 
@@ -37,7 +37,7 @@ class Policy(Strict):
         pays: draft only what saves more time than it costs, by costs that were measured (`ssv.runtime.decode.costs`).
     """
 
-    drafter: Literal["model", "prompt-lookup"] = "model"
+    drafter: Literal["model", "prompt-lookup", "suffix", "lookahead"] = "model"
 
     accept_below: Probability
     verify_above: Probability
@@ -48,6 +48,14 @@ class Policy(Strict):
     beam: Count = 1
     max_depth: Count | None = None
     pays: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pays and self.drafter == "lookahead":
+            raise ValueError(
+                "lookahead cannot draft only what pays: its window is run for later passes. Leave `pays` out"
+            )
+        return self
 
     @property
     def lossless(self) -> bool:

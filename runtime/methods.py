@@ -10,7 +10,7 @@ from ssv.runtime.request import Request, RequestError
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-BASELINES = ("autoregressive", "prompt-lookup", "speculative", "specinfer", "eagle")
+BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative")
 """What every bundle can be decoded by, beside its tiers; lossless."""
 
 METHODS = (*BASELINES, *TIERS)
@@ -19,9 +19,35 @@ METHODS = (*BASELINES, *TIERS)
 AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=0)
 """Plain decoding: the target makes every token. The baseline of every comparison."""
 
-PROMPT_LOOKUP = Policy(drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10)
-"""What followed the same words before is proposed, as many tokens as its author does; no draft model is asked."""
+PROMPT_LOOKUP = Policy(
+    drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10, pays=True
+)
+"""What followed the same words before is proposed, at most as many tokens as its author does; no draft model is asked."""
 
+SUFFIX = Policy(
+    drafter="suffix",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=32,
+    children=(10,),
+    beam=32,
+    pays=True,
+)
+"""The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose probability is below
+0.1, so no node can have more than ten children."""
+
+LOOKAHEAD = Policy(
+    drafter="lookahead",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=55,
+    children=(7,),
+    beam=7,
+    max_depth=4,
+)
+"""Window 7, n-grams of 5, 7 guesses: 27 tokens of the window and 28 of the guesses in each pass, beside the root."""
 
 SPECINFER = Policy(
     accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=20, children=(1, 1, 3, 1), beam=3, max_depth=8
@@ -39,7 +65,14 @@ PREMIUM = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pendin
 """Lossless, and never slower: the tree that saves most at what steps cost here, none where none does."""
 
 
-_FIXED = {"autoregressive": AUTOREGRESSIVE, "prompt-lookup": PROMPT_LOOKUP, "specinfer": SPECINFER, "eagle": EAGLE}
+_FIXED = {
+    "autoregressive": AUTOREGRESSIVE,
+    "lookahead": LOOKAHEAD,
+    "prompt-lookup": PROMPT_LOOKUP,
+    "suffix": SUFFIX,
+    "specinfer": SPECINFER,
+    "eagle": EAGLE,
+}
 
 
 def policy_of(request: Request, tiers: Mapping[str, Policy]) -> Policy:

@@ -145,12 +145,11 @@ class DecodeBatch:
             features_out=any(drafter.needs_features for drafter in wanting),
         )
         ahead = [(b, rows[b].tree.depths[j - 1] if j else 0) for b, j in judged_at]
-        chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
-        verdicts = [
-            walk(row.tree, flags, list(islice(chosen, sum(flags)))) for row, flags in zip(rows, judged, strict=True)
-        ]
+        all_chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
+        chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
+        verdicts = [walk(row.tree, judged[b], chosen[b]) for b, row in enumerate(rows)]
         check_chosen([verdict.next_token for verdict in verdicts])
-        return [self._commit(b, verdict, out.features_BTF) for b, verdict in enumerate(verdicts)]
+        return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
 
     def _branches(self) -> Branches:
         """What roots and nodes see: a root stands in the slot behind its text, node n in the n-th behind it."""
@@ -161,7 +160,7 @@ class DecodeBatch:
         ]
         return branches_of(starts, paths, starts)
 
-    def _commit(self, b: int, verdict: Verdict, features_BTF: Tensor | None) -> list[int]:
+    def _commit(self, b: int, verdict: Verdict, chosen: Sequence[int], features_BTF: Tensor | None) -> list[int]:
         """Keeps the path that the verdict keeps, adds the target's token; returns what has not left yet."""
         row, path = self.rows[b], verdict.path
         counters, tree, start = row.counters, row.tree, row.target_length + 1
@@ -176,7 +175,7 @@ class DecodeBatch:
         counters.passes_by_kept[len(path)] += 1
         self.target.keep(b, start, [start + node for node in path])
         if (drafter := self.drafter_of(row)) is not None:
-            drafter.observe(b, row, path, None if features_BTF is None else features_BTF[b])
+            drafter.observe(b, row, path, chosen, None if features_BTF is None else features_BTF[b])
         row.tokens += [*(tree.tokens[node] for node in path), verdict.next_token]
         row.tree = Tree()
         gained = row.tokens[start + row.released :]
@@ -189,7 +188,8 @@ class DecodeBatch:
         most = row.policy.max_pending
         if row.policy.is_chain or row.rest <= 0:
             most = min(most, row.rest)
-        if self.pass_tokens is None or not row.policy.lossless or len(self.rows) == 1 or row.policy.pays:
+        is_priced = row.policy.pays and self.costs is not None
+        if self.pass_tokens is None or not row.policy.lossless or len(self.rows) == 1 or is_priced:
             return most
         return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 
@@ -221,7 +221,7 @@ class DecodeBatch:
             return
         if policy.drafter not in self.drafters:
             raise RequestError("this method needs a draft, and none is loaded")
-        if policy.pays and self.costs is None:
+        if policy.pays and policy.drafter == "model" and self.costs is None:
             raise RequestError(
                 "this method drafts what pays, and the costs of steps here are not known: give them (`costs`)"
             )

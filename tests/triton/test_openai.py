@@ -17,6 +17,7 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerE
 from triton_asks import SECONDS, wait_until
 
 from ssv.bundle.manifest import read_manifest
+from ssv.runtime.methods import METHODS
 
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
@@ -77,7 +78,7 @@ def test_models(client: OpenAI, model: str, bundle: Path) -> None:
         client.models.retrieve("huge")
 
 
-@pytest.mark.parametrize("tier", ["premium", "balanced", "turbo", "autoregressive", "prompt-lookup", "speculative"])
+@pytest.mark.parametrize("tier", METHODS)
 def test_every_tier_answers_and_is_disclosed(client: OpenAI, model: str, tier: str) -> None:
     answer = client.chat.completions.create(model=f"{model}:{tier}", messages=MESSAGES, max_tokens=24, temperature=0)
     assert answer.model == f"{model}:{tier}"

@@ -148,7 +148,7 @@ class ModelDrafter(Drafter):
             return True
         return row.asks_for_pass(limit, self._eos_ids) if row.policy.is_chain else row.waits_too_long
 
-    def observe(self, b: int, row: Row, path: Sequence[int], features_TF: Tensor | None) -> None:
+    def observe(self, b: int, row: Row, path: Sequence[int], chosen: Sequence[int], features_TF: Tensor | None) -> None:
         if features_TF is not None:
             rows = [0, *(node + 1 for node in path)]
             kept = features_TF[: len(rows)] if rows[-1] == len(path) else features_TF[rows]

@@ -24,7 +24,8 @@ from ssv.runtime.llm import LLM
 from ssv.runtime.request import Chunk, Output, Request, SamplingParams
 from ssv.support.progress import silent
 
-METHODS = ["autoregressive", "prompt-lookup", "speculative", "specinfer", "eagle", "premium", "balanced", "turbo"]
+LOSSLESS = ["autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative", "premium"]
+METHODS = [*LOSSLESS, "balanced", "turbo"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_the_last_line_is_the_document(folder: Path, capsys: pytest.CaptureFixtu
         assert row["target_tokens_per_token"] >= row["target_passes_per_token"] - 1e-9
     assert rows["autoregressive"]["speedup"] == pytest.approx(1.0)
     assert rows["autoregressive"]["drafted"] == 0
-    for method in ("autoregressive", "prompt-lookup", "speculative", "specinfer", "eagle", "premium"):
+    for method in LOSSLESS:
         assert rows[method]["divergence"] == 0.0
         assert rows[method]["identical"] == 1.0
         assert rows[method]["trusted"] == 0

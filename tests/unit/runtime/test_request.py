@@ -99,7 +99,7 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 def test_methods() -> None:
     assert METHODS == (
-        "autoregressive", "prompt-lookup", "speculative", "specinfer", "eagle", "premium", "balanced", "turbo",
+        "autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative", "premium", "balanced", "turbo",
     )  # fmt: skip
     trees = {name: policy_for(name, {}) for name in ("specinfer", "eagle")}
     assert all(policy.lossless and not policy.is_chain for policy in trees.values())
@@ -126,11 +126,8 @@ def test_speculative_needs_a_token(k: int) -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(
-        RequestError,
-        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, specinfer, eagle, premium,"
-        " balanced, turbo",
-    ):
+    known = "autoregressive, lookahead, prompt-lookup, suffix, specinfer, eagle, speculative, premium, balanced, turbo"
+    with pytest.raises(RequestError, match=f"unknown method 'Premium'; known: {known}"):
         policy_for("Premium", {"Premium": PREMIUM})
 
 

@@ -33,7 +33,8 @@ TIERS = {
     "balanced": Policy(accept_below=0.05, verify_above=0.4, risk_budget=0.7, max_pending=8),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
-METHODS = ("autoregressive", "prompt-lookup", "speculative", *TIERS)
+MODEL_FREE = ("prompt-lookup", "suffix", "lookahead")
+METHODS = ("autoregressive", *MODEL_FREE, "speculative", *TIERS)
 KINDS = ("standalone", "conditioned")
 MAX_LENGTH = 64
 CHUNK = 3
@@ -228,7 +229,7 @@ def test_any_order_of_arrivals_and_departures(seed: int) -> None:
         assert cache_bytes or not play.ended[index].counters.cached_tokens
 
 
-@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative"])
+@pytest.mark.parametrize("method", ["autoregressive", *MODEL_FREE, "speculative"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_decodes_gains_tokens_in_every_round_while_a_long_prompt_joins(kind: str, method: str) -> None:
     """And who joins needs no more rounds than its prompt has chunks."""
@@ -474,7 +475,7 @@ def cached(play: Play) -> list[int]:
 
 
 @pytest.mark.parametrize("busy", range(3))
-@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative", "turbo"])
+@pytest.mark.parametrize("method", ["autoregressive", *MODEL_FREE, "speculative", "turbo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_that_was_computed_before_is_not_computed_again(kind: str, method: str, busy: int) -> None:
     """In any row of the cache, also while rows before it leave."""
@@ -522,11 +523,9 @@ def test_what_is_cached_is_the_longest_beginning_of_those_before(kind: str, chun
     for i in range(40):
         prompt_ids = tuple(rng.choice((3, 3, 4)) for _ in range(rng.randint(1, 20)))
         method, temperature = rng.choice(("autoregressive", *METHODS)), rng.choice((0.0, 0.9))
-        drafts = method not in ("autoregressive", "prompt-lookup")  # the target alone keeps something
+        drafts = method not in ("autoregressive", *MODEL_FREE)  # the target alone keeps something
         before = [
-            each.prompt_ids
-            for each in play.requests
-            if (each.method not in ("autoregressive", "prompt-lookup")) == drafts
+            each.prompt_ids for each in play.requests if (each.method not in ("autoregressive", *MODEL_FREE)) == drafts
         ]
         common = [
             next(

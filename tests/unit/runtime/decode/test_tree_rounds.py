@@ -98,7 +98,7 @@ def test_trees_give_the_text_of_plain_decoding(shape: str, kind: str) -> None:
     for seed in range(4):
         options: dict[str, Any] = {"seed": seed, "token_ids": [3, 0, 11, 6, 2, 9, 5] if seed == 3 else None}
         asked = [
-            (tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 11))), random_params(rng)) for _ in range(9)
+            (tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 11))), random_params(rng)) for _ in range(11)
         ]
         plain = run(
             make_llm(SHAPES[shape], kind, **options), [Request(ids, "autoregressive", params) for ids, params in asked]
@@ -113,6 +113,7 @@ def test_trees_give_the_text_of_plain_decoding(shape: str, kind: str) -> None:
             "premium",
             "speculative",
         ]
+        methods += ["suffix", "lookahead"]
         requests = [
             Request(ids, method, params) for (ids, params), method in zip(asked, (*methods, "premium"), strict=True)
         ]
