@@ -9,15 +9,15 @@ import pytest
 from torch import Tensor
 
 from fakes import EOS, VOCAB_SIZE, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode import round as module
-from ssv.runtime.decode.costs import Costs, Curve
 from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import Verdict, walk
 from ssv.runtime.engines.contract import StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import LOOKAHEAD, PROMPT_LOOKUP, SUFFIX
-from ssv.runtime.request import MAX_PENDING, Output, Request, SamplingParams
+from ssv.runtime.request import Output, Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 POLICIES = {
@@ -30,8 +30,15 @@ POLICIES = {
     "lookahead, cut": LOOKAHEAD.model_copy(update={"max_pending": 11}),
 }
 MAX_LENGTH = 64
-CHEAP = Costs(Curve((1, 64), (1.0, 1.5)), Curve((1, 64), (1.0, 1.0)))
-DEAR = Costs(Curve((1, 64), (1.0, 40.0)), Curve((1, 64), (1.0, 1.0)))
+
+
+def costs(passes: tuple[float, float], drafts: tuple[float, float]) -> Costs:
+    """Seconds of steps of 1 and of 64 tokens."""
+    return Costs(target=Curve(tokens=(1, 64), seconds=passes), draft=Curve(tokens=(1, 64), seconds=drafts))
+
+
+CHEAP = costs((1.0, 1.5), (1.0, 1.0))
+DEAR = costs((1.0, 40.0), (1.0, 1.0))
 
 
 class RepeatingTarget(FakeTarget):
@@ -121,10 +128,10 @@ def test_what_does_not_pay_is_not_drafted(name: str) -> None:
     """In a text whose repetitions mean nothing they draft at first, and stop; where passes are dear they never begin."""
     params = SamplingParams(max_tokens=50, ignore_eos=True)
     request = Request((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), "premium", params)
-    costs = Costs(Curve((1, 64), (1.0, 1.0 + 63 * 0.14)), Curve((1, 64), (1.0, 1.0)))
+    own_costs = costs((1.0, 1.0 + 63 * 0.14), (1.0, 1.0))
     drafted = [
         run(make_llm(FakeTarget, 1, costs=each), [request], POLICIES[name])[0].counters.drafted
-        for each in (DEAR, costs, None)
+        for each in (DEAR, own_costs, None)
     ]
     assert drafted[0] == 0 < drafted[1] < 0.5 * drafted[2]
 

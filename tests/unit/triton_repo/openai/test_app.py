@@ -320,7 +320,10 @@ def test_tiers_that_contradict_or_do_not_exist_are_refused() -> None:
     assert "premium" in error["message"] and "turbo" in error["message"]
     error = error_of(chat(FakeBackend(), ssv_tier="balanced"), 400)
     assert error["param"] == "ssv_tier"
-    assert "premium, turbo, autoregressive, lookahead, prompt-lookup, suffix, speculative" in error["message"]
+    assert (
+        "premium, turbo, autoregressive, lookahead, prompt-lookup, suffix, specinfer, eagle, speculative"
+        in error["message"]
+    )
 
 
 @pytest.mark.parametrize("model", ["huge", "tiny:", "tiny:balanced", "tiny:nonsense", "tiny2", "", "turbo"])

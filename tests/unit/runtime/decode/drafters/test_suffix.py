@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode.costs import Costs, Curve, Prices
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.match_rates import PRIOR, PRIOR_WEIGHT
 from ssv.runtime.decode.drafters.suffix import DEPTH, LONGEST, Suffix, SuffixText
 from ssv.runtime.decode.row import Row
@@ -19,8 +20,14 @@ from ssv.runtime.decode.tree import ROOT, Tree
 from ssv.runtime.methods import SUFFIX
 from ssv.runtime.request import SamplingParams
 
-FREE_PASSES = Costs(Curve((1, 64), (1.0, 1.0001)), Curve((1, 64), (1.0, 1.0))).prices(1)
-DEAR_PASSES = Costs(Curve((1, 64), (1.0, 64.0)), Curve((1, 64), (1.0, 1.0))).prices(1)
+
+def costs(passes: tuple[float, float], drafts: tuple[float, float]) -> Costs:
+    """Seconds of steps of 1 and of 64 tokens."""
+    return Costs(target=Curve(tokens=(1, 64), seconds=passes), draft=Curve(tokens=(1, 64), seconds=drafts))
+
+
+FREE_PASSES = Prices(costs((1.0, 1.0001), (1.0, 1.0)), 1)
+DEAR_PASSES = Prices(costs((1.0, 64.0), (1.0, 1.0)), 1)
 END = 9
 
 
@@ -81,7 +88,7 @@ def test_it_proposes_what_pays() -> None:
     assert len(proposed(text, prices=DEAR_PASSES)) == 0
     assert proposed(text, prices=DEAR_PASSES, pays=False).tokens == [7, 8, 0]
     # Passes of 1, 1.4, 1.8 give 1, 1.6, 1.6 + 0.6 * 0.7 tokens: most per second is 1.6 / 1.4.
-    prices = Costs(Curve((1, 64), (1.0, 1.0 + 63 * 0.4)), Curve((1, 64), (1.0, 1.0))).prices(1)
+    prices = Prices(costs((1.0, 1.0 + 63 * 0.4), (1.0, 1.0)), 1)
     assert proposed(text, prices=prices).tokens == [7]
 
 
