@@ -44,7 +44,10 @@ _ALONE = {"SPLITS": 1, "partial": None, "arrived": None}
 """Constants of a kernel of which each program has a whole row, and which so needs no scratch memory."""
 
 Sizes = Mapping[str, Any]
-"""A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: B, K, M, R, T."""
+"""A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: M and R."""
+
+_LETTERS: Sizes = {"M": "M", "R": "R"}
+"""The sizes in what is written down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,34 +115,18 @@ def score_spec(hidden: int, vocab: int, hidden_type: torch.dtype, logits_type: t
     )
 
 
-def gather_norm_spec(hidden: int, hidden_type: torch.dtype, norm_type: torch.dtype, eps: float) -> Spec:
-    """`gather_norm` of [M, H] hidden states and R rows."""
-    return Spec(
-        name="gather_norm",
-        kernel=kernels.gather_norm_kernel,
-        inputs={"hidden": hidden_type, "row": torch.int32, "weight": norm_type},
-        scalars=("num_rows",),
-        outputs={"gathered": hidden_type, "normed": norm_type},
-        constants=launch.norm_constants(hidden, eps),
-        num_warps=launch.row_warps(hidden),
-        grid=lambda sizes: sizes["R"],
-        scalar_values=lambda sizes: (sizes["M"],),
-    )
-
-
 def sparse_gather_spec(hidden: int, hidden_type: torch.dtype, norm_type: torch.dtype, eps: float) -> Spec:
-    """`sparse_gather` of [B, T, H] hidden states."""
-    i = torch.int32
+    """`sparse_gather` of [M, H] hidden states and R rows."""
     return Spec(
         name="sparse_gather",
         kernel=kernels.sparse_gather_kernel,
-        inputs={"hidden": hidden_type, "zone": i, "length": i, "weight": norm_type},
-        scalars=("batch", "tokens"),
-        outputs={"normed": norm_type, "judged_row": i, "start": i},
-        constants={**launch.norm_constants(hidden, eps), "BLOCK_M": launch.ZONE_BLOCK},
+        inputs={"hidden": hidden_type, "row": torch.int32, "weight": norm_type},
+        scalars=("num_rows",),
+        outputs={"gathered": hidden_type, "normed": norm_type},
+        constants=launch.gather_constants(hidden, eps),
         num_warps=launch.row_warps(hidden),
-        grid=lambda sizes: sizes["B"] * sizes["T"],
-        scalar_values=lambda sizes: (sizes["B"], sizes["T"]),
+        grid=lambda sizes: sizes["R"],
+        scalar_values=lambda sizes: (sizes["M"],),
     )
 
 
@@ -217,34 +204,19 @@ def write_artefact(artefact: Artefact, folder: Path) -> Path:
         "capability": artefact.capability,
         "threads": artefact.threads,
         "shared_bytes": artefact.shared_bytes,
-        "grid": str(spec.grid(_Letters())),
+        "grid": str(spec.grid(_LETTERS)),
         "arguments": [
             {"name": name, "kind": kind, "type": str(types[name]).removeprefix("torch.")}
             for kind, group in (("input", spec.inputs), ("scalar", spec.scalars), ("output", spec.outputs))
             for name in group
         ],
-        "scalars": dict(zip(spec.scalars, map(str, spec.scalar_values(_Letters())), strict=True)),
+        "scalars": dict(zip(spec.scalars, map(str, spec.scalar_values(_LETTERS)), strict=True)),
         "constants": dict(spec.constants),
         "triton": triton.__version__,
     }
     path.write_text(artefact.ptx)
     path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     return path
-
-
-class _Letter(str):
-    """A size in an expression that is written down."""
-
-    def __add__(self, other: object) -> _Letter:
-        return _Letter(f"{self} + {other}")
-
-    def __mul__(self, other: object) -> _Letter:
-        return _Letter(f"{self} * {other}")
-
-
-class _Letters(dict[str, Any]):
-    def __missing__(self, letter: str) -> _Letter:
-        return _Letter(letter)
 
 
 def _without_hidden_arguments(ptx: str, num_arguments: int) -> str:

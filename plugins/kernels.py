@@ -125,7 +125,7 @@ def score_kernel(
 
 
 @triton.jit
-def gather_norm_kernel(
+def sparse_gather_kernel(
     hidden,
     row,
     weight,
@@ -143,48 +143,10 @@ def gather_norm_kernel(
     is_known = (source >= 0) & (source < num_rows)
     x = tl.load(hidden + source * HIDDEN + column, mask=(column < HIDDEN) & is_known, other=0.0)
     tl.store(gathered + r * HIDDEN + column, x, mask=column < HIDDEN)
-    _store_normed(x, weight, normed + r * HIDDEN, column, HIDDEN, EPS)
-
-
-@triton.jit
-def sparse_gather_kernel(
-    hidden,
-    zone,
-    length,
-    weight,
-    batch,
-    tokens,
-    normed,
-    judged_row,
-    start,
-    HIDDEN: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Grid (B * T,), a program for each row of the step.
-
-    It counts the judged rows before its own: that is its place.
-    """
-    m = tl.program_id(0)
-    b = m // tokens
-    is_first = m == b * tokens
-    is_judged = _is_judged(zone, length, m, tokens, True)
-    if is_judged | is_first | (m == batch * tokens - 1):
-        column = tl.arange(0, BLOCK_H)
-        # Asked for before it is needed: it comes while the others are counted.
-        x = tl.load(hidden + m.to(tl.int64) * HIDDEN + column, mask=(column < HIDDEN) & is_judged, other=0.0)
-        before = 0
-        for first in range(0, m, BLOCK_M):
-            others = first + tl.arange(0, BLOCK_M)
-            before += tl.sum(_is_judged(zone, length, others, tokens, others < m).to(tl.int32), axis=0)
-        if is_first:
-            tl.store(start + b, before)
-        if m == batch * tokens - 1:
-            tl.store(start + batch, before + is_judged.to(tl.int32))
-        if is_judged:
-            tl.store(judged_row + before, m)
-            _store_normed(x, weight, normed + tl.cast(before, tl.int64) * HIDDEN, column, HIDDEN, EPS)
+    x = x.to(tl.float32)
+    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + EPS)
+    tl.store(normed + r * HIDDEN + column, (x * scale * w).to(normed.dtype.element_ty), mask=column < HIDDEN)
 
 
 @triton.jit
@@ -365,22 +327,5 @@ def _arrive(counter, expected):
 
 
 @triton.jit
-def _store_normed(x, weight, normed, column, HIDDEN: tl.constexpr, EPS: tl.constexpr):
-    x = x.to(tl.float32)
-    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + EPS)
-    tl.store(normed + column, (x * scale * w).to(normed.dtype.element_ty), mask=column < HIDDEN)
-
-
-@triton.jit
 def _larger_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=_KEEP_NAN)
-
-
-@triton.jit
-def _is_judged(zone, length, m, tokens, mask):
-    b = m // tokens
-    t = m - b * tokens
-    last = tl.load(length + b, mask=mask, other=0) - 1
-    is_gray = tl.load(zone + m, mask=mask, other=0) != 0
-    return (t < last) & is_gray | (t == last)

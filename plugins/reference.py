@@ -8,17 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssv.plugins.contract import (
-    Judged,
-    Score,
-    check_choose,
-    check_gather_norm,
-    check_score,
-    check_sparse_gather,
-)
-
-TRUSTED, GRAY, CRITICAL = 0, 1, 2
-"""Zones of a drafted token: what is trusted is not judged."""
+from ssv.plugins.contract import Score, check_choose, check_score, check_sparse_gather
 
 MIN_BELOW = -1e4
 """Logits count as at most this far below the largest.
@@ -93,11 +83,14 @@ def most_likely(logits_RV: Tensor) -> Tensor:
     return logits_RV.argmax(dim=1).int()
 
 
-def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows of hidden states, and the same after RMSNorm.
+def sparse_gather(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows that the LM head is to see, and the same after the final RMSNorm.
+
+    In a pass of the target these are the rows whose tokens are judged. Trusted rows, whose next token is trusted, are
+    not among them: they never reach the norm or the LM head, which is what makes verification sparse.
 
     Args:
-        hidden_MH: fp16, bf16 or fp32.
+        hidden_MH: fp16, bf16 or fp32, before the final norm.
         row_R: int32; one that is not among 0 to M - 1 gives zeros.
         weight_H: of the norm; its dtype is that of the normed rows.
 
@@ -107,41 +100,13 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
-    check_gather_norm(hidden_MH, row_R, weight_H, eps)
+    check_sparse_gather(hidden_MH, row_R, weight_H, eps)
     known_R1 = ((row_R >= 0) & (row_R < len(hidden_MH)))[:, None]
     if not len(hidden_MH):
         gathered_RH = hidden_MH.new_zeros(len(row_R), hidden_MH.shape[1])
     else:
         gathered_RH = hidden_MH[row_R.long().clamp(0, len(hidden_MH) - 1)].where(known_R1, 0)
     return gathered_RH, _rms_norm(gathered_RH, weight_H, eps)
-
-
-def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> Judged:
-    """The rows that the target judges, compacted and normed.
-
-    They are those whose zone is not TRUSTED, and each sequence's last, which gives the bonus token. Padding, at and
-    beyond a sequence's length, is left out.
-
-    Args:
-        hidden_BTH: fp16, bf16 or fp32, before the final norm.
-        zone_BT: int32, zone of the token that each row judges; the last row's does not matter.
-        length_B: int32, rows of each sequence, 0 for none.
-        weight_H: of the norm; its dtype is that of the result.
-
-    Raises:
-        OpError: an argument's shape, dtype, device or memory layout.
-    """
-    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, eps)
-    batch, tokens, hidden = hidden_BTH.shape
-    column_T, length_B1 = torch.arange(tokens, device=zone_BT.device), length_B[:, None]
-    judged_BT = (column_T < length_B1) & ((zone_BT != TRUSTED) | (column_T == length_B1 - 1))
-    start_B1 = torch.zeros(batch + 1, dtype=torch.int32, device=zone_BT.device)
-    start_B1[1:] = judged_BT.sum(dim=1).cumsum(dim=0)
-    row_M = torch.full((batch * tokens,), -1, dtype=torch.int32, device=zone_BT.device)
-    judged_R = judged_BT.flatten().nonzero()[:, 0].int()
-    row_M[: len(judged_R)] = judged_R
-    _, normed_MH = gather_norm(hidden_BTH.view(-1, hidden), row_M, weight_H, eps)
-    return Judged(normed_MH, row_M, start_B1)
 
 
 def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor:

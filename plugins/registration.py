@@ -115,14 +115,9 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
         rows = logits.shape_expr[0]
         return described(trt.int32, rows), *(described(trt.float32, rows) for _ in range(4))
 
-    def gather_norm_outputs(hidden: Any, row: Any, weight: Any) -> tuple[Any, ...]:
+    def sparse_gather_outputs(hidden: Any, row: Any, weight: Any) -> tuple[Any, ...]:
         shape = row.shape_expr[0], hidden.shape_expr[1]
         return described(hidden.dtype, *shape), described(weight.dtype, *shape)
-
-    def sparse_gather_outputs(hidden: Any, zone: Any, length: Any, weight: Any) -> tuple[Any, ...]:
-        batch, tokens, width = hidden.shape_expr
-        rows = batch * tokens
-        return described(weight.dtype, rows, width), described(trt.int32, rows), described(trt.int32, batch + 1)
 
     return {
         "score": _Plugin(
@@ -135,24 +130,14 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
             ),
             sizes=lambda hidden, logits, weight, bias: {"R": logits[0]},
         ),
-        "gather_norm": _Plugin(
+        "sparse_gather": _Plugin(
             inputs=("hidden", "row", "weight"),
             attributes={"eps": float},
             num_outputs=2,
-            outputs=gather_norm_outputs,
-            spec=lambda hidden, row, weight, eps: aot.gather_norm_spec(
+            outputs=sparse_gather_outputs,
+            spec=lambda hidden, row, weight, eps: aot.sparse_gather_spec(
                 hidden.sizes[1], hidden.dtype, weight.dtype, eps
             ),
             sizes=lambda hidden, row, weight: {"M": hidden[0], "R": row[0]},
-        ),
-        "sparse_gather": _Plugin(
-            inputs=("hidden", "zone", "length", "weight"),
-            attributes={"eps": float},
-            num_outputs=3,
-            outputs=sparse_gather_outputs,
-            spec=lambda hidden, zone, length, weight, eps: aot.sparse_gather_spec(
-                hidden.sizes[2], hidden.dtype, weight.dtype, eps
-            ),
-            sizes=lambda hidden, zone, length, weight: {"B": zone[0], "T": zone[1]},
         ),
     }

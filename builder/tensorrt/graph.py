@@ -227,29 +227,8 @@ class Graph:
         weight = weight_H.view(*[1] * (len(x.shape) - 1), -1)
         return self.cast(self.mul(self.over_rms(x, eps), self.constant(weight, torch.float32)), self.dtype)
 
-    def cumulative_sum(self, x: Any, axis: int) -> Any:
-        """Sums up to and with each element."""
-        number = self._new_constant(torch.tensor(axis, dtype=torch.int32), torch.int32)
-        op = self.trt.CumulativeOperation.SUM
-        return self._add("cumulative", self.network.add_cumulative(x, number, op, False, False))
-
-    def scatter(self, x_M: Any, place_R: Any, update_R: Any) -> Any:
-        """A vector with some elements replaced; no place may be named twice, unless by equal updates."""
-        mode = self.trt.ScatterMode.ELEMENT
-        return self._add("scatter", self.network.add_scatter(x_M, place_R, update_R, mode))
-
-    def integer(self, value: int, rank: int) -> Any:
-        """An int32 constant with as many axes as what it is combined with."""
-        return self._new_constant(torch.full((1,) * rank, value, dtype=torch.int32), torch.int32)
-
-    def largest(self, x: Any, axis: int) -> Any:
-        return self._add("reduce", self.network.add_reduce(x, self.trt.ReduceOperation.MAX, 1 << axis, True))
-
     def and_(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.AND)
-
-    def or_(self, a: Any, b: Any) -> Any:
-        return self._elementwise(a, b, self.trt.ElementWiseOperation.OR)
 
     def add(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.SUM)
@@ -283,9 +262,6 @@ class Graph:
 
     def sqrt(self, x: Any) -> Any:
         return self._unary(x, self.trt.UnaryOperation.SQRT)
-
-    def not_(self, x: Any) -> Any:
-        return self._unary(x, self.trt.UnaryOperation.NOT)
 
     def _unary(self, x: Any, op: Any) -> Any:
         return self._add(op.name.lower(), self.network.add_unary(x, op))

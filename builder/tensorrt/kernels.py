@@ -43,9 +43,8 @@ def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report
     scorer = load_scorer(bundle / "scorer.safetensors", draft.decoder.hidden_size)
     dtype = getattr(torch, config.dtype)
     specs = [
-        ("target", aot.gather_norm_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
         ("target", aot.sparse_gather_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
-        ("draft", aot.gather_norm_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
+        ("draft", aot.sparse_gather_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
         (
             "draft",
             aot.score_spec(draft.decoder.hidden_size, draft.head_size, dtype, dtype, len(scorer.weight_F)),

@@ -232,5 +232,5 @@ def _head(graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, ops: NetworkOp
     """The gathered rows' hidden states, and their logits: the LM head sees no others."""
     norm = decoder.norm
     assert norm.eps is not None
-    hidden_RH, normed_RH = ops.gather_norm(x_MH, step.gather_rows_R, norm.weight, norm.eps)
+    hidden_RH, normed_RH = ops.sparse_gather(x_MH, step.gather_rows_R, norm.weight, norm.eps)
     return hidden_RH, graph.cast(graph.linear(normed_RH, decoder.lm_head), torch.float32)

@@ -154,7 +154,7 @@ class TorchEngine:
             return hidden_RH, self.fused.logits(hidden_RH).float()
         norm, rows_R = self.decoder.norm, gather_rows_R.to(self.device, torch.int32)
         assert norm.eps is not None
-        hidden_RH, normed_RH = on(self.device).gather_norm(hidden_MH, rows_R, norm.weight, norm.eps)
+        hidden_RH, normed_RH = on(self.device).sparse_gather(hidden_MH, rows_R, norm.weight, norm.eps)
         return hidden_RH, self.decoder.lm_head(normed_RH).float()
 
     def _scored(self, hidden_RH: Tensor, logits_RV: Tensor) -> tuple[Tensor | None, Tensor | None]:

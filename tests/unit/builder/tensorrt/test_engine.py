@@ -345,7 +345,7 @@ def added(bundle: Path, tmp_path: Path, **changes: Any) -> None:
     engine.add_network(trt, network, bundle, asked, limits, log.last, Spill(tmp_path))
 
 
-@pytest.mark.parametrize(("role", "ops"), [("target", ["gather_norm"]), ("draft", ["gather_norm", "score"])])
+@pytest.mark.parametrize(("role", "ops"), [("target", ["sparse_gather"]), ("draft", ["sparse_gather", "score"])])
 def test_a_network_has_its_ops_as_plugins(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, ops: list[str]
 ) -> None:
@@ -353,7 +353,7 @@ def test_a_network_has_its_ops_as_plugins(
 
     class Plugins(NativeOps):
         def __getattribute__(self, name: str) -> Any:
-            if name in ("gather_norm", "score"):
+            if name in ("sparse_gather", "score"):
                 used.append(name)
             return super().__getattribute__(name)
 
