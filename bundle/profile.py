@@ -6,7 +6,7 @@ from bisect import bisect_left
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from ssv.support.strict import Strict
 
@@ -43,8 +43,10 @@ class Costs(Strict):
 
     Attributes:
         target: a pass, by the tokens of all its rows together.
-        draft: a draft step, with what the round does around it.
+        draft: a draft step, by the tokens after which it guesses, with what the round does around it.
+        text: of a draft step, for each token of a text that it only has to take in.
     """
 
     target: Curve
     draft: Curve
+    text: NonNegativeFloat = 0.0

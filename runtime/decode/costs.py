@@ -22,24 +22,45 @@ from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode.sampling import Sampling, ranked
 from ssv.runtime.engines.contract import Engine, StepOutput
 
-FIRST_GUESS = 0.7
-"""What is taken for the share of a node's first child before it is drafted: about what a draft's first guess is worth."""
+FIRST_GUESSES = (0.26, 0.45, 0.67, 0.9, 0.99)
+"""What a first guess may turn out to be worth before it is drafted, each as likely as the others: shares of the demo's
+draft, corrected, on its calibration prompts, in fifths."""
+
+MOST_TEXT = 4
+"""Tokens of its text that a row is priced at in a first draft step, at the most: about what it catches up with if it
+drafts in every round. A row that has not drafted for long would never find it worth to catch up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What is worth drafting and verifying, for one of the rows that share a round, each of which is taken to do as this one does."""
+    """What is worth drafting and verifying, for one of the rows that share a round, each taken to do as this one does.
+
+    Attributes:
+        sharing: rows that share a draft step; the others need none, or no further one.
+    """
 
     costs: Costs
     num_rows: int
+    sharing: int = 1
 
     def _pass(self, nodes: int) -> float:
         """A row's part of a pass over root and nodes."""
         return self.costs.target.at(self.num_rows * (1 + nodes)) / self.num_rows
 
-    def of_draft(self, width: int) -> float:
-        """A row's part of a draft step of so many nodes of each row."""
-        return self.costs.draft.at(self.num_rows * width) / self.num_rows
+    def of_draft(self, width: float) -> float:
+        """A row's part of a draft step of so many tokens of each."""
+        return self.costs.draft.at(self.sharing * width) / self.sharing
+
+    def worth_beginning(self, text_tokens: Sequence[int]) -> bool:
+        """Whether rows shall draft at all: together, as the step that begins a draft costs little more for all than for one.
+
+        Args:
+            text_tokens: of each of them, tokens of the text that the draft has not seen, which that step runs.
+        """
+        rate, further = 1 / self._pass(0), self._pass(1) - self._pass(0)
+        taken_in = sum(min(count, MOST_TEXT) - 1 for count in text_tokens)
+        step = self.costs.draft.at(len(text_tokens)) + self.costs.text * taken_in
+        return len(text_tokens) * _hoped(1.0, rate * further) > rate * step
 
     def worth_verifying(self, survival: Sequence[float]) -> int:
         """How many nodes are worth a place in the pass, once they have been drafted.
@@ -64,17 +85,23 @@ class Prices:
         """
         nodes = len(kept)
         rate = (1 + sum(kept)) / (self._pass(nodes) + spent)
+        further = rate * (self._pass(nodes + 1) - self._pass(nodes))
         best, best_surplus, gain = 0, 0.0, 0.0
         for count, s in enumerate(survival, start=1):
-            gain += FIRST_GUESS * s
-            cost = self.of_draft(count) + self._pass(nodes + count) - self._pass(nodes)
-            if (surplus := gain - rate * cost) > best_surplus:
+            gain += _hoped(s, further)
+            if (surplus := gain - rate * self.of_draft(count)) > best_surplus:
                 best, best_surplus = count, surplus
         return best
 
 
+def _hoped(survival: float, further: float) -> float:
+    """Tokens that a node's first child brings beyond its place in the pass: it gets none if it turns out to be worth less."""
+    return sum(max(survival * guess - further, 0.0) for guess in FIRST_GUESSES) / len(FIRST_GUESSES)
+
+
 PASS_SIZES = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_SIZES = (1, 2, 4, 8, 16)
+TEXT_SIZE = 16
 REPEATS = 5
 
 _TEXT = 128
@@ -96,9 +123,14 @@ def measure(target: Engine, draft: Engine, repeats: int = REPEATS) -> Costs:
         zeros_R = torch.zeros(tokens, dtype=torch.long)
         ranked(logits_RV, Sampling(zeros_R.float(), zeros_R, zeros_R.float() + 1, zeros_R, zeros_R), 4)
 
-    found = _measured([*(partial(passes, n) for n in PASS_SIZES), *(partial(drafts, n) for n in DRAFT_SIZES)], repeats)
-    split = len(PASS_SIZES)
-    return Costs(target=_curve(PASS_SIZES, found[:split]), draft=_curve(DRAFT_SIZES, found[split:]))
+    def takes_in(tokens: int) -> None:
+        _step(draft, _text(draft), tokens, gathered=1)
+
+    runs = [*(partial(passes, n) for n in PASS_SIZES), *(partial(drafts, n) for n in DRAFT_SIZES)]
+    found = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats)
+    passed, drafted, (one, many) = found[: len(PASS_SIZES)], found[len(PASS_SIZES) : -2], found[-2:]
+    text = max(many - one, 0.0) / (TEXT_SIZE - 1)
+    return Costs(target=_curve(PASS_SIZES, passed), draft=_curve(DRAFT_SIZES, drafted), text=text)
 
 
 def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:

@@ -10,7 +10,7 @@ Survival of a node is the probability that the target chooses it and all before 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.costs import Prices
@@ -65,23 +65,23 @@ class Growth:
         self._spent = 0.0
         self.candidates: list[Candidate] = []
         self.candidate_of: list[int] = []
-        self.open: list[int] = []
-        if limit > 0 and (prices is None or prices.worth_opening((), (1.0,))):
-            self.open = [ROOT]
+        self.open: list[int] = [ROOT] if limit > 0 else []
 
     def num_children(self, candidate: int) -> int:
         """Most children that a candidate gets."""
         depth = 0 if candidate == ROOT else self.candidates[candidate].depth
         return self._policy.children_of(depth)
 
-    def add(self, guesses: Sequence[Sequence[Guess]]) -> None:
+    def add(self, guesses: Sequence[Sequence[Guess]], sharing: int = 1) -> None:
         """Adds the children of the open candidates and opens the next ones.
 
         Args:
             guesses: for each open candidate, the likeliest first.
+            sharing: rows that were drafted for in the same step.
         """
         first = len(self.candidates)
         if self._prices is not None:
+            self._prices = replace(self._prices, sharing=sharing)
             self._spent += self._prices.of_draft(len(self.open))
         for parent, children in zip(self.open, guesses, strict=True):
             survival, depth = (1.0, 0) if parent == ROOT else self._place(parent)

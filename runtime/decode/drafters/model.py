@@ -115,6 +115,7 @@ class ModelDrafter(Drafter):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
+        limits = self._without_those_that_wait(rows, limits, prices)
         self._growing = {
             b: _Growing(
                 Growth(
@@ -135,12 +136,24 @@ class ModelDrafter(Drafter):
             for b in drafting:
                 growing, row = self._growing[b], rows[b]
                 growing.note_expanded()
-                growing.growth.add([next(guesses) for _ in growing.growth.open])
+                growing.growth.add([next(guesses) for _ in growing.growth.open], len(drafting))
                 row.tree = growing.growth.tree()
                 if self._asks(row, limits[b]):
                     growing.growth.open = []
             drafting = [b for b in drafting if self._growing[b].growth.open]
             out = self._step_level(rows, drafting, out) if drafting else None
+
+    def _without_those_that_wait(
+        self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
+    ) -> Sequence[int]:
+        """The limits, 0 for rows that draft what pays if nothing does."""
+        paying = [b for b, limit in enumerate(limits) if limit > 0 and rows[b].policy.pays]
+        if not paying or prices is None:
+            return limits
+        unseen = [len(rows[b].tokens) - self._offset - rows[b].draft_length for b in paying]
+        if prices.worth_beginning(unseen):
+            return limits
+        return [0 if b in paying else limit for b, limit in enumerate(limits)]
 
     def _asks(self, row: Row, limit: int) -> bool:
         """Whether a row asks for its pass before its tree has its full shape."""
