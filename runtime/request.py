@@ -85,7 +85,8 @@ class Request:
         prompt_ids: token ids, at least one.
         method: one of `ssv.runtime.methods.METHODS`.
         num_draft_tokens: of `speculative`.
-        policy: what is decoded by, in place of what the method's name stands for: the name then only labels the request.
+        policy: what is decoded by, in place of what the method's name stands for: the name then only labels the
+            request.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
         arrived: time.monotonic() from which its times are counted; None for that of its submission.
     """

@@ -1,8 +1,8 @@
 """What of a draft is worth its cost, by what steps cost here.
 
-Drafting pays if it raises the tokens per second. A tree whose nodes survive with probabilities s gives 1 + sum s tokens a round; the round
-costs its draft steps and one pass over 1 + nodes tokens. Something more is worth it if its tokens over its seconds are more than the
-whole's so far.
+Drafting pays if it raises the tokens per second. A tree whose nodes survive with probabilities s gives 1 + sum s tokens
+a round; the round costs its draft steps and one pass over 1 + nodes tokens. Something more is worth it if its tokens
+over its seconds are more than the whole's so far.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Prices:
         return self.costs.draft.at(self.sharing * width) / self.sharing
 
     def worth_beginning(self, text_tokens: Sequence[int]) -> bool:
-        """Whether rows shall draft at all: together, as the step that begins a draft costs little more for all than for one.
+        """Whether rows shall draft at all: together, as the step that begins a draft costs little more for all than for
+        one.
 
         Args:
             text_tokens: of each of them, tokens of the text that the draft has not seen, which that step runs.
@@ -95,7 +96,8 @@ class Prices:
 
 
 def _hoped(survival: float, further: float) -> float:
-    """Tokens that a node's first child brings beyond its place in the pass: it gets none if it turns out to be worth less."""
+    """Tokens that a node's first child brings beyond its place in the pass: it gets none if it turns out to be worth
+    less."""
     return sum(max(survival * guess - further, 0.0) for guess in FIRST_GUESSES) / len(FIRST_GUESSES)
 
 
@@ -109,7 +111,8 @@ _TEXT = 128
 
 
 def measure(target: Engine, draft: Engine, repeats: int = REPEATS) -> Costs:
-    """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds to them."""
+    """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds
+    to them."""
 
     for engine in (target, draft):
         _step(engine, 0, _text(engine), gathered=0)
@@ -164,7 +167,8 @@ def _measured(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
 
 
 def place(engine: str, precision: str, device: str, threads: int) -> str:
-    """What costs depend on, as the key of a profile: engine, precision, processor and, on a CPU, threads at the most."""
+    """What costs depend on, as the key of a profile: engine, precision, processor and, on a CPU, threads at the
+    most."""
     if torch.device(device).type == "cuda":
         return f"{engine} {precision} on {torch.cuda.get_device_name()}"
     return f"{engine} {precision} on {_processor()} with {threads} threads"

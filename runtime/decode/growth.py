@@ -1,8 +1,9 @@
 """How a row's tree grows: which nodes get children, which of these are kept, and when it ends.
 
-One rule with four numbers of a policy (`children`, `beam`, `max_depth`, `max_pending`) gives a chain, a static expansion (SpecInfer, Miao et
-al. 2023, arXiv:2305.09781) and a dynamic tree of a fixed size (EAGLE-2, Li et al. 2024, arXiv:2406.16858). With `pays` the tree ends where
-more of it would cost more time than it saves (`ssv.runtime.decode.costs`).
+One rule with four numbers of a policy (`children`, `beam`, `max_depth`, `max_pending`) gives a chain, a static
+expansion (SpecInfer, Miao et al. 2023, arXiv:2305.09781) and a dynamic tree of a fixed size (EAGLE-2, Li et al. 2024,
+arXiv:2406.16858). With `pays` the tree ends where more of it would cost more time than it saves
+(`ssv.runtime.decode.costs`).
 
 Survival of a node is the probability that the target chooses it and all before it: the product of that along its path.
 """
@@ -116,7 +117,8 @@ class Growth:
         return best if self._prices is None else best[: self._prices.worth_verifying(best)]
 
     def tree(self) -> Tree:
-        """The tree of the candidates that are kept: those that survive most probably. A parent does so more than its children."""
+        """The tree of the candidates that are kept: those that survive most probably. A parent does so more than its
+        children."""
         order = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)
         tree, node_of = Tree(), {ROOT: ROOT}
         self.candidate_of = order[: len(self.kept())]

@@ -1,7 +1,7 @@
 """Which token a row chooses: temperature, top-k and top-p, then the noise of its seed and position.
 
-One choice serves all: what a draft proposes, what the target would have chosen, and plain decoding. A drafted token is right when it is the
-target's own choice, so that a seed gives the same text with every lossless method.
+One choice serves all: what a draft proposes, what the target would have chosen, and plain decoding. A drafted token is
+right when it is the target's own choice, so that a seed gives the same text with every lossless method.
 
 Shapes: R rows, V vocab.
 """
@@ -72,18 +72,21 @@ def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None)
 
 
 def ranked(logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The columns that each row would choose first, second and so on if those before could not be chosen, and the share of each.
+    """The columns that each row would choose first, second and so on if those before could not be chosen, and the share
+    of each.
 
-    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that: what another model would
-    choose under the same noise, if its logits are these and some error about as large as one nat. What top-k and top-p leave out counts
-    there with l alone, since another model may keep it. At temperature 0 shares are the softmax of the logits.
+    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that: what
+    another model would choose under the same noise, if its logits are these and some error about as large as one nat.
+    What top-k and top-p leave out counts there with l alone, since another model may keep it. At temperature 0 shares
+    are the softmax of the logits.
 
     Args:
         sampling: on the CPU.
         token_V: int64, the token of each column, where it is another number than the column's.
 
     Returns:
-        int32 [R, K] and fp32 [R, K] on the CPU, K being `count` or V; -1 and 0 where a row can choose no more, or has no distribution.
+        int32 [R, K] and fp32 [R, K] on the CPU, K being `count` or V; -1 and 0 where a row can choose no more, or has
+        no distribution.
     """
     rows, vocab = logits_RV.shape
     count = min(count, vocab)
@@ -131,10 +134,12 @@ def _addresses(
 
 
 def filtered(logits_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits over the temperature, counted from the largest, fp32 [R, V]; -inf for what temperature 0, top-k or top-p leaves out.
+    """Logits over the temperature, counted from the largest, fp32 [R, V]; -inf for what temperature 0, top-k or top-p
+    leaves out.
 
-    Top-k comes first. Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p: always at least
-    one. Of equal logits the lower column comes first, at the edges too. A row does not depend on the others.
+    Top-k comes first. Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p:
+    always at least one. Of equal logits the lower column comes first, at the edges too. A row does not depend on the
+    others.
     """
     vocab = logits_RV.shape[1]
     logits_RV = logits_RV.float()
@@ -156,8 +161,8 @@ def _divisor(temperature_R: Tensor) -> Tensor:
 def _selected(logits_RV: Tensor, x_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
     """`filtered` of rows that do not keep all tokens.
 
-    Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting all. C grows until
-    it holds what every row keeps, and all equals of the least likely of these.
+    Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting
+    all. C grows until it holds what every row keeps, and all equals of the least likely of these.
     """
     vocab = logits_RV.shape[1]
     top_k_R1, top_p_R1 = top_k_R.where(top_k_R > 0, vocab).clamp(max=vocab)[:, None], top_p_R[:, None]

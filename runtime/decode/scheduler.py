@@ -1,8 +1,8 @@
 """Which request is in which row, and who comes next. Imports no torch: it can be tested and reasoned about by itself.
 
-Rows in use are always the first ones, because an engine step runs a run of rows: when a row ends, the last one moves into its place. Each
-cache row has room for the longest request, so free rows are free cache: a request is admitted when there is one. One request at a time
-joins: its prompt is run in the row behind the others, between their rounds.
+Rows in use are always the first ones, because an engine step runs a run of rows: when a row ends, the last one moves
+into its place. Each cache row has room for the longest request, so free rows are free cache: a request is admitted when
+there is one. One request at a time joins: its prompt is run in the row behind the others, between their rounds.
 """
 
 from __future__ import annotations

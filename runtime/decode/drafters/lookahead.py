@@ -1,15 +1,18 @@
-"""Lookahead decoding (Fu et al. 2024, arXiv:2402.02057): the target itself guesses several tokens ahead, in the passes that it runs anyway.
+"""Lookahead decoding (Fu et al. 2024, arXiv:2402.02057): the target itself guesses several tokens ahead, in the passes
+that it runs anyway.
 
-Needs no model. Each pass runs a window of guessed tokens beside the text. What the target chooses behind them are better guesses for the
-next pass (Jacobi iteration), and the tokens of one column over the passes are an n-gram. N-grams that begin with the text's last token are
-drafted. It wins where passes cost about the same whatever their size: not on a CPU.
+Needs no model. Each pass runs a window of guessed tokens beside the text. What the target chooses behind them are
+better guesses for the next pass (Jacobi iteration), and the tokens of one column over the passes are an n-gram. N-grams
+that begin with the text's last token are drafted. It wins where passes cost about the same whatever their size: not on
+a CPU.
 
-The window has N - 1 levels of W columns. Column 0 of level 0 is the root, and level 0 is a chain. A token of a further level follows the
-token above it, so it sees the root, level 0 up to its column, and its own column. That is a tree, so the window is nodes of the row's tree
-like any other, shared with the drafted n-grams where these begin alike. Where the target chooses one, it is right, and is kept: the article
-passes over these.
+The window has N - 1 levels of W columns. Column 0 of level 0 is the root, and level 0 is a chain. A token of a further
+level follows the token above it, so it sees the root, level 0 up to its column, and its own column. That is a tree, so
+the window is nodes of the row's tree like any other, shared with the drafted n-grams where these begin alike. Where the
+target chooses one, it is right, and is kept: the article passes over these.
 
-A policy's `beam` is W, its `max_depth` N - 1, and its first `children` are G, the most n-grams that are drafted, and kept, of a token.
+A policy's `beam` is W, its `max_depth` N - 1, and its first `children` are G, the most n-grams that are drafted, and
+kept, of a token.
 """
 
 from __future__ import annotations

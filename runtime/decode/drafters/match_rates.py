@@ -1,14 +1,15 @@
 """How often a repetition goes on: what those who find their tokens in the text think these are worth.
 
-The more of the text's last tokens stand at an earlier place too, the more probable it is that the next one does. How probable depends on
-the text: a summary repeats, a story does not. So a row learns it from its own output, token by token, drafted or not.
+The more of the text's last tokens stand at an earlier place too, the more probable it is that the next one does. How
+probable depends on the text: a summary repeats, a story does not. So a row learns it from its own output, token by
+token, drafted or not.
 """
 
 from __future__ import annotations
 
 PRIOR = (0.15, 0.45, 0.6, 0.7, 0.75, 0.8, 0.8, 0.8)
-"""Probability that a match of 1, 2, 3 ... tokens goes on, before anything is known of the text: SmolLM2-135M's greedy answers to
-`benchmarks/prompts/demo.jsonl`."""
+"""Probability that a match of 1, 2, 3 ... tokens goes on, before anything is known of the text: SmolLM2-135M's greedy
+answers to `benchmarks/prompts/demo.jsonl`."""
 
 PRIOR_WEIGHT = 4.0
 """Tokens of the output that count as much as the prior."""

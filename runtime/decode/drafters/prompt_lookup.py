@@ -1,4 +1,5 @@
-"""Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the same words before follows them again.
+"""Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the same words before
+follows them again.
 
 Needs no model. It wins where an answer repeats its prompt or itself: code that is edited, summaries, retrieval.
 """
@@ -70,7 +71,8 @@ class NgramText:
             known.append(tokens[i])
 
     def continuation(self, count: int) -> tuple[list[int], list[float]]:
-        """At most `count` tokens that followed the text's last ones where these stood first, and the rates that each follows again.
+        """At most `count` tokens that followed the text's last ones where these stood first, and the rates that each
+        follows again.
 
         Of several n-grams the longest counts.
         """

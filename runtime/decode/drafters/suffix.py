@@ -1,7 +1,9 @@
-"""Suffix decoding (Oliaro et al. 2024, arXiv:2411.04975): a tree of what followed the text's last tokens wherever they stood before.
+"""Suffix decoding (Oliaro et al. 2024, arXiv:2411.04975): a tree of what followed the text's last tokens wherever they
+stood before.
 
-Needs no model. It wins where prompt lookup does, and where the same words were followed by several things, of which it tries the most
-frequent. What is looked up is the request's own text; the article also keeps the outputs of other requests.
+Needs no model. It wins where prompt lookup does, and where the same words were followed by several things, of which it
+tries the most frequent. What is looked up is the request's own text; the article also keeps the outputs of other
+requests.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MIN_PROBABILITY = 0.1
 """Of a path, below which it is not drafted; the published default."""
 
 LONGEST = 32
-"""Tokens of the longest suffix that is looked up. A suffix gives as many nodes as it has tokens, the published factor of 1."""
+"""Tokens of the longest suffix that is looked up. A suffix gives as many nodes as it has tokens, the published factor
+of 1."""
 
 DEPTH = 64
 """Tokens of the longest string that is counted, a suffix and what follows it; the published default."""
@@ -113,8 +116,8 @@ class Node:
         state: of the text, with this token behind the suffix.
         parent: index of an earlier node, or ROOT.
         probability: of its path, as the article has it: occurrences over those of what comes before.
-        share: probability that the target chooses it, given that all before it is right: how often it followed where something that is
-            known did, times how often that is the case.
+        share: probability that the target chooses it, given that all before it is right: how often it followed where
+            something that is known did, times how often that is the case.
         survival: product of the shares along its path.
     """
 
@@ -128,10 +131,12 @@ class Node:
 
 
 class SuffixText:
-    """A text, all strings in it up to `DEPTH` tokens, how often each occurs, and what follows it: a suffix automaton (Blumer et al. 1985).
+    """A text, all strings in it up to `DEPTH` tokens, how often each occurs, and what follows it: a suffix automaton
+    (Blumer et al. 1985).
 
-    A state is a set of strings that end at the same places, each a suffix of the longest. Its link is the state of the longest of its
-    suffixes that ends elsewhere too. A text of n tokens has at most 2n states; a further token costs a constant on average.
+    A state is a set of strings that end at the same places, each a suffix of the longest. Its link is the state of the
+    longest of its suffixes that ends elsewhere too. A text of n tokens has at most 2n states; a further token costs a
+    constant on average.
 
     Attributes:
         rates: learnt from what follows the first `num_given` tokens.
@@ -140,7 +145,8 @@ class SuffixText:
     def __init__(self, num_given: int) -> None:
         self.rates = MatchRates()
         self._num_given, self._num_tokens = num_given, 0
-        # Of each state: where a token leads, its link, tokens of its longest string, occurrences. State 0 is that of the empty string.
+        # Of each state: where a token leads, its link, tokens of its longest string, occurrences. State 0 is that of
+        # the empty string.
         self._next: list[dict[int, int]] = [{}]
         self._link, self._length, self._count = [-1], [0], [0]
         # States of the whole text, and of as many of its last tokens as are counted.
@@ -156,7 +162,8 @@ class SuffixText:
         self._num_tokens = len(tokens)
 
     def suffixes(self) -> Iterator[tuple[int, int]]:
-        """Tokens and state of the text's suffixes up to LONGEST that stood before, one for each set of places, the longest first."""
+        """Tokens and state of the text's suffixes up to LONGEST that stood before, one for each set of places, the
+        longest first."""
         state = self._end
         while state > 0:
             if self._count[state] > 1 and self._length[self._link[state]] < LONGEST:

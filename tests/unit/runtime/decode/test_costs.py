@@ -12,7 +12,8 @@ from ssv.runtime.decode.costs import DRAFT_SIZES, FIRST_GUESSES, PASS_SIZES, Pri
 
 
 def prices(further: float, draft: float, num_rows: int = 1) -> Prices:
-    """A pass of one token costs 1, each further one `further`, a draft step `draft` and a tenth of that for each further node."""
+    """A pass of one token costs 1, each further one `further`, a draft step `draft` and a tenth of that for each
+    further node."""
     target = Curve(tokens=(1, 101), seconds=(1.0, 1.0 + 100 * further))
     return Prices(Costs(target=target, draft=Curve(tokens=(1, 11), seconds=(draft, 2 * draft))), num_rows)
 

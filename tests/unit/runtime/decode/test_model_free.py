@@ -1,4 +1,5 @@
-"""Drafts that no model makes: the text of plain decoding, in every shape and company, and fewer passes where a text repeats."""
+"""Drafts that no model makes: the text of plain decoding, in every shape and company, and fewer passes where a text
+repeats."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ DEAR = costs((1.0, 40.0), (1.0, 1.0))
 
 
 class RepeatingTarget(FakeTarget):
-    """What follows a token depends on that token alone: greedy text soon goes in a circle, sampled text repeats often."""
+    """What follows a token depends on that token alone: greedy text soon goes in a circle, sampled text repeats
+    often."""
 
     def step(
         self, input_ids_BT: Tensor, first_slot_B: Tensor, gather_rows_R: Tensor, *args: Any, **options: Any
@@ -93,7 +95,8 @@ def random_request(rng: random.Random, method: str) -> Request:
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("target", [FakeTarget, RepeatingTarget])
 def test_the_text_is_that_of_plain_decoding(target: type[FakeTarget], name: str) -> None:
-    """Alone, and among company that comes and goes, with a bound on a pass and without; greedy and sampled; ends of every kind."""
+    """Alone, and among company that comes and goes, with a bound on a pass and without; greedy and sampled; ends of
+    every kind."""
     rng = random.Random(name)
     company = ("autoregressive", "lookahead", "suffix", "prompt-lookup")
     accepted = passes = 0
@@ -125,7 +128,8 @@ def test_a_text_that_goes_in_a_circle_takes_few_passes(name: str, tokens_per_pas
 
 @pytest.mark.parametrize("name", ["prompt-lookup", "suffix"])
 def test_what_does_not_pay_is_not_drafted(name: str) -> None:
-    """In a text whose repetitions mean nothing they draft at first, and stop; where passes are dear they never begin."""
+    """In a text whose repetitions mean nothing they draft at first, and stop; where passes are dear they never
+    begin."""
     params = SamplingParams(max_tokens=50, ignore_eos=True)
     request = Request((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), "premium", params)
     own_costs = costs((1.0, 1.0 + 63 * 0.14), (1.0, 1.0))

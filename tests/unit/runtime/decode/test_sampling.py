@@ -1,4 +1,5 @@
-"""Temperature, top-k and top-p against their definitions in plain Python; and the compiled choice against the one that defines it."""
+"""Temperature, top-k and top-p against their definitions in plain Python; and the compiled choice against the one that
+defines it."""
 
 from __future__ import annotations
 
@@ -359,7 +360,8 @@ def test_greedy_shares_are_the_softmax() -> None:
 
 
 def test_what_is_left_out_counts_in_the_shares() -> None:
-    """By hand: top-p keeps the first of two tokens, whose logits are 1 apart; the other may still be another model's choice."""
+    """By hand: top-p keeps the first of two tokens, whose logits are 1 apart; the other may still be another model's
+    choice."""
     _, share_RK = ranked(torch.tensor([[1.0, 0.0]]), settings([(0.5, 0, 0.5)], seed=3, position=9), 2)
     noise = float(reference.gumbel(torch.tensor(0), torch.tensor(9), torch.tensor(3)))
     kept, left_out = math.exp(0.5 * noise), math.exp(-1.0)

@@ -1,5 +1,5 @@
-"""Lookahead's window, its n-grams and what it proposes, by hand; that its output is plain decoding's is in test_round.py and
-test_model_free.py."""
+"""Lookahead's window, its n-grams and what it proposes, by hand; that its output is plain decoding's is in
+test_round.py and test_model_free.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_the_window_fills_level_by_level() -> None:
     assert (tree.tokens, tree.parents) == ([5, 5], [ROOT, 0])
     # Behind them the target chooses 10, which is text, 11 and 12.
     window.advance([10, 11, 12])
-    # 10 is the root in place of the first guess. 11 was chosen behind that guess, which stood where 10 is: it follows the root now.
+    # 10 is the root in place of the first guess. 11 was chosen behind that guess, which stood where 10 is: it follows
+    # the root now.
     tree = tree_of(window, 10)
     assert (tree.tokens, tree.parents) == ([5, 11, 12], [ROOT, ROOT, 0])
     assert window.ngrams == {}

@@ -1,4 +1,5 @@
-"""What prompt lookup proposes, by hand; that its output is plain decoding's is in test_round.py and test_model_free.py."""
+"""What prompt lookup proposes, by hand; that its output is plain decoding's is in test_round.py and
+test_model_free.py."""
 
 from __future__ import annotations
 

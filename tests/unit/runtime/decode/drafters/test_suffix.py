@@ -1,4 +1,5 @@
-"""What suffix decoding proposes, by hand and counted plainly; that its output is plain decoding's is in test_round.py and test_model_free.py."""
+"""What suffix decoding proposes, by hand and counted plainly; that its output is plain decoding's is in test_round.py
+and test_model_free.py."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_rates_are_learnt_from_the_output_alone() -> None:
     text = SuffixText(len(given))
     text.extend(given)
     assert [text.rates.rate(length) for length in (1, 2, 3)] == pytest.approx(PRIOR[:3])
-    # Behind 1 stood 2: right. Behind 1 2 stood 1 and 3: right. Behind 1 2 3 stood 1: right. Behind 1 2 3 1 stood 2: wrong.
+    # Behind 1 stood 2: right. Behind 1 2 stood 1 and 3: right. Behind 1 2 3 stood 1: right. Behind 1 2 3 1 stood 2:
+    # wrong.
     text.extend([*given, 2, 3, 1, 1])
     for length, num_right in ((1, 1), (2, 1), (3, 1), (4, 0)):
         expected = (PRIOR[length - 1] * PRIOR_WEIGHT + num_right) / (PRIOR_WEIGHT + 1)
