@@ -29,6 +29,7 @@ from ssv.support.progress import notice
 _PART_FILES = {
     "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),
     "draft": ("draft/draft.safetensors",),
+    "heads": ("heads.safetensors",),
     "scorer": ("scorer.safetensors", "scorer.json"),
     "ranges": ("activation_ranges.safetensors",),
     "calibration": ("calibration.json",),

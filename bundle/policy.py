@@ -29,7 +29,7 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    drafter: Literal["model", "prompt-lookup"] = "model"
+    drafter: Literal["model", "heads", "prompt-lookup"] = "model"
 
     accept_below: Probability
     verify_above: Probability

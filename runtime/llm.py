@@ -11,14 +11,22 @@ from ssv.bundle.policy import Policy
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
+from ssv.model.heads import load_heads
 from ssv.model.scorer import load_scorer
 from ssv.runtime.decode.costs import Costs
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
-from ssv.runtime.engines.contract import Engine, EngineError
+from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
-from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
+from ssv.runtime.engines.torch_engine import (
+    Precision,
+    cpu_threads,
+    draft_engine,
+    heads_engine,
+    one_thread,
+    target_engine,
+)
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import policy_for
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
@@ -40,6 +48,7 @@ class LLM:
         limits: largest divergence that each lossy tier's calibration promises.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
+        heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         pass_tokens, costs: see `DecodeBatch`.
     """
 
@@ -56,9 +65,10 @@ class LLM:
         pass_tokens: int | None = None,
         limits: Mapping[str, float] | None = None,
         costs: Costs | None = None,
+        heads: HeadsEngine | None = None,
     ) -> None:
         self.limits = dict(limits or {})
-        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens, self.costs = prefill_chunk, pass_tokens, costs
         self._streaming = False
@@ -123,6 +133,9 @@ class LLM:
             decoder = Decoder.from_weights(spec, weights, dtype=None)
             del weights
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
+            found = (
+                load_heads(bundle / "heads.safetensors", decoder, dtype=None) if manifest.heads is not None else None
+            )
         max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
         sizes: dict[str, Any] = {
             "precision": precision,
@@ -141,7 +154,8 @@ class LLM:
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
         )
-        del decoder, draft, ranges, draft_ranges, target_ranges
+        heads = heads_engine(found, precision=precision, device=device) if found is not None else None  # type: ignore[arg-type]
+        del decoder, draft, found, ranges, draft_ranges, target_ranges
         give_back()
         return cls(
             *engines,
@@ -152,6 +166,7 @@ class LLM:
             max_length=max_length,
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
+            heads=heads,
         )
 
     @classmethod
@@ -228,6 +243,7 @@ class LLM:
             prompt_cache=cache,
             pass_tokens=self.pass_tokens,
             costs=self.costs,
+            heads=self.heads,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

@@ -10,8 +10,8 @@ from ssv.runtime.request import RequestError
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-BASELINES = ("autoregressive", "prompt-lookup", "speculative")
-"""What every bundle can be decoded by, beside its tiers; lossless."""
+BASELINES = ("autoregressive", "prompt-lookup", "medusa", "speculative")
+"""What a bundle can be decoded by beside its tiers, lossless: every bundle, but for `medusa`, which takes one with heads."""
 
 METHODS = (*BASELINES, *TIERS)
 """In the order of what they save, as a rule."""
@@ -21,6 +21,18 @@ AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max
 
 PROMPT_LOOKUP = Policy(drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10)
 """What followed the same words before is proposed, as many tokens as its author does; no draft model is asked."""
+
+MEDUSA = Policy(
+    drafter="heads",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=63,
+    children=(10,),
+    beam=10,
+)
+"""Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten likeliest tokens of each
+head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are likeliest after the text at hand."""
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:
@@ -39,6 +51,8 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
         return speculative(num_draft_tokens)
     if method == "prompt-lookup":
         return PROMPT_LOOKUP
+    if method == "medusa":
+        return MEDUSA
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method not in tiers:

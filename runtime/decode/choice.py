@@ -58,6 +58,11 @@ def ranking(
     return found
 
 
+def columns_of(ids: Tensor, ids_V: Tensor | None) -> Tensor:
+    """Columns of logits whose tokens are among `ids`; those that have none are left out."""
+    return ids if ids_V is None else torch.isin(ids_V.cpu(), ids).nonzero()[:, 0]
+
+
 def check_chosen(tokens: Sequence[int]) -> None:
     """Raises EngineError where logits were no distribution to choose from."""
     if min(tokens) < 0:

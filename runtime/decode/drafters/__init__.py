@@ -5,15 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.heads import HeadsDrafter
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.drafters.prompt_lookup import PromptLookup
-from ssv.runtime.engines.contract import Engine
+from ssv.runtime.engines.contract import Engine, HeadsEngine
 
 
-def drafters(target: Engine, draft: Engine | None, eos_ids: Tensor) -> dict[str, Drafter]:
+def drafters(
+    target: Engine, draft: Engine | None, eos_ids: Tensor, heads: HeadsEngine | None = None
+) -> dict[str, Drafter]:
     """The drafters that there are, by the name that a policy has for them (`ssv.bundle.policy.Policy.drafter`)."""
     eos_set = frozenset(eos_ids.tolist())
     found: dict[str, Drafter] = {"prompt-lookup": PromptLookup(eos_set)}
     if draft is not None:
         found["model"] = ModelDrafter(target, draft, eos_ids)
+    if heads is not None:
+        found["heads"] = HeadsDrafter(heads, eos_ids)
     return found
