@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -25,10 +24,10 @@ def convert_heads(source: Path, out: Path) -> None:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{source} does not exist") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the unpickler makes of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{source} is damaged or holds more than tensors, and is not read ({str(error).splitlines()[0]}): ask its authors for a "
-            "safetensors file"
+            f"{source} is damaged or holds more than tensors, and is not read ({reason}): ask its authors for a safetensors file"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()

@@ -41,7 +41,7 @@ class Settings:
     """Of one request; None leaves a setting to the server.
 
     Attributes:
-        tier: premium, balanced or turbo, or autoregressive, prompt-lookup or speculative, for comparison.
+        tier: premium, balanced or turbo, or autoregressive, prompt-lookup, medusa or speculative, for comparison.
         max_divergence: the fastest tier whose measured divergence stays below it, instead of `tier`.
         chat: whether the prompt is a user's message, or a text to continue.
         timeout: seconds after which the answer ends with what there is.

@@ -28,7 +28,7 @@ from ssv.runtime.engines.torch_engine import (
     target_engine,
 )
 from ssv.runtime.memory import give_back
-from ssv.runtime.methods import policy_for
+from ssv.runtime.methods import TIERS, baselines, policy_for
 from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
@@ -195,6 +195,11 @@ class LLM:
             max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
         )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What it can decode by, in the order of `METHODS`."""
+        return (*baselines(self.heads is not None), *(name for name in TIERS if name in self.tiers))
 
     def chat_ids(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a user's message in the model's chat template, up to where the assistant answers."""

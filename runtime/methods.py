@@ -11,7 +11,10 @@ TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
 BASELINES = ("autoregressive", "prompt-lookup", "medusa", "speculative")
-"""What a bundle can be decoded by beside its tiers, lossless: every bundle, but for `medusa`, which takes one with heads."""
+"""What a bundle can be decoded by beside its tiers, lossless."""
+
+NEEDS_HEADS = ("medusa",)
+"""What takes a bundle with Medusa's heads."""
 
 METHODS = (*BASELINES, *TIERS)
 """In the order of what they save, as a rule."""
@@ -33,6 +36,11 @@ MEDUSA = Policy(
 )
 """Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten likeliest tokens of each
 head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are likeliest after the text at hand."""
+
+
+def baselines(has_heads: bool) -> tuple[str, ...]:
+    """Of `BASELINES` those that a bundle with or without heads can be decoded by."""
+    return tuple(name for name in BASELINES if has_heads or name not in NEEDS_HEADS)
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:

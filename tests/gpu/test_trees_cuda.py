@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
+from tiny import random_draft, random_heads, relative_error, tiny_decoder, tiny_ids
 from trees import branches, int32, logits_of_chain, path_to, random_parents, run
 
 from ssv.bundle.policy import Policy
 from ssv.model.scorer import Scorer
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
-from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
-from ssv.runtime.methods import AUTOREGRESSIVE
+from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, heads_engine, target_engine
+from ssv.runtime.methods import AUTOREGRESSIVE, MEDUSA
 from ssv.runtime.request import MAX_PENDING, Request, SamplingParams
 
 DEVICE = "cuda"
@@ -73,7 +73,16 @@ TREES = {
     "static": tree(20, children=(1, 1, 3, 1), beam=3, max_depth=8),
     "bushy": tree(12, children=(4,), beam=3, max_depth=3),
     "eagle": tree(60, children=(10,), beam=10, max_depth=7),
+    "medusa": MEDUSA,
 }
+
+
+@any_precision
+def test_heads(precision: Any, tolerance: float) -> None:
+    heads, hidden = random_heads(tiny_decoder(), 2), torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    found = heads_engine(heads, precision=precision, device=DEVICE)
+    assert found.token_ids_V is not None and torch.equal(found.token_ids_V.cpu(), heads.token_ids)
+    assert relative_error(found.logits(hidden.to(DEVICE)).cpu(), heads.logits(hidden)) < tolerance
 
 
 @pytest.mark.parametrize("kind", ["conditioned", "standalone"])
@@ -101,7 +110,8 @@ def decoded(requests: list[Request], policy: Policy, kind: Any) -> tuple[list[tu
     scorer = Scorer(torch.randn(decoder.spec.hidden_size + 3) / 4, torch.tensor(0.1), True)
     sizes: dict[str, Any] = {"precision": "fp32", "max_batch": 3, "max_length": 64 + 2 * MAX_PENDING, "device": DEVICE}
     engines = target_engine(decoder, draft=draft, **sizes), draft_engine(draft, scorer=scorer, **sizes)
-    loop = DecodeLoop(DecodeBatch(*engines, [1], 64), frozenset([1]))
+    heads = heads_engine(random_heads(decoder), precision="fp32", device=DEVICE)
+    loop = DecodeLoop(DecodeBatch(*engines, [1], 64, heads=heads), frozenset([1]))
     for index, request in enumerate(requests):
         loop.submit(index, request, policy, None)
     tokens: dict[int, tuple[int, ...]] = {}

@@ -4,7 +4,7 @@ POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models a
 ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
-NAME:autoregressive, NAME:prompt-lookup and NAME:speculative.
+NAME:autoregressive, NAME:prompt-lookup, NAME:speculative and, of a bundle with heads, NAME:medusa.
 
 What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
 /v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
@@ -51,7 +51,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
-from ssv.runtime.methods import BASELINES
+from ssv.runtime.methods import baselines
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import Metrics, boards_folder
 from ssv.runtime.serving.tls import certificate_name
@@ -128,6 +128,7 @@ class Models:
     name: str
     tiers: tuple[str, ...]
     created: int
+    has_heads: bool = False
 
     @classmethod
     def of_bundle(cls, bundle: Path) -> Models:
@@ -137,11 +138,12 @@ class Models:
             BundleError: see `read_manifest`.
         """
         manifest = read_manifest(bundle, verify=False)
-        return cls(manifest.name, tuple(manifest.tiers), int((bundle / MANIFEST_NAME).stat().st_mtime))
+        created = int((bundle / MANIFEST_NAME).stat().st_mtime)
+        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return (*self.tiers, *BASELINES)
+        return (*self.tiers, *baselines(self.has_heads))
 
     def method_of(self, model: str) -> str | None:
         """What a model's suffix says; None without one.

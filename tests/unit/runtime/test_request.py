@@ -96,10 +96,11 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 
 def test_methods() -> None:
-    assert METHODS == ("autoregressive", "prompt-lookup", "speculative", "premium", "balanced", "turbo")
+    assert METHODS == ("autoregressive", "prompt-lookup", "medusa", "speculative", "premium", "balanced", "turbo")
     assert policy_for("autoregressive", {}).max_pending == 0
     for k in (1, 5, 32):
         assert policy_for("speculative", {}, k) == Policy(accept_below=0, verify_above=1, risk_budget=1, max_pending=k)
+    assert policy_for("medusa", {}).drafter == "heads" and policy_for("medusa", {}).lossless
     assert policy_for("turbo", {"premium": PREMIUM, "turbo": TURBO}) is TURBO
 
 
@@ -120,7 +121,7 @@ def test_speculative_needs_a_token(k: int) -> None:
 def test_unknown_method() -> None:
     with pytest.raises(
         RequestError,
-        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, speculative, premium, balanced, turbo",
+        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, medusa, speculative, premium, balanced, turbo",
     ):
         policy_for("Premium", {"Premium": PREMIUM})
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import random_draft, tiny_decoder, tiny_ids
 
-from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
+from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
@@ -33,7 +33,9 @@ TIERS = {
     "balanced": Policy(accept_below=0.05, verify_above=0.4, risk_budget=0.7, max_pending=8),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
-METHODS = ("autoregressive", "prompt-lookup", "speculative", *TIERS)
+METHODS = ("autoregressive", "prompt-lookup", "medusa", "speculative", *TIERS)
+KEEP_NOTHING = ("autoregressive", "prompt-lookup", "medusa")
+"""Methods for which the target alone keeps something of a prompt."""
 KINDS = ("standalone", "conditioned")
 MAX_LENGTH = 64
 CHUNK = 3
@@ -52,6 +54,7 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int) -> LLM:
         tiers=TIERS,
         max_length=MAX_LENGTH,
         prefill_chunk=prefill_chunk,
+        heads=FakeHeads(target, noise=0.5),
     )
 
 
@@ -474,7 +477,7 @@ def cached(play: Play) -> list[int]:
 
 
 @pytest.mark.parametrize("busy", range(3))
-@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative", "turbo"])
+@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "medusa", "speculative", "turbo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_that_was_computed_before_is_not_computed_again(kind: str, method: str, busy: int) -> None:
     """In any row of the cache, also while rows before it leave."""
@@ -522,12 +525,8 @@ def test_what_is_cached_is_the_longest_beginning_of_those_before(kind: str, chun
     for i in range(40):
         prompt_ids = tuple(rng.choice((3, 3, 4)) for _ in range(rng.randint(1, 20)))
         method, temperature = rng.choice(("autoregressive", *METHODS)), rng.choice((0.0, 0.9))
-        drafts = method not in ("autoregressive", "prompt-lookup")  # the target alone keeps something
-        before = [
-            each.prompt_ids
-            for each in play.requests
-            if (each.method not in ("autoregressive", "prompt-lookup")) == drafts
-        ]
+        drafts = method not in KEEP_NOTHING
+        before = [each.prompt_ids for each in play.requests if (each.method not in KEEP_NOTHING) == drafts]
         common = [
             next(
                 (n for n, (a, b) in enumerate(zip(prompt_ids, other, strict=False)) if a != b),

@@ -14,7 +14,7 @@ from chi_square import p_value
 from drive import start
 from torch import Tensor
 
-from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
+from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import choice
@@ -84,6 +84,7 @@ def make_llm(
         tiers=tiers,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
+        heads=FakeHeads(target, noise=0.5),
     )
 
 
@@ -546,7 +547,7 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
-            "unknown method 'fast'; known: autoregressive, prompt-lookup, speculative, premium",
+            "unknown method 'fast'; known: autoregressive, prompt-lookup, medusa, speculative, premium",
         ),
     ]
     for request, message in refused:
@@ -821,8 +822,8 @@ def test_a_seed_gives_the_same_text_with_every_lossless_method(kind: str, token_
             "tiers": LOSSY,
         }
         plain = visible(run(make_llm(**options), [Request((1, 2), "autoregressive", params)])[0])
-        methods = ["speculative", "premium", "turbo", "autoregressive", "prompt-lookup"]
-        outputs = run(make_llm(max_batch=5, **options), [Request((1, 2), method, params, 4) for method in methods])
+        methods = ["speculative", "premium", "turbo", "autoregressive", "prompt-lookup", "medusa"]
+        outputs = run(make_llm(max_batch=6, **options), [Request((1, 2), method, params, 4) for method in methods])
         for method, output in zip(methods, outputs, strict=True):
             if method != "turbo":
                 assert visible(output) == plain

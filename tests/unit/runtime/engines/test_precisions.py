@@ -18,7 +18,7 @@ from ssv.support.prompts import read_prompts
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("precisions")
-    build(write_recipe(folder), folder / "bundle")
+    build(write_recipe(folder, heads=True), folder / "bundle")
     return folder / "bundle"
 
 
