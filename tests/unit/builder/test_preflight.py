@@ -17,8 +17,6 @@ from tiny_bundle import RECIPE, build, write_recipe
 
 from ssv.builder import pair
 from ssv.builder.cli import main
-from ssv.builder.target import load_target
-from ssv.model.heads import load_heads
 from ssv.support.console import ended_by_sigterm, run_command
 
 
@@ -128,15 +126,6 @@ def test_a_batch_of_nothing_is_refused(
         main([command, str(recipe), "--out", "out", *more, "--batch", batch])
     assert caught.value.code == 2
     assert f"--batch: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
-
-
-def test_heads_are_distilled_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, heads=True)
-    out = tmp_path / "made" / "heads.safetensors"
-    assert main(["distill", str(recipe), "--kind", "medusa", "--out", str(out)]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert len(facts["agreement_by_head"]) == 3 and facts["tokens_trained"] > 0
-    assert load_heads(out, load_target(tmp_path / "target").decoder).spec.num_heads == 3
 
 
 def test_a_recipe_without_heads_says_what_to_add(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_decoder, whole_window
+from tiny_bundle import write_recipe
 
+from ssv.builder.cli import main
 from ssv.builder.config import HeadsConfig
+from ssv.builder.target import load_target
 from ssv.builder.training import heads as training
 from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.training.heads import HeadsResult, distill_heads, measure_heads
@@ -130,3 +134,12 @@ def test_agreement_is_counted_where_the_assistant_speaks() -> None:
         expected.append(sum(int(choice_BT[b, t]) == token for b, t in places) / len(places))
     assert measure_heads(target, heads, data, 8) == pytest.approx(expected)
     assert expected[0] > 0
+
+
+def test_heads_are_distilled_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, heads=True)
+    out = tmp_path / "made" / "heads.safetensors"
+    assert main(["distill", str(recipe), "--kind", "medusa", "--out", str(out)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["agreement_by_head"]) == 3 and facts["tokens_trained"] > 0
+    assert load_heads(out, load_target(tmp_path / "target").decoder).spec.num_heads == 3
