@@ -123,6 +123,7 @@ class Models:
         name: of the bundle.
         tiers: that it has.
         created: Unix time.
+        has_heads: whether it can be decoded by Medusa's heads.
     """
 
     name: str
