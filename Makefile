@@ -18,7 +18,7 @@ $(VENV)/.ready: setup.py constraints.txt runtime/_processors.h runtime/engines/_
 
 demo: setup
 	$(BIN)/ssv-build pair builder/presets/smollm2-135m.yaml --out $(BUNDLE)
-	$(BIN)/ssv-build inspect $(BUNDLE)
+	$(BIN)/ssv-build inspect --bundle $(BUNDLE)
 	$(BIN)/ssv-generate --bundle $(BUNDLE) --max-tokens 120 "Explain how rainbows form."
 	$(BIN)/ssv-bench --bundle $(BUNDLE) --prompts benchmarks/prompts/demo.jsonl --plot bundles/demo.png
 
@@ -38,8 +38,8 @@ test: setup lint
 test-triton: setup $(BUNDLE)/manifest.json
 	$(BIN)/pytest tests/triton -rs
 
-# aiperf, guidellm, LangChain, litellm, openai and Prometheus before a real server. guidellm's loader of data wants torch: by version, as
-# in setup.py. Prometheus is the system's, or SSV_PROMETHEUS.
+# aiperf, guidellm, LangChain, litellm, openai and Prometheus before a real server. guidellm's loader of data wants torch:
+# by version, as in setup.py. Prometheus is the system's, or SSV_PROMETHEUS.
 CLIENTS := build/clients
 test-clients: setup $(BUNDLE)/manifest.json $(CLIENTS)/.ready
 	SSV_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/pytest tests/triton/test_foreign_clients.py -rs
@@ -54,8 +54,8 @@ $(CLIENTS)/.ready: setup.py constraints-clients.txt
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu/test_kernels_cuda.py tests/gpu/test_torch_engine_cuda.py tests/gpu/test_trees_cuda.py tests/gpu/test_service_cuda.py
 
-# Memory is allocated piece by piece, or what lies beside a tensor would be torch's too. torch's own kernels are left out, but for
-# initcheck, which has to see what they write.
+# Memory is allocated piece by piece, or what lies beside a tensor would be torch's too. torch's own kernels are left
+# out, but for initcheck, which has to see what they write.
 sanitize:
 	for tool in memcheck racecheck synccheck initcheck; do \
 	  if [ $$tool = initcheck ]; then skip=; else skip="--kernel-name-exclude kernel_substring=_ZN"; fi; \

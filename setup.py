@@ -23,21 +23,24 @@ SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicor
 
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
-    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate"],
+    "builder": [*TORCH, *TOKENIZER, "gguf", "accelerate", "scipy"],
     # Compiles the kernels of the plugins. PyTorch's CUDA builds bring the Triton that they want along.
     "kernels": [*TORCH, "triton"],
-    # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where its GPU is.
+    # What quantizes, and the TensorRT that builds without a GPU. Its sibling for data centres, tensorrt-cu13, is where
+    # its GPU is.
     "engines": [*TORCH, *TOKENIZER, "nvidia-modelopt==0.47.0", "tensorrt-rtx-cu13==1.7.1.116"],
     # What watches over a tritonserver that is there, and the OpenAI API before it; `serve` brings a tritonserver along.
     "server": SERVER,
     "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
     "plot": ["matplotlib"],
     # Comparisons need no torch: they ask servers.
-    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2"],
+    "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2", "prometheus-client"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         "pytest",
         "pytest-xdist",
+        "hypothesis",
+        "cryptography",
         "ruff",
         "mypy",
         "types-PyYAML",
@@ -51,9 +54,9 @@ EXTRAS = {
     ],
 }
 
-# Clients that others wrote, for tests against a real server (`make test-clients`). Not of `all`: they ask for other versions of what is
-# used here, so that they have an environment of their own, without torch. guidellm, which has its dependencies here but for torch, is
-# installed beside them without any.
+# Clients that others wrote, for tests against a real server (`make test-clients`). Not of `all`: they ask for other
+# versions of what is used here, so that they have an environment of their own, without torch. guidellm, which has its
+# dependencies here but for torch, is installed beside them without any.
 CLIENTS = [
     "aiperf==0.13.0",
     "langchain-openai==1.7.4",

@@ -125,7 +125,10 @@ def analyse(
 
 
 def _compared(
-    settings: RunSettings, arm: Arm, found: Mapping[str, Mapping[int, list[Sample]]], prices: Mapping[str, Price | None],
+    settings: RunSettings,
+    arm: Arm,
+    found: Mapping[str, Mapping[int, list[Sample]]],
+    prices: Mapping[str, Price | None],
     levels: Mapping[str, float],
 ) -> tuple[dict[str, Any], Rival]:  # fmt: skip
     """An arm against the first."""
@@ -241,8 +244,8 @@ def _notes(
         )
     if unanswered := {row.arm: row.unanswered for row in rows if row.unanswered}:
         notes.append(
-            f"Of {', '.join(unanswered)}, {sum(row.unanswered for row in rows)} responses ended within their reasoning, without an answer, "
-            "and are wrong answers: give more --max-tokens."
+            f"Of {', '.join(unanswered)}, {sum(row.unanswered for row in rows)} responses ended within their "
+            "reasoning, without an answer, and are wrong answers: give more --max-tokens."
         )
     if other := {arm.name: settings.temperature_of(arm) for arm in settings.arms if arm.temperature is not None}:
         notes.append(
@@ -257,17 +260,18 @@ def _notes(
         )
     elif any(d["interval"] is None for c in comparisons for ds in c["differences"].values() for d in ds):
         notes.append(
-            f"A percentile has an interval where {MIN_BEYOND} requests of each arm lie beyond it: p95 of 100 requests, p99 of 500."
+            f"A percentile has an interval where {MIN_BEYOND} requests of each arm lie beyond it: "
+            "p95 of 100 requests, p99 of 500."
         )
     if cached := {f"{row.arm} {row.cached_share:.0%}" for row in rows if row.cached_share > 0.05}:
         notes.append(
-            "Servers had part of the prompts in their cache, from the turns before; times to the first token would be longer on "
-            f"fresh prompts ({', '.join(sorted(cached))} of the prompts' tokens)."
+            "Servers had part of the prompts in their cache, from the turns before; times to the first token would be "
+            f"longer on fresh prompts ({', '.join(sorted(cached))} of the prompts' tokens)."
         )
     if thin := sorted({row.concurrency for row in rows if row.in_flight < 0.75 * row.concurrency}):
         notes.append(
-            f"At concurrency {', '.join(map(str, thin))} fewer requests ran side by side than that on average, as blocks end one by one: "
-            "give --blocks-of a multiple of it."
+            f"At concurrency {', '.join(map(str, thin))} fewer requests ran side by side than that on average, "
+            "as blocks end one by one: give --blocks-of a multiple of it."
         )
     if any(row.requests < 200 for row in rows):
         notes.append("A p99 of fewer than 200 requests is little more than the slowest one.")

@@ -7,24 +7,29 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ssv.ab import scoring
+from ssv.support.errors import UserError
 
 _STOPPED = (
-    "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_word", "stop_words", "stop_token", "complete",
+    "stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_word", "stop_words", "stop_token",
+    "complete",
 )  # fmt: skip
 _LIMITED = ("length", "max_tokens", "max_output_tokens", "max_length", "model_length")
 
 ENDINGS = frozenset((*_STOPPED, *_LIMITED))
-"""How an answer ends: `stop` and `length`, as servers name them, in any letter case. Whatever else ends a response (`abort`, `error`,
-`content_filter`, `tool_calls` where no tools were given, `deadline`, names nobody knows) leaves no answer."""
+"""How an answer ends: `stop` and `length`, as servers name them, in any letter case.
+
+Whatever else ends a response (`abort`, `error`, `content_filter`, `tool_calls` where no tools were given, `deadline`,
+names nobody knows) leaves no answer.
+"""
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError):
     """An endpoint is not there, refused, broke off, or sent what cannot be an answer; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Of all requests of a run.
+    """How all requests of a run are sampled.
 
     Attributes:
         timeout: seconds that a response may take to come.
@@ -37,10 +42,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Attributes:
-    at: seconds since the request; None of an answer that was not streamed.
-    tokens: None where the endpoint does not say how many a piece is.
-    is_reasoning: whether the endpoint sent it as what was thought before the answer.
+    """A response of a stream, or the only one.
+
+    Attributes:
+        at: seconds since the request; None of an answer that was not streamed.
+        tokens: None where the endpoint does not say how many a piece is.
+        is_reasoning: whether the endpoint sent it as what was thought before the answer.
     """
 
     at: float | None
@@ -51,14 +58,18 @@ class Piece:
 
 @dataclass(slots=True)
 class Answer:
-    """Attributes:
-    text: of the answer, with what the model wrote between tags of thinking.
-    reasoning: what the endpoint sent apart from it.
-    arrivals: seconds from the request to each response, and the tokens in it, reasoning included; none of an answer that was not streamed.
-    ttfo_s: seconds to the first token of the answer itself; None without one.
-    output_tokens: reasoning included; `reasoning_tokens`: of them.
-    cached_tokens: of the prompt, computed before.
-    target_passes, judged, accepted, unverified, tier, lossless: None where the endpoint does not say; see `ssv.client.triton.Reply`.
+    """What came of one request.
+
+    Attributes:
+        text: of the answer, with what the model wrote between tags of thinking.
+        reasoning: what the endpoint sent apart from it.
+        arrivals: seconds from the request to each response, and the tokens in it, reasoning included; none of an answer
+            that was not streamed.
+        ttfo_s: seconds to the first token of the answer itself; None without one.
+        output_tokens: reasoning included; `reasoning_tokens`: of them.
+        cached_tokens: of the prompt, computed before.
+        target_passes, judged, accepted, unverified, tier, lossless: None where the endpoint does not say; see
+            `ssv.client.triton.Reply`.
     """
 
     text: str = ""
@@ -85,8 +96,8 @@ def answer_of(
 
     Args:
         output_tokens: of the pieces together, the reasoning included; None where each says its own.
-        reasoning_tokens: of them, as the endpoint says, also of reasoning that it keeps to itself; None where it does not: they are then
-            those of the pieces that are reasoning.
+        reasoning_tokens: of them, as the endpoint says, also of reasoning that it keeps to itself; None where it does
+            not: they are then those of the pieces that are reasoning.
     """
     text = "".join(piece.text for piece in pieces if not piece.is_reasoning)
     thought = _thought(pieces, scoring.thinking(text))
@@ -113,7 +124,8 @@ def check_answer(answer: Answer, sampling: Sampling) -> Answer:
         raise EndpointError("the stream ended before the answer did")
     if answer.finish_reason.casefold() not in ENDINGS:
         raise EndpointError(f"the response ended by {answer.finish_reason!r}, which is no end of an answer")
-    # Endpoints differ in whether they count the token that ends an answer, and some in more; and in whether reasoning is limited, too.
+    # Endpoints differ in whether they count the token that ends an answer, and some in more; and in whether reasoning
+    # is limited, too.
     if answer.output_tokens - answer.reasoning_tokens > 2 * sampling.max_tokens:
         raise EndpointError(f"{answer.output_tokens} tokens cannot be, of {sampling.max_tokens} at most")
     texts = answer.text + answer.reasoning
@@ -123,7 +135,7 @@ def check_answer(answer: Answer, sampling: Sampling) -> Answer:
 
 
 def _thought(pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Of each piece whether it is reasoning: sent as such, or wholly within where the text is thinking."""
+    """Whether each piece is reasoning: sent as such, or wholly within where the text is thinking."""
     found, start = [], 0
     for piece in pieces:
         end = start + (0 if piece.is_reasoning else len(piece.text))

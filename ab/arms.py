@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
+from ssv.support.errors import UserError
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
 
 _NUMBERS = ("gpus", "price_per_hour", "price_per_1m_tokens")
 _FOR_ANY = (*_NUMBERS, "temperature")
-_FOR_TRITON = ("tier", "max_divergence")
+_FOR_TRITON = ("method", "max_divergence")
 _SWITCHES = ("max_completion_tokens", "stream_options", "stream", "seed")
 _FOR_OPENAI = ("model", *_SWITCHES)
 
@@ -32,14 +34,17 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Attributes:
-    url: without the settings.
-    tier, max_divergence: asked of a server of ssv; None for its default.
-    model: asked of an OpenAI endpoint.
-    gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the temperature "default" is
-        the server's own, and not sent.
-    max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
-    stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the stream, and with a seed.
+    """What is compared: an endpoint, and how it is asked.
+
+    Attributes:
+        url: without the settings.
+        tier, max_divergence: asked of a server of ssv; None for its default.
+        model: asked of an OpenAI endpoint.
+        gpus, price_per_hour, price_per_1m_tokens, temperature: where they differ from those of the command line; the
+            temperature "default" is the server's own, and not sent.
+        max_completion_tokens: whether the limit of tokens is sent under that name, not as `max_tokens`.
+        stream, stream_options, seed: whether an OpenAI endpoint is asked to stream, for its usage at the end of the
+            stream, and with a seed.
     """
 
     name: str
@@ -87,36 +92,37 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """NAME=grpc://host:8001?tier=balanced, NAME=http://host:8003/v1?model=NAME; grpcs and https speak TLS.
+    """NAME=grpc://host:8001?method=balanced, NAME=http://host:8003/v1?model=NAME; grpcs and https speak TLS.
 
     Raises:
-        ValueError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     name, equals, url = text.partition("=")
     if not equals or not _NAME.fullmatch(name):
-        raise ValueError(f"{text!r} is no arm: give NAME=grpc://host:port or NAME=http://host:port/v1?model=...")
+        raise UserError(f"{text!r} is no arm", "give NAME=grpc://host:port or NAME=http://host:port/v1?model=...")
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("grpc", "grpcs", "http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_address = False
     if not is_address:
-        raise ValueError(f"arm {name}: {url!r} is no address: give grpc://host:port or http://host:port/v1")
+        raise UserError(f"arm {name}: {url!r} is no address", "give grpc://host:port or http://host:port/v1")
     if "@" in parts.netloc:
-        raise ValueError(
-            f"arm {name}: its address has a name or a key in it, which reports would show: give the key in SSV_AB_KEY_..."
+        raise UserError(
+            f"arm {name}: its address has a name or a key in it, which reports would show",
+            "give the key in SSV_AB_KEY_...",
         )
     known = _FOR_ANY + (_FOR_OPENAI if parts.scheme.startswith("http") else _FOR_TRITON)
     settings = parse_qsl(parts.query, keep_blank_values=True)
     given = dict(settings)
     if len(given) < len(settings):
-        raise ValueError(f"arm {name}: {parts.query!r} says something twice: give each setting once")
+        raise UserError(f"arm {name}: {parts.query!r} says something twice", "give each setting once")
     if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"arm {name}: unknown setting {unknown[0]!r}; known for {parts.scheme}: {', '.join(known)}")
+        raise UserError(f"arm {name}: unknown setting {unknown[0]!r}; known for {parts.scheme}: {', '.join(known)}")
     if parts.scheme.startswith("http") and not given.get("model"):
-        raise ValueError(f"arm {name} names no model: add ?model=... to its address")
-    if "tier" in given and "max_divergence" in given:
-        raise ValueError(f"arm {name} has a tier and a max_divergence: give one of them")
+        raise UserError(f"arm {name} names no model", "add ?model=... to its address")
+    if "method" in given and "max_divergence" in given:
+        raise UserError(f"arm {name} has a method and a max_divergence", "give one of them")
     address = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
     numbers: dict[str, Any] = {
         key: _number(name, key, given[key]) for key in (*_NUMBERS, "max_divergence") if key in given
@@ -124,7 +130,7 @@ def parse_arm(text: str) -> Arm:
     return Arm(
         name,
         address,
-        tier=given.get("tier"),
+        tier=given.get("method"),
         model=given.get("model"),
         temperature=_temperature(name, given["temperature"]) if "temperature" in given else None,
         **numbers,
@@ -133,24 +139,24 @@ def parse_arm(text: str) -> Arm:
 
 
 def check_arms(arms: Sequence[Arm]) -> None:
-    """Raises ValueError: fewer than two arms, or two of one name."""
+    """Raises UserError: fewer than two arms, or two of one name."""
     names = [arm.name for arm in arms]
     if len(arms) < 2:
-        raise ValueError("there is nothing to compare: give --a and --b")
+        raise UserError("there is nothing to compare", "give --a and --b")
     if len(set(names)) < len(names):
-        raise ValueError(f"arms {', '.join(names)} must have different names: choose others")
+        raise UserError(f"arms {', '.join(names)} must have different names", "choose others")
     by_variable: dict[str, str] = {}
     for arm in arms:
         if arm.is_openai and (other := by_variable.setdefault(arm.key_variable, arm.name)) != arm.name:
-            raise ValueError(
-                f"arms {other} and {arm.name} would both be asked with the key in {arm.key_variable}: choose names that differ in more than "
-                "case and punctuation"
+            raise UserError(
+                f"arms {other} and {arm.name} would both be asked with the key in {arm.key_variable}",
+                "choose names that differ in more than case and punctuation",
             )
 
 
 def _switch(arm: str, key: str, text: str) -> bool:
     if text not in ("yes", "no"):
-        raise ValueError(f"arm {arm}: {key}={text} must be yes or no")
+        raise UserError(f"arm {arm}: {key}={text} must be yes or no")
     return text == "yes"
 
 
@@ -162,7 +168,7 @@ def _temperature(arm: str, text: str) -> float | str:
     except ValueError:
         value = float("nan")
     if not 0 <= value < float("inf"):
-        raise ValueError(
+        raise UserError(
             f"arm {arm}: temperature={text} must be a number, 0 or above, or `default` for the server's own"
         )
     return value
@@ -174,5 +180,5 @@ def _number(arm: str, key: str, text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise ValueError(f"arm {arm}: {key}={text} must be a number above 0")
+        raise UserError(f"arm {arm}: {key}={text} must be a number above 0")
     return value

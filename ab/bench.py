@@ -1,89 +1,61 @@
 """ssv-bench: compares ways to decode on a file of prompts.
 
-Methods take turns on each group of prompts, in a rotating order, so that a machine whose speed drifts slows all of them alike; speed-ups
-are ratios within the run.
+Methods take turns on each group of prompts, in a rotating order, so that a machine whose speed drifts slows all of them
+alike. All prompts are run again, in rounds, until the intervals of the speed-ups are narrow. No time is discarded:
+where rounds disagree, that is said.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import math
-import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from ssv.ab.bench_view import MethodRow, check_plot, plot, print_tables
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Output, Request, RequestError, SamplingParams
-from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
+from ssv.support.console import (
+    add_device,
+    add_engine,
+    add_max_rows,
+    add_precision,
+    add_threads,
+    add_version,
+    positive,
+    run_command,
+)
 from ssv.support.environment import commit, machine, versions
 from ssv.support.progress import Report, terminal_report
 from ssv.support.prompts import read_prompts
 from ssv.support.waiting import waiting
 
 if TYPE_CHECKING:
+    from ssv.ab.statistics import Interval
     from ssv.runtime.llm import LLM
 
 BASELINE = "autoregressive"
 
 
-@dataclass(frozen=True, slots=True)
-class MethodRow:
-    """What a method came to.
+@dataclass(slots=True)
+class Tally:
+    """What a method did.
 
     Attributes:
-        tokens_per_s: emitted tokens per second of decoding, the prompts' included.
-        speedup, speedup_low, speedup_high: over the baseline in the same run, with its 95 % interval over groups of prompts.
-        tokens_per_pass: emitted tokens per target pass (acceptance length).
-        target_passes_per_token, target_tokens_per_token: fewer passes is not fewer tokens through the target.
-        divergence: share of emitted tokens that are not the target's argmax given the same prefix; `divergence_margin`: by
-            more than 1 nat. Null for sampled output, where they say nothing.
-        divergence_low, divergence_high: its 95 % interval over prompts.
-        divergence_promised: what the tier's calibration bounds it to; null for a lossless method.
-        identical: share of outputs that are the baseline's, token for token.
-        ttft_ms: median time to the first token.
-        cost_per_1m_tokens: at the given price per hour; null without one.
+        outputs: by round and prompt.
+        seconds, tokens: by round and group of prompts.
     """
 
-    method: str
-    tokens_per_s: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    tokens_per_pass: float
-    target_passes_per_token: float
-    target_tokens_per_token: float
-    prompt_tokens: int
-    emitted: int
-    drafted: int
-    judged: int
-    accepted: int
-    trusted: int
-    rolled_back: int
-    acceptance_rate: float
-    divergence: float | None
-    divergence_low: float | None
-    divergence_high: float | None
-    divergence_promised: float | None
-    divergence_margin: float | None
-    identical: float
-    ttft_ms: float
-    cost_per_1m_tokens: float | None
-
-
-@dataclass(slots=True)
-class _Tally:
-    outputs: list[Output] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # by group of prompts
-    tokens: list[int] = field(default_factory=list)
+    outputs: list[list[Output]] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,25 +68,40 @@ def _parser() -> argparse.ArgumentParser:
         prog="ssv-bench", description="Compare ways to decode: speed, work of the target, and what it costs in quality."
     )
     add_version(parser)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help="what decodes")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a `prompt` each")
-    parser.add_argument("--num-prompts", type=int, help="only the first so many")
+    parser.add_argument("--num-prompts", type=int, help="only the first so many (default: all)")
     parser.add_argument(
         "--methods", help=f"comma-separated, of: {', '.join(METHODS)} (default: all that the bundle has)"
     )
     parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=1, help="prompts decoded side by side (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: 1.0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampled output (default: 0)")
+    add_max_rows(parser, "prompts decoded side by side", default=1)
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="run all prompts at most so many times (default: 3)"
+    )
+    parser.add_argument(
+        "--half-width",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="no further round once the 95 %% interval of each speed-up reaches at most this share of it to either "
+        "side (default: 0.05)",
+    )
     add_engine(parser)
     add_precision(parser)
     add_device(parser)
     add_threads(parser)
-    parser.add_argument("--price-per-hour", type=float, help="of this machine, for the cost per 1M tokens")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against divergence")
+    parser.add_argument(
+        "--price-per-hour", type=float, help="of this machine, for the cost per 1M tokens (default: none)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw speed-up, divergence and kept tokens (default: no picture)"
+    )
     return parser
 
 
@@ -124,10 +111,12 @@ def _run(args: argparse.Namespace) -> int:
         raise RequestError(f"--price-per-hour {args.price_per_hour} must be above 0")
     if args.num_prompts is not None and args.num_prompts < 1:
         raise RequestError(f"--num-prompts {args.num_prompts} must be at least 1")
-    if args.batch < 1:
-        raise RequestError(f"--batch {args.batch} must be at least 1")
+    if not 0 < args.half_width < 1:
+        raise RequestError(f"--half-width {args.half_width} is a share of a speed-up", "give a number between 0 and 1")
+    if importlib.util.find_spec("scipy") is None:
+        raise RequestError("ssv-bench needs scipy", "pip install 'ssv[ab]'")
     if args.plot is not None:
-        _check_plot(args.plot)
+        check_plot(args.plot)
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -136,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if params.greedy and (params.top_k or params.top_p < 1):
-        raise RequestError("--top-k and --top-p are of sampled output: give a --temperature above 0")
+        raise RequestError("--top-k and --top-p are of sampled output", "give a --temperature above 0")
     prompts = read_prompts(args.prompts)[: args.num_prompts]
 
     from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
@@ -147,7 +136,7 @@ def _run(args: argparse.Namespace) -> int:
             engine=args.engine,
             precision=args.precision,
             device=args.device,
-            max_batch=args.batch,
+            max_batch=args.max_rows,
             threads=args.threads,
             say=say,
         )
@@ -157,17 +146,20 @@ def _run(args: argparse.Namespace) -> int:
             prompts,
             methods or llm.methods,
             params,
-            batch=args.batch,
+            batch=args.max_rows,
+            rounds=args.rounds,
+            half_width=args.half_width,
             num_draft_tokens=args.num_draft_tokens,
             price_per_hour=args.price_per_hour,
             report=report,
         )
-    _print_table(rows, priced=args.price_per_hour is not None)
+    print_tables(rows, priced=args.price_per_hour is not None)
     for row in rows:
-        if (broken := broken_promise(row)) is not None:
-            print(broken)
+        for said in (rounds_disagree(row, args.half_width), broken_promise(row)):
+            if said is not None:
+                print(said)
     if args.plot is not None:
-        _plot(rows, args.plot)
+        plot(rows, args.plot)
     print(json.dumps(document(rows, args, llm)))
     return 0
 
@@ -179,53 +171,126 @@ def compare(
     params: SamplingParams,
     *,
     batch: int,
+    rounds: int,
+    half_width: float,
     num_draft_tokens: int,
     price_per_hour: float | None,
     report: Report,
 ) -> list[MethodRow]:
-    """Decodes every prompt with every method and audits the outputs.
+    """Decodes every prompt with every method, in rounds, and audits the outputs.
 
     Args:
         methods: the baseline among them.
+        rounds: how often all prompts are run at most.
+        half_width: no further round is run once the interval of each speed-up is as narrow, as a share of it.
     """
     ids = [llm.chat_ids(prompt) for prompt in prompts]
     groups = [ids[start : start + batch] for start in range(0, len(ids), batch)]
-    tallies = {method: _Tally() for method in methods}
+    tallies = {method: Tally() for method in methods}
 
     def decode(method: str, group: Sequence[tuple[int, ...]]) -> list[Output]:
         return llm.generate([Request(prompt, method, params, num_draft_tokens) for prompt in group])
 
     for method in methods:  # the first steps of each shape are slower
         decode(method, groups[0][:1])
-    total = len(groups) * len(methods)
-    for number, group in enumerate(groups):
-        for turn in range(len(methods)):
-            method = methods[(number + turn) % len(methods)]
-            start = time.perf_counter()
-            outputs = decode(method, group)
-            tally = tallies[method]
-            tally.seconds.append(time.perf_counter() - start)
-            tally.tokens.append(sum(len(output.token_ids) for output in outputs))
-            tally.outputs.extend(outputs)
-            done = number * len(methods) + turn + 1
-            report("bench", done, total, f"{method} {tally.tokens[-1] / tally.seconds[-1]:.0f} tokens/s")
-    baseline = tallies[BASELINE]
+    for number in range(rounds):
+        _run_round(number, groups, tallies, decode, report)
+        if all(is_narrow(speedup_of(tally, tallies[BASELINE]), half_width) for tally in tallies.values()):
+            break
     rows = []
     for number, method in enumerate(methods):
-        rows.append(_row(llm, method, ids, tallies[method], baseline, price_per_hour, greedy=params.greedy))
+        rows.append(_row(llm, method, ids, tallies[method], tallies[BASELINE], price_per_hour, greedy=params.greedy))
         report("audit", number + 1, len(methods), method)
     return rows
+
+
+def _run_round(
+    number: int,
+    groups: Sequence[Sequence[tuple[int, ...]]],
+    tallies: Mapping[str, Tally],
+    decode: Callable[[str, Sequence[tuple[int, ...]]], list[Output]],
+    report: Report,
+) -> None:
+    """Decodes every group with every method once, and adds that to the tallies."""
+    methods = list(tallies)
+    for tally in tallies.values():
+        tally.outputs.append([])
+        tally.seconds.append([])
+        tally.tokens.append([])
+    for index, group in enumerate(groups):
+        for turn in range(len(methods)):
+            method = methods[(number + index + turn) % len(methods)]
+            start = time.perf_counter()
+            outputs = decode(method, group)
+            seconds, tokens = time.perf_counter() - start, sum(len(output.token_ids) for output in outputs)
+            tally = tallies[method]
+            tally.outputs[-1].extend(outputs)
+            tally.seconds[-1].append(seconds)
+            tally.tokens[-1].append(tokens)
+            done, total = index * len(methods) + turn + 1, len(groups) * len(methods)
+            report(f"round {number + 1}", done, total, f"{method} {tokens / seconds:.0f} tokens/s")
+
+
+def speedup_of(tally: Tally, baseline: Tally) -> Interval | None:
+    """The speed-up less 1, with its 95 % interval over groups of prompts, of which each has its sums over the rounds.
+
+    Returns None of a single group, which says nothing of how others would differ from it.
+    """
+    from ssv.ab.statistics import mean_ratio_interval  # scipy takes a while, and `--help` does without
+
+    if len(tally.seconds[0]) < 2:
+        return None
+    columns = (_over_rounds(each) for each in (baseline.tokens, baseline.seconds, tally.tokens, tally.seconds))
+    return mean_ratio_interval(*columns, level=0.95)
+
+
+def _over_rounds(by_round: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(each) for each in zip(*by_round, strict=True)]
+
+
+def _mean_ratio(
+    tokens: Sequence[Sequence[int]],
+    seconds: Sequence[Sequence[float]],
+    base_tokens: Sequence[Sequence[int]],
+    base_seconds: Sequence[Sequence[float]],
+) -> float:
+    """The geometric mean of the groups' ratios of tokens per second; all by round and group."""
+    sums = zip(*(_over_rounds(each) for each in (tokens, seconds, base_tokens, base_seconds)), strict=True)
+    return geometric_mean([(n / s) / (base_n / base_s) for n, s, base_n, base_s in sums])
+
+
+def is_narrow(speedup: Interval | None, half_width: float) -> bool:
+    """Whether the interval reaches at most `half_width` of the speed-up to either side."""
+    if speedup is None:
+        return False
+    middle = 1 + speedup.estimate
+    return max(speedup.high - speedup.estimate, speedup.estimate - speedup.low) <= half_width * middle
+
+
+def rounds_disagree(row: MethodRow, half_width: float) -> str | None:
+    """What is to be said of a method of which a round's speed-up is further than `half_width` of it from that of all
+    rounds.
+    """
+    least, most = min(row.speedup_by_round), max(row.speedup_by_round)
+    if max(most - row.speedup, row.speedup - least) <= half_width * row.speedup:
+        return None
+    return (
+        f"note: rounds disagree on {row.method}: {least:.2f}x to {most:.2f}x in {len(row.speedup_by_round)} rounds. "
+        "Something else may have kept this machine busy: try again when it is idle, or with more --rounds"
+    )
 
 
 def broken_promise(row: MethodRow) -> str | None:
     """What is to be said of a tier that diverged more often than its calibration promises; None of one that did not."""
     if row.divergence is None or row.divergence_promised is None or row.divergence <= row.divergence_promised:
         return None
-    assert row.divergence_low is not None and row.divergence_high is not None
-    by_chance = row.divergence_low <= row.divergence_promised
+    by_chance, interval = True, ""
+    if row.divergence_low is not None and row.divergence_high is not None:
+        by_chance = row.divergence_low <= row.divergence_promised
+        interval = f" (95 %: {row.divergence_low:.2%} to {row.divergence_high:.2%})"
     return (
-        f"warning: {row.method} diverged in {row.divergence:.2%} of its tokens (95 %: {row.divergence_low:.2%} to "
-        f"{row.divergence_high:.2%}), above the {row.divergence_promised:.2%} that its calibration promises"
+        f"warning: {row.method} diverged in {row.divergence:.2%} of its tokens{interval}, above the "
+        f"{row.divergence_promised:.2%} that its calibration promises"
         + (
             "; with so few prompts that may be chance: try more of them"
             if by_chance
@@ -258,33 +323,40 @@ def _row(
     llm: LLM,
     method: str,
     prompts: Sequence[tuple[int, ...]],
-    tally: _Tally,
-    baseline: _Tally,
+    tally: Tally,
+    baseline: Tally,
     price_per_hour: float | None,
     *,
     greedy: bool,
 ) -> MethodRow:
     from ssv.runtime.decode.audit import audit
 
-    counters = sum((output.counters for output in tally.outputs), Counters(requests=0))
-    audits = (
-        [audit(llm.target, p, o.token_ids) for p, o in zip(prompts, tally.outputs, strict=True)] if greedy else None
-    )
-    speed = sum(tally.tokens) / sum(tally.seconds)
-    low, high = _speedup_interval(tally, baseline)
-    first = sorted(output.counters.first_token_s for output in tally.outputs)
+    outputs = tally.outputs[0]
+    counters = sum((output.counters for output in outputs), Counters(requests=0))
+    audits = [audit(llm.target, p, o.token_ids) for p, o in zip(prompts, outputs, strict=True)] if greedy else None
+    divergence = None if audits is None else _share([a.strict for a in audits], [len(o.token_ids) for o in outputs])
+    speed = sum(map(sum, tally.tokens)) / sum(map(sum, tally.seconds))
+    speedup = speedup_of(tally, baseline)
+    by_round = [
+        _mean_ratio([tokens], [seconds], [base_tokens], [base_seconds])
+        for tokens, seconds, base_tokens, base_seconds in zip(
+            tally.tokens, tally.seconds, baseline.tokens, baseline.seconds, strict=True
+        )
+    ]
+    first = sorted(output.counters.first_token_s for each in tally.outputs for output in each)
     emitted = counters.emitted
-    lengths = [len(output.token_ids) for output in tally.outputs]
-    interval = (None, None) if audits is None else _bootstrap(
-        len(audits), lambda drawn: sum(audits[i].strict for i in drawn) / sum(lengths[i] for i in drawn)
-    )  # fmt: skip
-    same = [a.token_ids == b.token_ids for a, b in zip(tally.outputs, baseline.outputs, strict=True)]
+    same = [
+        output.token_ids == base.token_ids
+        for each in tally.outputs
+        for output, base in zip(each, baseline.outputs[0], strict=True)
+    ]
     return MethodRow(
         method=method,
         tokens_per_s=speed,
-        speedup=speed * sum(baseline.seconds) / sum(baseline.tokens),
-        speedup_low=low,
-        speedup_high=high,
+        speedup=_mean_ratio(tally.tokens, tally.seconds, baseline.tokens, baseline.seconds),
+        speedup_low=1 + speedup.low if speedup is not None else None,
+        speedup_high=1 + speedup.high if speedup is not None else None,
+        speedup_by_round=by_round,
         tokens_per_pass=counters.tokens_per_pass,
         target_passes_per_token=counters.target_passes / emitted,
         target_tokens_per_token=counters.target_tokens / emitted,
@@ -296,90 +368,26 @@ def _row(
         trusted=counters.trusted,
         rolled_back=counters.rolled_back,
         acceptance_rate=counters.acceptance_rate,
-        divergence=sum(a.strict for a in audits) / emitted if audits is not None else None,
-        divergence_low=interval[0],
-        divergence_high=interval[1],
+        divergence=divergence.estimate if divergence is not None else None,
+        divergence_low=divergence.low if divergence is not None and len(outputs) > 1 else None,
+        divergence_high=divergence.high if divergence is not None and len(outputs) > 1 else None,
         divergence_promised=llm.limits.get(method),
         divergence_margin=sum(a.margin for a in audits) / emitted if audits is not None else None,
+        kept_by_depth=counters.kept_by_depth,
         identical=sum(same) / len(same),
         ttft_ms=first[len(first) // 2] * 1e3,
         cost_per_1m_tokens=price_per_hour / (speed * 3600) * 1e6 if price_per_hour is not None else None,
     )
 
 
-def _speedup_interval(tally: _Tally, baseline: _Tally) -> tuple[float, float]:
-    def ratio(drawn: Sequence[int]) -> float:
-        mine = sum(tally.tokens[i] for i in drawn) / sum(tally.seconds[i] for i in drawn)
-        return mine / (sum(baseline.tokens[i] for i in drawn) / sum(baseline.seconds[i] for i in drawn))
+def _share(found: Sequence[int], of: Sequence[int]) -> Interval:
+    """Share of the prompts' tokens, with its 95 % interval over prompts, which a single one does not have."""
+    from ssv.ab.statistics import Interval, bootstrap
 
-    return _bootstrap(len(tally.seconds), ratio)
-
-
-def _bootstrap(number: int, statistic: Callable[[Sequence[int]], float], num_draws: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic of units that are drawn by their index."""
-    rng = random.Random(0)
-    found = sorted(statistic(rng.choices(range(number), k=number)) for _ in range(num_draws))
-    return found[int(0.025 * num_draws)], found[int(0.975 * num_draws)]
-
-
-def _print_table(rows: Sequence[MethodRow], *, priced: bool) -> None:
-    headers = [
-        "method", "tokens/s", "speed-up", "95 %", "tokens/pass", "passes/token", "target tokens/token",
-        "drafted/accepted/emitted", "divergence", "identical",
-    ]  # fmt: skip
-    table = Table(*headers, *(["cost/1M"] if priced else []), title="ssv-bench")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        divergence = "-" if row.divergence is None else f"{row.divergence:.2%}"
-        cells = [
-            row.method, f"{row.tokens_per_s:.1f}", f"{row.speedup:.2f}x", f"{row.speedup_low:.2f}-{row.speedup_high:.2f}",
-            f"{row.tokens_per_pass:.2f}", f"{row.target_passes_per_token:.3f}", f"{row.target_tokens_per_token:.2f}",
-            f"{row.drafted}/{row.accepted}/{row.emitted}", divergence, f"{row.identical:.0%}",
-        ]  # fmt: skip
-        table.add_row(*cells, *([f"{row.cost_per_1m_tokens:.2f}"] if row.cost_per_1m_tokens is not None else []))
-    # A narrow terminal must not cut the figures; in a log the width is unknown.
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
-
-
-def _check_plot(path: Path) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib: pip install 'ssv[plot]'")
-    if path.suffix != ".png" or not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {path}: choose a .png file in a folder that exists")
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Values in their places, moved up as far as no two are nearer than `gap`: labels that can be read."""
-    placed: dict[int, float] = {}
-    at = -math.inf
-    for index in sorted(range(len(values)), key=lambda i: values[i]):
-        at = placed[index] = max(values[index], at + gap)
-    return [placed[index] for index in range(len(values))]
-
-
-def _plot(rows: Sequence[MethodRow], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    height = max(row.speedup_high for row in rows) - min(row.speedup_low for row in rows)
-    heights = spread([row.speedup for row in rows], height / 16)
-    for row, label in zip(rows, heights, strict=True):
-        x = (row.divergence or 0.0) * 100
-        error = [[max(0.0, row.speedup - row.speedup_low)], [max(0.0, row.speedup_high - row.speedup)]]
-        axes.errorbar([x], [row.speedup], yerr=error, fmt="o", capsize=3)
-        axes.annotate(row.method, (x, label), textcoords="offset points", xytext=(7, 2), fontsize=9)
-    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("divergence: emitted tokens that are not the target's choice, %")
-    axes.set_ylabel("speed-up over autoregressive")
-    axes.margins(x=0.2, y=0.15)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    if len(of) < 2:
+        share = sum(found) / sum(of)
+        return Interval(share, share, share, 0.95)
+    return bootstrap(lambda drawn_DC: (drawn_DC @ found) / (drawn_DC @ of), len(of), level=0.95)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from ssv.ab.questions import RIGHT_OR_WRONG, read_questions
 from ssv.ab.run import blocks_in_words, compare, digest, make_report, power_in_words, run
 from ssv.ab.watch import watch
 from ssv.support.console import add_version, run_command
+from ssv.support.errors import UserError
 from ssv.support.progress import terminal_report
 
 
@@ -36,11 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", help="make the report of a run's folder again, also of one that was cut short"
     )
-    report.add_argument("folder", type=Path)
+    report.add_argument("folder", type=Path, help="what `ssv-ab run` wrote")
     report.set_defaults(command=_report)
     both = commands.add_parser("compare", help="what has changed between two runs of the same prompts")
-    both.add_argument("before", type=Path)
-    both.add_argument("after", type=Path)
+    both.add_argument("before", type=Path, help="folder of a run")
+    both.add_argument("after", type=Path, help="folder of a later one")
     both.set_defaults(command=lambda args: compare(args.before, args.after))
     _add_watch(commands)
     return parser
@@ -54,7 +55,8 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument("log", type=Path, help="JSON lines, the `log` of the file of arms")
     parser.add_argument(
         "--guard", default="", metavar="LIMITS",
-        help='an arm that breaks one is taken out of service, such as "error_rate<2%%,e2e_p95<5s,divergence<5%%"',
+        help='an arm that breaks one is taken out of service, such as "error_rate<2%%,e2e_p95<5s,divergence<5%%" '
+        "(default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--metric", default="tpot", choices=METRICS, help="that the advice to stop goes by (default: tpot)"
@@ -62,20 +64,26 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument(
         "--equivalence", type=float, default=0.05, help="difference that does not matter (default: 0.05)"
     )
-    parser.add_argument("--metrics-url", help="of the server, such as http://host:8002/metrics, for audited divergence")
-    parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (default: 5)")
     parser.add_argument(
-        "--once", action="store_true", help="one look; exit status 4 if an arm was taken out of service"
+        "--metrics-url", help="of the server, such as http://host:8002/metrics, for audited divergence (default: none)"
     )
-    parser.add_argument("--no-fallback", action="store_true", help="only say that a guard-rail was broken")
+    parser.add_argument(
+        "--every", type=float, default=5.0, metavar="S", help="seconds between two looks (default: 5.0)"
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="one look; exit status 4 if an arm was taken out of service (default: off)"
+    )
+    parser.add_argument(
+        "--no-fallback", action="store_true", help="only say that a guard-rail was broken (default: off)"
+    )
     parser.set_defaults(command=_watch)
 
 
 def _watch(args: argparse.Namespace) -> int:
     if not 0 < args.equivalence < 1:
-        raise ValueError(f"--equivalence {args.equivalence} must be a share between 0 and 1")
+        raise UserError(f"--equivalence {args.equivalence} must be a share between 0 and 1")
     if not 0 < args.every < float("inf"):
-        raise ValueError(f"--every {args.every} must be above 0")
+        raise UserError(f"--every {args.every} must be above 0")
     guards = parse_limits(args.guard, SHARES, guard_names()) if args.guard else ()
     return watch(
         args.log,
@@ -91,39 +99,46 @@ def _watch(args: argparse.Namespace) -> int:
 def _add_run(commands: Any) -> None:
     about = "Ask arms the same prompts with the same seeds, in turns, and compare what came."
     parser = commands.add_parser("run", help="compare arms on a file of prompts", description=about, allow_abbrev=False)
-    arm = "NAME=grpc://host:8001?tier=balanced, or NAME=http://host:8003/v1?model=NAME for any OpenAI endpoint"
+    arm = "NAME=grpc://host:8001?method=balanced, or NAME=http://host:8003/v1?model=NAME for any OpenAI endpoint"
     parser.add_argument("--a", required=True, metavar="ARM", help=f"what the others are compared with: {arm}")
-    parser.add_argument("--b", required=True, metavar="ARM")
-    parser.add_argument("--arm", action="append", default=[], metavar="ARM", help="one more; repeatable")
+    parser.add_argument("--b", required=True, metavar="ARM", help="what is compared with it")
+    parser.add_argument(
+        "--arm", action="append", default=[], metavar="ARM", help="one more; repeatable (default: none)"
+    )
     parser.add_argument(
         "--prompts", type=Path, required=True, help="JSON lines: prompt, and where known answer and check"
     )
-    parser.add_argument("--num-prompts", type=int, help="only the first so many")
+    parser.add_argument("--num-prompts", type=int, help="only the first so many (default: all)")
     parser.add_argument("--concurrency", default="1", help="requests at a time, such as 1,4,8 (default: 1)")
     parser.add_argument("--blocks-of", type=int, help="prompts that run together (default: as many as the concurrency)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of the plan and of sampling")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the plan and of sampling (default: 0)")
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a response (default: 120)"
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a response (default: 120.0)"
     )
-    parser.add_argument("--price-per-hour", type=float, help="of a GPU, or of the machine")
-    parser.add_argument("--gpus", type=float, default=1.0, help="that are paid for (default: 1)")
+    parser.add_argument("--price-per-hour", type=float, help="of a GPU, or of the machine (default: none)")
+    parser.add_argument("--gpus", type=float, default=1.0, help="that are paid for (default: 1.0)")
     parser.add_argument(
-        "--utilisation", type=float, default=1.0, help="share of the paid time in which there is work (default: 1)"
+        "--utilisation", type=float, default=1.0, help="share of the paid time in which there is work (default: 1.0)"
     )
     parser.add_argument(
         "--volume",
         type=float,
         default=1e9,
         metavar="TOKENS",
-        help="output tokens a month, for what is saved (default: 1e9)",
+        help="output tokens a month, for what is saved (default: %(default)s)",
     )
     parser.add_argument(
-        "--slo", default="", metavar="LIMITS", help='such as "ttft_p95<500ms,itl_p95<80ms", for the goodput'
+        "--slo",
+        default="",
+        metavar="LIMITS",
+        help='such as "ttft_p95<500ms,itl_p95<80ms", for the goodput (default: none)',
     )
     parser.add_argument(
-        "--margin", type=float, help="by which the mean score may be lower, such as 0.02: judges quality"
+        "--margin",
+        type=float,
+        help="by which the mean score may be lower, such as 0.02: judges quality (default: none)",
     )
     parser.add_argument(
         "--discordant",
@@ -131,8 +146,12 @@ def _add_run(commands: Any) -> None:
         default=0.1,
         help="share of prompts that arms are expected to differ on (default: 0.1)",
     )
-    parser.add_argument("--cost-per-correct", action="store_true", help="also the cost of a correct answer")
-    parser.add_argument("--tls-ca", type=Path, help="PEM that certificates of grpcs:// are checked with")
+    parser.add_argument(
+        "--cost-per-correct", action="store_true", help="also the cost of a correct answer (default: off)"
+    )
+    parser.add_argument(
+        "--tls-ca", type=Path, help="PEM that certificates of grpcs:// are checked with (default: the system's)"
+    )
     parser.add_argument("--out", type=Path, help="folder to write (default: ab-runs/DATE-TIME)")
     parser.set_defaults(command=_run)
 
@@ -146,20 +165,21 @@ def _run(args: argparse.Namespace) -> int:
     questions = read_questions(args.prompts)[: args.num_prompts]
     with_answers = [question for question in questions if question.answers]
     if args.margin is not None and not with_answers:
-        raise ValueError(
-            f"--margin judges quality, and no prompt of {args.prompts} has an answer: add `answer` to them"
+        raise UserError(
+            f"--margin judges quality, and no prompt of {args.prompts} has an answer", "add `answer` to them"
         )
     if args.cost_per_correct:
         if len(with_answers) < len(questions) or any(q.check not in RIGHT_OR_WRONG for q in questions):
             lacking = next((q.id for q in questions if not q.answers or q.check not in RIGHT_OR_WRONG), "")
-            raise ValueError(
-                f"--cost-per-correct needs prompts whose answers are right or wrong, and {lacking!r} of {args.prompts} is not: "
-                "add `answer` to it"
+            raise UserError(
+                f"--cost-per-correct needs prompts whose answers are right or wrong, and {lacking!r} of {args.prompts} "
+                "is not",
+                "add `answer` to it",
             )
         if args.price_per_hour is None and any(
             a.price_per_hour is None and a.price_per_1m_tokens is None for a in arms
         ):
-            raise ValueError("--cost-per-correct needs a price: give --price-per-hour")
+            raise UserError("--cost-per-correct needs a price", "give --price-per-hour")
     settings = RunSettings(
         arms=arms,
         prompts=str(args.prompts),
@@ -199,13 +219,15 @@ def _check(args: argparse.Namespace) -> None:
     for name in above_zero:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
     for name in ("utilisation", "margin", "discordant"):
         value = getattr(args, name)
         if value is not None and not (0 < value < 1 or (name == "utilisation" and value == 1)):
-            raise ValueError(f"--{name} {value} must be a share between 0 and 1")
+            raise UserError(f"--{name} {value} must be a share between 0 and 1")
     if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature {args.temperature} must be 0 or above")
+        raise UserError(f"--temperature {args.temperature} must be 0 or above")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed} must be a whole number from 0 to 2^64 - 1")
     if args.slo:
         parse_limits(args.slo)
 
@@ -216,7 +238,7 @@ def _concurrencies(text: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or not all(1 <= concurrency <= 1024 for concurrency in found):
-        raise ValueError(f"--concurrency {text!r}: give whole numbers from 1 to 1024, such as 1,4,8")
+        raise UserError(f"--concurrency {text!r}", "give whole numbers from 1 to 1024, such as 1,4,8")
     return found
 
 

@@ -28,7 +28,7 @@ class Endpoint(Protocol):
 
 
 def connect(arm: Arm, *, ca: Path | None = None) -> Endpoint:
-    """Raises ValueError: the address cannot be one. Whether somebody is there shows when it is asked."""
+    """Raises UserError: the address cannot be one. Whether somebody is there shows when it is asked."""
     return OpenAIEndpoint(arm) if arm.is_openai else TritonEndpoint(arm, ca)
 
 

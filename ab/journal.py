@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 
 
@@ -29,8 +30,8 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Raises OSError: the disk is full, or gone."""
-        # One write, but for a disk that is nearly full: lines of several threads do not mix. Of a line that did not fit, the part that
-        # did must not take the next one with it.
+        # One write, but for a disk that is nearly full: lines of several threads do not mix. Of a line that did not
+        # fit, the part that did must not take the next one with it.
         data = (b"\n" if self._is_torn else b"") + json.dumps(record, separators=(",", ":")).encode() + b"\n"
         while data:
             written = os.write(self._file, data)
@@ -63,11 +64,11 @@ class JournalReader:
 
         Raises:
             OSError: there is no such file.
-            ValueError: the file has become shorter: it is not the same any more.
+            UserError: the file has become shorter: it is not the same any more.
         """
         with self._path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < self._offset:
-                raise ValueError(f"{self._path} has become shorter while it was read: run the command anew")
+                raise UserError(f"{self._path} has become shorter while it was read", "run the command anew")
             file.seek(self._offset)
             data = file.read()
         end = data.rfind(b"\n") + 1

@@ -1,8 +1,8 @@
 """The running comparison of live arms, from the router's log.
 
-Whoever was assigned counts once, with the first request: more requests of one user are not independent of each other. What an arm did not
-choose, answers in place of one out of service, is left out of the comparison, and so is what the first arm answers meanwhile. A shadow
-is compared by pairs of an answer and its copy.
+Whoever was assigned counts once, with the first request: more requests of one user are not independent of each other.
+What an arm did not choose, answers in place of one out of service, is left out of the comparison, and so is what the
+first arm answers meanwhile. A shadow is compared by pairs of an answer and its copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ MIN_AUDITED = 2000
 """Audited tokens before a share of them means something."""
 
 METRICS = ("tpot", "ttft", "e2e", "passes")
-"""Seconds per output token after those of the first response, to the first token, to the end; target passes per output token."""
+"""Seconds per output token after those of the first response, to the first token, to the end; target passes per output
+token.
+"""
 
 REFUSED = "INVALID_ARGUMENT"
 """Errors that are the client's: they would take an arm out of service at a client's will."""
@@ -60,12 +62,14 @@ class _Watched:
 
 @dataclass(slots=True)
 class ArmState:
-    """Attributes:
-    requests: that were assigned to the arm, and the copies it got; `errors`, `cancelled`: of them.
-    refused: requests besides that were not as they should be, in any arm.
-    values: of the answers, by metric.
-    watched: what the guards go by.
-    audited, mismatches: tokens, as the server's metrics say; None without them.
+    """What is known of an arm so far.
+
+    Attributes:
+        requests: that were assigned to the arm, and the copies it got; `errors`, `cancelled`: of them.
+        refused: requests besides that were not as they should be, in any arm.
+        values: of the answers, by metric.
+        watched: what the guards go by.
+        audited, mismatches: tokens, as the server's metrics say; None without them.
     """
 
     requests: int = 0
@@ -141,8 +145,11 @@ class LiveComparison:
             self.malformed += 1
 
     def out_of_service(self, arms: Iterable[str]) -> None:
-        """Takes which arms are. For one that has been put back the guards begin anew, and their alpha with them: what took it out of
-        service has been mended, or it would be out again at once."""
+        """Takes which arms are.
+
+        For one that has been put back the guards begin anew, and their alpha with them: what took it out of service has
+        been mended, or it would be out again at once.
+        """
         fallen = frozenset(arms)
         for arm in (self._fallen - fallen) & self.arms.keys():
             state = self.arms[arm]
@@ -153,7 +160,11 @@ class LiveComparison:
         self._fallen = fallen
 
     def audits(self, counts: Mapping[str, tuple[int, int]]) -> None:
-        """Args: counts: audited tokens and mismatches, by tier."""
+        """Takes the server's counts of audited tokens.
+
+        Args:
+            counts: audited tokens and mismatches, by tier.
+        """
         for state in self.arms.values():
             if state.tier in counts:
                 state.audited, state.mismatches = counts[state.tier]
@@ -360,6 +371,6 @@ def _waited(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _broken(limit: Limit, events: int, trials: int, share: float, alpha: float, what: str) -> str | None:
-    """In words, if more than the share of the trials certainly are events, at any time."""
+    """Says that certainly more than a share of the trials are events, at any time; None where it is not certain."""
     interval = bernoulli_interval(events, trials, alpha=alpha)
     return f"{limit}: {events} of {trials} {what}" if trials and interval.low > share + ROUNDING else None

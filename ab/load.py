@@ -16,16 +16,19 @@ from ssv.ab.journal import Journal
 from ssv.ab.plan import Turn, seed_of
 from ssv.ab.questions import Question
 from ssv.ab.samples import Sample, answered
+from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
 MAX_FAILURES = 5
-"""Requests of an arm that fail one after the other, beyond as many as run at the same time, end the run: the arm is gone."""
+"""Requests of an arm that fail one after the other, beyond as many as run at the same time, end the run: the arm is
+gone.
+"""
 
 MAX_ERROR = 500
 """Characters of an error that are kept."""
 
 
-class ArmDown(RuntimeError):
+class ArmDown(UserError):
     """An arm does not answer."""
 
 
@@ -48,7 +51,8 @@ class LoadGenerator:
         self._began = time.perf_counter()
 
     def warm_up(self, concurrency: int) -> None:
-        """Asks every arm the first prompts, as many at once as it will be asked: what is slow only once is over afterwards.
+        """Asks every arm the first prompts, as many at once as it will be asked: what is slow only once is over
+        afterwards.
 
         Raises:
             ArmDown: an arm does not answer; naming it.

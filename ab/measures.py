@@ -39,7 +39,7 @@ MAX_EXAMPLE = 400
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one arm at one concurrency.
+    """What was measured of one arm at one concurrency.
 
     Attributes:
         blocks: of prompts that ran together.
@@ -48,11 +48,13 @@ class Figures:
         in_flight: requests at the same time, on average.
         tokens_per_s: output tokens of all requests together, per second.
         latency: seconds by metric and statistic, as in `ssv.ab.limits`; without those that nobody could measure.
-        good_share: of the requests, those that met every limit of the SLO; `goodput`: of them per second. None without an SLO.
+        good_share: of the requests, those that met every limit of the SLO; `goodput`: of them per second. None without
+            an SLO.
         meets: by limit, whether the arm as a whole does.
         target_passes_per_token, unverified_share, acceptance_rate: None where the endpoint does not say.
         cached_share: of the prompts' tokens, those that the server had computed before.
-        reasoning_share: of the output tokens; `unanswered`: responses that ended within their reasoning, so that there is no answer.
+        reasoning_share: of the output tokens; `unanswered`: responses that ended within their reasoning, so that there
+            is no answer.
         score: mean of the answers' scores; None if none can be checked.
         cost_per_1m_tokens, cost_per_correct: None without a price, and answers.
         tiers, lossless: what the responses said; `lossless` None if they did not.
@@ -87,9 +89,11 @@ class Figures:
 def figures(
     samples: Sequence[Sample], *, price: Price | None, slo: Sequence[Limit], count_correct: bool = False
 ) -> Figures:
-    """Args:
-    samples: of one arm at one concurrency; at least one.
-    count_correct: whether the cost of a correct answer is wanted.
+    """The figures of one arm at one concurrency.
+
+    Args:
+        samples: of one arm at one concurrency; at least one.
+        count_correct: whether the cost of a correct answer is wanted.
     """
     fine = [sample for sample in samples if not sample.error]
     seconds = sum(_busy(turn) for turn in _turns(samples).values())
@@ -206,7 +210,8 @@ class QualityFinding:
 
 
 def quality(a: Sequence[Sample], b: Sequence[Sample], *, margin: float, level: float) -> QualityFinding | None:
-    """Non-inferiority of b over all prompts that both were asked; None if none has an answer that can be checked, or one alone a score.
+    """Non-inferiority of b over all prompts that both were asked; None if none has an answer that can be checked, or
+    one alone a score.
 
     Args:
         a, b: at all concurrencies. The scores of a prompt's samples are averaged first: they are not independent.
@@ -228,7 +233,8 @@ def quality(a: Sequence[Sample], b: Sequence[Sample], *, margin: float, level: f
     else:
         interval, kind = paired_scores(of_b - of_a, level=level, bound=1.0), Kind.SCORES
     return QualityFinding(
-        kind, len(common), float(of_a.mean()), float(of_b.mean()), interval, margin, judge(interval, margin), only_a, only_b, p
+        kind, len(common), float(of_a.mean()), float(of_b.mean()), interval, margin,
+        judge(interval, margin), only_a, only_b, p,
     )  # fmt: skip
 
 
@@ -261,7 +267,7 @@ def examples(
 
 
 def _excerpts(a: str, b: str, length: int) -> tuple[str, str]:
-    """Of two texts, the characters about where they part, with an ellipsis where something was left out."""
+    """The characters about where two texts part, with an ellipsis where something was left out."""
     parting = (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     common = next(parting, min(len(a), len(b)))
     start = 0 if common < length // 2 else common - length // 4
@@ -347,7 +353,9 @@ def _latencies(samples: Sequence[Sample], metrics: Iterable[str] = METRICS) -> d
 
 
 def _is_good(sample: Sample, slo: Sequence[Limit]) -> bool:
-    """Whether a request by itself meets the limits: its own time to the first token, its own mean or quantile between tokens."""
+    """Whether a request by itself meets the limits: its own time to the first token, its own mean or quantile between
+    tokens.
+    """
     if sample.error:
         return False
     own = _latencies([sample], {limit.metric for limit in slo})
@@ -361,7 +369,7 @@ def _ratio(
     place: Mapping[int, int],
     level: float,
 ) -> Difference | None:
-    """Of something per token; None if it was not measured."""
+    """The difference in something per token; None if it was not measured."""
     parts: list[np.ndarray] = []
     for samples, price in zip(sides, prices, strict=True):
         num, den = np.zeros(len(place)), np.zeros(len(place))
@@ -390,7 +398,7 @@ def _ratio(
 def _quantile(
     metric: str, sides: Sequence[Sequence[Sample]], place: Mapping[int, int], level: float, seed: int
 ) -> Difference | None:
-    """Of a latency; None if it was not measured."""
+    """The difference in a quantile of a latency; None if it was not measured."""
     name, _, which = metric.partition("_")
     values_and_blocks: list[np.ndarray] = []
     for samples in sides:

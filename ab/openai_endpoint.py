@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ssv.ab.answers import Answer, EndpointError, Piece, Sampling, answer_of, check_answer
 from ssv.ab.arms import Arm
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def http_client(**options: Any) -> DefaultHttpxClient:
 
 
 def api_key(arm: Arm) -> str | None:
-    """The key that an arm is asked with: SSV_AB_KEY_<ARM>'s, or OPENAI_API_KEY's if the arm is at OpenAI or OPENAI_BASE_URL's host.
+    """The key that an arm is asked with: SSV_AB_KEY_<ARM>'s, or OPENAI_API_KEY's if the arm is at OpenAI or
+    OPENAI_BASE_URL's host.
 
     Raises:
-        ValueError: what the variable holds cannot be sent; naming the variable, not what it holds.
+        UserError: what the variable holds cannot be sent; naming the variable, not what it holds.
     """
     hosts = {_OPENAI, urlsplit(os.environ.get("OPENAI_BASE_URL", "")).hostname}
     host = urlsplit(arm.url).hostname or ""
@@ -51,7 +53,7 @@ def api_key(arm: Arm) -> str | None:
     for name in (arm.key_variable, *(("OPENAI_API_KEY",) if is_openais else ())):
         if key := os.environ.get(name, "").strip():
             if not (key.isascii() and key.isprintable()):
-                raise ValueError(f"arm {arm.name}: {name} holds characters that no key has: give the key alone")
+                raise UserError(f"arm {arm.name}: {name} holds characters that no key has", "give the key alone")
             return key
     return None
 
@@ -92,7 +94,8 @@ class OpenAIEndpoint:
                 raise error.__cause__ from None
             raise EndpointError(self._without_key(f"{type(error).__name__}: {error}")) from error
         except Exception as error:
-            # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a stream breaks.
+            # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a
+            # stream breaks.
             what = self._without_key(f"{type(error).__name__}: {error}")
             raise EndpointError(f"what came is no stream of chat completions: {what}") from error
 
@@ -137,7 +140,7 @@ class OpenAIEndpoint:
             own = (chunk.model_extra or {}).get("ssv") or own
         if not came:
             raise EndpointError(
-                "what came is no stream of chat completions: give the address of an OpenAI API, with its /v1"
+                "what came is no stream of chat completions", "give the address of an OpenAI API, with its /v1"
             )
         if usage is None:
             cure = (
@@ -169,21 +172,22 @@ class OpenAIEndpoint:
         """Raises EndpointError: what comes is no answer of an API, whatever its status says."""
         if response.is_redirect:
             target = response.headers.get("location", "?")
-            raise EndpointError(self._without_key(f"it redirects to {target}: give the address that answers"))
+            raise EndpointError(self._without_key(f"it redirects to {target}"), "give the address that answers")
         if not response.is_success:
             return
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind in ("text/html", "application/xhtml+xml"):
             response.read()
             raise EndpointError(
-                f"a web page came, {_title(response.text)}, as of a login or a proxy: give the address of the API itself, with its /v1"
+                f"a web page came, {_title(response.text)}, as of a login or a proxy",
+                "give the address of the API itself, with its /v1",
             )
         if kind == "application/json" and self._arm.stream:
             response.read()
             given = _parsed(response.text)
             if isinstance(given, dict) and "choices" in given:
                 raise EndpointError(
-                    f"plain JSON came instead of a stream: add stream=no to the address of arm {self._arm.name}"
+                    "plain JSON came instead of a stream", f"add stream=no to the address of arm {self._arm.name}"
                 )
             raise EndpointError(self._without_key(f"JSON came that is no chat completion: {_said(given)}"))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssv.ab.samples import Sample
 from ssv.ab.terminal import figure_table, interval_text, percent, quality_text
+from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,8 @@ SIZE = (5.2, 2.9)
 GLOSSARY = {
     "streams": "requests that run at the same time (concurrency)",
     "tokens/s": "output tokens of all requests together, per second in which the arm had something to do",
-    "TTFT p50/p95 ms": "time to the first token, of reasoning or of the answer: that of the middle request, and the one that 95 % do not exceed",
+    "TTFT p50/p95 ms": "time to the first token, of reasoning or of the answer: that of the middle request, "
+    "and the one that 95 % do not exceed",
     "TTFO p50/p95 ms": "time to the first token of the answer itself, after the reasoning",
     "per token ms": "mean time per output token after the first (TPOT)",
     "e2e p50/p95/p99 s": "time from the request to the end of its answer",
@@ -37,7 +39,8 @@ GLOSSARY = {
     "failed": "requests without an answer, of all",
     "lossless": "gives the text that the target model alone gives, token for token",
     "interval": "where the true difference lies: all intervals of a kind hold together with 95 %",
-    "non-inferior": "the whole interval of the difference in quality is above the margin: not worse by more than was put up with",
+    "non-inferior": "the whole interval of the difference in quality is above the margin: "
+    "not worse by more than was put up with",
     "undecided": "the interval holds the margin: more prompts with answers would tell",
     "block": "prompts that ran together; every arm runs each block twice, in turns",
 }
@@ -45,9 +48,9 @@ ALWAYS = ("lossless", "interval", "non-inferior", "undecided", "block")
 
 
 def check_can_write() -> None:
-    """Raises ValueError: a package is missing; naming it."""
+    """Raises UserError: a package is missing; naming it."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"report.html needs {' and '.join(missing)}: pip install 'ssv[ab]'")
+        raise UserError(f"report.html needs {' and '.join(missing)}", "pip install 'ssv[ab]'")
 
 
 def render(document: Mapping[str, Any], samples: Sequence[Sample]) -> str:

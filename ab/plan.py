@@ -1,7 +1,7 @@
 """Who is asked what, and when: every arm the same prompts with the same seeds, in turns.
 
-A block is some prompts, which run together at one concurrency. Every arm runs it twice: the arms in a random order, then in the reverse of
-that order (A B B A), so that a machine that becomes slower all the time slows all arms alike.
+A block is some prompts, which run together at one concurrency. Every arm runs it twice: the arms in a random order,
+then in the reverse of that order (A B B A), so that a machine that becomes slower all the time slows all arms alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ssv.support.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def make_plan(
         blocks_of: prompts a block; None for as many as run together. What is left over goes to the last block.
 
     Raises:
-        ValueError: a concurrency above the number of prompts.
+        UserError: a concurrency above the number of prompts.
     """
     # Blocks do not depend on the arms: runs of other arms can be compared block by block.
     rng, rng_of_arms = random.Random(seed), random.Random(f"arms {seed}")
@@ -51,8 +53,9 @@ def make_plan(
     for concurrency in concurrencies:
         size = block_size(concurrency, blocks_of)
         if size > num_prompts:
-            raise ValueError(
-                f"{num_prompts} prompts do not fill a block of {size}, for concurrency {concurrency}: give more prompts"
+            raise UserError(
+                f"{num_prompts} prompts do not fill a block of {size}, for concurrency {concurrency}",
+                "give more prompts",
             )
         order = rng.sample(range(num_prompts), num_prompts)
         starts = range(0, num_prompts - size + 1, size)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ssv.ab import scoring
-from ssv.support.json_text import parse_json
+from ssv.support.errors import UserError
+from ssv.support.json_text import read_json_lines
 
 RIGHT_OR_WRONG = ("exact", "contains", "number")
 CHECKS = (*RIGHT_OR_WRONG, "f1")
@@ -20,8 +21,8 @@ class Question:
 
     Attributes:
         answers: any of them is right; none if answers cannot be checked.
-        check: `exact`: the text is an answer; `contains`: an answer's words stand in it; `number`: its last number is the answer; `f1`:
-            share of words in common, from 0 to 1. What a word and a number is, `ssv.ab.scoring` says.
+        check: `exact`: the text is an answer; `contains`: an answer's words stand in it; `number`: its last number is
+            the answer; `f1`: share of words in common, from 0 to 1. What a word and a number is, `ssv.ab.scoring` says.
     """
 
     id: str
@@ -38,25 +39,23 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Prompts of a JSON lines file: `prompt`, and where wanted `id`, `answer` (a text, a number, or several) and `check`.
+    """Prompts of a JSON lines file: `prompt`, and where wanted `id`, `answer` (a text, a number, or several) and
+    `check`.
 
     Raises:
-        ValueError: a line that is not so, naming it; an id that comes twice; no prompts.
-        OSError: there is no such file.
+        UserError: the file cannot be read; a line that is not so, naming it; an id that comes twice; no prompts.
     """
     questions: list[Question] = []
-    # Not splitlines: texts may hold other characters that it takes for the end of a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            try:
-                questions.append(_question(parse_json(line), number))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
+    for number, given in read_json_lines(path):
+        try:
+            questions.append(_question(given, number))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}:{number}: {error}") from error
     if not questions:
-        raise ValueError(f"{path} holds no prompts")
+        raise UserError(f"{path} holds no prompts")
     most, times = Counter(q.id for q in questions).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{path}: the id {most!r} comes {times} times: give each prompt its own")
+        raise UserError(f"{path}: the id {most!r} comes {times} times", "give each prompt its own")
     return questions
 
 

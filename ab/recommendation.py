@@ -11,8 +11,9 @@ from ssv.ab.statistics import Interval, Quality
 
 
 class Outcome(StrEnum):
-    """Whether an arm is to be used instead of the first one: `yes` where it is cheaper, as good, and fails no more often; `no` where one
-    of these certainly is not so; else it is open."""
+    """Whether an arm is to be used instead of the first one: `yes` where it is cheaper, as good, and fails no more
+    often; `no` where one of these certainly is not so; else it is open.
+    """
 
     YES = "yes"
     NO = "no"
@@ -118,13 +119,13 @@ def _saving(first: str, rival: Rival, costs: Mapping[tuple[str, int], float | No
         month = before * volume / 1e6
         low, high = sorted((-interval.high * month, -interval.low * month))
         parts.append(
-            f"it saves {money(-difference.estimate * month)} of {money(month)} a month [{money(low)}, {money(high)}] at concurrency "
-            f"{concurrency}"
+            f"it saves {money(-difference.estimate * month)} of {money(month)} a month [{money(low)}, {money(high)}] "
+            f"at concurrency {concurrency}"
         )
     text = ", ".join(parts)
     return f"at {volume / 1e6:,.0f} million output tokens a month {text}" if any(costs.values()) else text
 
 
 def money(amount: float) -> str:
-    """In the unit of the prices."""
+    """An amount in the unit of the prices, as it is shown."""
     return f"{amount:,.0f}" if abs(amount) >= 100 else f"{amount:,.2f}"

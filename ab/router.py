@@ -66,8 +66,10 @@ class Outcome:
         unit: hash of who was assigned, which the log can do without knowing.
         is_shadow: whether it was a copy; `is_fallback`: whether it was meant for another arm.
         without: arms that were out of service when it began.
-        pair: of an answer and its copy, the same; "" where none was made. Clients choose the `id`, which need not be the only one.
-        ttft_s, e2e_s: seconds to the first token, and to the last response; of one that was not answered, to where it ended.
+        pair: of an answer and its copy, the same; "" where none was made. Clients choose the `id`, which need not be
+            the only one.
+        ttft_s, e2e_s: seconds to the first token, and to the last response; of one that was not answered, to where it
+            ended.
         error: "" if it was answered.
         first_tokens: that the first response brought; `output_tokens`: all.
         text_sha: of the answer, to tell whether two are the same.
@@ -123,7 +125,9 @@ class Router:
         on_outcome: Callable[[Outcome], None] = lambda outcome: None,
         on_fallback: Callable[[Mapping[str, str]], None] = lambda arms: None,
     ) -> None:
-        """Args:
+        """Makes a router for a server's own address; it runs in the event loop that makes it.
+
+        Args:
             own_url: of the server that routes, for arms without a url.
             certificate: PEM of that server, with grpcs://.
             on_outcome: called after each request and each copy.
@@ -280,7 +284,7 @@ def _inputs(
         ServerError: the request brings settings of its own.
     """
     if own := [name for name in ("ssv_tier", "ssv_max_divergence") if name in tensors]:
-        raise ServerError(f"{own[0]} is the arm's to set: ask `ensemble` for it, or leave it out", "INVALID_ARGUMENT")
+        raise ServerError(f"{own[0]} is the arm's to set", "INVALID_ARGUMENT", "ask `ensemble` for it, or leave it out")
     given = dict(tensors)
     if tier is not None:
         given["ssv_tier"] = np.array([[tier.encode()]], dtype=np.object_)

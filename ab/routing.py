@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ssv.support.errors import UserError
+from ssv.support.files import write_json
 from ssv.support.json_text import parse_json
+from ssv.support.strict import Strict
+from ssv.support.yaml_text import read_yaml
 
 
-class RoutingError(ValueError):
+class RoutingError(UserError):
     """A file that cannot be one of arms; the message names what is wrong."""
 
 
-class LiveArm(BaseModel):
-    """Attributes:
-    share: of the traffic.
-    url: of another server; None for the one that routes.
-    tier, max_divergence: asked of the server; None for its default.
-    """
+class LiveArm(Strict):
+    """A part of the live traffic, and what answers it.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        share: of the traffic.
+        url: of another server; None for the one that routes.
+        tier, max_divergence: asked of the server; None for its default.
+    """
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     url: Annotated[str, Field(pattern=r"^grpcs?://[^/]+:\d+$")] | None = None
@@ -47,18 +48,17 @@ class LiveArm(BaseModel):
         return self
 
 
-class Routing(BaseModel):
+class Routing(Strict):
     """What the router is told, and the first record of its log repeats.
 
     Attributes:
         salt: with another, others are in which arm.
         log: JSON lines, appended to.
-        arms: by name; the first is arm A: what others are compared with, and where their traffic goes when they fall back.
+        arms: by name; the first is arm A: what others are compared with, and where their traffic goes when they fall
+            back.
         shadow: arm that gets a copy of requests, whose answers nobody sees; all are answered by arm A then.
         shadow_share: of the requests, those that are copied.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     salt: Annotated[str, Field(min_length=1)]
     log: Path
@@ -109,13 +109,13 @@ class Routing(BaseModel):
 def read_routing(path: Path) -> Routing:
     """Raises RoutingError: no such file, or not a file of arms."""
     try:
-        return Routing.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Routing.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise RoutingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
-        raise RoutingError(f"{path} cannot be read: {error}") from error
+    except UserError as error:
+        raise RoutingError(error.what, error.cure) from error
 
 
 def fallback_path(log: Path) -> Path:
@@ -124,7 +124,9 @@ def fallback_path(log: Path) -> Path:
 
 
 class Fallback:
-    """Arms that are out of service, as the file beside the log says: looked at before each request, read when it has changed."""
+    """Arms that are out of service, as the file beside the log says: looked at before each request, read when it has
+    changed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -153,9 +155,7 @@ def fall_back(path: Path, why: Mapping[str, str]) -> None:
             before = _read_fallback(path)
         except ValueError:
             before = {}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({**before, **why}, indent=1))
-    os.replace(part, path)
+    write_json(path, {**before, **why})
 
 
 def _read_fallback(path: Path) -> dict[str, str]:

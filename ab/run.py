@@ -1,7 +1,8 @@
-"""ssv-ab run, and what goes with the folder that it writes: `report` makes its report again, `compare` puts two of them side by side.
+"""ssv-ab run, and what goes with the folder that it writes: `report` makes its report again, `compare` puts two of them
+side by side.
 
-A run's folder holds run.json, what was fixed before; samples.jsonl, one line a request, written as answers come; report.json and
-report.html. Whatever ends a run, its samples are there, and a report of them can be made.
+A run's folder holds run.json, what was fixed before; samples.jsonl, one line a request, written as answers come;
+report.json and report.html. Whatever ends a run, its samples are there, and a report of them can be made.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from ssv.ab.questions import RIGHT_OR_WRONG, Question
 from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import prompts_needed_pairs, prompts_needed_scores, simultaneous_level
 from ssv.support.environment import commit, machine, versions
+from ssv.support.errors import UserError
+from ssv.support.files import write_json, write_whole
 from ssv.support.progress import Report
 
 EXIT_PARTIAL = 3
@@ -59,8 +62,8 @@ def power_in_words(settings: RunSettings, questions: Sequence[Question], discord
         needed = prompts_needed_scores(settings.margin, sd=EXPECTED_SCORE_SD, alpha=alpha, power=POWER)
         basis = f"if differences in score have a standard deviation of {EXPECTED_SCORE_SD}"
     text = (
-        f"a margin of {100 * settings.margin:g} points needs {needed} prompts with answers for a power of {POWER:.0%}, {basis}; "
-        f"there are {settings.num_answers}"
+        f"a margin of {100 * settings.margin:g} points needs {needed} prompts with answers for a power of {POWER:.0%}, "
+        f"{basis}; there are {settings.num_answers}"
     )
     return text + (": quality will probably stay undecided" if settings.num_answers < needed else "")
 
@@ -86,8 +89,8 @@ def run(
     """Runs a comparison and writes its folder; exit status.
 
     Raises:
-        ValueError: the settings cannot be run, or the folder is not empty.
-        RuntimeError: an arm does not answer at all, or the run ended before anything was measured.
+        UserError: the settings cannot be run, or the folder is not empty.
+        UserError: an arm does not answer at all, or the run ended before anything was measured.
     """
     plan = make_plan(
         len(questions),
@@ -97,7 +100,7 @@ def run(
         seed=settings.seed,
     )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: choose another --out")
+        raise UserError(f"{folder} is there already", "choose another --out")
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.timeout)
     load = LoadGenerator(settings.arms, questions, sampling, seed=settings.seed, connect=connect)
     load.warm_up(1)  # before anything is written: the arms are there
@@ -105,7 +108,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     header = {"settings": settings.to_dict(), "disclosures": disclosures, "planned": sum(len(t.prompts) for t in plan)}
     header |= {"command": shlex.join(["ssv-ab", *sys.argv[1:]]), **_where()}
-    _write(folder / RUN, json.dumps(header, indent=1))
+    write_json(folder / RUN, header)
     status = "complete"
     with Journal(folder / SAMPLES) as journal:
         try:
@@ -118,9 +121,9 @@ def run(
             status = f"samples could not be written: {error}"
     load.close()
     if status != "complete":
-        _write(folder / RUN, json.dumps(header | {"ended": status}, indent=1))  # a report made again says it, too
+        write_json(folder / RUN, header | {"ended": status})  # a report made again says it, too
     if not (folder / SAMPLES).stat().st_size:
-        raise RuntimeError(f"nothing was measured: {status}")
+        raise UserError(f"nothing was measured: {status}")
     return make_report(folder)
 
 
@@ -128,7 +131,7 @@ def make_report(folder: Path) -> int:
     """Reads a run's samples, writes its report and shows it; exit status.
 
     Raises:
-        ValueError: not a run's folder, or nothing was measured.
+        UserError: not a run's folder, or nothing was measured.
     """
     header, samples, torn = read_run(folder)
     settings = RunSettings.from_dict(header["settings"])
@@ -141,8 +144,8 @@ def make_report(folder: Path) -> int:
         status = f"{'' if status == 'complete' else status + '; '}{torn} damaged lines of {SAMPLES} were left out"
     document = analyse(settings, samples, header["disclosures"], status=status)
     document |= {name: header[name] for name in ("command", "date", "commit", "machine", "versions")}
-    _write(folder / REPORT, json.dumps(document, indent=1))
-    _write(folder / PAGE, page.render(document, samples))
+    write_json(folder / REPORT, document)
+    write_whole(folder / PAGE, page.render(document, samples))
     terminal.show(document)
     print(f"{folder / REPORT}\n{folder / PAGE}")
     return 0 if status == "complete" else EXIT_PARTIAL
@@ -152,16 +155,16 @@ def compare(before: Path, after: Path) -> int:
     """Shows what has changed between two runs of the same prompts, for each arm of both; exit status.
 
     Raises:
-        ValueError: runs that cannot be compared, naming what differs.
+        UserError: runs that cannot be compared, naming what differs.
     """
     runs = [read_run(folder) for folder in (before, after)]
     old, new = (RunSettings.from_dict(header["settings"]) for header, *_ in runs)
     same = ("prompts_sha256", "num_prompts", "concurrency", "blocks_of", "max_tokens", "temperature", "seed")
     if different := [name for name in same if getattr(old, name) != getattr(new, name)]:
-        raise ValueError(f"the runs differ in {', '.join(different)}: choose runs of the same prompts and settings")
+        raise UserError(f"the runs differ in {', '.join(different)}", "choose runs of the same prompts and settings")
     names = [arm.name for arm in old.arms if arm.name in {other.name for other in new.arms}]
     if not names:
-        raise ValueError("the runs have no arm of the same name: choose others")
+        raise UserError("the runs have no arm of the same name", "choose others")
     sides = [by_arm(samples) for _, samples, _ in runs]
     level = simultaneous_level(CONFIDENCE, len(names) * len(old.concurrency))
     for name in names:
@@ -180,7 +183,8 @@ def compare(before: Path, after: Path) -> int:
         )
         terminal.show_examples(name, examples(all_a, all_b, most=SHOWN_EXAMPLES, length=SHOWN_LENGTH))
     print(
-        "The runs were made at different times: what their machines did besides is in these differences. Cost is time of the machine."
+        "The runs were made at different times: what their machines did besides is in these differences. "
+        "Cost is time of the machine."
     )
     return 0
 
@@ -189,18 +193,18 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample], int]:
     """A run's settings, samples, and the number of damaged lines.
 
     Raises:
-        ValueError: not a run's folder, or nothing was measured.
+        UserError: not a run's folder, or nothing was measured.
     """
     try:
         header = json.loads((folder / RUN).read_text())
         RunSettings.from_dict(header["settings"])
         samples, torn = read_samples(folder / SAMPLES)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder} is not the folder of a run ({error}): choose one that `ssv-ab run` has written"
+        raise UserError(
+            f"{folder} is not the folder of a run ({error})", "choose one that `ssv-ab run` has written"
         ) from error
     if not samples:
-        raise ValueError(f"{folder / SAMPLES} holds no samples: run it again")
+        raise UserError(f"{folder / SAMPLES} holds no samples", "run it again")
     return header, samples, torn
 
 
@@ -215,10 +219,3 @@ def _where() -> Mapping[str, Any]:
         "machine": machine(),
         "versions": versions("ssv", "tritonclient", "openai", "numpy", "scipy"),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

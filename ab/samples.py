@@ -19,7 +19,8 @@ class Sample:
         arm, concurrency, block, repeat, prompt, seed: as planned; `prompt` is its id.
         start_s, end_s: since the run began.
         error: why there is no answer; "" if there is one.
-        ttft_s: seconds to the first token, of reasoning or of the answer; None without one. `ttfo_s`: to the first of the answer.
+        ttft_s: seconds to the first token, of reasoning or of the answer; None without one. `ttfo_s`: to the first of
+            the answer.
         gaps: seconds between responses, and the tokens that each brought, after the first.
         score: of the text: 1 right, 0 wrong, also for a request that failed; None where answers cannot be checked.
         The others are those of `Answer`.

@@ -1,26 +1,29 @@
 """How the text of an answer is compared with what is known to be right.
 
-**What is compared.** The text without what the model thought before: blocks of `<think>`, `<thinking>`, `<thought>`, `<reasoning>`,
-`<seed:think>`, `[THINK]` and `◁think▷`, nested ones too. A block that is never closed reaches to the end of the text, one that is never
-opened (its opening was in the prompt) from the beginning.
+**What is compared.** The text without what the model thought before: blocks of `<think>`, `<thinking>`, `<thought>`,
+`<reasoning>`, `<seed:think>`, `[THINK]` and `◁think▷`, nested ones too. A block that is never closed reaches to the end
+of the text, one that is never opened (its opening was in the prompt) from the beginning.
 
-**Words** (checks `exact`, `contains` and `f1`). Both texts are brought to Unicode's NFKC form and case-folded, so that full-width letters,
-composed and decomposed accents and "STRASSE" are what they look like; format characters (joiners, soft hyphens) are dropped. A word is a
-run of letters, digits and combining marks; everything else parts words and does not count. Scripts that are written without spaces, or
-whose endings stick to the word, are compared character by character, each with its marks: Han, Kana, Bopomofo, Hangul, Thai, Lao, Khmer,
-Burmese, Tibetan, Javanese, Balinese, Yi and the Tai scripts. So "北京" stands in "答案是北京。", and "서울" in "서울입니다". A number with
-separators is one word: "3" does not stand in "3.5", and "1,000" is "1000".
+**Words** (checks `exact`, `contains` and `f1`). Both texts are brought to Unicode's NFKC form and case-folded, so that
+full-width letters, composed and decomposed accents and "STRASSE" are what they look like; format characters (joiners,
+soft hyphens) are dropped. A word is a run of letters, digits and combining marks; everything else parts words and does
+not count. Scripts that are written without spaces, or whose endings stick to the word, are compared character by
+character, each with its marks: Han, Kana, Bopomofo, Hangul, Thai, Lao, Khmer, Burmese, Tibetan, Javanese, Balinese, Yi
+and the Tai scripts. So "北京" stands in "答案是北京。", and "서울" in "서울입니다". A number with separators is one
+word: "3" does not stand in "3.5", and "1,000" is "1000".
 
 **Numbers** (check `number`). The last number of the last `\\boxed{...}`, or without one of the text, is the answer.
 
-* A sign is one where nothing is subtracted from: "-5", "−5" (and other dashes but the long one), "x=-5", "-$5"; in "10-12", "297–348" and
-  "2024-12-25" the dash stands between two numbers.
+* A sign is one where nothing is subtracted from: "-5", "−5" (and other dashes but the long one), "x=-5", "-$5"; in
+  "10-12", "297–348" and "2024-12-25" the dash stands between two numbers.
 * ".5" is 0.5, "1.5e3" and "1.5 × 10^3" are 1500, "10²" is 100; an exponent behind a letter ("m²") is no number.
 * "1/2", "1⁄2", "½", "1 1/2" and `\\frac{1}{2}` are fractions; "12/25/2024" is three numbers.
-* Groups of three digits (or India's) are one number: "1,234.50", "1.234.567", "1.234,5", "1 234", "1'234". "1,234" is 1234, "1.234" is not.
-* What can be read in two ways is right if either reading is: "3,4" is 3.4, or two numbers of which 4 is the last; "3 100", with a space
-  that may break, is 3100, or 3 and 100. "1,2,3" is a list.
-* Digits of all scripts are digits. Words for numbers, units and percent signs are not worked out: "18 %" is 18, "2 million" is 2.
+* Groups of three digits (or India's) are one number: "1,234.50", "1.234.567", "1.234,5", "1 234", "1'234". "1,234" is
+  1234, "1.234" is not.
+* What can be read in two ways is right if either reading is: "3,4" is 3.4, or two numbers of which 4 is the last;
+  "3 100", with a space that may break, is 3100, or 3 and 100. "1,2,3" is a list.
+* Digits of all scripts are digits. Words for numbers, units and percent signs are not worked out: "18 %" is 18,
+  "2 million" is 2.
 * Values are compared exactly: 3.0 is 3, and 1/3 is not 0.33.
 """
 
@@ -82,9 +85,11 @@ _SEPARATED = re.compile(r"(\d+(?:[.,']\d+)+)")
 
 @dataclass(frozen=True, slots=True)
 class _Number:
-    """Attributes:
-    start, end: in the text, the sign included.
-    values: one for each reading, the first one's that it is a single number, if there is such a reading (`is_one`).
+    """A number in a text, with all that it can be read as.
+
+    Attributes:
+        start, end: in the text, the sign included.
+        values: one for each reading, the first one's that it is a single number, if there is such a reading (`is_one`).
     """
 
     start: int
@@ -189,7 +194,7 @@ def _plain_words(text: str) -> list[str]:
 
 
 def _number_words(text: str) -> list[str]:
-    """Of digits with separators: one word for what can only be one number, with its separators of groups left out."""
+    """The words that digits with separators are: one, without separators of groups, if they can only be one number."""
     one, last = _readings(text)
     if one is None or last is not None:
         return re.split(r"\D", text)

@@ -1,7 +1,8 @@
-"""Intervals that may be looked at after every request: whenever one stops, the chance that any so far missed the truth is at most alpha.
+"""Intervals that may be looked at after every request: whenever one stops, the chance that any so far missed the truth
+is at most alpha.
 
-An interval for a number of observations fixed beforehand, looked at time and again, misses sooner or later. These (confidence sequences)
-are wider, by a factor of about 1.5 to 2, and hold at all times together.
+An interval for a number of observations fixed beforehand, looked at time and again, misses sooner or later. These
+(confidence sequences) are wider, by a factor of about 1.5 to 2, and hold at all times together.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ _PRIOR = 0.5  # Beta(1/2, 1/2), which bets on proportions near 0 and 1 as well a
 
 
 def bernoulli_interval(successes: int, trials: int, *, alpha: float) -> Interval:
-    """A proportion, at any time (Robbins 1970, Annals of Mathematical Statistics 41:1397-1409; Howard, Ramdas, McAuliffe and Sekhon 2021,
-    "Time-uniform, nonparametric, nonasymptotic confidence sequences", Annals of Statistics 49:1055-1080).
+    """A proportion, at any time (Robbins 1970, Annals of Mathematical Statistics 41:1397-1409; Howard, Ramdas,
+    McAuliffe and Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences", Annals of Statistics
+    49:1055-1080).
 
-    Those proportions under which the trials are more than `alpha` times as likely as under a mixture of all: a wager against the
-    true one that starts with 1 reaches 1 / alpha with a chance of at most `alpha` (Ville). Exact for every number of trials.
+    Those proportions under which the trials are more than `alpha` times as likely as under a mixture of all: a wager
+    against the true one that starts with 1 reaches 1 / alpha with a chance of at most `alpha` (Ville). Exact for every
+    number of trials.
 
     Raises:
         ValueError: counts that cannot be, or alpha not in (0, 1).
@@ -59,17 +62,21 @@ def proportion_difference(
 
 
 class RunningMean:
-    """Mean of values of unknown spread (Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2021, "Time-uniform central limit theory and
-    asymptotic confidence sequences", arXiv:2103.06476).
+    """Mean of values of unknown spread (Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2021, "Time-uniform central
+    limit theory and asymptotic confidence sequences", arXiv:2103.06476).
 
-    As a t interval it holds for many values, not exactly; therefore there is none before `burn_in` of them, nor while all are the same.
+    As a t interval it holds for many values, not exactly; therefore there is none before `burn_in` of them, nor while
+    all are the same.
     """
 
     def __init__(self, tuned_for: int = 1000, burn_in: int = 50) -> None:
-        """Args:
-        tuned_for: number of values for which the interval is as narrow as can be; it holds for any. Wider where there are fewer.
-        burn_in: of skewed values give more. Simulated, of 95 % intervals of lognormal values with sigma 0.5 2 % miss the truth at
-                some time, of those with sigma 1 8 %, and 5 % with a burn-in of 200.
+        """Starts without any values.
+
+        Args:
+            tuned_for: number of values for which the interval is as narrow as can be; it holds for any. Wider where
+                there are fewer.
+            burn_in: of skewed values give more. Simulated, of 95 % intervals of lognormal values with sigma 0.5 2 %
+                miss the truth at some time, of those with sigma 1 8 %, and 5 % with a burn-in of 200.
 
         Raises:
             ValueError: numbers below 1.
@@ -108,11 +115,12 @@ class RunningMean:
 
 
 class RunningDifference:
-    """Mean under b less mean under a, of units that are assigned to an arm at random, with a chance that is known and may change.
+    """Mean under b less mean under a, of units that are assigned to an arm at random, with a chance that is known and
+    may change.
 
-    Each unit gives an unbiased guess of the difference (augmented inverse probability weighting, as in the paper of `RunningMean`): that
-    of the arms' means so far, put right by the unit's own distance from its arm's mean, over the chance of that arm. Units up to the
-    first in each arm only make a first mean.
+    Each unit gives an unbiased guess of the difference (augmented inverse probability weighting, as in the paper of
+    `RunningMean`): that of the arms' means so far, put right by the unit's own distance from its arm's mean, over the
+    chance of that arm. Units up to the first in each arm only make a first mean.
     """
 
     def __init__(self, tuned_for: int = 1000, burn_in: int = 50) -> None:
@@ -122,7 +130,9 @@ class RunningDifference:
         self._means = [0.0, 0.0]
 
     def push(self, is_b: bool, share_b: float, value: float) -> None:
-        """Args:
+        """Takes the value of a unit.
+
+        Args:
             is_b: whether the unit is in arm b, else it is in a.
             share_b: chance with which it was to be in b, of being in either; known before its value was.
 
@@ -141,7 +151,7 @@ class RunningDifference:
         self._means[is_b] += (value - self._means[is_b]) / self._counts[is_b]
 
     def interval(self, alpha: float) -> Interval | None:
-        """As `RunningMean.interval`."""
+        """The interval of the difference, under the conditions of `RunningMean.interval`."""
         # An arm with few units has a few guesses that weigh much: it is as yet no better known than by its own number.
         interval = self._guesses.interval(alpha)
         return interval if min(self._counts) >= self._guesses.burn_in else None

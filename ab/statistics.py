@@ -1,7 +1,9 @@
-"""What a comparison of two arms on the same prompts may claim: intervals, a verdict of non-inferiority, and how many prompts it takes.
+"""What a comparison of two arms on the same prompts may claim: intervals, a verdict of non-inferiority, and how many
+prompts it takes.
 
-Arm `a` is what is in use and arm `b` the candidate; differences are b - a, or relative to a. Requests of one cluster (a prompt, or prompts
-that ran together) are alike, so that clusters are what is independent: they are what is resampled, with all their requests in both arms.
+Arm `a` is what is in use and arm `b` the candidate; differences are b - a, or relative to a. Requests of one cluster (a
+prompt, or prompts that ran together) are alike, so that clusters are what is independent: they are what is resampled,
+with all their requests in both arms.
 
 Shapes: C clusters, D draws of the bootstrap, N requests.
 """
@@ -20,6 +22,8 @@ from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.stats import binomtest, exponnorm, norm  # type: ignore[import-untyped]
 from scipy.stats import t as student_t
 
+from ssv.support.errors import UserError
+
 Weights = npt.NDArray[np.int64]  # [draws, clusters]: how often each cluster was drawn
 Values = npt.NDArray[np.float64]
 Statistic = Callable[[Weights], Values]
@@ -28,14 +32,19 @@ _BLOCK_DRAWS = 256  # so many draws are weighed at once: memory is bounded by it
 
 
 ROUNDING = 1e-9
-"""A difference below it is none: no share, ratio or time in seconds that anybody measures is that exact, and sums are not."""
+"""A difference below it is none: no share, ratio or time in seconds that anybody measures is that exact, and sums are
+not.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Attributes:
-    estimate, low, high: in the unit of what is estimated; the estimate need not be in the middle.
-    level: share of such intervals that hold the truth, both sides together: each side misses it with (1 - level) / 2.
+    """An estimate with its interval.
+
+    Attributes:
+        estimate, low, high: in the unit of what is estimated; the estimate need not be in the middle.
+        level: share of such intervals that hold the truth, both sides together: each side misses it with (1 - level) /
+            2.
     """
 
     estimate: float
@@ -44,7 +53,9 @@ class Interval:
     level: float
 
     def excludes(self, value: float) -> bool:
-        """Whether the data speak against this value; the ends are still within, and so is what is beyond them by rounding."""
+        """Whether the data speak against this value; the ends are still within, and so is what is beyond them by
+        rounding.
+        """
         return not self.low - ROUNDING <= value <= self.high + ROUNDING
 
 
@@ -54,31 +65,62 @@ class Interval:
 def ratio_interval(
     num_a_C: npt.ArrayLike, den_a_C: npt.ArrayLike, num_b_C: npt.ArrayLike, den_b_C: npt.ArrayLike, *, level: float
 ) -> Interval:
-    """By how much a ratio of sums is greater in b than in a, relative to a (0.1: by 10 %), from independent clusters.
+    """Estimates how much greater a ratio of sums is in b than in a, relative to a (0.1: by 10 %).
 
-    The jackknife's standard error of the logarithm (Efron 1982, "The jackknife, the bootstrap and other resampling plans") and Student's t.
-    Simulated with 8 to 100 clusters of skewed times, 94 to 95 % of its 95 % intervals hold the truth; of the percentile bootstrap's 92 to
-    94 %, of BCa's 91 to 92 %.
+    Clusters are independent of each other.
+
+    The jackknife's standard error of the logarithm (Efron 1982, "The jackknife, the bootstrap and other resampling
+    plans") and Student's t. Simulated with 8 to 100 clusters of skewed times, 94 to 95 % of its 95 % intervals hold the
+    truth; of the percentile bootstrap's 92 to 94 %, of BCa's 91 to 92 %.
 
     Args:
         num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of seconds and of tokens.
 
     Raises:
-        ValueError: lengths that differ, numbers that are not finite, fewer than 2 clusters, or a sum that is 0 without one of them.
+        ValueError: lengths that differ, or numbers that are not finite.
+        UserError: fewer than 2 clusters, or a sum that is 0 without one of them.
     """
     _check_share("level", level)
     columns = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
     num_clusters = len(columns)
     if num_clusters < 2:
-        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+        raise UserError(f"{num_clusters} clusters cannot be resampled", "give more prompts")
     total = columns.sum(axis=0)
     rest_C4 = total - columns
     if np.any(rest_C4 <= 0):
-        raise ValueError("a sum is 0 without one of the clusters: give more prompts")
+        raise UserError("a sum is 0 without one of the clusters", "give more prompts")
     estimate, without_C = _log_of_ratios(total[None])[0], _log_of_ratios(rest_C4)
     error = math.sqrt((num_clusters - 1) / num_clusters * float(np.sum((without_C - without_C.mean()) ** 2)))
     reach = float(student_t.ppf((1 + level) / 2, num_clusters - 1)) * error
     low, middle, high = (math.expm1(estimate + step) for step in (-reach, 0.0, reach))
+    return Interval(middle, low, high, level)
+
+
+def mean_ratio_interval(
+    num_a_C: npt.ArrayLike, den_a_C: npt.ArrayLike, num_b_C: npt.ArrayLike, den_b_C: npt.ArrayLike, *, level: float
+) -> Interval:
+    """Estimates how much greater the clusters' own ratios are in b than in a: their geometric mean, relative to a.
+
+    All clusters weigh alike, so that a hiccup of the machine is no more than one of many, however long it was; the
+    ratio of sums (`ratio_interval`) is what is paid for. The interval is Student's t for the mean of the logarithms, of
+    which the jackknife's standard error is the usual one.
+
+    Args:
+        num_a_C, den_a_C, num_b_C, den_b_C: sums over a cluster's requests in an arm, as of tokens and of seconds.
+
+    Raises:
+        ValueError: lengths that differ, numbers that are not finite or not above 0, or fewer than 2 clusters.
+    """
+    _check_share("level", level)
+    columns = _columns(num_a_C, den_a_C, num_b_C, den_b_C)
+    num_clusters = len(columns)
+    if num_clusters < 2:
+        raise UserError(f"{num_clusters} clusters cannot be resampled", "give more prompts")
+    if np.any(columns <= 0):
+        raise ValueError("a cluster's sum is not above 0: leave out what has no ratio")
+    logs_C = _log_of_ratios(columns)
+    reach = float(student_t.ppf((1 + level) / 2, num_clusters - 1) * logs_C.std(ddof=1)) / math.sqrt(num_clusters)
+    low, middle, high = (math.expm1(float(logs_C.mean()) + step) for step in (-reach, 0.0, reach))
     return Interval(middle, low, high, level)
 
 
@@ -91,31 +133,34 @@ def _log_of_ratios(sums_N4: Values) -> Values:
 def bootstrap(
     statistic: Statistic, num_clusters: int, *, level: float, num_draws: int = 4000, seed: int = 0
 ) -> Interval:
-    """Percentile interval of a statistic of independent clusters (Efron and Tibshirani 1993, "An introduction to the bootstrap").
+    """Percentile interval of a statistic of independent clusters (Efron and Tibshirani 1993, "An introduction to the
+    bootstrap").
 
-    The tails are taken further out for few clusters, as t is than normal (Hesterberg 2015, The American Statistician 69:371-386). BCa
-    was tried, and left: what it corrects by has to be learned from the same few clusters, and both arms' skewness cancels without it.
+    The tails are taken further out for few clusters, as t is than normal (Hesterberg 2015, The American Statistician
+    69:371-386). BCa was tried, and left: what it corrects by has to be learned from the same few clusters, and both
+    arms' skewness cancels without it.
 
     Args:
         statistic: of counts [draws, clusters], how often each cluster was drawn (ones for the data), to values [draws].
-        num_draws: those of which the statistic is not finite are left out. Levels nearer 1 need more: 100 in each tail are plenty.
+        num_draws: those of which the statistic is not finite are left out. Levels nearer 1 need more: 100 in each tail
+            are plenty.
 
     Raises:
-        ValueError: fewer than 2 clusters, or no finite statistic of the data or of most draws.
+        UserError: fewer than 2 clusters, or no finite statistic of the data or of most draws.
     """
     _check_share("level", level)
     if num_clusters < 2:
-        raise ValueError(f"{num_clusters} clusters cannot be resampled: give more prompts")
+        raise UserError(f"{num_clusters} clusters cannot be resampled", "give more prompts")
     estimate = float(statistic(np.ones((1, num_clusters), np.int64))[0])
     if not math.isfinite(estimate):
-        raise ValueError(f"the statistic of the data is {estimate}: give more prompts")
+        raise UserError(f"the statistic of the data is {estimate}", "give more prompts")
     rng = np.random.default_rng(seed)
     chances_C = np.full(num_clusters, 1 / num_clusters)
     blocks = [statistic(rng.multinomial(num_clusters, chances_C, size)) for size in _block_sizes(num_draws)]
     values_D = np.concatenate(blocks)
     values_D = values_D[np.isfinite(values_D)]
     if 2 * len(values_D) < num_draws:
-        raise ValueError(f"{num_draws - len(values_D)} of {num_draws} draws have no finite value: give more prompts")
+        raise UserError(f"{num_draws - len(values_D)} of {num_draws} draws have no finite value", "give more prompts")
     reach = student_t.ppf((1 + level) / 2, num_clusters - 1) * math.sqrt(num_clusters / (num_clusters - 1))
     low, high = np.quantile(values_D, norm.cdf([-reach, reach]))
     return Interval(estimate, float(low), float(high), level)
@@ -130,15 +175,16 @@ def relative_quantile(
 ) -> Statistic:
     """For `bootstrap`: by how much the quantile over requests is greater in b than in a, relative to a (0.1: by 10 %).
 
-    A quantile is the least value that a share of at least `q` of the requests do not exceed. Simulated, 97 % of the 95 % intervals of the
-    95th percentile hold the truth, with 80 prompts of some 4 requests.
+    A quantile is the least value that a share of at least `q` of the requests do not exceed. Simulated, 97 % of
+    the 95 % intervals of the 95th percentile hold the truth, with 80 prompts of some 4 requests.
 
     Args:
         values_a_N, values_b_N: one for each request; the arms may differ in how many.
         cluster_a_N, cluster_b_N: which cluster it belongs to, from 0.
 
     Raises:
-        ValueError: lengths that differ, values that are not finite, clusters below 0 or not of the bootstrap, `q` not in (0, 1).
+        ValueError: lengths that differ, values that are not finite, clusters below 0 or not of the bootstrap, `q` not
+            in (0, 1).
     """
     _check_share("quantile", q)
     arms = [_sorted_requests(values_a_N, cluster_a_N), _sorted_requests(values_b_N, cluster_b_N)]
@@ -176,7 +222,7 @@ def _sorted_requests(values_N: npt.ArrayLike, cluster_N: npt.ArrayLike) -> tuple
 
 
 def _weighted_quantile(values_N: Values, cluster_N: npt.NDArray[np.intp], weights_DC: Weights, q: float) -> Values:
-    """Of sorted values, by draw; NaN where none was drawn. Raises ValueError."""
+    """The quantile of sorted values, by draw; NaN where none was drawn. Raises ValueError."""
     if not len(values_N):
         return np.full(len(weights_DC), np.nan)
     if cluster_N.max() >= weights_DC.shape[1]:
@@ -197,11 +243,13 @@ def _block_sizes(num_draws: int) -> list[int]:
 
 
 def paired_proportions(both: int, only_a: int, only_b: int, neither: int, *, level: float) -> Interval:
-    """Share of prompts that b gets right less that of a: Tango's score interval (1998, Statistics in Medicine 17:891-908).
+    """Share of prompts that b gets right less that of a: Tango's score interval (1998, Statistics in Medicine
+    17:891-908).
 
-    It has a width where no prompt is judged differently: z^2 / (n + z^2) to each side. On average it holds the truth as often as it
-    says; counts being whole numbers, in single cases of 20 to 120 prompts 93 % of 95 % intervals do, computed exactly. Then a side may
-    miss with more than its 2.5 %: the lower, of a b that is worse, with up to 3 %, the upper with up to 5 % where b alone is rarely right.
+    It has a width where no prompt is judged differently: z^2 / (n + z^2) to each side. On average it holds the truth as
+    often as it says; counts being whole numbers, in single cases of 20 to 120 prompts 93 % of 95 % intervals do,
+    computed exactly. Then a side may miss with more than its 2.5 %: the lower, of a b that is worse, with up to 3 %,
+    the upper with up to 5 % where b alone is rarely right.
 
     Args:
         both, only_a, only_b, neither: prompts that both arms get right, a alone, b alone, and none.
@@ -220,7 +268,9 @@ def paired_proportions(both: int, only_a: int, only_b: int, neither: int, *, lev
 
 
 def _tango_low(only_a: int, only_b: int, num_prompts: int, z: float) -> float:
-    """The least difference b - a that the data are within `z` standard errors of, as those would be if it were the truth."""
+    """The least difference b - a that the data are within `z` standard errors of, as those would be if it were the
+    truth.
+    """
     share_a, share_b = only_a / num_prompts, only_b / num_prompts
 
     def beyond(difference: float) -> float:
@@ -233,7 +283,7 @@ def _tango_low(only_a: int, only_b: int, num_prompts: int, z: float) -> float:
 
 
 def _tango_variance(share_a: float, share_b: float, difference: float) -> float:
-    """Of a prompt's difference b - a, where that is given and otherwise what makes the data likeliest.
+    """The variance of a prompt's difference b - a, where that is given and otherwise what makes the data likeliest.
 
     Args:
         share_a, share_b: of prompts that one arm alone gets right, as observed.
@@ -245,7 +295,8 @@ def _tango_variance(share_a: float, share_b: float, difference: float) -> float:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of both arms being right equally often, exact (McNemar 1947, Psychometrika 12:153-157; binomial).
+    """Two-sided p-value of both arms being right equally often, exact (McNemar 1947, Psychometrika 12:153-157;
+    binomial).
 
     Args:
         only_a, only_b: prompts that one arm alone gets right.
@@ -263,26 +314,29 @@ def paired_scores(
 ) -> Interval:
     """Mean of the prompts' differences of score, b - a, of which no more is known than that they are bounded.
 
-    The bootstrap alone would claim to know the truth from a few prompts that do not differ. This is Gaffke's interval (2005, "Three
-    test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative variable"; Learned-Miller and Thomas 2019,
-    "A new confidence interval for the mean of a bounded random variable", arXiv:1905.06208). Its ends are quantiles of the mean under
-    random weights (Rubin's bootstrap) of the prompts and of one more, as bad as can be for the lower end and as good for the upper.
+    The bootstrap alone would claim to know the truth from a few prompts that do not differ. This is Gaffke's interval
+    (2005, "Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative variable";
+    Learned-Miller and Thomas 2019, "A new confidence interval for the mean of a bounded random variable",
+    arXiv:1905.06208). Its ends are quantiles of the mean under random weights (Rubin's bootstrap) of the prompts and of
+    one more, as bad as can be for the lower end and as good for the upper.
 
-    Where prompts differ by nothing or, all one way, by `bound`, the far end is Clopper and Pearson's for the share that differs, times
-    `bound`: of n prompts of which none does, bound * (1 - ((1 - level) / 2)^(1 / n)). That it holds the truth as often as it says for
-    any bounded score is a conjecture that no case is known against. With many prompts it is as short as the bootstrap's.
+    Where prompts differ by nothing or, all one way, by `bound`, the far end is Clopper and Pearson's for the share that
+    differs, times `bound`: of n prompts of which none does, bound * (1 - ((1 - level) / 2)^(1 / n)). That it holds the
+    truth as often as it says for any bounded score is a conjecture that no case is known against. With many prompts it
+    is as short as the bootstrap's.
 
     Args:
         difference_C: one for each prompt, in the score's unit, within [-bound, bound].
         bound: width of the range of the score.
 
     Raises:
-        ValueError: fewer than 2 prompts, or differences that are not finite or out of bounds.
+        ValueError: differences that are not finite or out of bounds.
+        UserError: fewer than 2 prompts.
     """
     _check_share("level", level)
     difference = _columns(difference_C)[:, 0]
     if len(difference) < 2:
-        raise ValueError(f"{len(difference)} prompts show no spread: give more prompts")
+        raise UserError(f"{len(difference)} prompts show no spread", "give more prompts")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound is {bound}: give the width of the score's range")
     if np.any(np.abs(difference) > bound):
@@ -313,8 +367,8 @@ class Quality(StrEnum):
 def judge(interval: Interval, margin: float) -> Quality:
     """Whether b may replace a, from the interval of a difference b - a of which more is better.
 
-    Either verdict is wrong with a chance of (1 - level) / 2 at most, the interval's one side: at 95 %, 2.5 %, as far as the interval
-    keeps its level on that side.
+    Either verdict is wrong with a chance of (1 - level) / 2 at most, the interval's one side: at 95 %, 2.5 %, as far as
+    the interval keeps its level on that side.
 
     Args:
         margin: the loss that would still be put up with, in the difference's unit; 0 asks for b to be better.
@@ -333,7 +387,8 @@ def judge(interval: Interval, margin: float) -> Quality:
 
 
 def prompts_needed_pairs(margin: float, *, discordant: float, alpha: float, power: float) -> int:
-    """Prompts with which `paired_proportions` shows non-inferiority, if both arms are right equally often (Nam 1997, Biometrics 53:1422).
+    """Prompts with which `paired_proportions` shows non-inferiority, if both arms are right equally often (Nam 1997,
+    Biometrics 53:1422).
 
     Args:
         margin: in (0, 1).
@@ -348,7 +403,8 @@ def prompts_needed_pairs(margin: float, *, discordant: float, alpha: float, powe
     if not 0 <= discordant <= 1:
         raise ValueError(f"discordant is {discordant}: give a share of prompts")
     z, z_power = _quantiles(alpha, power)
-    # Tango's interval takes its standard error as if -margin were the truth: also where no prompt is judged differently.
+    # Tango's interval takes its standard error as if -margin were the truth: also where no prompt is judged
+    # differently.
     assumed = _tango_variance(discordant / 2, discordant / 2, -margin)
     return math.floor(((z * math.sqrt(assumed) + z_power * math.sqrt(discordant)) / margin) ** 2) + 1
 
@@ -375,7 +431,8 @@ def prompts_needed_scores(margin: float, *, sd: float, alpha: float, power: floa
         return least
 
     def suffice(num_prompts: int) -> bool:
-        # The interval's end is a quantile of a normal variate, the mean, less an exponential one, the weight of the worst prompt.
+        # The interval's end is a quantile of a normal variate, the mean, less an exponential one, the weight of the
+        # worst prompt.
         error = sd / math.sqrt(num_prompts)
         reach = exponnorm.isf(alpha, bound / num_prompts / error, scale=error)
         return bool(reach + z_power * error <= margin)
@@ -394,7 +451,8 @@ def _quantiles(alpha: float, power: float) -> tuple[float, float]:
 
 
 def simultaneous_level(level: float, num_comparisons: int) -> float:
-    """Level of each of so many intervals that all together hold the truth with a chance of at least `level` (Bonferroni).
+    """Level of each of so many intervals that all together hold the truth with a chance of at least `level`
+    (Bonferroni).
 
     Raises:
         ValueError: a level not in (0, 1), or no comparisons.

@@ -51,8 +51,8 @@ def interval_text(difference: Mapping[str, Any]) -> str:
 
 
 FIGURE_COLUMNS = (
-    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "TTFO p50/p95 ms", "per token ms", "e2e p50/p95/p99 s", "goodput/s", "passes/token",
-    "unverified", "reasoning", "score", "cost/1M", "cost/1000 correct", "failed",
+    "arm", "streams", "tokens/s", "TTFT p50/p95 ms", "TTFO p50/p95 ms", "per token ms", "e2e p50/p95/p99 s",
+    "goodput/s", "passes/token", "unverified", "reasoning", "score", "cost/1M", "cost/1000 correct", "failed",
 )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def quality_text(judged: Mapping[str, Any], a: str, b: str, *, has_margin: bool 
     """Scores of two arms and what their difference is found to be."""
     interval = judged["interval"]
     text = (
-        f"{a} {judged['score_a']:.1%}, {b} {judged['score_b']:.1%} ({judged['kind']}, {judged['prompts']} prompts); difference "
-        f"{100 * interval['estimate']:+.1f} points"
+        f"{a} {judged['score_a']:.1%}, {b} {judged['score_b']:.1%} ({judged['kind']}, {judged['prompts']} prompts); "
+        f"difference {100 * interval['estimate']:+.1f} points"
     )
     if judged["verdict"] != "the same":
         text += f" [{100 * interval['low']:+.1f}, {100 * interval['high']:+.1f}]"

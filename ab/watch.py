@@ -1,8 +1,9 @@
-"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that breaks a guard-rail."""
+"""ssv-ab watch: reads the router's log as it grows, shows the running comparison, and takes an arm out of service that
+breaks a guard-rail.
+"""
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,9 @@ from ssv.ab.live import ALPHA, METRICS, LiveComparison, quantile
 from ssv.ab.routing import Fallback, fall_back, fallback_path
 from ssv.ab.statistics import Interval
 from ssv.ab.terminal import ms, percent, plain
+from ssv.support.errors import UserError
 
 EXIT_FELL_BACK = 4
-
-_AUDITED = re.compile(r'^ssv_(audited_tokens|audit_mismatches)\{.*?tier="(\w+)".*?\} (\S+)$', re.MULTILINE)
 
 
 def watch(
@@ -46,10 +46,10 @@ def watch(
 
     Raises:
         OSError: there is no such log.
-        ValueError: it is not a log of the router.
+        UserError: it is not a log of the router.
     """
     if any(limit.name == "divergence" for limit in guards) and metrics_url is None:
-        raise ValueError("the guard on divergence needs the server's audits: give --metrics-url")
+        raise UserError("the guard on divergence needs the server's audits", "give --metrics-url")
     reader, live = JournalReader(path), LiveComparison(guards)
     fallback = Fallback(fallback_path(path))
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -58,7 +58,7 @@ def watch(
         for record in (*reader.read(), *(reader.rest() if every is None else ())):
             live.take(record)
         if not live.arms and every is None:
-            raise ValueError(f"{path} does not begin as a log of ab_router does: choose the `log` of its file of arms")
+            raise UserError(f"{path} does not begin as a log of ab_router does", "choose the `log` of its file of arms")
         audits = _audits(metrics_url) if metrics_url is not None else {}
         if audits:
             live.audits(audits)
@@ -84,15 +84,24 @@ def watch(
 
 def _audits(url: str) -> dict[str, tuple[int, int]] | None:
     """Audited tokens and mismatches by tier; None from a server that does not answer now, or not as one does."""
+    from prometheus_client.parser import text_string_to_metric_families  # other commands do without
+
+    audited: dict[str, int] = {}
+    mismatches: dict[str, int] = {}
     try:
         with urlopen(url, timeout=5.0) as response:  # noqa: S310
-            text = response.read().decode()
-    except (OSError, HTTPException, UnicodeDecodeError):
+            for family in text_string_to_metric_families(response.read().decode()):
+                counts = {"ssv_audited_tokens": audited, "ssv_audit_mismatches": mismatches}.get(family.name)
+                if counts is not None:
+                    counts.update((sample.labels["tier"], int(sample.value)) for sample in family.samples)
+    except (
+        OSError,
+        HTTPException,
+        ValueError,
+        KeyError,
+    ):  # the last two: what came are not metrics, or not those of a server
         return None
-    found: dict[str, dict[str, float]] = {}
-    for name, tier, value in _AUDITED.findall(text):
-        found.setdefault(tier, {})[name] = float(value)
-    return {tier: (int(c.get("audited_tokens", 0)), int(c.get("audit_mismatches", 0))) for tier, c in found.items()}
+    return {tier: (audited.get(tier, 0), mismatches.get(tier, 0)) for tier in audited | mismatches}
 
 
 def _show(
@@ -105,8 +114,8 @@ def _show(
     torn: int,
 ) -> None:
     table = Table(
-        "arm", "requests", "errors", "left", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95 s", "passes/token", "unverified",
-        "audited divergence", title="ssv-ab watch",
+        "arm", "requests", "errors", "left", "TTFT p50/p95 ms", "per token ms", "end to end p50/p95 s", "passes/token",
+        "unverified", "audited divergence", title="ssv-ab watch",
     )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"

@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
     parser.add_argument("--num-prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--tier", default="premium")
+    parser.add_argument("--method", default="premium")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     estimates, alarms = [], Counter[str]()
@@ -39,7 +39,7 @@ def main() -> int:
         ServerUnderTest(args.bundle, "--max-rows", "4", "--prompt-cache-mb", "0") as server,
         tempfile.TemporaryDirectory() as work,
     ):
-        url = f"{server.grpc_url}?tier={args.tier}"
+        url = f"{server.grpc_url}?method={args.method}"
         for number in range(args.repeats):
             folder = Path(work) / str(number)
             options = ["--prompts", str(args.prompts), "--num-prompts", str(args.num_prompts), "--seed", str(number)]

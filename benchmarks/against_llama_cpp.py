@@ -1,8 +1,8 @@
 """How fast is plain decoding here, against llama.cpp on the same GGUF file, machine and cores?
 
-llama.cpp is not a dependency: pip install llama-cpp-python (it compiles for some minutes), here or into an environment of its own,
-whose interpreter is then given with --llama-python. Each round decodes the same prompts with both, one after the other; the ratio of
-their speeds within the run is what counts.
+llama.cpp is not a dependency: pip install llama-cpp-python (it compiles for some minutes), here or into an environment
+of its own, whose interpreter is then given with --llama-python. Each round decodes the same prompts with both, one
+after the other; the ratio of their speeds within the run is what counts.
 
     python benchmarks/against_llama_cpp.py --bundle bundles/smollm2-135m --out benchmarks/records/against_llama_cpp.json
 """
@@ -26,7 +26,8 @@ LLAMA = """
 import json, sys, time, importlib.metadata
 from llama_cpp import Llama
 settings = json.loads(sys.stdin.readline())
-model = Llama(settings["gguf"], n_ctx=1024, n_threads=settings["threads"], n_threads_batch=settings["threads"], verbose=False)
+threads = settings["threads"]
+model = Llama(settings["gguf"], n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
 print(json.dumps(importlib.metadata.version("llama-cpp-python")), flush=True)
 for line in sys.stdin:
     ids = json.loads(line)

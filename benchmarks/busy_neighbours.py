@@ -1,8 +1,8 @@
 """What becomes of the CPU engine when other processes use the cores?
 
-Every setting of threads decodes the same prompt in turn, each in a process of its own, on an idle machine and beside so many processes
-that do nothing but compute. The ratios to the fixed number of threads on the idle machine, in the same run, are what counts. Servers that
-run already are asked as well.
+Every setting of threads decodes the same prompt in turn, each in a process of its own, on an idle machine and beside so
+many processes that do nothing but compute. The ratios to the fixed number of threads on the idle machine, in the same
+run, are what counts. Servers that run already are asked as well.
 
     python benchmarks/busy_neighbours.py --bundle bundles/smollm2-135m --out benchmarks/records/busy_neighbours.json
         [--url follows=grpc://127.0.0.1:8001 --url fixed=grpc://127.0.0.1:8011]
@@ -99,8 +99,8 @@ def main() -> int:
             }
         )
     figures = {
-        "what": "tokens/s of one request, medians over rounds; of_fixed_idle: over the fixed number of threads without neighbours "
-        "(of the servers: over the last one named)",
+        "what": "tokens/s of one request, medians over rounds; of_fixed_idle: over the fixed number of threads without "
+        "neighbours (of the servers: over the last one named)",
         "cores": cores,
         "rounds": args.rounds,
         "rows": rows,

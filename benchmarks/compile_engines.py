@@ -1,8 +1,11 @@
-"""What compiling costs: time, plan size and peak memory of engines for a target and its draft, each in a process of its own.
+"""What compiling costs: time, plan size and peak memory of engines for a target and its draft, each in a process of its
+own.
 
-Memory is held against 1.5 times the target's fp16 weights plus the plan plus 600 MB, the INT4 plan against 0.55 times the FP16 plan.
+Memory is held against 1.5 times the target's fp16 weights plus the plan plus 600 MB, the INT4 plan against 0.55 times
+the FP16 plan.
 
-    python benchmarks/compile_engines.py --bundle bundles/smollm2-135m --prompts builder/presets/prompts/calibration.jsonl
+    python benchmarks/compile_engines.py --bundle bundles/smollm2-135m \\
+        --prompts builder/presets/prompts/calibration.jsonl
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ def _engine(
         *options,
         "--compute-capability",
         args.compute_capability,
-        "--out",
+        "--bundle",
         str(bundle),
     ]
     quantize_seconds = None

@@ -1,8 +1,8 @@
 """How good are a bundle's draft and scorer on real prompts, and what does a precision cost the target?
 
-In fp32, greedily: tokens per target pass of `speculative`; then, along those same answers, how often the draft's argmax is the
-target's by depth, and the scorer's AUC beside the training-free baseline. Last, the perplexity of prompts and answers under the
-target in each precision. Counts only: nothing here is timed.
+In fp32, greedily: tokens per target pass of `speculative`; then, along those same answers, how often the draft's argmax
+is the target's by depth, and the scorer's AUC beside the training-free baseline. Last, the perplexity of prompts and
+answers under the target in each precision. Counts only: nothing here is timed.
 
     python benchmarks/draft_quality.py --bundle bundles/smollm2-135m --out benchmarks/records/draft_quality.json
 """

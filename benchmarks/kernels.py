@@ -1,7 +1,8 @@
-"""What the kernels cost on a GPU: time, bytes moved, share of the measured copy bandwidth, and the same in eager PyTorch operations.
+"""What the kernels cost on a GPU: time, bytes moved, share of the measured copy bandwidth, and the same in eager
+PyTorch operations.
 
-Every time is the median over replays of a CUDA graph that runs the op on one set of buffers after the other, together several times as
-large as the L2 cache, divided by their number: gaps between launches are in it, Python's are not.
+Every time is the median over replays of a CUDA graph that runs the op on one set of buffers after the other, together
+several times as large as the L2 cache, divided by their number: gaps between launches are in it, Python's are not.
 
     python benchmarks/kernels.py --out benchmarks/records/kernels.json
 """
@@ -75,31 +76,32 @@ def score_figures(bench: Bench, rows: int, vocab: int, hidden: int) -> dict[str,
 
 
 def gather_figures(bench: Bench, batch: int, tokens: int, hidden: int) -> dict[str, Any]:
-    """`sparse_gather` of bf16 states of which each sequence's bonus row alone is judged, and `gather_norm` of the same rows; bytes are those
-    of the judged rows, read and written."""
+    """`sparse_gather` of bf16 states of which each sequence's bonus row alone is judged.
+
+    Bytes are those of the judged rows: read once, written as they are and normed.
+    """
     weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
-    zone = torch.zeros(batch, tokens, dtype=torch.int32, device="cuda")
-    length = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
     rows = torch.arange(tokens - 1, batch * tokens, tokens, dtype=torch.int32, device="cuda")
 
     def buffers() -> tuple[Tensor, ...]:
-        return (_bf16(batch, tokens, hidden),)
+        return (_bf16(batch * tokens, hidden),)
 
-    def eager(x: Tensor) -> Tensor:
-        return F.rms_norm(x.view(-1, hidden)[rows], (hidden,), weight, 1e-5)
+    def eager(x: Tensor) -> tuple[Tensor, Tensor]:
+        gathered = x[rows]
+        return gathered, F.rms_norm(gathered, (hidden,), weight, 1e-5)
 
-    us = bench.time(lambda x: launch.sparse_gather(x, zone, length, weight, 1e-5), buffers)
+    us = bench.time(lambda x: launch.sparse_gather(x, rows, weight, 1e-5), buffers)
     return {
         "op": "sparse_gather",
         "shape": f"{batch} of {batch * tokens} x {hidden}",
-        **bench.figures(us, 2 * batch * hidden * 2),
-        "gather_norm_us": bench.time(lambda x: launch.gather_norm(x.view(-1, hidden), rows, weight, 1e-5), buffers),
-        "eager_gather_norm_us": bench.time(eager, buffers),
+        **bench.figures(us, 3 * batch * hidden * 2),
+        "eager_us": (eager_us := bench.time(eager, buffers)),
+        "speedup_over_eager": round(eager_us / us, 1),
     }
 
 
 def choose_figures(bench: Bench, rows: int, vocab: int, kept: float) -> dict[str, Any]:
-    """`choose` among all tokens, and among those that top-k or top-p has kept: a share of them, the others being -inf."""
+    """`choose` among all tokens, and among a share of them, the others being -inf as top-k or top-p leaves them."""
     seed, position = torch.arange(rows, device="cuda"), torch.arange(rows, device="cuda")
 
     def buffers() -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
-"""What quantizing a target costs in quality: perplexity and argmax agreement of its quantized checkpoints against bf16, on held-out text.
+"""What quantizing a target costs in quality: perplexity and argmax agreement of its quantized checkpoints against bf16,
+on held-out text.
 
-Two texts: the held-out prompts as their authors wrote them, and the answers to them that the unquantized target gives. The torch engine
-runs all of them, quantized inputs and weights included; no TensorRT is needed.
+Two texts: the held-out prompts as their authors wrote them, and the answers to them that the unquantized target gives.
+The torch engine runs all of them, quantized inputs and weights included; no TensorRT is needed.
 
     python benchmarks/quantized_quality.py --bundle bundles/smollm2-135m --quantized fp8=DIR --quantized int4=DIR
 """
@@ -77,7 +78,9 @@ def _engine(folder: Path, device: str) -> TorchEngine:
 
 
 def _compare(reference: TorchEngine, quantized: TorchEngine, texts: list[Text]) -> dict[str, object]:
-    """Perplexities and their ratio, share of equal argmaxes, and mean KL divergence in nats, on prompts, on answers, and on both."""
+    """Perplexities and their ratio, share of equal argmaxes, and mean KL divergence in nats, on prompts, on answers,
+    and on both.
+    """
     sums = {part: torch.zeros(5, dtype=torch.float64) for part in ("prompts", "answers")}
     for text in texts:
         ids = torch.tensor([text.ids])

@@ -1,8 +1,8 @@
 """How much of its greedy speed-up does speculation keep when tokens are sampled?
 
-Each prompt is decoded with every setting by every method, in a rotating order; a speed-up is over plain decoding sampled the same way,
-within the run. `kept` is the sampled speed-up over the greedy one. Acceptance and tokens per pass say how much of a loss is drafted
-tokens being rejected, and the rest is what choosing costs.
+Each prompt is decoded with every setting by every method, in a rotating order; a speed-up is over plain decoding
+sampled the same way, within the run. `kept` is the sampled speed-up over the greedy one. Acceptance and tokens per pass
+say how much of a loss is drafted tokens being rejected, and the rest is what choosing costs.
 
     python benchmarks/sampled_speed.py --bundle bundles/smollm2-135m --out benchmarks/records/sampled_speed.json
 """
@@ -69,7 +69,8 @@ def main() -> int:
                 counters[cell].append(output.counters)
         print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr)
     figures = {
-        "what": "tokens/s after the first token; speed-ups over plain decoding sampled the same way, with 95 % intervals over prompts",
+        "what": "tokens/s after the first token; speed-ups over plain decoding sampled the same way, "
+        "with 95 % intervals over prompts",
         "results": {
             setting: {method: _figures(counters, setting, method) for method in methods} for setting in SETTINGS
         },

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from ssv.client.triton import Client, Reply, ServerError, Settings
 
@@ -96,9 +97,11 @@ class ServerUnderTest:
         with urlopen(self._metrics_url, timeout=10) as response:  # noqa: S310
             text = response.read().decode()
         sums: dict[str, float] = {}
-        for line in text.splitlines():
-            if match := re.match(r"(\w+)(?:\{.*\})? ([-+.\deE]+)$", line):
-                sums[match.group(1)] = sums.get(match.group(1), 0.0) + float(match.group(2))
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                # The parser ends a counter's name as OpenMetrics does.
+                name = family.name if family.type == "counter" else sample.name
+                sums[name] = sums.get(name, 0.0) + sample.value
         return sums
 
     def num_requests(self) -> int:

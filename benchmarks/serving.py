@@ -1,8 +1,8 @@
 """What the server costs: one stream over gRPC against the same decoding in-process, and eight streams against one.
 
-Each round decodes the same prompts in-process and over gRPC, one after the other, in turns; then with one client and with eight at the
-same time. In-process decoding and the server take turns too: neither runs while the other is measured. The ratios within the run are what
-counts. The outputs of all are compared.
+Each round decodes the same prompts in-process and over gRPC, one after the other, in turns; then with one client and
+with eight at the same time. In-process decoding and the server take turns too: neither runs while the other is
+measured. The ratios within the run are what counts. The outputs of all are compared.
 
     python benchmarks/serving.py --bundle bundles/smollm2-135m --out benchmarks/records/serving.json
 """
@@ -28,7 +28,9 @@ from ssv.support.prompts import read_prompts
 ROOT = Path(__file__).parents[1]
 
 PAUSE_SECONDS = 0.3
-"""Between two measurements: OpenMP's threads of the one before still spin for a while, and take the cores from the one after."""
+"""Between two measurements: OpenMP's threads of the one before still spin for a while, and take the cores from the one
+after.
+"""
 
 
 def main() -> int:
@@ -39,11 +41,11 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--tiers", default="premium,balanced,turbo,autoregressive")
+    parser.add_argument("--methods", default="premium,balanced,turbo,autoregressive")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)[: args.num_prompts]
-    tiers = args.tiers.split(",")
+    tiers = args.methods.split(",")
     llm = LLM.load(args.bundle, max_batch=args.clients)
     # Neither run may find what another has computed.
     with ServerUnderTest(args.bundle, "--max-rows", str(args.clients), "--prompt-cache-mb", "0") as server:
@@ -118,7 +120,9 @@ def measure(
 def load(
     server: ServerUnderTest, prompts: list[str], settings: Settings, clients: int, expected: dict[str, str]
 ) -> tuple[float, list[float], int]:
-    """Tokens per second of so many clients that share the prompts, times to first tokens, and how many outputs were other than expected."""
+    """Tokens per second of so many clients that share the prompts, times to first tokens, and how many outputs were
+    other than expected.
+    """
     todo, lock = list(prompts), threading.Lock()
     firsts: list[float] = []
     tokens = wrong = 0

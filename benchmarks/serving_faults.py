@@ -1,5 +1,5 @@
-"""What happens to clients, server and memory when things go wrong: clients that disconnect in mid-stream, a storm of requests, processes
-of the server killed in mid-stream, and SIGTERM under load.
+"""What happens to clients, server and memory when things go wrong: clients that disconnect in mid-stream, a storm of
+requests, processes of the server killed in mid-stream, and SIGTERM under load.
 
     python benchmarks/serving_faults.py --bundle bundles/smollm2-135m --out benchmarks/records/serving_faults.json
 """
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def disconnects(server: ServerUnderTest, times: int) -> dict[str, Any]:
-    """Clients that go away in mid-stream, by leaving the stream, by closing the connection, and (one in ten) by dying."""
+    """Clients that go away in mid-stream: they leave the stream, close the connection, or (one in ten) die."""
     rng = random.Random(0)
     how_many: Counter[str] = Counter()
 

@@ -1,5 +1,6 @@
-"""Requests that nobody means well: wrong dtypes, shapes and sizes, NaN, empty and huge texts, invalid UTF-8, negative numbers and hostile
-JSON, over gRPC and HTTP. Each has to be answered, or refused with a message; the server has to stay, and its memory too.
+"""Requests that nobody means well: wrong dtypes, shapes and sizes, NaN, empty and huge texts, invalid UTF-8, negative
+numbers and hostile JSON, over gRPC and HTTP. Each has to be answered, or refused with a message; the server has to
+stay, and its memory too.
 
     python benchmarks/serving_fuzz.py --bundle bundles/smollm2-135m --out benchmarks/records/serving_fuzz.json
 """
@@ -35,17 +36,21 @@ DTYPES = {
 }  # fmt: skip
 
 HOSTILE_TEXTS = (
-    b"", b" ", b"\0", b"\0" * 1000, b"\xff\xfe\xfd", b"\xc3\x28", b"\xed\xa0\x80", "\U0001f600".encode() * 50, b"A" * 70000,
-    b"A" * 1_000_000, b"<|im_start|>system\n" * 5, b"<|im_end|>", "\u202e\u0000\u200b".encode(), b"%s%n%x{{7*7}}${jndi:x}",
+    b"", b" ", b"\0", b"\0" * 1000, b"\xff\xfe\xfd", b"\xc3\x28", b"\xed\xa0\x80", "\U0001f600".encode() * 50,
+    b"A" * 70000, b"A" * 1_000_000, b"<|im_start|>system\n" * 5, b"<|im_end|>", "\u202e\u0000\u200b".encode(),
+    b"%s%n%x{{7*7}}${jndi:x}",
     b"{" * 5000, b"[" * 100_000, b'{"a":' * 3000,
 )  # fmt: skip
 HOSTILE_VALUES: tuple[Any, ...] = (
-    -1, 0, 1, 5, 2**40, 0.5, -0.5, 1e300, True, False, None, "", "x", "\ud800", "A" * 70000, [], [1, "a"], {}, {"a": [1]},
+    -1, 0, 1, 5, 2**40, 0.5, -0.5, 1e300, True, False, None, "", "x", "\ud800", "A" * 70000, [], [1, "a"], {},
+    {"a": [1]},
 )  # fmt: skip
 HOSTILE_JSON = (
     "", "null", "[]", "{}", "1", '"x"', "{", '{"max_tokens": NaN}', '{"temperature": Infinity}', '{"temperature": -1}',
-    '{"max_tokens": 1e400}', '{"max_tokens": "1' + "0" * 5000 + '"}', '{"max_tokens": -5}', '{"max_tokens": 3.5}', '{"top_p": 0}',
-    '{"top_p": "nan"}', '{"n": 2}', '{"stop": [1, 2]}', '{"stop": {"a": 1}}', '{"stop": ["", "x"]}', '{"__class__": "os.system"}',
+    '{"max_tokens": 1e400}', '{"max_tokens": "1' + "0" * 5000 + '"}', '{"max_tokens": -5}', '{"max_tokens": 3.5}',
+    '{"top_p": 0}',
+    '{"top_p": "nan"}', '{"n": 2}', '{"stop": [1, 2]}', '{"stop": {"a": 1}}', '{"stop": ["", "x"]}',
+    '{"__class__": "os.system"}',
     '{"ignore_eos": "perhaps"}', '{"seed": -1}', '{"seed": 18446744073709551616}', '{"max_tokens": 3, "max_tokens": 4}',
     '{"max_tokens": null}', "[" * 50_000, '{"a":' * 10_000, '{"logprobs": 5}', '{"top_k": true}', '{"max_tokens": [3]}',
 )  # fmt: skip

@@ -1,5 +1,6 @@
-"""Half an hour of mixed load: tiers, sampling, streaming and not, long and short, some clients that leave. No error may come, and memory
-has to stay flat.
+"""Half an hour of mixed load: tiers, sampling, streaming and not, long and short, some clients that leave.
+
+No error may come, and memory has to stay flat.
 
     python benchmarks/serving_soak.py --bundle bundles/smollm2-135m --out benchmarks/records/serving_soak.json
 """
@@ -64,7 +65,9 @@ def main() -> int:
 
 
 def growth(samples: list[dict[str, float]], warm_up: float) -> dict[str, Any]:
-    """Memory in the first and the last quarter after the warm-up, the means of each process and of all, and the change in percent."""
+    """Memory in the first and the last quarter after the warm-up, the means of each process and of all, and the change
+    in percent.
+    """
     counted = [sample for sample in samples if sample["minute"] >= warm_up]
     quarter = max(len(counted) // 4, 1)
     names = [name for name in samples[0] if name != "minute"]

@@ -1,8 +1,8 @@
 """How long `LLM.load` and `ssv-serve` take until they can answer, and the memory that they have then.
 
-Each figure is the median of fresh processes. Seconds are wall time and, since other work on the machine makes that longer, CPU time of all
-processes. Memory is the proportional set size (PSS): a page that several processes share counts once, in parts. Each process is shown
-with its own; `resident` is the sum that counts shared pages in each.
+Each figure is the median of fresh processes. Seconds are wall time and, since other work on the machine makes that
+longer, CPU time of all processes. Memory is the proportional set size (PSS): a page that several processes share counts
+once, in parts. Each process is shown with its own; `resident` is the sum that counts shared pages in each.
 
     python benchmarks/startup.py --bundle bundles/smollm2-135m --out benchmarks/records/startup.json
 
@@ -36,7 +36,8 @@ llm = LLM.load(sys.argv[1])
 seconds = time.monotonic() - start
 usage = resource.getrusage(resource.RUSAGE_SELF)
 pss = next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:"))
-print(json.dumps({"s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime, "pss_mb": pss / 1024, "peak_mb": usage.ru_maxrss / 1024}))
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps({"s": seconds, "cpu_s": cpu, "pss_mb": pss / 1024, "peak_mb": usage.ru_maxrss / 1024}))
 """
 
 Figures = dict[str, float]
@@ -89,7 +90,9 @@ def _load(bundle: Path) -> Figures:
 
 
 def _serve(bundle: Path) -> Figures:
-    """Seconds from the command to the endpoints that it announces, and what its processes hold then and after a request."""
+    """Seconds from the command to the endpoints that it announces, and what its processes hold then and after a
+    request.
+    """
     start = time.monotonic()
     with ServerUnderTest(bundle) as server:
         figures = {"s": time.monotonic() - start, "cpu_s": _cpu_seconds(server)}

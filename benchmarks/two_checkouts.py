@@ -1,9 +1,10 @@
 """Is a change one of form alone? Two checkouts decode the same prompts, and what they say is compared.
 
-Greedy: outputs, drafted and accepted tokens of every method have to be the same, token for token. Sampled: tokens per target pass of each,
-which may differ where the rule of acceptance does.
+Greedy: outputs, drafted and accepted tokens of every method have to be the same, token for token. Sampled: tokens per
+target pass of each, which may differ where the rule of acceptance does.
 
-    python benchmarks/two_checkouts.py --before ../before/.venv/bin/python --after .venv/bin/python --bundle bundles/smollm2-135m
+    python benchmarks/two_checkouts.py --before ../before/.venv/bin/python --after .venv/bin/python \\
+        --bundle bundles/smollm2-135m
 
 Each interpreter is that of a checkout's environment; it runs this file with --tell, which prints what it decoded.
 """
@@ -59,15 +60,15 @@ def main() -> int:
 
 
 def tell(args: argparse.Namespace) -> None:
-    from ssv.runtime.llm import LLM
+    # Nothing but these: an older checkout has the rest elsewhere.
+    from ssv.runtime import llm as module
     from ssv.runtime.request import Request, SamplingParams
-    from ssv.support.environment import commit
-    from ssv.support.prompts import read_prompts
 
-    llm = LLM.load(args.bundle, precision=args.precision)
-    print(json.dumps(commit()), flush=True)
+    llm = module.LLM.load(args.bundle, precision=args.precision)
+    print(json.dumps(_commit(Path(module.__file__).parent)), flush=True)
     paths = [ROOT / "benchmarks/prompts" / f"{name}.jsonl" for name in args.prompts.split(",")]
-    prompts = [llm.chat_ids(prompt) for path in paths for prompt in read_prompts(path)[: args.num_prompts]]
+    lines = [line for path in paths for line in path.read_text().splitlines()[: args.num_prompts]]
+    prompts = [llm.chat_ids(json.loads(line)["prompt"]) for line in lines]
     for number, prompt in enumerate(prompts):
         for setting in args.settings.split("; "):
             params = SamplingParams(max_tokens=args.max_tokens, seed=number, **SETTINGS[setting])  # type: ignore[arg-type]
@@ -77,6 +78,17 @@ def tell(args: argparse.Namespace) -> None:
                 numbers = [counted.drafted, counted.accepted, counted.target_passes, counted.emitted]
                 print(json.dumps([number, setting, method, output.token_ids, *numbers]), flush=True)
         print(f"{number + 1} of {len(prompts)} prompts", file=sys.stderr)
+
+
+def _commit(folder: Path) -> str:
+    """The commit of a checkout."""
+    done = subprocess.run(  # noqa: S603
+        ["git", "-C", folder, "rev-parse", "HEAD"],  # noqa: S607
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
 
 
 def told(interpreter: Path, words: Sequence[str]) -> list[Any]:

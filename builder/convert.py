@@ -13,9 +13,10 @@ from ssv.support.files import save_whole
 
 
 def convert_heads(source: Path, out: Path) -> None:
-    """Writes the tensors of a file of Medusa's heads that `torch.save` made as a safetensors file, which `load_heads` reads.
+    """Makes a safetensors file, which `load_heads` reads, of a file of Medusa's heads that `torch.save` made.
 
-    torch reads it with its unpickler for weights alone, which makes tensors and containers of them and calls nothing else.
+    torch reads it with its unpickler for weights alone, which makes tensors and containers of them and calls nothing
+    else.
 
     Raises:
         CheckpointError: not there, damaged, more than tensors, or no heads.
@@ -27,7 +28,8 @@ def convert_heads(source: Path, out: Path) -> None:
     except Exception as error:  # whatever the unpickler makes of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{source} is damaged or holds more than tensors, and is not read ({reason}): ask its authors for a safetensors file"
+            f"{source} is damaged or holds more than tensors, and is not read ({reason})",
+            "ask its authors for a safetensors file",
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()

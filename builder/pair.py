@@ -1,7 +1,7 @@
 """Builds a bundle from a recipe: target, draft, scorer, activation ranges, calibration, engines, manifest.
 
-The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have not changed is taken over
-(`ssv.builder.parts`).
+The bundle is built beside its place and takes it when it is whole (`ssv.builder.staging`); a part whose sources have
+not changed is taken over (`ssv.builder.parts`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt.compile_job import compile_apart
 from ssv.builder.tensorrt.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.training.corpus import chat_pieces, write_conversations
-from ssv.builder.training.distill import DistillResult, distill, draft_passes, view_target
+from ssv.builder.training.distill import DistillResult, distill
 from ssv.builder.training.heads import HeadsResult, distill_heads
+from ssv.builder.training.passes import draft_passes, view_target
 from ssv.builder.training.quantize_job import quantize
 from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.builder.training.work import training_source
@@ -51,6 +52,8 @@ from ssv.bundle.manifest import (
     write_manifest,
 )
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.model.checkpoint import hf_config
 from ssv.model.draft import Draft, load_draft, save_draft
@@ -58,7 +61,8 @@ from ssv.model.heads import Heads, load_heads, save_heads
 from ssv.model.scorer import Scorer, load_scorer, save_scorer
 from ssv.model.smoothing import activation_ranges
 from ssv.support.environment import versions
-from ssv.support.files import save_whole
+from ssv.support.files import save_whole, write_json
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.progress import Report
 from ssv.support.prompts import read_prompts
 
@@ -110,8 +114,8 @@ def build_pair(
 ) -> Manifest:
     """Builds the bundle of a recipe at `out`.
 
-    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it is, and its finished
-    parts for the next run.
+    What can be checked is checked before the first step that takes long. A run that fails leaves what is at `out` as it
+    is, and its finished parts for the next run.
 
     Args:
         device: where to distil, fit and calibrate: "cpu" or "cuda".
@@ -135,17 +139,17 @@ def build_pair(
         _write_scorer(parts, recipe, target, device, draft.spec.decoder.hidden_size, report)
         _write_ranges(parts, recipe, target, draft)
         _write_calibration(parts, recipe, target, draft, make_calibration, report)
-        tiers = read_calibration(stage.bundle / "calibration.json")
-        manifest = _manifest(recipe, target, draft, parts, tiers, heads)
+        tiers, survival = read_calibration(stage.bundle / "calibration.json")
+        manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
         for engine in recipe.engines:
             write_manifest(stage.bundle, manifest)
             _write_engine(parts, recipe, engine, target, device, report)
-            manifest = _manifest(recipe, target, draft, parts, tiers, heads)
+            manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
         parts.drop_unused()
         if out.is_dir():  # an engine that another process adds must not come between here and the exchange
             held.enter_context(manifest_lock(out))
         parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
-        manifest = _manifest(recipe, target, draft, parts, tiers, heads)
+        manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
         write_manifest(stage.bundle, manifest)
     for part in ("draft", "heads"):
         if part in parts.sources and (work := _work_folder(parts, part)).exists():
@@ -171,6 +175,8 @@ def calibration_document(
         "bound": {"kind": BOUND_KIND, "method": "bootstrap over prompts, at least the Poisson bound"},
         "trials": [trial.to_dict() for trial in calibration.trials],
         "tiers": {name: trial.to_dict() for name, trial in calibration.tiers.items()},
+        "costs": calibration.costs.model_dump(mode="json"),
+        "survival": calibration.survival.to_dict() if calibration.survival is not None else None,
     }
 
 
@@ -192,7 +198,7 @@ def _write_target(parts: Parts, target: Target) -> None:
     folder = parts.stage.bundle / "target"
     folder.mkdir(exist_ok=True)
     config = hf_config(target.spec, target.eos_token_ids, target.weights["model.embed_tokens.weight"].dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "config.json", config)
     tensors = {name: weight.contiguous() for name, weight in target.weights.items()}
     save_whole(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     target.tokenizer.save_pretrained(parts.stage.bundle / "tokenizer")
@@ -235,7 +241,10 @@ def _write_heads(parts: Parts, recipe: Recipe, target: Target, device: str, repo
 
 
 def _work_folder(parts: Parts, part: str = "draft") -> Path:
-    """Where a distillation keeps its state: one folder each, so that another recipe neither takes it for its own nor stumbles over it."""
+    """The folder where a distillation keeps its state.
+
+    Each recipe has one of its own, so that another recipe neither takes the state for its own nor stumbles over it.
+    """
     return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources[part][:12]
 
 
@@ -254,7 +263,7 @@ def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hid
             draft_path = parts.stage.bundle / "draft" / "draft.safetensors"
             scorer, fitted = make_scorer(target, draft_path, recipe.scorer.fit, recipe.draft.distill, device, report)
             save_scorer(scorer, path)
-            (parts.stage.bundle / "scorer.json").write_text(json.dumps(fitted.to_dict(), indent=1) + "\n")
+            write_json(parts.stage.bundle / "scorer.json", fitted.to_dict())
         parts.finish("scorer")
     load_scorer(path, hidden_size)
 
@@ -296,7 +305,7 @@ def _write_calibration(
         tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
         write_manifest(bundle, _manifest(recipe, target, draft, parts, tiers))
         document = calibration_document(make(bundle, config, report), mine, config)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(path, document)
     parts.finish("calibration")
 
 
@@ -311,7 +320,7 @@ def _write_engine(
     weights: tuple[object, ...] = ()
     if config.checkpoint is not None:
         weights = (checkpoint_digest(config.checkpoint),)
-    elif config.precision in ("fp8", "int4"):
+    elif config.precision in QUANTIZED_PRECISIONS:
         weights = (target.sha256, _content(prompts_file), target.text_sha256)
     made_from = (
         config.model_dump(mode="json", include={"role", "precision", "flavor", "compute_capability"}),
@@ -341,6 +350,7 @@ def _manifest(
     draft: Draft,
     parts: Parts,
     tiers: dict[str, TierEntry],
+    survival: Survival | None = None,
     heads: Heads | None = None,
 ) -> Manifest:
     of_engines = {PACKAGES[engine.flavor]: engine.tensorrt for engine in parts.engines.values()}
@@ -354,9 +364,18 @@ def _manifest(
         tiers=tiers,
         files=dict(sorted(parts.files.items())),
         engines=parts.engines,
+        survival=survival,
+        profiles=_profiles(parts.old, target, draft),
         sources=parts.sources,
         versions=versions("ssv", "torch", "transformers", "safetensors") | of_engines,
     )
+
+
+def _profiles(old: Manifest | None, target: Target, draft: Draft) -> dict[str, Costs]:
+    """What steps cost is the networks' shapes' and the machine's: profiles of a bundle with the same shapes stay
+    true."""
+    shapes = (target.spec.to_dict(), draft.spec.to_dict())
+    return old.profiles if old is not None and (old.target, old.draft) == shapes else {}
 
 
 def _content(file: Path | None) -> str | None:
@@ -364,7 +383,10 @@ def _content(file: Path | None) -> str | None:
 
 
 def measure_ranges(target: Target, draft: Draft, prompts: list[str], num_tokens: int = 2048) -> dict[str, Tensor]:
-    """Activation ranges of target ("target." and, for the tap, "target.tap.project") and draft ("draft."), on chat-formatted prompts."""
+    """Activation ranges of a target and a draft on chat-formatted prompts.
+
+    Keys begin with "target." ("target.tap.project" for the tap) and with "draft.".
+    """
     tokens_BT = prompt_tokens(target, prompts, num_tokens)
 
     def run() -> None:

@@ -1,7 +1,8 @@
 """Which parts of a bundle need not be made again: those whose sources are what they were.
 
-A part is taken over from the run before, if that was interrupted or failed after finishing it, or from the bundle that is there. Whether its
-sources are the same is judged by their content (`digest`s of files, settings that change the result), never by a path.
+A part is taken over from the run before, if that was interrupted or failed after finishing it, or from the bundle that
+is there. Whether its sources are the same is judged by their content (`digest`s of files, settings that change the
+result), never by a path.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ssv.builder.staging import Stage
 from ssv.bundle.manifest import (
@@ -22,9 +23,10 @@ from ssv.bundle.manifest import (
     digest,
     engine_source,
     file_entry,
-    write_whole,
 )
+from ssv.support.files import write_json
 from ssv.support.progress import notice
+from ssv.support.strict import Strict
 
 _PART_FILES = {
     "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),
@@ -36,7 +38,7 @@ _PART_FILES = {
 }
 
 
-class _Part(BaseModel):
+class _Part(Strict):
     """A finished part: what it was made from, by SHA-256, its files, and its entry if it is an engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,10 +48,10 @@ class _Part(BaseModel):
     engine: EngineEntry | None = None
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Record(Strict):
+    model_config = ConfigDict(frozen=False)  # a part is added when it is finished
 
-    parts: dict[str, _Part] = {}
+    parts: dict[str, _Part] = Field(default_factory=dict)
 
 
 class Parts:
@@ -62,7 +64,7 @@ class Parts:
     """
 
     def __init__(self, stage: Stage, old: Manifest | None) -> None:
-        self.stage, self._old = stage, old
+        self.stage, self.old = stage, old
         self.sources: dict[str, str] = {}
         self.files: dict[str, FileEntry] = {}
         self.engines: dict[str, EngineEntry] = {}
@@ -76,7 +78,13 @@ class Parts:
                 path.unlink()
 
     def reuse(self, part: str, *sources: object) -> bool:
-        """Notes what a part is made from; takes it over from the run before or the old bundle if that was made from the same."""
+        """Notes what a part is made from, and takes the part over if it was made from the same before.
+
+        It is looked for in what the run before has left, and in the old bundle.
+
+        Returns:
+            Whether it was taken over.
+        """
         return self._reuse(part, sources) is not None
 
     def reuse_engine(self, name: str, *sources: object) -> bool:
@@ -99,10 +107,11 @@ class Parts:
         self._finish(_engine_part(name), [self.stage.bundle / entry.file], entry)
 
     def carry_over_engines(self, manifest: Manifest, there: Manifest | None) -> None:
-        """Takes over the engines of the bundle that is there which the recipe does not name, as long as they are of the same weights.
+        """Takes over engines of the old bundle that the recipe does not name and whose weights are still the same.
 
         Args:
             manifest: of the bundle in the making.
+            there: of the old bundle; None if there is none.
         """
         for name, entry in (there.engines if there is not None else {}).items():
             assert there is not None
@@ -111,7 +120,8 @@ class Parts:
             files = {entry.file: there.files[entry.file]}
             if entry.source != engine_source(manifest, entry.role):
                 notice(
-                    f"engine {name} was compiled from other weights than the bundle now has and is dropped: run `ssv-build compile` again"
+                    f"engine {name} was compiled from other weights than the bundle now has and is dropped: run "
+                    "`ssv-build compile` again"
                 )
             elif not self._are_whole(self.stage.out, files):
                 notice(f"engine {name} is damaged and is dropped: run `ssv-build compile` again")
@@ -139,7 +149,7 @@ class Parts:
         return taken
 
     def _of_old(self, part: str, source: str) -> _Part | None:
-        old = self._old
+        old = self.old
         if old is None or old.sources.get(part) != source:
             return None
         engine = old.engines.get(part.removeprefix(_engine_part("")))
@@ -175,7 +185,7 @@ class Parts:
 
     def _write_record(self) -> None:
         if self._record.parts:
-            write_whole(self.stage.record, self._record.model_dump_json(indent=1) + "\n")
+            write_json(self.stage.record, self._record.model_dump(mode="json"))
         else:
             self.stage.record.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""What is at the place where a bundle is to be built: nothing, a bundle that may be replaced, or something to leave alone."""
+"""What is at the place of a bundle: nothing, a bundle that may be replaced, or something to leave alone."""
 
 from __future__ import annotations
 
@@ -7,68 +7,76 @@ import re
 from pathlib import Path
 
 from ssv.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, BundleError, Manifest, read_manifest
+from ssv.support.files import part_of
 from ssv.support.json_text import parse_json
 
 # What `ssv-build compile` leaves in a bundle if it is killed: a plan in the making, or one that no manifest names yet.
 _LEFT_BY_COMPILE = re.compile(r"(target|draft)/(\.(target|draft)-.*\.part|(target|draft)-.*-[0-9a-f]{12}\.engine)")
-_OWN_FILES = (MANIFEST_NAME, MANIFEST_NAME + ".part")
+_OWN_FILES = (MANIFEST_NAME, part_of(Path(MANIFEST_NAME)).name)
 # Keys that a manifest has had in every schema version.
 _KEYS = {"schema_version", "name", "target", "draft", "eos_token_ids", "tiers", "files", "sources", "versions"}
 
 
 def bundle_at(out: Path) -> Manifest | None:
-    """The manifest of the bundle at a place, which a new one may replace; None where there is nothing, or an empty folder.
+    """The manifest of the bundle at a place, which a new one may replace.
 
     Its files are not hashed. A bundle is replaced only if nothing but what it consists of is deleted with it.
 
+    Returns:
+        None where there is nothing, or an empty folder.
+
     Raises:
-        BundleError: anything else is there: a file, a folder that is no bundle for certain, a bundle of another schema, files in a bundle
-            that its manifest does not list, a mount point. The message names it.
+        BundleError: anything else is there: a file, a folder that is no bundle for certain, a bundle of another schema,
+            files in a bundle that its manifest does not list, a mount point. The message names it.
     """
     if not os.path.lexists(out):
         return None
     if not out.is_dir():
-        raise BundleError(f"{out} exists and is not a folder: choose another one")
+        raise BundleError(f"{out} exists and is not a folder", "choose another one")
     if out.is_mount():
-        raise BundleError(f"{out} is a mount point and cannot be replaced as a whole: choose a folder inside of it")
+        raise BundleError(f"{out} is a mount point and cannot be replaced as a whole", "choose a folder inside of it")
     try:
         if not any(out.iterdir()):
             return None
     except OSError as error:
-        raise BundleError(f"{out} cannot be read ({error.strerror}): choose another folder") from error
+        raise BundleError(f"{out} cannot be read ({error.strerror})", "choose another folder") from error
     if not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} exists and is not a bundle: choose another folder")
+        raise BundleError(f"{out} exists and is not a bundle", "choose another folder")
     _refuse_strangers_manifest(out)
     try:
         manifest = read_manifest(out, verify=False)
     except BundleError as error:
         raise BundleError(
-            f"{out} is left as it is, its manifest cannot be used ({error}): choose another folder, or remove this one first"
+            f"{out} is left as it is, its manifest cannot be used ({error})",
+            "choose another folder, or remove this one first",
         ) from error
     if foreign := _unlisted(out, manifest):
         named = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise BundleError(
-            f"{out} holds files that its manifest does not list and that would be deleted ({named}): choose another folder, or move them first"
+            f"{out} holds files that its manifest does not list and that would be deleted ({named})",
+            "choose another folder, or move them first",
         )
     return manifest
 
 
 def _refuse_strangers_manifest(out: Path) -> None:
-    """Many things have a manifest.json: a browser's extension, a web site, a container's image."""
+    """Refuses a manifest.json that is no bundle's: browser extensions, web sites and container images have one, too."""
     path = out / MANIFEST_NAME
     try:
         data = parse_json(path.read_text())
     except (ValueError, OSError) as error:
         raise BundleError(
-            f"{out} holds a {MANIFEST_NAME} that cannot be read ({error}): choose another folder, or remove this one if it was a bundle"
+            f"{out} holds a {MANIFEST_NAME} that cannot be read ({error})",
+            "choose another folder, or remove this one if it was a bundle",
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is not int or not data.keys() >= _KEYS:
-        raise BundleError(f"{out} holds a {MANIFEST_NAME} that is not a bundle's: choose another folder")
+        raise BundleError(f"{out} holds a {MANIFEST_NAME} that is not a bundle's", "choose another folder")
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{out} is a bundle of schema version {version}, this ssv writes {SCHEMA_VERSION} and can take nothing over from it: choose another "
-            "folder, or move this one first"
+            f"{out} is a bundle of schema version {version}, this ssv writes {SCHEMA_VERSION} and can take nothing "
+            "over from it",
+            "choose another folder, or move this one first",
         )
 
 

@@ -1,4 +1,4 @@
-"""What of a recipe can be checked before anything is built: files, sizes against the model, what the machine and its GPUs can."""
+"""Checks of a recipe before anything is built: its files, its sizes against the model, the machine and its GPUs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ssv.builder.tensorrt.engine import check_length, tensorrt_for
 from ssv.builder.training.corpus import chat_pieces
 from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, TierEntry, file_entry
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import RESERVED_LENGTH, Policy
+from ssv.bundle.survival import Survival
 from ssv.model.draft import Draft, draft_spec, load_draft
 from ssv.model.heads import heads_spec, load_heads
 from ssv.model.scorer import load_scorer
+from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.prompts import read_prompts
-
-_RESERVED = 64
-"""Tokens of a row that the runtime keeps for drafting."""
 
 
 def check_settings(recipe: Recipe) -> None:
     """Checks what needs no target: files of the recipe, and whether its engines can be built on this machine.
 
     Raises:
-        RecipeError, BundleError, EngineBuildError, QuantizeError, ValueError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     given = {
         "draft.file": recipe.draft.file,
@@ -41,13 +41,13 @@ def check_settings(recipe: Recipe) -> None:
     for key, path in given.items():
         if path is not None and not path.is_file():
             raise RecipeError(
-                f"{key}: {path} is not there: give a file that exists, or leave the key out to have it made"
+                f"{key}: {path} is not there", "give a file that exists, or leave the key out to have it made"
             )
     for index, engine in enumerate(recipe.engines):
         if engine.checkpoint is not None and not engine.checkpoint.exists():
-            raise RecipeError(f"engines.{index}.checkpoint: {engine.checkpoint} is not there: give one that exists")
+            raise RecipeError(f"engines.{index}.checkpoint: {engine.checkpoint} is not there", "give one that exists")
         tensorrt_for(engine)
-        if engine.checkpoint is None and engine.precision in ("fp8", "int4"):
+        if engine.checkpoint is None and engine.precision in QUANTIZED_PRECISIONS:
             _require_modelopt()
     if recipe.calibration.file is not None:
         read_prompts(recipe.calibration.make.prompts_file)  # activation ranges are measured on them
@@ -60,13 +60,13 @@ def check_prompts(config: CalibrationConfig) -> None:
     """Checks that there are the prompts asked for, and that they can show what is asked of them.
 
     Raises:
-        RecipeError, ValueError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     found = len(read_prompts(config.prompts_file))
     if config.num_prompts is not None and config.num_prompts > found:
         raise RecipeError(
-            f"calibration.make.num_prompts: {config.num_prompts} are asked for and {config.prompts_file} holds {found}: add prompts, or give a "
-            "smaller number"
+            f"calibration.make.num_prompts: {config.num_prompts} are asked for and {config.prompts_file} holds {found}",
+            "add prompts, or give a smaller number",
         )
     check_num_prompts(config.num_prompts or found, config)
     most = (config.num_prompts or found) * config.max_tokens
@@ -75,8 +75,9 @@ def check_prompts(config: CalibrationConfig) -> None:
     for tier, limit in config.limits.items():
         if limit < least:
             raise RecipeError(
-                f"calibration.make.limits.{tier}: {most} tokens without any divergence show no more than that it is below {least:.2g}, the limit is "
-                f"{limit:g}: add prompts or tokens, or raise the limit"
+                f"calibration.make.limits.{tier}: {most} tokens without any divergence show no more than that it is "
+                f"below {least:.2g}, the limit is {limit:g}",
+                "add prompts or tokens, or raise the limit",
             )
 
 
@@ -84,7 +85,7 @@ def check_recipe(recipe: Recipe, target: Target) -> None:
     """Checks a recipe against its target.
 
     Raises:
-        RecipeError, BundleError, CheckpointError, EngineBuildError, ValueError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     positions = target.spec.max_positions
     distill, fit = recipe.draft.distill, recipe.scorer.fit
@@ -114,7 +115,7 @@ def check_distillation(recipe: Recipe, target: Target) -> None:
     """Checks how a draft is to be distilled against the target.
 
     Raises:
-        RecipeError, CheckpointError, ValueError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     config = recipe.draft.distill
     spec = draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
@@ -125,7 +126,8 @@ def check_distillation(recipe: Recipe, target: Target) -> None:
         found = load_draft(config.start_from, target.decoder).spec.to_dict()
         if differ := [name for name, value in spec.to_dict().items() if value != found[name]]:
             raise RecipeError(
-                f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe asks for"
+                f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe "
+                "asks for"
             )
 
 
@@ -153,10 +155,10 @@ def check_openings(file: Path | None, target: Target) -> None:
     """
     try:
         empty = file is not None and not openings_of(file, target)
-    except ValueError as error:
-        raise RecipeError(f"openings_file: {error}") from error
+    except UserError as error:
+        raise RecipeError(f"openings_file: {error.what}", error.cure) from error
     if empty:
-        raise RecipeError(f"openings_file: {file} holds no openings: give one a line, or leave the key out")
+        raise RecipeError(f"openings_file: {file} holds no openings", "give one a line, or leave the key out")
 
 
 def check_lengths(config: CalibrationConfig, target: Target) -> None:
@@ -165,19 +167,20 @@ def check_lengths(config: CalibrationConfig, target: Target) -> None:
     Raises:
         RecipeError: naming the first that does not.
     """
-    room = target.spec.max_positions - _RESERVED
+    room = target.spec.max_positions - RESERVED_LENGTH
     encoder = target.conversation_encoder()
     for number, prompt in enumerate(read_prompts(config.prompts_file)[: config.num_prompts], start=1):
         length = len(encoder.chat_ids([{"role": "user", "content": prompt}]))
         if length + config.max_tokens > room:
             raise RecipeError(
-                f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that is more than the {room} the "
-                "model has room for: shorten it, or give a smaller max_tokens"
+                f"{config.prompts_file}: prompt {number} has {length} tokens, with max_tokens {config.max_tokens} that "
+                f"is more than the {room} the model has room for",
+                "shorten it, or give a smaller max_tokens",
             )
 
 
-def read_calibration(path: Path) -> dict[str, TierEntry]:
-    """The tiers of a calibration.
+def read_calibration(path: Path) -> tuple[dict[str, TierEntry], Survival | None]:
+    """The tiers of a calibration, and how far the draft's shares are to be trusted, if it says so.
 
     Raises:
         BundleError: it is none.
@@ -188,9 +191,11 @@ def read_calibration(path: Path) -> dict[str, TierEntry]:
         tiers = {name: _tier(trial, limits.get(name)) for name, trial in document["tiers"].items()}
         if "premium" not in tiers or not isinstance(document["made_for"], dict):
             raise KeyError("tiers.premium")
+        found = document.get("survival")
+        survival = None if found is None else Survival(greedy=found["greedy"], sampled=found["sampled"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} is not a calibration ({error}): make one with `ssv-build calibrate`") from error
-    return tiers
+        raise BundleError(f"{path} is not a calibration ({error})", "make one with `ssv-build calibrate`") from error
+    return tiers, survival
 
 
 def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
@@ -209,7 +214,7 @@ def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
 
 
 def _check_made_for(recipe: Recipe, target: Target) -> None:
-    """What is given can be compared before what has to be made."""
+    """Refuses a calibration that was made for other files than those that the recipe gives."""
     assert recipe.calibration.file is not None
     mine = {"target": target.sha256}
     mine |= {
@@ -232,16 +237,16 @@ def refuse_other(calibration: Path, mine: dict[str, str]) -> None:
     theirs = parse_json(calibration.read_text())["made_for"]
     if wrong := sorted(key for key in mine if mine[key] != theirs.get(key)):
         raise BundleError(
-            f"{calibration} was made for another {' and '.join(wrong)}: run `ssv-build calibrate`, or leave "
-            "`calibration.file` out of the recipe to have it made"
+            f"{calibration} was made for another {' and '.join(wrong)}",
+            "run `ssv-build calibrate`, or leave `calibration.file` out of the recipe to have it made",
         )
 
 
 def _require_positions(key: str, window: int, positions: int) -> None:
     if window > positions:
-        raise RecipeError(f"{key}: {window} exceeds the model's {positions} positions: choose a shorter one")
+        raise RecipeError(f"{key}: {window} exceeds the model's {positions} positions", "choose a shorter one")
 
 
 def _require_modelopt() -> None:
     if importlib.util.find_spec("modelopt") is None:
-        raise QuantizeError("NVIDIA ModelOpt, which quantizes, is not installed: pip install nvidia-modelopt==0.47.0")
+        raise QuantizeError("NVIDIA ModelOpt, which quantizes, is not installed", "pip install nvidia-modelopt==0.47.0")

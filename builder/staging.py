@@ -1,11 +1,11 @@
 """A bundle in the making beside its place, and its exchange with the one that is there.
 
-All that a run writes lies in one hidden folder beside the bundle, `.NAME.building`: the bundle in the making, the record of its finished
-parts (`ssv.builder.parts`), quantized checkpoints. It is locked while the run lives. A run that fails or is killed leaves it if parts have
-been finished; the next one takes those over and removes the rest.
+All that a run writes lies in one hidden folder beside the bundle, `.NAME.building`: the bundle in the making, the
+record of its finished parts (`ssv.builder.parts`), quantized checkpoints. It is locked while the run lives. A run that
+fails or is killed leaves it if parts have been finished; the next one takes those over and removes the rest.
 
-The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two, and
-between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
+The exchange is one step of the file system (Linux's renameat2). Where the file system does not have it there are two,
+and between them the old bundle lies at `.NAME.retired`, from where the next run restores it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ssv.builder.place import bundle_at
 from ssv.bundle.manifest import BundleError, locked_file, retired_place
+from ssv.support.files import sync
 from ssv.support.progress import notice
 
 RECORD_NAME = "parts.json"
@@ -60,7 +61,9 @@ class Stage:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Stage]:
-    """A stage whose bundle takes the place `out` when the block succeeds; if it does not, finished parts stay for the next run.
+    """A stage whose bundle takes the place `out` when the block succeeds.
+
+    If the block fails, finished parts stay for the next run.
 
     Raises:
         BundleError: the place cannot be written, holds something else than a bundle, or another run is building it.
@@ -71,7 +74,7 @@ def staging(out: Path) -> Iterator[Stage]:
         stage = Stage(out, out.parent / f".{out.name}.building")
         lock = _lock(stage)
     except OSError as error:
-        raise BundleError(f"{out.parent} cannot be written ({error.strerror}): choose another folder") from error
+        raise BundleError(f"{out.parent} cannot be written ({error.strerror})", "choose another folder") from error
     try:
         _tidy(stage)
         bundle_at(out)
@@ -92,7 +95,8 @@ def staging(out: Path) -> Iterator[Stage]:
 def exchange(new: Path, place: Path) -> None:
     """Puts a folder in a place; the folder that was there is afterwards at `new`, or gone.
 
-    Whenever the process is killed a reader finds the one or the other, where the file system can exchange; see the module's head.
+    Whenever the process is killed a reader finds the one or the other, where the file system can exchange; see the
+    module's head.
     """
     retired = retired_place(place)
     try:
@@ -109,8 +113,8 @@ def exchange(new: Path, place: Path) -> None:
             # Where it is certainly ours: deleted only in part it could not be told from a stranger's any more.
             retired.rename(new)
     except OSError as error:
-        raise BundleError(f"{place} cannot be replaced ({error.strerror}): choose another folder") from error
-    _sync(place.parent)
+        raise BundleError(f"{place} cannot be replaced ({error.strerror})", "choose another folder") from error
+    sync(place.parent)
 
 
 # --- the hidden folder ----------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ def _lock(stage: Stage) -> int:
     path = stage.work / _LOCK
     if stage.work.is_dir() and any(stage.work.iterdir()) and not path.exists():
         raise BundleError(
-            f"{stage.work} is none of ours and in the way: move it, or choose another folder for the bundle"
+            f"{stage.work} is none of ours and in the way", "move it, or choose another folder for the bundle"
         )
     while True:
         stage.work.mkdir(exist_ok=True)
@@ -130,11 +134,16 @@ def _lock(stage: Stage) -> int:
         except FileNotFoundError:
             continue  # a run that ends removed the folder
         except BlockingIOError as error:
-            raise BundleError(f"another run is building {stage.out}: choose another folder, or wait for it") from error
+            raise BundleError(
+                f"another run is building {stage.out}", "choose another folder, or wait for it"
+            ) from error
 
 
 def _tidy(stage: Stage) -> None:
-    """Restores a bundle that a killed exchange had set aside, and removes what dead runs have left beside finished parts."""
+    """Restores a bundle that a killed exchange had set aside, and removes what dead runs have left.
+
+    Finished parts stay.
+    """
     for path in stage.work.iterdir():
         if path.name not in (_BUNDLE, _LOCK, RECORD_NAME) and not path.name.startswith(_QUANTIZED):
             _remove(path)
@@ -190,21 +199,16 @@ def _swap(one: Path, other: Path) -> bool:
 
 
 def _make_durable(bundle: Path) -> None:
-    """Has all of a bundle readable by other users and on the disk, so that a power cut after the exchange finds it whole."""
+    """Makes a bundle readable by other users and writes all of it to the disk.
+
+    After that, a power cut that follows the exchange finds it whole.
+    """
     mask = _umask()
     for path in [*bundle.rglob("*"), bundle]:
         if path.is_file():
             # Some files come from libraries that write them for their owner alone; a server runs as another user.
             path.chmod(path.stat().st_mode | 0o444 & ~mask)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _umask() -> int:

@@ -15,7 +15,7 @@ from ssv.bundle.manifest import digest, file_entry
 from ssv.model.checkpoint import DecoderSpec, Weights, checkpoint_files, load_checkpoint
 from ssv.model.control_tokens import ConversationEncoder
 from ssv.model.decoder import Decoder
-from ssv.support.prompts import read_text
+from ssv.support.files import read_text
 
 WINDOW = 512
 """Tokens that are run at a time when a model is calibrated."""
@@ -48,7 +48,7 @@ class Target:
         return Decoder.from_weights(self.spec, self.weights).to(device, dtype)
 
     def conversation_encoder(self) -> ConversationEncoder:
-        """The way of its conversations to token ids, which is that of a bundle that is served."""
+        """Turns conversations into token ids, as a served bundle does."""
         return conversation_encoder(self.tokenizer, self.eos_token_ids)
 
 
@@ -74,10 +74,12 @@ def load_target(path: Path, tokenizer_path: Path | None = None) -> Target:
 
 
 def openings_of(file: Path | None, target: Target) -> list[list[int]]:
-    """Token ids of the openings in a file, one a line; control tokens in them are text, as in the messages that they begin.
+    """Token ids of the openings in a file, one a line.
+
+    Control tokens in them are text, as they are in the messages that the openings begin.
 
     Raises:
-        ValueError: the file cannot be read, or an opening cannot be written without a control token.
+        UserError: the file cannot be read, or an opening cannot be written without a control token.
     """
     if file is None:
         return []

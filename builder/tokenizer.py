@@ -11,14 +11,15 @@ from typing import Any
 from ssv.model.chat_template import ChatTemplate
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.control_tokens import ConversationEncoder, structure_ids
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import read_json_object
 
 _USER, _ASSISTANT, _AGAIN = "<<user>>", "<<assistant>>", "<<again>>"
 
 # GPT-2's split, with every digit by itself before it (llama.cpp's src/llama-vocab.cpp has them as one kind).
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
-# Whole words of the vocabulary are taken without asking the merges, and a prompt begins with BOS unless the file says otherwise.
+# Whole words of the vocabulary are taken without asking the merges, and a prompt begins with BOS unless the file says
+# otherwise.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 # What llama.cpp does with a file that does not say, as old converters wrote them.
 _DEFAULT_SPLITS = (
@@ -30,7 +31,9 @@ _DEFAULT_SPLITS = (
 
 
 def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
-    """Reads the `transformers` tokenizer of a checkpoint, with one chat template, and without the truncation of its training.
+    """Reads the `transformers` tokenizer of a checkpoint.
+
+    It has one chat template, and does not truncate as it did in training.
 
     Args:
         path: a GGUF file or a folder.
@@ -52,20 +55,18 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (
-        Exception
-    ) as error:  # the libraries below raise nothing narrower: a plain Exception for a file of another version
+    except Exception as error:  # the libraries raise nothing narrower for a file of another version
         if not is_gguf:
             _refuse_config(source)
         raise CheckpointError(
-            f"{source}: its tokenizer cannot be read ({_one_line(error)}): use files that transformers "
-            f"{_version('transformers')} and tokenizers {_version('tokenizers')} read"
+            f"{source}: its tokenizer cannot be read ({_one_line(error)})",
+            f"use files that transformers {_version('transformers')} and tokenizers {_version('tokenizers')} read",
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(
-            f"{source}: its tokenizer has no tokenizer.json and none can be made of it: "
-            "convert it with transformers (save_pretrained of a fast tokenizer)"
+            f"{source}: its tokenizer has no tokenizer.json and none can be made of it",
+            "convert it with transformers (save_pretrained of a fast tokenizer)",
         )
     if is_gguf:
         if meta.get("tokenizer.ggml.model") == "gpt2":
@@ -81,8 +82,10 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
 
 
 def end_tokens(path: Path, tokenizer: Any) -> list[int]:
-    """Ids of all tokens that end an answer, ascending: the tokenizer's, those of generation_config.json and config.json (a GGUF file's
-    eos, eot and eom), and the one that the chat template writes after an assistant's message.
+    """Ids of all tokens that end an answer, ascending.
+
+    They are the tokenizer's, those of generation_config.json and config.json (a GGUF file's eos, eot and eom), and the
+    one that the chat template writes after an assistant's message.
 
     Raises:
         CheckpointError: there is none, or one of the files says something else than ids.
@@ -101,8 +104,9 @@ def end_tokens(path: Path, tokenizer: Any) -> list[int]:
         found.add(of_turn)
     if not found:
         raise CheckpointError(
-            f"{path}: no token ends an answer, neither in the tokenizer nor in generation_config.json, config.json or the chat "
-            "template: add eos_token_id to generation_config.json"
+            f"{path}: no token ends an answer, neither in the tokenizer nor in generation_config.json, config.json or "
+            "the chat template",
+            "add eos_token_id to generation_config.json",
         )
     return sorted(found)
 
@@ -116,8 +120,9 @@ def check_vocabulary(path: Path, tokenizer: Any, ends: Iterable[int], rows: int)
     for token in ends:
         if not 0 <= token < rows:
             raise CheckpointError(
-                f"{path}: end token {token} ({_text_of(tokenizer, token)}) lies outside the model's embedding of {rows} rows: "
-                "give the files of one model, or enlarge its embedding"
+                f"{path}: end token {token} ({_text_of(tokenizer, token)}) lies outside the model's embedding of "
+                f"{rows} rows",
+                "give the files of one model, or enlarge its embedding",
             )
     vocab = tokenizer.get_vocab()
     beyond = sorted((token, text) for text, token in vocab.items() if token >= rows)
@@ -129,7 +134,8 @@ def check_vocabulary(path: Path, tokenizer: Any, ends: Iterable[int], rows: int)
     where = "the chat template writes token" if written else "the tokenizer has token"
     raise CheckpointError(
         f"{path}: {where} {token} ({name!r}), and the model's embedding has {rows} rows for the tokenizer's "
-        f"{max(vocab.values()) + 1}: give the files of one model, or enlarge its embedding"
+        f"{max(vocab.values()) + 1}",
+        "give the files of one model, or enlarge its embedding",
     )
 
 
@@ -145,14 +151,16 @@ def text_digest(tokenizer: Any, ends: Iterable[int]) -> str:
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of what a chat template's turns may begin and end with: special tokens, other added tokens that are no words, and the
-    tokenizer's end of sequence."""
+    """Ids of the tokens that a chat template's turns may begin and end with.
+
+    They are special tokens, other added tokens that are no words, and the tokenizer's end of sequence.
+    """
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return frozenset(structure_ids(added) | {tokenizer.eos_token_id} - {None})
 
 
 def conversation_encoder(tokenizer: Any, ends: Iterable[int] = ()) -> ConversationEncoder:
-    """The way of a tokenizer's conversations to token ids.
+    """Turns conversations into token ids with a tokenizer of `transformers`.
 
     Args:
         tokenizer: of `transformers`, with one chat template.
@@ -185,21 +193,16 @@ def _refuse_config(folder: Path) -> None:
             AutoConfig.from_pretrained(folder)
         except Exception as error:  # it raises nothing narrower
             raise CheckpointError(
-                f"{path} is refused by transformers {_version('transformers')} ({_one_line(error)}): correct what it names"
+                f"{path} is refused by transformers {_version('transformers')} ({_one_line(error)})",
+                "correct what it names",
             ) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A file of settings; nothing if it is not there."""
+    """The settings in a file; none if it is not there."""
     if not path.is_file():
         return {}
-    try:
-        given = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): mend it or fetch it again") from error
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{path} is not a JSON object: mend it or fetch it again")
-    return given
+    return read_json_object(path, CheckpointError, "mend it or fetch it again")
 
 
 # --- end tokens -----------------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ def _end_tokens_of(path: Path) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first added token that the chat template writes after an assistant's message, be it marked as special or not."""
+    """The first added token, special or not, that the chat template writes after an assistant's message."""
     for conversation in (_conversation(tokenizer), _conversation(tokenizer, turns=2)):
         if conversation is None or _ASSISTANT not in conversation:
             continue
@@ -227,7 +230,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _conversation(tokenizer: Any, turns: int = 3) -> str | None:
-    """A conversation in the chat template; None if it takes none of so many turns."""
+    """A conversation in the chat template; None if the template takes none with so many turns."""
     roles = (("user", _USER), ("assistant", _ASSISTANT), ("user", _AGAIN))[:turns]
     messages = [{"role": role, "content": content} for role, content in roles]
     try:
@@ -240,17 +243,19 @@ def _conversation(tokenizer: Any, turns: int = 3) -> str | None:
 
 
 def _one_template(path: Path, template: object) -> str:
-    """The template for chats of those that there may be by name."""
+    """The template for chats, where a tokenizer has several with names."""
     if isinstance(template, Mapping):
         if "default" not in template:
             raise CheckpointError(
-                f"{path}: the tokenizer has chat templates named {', '.join(map(str, template))}, and none named default: "
-                "give the one for chats that name"
+                f"{path}: the tokenizer has chat templates named {', '.join(map(str, template))}, and none named "
+                "default",
+                "give the one for chats that name",
             )
         template = template["default"]
     if not isinstance(template, str) or not template.strip():
         raise CheckpointError(
-            f"{path}: the tokenizer lacks a chat template: add chat_template.jinja, or `chat_template` to tokenizer_config.json"
+            f"{path}: the tokenizer lacks a chat template",
+            "add chat_template.jinja, or `chat_template` to tokenizer_config.json",
         )
     return template
 
@@ -260,12 +265,12 @@ def _render(path: Path, tokenizer: Any, messages: list[dict[str, str]], *, add_g
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever the template's author lets it raise, or jinja2 with what is not its language
         raise CheckpointError(
-            f"{path}: the chat template fails on a user's question ({type(error).__name__}: {_one_line(error)}): "
-            "use one that takes a conversation beginning with the user"
+            f"{path}: the chat template fails on a user's question ({type(error).__name__}: {_one_line(error)})",
+            "use one that takes a conversation beginning with the user",
         ) from error
     if _USER not in text:
         raise CheckpointError(
-            f"{path}: the chat template leaves out the user's question: use one that writes all messages"
+            f"{path}: the chat template leaves out the user's question", "use one that writes all messages"
         )
     return text
 
@@ -274,7 +279,7 @@ def _render(path: Path, tokenizer: Any, messages: list[dict[str, str]], *, add_g
 
 
 def _gguf_metadata(path: Path) -> dict[str, Any]:
-    """Single values, and the number of tokens as `num_tokens`."""
+    """A GGUF file's metadata: single values, and the number of tokens as `num_tokens`."""
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
     try:
@@ -290,19 +295,20 @@ def _check_gguf_ids(path: Path, meta: Mapping[str, Any]) -> None:
         return
     if not meta["num_tokens"]:
         raise CheckpointError(
-            f"{path}: the file has no tokenizer (tokenizer.ggml.tokens): convert the model again with it"
+            f"{path}: the file has no tokenizer (tokenizer.ggml.tokens)", "convert the model again with it"
         )
     for name, value in meta.items():
         if name.startswith("tokenizer.ggml.") and name.endswith("_token_id") and value >= meta["num_tokens"]:
             raise CheckpointError(
-                f"{path}: {name} {value} lies outside the vocabulary of {meta['num_tokens']} tokens: convert the model again"
+                f"{path}: {name} {value} lies outside the vocabulary of {meta['num_tokens']} tokens",
+                "convert the model again",
             )
 
 
 def _set_split(path: Path, meta: Mapping[str, Any], tokenizer: Any) -> None:
-    """Splits text before the merges as the file's `tokenizer.ggml.pre` says; `transformers` takes GPT-2's way for those it does not know.
+    """Sets how text is split before the merges: as the file's `tokenizer.ggml.pre` says.
 
-    Source: `llm_tokenizer_bpe` in llama.cpp.
+    `transformers` takes GPT-2's way for every name that it does not know. Source: `llm_tokenizer_bpe` in llama.cpp.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
@@ -320,7 +326,8 @@ def _set_split(path: Path, meta: Mapping[str, Any], tokenizer: Any) -> None:
         known = sorted({"default", *_DIGITS_THEN_GPT2, *_GPT2, *GGUF_PRE_TOKENIZER_SPLITS})
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre {pre!r} is unknown, and with another split the tokens would be others; known: "
-            f"{', '.join(known)}: use the model's safetensors folder"
+            f"{', '.join(known)}",
+            "use the model's safetensors folder",
         )
     if pre in _WHOLE_WORDS:
         backend.model.ignore_merges = True
@@ -329,8 +336,11 @@ def _set_split(path: Path, meta: Mapping[str, Any], tokenizer: Any) -> None:
 
 
 def _as_it_stands(tokenizer: Any, num_tokens: int) -> Any:
-    """The same tokenizer as a class that reads its tokenizer.json as it stands; those of the families make their own split again when
-    they are read, and add their usual special tokens (GPT-2's <|endoftext|>) to vocabularies that have none."""
+    """The same tokenizer as a class that reads its tokenizer.json as it stands.
+
+    When they are read, the families' own classes make their split again, and add their usual special tokens (GPT-2's
+    <|endoftext|>) to vocabularies that have none.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

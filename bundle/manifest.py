@@ -5,47 +5,48 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from ssv.bundle.policy import Policy
-from ssv.bundle.tensorrt_api import Capability, EnginePrecision, Flavor
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
+from ssv.bundle.tensorrt_api import Capability, Flavor
+from ssv.support.errors import UserError
+from ssv.support.files import write_json
 from ssv.support.json_text import parse_json
+from ssv.support.precisions import EnginePrecision, TorchPrecision
+from ssv.support.strict import Strict
 from ssv.support.waiting import Say, say_nothing
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle that cannot be used; the message names the file and the cure."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Strict):
+class FileEntry(Strict):
     """A file of the bundle: size in bytes, and SHA-256 in hexadecimal."""
 
     size: int
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class TierEntry(_Strict):
+class TierEntry(Strict):
     """A tier: its policy, whether it is lossless, and, if not, what was measured when it was calibrated.
 
     Attributes:
         divergence: share of emitted tokens that the target would not have chosen, at most.
         divergence_bound: upper confidence bound of the divergence measured.
-        bound_kind: "asymptotic": of a bootstrap over prompts, which holds as often as it says for very many of them, and less often for few;
-            a bundle without it was made before this was said, by the same method.
+        bound_kind: "asymptotic": of a bootstrap over prompts, which holds as often as it says for very many of them,
+            and less often for few; a bundle without it was made before this was said, by the same method.
     """
 
     policy: Policy
@@ -61,7 +62,7 @@ class TierEntry(_Strict):
         return self
 
 
-class EngineEntry(_Strict):
+class EngineEntry(Strict):
     """A TensorRT engine of the bundle.
 
     Attributes:
@@ -94,7 +95,7 @@ class EngineEntry(_Strict):
     peak_memory_bytes: int
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """Facts about a bundle.
 
     Attributes:
@@ -103,6 +104,9 @@ class Manifest(_Strict):
         eos_token_ids: tokens that end an output.
         default_precision: what the torch engine runs in on a CPU unless told otherwise.
         engines: TensorRT engines by name.
+        survival: how far the draft's shares are to be trusted; None for a bundle that was calibrated before that was
+            known.
+        profiles: what steps cost, by place (`ssv.runtime.decode.costs.place`); of places where somebody measured.
         sources: what each part was made from, by SHA-256: a step whose sources have not changed is not repeated.
         versions: of the packages that built it.
     """
@@ -113,10 +117,12 @@ class Manifest(_Strict):
     draft: dict[str, Any]
     heads: dict[str, Any] | None = None
     eos_token_ids: Annotated[list[int], Field(min_length=1)]
-    default_precision: Literal["fp32", "bf16", "int8", "int4"]
+    default_precision: TorchPrecision
     tiers: dict[str, TierEntry]
     files: dict[str, FileEntry]
-    engines: dict[str, EngineEntry] = {}
+    engines: dict[str, EngineEntry] = Field(default_factory=dict)
+    survival: Survival | None = None
+    profiles: dict[str, Costs] = Field(default_factory=dict)
     sources: dict[str, str]
     versions: dict[str, str]
 
@@ -133,7 +139,7 @@ class Manifest(_Strict):
 
     @property
     def divergence_limits(self) -> dict[str, float]:
-        """Of the lossy tiers that were calibrated."""
+        """The bound on divergence of each lossy tier that was calibrated."""
         return {name: tier.divergence for name, tier in self.tiers.items() if tier.divergence is not None}
 
 
@@ -158,7 +164,7 @@ def file_entry(path: Path) -> FileEntry:
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Writes the manifest in one step: a reader sees the old one or the new one."""
-    write_whole(bundle / MANIFEST_NAME, json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+    write_json(bundle / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
 def lock_file(descriptor: int, operation: int) -> None:
@@ -196,7 +202,7 @@ def locked_file(path: Path) -> int:
 
 @contextmanager
 def manifest_lock(bundle: Path) -> Iterator[None]:
-    """In the block nobody else who asks for this lock changes the manifest; waits for one who does."""
+    """Keeps others who ask for this lock from changing the manifest while the block runs; waits for one who has it."""
     while True:
         descriptor = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -207,13 +213,6 @@ def manifest_lock(bundle: Path) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one step, over the one that is there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def retired_place(bundle: Path) -> Path:
@@ -234,25 +233,26 @@ def read_manifest(bundle: Path, verify: bool = True, say: Say = say_nothing) -> 
     if not path.is_file():
         if not bundle.exists() and bundle.name and retired_place(bundle).is_dir():
             raise BundleError(
-                f"{bundle} was being replaced when that was interrupted, the old bundle lies at {retired_place(bundle)}: run the same "
-                "`ssv-build pair` again, or rename it"
+                f"{bundle} was being replaced when that was interrupted, the old bundle lies at "
+                f"{retired_place(bundle)}",
+                "run the same `ssv-build pair` again, or rename it",
             )
-        raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME}): make one with `ssv-build pair`")
+        raise BundleError(f"{bundle} is not a bundle (no {MANIFEST_NAME})", "make one with `ssv-build pair`")
     try:
         data = parse_json(path.read_text())
     except ValueError as error:
-        raise BundleError(f"{path} is damaged ({error}): build the bundle again") from error
+        raise BundleError(f"{path} is damaged ({error})", "build the bundle again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}: build the bundle again"
+            f"{path} has schema version {version}, this ssv reads {SCHEMA_VERSION}", "build the bundle again"
         )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path} is damaged ({where}: {first['msg']}): build the bundle again") from error
+        raise BundleError(f"{path} is damaged ({where}: {first['msg']})", "build the bundle again") from error
     if verify:
         verify_files(bundle, manifest, say=say)
     return manifest
@@ -273,8 +273,8 @@ def verify_files(
     """Hashes a bundle's files and compares.
 
     Args:
-        verified: what another process, of the same machine, got from this function: files that have not been touched since are not
-            hashed again.
+        verified: what another process, of the same machine, got from this function: files that have not been touched
+            since are not hashed again.
         unused: files that only have to be there, with the right size.
         say: called with what is being checked.
 
@@ -291,7 +291,7 @@ def verify_files(
         if not path.is_relative_to(root):
             raise BundleError(f"{bundle / MANIFEST_NAME} names {name}, which lies outside the bundle")
         if not path.is_file():
-            raise BundleError(f"{bundle} lacks {name}: build the bundle again")
+            raise BundleError(f"{bundle} lacks {name}", "build the bundle again")
         # Before it is read: what changes while it is read shows the next time.
         state = _state(path.stat(), expected)
         if name in unused or verified.get(name) == state:
@@ -308,12 +308,15 @@ def verify_files(
 
 
 def unused_files(manifest: Manifest, engine: str) -> set[str]:
-    """Files that an engine of `LLM.load` does not read: of "torch" the compiled ones."""
+    """Files of a bundle that an engine does not read: the torch engine reads no compiled ones."""
     return {entry.file for entry in manifest.engines.values()} if engine == "torch" else set()
 
 
 def _state(status: os.stat_result, expected: FileEntry) -> str:
-    """A file that has this still has its content: the time of its last change (ctime) cannot be set back. With the hash, since the manifest
-    may be another one."""
+    """What stays the same as long as a file has the content that was hashed.
+
+    The time of the last change (ctime) cannot be set back. The hash is part of it, since the manifest may be another
+    one.
+    """
     facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, expected.sha256)
     return " ".join(map(str, facts))

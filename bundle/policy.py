@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+
+from ssv.support.strict import Strict
+
+MAX_PENDING = 64
+"""Most tokens that may be pending, as a tree or a chain."""
+
+RESERVED_LENGTH = 2 * MAX_PENDING
+"""Tokens of each row of a cache that no sequence can have: room for what is pending, and for its padding."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Policy(BaseModel):
+class Policy(Strict):
     """What is drafted, when drafted tokens are trusted, and when the target is asked.
 
     With r the scorer's probability that the target would reject a token:
@@ -19,17 +27,17 @@ class Policy(BaseModel):
         drafter: who proposes tokens, see `ssv.runtime.decode.drafters`.
         accept_below: r below it: trusted, committed without being judged. 0 trusts nothing, which is lossless.
         verify_above: r above it: critical, asks for a target pass now.
-        risk_budget: a pass also runs when 1 - prod(1 - r) over the pending, not trusted tokens exceeds it. 1 never does.
+        risk_budget: a pass also runs when 1 - prod(1 - r) over the pending, not trusted tokens exceeds it. 1 never
+            does.
         max_pending: and when so many tokens are pending. 0 drafts nothing: autoregressive decoding.
-        children: most children of a node by its depth, the root's first; the last number is also that of all deeper ones. (1,) is a chain.
+        children: most children of a node by its depth, the root's first; the last number is also that of all deeper
+            ones. (1,) is a chain.
         beam: most nodes of a level that get children: those that are most probably right.
         max_depth: most tokens of a path; None for as many as may be pending.
         pays: draft only what saves more time than it costs, by costs that were measured (`ssv.runtime.decode.costs`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    drafter: Literal["model", "heads", "prompt-lookup"] = "model"
+    drafter: Literal["model", "heads", "prompt-lookup", "suffix", "lookahead"] = "model"
 
     accept_below: Probability
     verify_above: Probability
@@ -40,6 +48,14 @@ class Policy(BaseModel):
     beam: Count = 1
     max_depth: Count | None = None
     pays: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pays and self.drafter == "lookahead":
+            raise ValueError(
+                "lookahead cannot draft only what pays: its window is run for later passes. Leave `pays` out"
+            )
+        return self
 
     @property
     def lossless(self) -> bool:

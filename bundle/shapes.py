@@ -32,8 +32,9 @@ class Limits:
                 raise EngineBuildError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.max_pending + 1 < self.prefill_chunk <= self.max_length:
             raise EngineBuildError(
-                f"prefill_chunk {self.prefill_chunk} must be more than max_pending + 1 = {self.max_pending + 1} and at most "
-                f"max_length {self.max_length}: choose other limits"
+                f"prefill_chunk {self.prefill_chunk} must be more than max_pending + 1 = {self.max_pending + 1} and at "
+                f"most max_length {self.max_length}",
+                "choose other limits",
             )
 
 
@@ -60,9 +61,9 @@ class Profile:
 def profiles(limits: Limits, flavor: Flavor) -> tuple[Profile, ...]:
     """Decoding, verification and prefill, the narrowest first: a step takes the first that covers it.
 
-    TensorRT chooses kernels for what is usual in each. TensorRT for RTX makes kernels for the very shapes that it meets when
-    it runs (its documentation, "Working with Dynamic Shapes"), and each profile costs it 10 s and 30 MB with 30 layers: there verification
-    and prefill share one.
+    TensorRT chooses kernels for what is usual in each. TensorRT for RTX makes kernels for the very shapes that it meets
+    when it runs (its documentation, "Working with Dynamic Shapes"), and each profile costs it 10 s and 30 MB with 30
+    layers: there verification and prefill share one.
     """
     batch, width, chunk, length = limits.max_batch, limits.max_pending + 1, limits.prefill_chunk, limits.max_length
     one = StepShape(1, 1, 1, 1)

@@ -1,7 +1,7 @@
 """The two TensorRTs that engines are built with: which they are, how they are imported, what they call things.
 
-`tensorrt` is NVIDIA TensorRT 11, for data centres; `tensorrt_rtx` is TensorRT for RTX, whose builder needs no GPU. Their Python
-interfaces are the same where this package uses them.
+`tensorrt` is NVIDIA TensorRT 11, for data centres; `tensorrt_rtx` is TensorRT for RTX, whose builder needs no GPU.
+Their Python interfaces are the same where this package uses them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from ssv.support.errors import UserError
+from ssv.support.precisions import EnginePrecision
+
 if TYPE_CHECKING:
     import torch
 
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
-EnginePrecision = Literal["fp16", "bf16", "fp8", "int4"]
 Capability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 """Compute capability of a GPU, such as "8.9"."""
 
 PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 
 
-# Tried with TensorRT for RTX 1.7.1 on a whole target and a whole draft, which multiplies fp32 (the scorer) whatever its precision.
+# Tried with TensorRT for RTX 1.7.1 on a whole target and a whole draft, which multiplies fp32 (the scorer) whatever its
+# precision.
 _LEAST_CAPABILITY = {"fp16": (7, 5), "bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 _LEAST_CAPABILITY_OF_A_DRAFT = (8, 0)
 
 
-class EngineBuildError(RuntimeError):
+class EngineBuildError(UserError):
     """An engine that cannot be built or used; the message says why and what to do."""
 
 
@@ -48,7 +51,8 @@ def refuse_capabilities(role: str, precision: EnginePrecision, capabilities: Seq
         can = [p for p, needs in _LEAST_CAPABILITY.items() if all(_at_least(each, needs) for each in old)]
         instead = f", or the precision {' or '.join(can)}" if can and role == "target" else ""
         raise ValueError(
-            f"compute capability {', '.join(old)} does not run {what}, which takes {least[0]}.{least[1]} or more: choose another{instead}"
+            f"compute capability {', '.join(old)} does not run {what}, which takes {least[0]}.{least[1]} or more: "
+            f"choose another{instead}"
         )
 
 
@@ -68,14 +72,15 @@ def load_tensorrt(flavor: Flavor) -> ModuleType:
     try:
         trt = importlib.import_module(flavor)
     except ModuleNotFoundError as error:
-        raise EngineBuildError(f"{flavor} is not installed: pip install {PACKAGES[flavor]}") from error
+        raise EngineBuildError(f"{flavor} is not installed", f"pip install {PACKAGES[flavor]}") from error
     except (ImportError, OSError) as error:
         raise EngineBuildError(
-            f"{flavor} is installed and cannot be loaded ({error}): pip install {PACKAGES[flavor]}"
+            f"{flavor} is installed and cannot be loaded ({error})", f"pip install {PACKAGES[flavor]}"
         ) from error
     if not hasattr(trt.INetworkDefinition, "add_kv_cache_update"):
         raise EngineBuildError(
-            f"{flavor} {trt.__version__} is too old, it has no KV cache layer: pip install --upgrade {PACKAGES[flavor]}"
+            f"{flavor} {trt.__version__} is too old, it has no KV cache layer",
+            f"pip install --upgrade {PACKAGES[flavor]}",
         )
     return trt
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
+from ssv.support.errors import UserError
 from ssv.support.waiting import waiting
 
 
@@ -26,31 +27,42 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--bundle", type=Path, help="decode here")
     where.add_argument("--url", help="ask a server: grpc://host:8001, or grpcs:// for TLS")
-    parser.add_argument("--method", default="premium", choices=METHODS, help="default: premium")
-    parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5); not with --url")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--min-tokens", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
+    parser.add_argument("--method", default="premium", choices=METHODS, help="how to decode (default: premium)")
+    parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative`; not with --url (default: 5)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of the answer, at most (default: 256)")
+    parser.add_argument("--min-tokens", type=int, default=0, help="of the answer, before it may end (default: 0)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: 1.0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampled output (default: 0)")
     parser.add_argument(
-        "--max-delay", type=float, metavar="S", help="verify what is pending after so many seconds; not with --url"
+        "--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable (default: none)"
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
-    parser.add_argument("--tls-ca", type=Path, help="PEM that the server's certificate is checked with (grpcs://)")
+    parser.add_argument(
+        "--max-delay",
+        type=float,
+        metavar="S",
+        help="verify what is pending after so many seconds; not with --url (default: none)",
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text itself, without the chat template (default: off)"
+    )
+    parser.add_argument(
+        "--tls-ca",
+        type=Path,
+        help="PEM that the server's certificate is checked with, at grpcs:// (default: the system's)",
+    )
     add_engine(parser)
     add_precision(parser)
     add_device(parser)
     add_threads(parser)
-    parser.add_argument("--quiet", action="store_true", help="no counts on stderr")
+    parser.add_argument("--quiet", action="store_true", help="no counts on stderr (default: off)")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     if any("\udc80" <= char <= "\udcff" for text in args.stop for char in text):
-        raise ValueError("--stop has bytes that are no UTF-8: give it as text")
+        raise UserError("--stop has bytes that are no UTF-8", "give it as text")
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -75,8 +87,9 @@ def _prompt(given: str) -> str:
     try:
         return data.decode("utf-8-sig" if given == "-" else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt is not UTF-8 (byte {error.start} is {data[error.start]:#04x}): convert it, for example with iconv"
+        raise UserError(
+            f"the prompt is not UTF-8 (byte {error.start} is {data[error.start]:#04x})",
+            "convert it, for example with iconv",
         ) from error
 
 
@@ -113,8 +126,8 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         "--num-draft-tokens": args.num_draft_tokens != 5,
     }
     if wrong := [name for name, is_given in unused.items() if is_given]:
-        raise ValueError(
-            f"{', '.join(wrong)} cannot be set for a server, which has its own: give --bundle to decode here"
+        raise UserError(
+            f"{', '.join(wrong)} cannot be set for a server, which has its own", "give --bundle to decode here"
         )
     settings = Settings(
         tier=args.method,
@@ -134,9 +147,10 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
             num_tokens += reply.num_output_tokens
             print(reply.text, end="", flush=True)
     return (
-        f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, first after {first * 1e3:.0f} ms; "
-        f"{reply.target_passes} target passes, {reply.accepted} of {reply.judged} judged accepted, "
-        f"{reply.unverified} trusted unseen; lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
+        f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, "
+        f"first after {first * 1e3:.0f} ms; {reply.target_passes} target passes, "
+        f"{reply.accepted} of {reply.judged} judged accepted, {reply.unverified} trusted unseen; "
+        f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
     )
 
 

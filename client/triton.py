@@ -15,6 +15,9 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from ssv.runtime.reply import Reply
+from ssv.support.errors import UserError
+
 MODEL = "ensemble"
 
 # What Triton puts before a message, and what our models do.
@@ -22,7 +25,7 @@ _BEFORE = re.compile(r"^(in ensemble 'ensemble', |\[request id: [^\]]*\] )+")
 _STATUS = re.compile(r"^([A-Z_]+): (.*)$", re.DOTALL)
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError):
     """The server refused or failed, or is not there.
 
     Attributes:
@@ -31,17 +34,20 @@ class ServerError(RuntimeError):
         is_cut_off: whether the server was gone before it had answered.
     """
 
-    def __init__(self, message: str, status: str, *, is_unreachable: bool = False, is_cut_off: bool = False) -> None:
-        super().__init__(message)
+    def __init__(
+        self, what: str, status: str, cure: str = "", *, is_unreachable: bool = False, is_cut_off: bool = False
+    ) -> None:
+        super().__init__(what, cure)
         self.status, self.is_unreachable, self.is_cut_off = status, is_unreachable, is_cut_off
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of one request; None leaves a setting to the server.
+    """How one request is to be answered; None leaves a setting to the server.
 
     Attributes:
-        tier: premium, balanced or turbo, or autoregressive, prompt-lookup, medusa or speculative, for comparison.
+        tier: premium, balanced or turbo, or any other method of the bundle, for comparison: autoregressive, lookahead,
+            prompt-lookup, suffix, medusa, specinfer, eagle or speculative.
         max_divergence: the fastest tier whose measured divergence stays below it, instead of `tier`.
         chat: whether the prompt is a user's message, or a text to continue.
         timeout: seconds after which the answer ends with what there is.
@@ -61,31 +67,6 @@ class Settings:
     timeout: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One response of a stream.
-
-    Attributes:
-        text: new text.
-        num_output_tokens: new tokens.
-        finish_reason: "" but for the last.
-        judged, accepted: drafted tokens that the target judged, and kept, so far; `unverified`: emitted ones that it never judged.
-        cached_tokens: of the prompt, those that had been computed before.
-    """
-
-    text: str
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-    judged: int
-    accepted: int
-    unverified: int
-    target_passes: int
-    cached_tokens: int
-    tier: str
-    lossless: bool
-
-
 def request_inputs(
     prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, stream: bool
 ) -> list[grpcclient.InferInput]:
@@ -93,6 +74,9 @@ def request_inputs(
 
     Args:
         prompt: a text, or the messages of a conversation, each with "role" and "content".
+
+    Raises:
+        UserError: a number that its type cannot hold.
     """
     is_text = isinstance(prompt, str)
     values: list[tuple[str, str, Any]] = [
@@ -116,35 +100,26 @@ def request_inputs(
 
 
 def read_reply(result: grpcclient.InferResult) -> Reply:
-    """A response's tensors."""
-
-    def value(name: str) -> Any:
-        return result.as_numpy(name).reshape(-1)[0]
-
-    return Reply(
-        text=value("text_output").decode(),
-        finish_reason=value("finish_reason").decode(),
-        num_input_tokens=int(value("num_input_tokens")),
-        num_output_tokens=int(value("num_output_tokens")),
-        judged=int(value("total_draft_tokens")),
-        accepted=int(value("total_accepted_draft_tokens")),
-        unverified=int(value("ssv_unverified_tokens")),
-        target_passes=int(value("ssv_target_passes")),
-        cached_tokens=int(value("ssv_cached_tokens")),
-        tier=value("ssv_tier_used").decode(),
-        lossless=bool(value("ssv_lossless")),
-    )
+    """Reads a response's tensors."""
+    return Reply.read(lambda name: result.as_numpy(name).reshape(-1)[0])
 
 
 def split_url(url: str) -> tuple[str, bool]:
     """Address and whether TLS is spoken.
 
     Raises:
-        ValueError: not grpc://host:port or grpcs://host:port.
+        UserError: not grpc://host:port or grpcs://host:port.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or parts.port is None or parts.path.strip("/"):
-        raise ValueError(f"{url!r} is not the address of a server: give grpc://host:port, or grpcs://host:port for TLS")
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("grpc", "grpcs") and bool(parts.hostname) and not parts.path.strip("/")
+        is_address = is_address and parts.port is not None
+    except ValueError:  # half an IPv6 address, or a port that no port can be
+        is_address = False
+    if not is_address:
+        raise UserError(
+            f"{url!r} is not the address of a server", "give grpc://host:port, or grpcs://host:port for TLS"
+        )
     return parts.netloc, parts.scheme == "grpcs"
 
 
@@ -152,14 +127,19 @@ class Client:
     """One stream at a time, over a connection of its own."""
 
     def __init__(self, url: str, *, ca: Path | None = None) -> None:
-        """Args:
+        """Makes a connection when it is first used.
+
+        Args:
             ca: PEM that the server's certificate is checked with; None for the system's.
 
         Raises:
-            ValueError: see `split_url`.
+            UserError: see `split_url`.
+            OSError: `ca` cannot be read.
         """
         self._url = url
         address, secure = split_url(url)
+        if ca is not None:
+            ca.open("rb").close()  # of a file that is not there, the library's client would complain twice
         self._client = grpcclient.InferenceServerClient(
             address, ssl=secure, root_certificates=str(ca) if ca is not None else None
         )
@@ -236,14 +216,18 @@ class Client:
 
 
 def server_error(error: InferenceServerException, url: str) -> ServerError:
-    """What an error of the client's library says. A stream's errors have their status in their text (`ssv.runtime.serving.pieces`)."""
+    """What an error of the client's library says.
+
+    A stream's errors have their status in their text (`ssv.runtime.serving.pieces`).
+    """
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
     if "failed to connect" in message or "Connection refused" in message:
-        text = f"no server answers at {url}: start one with `ssv-serve`"
-        return ServerError(text, "UNAVAILABLE", is_unreachable=True)
+        return ServerError(
+            f"no server answers at {url}", "UNAVAILABLE", "start one with `ssv-serve`", is_unreachable=True
+        )
     message = _BEFORE.sub("", message)
     if "Exceeds maximum queue size" in message:
-        return ServerError("too many requests are waiting already: try again later", "UNAVAILABLE")
+        return ServerError("too many requests are waiting already", "UNAVAILABLE", "try again later")
     if match := _STATUS.match(message):
         status, message = match.groups()
     elif status == "UNAVAILABLE":  # not said by the server: it is gone, and so is what it did
@@ -257,5 +241,8 @@ def _tensor(name: str, datatype: str, value: Any) -> grpcclient.InferInput:
     if datatype == "BYTES":
         values = [text.encode() for text in values]
     tensor = grpcclient.InferInput(name, [1, len(values)], datatype)
-    tensor.set_data_from_numpy(np.array([values], dtype=kinds[datatype]))
+    try:
+        tensor.set_data_from_numpy(np.array([values], dtype=kinds[datatype]))
+    except OverflowError as error:
+        raise UserError(f"{name} {value} is not a number that can be sent", f"give one that fits {datatype}") from error
     return tensor

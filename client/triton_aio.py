@@ -20,9 +20,11 @@ class AsyncClient:
     """Made where its event loop runs."""
 
     def __init__(self, url: str, *, certificate: Path | None = None, name: str | None = None) -> None:
-        """Args:
-        certificate: PEM of the server's own certificate, with grpcs://.
-        name: that it is valid for: the server may be reached by another.
+        """Makes a connection when it is first used.
+
+        Args:
+            certificate: PEM of the server's own certificate, with grpcs://.
+            name: that it is valid for: the server may be reached by another.
         """
         self._url = url
         address, secure = split_url(url)
@@ -54,7 +56,7 @@ class AsyncClient:
     async def forward(
         self, inputs: Sequence[grpcclient.InferInput], *, request_id: str
     ) -> AsyncGenerator[grpcclient.InferResult, None]:
-        """As `stream`, of tensors as they are."""
+        """Streams the responses to tensors as they are, in the way of `stream`."""
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": MODEL, "inputs": list(inputs), "request_id": request_id}

@@ -1,8 +1,9 @@
 """Chat templates, rendered so that it is known which characters a message says and which the template does.
 
-A template sees what it sees in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags, in jinja2's sandbox.
-Contents of messages are given as `Said`, a text that knows where its characters are from, through whatever the template does with it. What
-cannot be followed counts as said by a message: a control token in it is then text.
+A template sees what it sees in `transformers` (`apply_chat_template`): the same variables, functions, filters and tags,
+in jinja2's sandbox. Contents of messages are given as `Said`, a text that knows where its characters are from, through
+whatever the template does with it. What cannot be followed counts as said by a message: a control token in it is then
+text.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Said(str):
 
 
 def _keep_places(name: str) -> None:
-    """Has a method that changes characters one by one give a text that knows their origin."""
+    """Makes a method that changes characters one by one give a text that knows their origin."""
     method = getattr(str, name)
 
     @wraps(method)
@@ -167,8 +168,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        """Raises:
-        jinja2.TemplateError: it does not compile.
+        """Compiles a template.
+
+        Raises:
+            jinja2.TemplateError: it does not compile.
         """
         self.source = source
         self._template = _compile(source)
@@ -226,9 +229,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a function gives, whose texts know their origin even if the function's do not.
 
-    It is called a second time with private characters in the place of what messages say. If both results are the same but for those, it
-    only moved them; if not, all it gave counts as said by a message. A `Said` that it gives is no better than a plain text: it may have
-    been put together with a plain one.
+    It is called a second time with private characters in the place of what messages say. If both results are the same
+    but for those, it only moved them; if not, all it gave counts as said by a message. A `Said` that it gives is no
+    better than a plain text: it may have been put together with a plain one.
     """
     args = [list(each) if isinstance(each, GeneratorType) else each for each in args]
     given = function(*args, **kwargs)
@@ -277,8 +280,10 @@ class _Marks:
     """
 
     def __init__(self, *values: Any) -> None:
-        """Args:
-        values: whose characters are none of them.
+        """Begins without a mark.
+
+        Args:
+            values: no mark is a character that occurs in these.
         """
         self._marks: dict[tuple[str, int], str] = {}
         self._meant: dict[str, tuple[str, int]] = {}
@@ -319,7 +324,7 @@ class _Marks:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what training learns, is what it encloses."""
+    """The tag `{% generation %}`, which marks what training learns; what it encloses is written as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
@@ -339,7 +344,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike jinja2's it does not escape for HTML."""
+    """The filter `tojson`; unlike jinja2's it does not escape for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -362,7 +367,10 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shown(value: Any) -> Any:
-    """What a template writes of a value: lists and objects may have something of a message in them, and so are all a message's."""
+    """What a template writes of a value.
+
+    Lists and objects may have something of a message in them, so all of their text counts as a message's.
+    """
     return value if value is None or isinstance(value, str | int | float | Undefined) else Said(str(value))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ssv.model.gguf import load_gguf
 from ssv.model.hf_config import hf_config, spec_from_hf_config
 from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import parse_json, read_json_object
 
 __all__ = [
     "FLOATS",
@@ -50,11 +50,12 @@ def load_checkpoint(path: Path | str) -> tuple[DecoderSpec, Weights]:
         path: folder with config.json and *.safetensors, or a .gguf file.
 
     Returns:
-        The spec, and the weights in the dtype they are stored in (GGUF's quantized ones as fp16, the precision of its scales).
+        The spec, and the weights in the dtype they are stored in (GGUF's quantized ones as fp16, the precision of its
+        scales).
 
     Raises:
-        CheckpointError: missing, truncated, quantized, of an unsupported architecture, or with weights that do not fit the spec or are
-            not finite.
+        CheckpointError: missing, truncated, quantized, of an unsupported architecture, or with weights that do not fit
+            the spec or are not finite.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -72,8 +73,10 @@ def load_checkpoint(path: Path | str) -> tuple[DecoderSpec, Weights]:
 
 
 def settle_head(spec: DecoderSpec, weights: Weights) -> tuple[DecoderSpec, Weights]:
-    """What a config that ties the LM head to the embedding means beside a checkpoint that has a head of its own, as in transformers: they are
-    tied if the two are equal or there is only one of them."""
+    """Settles what it means that a config ties the LM head and the checkpoint has a head of its own.
+
+    As in transformers, they are tied if the two are equal or if there is only one of them.
+    """
     if not spec.tie_embeddings or (head := weights.get("lm_head.weight")) is None or head.dtype not in FLOATS:
         return spec, weights
     embedding = weights.get("model.embed_tokens.weight")
@@ -88,7 +91,8 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
     """Weights restricted to what the spec asks for, each of the shape it asks for, all numbers finite.
 
     Raises:
-        CheckpointError: naming the first missing, misshapen or not finite weight, or biases that the spec does not know.
+        CheckpointError: naming the first missing, misshapen or not finite weight, or biases that the spec does not
+            know.
     """
     expected = spec.weight_shapes()
     for name, shape in expected.items():
@@ -106,7 +110,8 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
     for name in expected:
         if not _all_finite(weights[name]):
             raise CheckpointError(
-                f"{source}: weight {name} holds NaN or infinite numbers: the checkpoint is damaged, or its training diverged"
+                f"{source}: weight {name} holds NaN or infinite numbers: the checkpoint is damaged, or its training "
+                "diverged"
             )
     return {name: weights[name] for name in expected}
 
@@ -155,25 +160,25 @@ _TENSORS_OF = {
 
 
 def _refuse_quantized(weights: Weights, source: Path) -> None:
-    """Weights that are not the numbers that they stand for, whether or not a config says so."""
+    """Refuses weights that are quantized, whether or not a config says so."""
     found = {name.rpartition(".")[2] for name in weights}
     for method, parts in _TENSORS_OF.items():
         if present := found & set(parts):
             example = next(name for name in weights if name.rpartition(".")[2] in present)
             raise CheckpointError(
-                f"{source} is quantized ({example} is a tensor of {method}): give the original weights"
+                f"{source} is quantized ({example} is a tensor of {method})", "give the original weights"
             )
     for name, weight in weights.items():
         if name.endswith(("_blocks", "_scales")):
-            raise CheckpointError(f"{source} is quantized to MXFP4 ({name}): give the original weights")
+            raise CheckpointError(f"{source} is quantized to MXFP4 ({name})", "give the original weights")
         if "bitsandbytes__" in name:
-            raise CheckpointError(f"{source} is quantized by bitsandbytes ({name}): give the original weights")
+            raise CheckpointError(f"{source} is quantized by bitsandbytes ({name})", "give the original weights")
         if ".lora_" in name:
-            raise CheckpointError(f"{source} is a LoRA adapter ({name}): merge it into its model and give the result")
+            raise CheckpointError(f"{source} is a LoRA adapter ({name})", "merge it into its model and give the result")
         if weight.dtype not in FLOATS and not name.endswith("rotary_emb.inv_freq"):
             kind = str(weight.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{source}: weight {name} is {kind}, quantized, and has no scale: give the original weights"
+                f"{source}: weight {name} is {kind}, quantized, and has no scale", "give the original weights"
             )
 
 
@@ -186,8 +191,8 @@ _INDEX = "model.safetensors.index.json"
 def read_hf_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
     """config.json and all weights of a Hugging Face folder, as they are.
 
-    Of several files the one counts that transformers takes: model.safetensors, then the shards of the index. Without either, all files
-    together.
+    Of several files the one counts that transformers takes: model.safetensors, then the shards of the index. Without
+    either, all files together.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are pickled; the index and its shards do not fit.
@@ -201,18 +206,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
-    try:
-        config = parse_json(config_path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{config_path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path} is not a JSON object")
-    return config
+    return read_json_object(config_path, CheckpointError)
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The files that `load_checkpoint` makes a model of: of a folder its config.json, the weights that count, and the index if they are its
-    shards.
+    """The files that `load_checkpoint` makes a model of.
+
+    Of a folder they are its config.json, the weights that count, and the index if those are its shards.
 
     Raises:
         CheckpointError: see `read_hf_folder`.
@@ -227,7 +227,8 @@ def _weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], 
     """The files of weights that count, and the index's map if they are its shards."""
     if (chosen := config.get("transformers_weights")) not in (None, _SINGLE):
         raise CheckpointError(
-            f"{folder}: config.json names its weights, transformers_weights {chosen!r}: rename them to {_SINGLE} and remove the setting"
+            f"{folder}: config.json names its weights, transformers_weights {chosen!r}",
+            f"rename them to {_SINGLE} and remove the setting",
         )
     # Read even if it does not count: damaged, it says that something happened to this folder.
     weight_map = _read_index(folder / _INDEX)
@@ -249,7 +250,10 @@ def _weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[list[Path], 
 
 
 def _read_index(index: Path) -> dict[str, str] | None:
-    """The file that each tensor is in. Others, such as a consolidated copy or an adapter, may lie beside those files."""
+    """The file that each tensor is in.
+
+    Others, such as a consolidated copy or an adapter, may lie beside those files.
+    """
     if not index.is_file():
         return None
     try:
@@ -266,7 +270,8 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> Weights:
     weights = _joined([folder / name for name in names], weight_map)
     if absent := sorted(set(weight_map) - set(weights)):
         raise CheckpointError(
-            f"{folder}: {weight_map[absent[0]]} lacks {absent[0]}, which the index says is in it: shards of different checkpoints?"
+            f"{folder}: {weight_map[absent[0]]} lacks {absent[0]}, which the index says is in it: shards of different "
+            "checkpoints?"
         )
     return weights
 
@@ -281,7 +286,9 @@ def _joined(files: Iterable[Path], weight_map: Mapping[str, str]) -> Weights:
                 continue
             if name in weights:
                 raise CheckpointError(
-                    f"{file.parent}: {name} is in {owner[name].name} and in {file.name}, and no index says which one counts: remove one"
+                    f"{file.parent}: {name} is in {owner[name].name} and in {file.name}, and no index says which one "
+                    "counts",
+                    "remove one",
                 )
             weights[name], owner[name] = tensor, file
     return weights

@@ -1,15 +1,16 @@
 """Conversations and texts to token ids, with the control tokens where they belong: in what the chat template writes.
 
-No token of these arises from what a message says, however it is spelt (a tokenizer's normalizer may make `<` of a full-width one), and
-neither from where two messages, or a message and the template, meet:
+No token of these arises from what a message says, however it is spelt (a tokenizer's normalizer may make `<` of a
+full-width one), and neither from where two messages, or a message and the template, meet:
 
 * special tokens, and end tokens that are added tokens;
 * other added tokens that the template writes around the turns of a conversation;
-* other added tokens that stand in the template's text, such as `<tool_call>`: an assistant's message may have those, since the model itself
-  writes them as text.
+* other added tokens that stand in the template's text, such as `<tool_call>`: an assistant's message may have those,
+  since the model itself writes them as text.
 
-Words (letters, digits and spaces alone) that were added to a vocabulary are no structure, unless they are special or end an answer. What
-would be such a token is encoded as the text that it is written with. All other texts get the ids that they have in `transformers`.
+Words (letters, digits and spaces alone) that were added to a vocabulary are no structure, unless they are special or
+end an answer. What would be such a token is encoded as the text that it is written with. All other texts get the ids
+that they have in `transformers`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any, Literal
 from tokenizers import Encoding, Tokenizer
 
 from ssv.model.chat_template import ASSISTANT, OTHERS, TEMPLATE, Said, origin_of
+from ssv.support.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Of messages. A template writes them where it writes control tokens, and so no others are taken."""
+"""Roles that messages may have. Templates write roles where they write control tokens, so no others are taken."""
 
 _PROBE = "question"
 _Place = Literal[
@@ -34,20 +36,22 @@ _Place = Literal[
 _Span = tuple[int, int, int]  # a token's id, and from where to where the text has it
 
 
-class ConversationError(ValueError):
+class ConversationError(UserError):
     """A conversation that cannot be encoded; the message says what to change."""
 
 
 class ConversationEncoder:
-    """The way of a model's conversations to token ids."""
+    """Turns a model's conversations into token ids."""
 
     def __init__(
         self, backend: Tokenizer, render: Callable[..., str], template: str | None, end_tokens: Iterable[int] = ()
     ) -> None:
-        """Args:
-        render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.model.chat_template`.
-        template: its source.
-        end_tokens: ids of tokens that end an answer.
+        """Prepares the encoder of a model.
+
+        Args:
+            render: text of messages in the chat template, with `add_generation_prompt`; see `ssv.model.chat_template`.
+            template: its source.
+            end_tokens: ids of tokens that end an answer.
         """
         self._backend, self._render, self._template = backend, render, template or ""
         self._ends = frozenset(end_tokens)
@@ -188,7 +192,7 @@ class ConversationEncoder:
             cuts = [start + 1 for _, start, end in wrong if end - start > 1]
             if not cuts:
                 name = self._added[wrong[0][0]].content
-                raise ConversationError(f"{name!r} is a control token of this model: leave it out of the messages")
+                raise ConversationError(f"{name!r} is a control token of this model", "leave it out of the messages")
             bounds = [0, *cuts, len(text)]
             pieces = [(text[a:b], origin[a:b], "within" if a else place) for a, b in pairwise(bounds)]
             waiting += reversed(pieces)
@@ -218,22 +222,22 @@ def check_role(role: str) -> None:
         ConversationError: it is not.
     """
     if role not in ROLES:
-        raise ConversationError(f"role {role!r} is unknown: give one of {', '.join(ROLES)}")
+        raise ConversationError(f"role {role!r} is unknown", f"give one of {', '.join(ROLES)}")
 
 
 def _said(message: Mapping[str, str]) -> dict[str, str]:
-    """A message whose texts know that they are one's; its role is the template's to write."""
+    """A message whose texts know that a message said them; its role counts as the template's."""
     origin = ASSISTANT if message["role"] == "assistant" else OTHERS
     return {key: str(value) if key == "role" else Said(value, origin) for key, value in message.items()}
 
 
 def structure_ids(added: Mapping[int, Any]) -> set[int]:
-    """Of the added tokens of a tokenizer those that can be structure: special ones, and others that are no words."""
+    """Those of a tokenizer's added tokens that can be structure: special ones, and others that are no words."""
     return {token for token, entry in added.items() if entry.special or not _is_word(entry.content)}
 
 
 def _is_word(text: str) -> bool:
-    """Whether an added token is a word that was added to the vocabulary, or whitespace, which a template writes as it does any text."""
+    """Whether an added token is an ordinary word, or whitespace, which a template writes as it does any text."""
     return all(char.isalnum() or char.isspace() for char in text)
 
 

@@ -1,7 +1,7 @@
 """The decoder network in PyTorch: what a `DecoderSpec` and its weights compute.
 
-One definition serves training, the torch engine (which swaps the linear layers for quantized ones) and, as reference, the
-TensorRT network. How keys and values are kept is the caller's: it passes an `Attend`.
+One definition serves training, the torch engine (which swaps the linear layers for quantized ones) and, as reference,
+the TensorRT network. How keys and values are kept is the caller's: it passes an `Attend`.
 
 Shapes: M tokens of the step flattened (B rows x T tokens), H hidden, I intermediate, N query heads, K key/value
 heads, D head dim, P rotated pairs (D / 2), V vocab.
@@ -25,7 +25,7 @@ class Attend(Protocol):
     """Attention of one layer: stores what the step adds, returns what its queries see."""
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        """Returns the attended values, [M, N * D]."""
+        """Attends, and returns the values, [M, N * D]."""
         ...
 
 
@@ -43,8 +43,11 @@ class Rotation:
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and gated MLP. Query, key and value are one product, gate and up another: at one token a step
-    is bound by the number of calls and the bytes of weights, not by arithmetic."""
+    """Pre-norm attention and gated MLP.
+
+    Query, key and value are one product, gate and up another: at one token a step, time goes by the number of calls and
+    the bytes of weights, not by arithmetic.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -84,7 +87,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec, head_size: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        # Its weights always come from elsewhere; filling them at random on the meta device imports half of torch, 70 MB.
+        # Its weights always come from elsewhere; filling them at random on the meta device imports half of torch, 70
+        # MB.
         self.embed = nn.Embedding.from_pretrained(torch.zeros(spec.vocab_size, spec.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -134,8 +138,9 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_weights(cls, spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Decoder:
-        """The decoder with a checkpoint's weights (Hugging Face names). Layers that the checkpoint holds quantized become
-        `QuantizedLinear`.
+        """The decoder with a checkpoint's weights (Hugging Face names).
+
+        Layers that the checkpoint holds quantized become `QuantizedLinear`.
 
         Args:
             dtype: of what is not quantized; None for the types that the checkpoint has.
@@ -166,8 +171,9 @@ _RENAMED = {
 
 
 def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Weights:
-    """State dict of `Decoder` from weights under Hugging Face names, but for those that are quantized."""
-    # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it is used.
+    """State dict of `Decoder` from weights under Hugging Face names, without those that are quantized."""
+    # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it
+    # is used.
     embedding = weights["model.embed_tokens.weight"]
     state = {"embed.weight": embedding.to(dtype or embedding.dtype, copy=True)}
     for module, sources in _sources(spec).items():

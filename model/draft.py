@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ssv.model.checkpoint import CheckpointError, DecoderSpec, read_safetensors
 from ssv.model.decoder import Attend, Decoder, replace_quantized
 from ssv.model.quantized import SCALES, is_quantized
+from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 from ssv.support.json_text import parse_json
 
@@ -77,15 +78,15 @@ def draft_spec(target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], he
         head_size: LM head rows, None for the whole vocabulary.
 
     Raises:
-        ValueError: layers outside the target, or a head larger than its vocabulary.
+        UserError: layers outside the target, or a head larger than its vocabulary.
     """
     if not layers or not all(0 <= layer < target.num_layers for layer in layers):
-        raise ValueError(
-            f"layers {list(layers)}: name at least one of the target's layers 0 to {target.num_layers - 1}"
+        raise UserError(
+            f"layers {list(layers)}", f"name at least one of the target's layers 0 to {target.num_layers - 1}"
         )
     head_size = head_size or target.vocab_size
     if head_size > target.vocab_size:
-        raise ValueError(f"head_size {head_size} exceeds the target's vocab_size {target.vocab_size}")
+        raise UserError(f"head_size {head_size} exceeds the target's vocab_size {target.vocab_size}")
     conditioned = kind == "conditioned"
     return DraftSpec(
         kind=kind,
@@ -98,8 +99,8 @@ def draft_spec(target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], he
 class FeatureTap(nn.Module):
     """The target's features for a conditioned draft: hidden states after chosen layers, joined and projected.
 
-    The projection is trained with the draft but runs with the target, so that target features and the draft's own hidden
-    state have one width F, and rows of both kinds share a draft step.
+    The projection is trained with the draft but runs with the target, so that target features and the draft's own
+    hidden state have one width F, and rows of both kinds share a draft step.
     """
 
     def __init__(self, layers: tuple[int, ...], target_hidden: int, num_features: int) -> None:
@@ -150,7 +151,7 @@ class Draft(nn.Module):
         return features_MF + self.join(torch.cat((self.embed_norm(x_MH), self.feature_norm(features_MF)), dim=-1))
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
-        """[R, V] over `token_ids`."""
+        """Logits over `token_ids`, [R, V]."""
         return self.decoder.logits(hidden_RH)
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -170,8 +171,9 @@ _SHARED = ("decoder.embed.weight", "decoder.lm_head.weight")
 def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...], token_ids: Tensor) -> Draft:
     """An untrained draft whose layers are copies of the target's.
 
-    A conditioned draft starts as the target's last layer on the highest tapped features: its join begins at zero and its tap
-    passes the last of the tapped layers through. Training then fits the join (`ssv.builder.training.distill.fit_start`).
+    A conditioned draft starts as the target's last layer on the highest tapped features: its join begins at zero and
+    its tap passes the last of the tapped layers through. Training then fits the join
+    (`ssv.builder.training.distill.fit_start`).
     """
     draft = Draft(spec).to(target.embed.weight.device)
     conditioned = draft.tap is not None
@@ -218,7 +220,7 @@ def load_draft(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
         mine, theirs = getattr(spec.decoder, field), getattr(target.spec, field)
         if mine != theirs:
             raise CheckpointError(
-                f"draft {field} {mine} != target {field} {theirs}: distill the draft from this target"
+                f"draft {field} {mine} != target {field} {theirs}", "distill the draft from this target"
             )
     if max(spec.feature_layers, default=0) >= target.spec.num_layers:
         raise CheckpointError(f"draft taps layer {max(spec.feature_layers)}, the target has {target.spec.num_layers}")
@@ -272,7 +274,7 @@ def _read_draft(path: Path) -> tuple[DraftSpec, dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if "ssv_draft" not in metadata:
-        raise CheckpointError(f"{path} is not a draft: build one with `ssv-build distill`")
+        raise CheckpointError(f"{path} is not a draft", "build one with `ssv-build distill`")
     try:
         facts = parse_json(metadata["ssv_draft"])
     except ValueError as error:

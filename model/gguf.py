@@ -1,7 +1,7 @@
 """Reads a GGUF file into a `DecoderSpec` and weights under Hugging Face names.
 
-What metadata means, and what counts where it is absent, is as in llama.cpp's loader (`load_hparams`). Metadata of the model's architecture that
-is not known here is refused by name: it may change what the model computes.
+What metadata means, and what counts where it is absent, is as in llama.cpp's loader (`load_hparams`). Metadata of the
+model's architecture that is not known here is refused by name: it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -19,20 +19,6 @@ from torch import Tensor
 from ssv.model.spec import CheckpointError, DecoderSpec, RopeDivisors, RopeScaling, Weights
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ROPE_FREQS = "rope_freqs.weight"
 # Older files of the same family: their first four bytes, as they stand in the file.
 _BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
@@ -45,7 +31,8 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
         The spec, and the weights: fp32 and bf16 as fp32, all others as fp16, the precision of their scales.
 
     Raises:
-        CheckpointError: damaged, a part of a model, of an unsupported architecture, or with a setting or a type that is not supported.
+        CheckpointError: damaged, a part of a model, of an unsupported architecture, or with a setting or a type that is
+            not supported.
     """
     import gguf  # only readers of GGUF need it
 
@@ -53,17 +40,12 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
     try:
         reader = gguf.GGUFReader(path)
         meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        OSError,
-        OverflowError,
-        struct.error,
-    ) as error:  # UnicodeDecodeError is a ValueError
+    # UnicodeDecodeError is a ValueError.
+    except (ValueError, KeyError, IndexError, OSError, OverflowError, struct.error) as error:
         if kind := re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
             raise CheckpointError(
-                f"{path} has a tensor of the unknown type {kind.group(1)}: convert the model to a common one, such as Q8_0"
+                f"{path} has a tensor of the unknown type {kind.group(1)}",
+                "convert the model to a common one, such as Q8_0",
             ) from error
         raise CheckpointError(f"{path} cannot be read ({error}): truncated or not a GGUF file") from error
     _refuse_parts(path, meta)
@@ -76,10 +58,11 @@ def load_gguf(path: Path) -> tuple[DecoderSpec, Weights]:
     divisors = tuple(_dequantized(frequencies, path).flatten().tolist()) if frequencies is not None else None
     spec = _spec(meta, shapes, divisors)
     weights: Weights = {}
+    hf_names = _hf_names(spec)
     for tensor in reader.tensors:
         if tensor is frequencies:
             continue
-        name = _hf_name(tensor.name)
+        name = hf_names.get(tensor.name, tensor.name)  # no such model has another, and by its name it is refused
         values = _dequantized(tensor, path)
         quantized = tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16)
         weight = values.to(torch.float16) if quantized else values
@@ -98,45 +81,47 @@ def _dequantized(tensor: Any, path: Path) -> Tensor:
         return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
     except (NotImplementedError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which is not supported: convert the model to a common "
-            "one, such as Q8_0"
+            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which is not supported",
+            "convert the model to a common one, such as Q8_0",
         ) from error
 
 
 def _check_header(path: Path) -> None:
-    """That a file is a GGUF of this byte order and a version that can be read."""
+    """Refuses a file that is not GGUF, of another byte order, or of a version that cannot be read."""
     with path.open("rb") as file:
         head = file.read(8)
     if head[:4] in _BEFORE_GGUF:
-        raise CheckpointError(f"{path} is in a format before GGUF (GGML): convert the original weights anew")
+        raise CheckpointError(f"{path} is in a format before GGUF (GGML)", "convert the original weights anew")
     if len(head) < 8 or head[:4] != b"GGUF":
         raise CheckpointError(f"{path} cannot be read: truncated or not a GGUF file")
     little, big = struct.unpack("<I", head[4:])[0], struct.unpack(">I", head[4:])[0]
     if big < little and big < 1 << 16:
-        raise CheckpointError(f"{path} is a big-endian GGUF file: convert it with llama.cpp's gguf_convert_endian.py")
+        raise CheckpointError(f"{path} is a big-endian GGUF file", "convert it with llama.cpp's gguf_convert_endian.py")
     if little not in (2, 3):
         raise CheckpointError(
-            f"{path} is of GGUF version {little}, supported are 2 and 3: convert the original weights anew"
+            f"{path} is of GGUF version {little}, supported are 2 and 3", "convert the original weights anew"
         )
 
 
 def _refuse_parts(path: Path, meta: Mapping[str, Any]) -> None:
-    """Files that hold no whole model."""
+    """Refuses files that hold no whole model."""
     count = meta.get("split.count", 0)
     part = meta.get("split.no", 0)
     if not count and (named := re.search(r"-(\d{5})-of-(\d{5})$", path.stem)):
         part, count = int(named.group(1)) - 1, int(named.group(2))
     if isinstance(count, int) and count > 1:
         raise CheckpointError(
-            f"{path} is part {part + 1} of a model in {count} files: merge them with `llama-gguf-split --merge` and give the result"
+            f"{path} is part {part + 1} of a model in {count} files",
+            "merge them with `llama-gguf-split --merge` and give the result",
         )
     if (kind := meta.get("general.type", "model")) != "model":
-        raise CheckpointError(f"{path} is no model but of general.type {kind!r}: give the model's own GGUF file")
+        raise CheckpointError(f"{path} is no model but of general.type {kind!r}", "give the model's own GGUF file")
 
 
 # --- Metadata -------------------------------------------------------------------------------------------------------
 
-# Of an architecture's metadata, what says nothing about the computation. The number of vocabulary entries is the embedding's.
+# Of an architecture's metadata, what says nothing about the computation. The number of vocabulary entries is the
+# embedding's.
 _WITHOUT_EFFECT = {
     "vocab_size",
     "tensor_data_layout",
@@ -273,7 +258,7 @@ def _spec(
 
 
 def _refuse_other_layers(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Layers with or without parts that their family has."""
+    """Refuses layers that lack a part of their family, or have one of another."""
     query, output = "blk.0.attn_q.bias" in shapes, "blk.0.attn_output.bias" in shapes
     if arch == "qwen2" and not query:
         raise CheckpointError("blk.0.attn_q.bias is missing: a Qwen2 model has one")
@@ -295,7 +280,10 @@ def _refuse_other_layers(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> No
 def _rope_scaling(
     settings: _Metadata, arch: str, head_dim: int, theta: float, divisors: tuple[float, ...] | None
 ) -> RopeScaling | RopeDivisors | None:
-    """Linear scaling (`rope.scaling.factor`, or `rope.scale_linear`, its old name) times the divisors in `rope_freqs.weight`."""
+    """Linear scaling of rope times the divisors in `rope_freqs.weight`.
+
+    The factor is `rope.scaling.factor`, or `rope.scale_linear`, its old name.
+    """
     factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 0.0))
     if factor < 0:
         raise CheckpointError(f"GGUF metadata: rope scaling factor {factor}, must be above 0")
@@ -304,11 +292,11 @@ def _rope_scaling(
     kind = settings.values.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"rope.scaling.type {kind!r} is not supported, only 'none' and 'linear': use a file without it for contexts within the "
-            "length the model was trained with"
+            f"rope.scaling.type {kind!r} is not supported, only 'none' and 'linear'",
+            "use a file without it for contexts within the length the model was trained with",
         )
     if kind == "none" and factor != 1:
-        raise CheckpointError(f"rope.scaling.type 'none' contradicts the factor {factor}: remove one of them")
+        raise CheckpointError(f"rope.scaling.type 'none' contradicts the factor {factor}", "remove one of them")
     if divisors is None:
         return RopeDivisors((factor,) * (head_dim // 2)) if factor != 1 else None
     if arch != "llama":
@@ -322,8 +310,10 @@ def _rope_scaling(
 
 
 def _llama3(given: RopeDivisors, head_dim: int, theta: float) -> RopeScaling | None:
-    """The settings from which llama.cpp's converter makes these divisors, if they are those of all published Llama 3.1, 3.2 and 3.3: then a
-    bundle's config.json can say so, in the words that every other tool knows."""
+    """The settings from which llama.cpp's converter makes these divisors, if Llama 3.1, 3.2 or 3.3 has them.
+
+    A bundle's config.json can then say so, in the words that every other tool knows.
+    """
     scaling = RopeScaling(max(given.divisors), 1.0, 4.0, 8192)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency_P = 1.0 / theta**exponent
@@ -332,19 +322,20 @@ def _llama3(given: RopeDivisors, head_dim: int, theta: float) -> RopeScaling | N
     )
 
 
-def _hf_name(gguf_name: str) -> str:
-    stem, _, suffix = gguf_name.rpartition(".")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}.{suffix}"
-    if stem.startswith("blk."):
-        layer, _, part = stem.removeprefix("blk.").partition(".")
-        if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{suffix}"
-    return gguf_name
+def _hf_names(spec: DecoderSpec) -> dict[str, str]:
+    """What Hugging Face calls the tensors of a model, by their names in a GGUF file.
+
+    It is the gguf package's own table, turned round.
+    """
+    import gguf
+
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == spec.family)
+    table = gguf.get_tensor_name_map(arch, spec.num_layers)
+    return {table.get_name(name, try_suffixes=(".weight", ".bias")) or name: name for name in spec.weight_shapes()}
 
 
 def _undo_llama_permutation(weight: Tensor, num_heads: int) -> Tensor:
-    # llama.cpp stores q/k of Llama models, weights and biases, with rotated pairs adjacent; Hugging Face keeps them half
-    # a head apart.
+    # llama.cpp stores q/k of Llama models, weights and biases, with rotated pairs adjacent; Hugging Face keeps them
+    # half a head apart.
     pairs = weight.view(num_heads, len(weight) // num_heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)

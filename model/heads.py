@@ -1,8 +1,10 @@
-"""Medusa's heads (Cai et al. 2024, arXiv:2401.10774): several next tokens at once, each guessed from the target's last hidden state.
+"""Medusa's heads (Cai et al. 2024, arXiv:2401.10774): several next tokens at once, each guessed from the target's last
+hidden state.
 
-Head d (from 0) guesses the token d + 2 places behind the one whose hidden state it is given: the token between them is the target's own
-choice. A head is a stack of ResBlocks, x + SiLU(linear(x)), over the normed hidden state, and an LM head. Heads that we train share the
-target's LM head rows of the most frequent tokens, so that these are not stored; published heads have LM heads of their own.
+Head d (from 0) guesses the token d + 2 places behind the one whose hidden state it is given: the token between them is
+the target's own choice. A head is a stack of ResBlocks, x + SiLU(linear(x)), over the normed hidden state, and an LM
+head. Heads that we train share the target's LM head rows of the most frequent tokens, so that these are not stored;
+published heads have LM heads of their own.
 
 Shapes: R rows, H hidden, D heads, V LM head rows.
 """
@@ -148,7 +150,7 @@ class Heads(nn.Module):
 
 
 def start_heads(spec: HeadsSpec, target: Decoder, token_ids: Tensor) -> Heads:
-    """Untrained heads: their ResBlocks begin at zero, as the paper's, so that each guesses what the target's own LM head does."""
+    """Untrained heads: their ResBlocks begin at zero, as in the paper, so that each guesses as the target does."""
     heads = Heads(spec).to(target.embed.weight.device)
     for parameter in heads.blocks.parameters():
         nn.init.zeros_(parameter)
@@ -172,12 +174,13 @@ def load_heads(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
         dtype: None for the types that the file has.
 
     Raises:
-        CheckpointError: a pickle, a damaged file, no heads, weights that do not fit the spec, or heads made for another target.
+        CheckpointError: a pickle, a damaged file, no heads, weights that do not fit the spec, or heads made for another
+            target.
     """
     if path.suffix in PICKLES:
         raise CheckpointError(
-            f"{path} is a pickle, which may hold programs: convert it with "
-            f"`ssv-build convert-heads {path} --out {path.with_suffix('.safetensors').name}`"
+            f"{path} is a pickle, which may hold programs",
+            f"convert it with `ssv-build convert-heads {path} --out {path.with_suffix('.safetensors').name}`",
         )
     state = read_safetensors(path)
     with safe_open(path, framework="pt") as file:
@@ -201,8 +204,8 @@ def load_heads(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
         mine, theirs = getattr(spec, field), getattr(target.spec, field)
         if mine != theirs:
             raise CheckpointError(
-                f"heads' {field} {mine} != target {field} {theirs}: distill heads from this target "
-                "(`ssv-build distill --kind medusa`)"
+                f"heads' {field} {mine} != target {field} {theirs}",
+                "distill heads from this target (`ssv-build distill --kind medusa`)",
             )
     if spec.num_heads * spec.num_layers > len(state):
         raise CheckpointError(f"{path}: {spec.num_heads} heads of {spec.num_layers} ResBlocks are not all there")

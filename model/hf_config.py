@@ -1,8 +1,9 @@
 """config.json of a Hugging Face folder: to a `DecoderSpec` and back.
 
-What a config leaves out gets the default of its family's class in transformers 5 (`transformers.models.*.configuration_*`), and where two
-settings contradict each other the one that transformers takes counts, or the config is refused. A setting that would change what the model
-computes and is not supported is refused by name; it is never ignored.
+What a config leaves out gets the default of its family's class in transformers 5
+(`transformers.models.*.configuration_*`), and where two settings contradict each other the one that transformers takes
+counts, or the config is refused. A setting that would change what the model computes and is not supported is refused by
+name; it is never ignored.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
     """DecoderSpec of a parsed config.json.
 
     Raises:
-        CheckpointError: architecture or setting that is not supported, or a value of a wrong type or range, naming the field.
+        CheckpointError: architecture or setting that is not supported, or a value of a wrong type or range, naming the
+            field.
     """
     family = _family(config)
     _refuse_other_models(config, family)
@@ -180,7 +182,8 @@ def _head_dim(config: Mapping[str, Any], family: _Family, hidden_size: int, num_
     if config.get("head_dim") is None and family.head_dim is None:
         if hidden_size % num_heads:
             raise CheckpointError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no "
+                "head_dim"
             )
         return hidden_size // num_heads
     return _count(config, "head_dim", family.head_dim)
@@ -219,14 +222,15 @@ def _refuse_other_models(config: Mapping[str, Any], family: _Family) -> None:
 
 
 def _refuse_windows(config: Mapping[str, Any], family: str) -> None:
-    """Sliding-window attention, which each family switches on in its own way."""
+    """Refuses sliding-window attention, which each family switches on in its own way."""
     window = config.get("sliding_window", None if family == "llama" else _DEFAULT_WINDOW)
     # Qwen's window is off unless use_sliding_window is set; Mistral's is on when not null.
     switch = _flag(config, "use_sliding_window")
     if window and (switch or family in ("llama", "mistral")):
         default = "" if config.get("sliding_window") else f" (the default of {family}, as config.json does not say)"
         raise CheckpointError(
-            f"sliding_window {window}{default}: sliding-window attention is not supported; if every token of this model "
+            f"sliding_window {window}{default}: sliding-window attention is not supported; if every token of this "
+            "model "
             'sees all before it, set "sliding_window": null'
         )
     layer_types = config.get("layer_types") or []
@@ -234,8 +238,9 @@ def _refuse_windows(config: Mapping[str, Any], family: str) -> None:
         raise CheckpointError("layer_types: only full_attention layers are supported")
 
 
-# Settings that change what a model computes and that only other architectures have, with the value at which they change nothing. A class of
-# transformers ignores those that it does not know; then the weights were made for another model than its own.
+# Settings that change what a model computes and that only other architectures have, with the value at which they change
+# nothing. A class of transformers ignores those that it does not know; then the weights were made for another model
+# than its own.
 _NEUTRAL: dict[str, object] = {
     "alibi": False,
     "add_cross_attention": False,
@@ -331,7 +336,8 @@ def _rope_settings(
             continue
         if key == "factor" and kind == "default":
             raise CheckpointError(
-                f"rope scaling has factor {value} and no rope_type that uses it: add rope_type ('linear', 'llama3'), or remove factor"
+                f"rope scaling has factor {value} and no rope_type that uses it",
+                "add rope_type ('linear', 'llama3'), or remove factor",
             )
         raise CheckpointError(f"{key} {value!r} is not supported with rope_type {kind!r}")
     if kind == "default":
@@ -353,8 +359,11 @@ def _rope_settings(
 
 
 def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings that transformers takes: earlier ones wrote rope_theta beside rope_scaling, transformers 5 writes rope_parameters;
-    of both, rope_scaling counts, as model cards tell to add it by hand."""
+    """The settings of rope that transformers takes.
+
+    Earlier versions wrote rope_theta beside rope_scaling, transformers 5 writes rope_parameters. Where both are there
+    rope_scaling counts, since model cards tell people to add it by hand.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) is not None and not isinstance(config[key], Mapping):
             raise CheckpointError(
@@ -368,8 +377,9 @@ def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
         taken = scaling.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
         if taken != parameters["rope_theta"]:
             raise CheckpointError(
-                f"rope_parameters has rope_theta {parameters['rope_theta']}, with rope_scaling beside it {taken} counts: "
-                "write rope_theta into rope_scaling, or move all of it to rope_parameters"
+                f"rope_parameters has rope_theta {parameters['rope_theta']}, with rope_scaling beside it {taken} "
+                "counts",
+                "write rope_theta into rope_scaling, or move all of it to rope_parameters",
             )
     return rope
 
@@ -377,11 +387,11 @@ def _rope_object(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _rope_type(rope: Mapping[str, Any]) -> str:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("type", kind) != kind:
-        raise CheckpointError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other: remove one")
+        raise CheckpointError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other", "remove one")
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise CheckpointError(
-            f"rope_type {kind!r} is not supported, only 'default', 'linear' and 'llama3'; for contexts within the length the model "
-            "was trained with, remove the scaling"
+            f"rope_type {kind!r} is not supported, only 'default', 'linear' and 'llama3'; for contexts within the "
+            "length the model was trained with, remove the scaling"
         )
     return kind
 

@@ -1,12 +1,14 @@
-"""Quantized linear layers: what they are made of and what they compute. This is the definition that the TensorRT network and
-the torch engine both follow.
+"""Quantized linear layers: what they are made of and what they compute.
+
+This is the definition that the TensorRT network and the torch engine both follow.
 
 * FP8 (W8A8): weights and inputs in float8 E4M3, a scale for the weights of each output and one for all inputs, found by
   calibration: static, so a row's result does not depend on the other rows.
-* INT4 (AWQ, W4A16; Lin et al. 2023, arXiv:2306.00978): weights in symmetric 4-bit integers with a scale for each group of input
-  channels; inputs keep their type, but some are first multiplied by a factor per channel.
+* INT4 (AWQ, W4A16; Lin et al. 2023, arXiv:2306.00978): weights in symmetric 4-bit integers with a scale for each group
+  of input channels; inputs keep their type, but some are first multiplied by a factor per channel.
 
-The tensors are those of ModelOpt's unified checkpoint, so a layer is made from a checkpoint without converting anything.
+The tensors are those of ModelOpt's unified checkpoint, so a layer is made from a checkpoint without converting
+anything.
 
 Shapes: M rows, O outputs, I inputs, G groups of I, P = O / 2 bytes (two outputs in each).
 """
@@ -28,7 +30,10 @@ SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over quantized weights. Its scales are buffers, so that changing the type of a module's parameters leaves them."""
+    """A linear layer over quantized weights.
+
+    Its scales are buffers, so that changing the type of a module's parameters leaves them.
+    """
 
     bias: nn.Parameter | None
 
@@ -39,7 +44,7 @@ class QuantizedLinear(nn.Module):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """O and I."""
+        """The sizes O and I."""
 
     @abstractmethod
     def dequantized(self) -> Tensor:
@@ -54,10 +59,12 @@ class QuantizedLinear(nn.Module):
 
 
 class Fp8Linear(QuantizedLinear):
-    """Attributes:
-    values_OI: float8_e4m3fn.
-    scale_O: fp32, of the weights.
-    input_scale: fp32 scalar.
+    """A linear layer over FP8 weights, whose inputs are rounded to FP8.
+
+    Attributes:
+        values_OI: float8_e4m3fn.
+        scale_O: fp32, of the weights.
+        input_scale: fp32 scalar.
     """
 
     values_OI: Tensor
@@ -87,10 +94,12 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class AwqLinear(QuantizedLinear):
-    """Attributes:
-    packed_PI: uint8; byte [p, i] holds weights [2 p, i] (low four bits) and [2 p + 1, i], two's complement.
-    scale_OG: fp32.
-    input_factor_I: fp32, or None.
+    """A linear layer over INT4 weights.
+
+    Attributes:
+        packed_PI: uint8; byte [p, i] holds weights [2 p, i] (low four bits) and [2 p + 1, i], two's complement.
+        scale_OG: fp32.
+        input_factor_I: fp32, or None.
     """
 
     packed_PI: Tensor
@@ -151,7 +160,8 @@ def quantized_linear(weights: Mapping[str, Tensor], names: Sequence[str], bias_O
     if values.dtype == torch.uint8:
         if any(not _equal(factors[0], factor) for factor in factors):
             raise CheckpointError(
-                f"{' and '.join(names)} have different pre_quant_scale: quantize them again with ModelOpt's own export"
+                f"{' and '.join(names)} have different pre_quant_scale",
+                "quantize them again with ModelOpt's own export",
             )
         scale_OG = torch.cat([weights[f"{name}.weight_scale"].float() for name in names])
         factor_I = factors[0].float().clone() if factors[0] is not None else None  # a view would keep its file mapped
@@ -167,7 +177,8 @@ def quantized_linear(weights: Mapping[str, Tensor], names: Sequence[str], bias_O
 def _check_layer(weights: Mapping[str, Tensor], name: str) -> None:
     if not is_quantized(weights, name):
         raise CheckpointError(
-            f"{name} is not quantized, or lacks its weight_scale, beside layers of the same input that are: quantize them alike"
+            f"{name} is not quantized, or lacks its weight_scale, beside layers of the same input that are",
+            "quantize them alike",
         )
     weight, scale = weights[f"{name}.weight"], weights[f"{name}.weight_scale"]
     factor = weights.get(f"{name}.pre_quant_scale")

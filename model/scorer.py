@@ -1,8 +1,8 @@
 """The criticality scorer: one linear layer and a sigmoid over what the draft's forward pass already has.
 
-Features of a drafted token, in this order: the draft's hidden state (before its final norm, divided by its root mean square), then
-log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two largest of the draft's probabilities at temperature 1. The op
-`score` of `ssv.plugins` computes them, and defines what degenerate logits give.
+Features of a drafted token, in this order: the draft's hidden state (before its final norm, divided by its root mean
+square), then log(1 - p1), entropy in nats, and log p1 - log p2, with p1 and p2 the two largest of the draft's
+probabilities at temperature 1. The op `score` of `ssv.plugins` computes them, and defines what degenerate logits give.
 
 Shapes: R drafted tokens, H hidden of the draft, V draft vocab, F features.
 """
@@ -66,10 +66,11 @@ def load_scorer(path: Path, hidden_size: int) -> Scorer:
         features = (file.metadata() or {}).get("ssv_scorer_features", "").split(",")
     uses_hidden = features[0] == "hidden"
     if tuple(features[uses_hidden:]) != CONFIDENCE_FEATURES or set(state) != {"weight", "bias"}:
-        raise CheckpointError(f"{path} is not a scorer of known features: build one with `ssv-build scorer`")
+        raise CheckpointError(f"{path} is not a scorer of known features", "build one with `ssv-build scorer`")
     expected = len(CONFIDENCE_FEATURES) + (hidden_size if uses_hidden else 0)
     if state["weight"].shape != (expected,):
         raise CheckpointError(
-            f"{path}: scorer over {state['weight'].numel()} features, the draft's hidden size {hidden_size} gives {expected}"
+            f"{path}: scorer over {state['weight'].numel()} features, the draft's hidden size {hidden_size} gives "
+            f"{expected}"
         )
     return Scorer(state["weight"].float(), state["bias"].float().reshape(()), uses_hidden)

@@ -1,7 +1,7 @@
 """Makes a decoder easier to quantize: activation ranges, and moving their outliers into the weights.
 
-SmoothQuant (Xiao et al. 2023, arXiv:2211.10438): activations of a few channels are far larger than the rest and eat up the levels of
-a per-row scale. Dividing those channels where the activations are made and multiplying them into the next
+SmoothQuant (Xiao et al. 2023, arXiv:2211.10438): activations of a few channels are far larger than the rest and eat up
+the levels of a per-row scale. Dividing those channels where the activations are made and multiplying them into the next
 weight leaves the function unchanged and both sides easier.
 """
 
@@ -21,7 +21,7 @@ Ranges = dict[str, Tensor]
 _SHARE = {"qkv": 0.8, "gate_up": 0.8, "down": 0.5, "lm_head": 0.5, "join": 0.5}
 
 _ROWS = 512
-"""Of a weight that are worked on at a time: they stay in the processor's cache."""
+"""Rows of a weight that are worked on at a time: they stay in the processor's cache."""
 
 
 def activation_ranges(module: nn.Module, run: Callable[[], object]) -> Ranges:
@@ -47,11 +47,13 @@ def activation_ranges(module: nn.Module, run: Callable[[], object]) -> Ranges:
 
 
 def smoothed_parts(decoder: Decoder, ranges: Ranges, prefix: str = "") -> Iterator[nn.Module]:
-    """Smooths, in place, every linear layer whose input is made by a norm or by the gated MLP. The decoder's function stays
-    the same. Its LM head must not share its weight with the embedding any more (it is copied here).
+    """Smooths, in place, every linear layer whose input is made by a norm or by the gated MLP.
 
-    Yields each layer and then the decoder itself, once it is smoothed: who packs a part before asking for the next never holds the
-    whole decoder in fp32. All of them have to be taken.
+    The decoder's function stays the same. Its LM head is copied here, as it must not share its weight with the
+    embedding any more.
+
+    Yields each layer and then the decoder itself, once it is smoothed: who packs a part before asking for the next
+    never holds the whole decoder in fp32. All of them have to be taken.
 
     Args:
         decoder: of any floating type; what is smoothed becomes fp32.

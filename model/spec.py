@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssv.support.errors import UserError
+
 Weights = dict[str, Tensor]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or is not supported; the message names the field or file and the cure."""
 
 
@@ -38,8 +40,10 @@ class RopeScaling:
             )
 
     def scaled(self, frequency_P: Tensor) -> Tensor:
-        """Frequencies after scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended
-        linearly."""
+        """Frequencies after scaling.
+
+        Long wavelengths are stretched by `factor`, short ones are kept, and those between are blended linearly.
+        """
         wavelength = 2 * math.pi / frequency_P
         smooth = self.original_max_positions / wavelength - self.low_freq_factor
         smooth = (smooth / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)

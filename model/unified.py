@@ -1,11 +1,14 @@
-"""Reads ModelOpt's unified Hugging Face checkpoint: the usual folder, with quantized weights and their scales in it. TensorRT-LLM, vLLM and
-SGLang read it too.
+"""Reads ModelOpt's unified Hugging Face checkpoint: the usual folder, with quantized weights and their scales.
 
-What was quantized, and how, stands in `hf_quant_config.json` (NVIDIA ModelOpt, modelopt.torch.export), of which there are two shapes, or in
-config.json's `quantization_config`:
+TensorRT-LLM, vLLM and SGLang read it too.
 
-* nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...], "group_size": ...}}
-* flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...}, "ignore": [...]}
+What was quantized, and how, stands in `hf_quant_config.json` (NVIDIA ModelOpt, modelopt.torch.export), of which there
+are two shapes, or in config.json's `quantization_config`:
+
+* nested: {"producer": ..., "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null, "exclude_modules": [...],
+  "group_size": ...}}
+* flat, as compressed-tensors writes it: {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {...},
+  "ignore": [...]}
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from ssv.model.checkpoint import (
 )
 from ssv.model.quantized import SCALES, is_quantized
 from ssv.support.environment import versions
-from ssv.support.json_text import parse_json
+from ssv.support.json_text import read_json_object
 
 CONFIG_NAME = "hf_quant_config.json"
 
@@ -63,7 +66,9 @@ def quantization_document(precision: str, group_size: int | None, lm_head: bool)
 
 
 def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
-    """Reads a checkpoint, quantized by ModelOpt or not at all. Quantized layers keep their tensors, see `ssv.model.quantized`.
+    """Reads a checkpoint, quantized by ModelOpt or not at all.
+
+    Quantized layers keep their tensors, see `ssv.model.quantized`.
 
     Raises:
         CheckpointError: see `load_checkpoint`; or it is quantized in a way that is not supported.
@@ -78,7 +83,10 @@ def load_any(path: Path) -> tuple[DecoderSpec, Weights]:
 
 
 def quantization_of(path: Path) -> str | None:
-    """ "fp8" or "int4" of a folder that ModelOpt has quantized, None of one that is not quantized, or of which only the KV cache is.
+    """What ModelOpt has quantized a folder to, "fp8" or "int4".
+
+    Returns:
+        None for a folder that is not quantized, or of which only the KV cache is.
 
     Raises:
         CheckpointError: quantized by something else, or to something that is not supported.
@@ -91,7 +99,8 @@ def quantization_of(path: Path) -> str | None:
         return None
     if not isinstance(algorithm, str) or algorithm not in _PRECISIONS:
         raise CheckpointError(
-            f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}: quantize the original again"
+            f"{path} is quantized to {algorithm}, supported are {' and '.join(_PRECISIONS)}",
+            "quantize the original again",
         )
     return _PRECISIONS[algorithm]
 
@@ -102,11 +111,8 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
     for file, key in ((path / CONFIG_NAME, None), (path / "config.json", "quantization_config")):
         if not file.is_file():
             continue
-        try:
-            document = parse_json(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON ({error})") from error
-        facts = document.get(key) if key is not None and isinstance(document, dict) else document
+        document = read_json_object(file, CheckpointError)
+        facts = document.get(key) if key is not None else document
         if facts is None:
             continue
         nested = facts.get("quantization", facts) if isinstance(facts, dict) else None
@@ -120,7 +126,7 @@ def _read_facts(path: Path) -> Mapping[str, Any] | None:
     algorithms = [facts["quant_algo"] for facts in found if facts.get("quant_algo")]
     if len(algorithms) == 2 and algorithms[0] != algorithms[1]:
         raise CheckpointError(
-            f"{path}: {CONFIG_NAME} says {algorithms[0]}, config.json {algorithms[1]}: quantize the original again"
+            f"{path}: {CONFIG_NAME} says {algorithms[0]}, config.json {algorithms[1]}", "quantize the original again"
         )
     return found[0] if found else None
 
@@ -156,7 +162,7 @@ def _check(spec: DecoderSpec, weights: Weights, path: Path, precision: str | Non
         raise CheckpointError(f"{path}: {bare[0]} is quantized and has no scale")
     if precision is not None and not layers:
         raise CheckpointError(
-            f"{path} is said to be quantized to {precision}, and no layer of it is: give the right weights"
+            f"{path} is said to be quantized to {precision}, and no layer of it is", "give the right weights"
         )
     if precision is None and layers:
         raise CheckpointError(f"{path} is said not to be quantized but for its KV cache, and {min(layers)} is")
@@ -188,5 +194,6 @@ def _check_scales(weights: Weights, scales: Iterable[str], path: Path) -> None:
         divides = name.endswith(".input_scale")
         if not (low.isfinite() and high.isfinite()) or low < 0 or (divides and low == 0):
             raise CheckpointError(
-                f"{path}: {name} holds {'0, ' if divides else ''}negative, NaN or infinite numbers: the checkpoint is damaged"
+                f"{path}: {name} holds {'0, ' if divides else ''}negative, NaN or infinite numbers: the checkpoint is "
+                "damaged"
             )

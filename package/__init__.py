@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssv.bundle.policy import Policy
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 
@@ -17,12 +18,13 @@ _HOMES = {
     "LLM": "ssv.runtime.llm",
     "Chunk": "ssv.runtime.request",
     "Output": "ssv.runtime.request",
+    "Policy": "ssv.bundle.policy",
     "Request": "ssv.runtime.request",
     "RequestError": "ssv.runtime.request",
     "SamplingParams": "ssv.runtime.request",
 }
 
-__all__ = ["LLM", "Chunk", "Output", "Request", "RequestError", "SamplingParams"]
+__all__ = ["LLM", "Chunk", "Output", "Policy", "Request", "RequestError", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Kernels compiled ahead of time: PTX for a GPU that need not be there, and how TensorRT launches it.
 
-A kernel of TensorRT's "quickly deployable plugins" is launched with pointers to its inputs, then int32 scalars, then pointers to its outputs, and
-nothing else: no scratch memory, no floats. So these are the kernels with SPLITS = 1, specialised to a model's sizes.
+A kernel of TensorRT's "quickly deployable plugins" is launched with pointers to its inputs, then int32 scalars, then
+pointers to its outputs, and nothing else: no scratch memory, no floats. So these are the kernels with SPLITS = 1,
+specialised to a model's sizes.
 
 Shapes: see `contract.py`.
 """
@@ -31,16 +32,22 @@ _PTX_VERSIONS = {
     **dict.fromkeys(("10.3", "12.1"), 88),
     "11.0": 90,
 }
-"""Compute capabilities, and the PTX for each: 8.7, of CUDA 12.8, or the first that knows it. A driver refuses PTX newer than itself."""
+"""Compute capabilities, and the PTX for each: 8.7, of CUDA 12.8, or the first that knows it.
+
+A driver refuses PTX newer than itself.
+"""
 
 _MAX_SHARED_BYTES = 48 * 1024
 """A kernel may use this much without asking for more, which TensorRT's interface has no place for."""
 
 _ALONE = {"SPLITS": 1, "partial": None, "arrived": None}
-"""Of a kernel of which each program has a whole row, and so needs no scratch memory."""
+"""Constants of a kernel of which each program has a whole row, and which so needs no scratch memory."""
 
 Sizes = Mapping[str, Any]
-"""A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: B, K, M, R, T."""
+"""A step's sizes by their letter, as numbers or as TensorRT's symbolic expressions: M and R."""
+
+_LETTERS: Sizes = {"M": "M", "R": "R"}
+"""The sizes in what is written down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,34 +115,18 @@ def score_spec(hidden: int, vocab: int, hidden_type: torch.dtype, logits_type: t
     )
 
 
-def gather_norm_spec(hidden: int, hidden_type: torch.dtype, norm_type: torch.dtype, eps: float) -> Spec:
-    """`gather_norm` of [M, H] hidden states and R rows."""
-    return Spec(
-        name="gather_norm",
-        kernel=kernels.gather_norm_kernel,
-        inputs={"hidden": hidden_type, "row": torch.int32, "weight": norm_type},
-        scalars=("num_rows",),
-        outputs={"gathered": hidden_type, "normed": norm_type},
-        constants=launch.norm_constants(hidden, eps),
-        num_warps=launch.row_warps(hidden),
-        grid=lambda sizes: sizes["R"],
-        scalar_values=lambda sizes: (sizes["M"],),
-    )
-
-
 def sparse_gather_spec(hidden: int, hidden_type: torch.dtype, norm_type: torch.dtype, eps: float) -> Spec:
-    """`sparse_gather` of [B, T, H] hidden states."""
-    i = torch.int32
+    """`sparse_gather` of [M, H] hidden states and R rows."""
     return Spec(
         name="sparse_gather",
         kernel=kernels.sparse_gather_kernel,
-        inputs={"hidden": hidden_type, "zone": i, "length": i, "weight": norm_type},
-        scalars=("batch", "tokens"),
-        outputs={"normed": norm_type, "judged_row": i, "start": i},
-        constants={**launch.norm_constants(hidden, eps), "BLOCK_M": launch.ZONE_BLOCK},
+        inputs={"hidden": hidden_type, "row": torch.int32, "weight": norm_type},
+        scalars=("num_rows",),
+        outputs={"gathered": hidden_type, "normed": norm_type},
+        constants=launch.gather_constants(hidden, eps),
         num_warps=launch.row_warps(hidden),
-        grid=lambda sizes: sizes["B"] * sizes["T"],
-        scalar_values=lambda sizes: (sizes["B"], sizes["T"]),
+        grid=lambda sizes: sizes["R"],
+        scalar_values=lambda sizes: (sizes["M"],),
     )
 
 
@@ -143,7 +134,8 @@ def compile_ahead(spec: Spec, capability: str) -> Artefact:
     """Compiles a kernel for a compute capability such as "9.0", and assembles it once to see that it can be.
 
     Raises:
-        OpError: the capability is unknown, kernels are being interpreted, or the kernel cannot be launched as TensorRT does.
+        OpError: the capability is unknown, kernels are being interpreted, or the kernel cannot be launched as TensorRT
+            does.
     """
     if capability not in _PTX_VERSIONS:  # the compiler would end the process
         raise OpError(f"{spec.name}: compute capability", f"one of {', '.join(_PTX_VERSIONS)}", capability)
@@ -212,13 +204,13 @@ def write_artefact(artefact: Artefact, folder: Path) -> Path:
         "capability": artefact.capability,
         "threads": artefact.threads,
         "shared_bytes": artefact.shared_bytes,
-        "grid": str(spec.grid(_Letters())),
+        "grid": str(spec.grid(_LETTERS)),
         "arguments": [
             {"name": name, "kind": kind, "type": str(types[name]).removeprefix("torch.")}
             for kind, group in (("input", spec.inputs), ("scalar", spec.scalars), ("output", spec.outputs))
             for name in group
         ],
-        "scalars": dict(zip(spec.scalars, map(str, spec.scalar_values(_Letters())), strict=True)),
+        "scalars": dict(zip(spec.scalars, map(str, spec.scalar_values(_LETTERS)), strict=True)),
         "constants": dict(spec.constants),
         "triton": triton.__version__,
     }
@@ -227,24 +219,10 @@ def write_artefact(artefact: Artefact, folder: Path) -> Path:
     return path
 
 
-class _Letter(str):
-    """A size in an expression that is written down."""
-
-    def __add__(self, other: object) -> _Letter:
-        return _Letter(f"{self} + {other}")
-
-    def __mul__(self, other: object) -> _Letter:
-        return _Letter(f"{self} * {other}")
-
-
-class _Letters(dict[str, Any]):
-    def __missing__(self, letter: str) -> _Letter:
-        return _Letter(letter)
-
-
 def _without_hidden_arguments(ptx: str, num_arguments: int) -> str:
-    """Takes the pointers to scratch memory from an entry's arguments, which Triton adds and a kernel without scratch does not read:
-    TensorRT passes none.
+    """Takes from an entry's arguments the pointers to scratch memory, which TensorRT does not pass.
+
+    Triton adds them, and a kernel without scratch does not read them.
 
     Raises:
         OpError: the kernel does read them.

@@ -1,7 +1,7 @@
 """What the ops take and return, and the one error for what they do not: shared by the definition and the kernels.
 
-Shapes: B sequences of a step, T tokens of each (padded), M = B * T rows, K = T - 1 drafted tokens, R judged rows, H hidden, V vocab,
-F features of the scorer.
+Shapes: M rows of a step (the tokens of all its sequences), R of them that are scored, gathered or chosen for, H hidden,
+V vocab, F features of the scorer.
 """
 
 from __future__ import annotations
@@ -50,24 +50,12 @@ class Score:
     reject_prob_R: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """The judged rows of a step, first to last. How many there are is known on the device: the tensors have room for all M, and what lies
-    beyond the last of them is undefined.
-
-    Attributes:
-        normed_MH: their hidden states after the final norm, in the norm's dtype.
-        row_M: int32, where each stands among the step's M rows.
-        start_B1: int32 [B + 1], the first judged row of each sequence, and behind them the number of judged rows.
-    """
-
-    normed_MH: Tensor
-    row_M: Tensor
-    start_B1: Tensor
-
-
 def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> None:
-    """Raises OpError for arguments that `score` does not take."""
+    """Checks the arguments of `score`.
+
+    Raises:
+        OpError: it does not take them.
+    """
     rows, vocab = _matrix("score: logits", logits_RV)
     _, hidden = _matrix("score: hidden", hidden_RH)
     device = logits_RV.device
@@ -83,34 +71,28 @@ def check_score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: 
     _tensor("score: bias", bias_1, (1,), (torch.float32,), device)
 
 
-def check_gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> None:
-    """Raises OpError for arguments that `gather_norm` does not take."""
-    rows, hidden = _matrix("gather_norm: hidden", hidden_MH)
+def check_sparse_gather(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> None:
+    """Checks the arguments of `sparse_gather`.
+
+    Raises:
+        OpError: it does not take them.
+    """
+    rows, hidden = _matrix("sparse_gather: hidden", hidden_MH)
     device = hidden_MH.device
-    _tensor("gather_norm: hidden", hidden_MH, (rows, hidden), FLOATS, device)
-    _columns("gather_norm: hidden", hidden, MAX_HIDDEN)
-    gathered = _vector("gather_norm: rows", row_R)
-    _tensor("gather_norm: rows", row_R, (gathered,), (torch.int32,), device)
-    _tensor("gather_norm: weight", weight_H, (hidden,), FLOATS, device)
-    _positive("gather_norm: eps", eps)
-
-
-def check_sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> None:
-    """Raises OpError for arguments that `sparse_gather` does not take."""
-    if hidden_BTH.dim() != 3:
-        raise OpError("sparse_gather: hidden", "three axes", _shape(hidden_BTH))
-    batch, tokens, hidden = hidden_BTH.shape
-    device = hidden_BTH.device
-    _tensor("sparse_gather: hidden", hidden_BTH, (batch, tokens, hidden), FLOATS, device)
+    _tensor("sparse_gather: hidden", hidden_MH, (rows, hidden), FLOATS, device)
     _columns("sparse_gather: hidden", hidden, MAX_HIDDEN)
-    _tensor("sparse_gather: zones", zone_BT, (batch, tokens), (torch.int32,), device)
-    _tensor("sparse_gather: lengths", length_B, (batch,), (torch.int32,), device)
+    gathered = _vector("sparse_gather: rows", row_R)
+    _tensor("sparse_gather: rows", row_R, (gathered,), (torch.int32,), device)
     _tensor("sparse_gather: weight", weight_H, (hidden,), FLOATS, device)
     _positive("sparse_gather: eps", eps)
 
 
 def check_choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None) -> None:
-    """Raises OpError for arguments that `choose` does not take."""
+    """Checks the arguments of `choose`.
+
+    Raises:
+        OpError: it does not take them.
+    """
     rows, vocab = _matrix("choose: logits", x_RV)
     _tensor("choose: logits", x_RV, (rows, vocab), (torch.float32,), x_RV.device)
     _columns("choose: logits", vocab, MAX_VOCAB)

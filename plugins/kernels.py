@@ -1,14 +1,17 @@
 """The ops as Triton kernels: device code only.
 
-Arguments stand in the order in which TensorRT launches a kernel: input pointers, int32 scalars, output pointers. Scratch memory and
-constants follow; without scratch (SPLITS = 1) a kernel needs nothing but its arguments, and that is what is compiled ahead of time.
+Arguments stand in the order in which TensorRT launches a kernel: input pointers, int32 scalars, output pointers.
+Scratch memory and constants follow; without scratch (SPLITS = 1) a kernel needs nothing but its arguments, and that is
+what is compiled ahead of time.
 
-A program reads its share of a row a tile at a time. A lane of it has a piece of each block of the tile: as many logits as one load of 16 bytes
-holds. What is found in a lane's pieces is joined to what the lane knows; lanes are joined at the end, then the programs of a row by the one
-that comes last. So nothing waits inside the loop, and one exponential is taken of each logit.
+A program reads its share of a row a tile at a time. A lane of it has a piece of each block of the tile: as many logits
+as one load of 16 bytes holds. What is found in a lane's pieces is joined to what the lane knows; lanes are joined at
+the end, then the programs of a row by the one that comes last. So nothing waits inside the loop, and one exponential is
+taken of each logit.
 
-Exponents of `score` are to base 2 and counted from a row's, a share's or a lane's `_base`: x * log2(e) - base is one instruction, and so is 2 to
-it. The base is a rounded number, but one and the same in all sums that are added, and exponents are rounded only once.
+Exponents of `score` are to base 2 and counted from a row's, a share's or a lane's `_base`: x * log2(e) - base is one
+instruction, and so is 2 to it. The base is a rounded number, but one and the same in all sums that are added, and
+exponents are rounded only once.
 
 Rows are contiguous. Offsets of rows are int64: 16,384 rows of 262,144 exceed int32.
 
@@ -122,7 +125,7 @@ def score_kernel(
 
 
 @triton.jit
-def gather_norm_kernel(
+def sparse_gather_kernel(
     hidden,
     row,
     weight,
@@ -133,52 +136,17 @@ def gather_norm_kernel(
     EPS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid (R,)."""
+    """Grid (R,), a program for each row."""
     r = tl.program_id(0).to(tl.int64)
     source = tl.load(row + r).to(tl.int64)
     column = tl.arange(0, BLOCK_H)
     is_known = (source >= 0) & (source < num_rows)
     x = tl.load(hidden + source * HIDDEN + column, mask=(column < HIDDEN) & is_known, other=0.0)
     tl.store(gathered + r * HIDDEN + column, x, mask=column < HIDDEN)
-    _store_normed(x, weight, normed + r * HIDDEN, column, HIDDEN, EPS)
-
-
-@triton.jit
-def sparse_gather_kernel(
-    hidden,
-    zone,
-    length,
-    weight,
-    batch,
-    tokens,
-    normed,
-    judged_row,
-    start,
-    HIDDEN: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Grid (B * T,), a program for each row of the step. It counts the judged rows before its own: that is its place."""
-    m = tl.program_id(0)
-    b = m // tokens
-    is_first = m == b * tokens
-    is_judged = _is_judged(zone, length, m, tokens, True)
-    if is_judged | is_first | (m == batch * tokens - 1):
-        column = tl.arange(0, BLOCK_H)
-        # Asked for before it is needed: it comes while the others are counted.
-        x = tl.load(hidden + m.to(tl.int64) * HIDDEN + column, mask=(column < HIDDEN) & is_judged, other=0.0)
-        before = 0
-        for first in range(0, m, BLOCK_M):
-            others = first + tl.arange(0, BLOCK_M)
-            before += tl.sum(_is_judged(zone, length, others, tokens, others < m).to(tl.int32), axis=0)
-        if is_first:
-            tl.store(start + b, before)
-        if m == batch * tokens - 1:
-            tl.store(start + batch, before + is_judged.to(tl.int32))
-        if is_judged:
-            tl.store(judged_row + before, m)
-            _store_normed(x, weight, normed + tl.cast(before, tl.int64) * HIDDEN, column, HIDDEN, EPS)
+    x = x.to(tl.float32)
+    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + EPS)
+    tl.store(normed + r * HIDDEN + column, (x * scale * w).to(normed.dtype.element_ty), mask=column < HIDDEN)
 
 
 @triton.jit
@@ -195,8 +163,10 @@ def choose_kernel(
     SHARE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Grid (R, SPLITS), each program for SHARE blocks of a row. Blocks in which nothing can be chosen, which are most of them after top-k or
-    top-p, cost their reading alone."""
+    """Grid (R, SPLITS), each program for SHARE blocks of a row.
+
+    Most blocks have nothing that can be chosen after top-k or top-p, and cost their reading alone.
+    """
     r = tl.program_id(0)
     split = tl.program_id(1)
     row = x + r.to(tl.int64) * VOCAB
@@ -253,8 +223,11 @@ def _scored_share(
     LANES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Of tiles `first_tile` to `first_tile + SHARE` of a row: the largest logit, its index, and the second largest; and over all logits but that
-    one, the sums of e = 2^exponent and of e * exponent, counted from the base of the largest."""
+    """What is found in tiles `first_tile` to `first_tile + SHARE` of a row.
+
+    It is the largest logit, its index, and the second largest; and over all logits but the largest, the sums of
+    e = 2^exponent and of e * exponent, counted from the base of the largest.
+    """
     lane = tl.arange(0, LANES)
     in_piece = tl.arange(0, PIECE)
     offset = lane[:, None] * PIECE + in_piece[None, :]
@@ -285,7 +258,8 @@ def _scored_share(
     place = block * LANES + lane
     first = tl.min(tl.where(top == largest, place, 2**31 - 1), axis=0)
     is_other = place != first
-    # What the lane of the largest has read is read once more: with the largest in its sum, what is small beside it would be lost.
+    # What the lane of the largest has read is read once more: with the largest in its sum, what is small beside it
+    # would be lost.
     again = tl.arange(0, triton.next_power_of_2(SHARE * BLOCKS))
     column = ((first_block + again[:, None]) * LANES + first % LANES) * PIECE + in_piece[None, :]
     mask = (again[:, None] < SHARE * BLOCKS) & (column < VOCAB)
@@ -309,7 +283,7 @@ def _base(top):
 
 @triton.jit
 def _exponent(x, base):
-    """Of a logit; bounded from below, so that its product with 2 to it is finite."""
+    """The exponent of a logit, bounded from below, so that its product with 2 to it is finite."""
     return tl.maximum(tl.fma(x, _LOG2E, -base), _MIN_BELOW, propagate_nan=_KEEP_NAN)
 
 
@@ -353,22 +327,5 @@ def _arrive(counter, expected):
 
 
 @triton.jit
-def _store_normed(x, weight, normed, column, HIDDEN: tl.constexpr, EPS: tl.constexpr):
-    x = x.to(tl.float32)
-    w = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + EPS)
-    tl.store(normed + column, (x * scale * w).to(normed.dtype.element_ty), mask=column < HIDDEN)
-
-
-@triton.jit
 def _larger_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=_KEEP_NAN)
-
-
-@triton.jit
-def _is_judged(zone, length, m, tokens, mask):
-    b = m // tokens
-    t = m - b * tokens
-    last = tl.load(length + b, mask=mask, other=0) - 1
-    is_gray = tl.load(zone + m, mask=mask, other=0) != 0
-    return (t < last) & is_gray | (t == last)

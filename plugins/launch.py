@@ -15,18 +15,10 @@ import triton
 from torch import Tensor
 
 from ssv.plugins import kernels
-from ssv.plugins.contract import (
-    NUM_CONFIDENCE,
-    Judged,
-    Score,
-    check_choose,
-    check_gather_norm,
-    check_score,
-    check_sparse_gather,
-)
+from ssv.plugins.contract import NUM_CONFIDENCE, Score, check_choose, check_score, check_sparse_gather
 
 BLOCKS, LANES, WARPS = 4, 256, 8
-"""Of a program that reads logits: loads that each lane has under way, lanes, and warps."""
+"""Shape of a program that reads logits: loads that each lane has under way, lanes, and warps."""
 
 SCORE_LANES, SCORE_WARPS = 32, 1
 """The same of `score` where programs share a row: one of a single warp joins its lanes without a barrier."""
@@ -36,8 +28,6 @@ SCORE_PROGRAMS, SCORE_TILES = 12, 8
 
 CHOOSE_BLOCK, CHOOSE_WARPS, CHOOSE_PROGRAMS = 512, 4, 16
 """Logits that a program of `choose` takes at a time, its warps, and programs for each multiprocessor."""
-
-ZONE_BLOCK = 1024
 
 
 def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
@@ -59,35 +49,18 @@ def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor
     return Score(token_R, prob_R, entropy_R, margin_R, reject_R)
 
 
-def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference.gather_norm`."""
-    check_gather_norm(hidden_MH, row_R, weight_H, eps)
+def sparse_gather(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.sparse_gather`."""
+    check_sparse_gather(hidden_MH, row_R, weight_H, eps)
     rows, hidden = len(row_R), hidden_MH.shape[1]
     gathered_RH = torch.empty(rows, hidden, dtype=hidden_MH.dtype, device=hidden_MH.device)
     normed_RH = torch.empty(rows, hidden, dtype=weight_H.dtype, device=hidden_MH.device)
     if rows:
-        kernels.gather_norm_kernel[(rows,)](
+        kernels.sparse_gather_kernel[(rows,)](
             hidden_MH, row_R, weight_H, len(hidden_MH), gathered_RH, normed_RH,
-            **norm_constants(hidden, eps), num_warps=row_warps(hidden),
+            **gather_constants(hidden, eps), num_warps=row_warps(hidden),
         )  # fmt: skip
     return gathered_RH, normed_RH
-
-
-def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> Judged:
-    """See `reference.sparse_gather`."""
-    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, eps)
-    batch, tokens, hidden = hidden_BTH.shape
-    device = hidden_BTH.device
-    normed_MH = torch.empty(batch * tokens, hidden, dtype=weight_H.dtype, device=device)
-    row_M = torch.empty(batch * tokens, dtype=torch.int32, device=device)
-    if not batch * tokens:
-        return Judged(normed_MH, row_M, torch.zeros(batch + 1, dtype=torch.int32, device=device))
-    start_B1 = torch.empty(batch + 1, dtype=torch.int32, device=device)
-    kernels.sparse_gather_kernel[(batch * tokens,)](
-        hidden_BTH, zone_BT, length_B, weight_H, batch, tokens, normed_MH, row_M, start_B1,
-        **norm_constants(hidden, eps), BLOCK_M=ZONE_BLOCK, num_warps=row_warps(hidden),
-    )  # fmt: skip
-    return Judged(normed_MH, row_M, start_B1)
 
 
 def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor:
@@ -116,19 +89,19 @@ def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | N
 def score_constants(
     hidden: int, vocab: int, dtype: torch.dtype, uses_hidden: bool, splits: int, lanes: int
 ) -> dict[str, int]:
-    """Of `score_kernel`."""
+    """Compile-time constants of `score_kernel`."""
     block = triton.next_power_of_2(triton.cdiv(hidden, splits))
     sizes = {"HIDDEN": hidden, "USES_HIDDEN": uses_hidden, "BLOCK_H": block, "SPLITS": splits}
     return {**sizes, **_tile_constants(vocab, dtype, lanes)}
 
 
-def norm_constants(hidden: int, eps: float) -> dict[str, float]:
-    """Of kernels that norm rows."""
+def gather_constants(hidden: int, eps: float) -> dict[str, float]:
+    """Compile-time constants of `sparse_gather_kernel`."""
     return {"HIDDEN": hidden, "EPS": eps, "BLOCK_H": triton.next_power_of_2(hidden)}
 
 
 def row_warps(hidden: int) -> int:
-    """Warps for a program that holds a row: 32 elements a thread, and no fewer than count rows quickly."""
+    """Warps for a program that holds a row: 32 elements a thread, and no fewer than four."""
     return min(max(triton.next_power_of_2(hidden) // 1024, 4), 16)
 
 
@@ -165,10 +138,13 @@ _ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrivals(num: int, device: torch.device) -> Tensor:
-    """Counters that are 0, and set back by the kernel that used them: of this stream alone, as kernels of two streams may run at once.
+    """Counters that are 0, and that the kernel which uses them sets back.
 
-    A CUDA graph may be replayed beside anything, so every captured call has its own: from a store that was cleared before the capture, while
-    there are any, as clearing them in the graph costs 1 us each time."""
+    They are this stream's alone, as kernels of two streams may run at once. A CUDA graph may be replayed beside
+    anything,
+    so every captured call has its own: from a store that was cleared before the capture, while there are any, as
+    clearing them in the graph costs 1 us each time.
+    """
     if device.type != "cuda":
         return torch.zeros(num, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():

@@ -1,7 +1,9 @@
-"""The ops wherever their tensors are: by Triton kernels on CUDA, by the definition elsewhere. The one place that chooses.
+"""The ops wherever their tensors are: Triton kernels on CUDA, the definition elsewhere.
 
-from ssv.plugins import ops
-chosen = ops.on(logits.device).choose(logits, seeds, positions)
+This is the one place that chooses.
+
+    from ssv.plugins import ops
+    chosen = ops.on(logits.device).choose(logits, seeds, positions)
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssv.plugins import reference
-from ssv.plugins.contract import Judged, Score
+from ssv.plugins.contract import Score
 
 
 class Ops(Protocol):
@@ -20,11 +22,9 @@ class Ops(Protocol):
 
     def score(self, hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score: ...
 
-    def gather_norm(self, hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-
     def sparse_gather(
-        self, hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float
-    ) -> Judged: ...
+        self, hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
 
     def choose(self, x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor: ...
 

@@ -1,6 +1,6 @@
-"""The ops in plain PyTorch: the definition that every kernel and every lowering is compared with, and what runs on the CPU.
+"""The definition of the ops, in plain PyTorch.
 
-Shapes: see `contract.py`.
+Every kernel and every lowering is compared with it, and it is what runs on the CPU. Shapes: see `contract.py`.
 """
 
 from __future__ import annotations
@@ -8,20 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssv.plugins.contract import (
-    Judged,
-    Score,
-    check_choose,
-    check_gather_norm,
-    check_score,
-    check_sparse_gather,
-)
-
-TRUSTED, GRAY, CRITICAL = 0, 1, 2
-"""Zones of a drafted token: what is trusted is not judged."""
+from ssv.plugins.contract import Score, check_choose, check_score, check_sparse_gather
 
 MIN_BELOW = -1e4
-"""Logits count as at most this far below the largest: e to it is 0 in fp32, and products with it are finite where those with -inf are not."""
+"""Logits count as at most this far below the largest.
+
+Then e to it is 0 in fp32, and products with it are finite where those with -inf are not.
+"""
 
 MAX_LOGIT = 2e38
 """A row whose largest logit is not within this has no distribution: times log2(e) it would be no fp32 number."""
@@ -31,16 +24,17 @@ MIN_REST = 1e-7
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS, PHILOX_WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-"""Of Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+"""Constants of Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
 
 
 def score(hidden_RH: Tensor, logits_RV: Tensor, weight_F: Tensor, bias_1: Tensor) -> Score:
     """Top-1 token, how sure it is, and the scorer's r = sigmoid(weight . features + bias).
 
-    The features are the hidden state over its root mean square (if F = H + 3), log(1 - p1), entropy, and margin of the two largest logits
-    (`ssv.model.scorer`).
+    The features are the hidden state over its root mean square (if F = H + 3), log(1 - p1), entropy, and margin of the
+    two largest logits (`ssv.model.scorer`).
 
-    A row with NaN, or whose largest logit is infinite or beyond 2e38 either way, has no distribution: all but its token is NaN, and its token is any.
+    A row with NaN, or whose largest logit is infinite or beyond 2e38 either way, has no distribution: all but its token
+    is NaN, and its token is any.
 
     Args:
         hidden_RH, logits_RV: fp16, bf16 or fp32.
@@ -64,7 +58,8 @@ def confidence(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     index_R1 = token_R.long()[:, None]
     top_R1 = logits_RV.gather(1, index_R1)
     below_RV = (logits_RV - top_R1).clamp(min=MIN_BELOW)
-    # The top-1's own summand is left out: taking it from the sum would lose what is left once its probability is near 1.
+    # The top-1's own summand is left out: taking it from the sum would lose what is left once its probability is near
+    # 1.
     exp_RV = below_RV.exp().scatter(1, index_R1, 0.0)
     others_R = exp_RV.sum(dim=1).where(top_R1[:, 0].abs() < MAX_LOGIT, torch.nan)
     total_R = 1 + others_R
@@ -88,11 +83,14 @@ def most_likely(logits_RV: Tensor) -> Tensor:
     return logits_RV.argmax(dim=1).int()
 
 
-def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows of hidden states, and the same after RMSNorm.
+def sparse_gather(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows that the LM head is to see, and the same after the final RMSNorm.
+
+    In a pass of the target these are the rows whose tokens are judged. Trusted rows, whose next token is trusted, are
+    not among them: they never reach the norm or the LM head, which is what makes verification sparse.
 
     Args:
-        hidden_MH: fp16, bf16 or fp32.
+        hidden_MH: fp16, bf16 or fp32, before the final norm.
         row_R: int32; one that is not among 0 to M - 1 gives zeros.
         weight_H: of the norm; its dtype is that of the normed rows.
 
@@ -102,7 +100,7 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
     Raises:
         OpError: an argument's shape, dtype, device or memory layout.
     """
-    check_gather_norm(hidden_MH, row_R, weight_H, eps)
+    check_sparse_gather(hidden_MH, row_R, weight_H, eps)
     known_R1 = ((row_R >= 0) & (row_R < len(hidden_MH)))[:, None]
     if not len(hidden_MH):
         gathered_RH = hidden_MH.new_zeros(len(row_R), hidden_MH.shape[1])
@@ -111,40 +109,15 @@ def gather_norm(hidden_MH: Tensor, row_R: Tensor, weight_H: Tensor, eps: float) 
     return gathered_RH, _rms_norm(gathered_RH, weight_H, eps)
 
 
-def sparse_gather(hidden_BTH: Tensor, zone_BT: Tensor, length_B: Tensor, weight_H: Tensor, eps: float) -> Judged:
-    """The rows that the target judges, compacted and normed: those whose zone is not TRUSTED, and each sequence's last, which gives the
-    bonus token. Padding, at and beyond a sequence's length, is left out.
-
-    Args:
-        hidden_BTH: fp16, bf16 or fp32, before the final norm.
-        zone_BT: int32, zone of the token that each row judges; the last row's does not matter.
-        length_B: int32, rows of each sequence, 0 for none.
-        weight_H: of the norm; its dtype is that of the result.
-
-    Raises:
-        OpError: an argument's shape, dtype, device or memory layout.
-    """
-    check_sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, eps)
-    batch, tokens, hidden = hidden_BTH.shape
-    column_T, length_B1 = torch.arange(tokens, device=zone_BT.device), length_B[:, None]
-    judged_BT = (column_T < length_B1) & ((zone_BT != TRUSTED) | (column_T == length_B1 - 1))
-    start_B1 = torch.zeros(batch + 1, dtype=torch.int32, device=zone_BT.device)
-    start_B1[1:] = judged_BT.sum(dim=1).cumsum(dim=0)
-    row_M = torch.full((batch * tokens,), -1, dtype=torch.int32, device=zone_BT.device)
-    judged_R = judged_BT.flatten().nonzero()[:, 0].int()
-    row_M[: len(judged_R)] = judged_R
-    _, normed_MH = gather_norm(hidden_BTH.view(-1, hidden), row_M, weight_H, eps)
-    return Judged(normed_MH, row_M, start_B1)
-
-
 def choose(x_RV: Tensor, seed_R: Tensor, position_R: Tensor, token_V: Tensor | None = None) -> Tensor:
     """A sample of each row's softmax by the Gumbel-max trick: the column with the largest x + noise.
 
-    The noise of a token depends on the request's seed, the token's absolute position and the token alone. So a draft and a target whose
-    distributions are alike choose alike, and a request's text does not depend on how its tokens were proposed (Gumbel coupling).
+    The noise of a token depends on the request's seed, the token's absolute position and the token alone. So a draft
+    and a target whose distributions are alike choose alike, and a request's text does not depend on how its tokens were
+    proposed (Gumbel coupling).
 
-    It is -log(-log u), in double precision. u = (w + 0.5) / 2^32 and w is word `token % 4` of Philox4x32-10 of the counter
-    (token // 4, position, 0, 0) and the key (low half of the seed, high half).
+    It is -log(-log u), in double precision. u = (w + 0.5) / 2^32 and w is word `token % 4` of Philox4x32-10 of the
+    counter (token // 4, position, 0, 0) and the key (low half of the seed, high half).
 
     Args:
         x_RV: fp32, logits over the temperature; -inf for what cannot be chosen.

@@ -1,7 +1,8 @@
-"""Registers the ops with TensorRT's plugin library, as "quickly deployable plugins" (its documentation, "Adding custom operators in Python").
+"""Registers the ops with TensorRT's plugin library, as "quickly deployable plugins".
 
-Their kernels are compiled ahead of time: they end up inside the plan, and nothing has to be installed where it runs. Only full TensorRT has
-plugins; `ssv.builder.tensorrt.lowering` adds them to a network.
+TensorRT's documentation describes these under "Adding custom operators in Python". The kernels are compiled ahead of
+time: they end up inside the plan, and nothing has to be installed where it runs. Only full TensorRT has plugins;
+`ssv.builder.tensorrt.lowering` adds them to a network.
 """
 
 import importlib
@@ -93,7 +94,10 @@ def _register(trtp: Any, aot: Any, name: str, plugin: _Plugin) -> None:
 
 
 class _Described:
-    """What a kernel is specialised to, of TensorRT's description of a tensor: its dtype, and the largest size of each axis."""
+    """What a kernel is specialised to in TensorRT's description of a tensor.
+
+    That is its dtype, and the largest size of each axis.
+    """
 
     def __init__(self, desc: Any) -> None:
         names = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
@@ -111,14 +115,9 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
         rows = logits.shape_expr[0]
         return described(trt.int32, rows), *(described(trt.float32, rows) for _ in range(4))
 
-    def gather_norm_outputs(hidden: Any, row: Any, weight: Any) -> tuple[Any, ...]:
+    def sparse_gather_outputs(hidden: Any, row: Any, weight: Any) -> tuple[Any, ...]:
         shape = row.shape_expr[0], hidden.shape_expr[1]
         return described(hidden.dtype, *shape), described(weight.dtype, *shape)
-
-    def sparse_gather_outputs(hidden: Any, zone: Any, length: Any, weight: Any) -> tuple[Any, ...]:
-        batch, tokens, width = hidden.shape_expr
-        rows = batch * tokens
-        return described(weight.dtype, rows, width), described(trt.int32, rows), described(trt.int32, batch + 1)
 
     return {
         "score": _Plugin(
@@ -131,24 +130,14 @@ def _plugins(trtp: Any, aot: Any) -> dict[str, _Plugin]:
             ),
             sizes=lambda hidden, logits, weight, bias: {"R": logits[0]},
         ),
-        "gather_norm": _Plugin(
+        "sparse_gather": _Plugin(
             inputs=("hidden", "row", "weight"),
             attributes={"eps": float},
             num_outputs=2,
-            outputs=gather_norm_outputs,
-            spec=lambda hidden, row, weight, eps: aot.gather_norm_spec(
+            outputs=sparse_gather_outputs,
+            spec=lambda hidden, row, weight, eps: aot.sparse_gather_spec(
                 hidden.sizes[1], hidden.dtype, weight.dtype, eps
             ),
             sizes=lambda hidden, row, weight: {"M": hidden[0], "R": row[0]},
-        ),
-        "sparse_gather": _Plugin(
-            inputs=("hidden", "zone", "length", "weight"),
-            attributes={"eps": float},
-            num_outputs=3,
-            outputs=sparse_gather_outputs,
-            spec=lambda hidden, zone, length, weight, eps: aot.sparse_gather_spec(
-                hidden.sizes[2], hidden.dtype, weight.dtype, eps
-            ),
-            sizes=lambda hidden, zone, length, weight: {"B": zone[0], "T": zone[1]},
         ),
     }

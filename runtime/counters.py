@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -24,6 +26,7 @@ class Counters:
         queue_s: seconds from arrival until the prompt's turn.
         first_token_s: seconds from arrival to the first token (TTFT).
         total_s: seconds from arrival to the last token.
+        passes_by_kept: target passes, by how many of their drafted tokens were kept.
     """
 
     requests: int = 1
@@ -40,6 +43,7 @@ class Counters:
     queue_s: float = field(default=0.0, compare=False)
     first_token_s: float = 0.0
     total_s: float = 0.0
+    passes_by_kept: Counter[int] = field(default_factory=Counter)
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -51,8 +55,23 @@ class Counters:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted per target pass (acceptance length), without each request's first, which its prompt's step gives."""
+        """Tokens emitted per target pass (acceptance length).
+
+        A request's first token does not count: the prompt's own step gives it.
+        """
         return (self.emitted - self.requests) / self.target_passes if self.target_passes else 0.0
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+    @property
+    def kept_by_depth(self) -> list[float]:
+        """Share of the target passes that kept their first drafted token, their second, and so on, to the deepest that
+        any kept.
+        """
+        deepest = max((kept for kept, passes in self.passes_by_kept.items() if passes), default=0)
+        return [
+            sum(passes for kept, passes in self.passes_by_kept.items() if kept >= depth) / self.target_passes
+            for depth in range(1, deepest + 1)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts by name, as JSON can hold them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"passes_by_kept": dict(self.passes_by_kept)}

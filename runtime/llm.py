@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import RESERVED_LENGTH, Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
 from ssv.model.heads import load_heads
 from ssv.model.scorer import load_scorer
-from ssv.runtime.decode.costs import Costs
+from ssv.runtime.decode.costs import measure, place
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
@@ -28,8 +30,8 @@ from ssv.runtime.engines.torch_engine import (
     target_engine,
 )
 from ssv.runtime.memory import give_back
-from ssv.runtime.methods import TIERS, baselines, policy_for
-from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError
+from ssv.runtime.methods import TIERS, baselines, policy_of
+from ssv.runtime.request import Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
 
@@ -48,8 +50,9 @@ class LLM:
         limits: largest divergence that each lossy tier's calibration promises.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
+        place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
-        pass_tokens, costs: see `DecodeBatch`.
+        pass_tokens, costs, survival: see `DecodeBatch`.
     """
 
     def __init__(
@@ -64,13 +67,16 @@ class LLM:
         prefill_chunk: int = PREFILL_CHUNK,
         pass_tokens: int | None = None,
         limits: Mapping[str, float] | None = None,
+        place: str = "",
         costs: Costs | None = None,
+        survival: Survival | None = None,
         heads: HeadsEngine | None = None,
     ) -> None:
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
-        self.prefill_chunk, self.pass_tokens, self.costs = prefill_chunk, pass_tokens, costs
+        self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
+        self.place, self.costs, self.survival = place, costs, survival
         self._streaming = False
 
     @classmethod
@@ -112,7 +118,7 @@ class LLM:
         bundle = Path(bundle)
         on_cpu = torch.device(device).type == "cpu"
         if threads is not None and not (engine == "torch" and on_cpu):
-            raise EngineError("threads are of the torch engine on a CPU: leave them out for another engine or device")
+            raise EngineError("threads are of the torch engine on a CPU", "leave them out for another engine or device")
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         manifest = read_manifest(bundle, verify=False)
@@ -121,11 +127,11 @@ class LLM:
             verify_files(bundle, manifest, verified=verified or {}, unused=unused, say=say)
         say(f"loading {bundle}")
         if engine == "tensorrt":
-            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
+            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk, say)
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         if not on_cpu and not torch.cuda.is_available():
-            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine: use the device cpu")
+            raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine", "use the device cpu")
         precision = precision or (manifest.default_precision if on_cpu else "bf16")
         # As they are stored: the engines make of each layer what they need, one after the other.
         with one_thread():
@@ -136,12 +142,12 @@ class LLM:
             found = (
                 load_heads(bundle / "heads.safetensors", decoder, dtype=None) if manifest.heads is not None else None
             )
-        max_length = min(max_length, spec.max_positions - 2 * MAX_PENDING)
+        max_length = min(max_length, spec.max_positions - RESERVED_LENGTH)
         sizes: dict[str, Any] = {
             "precision": precision,
             "device": device,
             "max_batch": max_batch,
-            "max_length": max_length + 2 * MAX_PENDING,
+            "max_length": max_length + RESERVED_LENGTH,
             "threads": thread_count,
         }
         ranges = read_safetensors(bundle / "activation_ranges.safetensors")
@@ -157,6 +163,9 @@ class LLM:
         heads = heads_engine(found, precision=precision, device=device) if found is not None else None  # type: ignore[arg-type]
         del decoder, draft, found, ranges, draft_ranges, target_ranges
         give_back()
+        threads = thread_count.most if thread_count is not None else torch.get_num_threads()
+        key = place("torch", precision, device, threads)
+        costs = cls._costs(manifest, *engines, key, say)
         return cls(
             *engines,
             BundleTokenizer.load(bundle, manifest.eos_token_ids),
@@ -166,8 +175,19 @@ class LLM:
             max_length=max_length,
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
+            place=key,
+            costs=costs,
+            survival=manifest.survival,
             heads=heads,
         )
+
+    @staticmethod
+    def _costs(manifest: Manifest, target: Engine, draft: Engine, key: str, say: Say) -> Costs | None:
+        """The bundle's profile of this place; measured, where it has none and a tier goes by it."""
+        if key in manifest.profiles or not any(policy.pays for policy in manifest.policies.values()):
+            return manifest.profiles.get(key)
+        say(f"measuring what steps cost here: the bundle has no profile of {key}, `ssv-build profile` gives it one")
+        return measure(target, draft)
 
     @classmethod
     def _load_tensorrt(
@@ -178,6 +198,7 @@ class LLM:
         max_batch: int,
         max_length: int,
         prefill_chunk: int | None,
+        say: Say,
     ) -> LLM:
         entries = [choose_entry(bundle, manifest, role, precision) for role in ("target", "draft")]
         draft = load_draft_head(bundle / "draft" / "draft.safetensors")  # its weights are in its engine
@@ -185,6 +206,7 @@ class LLM:
             load_engine(bundle, manifest, entries[0], max_batch=max_batch),
             load_engine(bundle, manifest, entries[1], draft, max_batch=max_batch),
         ]
+        key = place("tensorrt", entries[0].precision, "cuda", 1)
         return cls(
             engines[0],
             engines[1],
@@ -192,8 +214,11 @@ class LLM:
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
             limits=manifest.divergence_limits,
-            max_length=min(max_length, *(entry.max_length - 2 * MAX_PENDING for entry in entries)),
+            max_length=min(max_length, *(entry.max_length - RESERVED_LENGTH for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
+            place=key,
+            costs=cls._costs(manifest, engines[0], engines[1], key, say),
+            survival=manifest.survival,
         )
 
     @property
@@ -213,8 +238,8 @@ class LLM:
         """
         if self._streaming:
             raise RequestError(
-                "another stream of this LLM is not finished and holds its cache: exhaust or close it first, or give all "
-                "requests to one call"
+                "another stream of this LLM is not finished and holds its cache",
+                "exhaust or close it first, or give all requests to one call",
             )
         self._streaming = True
         try:
@@ -225,7 +250,7 @@ class LLM:
     def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         loop = self.loop()
         for index, request in enumerate(requests):
-            policy = policy_for(request.method, self.tiers, request.num_draft_tokens)
+            policy = policy_of(request, self.tiers)
             loop.batch.check(request.prompt_ids, request.params, policy)  # what is no token has no text either
             loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
         while loop.has_work:
@@ -248,6 +273,7 @@ class LLM:
             prompt_cache=cache,
             pass_tokens=self.pass_tokens,
             costs=self.costs,
+            survival=self.survival,
             heads=self.heads,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)

@@ -1,8 +1,8 @@
 """What glibc's malloc does with large blocks that are freed.
 
-A server's processes want opposite things. `tritonserver` holds messages of any size for a moment: what it frees shall go back to the system,
-or one large message after the other stays in one of malloc's arenas. The engines free and take the same large tensors at every step: they
-shall be had again without a page fault for each page.
+A server's processes want opposite things. `tritonserver` holds messages of any size for a moment: what it frees shall
+go back to the system, or one large message after the other stays in one of malloc's arenas. The engines free and take
+the same large tensors at every step: they shall be had again without a page fault for each page.
 """
 
 from __future__ import annotations
@@ -11,21 +11,31 @@ import contextlib
 import ctypes
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
-"""Environment of a process that gives large blocks back. malloc has this threshold from the start, but raises it to the size of whatever
-has been freed (mallopt(3)), and no longer once it is set."""
+"""Environment of a process that gives large blocks back.
+
+malloc has this threshold from the start, but raises it to the size of whatever has been freed (mallopt(3)), and no
+longer once it is set.
+"""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST = 32 << 20  # that malloc takes for a threshold
 
 
 def give_back() -> None:
-    """Gives back now what is free, also between blocks in use, as after loading; does nothing where malloc cannot be told (not glibc)."""
+    """Gives back now what is free, also between blocks in use, as after loading.
+
+    It does nothing where malloc cannot be told (not glibc).
+    """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_large_blocks() -> bool:
-    """Has this process keep what it frees, whatever its environment says; False where malloc cannot be told (not glibc)."""
+    """Has this process keep what it frees, whatever its environment says.
+
+    Returns:
+        False where malloc cannot be told (not glibc).
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssv.bundle.policy import Policy
-from ssv.runtime.request import RequestError
+from ssv.runtime.request import Request, RequestError
 
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-BASELINES = ("autoregressive", "prompt-lookup", "medusa", "speculative")
+BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative")
 """What a bundle can be decoded by beside its tiers, lossless."""
 
 NEEDS_HEADS = ("medusa",)
@@ -22,8 +22,35 @@ METHODS = (*BASELINES, *TIERS)
 AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=0)
 """Plain decoding: the target makes every token. The baseline of every comparison."""
 
-PROMPT_LOOKUP = Policy(drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10)
-"""What followed the same words before is proposed, as many tokens as its author does; no draft model is asked."""
+PROMPT_LOOKUP = Policy(
+    drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10, pays=True
+)
+"""What followed the same words before is proposed, at most as many tokens as its author does; no draft model is asked."""
+
+SUFFIX = Policy(
+    drafter="suffix",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=32,
+    children=(10,),
+    beam=32,
+    pays=True,
+)
+"""The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose probability is below
+0.1, so no node can have more than ten children."""
+
+LOOKAHEAD = Policy(
+    drafter="lookahead",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=55,
+    children=(7,),
+    beam=7,
+    max_depth=4,
+)
+"""Window 7, n-grams of 5, 7 guesses: 27 tokens of the window and 28 of the guesses in each pass, beside the root."""
 
 MEDUSA = Policy(
     drafter="heads",
@@ -36,6 +63,43 @@ MEDUSA = Policy(
 )
 """Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten likeliest tokens of each
 head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are likeliest after the text at hand."""
+
+SPECINFER = Policy(
+    accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=20, children=(1, 1, 3, 1), beam=3, max_depth=8
+)
+"""A static expansion tree: one guess after another, but three for the third token, each continued to a depth of eight (SpecInfer, Miao et al.
+2023, arXiv:2305.09781: the expansion <1, 1, 3, 1, 1, 1, 1, 1>), by the bundle's draft and this project's verdict."""
+
+EAGLE = Policy(
+    accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=60, children=(10,), beam=10, max_depth=7
+)
+"""A dynamic tree of a fixed size: the ten best nodes of each level get ten children each, and the 60 best of all are verified (EAGLE-2, Li et
+al. 2024, arXiv:2406.16858: 60 tokens, depth 7, top 10)."""
+
+PREMIUM = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=32, children=(4,), beam=8, pays=True)
+"""Lossless, and never slower: the tree that saves most at what steps cost here, none where none does."""
+
+
+_FIXED = {
+    "autoregressive": AUTOREGRESSIVE,
+    "lookahead": LOOKAHEAD,
+    "prompt-lookup": PROMPT_LOOKUP,
+    "suffix": SUFFIX,
+    "medusa": MEDUSA,
+    "specinfer": SPECINFER,
+    "eagle": EAGLE,
+}
+
+
+def policy_of(request: Request, tiers: Mapping[str, Policy]) -> Policy:
+    """The policy that a request is decoded by: its own, or its method's.
+
+    Raises:
+        RequestError: see `policy_for`.
+    """
+    if request.policy is not None:
+        return request.policy
+    return policy_for(request.method, tiers, request.num_draft_tokens)
 
 
 def baselines(has_heads: bool) -> tuple[str, ...]:
@@ -53,20 +117,16 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     Raises:
         RequestError: unknown method, or a tier that the bundle was not calibrated for.
     """
-    if method == "autoregressive":
-        return AUTOREGRESSIVE
     if method == "speculative":
         return speculative(num_draft_tokens)
-    if method == "prompt-lookup":
-        return PROMPT_LOOKUP
-    if method == "medusa":
-        return MEDUSA
+    if method in _FIXED:
+        return _FIXED[method]
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method not in tiers:
         has = ", ".join(tiers) or "none"
         raise RequestError(
-            f"the bundle has no tier {method!r} (it has: {has}): calibrate it with `ssv-build calibrate`"
+            f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`"
         )
     return tiers[method]
 

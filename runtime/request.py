@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
+from ssv.support.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
-
-MAX_PENDING = 64
-"""Most tokens that may be pending, as a tree or a chain. Engines need this much cache beyond the longest sequence."""
 
 MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request that cannot be served; the message says which setting and what is possible."""
 
 
@@ -33,7 +32,8 @@ class SamplingParams:
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
         min_tokens: end-of-sequence is not chosen before, and no stop string that these complete ends the output.
-        stop: strings that end the output, which does not include them; one that is a special token's text is that token.
+        stop: strings that end the output, which does not include them; one that is a special token's text is that
+            token.
         ignore_eos: go on after end-of-sequence, for benchmarks.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 
@@ -85,6 +85,8 @@ class Request:
         prompt_ids: token ids, at least one.
         method: one of `ssv.runtime.methods.METHODS`.
         num_draft_tokens: of `speculative`.
+        policy: what is decoded by, in place of what the method's name stands for: the name then only labels the
+            request.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
         arrived: time.monotonic() from which its times are counted; None for that of its submission.
     """
@@ -93,6 +95,7 @@ class Request:
     method: str
     params: SamplingParams = field(default_factory=SamplingParams)
     num_draft_tokens: int = 5
+    policy: Policy | None = None
     deadline: float | None = None
     arrived: float | None = None
 

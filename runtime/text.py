@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 
+from ssv.support.errors import UserError
+
 _HALF_CHARACTER = "\ufffd"
 
 
 class TextStream:
     """The text of one request.
 
-    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives.
+    Whatever the tokens are cut into, the pieces together are what decoding all of them at once gives. (With
+    `tokenizers.decoders.DecodeStream` they are not: it has no end, so half a character that an output ends with is
+    lost.)
 
     Attributes:
         min_tokens: tokens that do not complete a stop string.
@@ -27,15 +31,17 @@ class TextStream:
         min_tokens: int = 0,
         context: Sequence[int] = (),
     ) -> None:
-        """Args:
-        stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
-        min_tokens: see the attribute.
-        context: the end of what the text continues; nothing for a text of its own.
+        """Begins an output.
+
+        Args:
+            stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
+            min_tokens: see the attribute.
+            context: the end of what the text continues; nothing for a text of its own.
         """
         self._decode, self._stop = decode, tuple(stop)
         self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
-        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a character). Those
-        # must have a text of their own: a decoder that strips a space strips it then from them.
+        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a
+        # character). Those must have a text of their own: a decoder that strips a space strips it then from them.
         prefix = decode(context) if context else ""
         known = prefix and not prefix.endswith(_HALF_CHARACTER)
         self._ids: list[int] = list(context) if known else []
@@ -45,8 +51,10 @@ class TextStream:
         self.stopped = False
 
     def push(self, *token_ids: int) -> str:
-        """Takes tokens, returns the text that can leave now. With stop strings, one at a time: the output ends with the token
-        that completes one."""
+        """Takes tokens, and returns the text that can leave now.
+
+        With stop strings, tokens are taken one at a time: the output ends with the token that completes one.
+        """
         if not token_ids:
             return ""
         self._pushed += len(token_ids)
@@ -115,7 +123,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-class StreamError(RuntimeError):
+class StreamError(UserError):
     """A piece of a stream whose beginning is not known here; the message says what to do."""
 
 
@@ -159,7 +167,7 @@ class Detokenizer:
                 self._streams.popitem(last=False)
         stream, expected = self._streams.pop(key, (None, -1))
         if stream is None or number != expected:
-            raise StreamError("the server has lost the beginning of this answer, as it was restarted: ask again")
+            raise StreamError("the server has lost the beginning of this answer, as it was restarted", "ask again")
         text = ""
         if stop:
             for token in token_ids:

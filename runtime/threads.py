@@ -1,8 +1,9 @@
 """Threads of a CPU engine: as many as there are cores that nobody else uses.
 
-The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of them wait: beside one
-busy process two threads on two cores decode at a quarter to two fifths of the speed of one. No way of waiting cures that, neither spinning nor sleeping
-(`benchmarks/busy_neighbours.py`), so the number of threads follows what the machine gives.
+The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of
+them wait: beside one busy process two threads on two cores decode at a quarter to two fifths of the speed of one. No
+way of waiting cures that, neither spinning nor sleeping (`benchmarks/busy_neighbours.py`), so the number of threads
+follows what the machine gives.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from pathlib import Path
 INTERVAL_SECONDS = 0.1
 """Between two looks at the machine. The kernel counts in hundredths of a second: less would be noise."""
 
+MAX_THREADS = 1024
+"""The most threads of an engine. torch does not refuse what is far too many: the process crashes."""
+
 STALE_SECONDS = 1.0
 """What happened in a longer pause between two steps says little of now."""
 
-# Of a core: a thread is given up when so much of its core is missing, and taken back when no more than that is. Beside a core that is
-# taken for a third of the time one thread decodes as fast as two.
+# Of a core: a thread is given up when so much of its core is missing, and taken back when no more than that is. Beside
+# a core that is taken for a third of the time one thread decodes as fast as two.
 _GIVE_UP, _TAKE_BACK = 0.4, 0.3
 
 _MEMORY = 0.5
-"""How much of what others took before counts beside what they take now: a server's own other processes work in bursts."""
+"""The weight of what others took before, beside what they take now.
+
+A server's own other processes work in bursts.
+"""
 
 _OPERATORS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -68,14 +75,23 @@ def read_cpu_times() -> CpuTimes | None:
 
 
 def threads_for(free_cores: float, current: int, most: int) -> int:
-    """How many threads `free_cores` are enough for: at least 1, at most `most`; a little more is asked for a change upwards."""
+    """How many threads `free_cores` are enough for, from 1 to `most`.
+
+    A change upwards asks for a little more than the number itself.
+    """
     grown = math.floor(free_cores + _TAKE_BACK)
     kept = min(math.floor(free_cores + _GIVE_UP), current)
     return max(1, min(max(grown, kept), most))
 
 
 def quota_of_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores that the control groups of this process grant it (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`); None for no limit."""
+    """The cores that the control groups of this process grant it.
+
+    They say so in cgroup v2's `cpu.max`, and in v1's `cpu.cfs_quota_us`.
+
+    Returns:
+        None for no limit.
+    """
     try:
         groups = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -135,11 +151,13 @@ class ThreadCount:
         read: Callable[[], CpuTimes | None] = read_cpu_times,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        most: threads on an idle machine.
-        apply: sets the number of threads of the thread that calls `follow`.
+        """Begins with as many threads as an idle machine would have.
+
+        Args:
+            most: threads on an idle machine.
+            apply: sets the number of threads of the thread that calls `follow`.
         """
-        self._most, self._apply, self._read, self._clock = most, apply, read, clock
+        self.most, self._apply, self._read, self._clock = most, apply, read, clock
         self.current, self._others = most, 0.0
         self._last = read()
         # Asked when it is due and not before: a look costs as much as a hundredth of a token.
@@ -155,5 +173,5 @@ class ThreadCount:
         if now is not None and last is not None and 0 < now.at - last.at < STALE_SECONDS:
             others = max(0.0, (now.busy - last.busy) - (now.own - last.own)) / (now.at - last.at)
             self._others = _MEMORY * self._others + (1 - _MEMORY) * others
-            self.current = threads_for(now.cores - self._others, self.current, self._most)
+            self.current = threads_for(now.cores - self._others, self.current, self.most)
         self._apply(self.current)  # always: a thread that decodes for the first time has its own number

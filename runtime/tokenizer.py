@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTEXT_TOKENS = 8
-"""Of a prompt's end, which the first token of a continuation is decoded with."""
+"""Tokens at a prompt's end that the first token of its continuation is decoded with."""
 
 
 class BundleTokenizer:
-    """Attributes:
-    inner: a `FileTokenizer`.
+    """A bundle's tokenizer: prompts and conversations to token ids.
+
+    Attributes:
+        inner: a `FileTokenizer`.
     """
 
     def __init__(self, inner: Any, end_tokens: Iterable[int] = ()) -> None:
-        """Args:
-        inner: a `FileTokenizer`, or a tokenizer of `transformers` that has one of the library tokenizers in it.
-        end_tokens: ids of tokens that end an answer.
+        """Wraps a tokenizer.
+
+        Args:
+            inner: a `FileTokenizer`, or a tokenizer of `transformers` that has one of the library tokenizers in it.
+            end_tokens: ids of tokens that end an answer.
         """
         if (backend := getattr(inner, "backend_tokenizer", None)) is not None:
             from ssv.runtime.tokenizer_files import FileTokenizer
@@ -56,9 +60,11 @@ class BundleTokenizer:
         return cls(FileTokenizer.load(Path(bundle) / "tokenizer"), end_tokens)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that is to be continued: what the tokenizer puts before a text, such as BOS, if the text has it not
-        itself, and nothing behind it. Control tokens written in it are control tokens, as in llama-server and vLLM: such a prompt
-        is where clients render a chat template themselves.
+        """Token ids of a text that is to be continued.
+
+        What the tokenizer puts before a text, such as BOS, stands before it if the text has it not itself, and nothing
+        stands behind it. Control tokens written in it are control tokens, as in llama-server and vLLM: such a prompt is
+        where clients render a chat template themselves.
 
         Raises:
             RequestError: it is empty, or no text.
@@ -74,14 +80,15 @@ class BundleTokenizer:
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, up to where the assistant answers.
 
-        The control tokens are the template's alone: written in a message, in whatever way, they are text; which tokens those are, says
-        `ssv.model.control_tokens`.
+        The control tokens are the template's alone: written in a message, in whatever way, they are text; which tokens
+        those are, says `ssv.model.control_tokens`.
 
         Args:
             messages: each with "role" and "content".
 
         Raises:
-            RequestError: there is none, the last is empty, one is no text, a role is unknown, or the template refuses them.
+            RequestError: there is none, the last is empty, one is no text, a role is unknown, or the template refuses
+                them.
         """
         if not messages or not messages[-1]["content"].strip():
             raise RequestError("the prompt is empty")
@@ -95,7 +102,7 @@ class BundleTokenizer:
                 return tuple(self.inner.encode(self._render(messages), add_special_tokens=False))
             return tuple(self._encoder.chat_ids(messages))
         except ConversationError as error:
-            raise RequestError(str(error)) from error
+            raise RequestError(error.what, error.cure) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, without special ones and end tokens that were added to the vocabulary."""
@@ -114,13 +121,19 @@ class BundleTokenizer:
         )
 
     def stop_ids(self, stop: Iterable[str]) -> frozenset[int]:
-        """Tokens that end an output because a stop string is their text: special ones, which the output's text leaves out."""
+        """Tokens that end an output because a stop string is their text.
+
+        They are special ones, which the output's text leaves out.
+        """
         if self._backend is None or not (wanted := set(stop)):
             return frozenset()
         return frozenset(token for token, text in self._special().items() if text in wanted)
 
     def context(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """The end of a prompt that its continuation's text depends on; nothing where an answer begins, which is a text of its own."""
+        """The end of a prompt that its continuation's text depends on.
+
+        It is empty where an answer begins, since an answer is a text of its own.
+        """
         begins = self._where_answers_begin()
         if (
             not prompt_ids
@@ -170,6 +183,7 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X} at {error.start}), which UTF-8 cannot write: "
-            "send whole characters"
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X} at {error.start}), which UTF-8 "
+            "cannot write",
+            "send whole characters",
         ) from error

@@ -1,7 +1,7 @@
 """A tokenizer as `transformers` saves it, read without `transformers`, whose import takes seconds, 150 MB and torch.
 
-tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a chat template may
-use.
+tokenizer.json holds all that encoding and decoding depend on; tokenizer_config.json names the special tokens that a
+chat template may use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from ssv.support.json_text import parse_json
+from ssv.support.errors import UserError
+from ssv.support.json_text import read_json_object
 
 if TYPE_CHECKING:
     from ssv.model.chat_template import ChatTemplate
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class TokenizerFileError(ValueError):
+class TokenizerFileError(UserError):
     """Files that are no tokenizer; the message names the file and the cure."""
 
 
@@ -51,7 +52,7 @@ class FileTokenizer:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerFileError(
-                f"{path} cannot be read ({error}): build the bundle again with this machine's version of tokenizers"
+                f"{path} cannot be read ({error})", "build the bundle again with this machine's version of tokenizers"
             ) from error
         # What training cut and padded, a prompt is not.
         backend.no_truncation()
@@ -72,9 +73,9 @@ class FileTokenizer:
     ) -> str:
         """Text of tokens.
 
-        As the library has it, but for tokens of single bytes that are not UTF-8: there it gives U+FFFD for each byte of the whole run, also
-        for those of whole characters before the wrong one, which have been sent by then. Here, as in byte-level tokenizers, whole
-        characters stay and the others are U+FFFD.
+        As the library has it, but for tokens of single bytes that are not UTF-8: there it gives U+FFFD for each byte of
+        the whole run, also for those of whole characters before the wrong one, which have been sent by then. Here, as
+        in byte-level tokenizers, whole characters stay and the others are U+FFFD.
         """
         assert not clean_up_tokenization_spaces, "cleaning up changes the text of the tokens before"
         if self._byte_tokens.isdisjoint(token_ids):
@@ -87,7 +88,9 @@ class FileTokenizer:
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
     ) -> str:
-        """Text of a conversation, which knows what of it the messages say if their texts do (`ssv.model.chat_template.Said`).
+        """Text of a conversation.
+
+        It knows what of it the messages say if their texts do (`ssv.model.chat_template.Said`).
 
         Raises:
             ValueError: there is no template.
@@ -142,13 +145,7 @@ def _whole_characters(tokens: Sequence[str]) -> list[str]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerFileError(f"{path} is not JSON ({error}): build the bundle again") from error
-    if not isinstance(config, dict):
-        raise TokenizerFileError(f"{path} is not a JSON object: build the bundle again")
-    return config
+    return read_json_object(path, TokenizerFileError, "build the bundle again")
 
 
 def _text_of(token: Any) -> str:

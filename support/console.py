@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
+from ssv.support.errors import UserError
+from ssv.support.precisions import ENGINE_PRECISIONS, TORCH_PRECISIONS
+
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command; what the user can mend ends as `error:` and, where the message says how, `hint:` on stderr, exit code 2.
+    """Runs a command and returns its exit status; errors go to stderr.
 
-    Our errors end in ": what to do" where there is something to do.
+    What the user can mend ends as `error:` and, where there is something to do, `hint:`, with status 2. That is a
+    `UserError`, what the operating system refuses (a file, a device, memory), and a package that is not installed.
+    Everything else is a bug: its traceback is shown, with a line that asks for a report, and the status is 1.
     """
     try:
         return command()
-    except (ValueError, OSError, RuntimeError) as error:
-        what, _, cure = str(error).rpartition(": ") if _has_cure(str(error)) else (str(error), "", "")
-        print(f"error: {what}", file=sys.stderr)
-        if cure:
-            print(f"hint: {cure}", file=sys.stderr)
+    except Exception as error:
+        mendable = _mendable(error)
+        if mendable is None:
+            traceback.print_exc()
+            print(
+                f"error: this is a bug in ssv {version('ssv')}: please report it, with all of the above",
+                file=sys.stderr,
+            )
+            return 1
+        print(f"error: {mendable.what}", file=sys.stderr)
+        if mendable.cure:
+            print(f"hint: {mendable.cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         ended = isinstance(error, _Terminated)
         print(f"error: {'terminated' if ended else 'interrupted'}", file=sys.stderr)
         return 128 + (signal.SIGTERM if ended else signal.SIGINT)
+
+
+# What only a mistake of ours makes the operating system say: a file descriptor or an address that is none, a child that
+# is not there.
+_BUGS = frozenset((errno.EBADF, errno.EFAULT, errno.ECHILD, errno.ESRCH))
+
+
+def _mendable(error: Exception) -> UserError | None:
+    """What a user can do about an exception; None if it is a bug."""
+    match error:
+        case UserError():
+            return error
+        case _ if _is_out_of_memory(error):
+            wanted = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+            what = "out of memory" + (f" ({wanted.group().lower()})" if wanted else "")
+            return UserError(what, "use a smaller batch or length, or a machine with more memory")
+        case OSError() if error.errno is not None and error.errno not in _BUGS:
+            what = error.strerror or str(error)
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = what if error.filename is None else f"{error.filename}: {what}"
+            return UserError(what, "choose a place with more room" if is_full else "")
+        case ModuleNotFoundError() if error.name is not None and error.name.partition(".")[0] != "ssv":
+            return UserError(f"{error.name} is not installed", "install ssv with the extra that brings it, or ssv[all]")
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # where it was not imported, it has raised nothing
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # On a CPU, torch says it in words.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -36,7 +85,10 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """In the block SIGTERM ends what runs in the way of Ctrl-C: what it has begun is tidied up, and its children end with it."""
+    """While the block runs, SIGTERM ends it as Ctrl-C does.
+
+    What it has begun is tidied up, and its children end with it.
+    """
 
     def end(*_: object) -> None:
         raise _Terminated
@@ -56,8 +108,11 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    choices = ["fp32", "bf16", "int8", "int4", "fp16", "fp8"]
-    help = "torch: fp32, bf16, int8, int4 (default: the bundle's on a CPU, bf16 on CUDA); tensorrt: that of a compiled engine"
+    choices = tuple(dict.fromkeys((*TORCH_PRECISIONS, *ENGINE_PRECISIONS)))
+    help = (
+        f"torch: {', '.join(TORCH_PRECISIONS)}; tensorrt: that of a compiled engine "
+        "(default: the bundle's on a CPU, bf16 on CUDA; with tensorrt, that of the only engine)"
+    )
     parser.add_argument("--precision", choices=choices, help=help)
 
 
@@ -75,8 +130,8 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help=help)
 
 
-def add_batch(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--batch", type=positive, default=8, help=help)
+def add_max_rows(parser: argparse.ArgumentParser, help: str, default: int = 8) -> None:
+    parser.add_argument("--max-rows", type=positive, default=default, metavar="N", help=f"{help} (default: {default})")
 
 
 def positive(text: str) -> int:
@@ -98,7 +153,7 @@ def require_device(device: str) -> None:
     """Refuses a device that this machine lacks.
 
     Raises:
-        RuntimeError: naming it.
+        UserError: naming it.
     """
     if not device.startswith("cuda"):
         return
@@ -106,24 +161,4 @@ def require_device(device: str) -> None:
 
     if not torch.cuda.is_available():
         why = "no GPU was found" if torch.version.cuda else "this torch is built without CUDA"
-        raise RuntimeError(f"CUDA is not available, {why}: use --device cpu")
-
-
-_CURES = (
-    "build",
-    "choose",
-    "run ",
-    "make one",
-    "use ",
-    "shorten",
-    "calibrate",
-    "distill",
-    "pip ",
-    "convert",
-    "add ",
-    "give ",
-)
-
-
-def _has_cure(message: str) -> bool:
-    return message.rpartition(": ")[2].startswith(_CURES)
+        raise UserError(f"CUDA is not available, {why}", "use --device cpu")

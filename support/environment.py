@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ssv.support.files import write_whole
+
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, memory in GiB, and GPU if that is what runs."""
@@ -50,7 +52,10 @@ def commit() -> str:
 
 
 def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, str], device: str = "cpu") -> None:
-    """Prints a benchmark's figures with command, machine, versions, commit and date; writes them to a file if one is given."""
+    """Prints a benchmark's figures with command, machine, versions, commit and date.
+
+    They are also written to a file if one is given.
+    """
     record = {
         **figures,
         "command": " ".join(["python", *sys.argv]),
@@ -62,7 +67,7 @@ def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, 
     text = json.dumps(record, indent=1)
     print(text)
     if out is not None:
-        out.write_text(text + "\n")
+        write_whole(out, text + "\n")
 
 
 def _git(root: Path, *args: str) -> str:

@@ -17,7 +17,9 @@ _SECONDS_BETWEEN = 5.0
 
 @contextmanager
 def waiting(what: str, first: float = _FIRST_SECONDS, between: float = _SECONDS_BETWEEN) -> Iterator[Say]:
-    """While the block runs, a line on stderr after `first` seconds and then every `between`: what is being done, and since when.
+    """Says on stderr, while the block runs, what is being done, and since when.
+
+    The first line comes after `first` seconds, the others `between` seconds apart.
 
     Yields:
         What to call when something else is being done; calling it is optional.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ssv.runtime.serving.log import log_event
+from ssv.support.errors import UserError
 
 log = logging.getLogger("ssv.serve")
 
@@ -22,7 +23,7 @@ VARIABLE = "SSV_ADMIN_KEY"
 _ARG_START, _ARG_END = 45, 46
 
 
-class AdminKeyError(ValueError):
+class AdminKeyError(UserError):
     """The key cannot be used; the message says why, without it."""
 
 
@@ -40,16 +41,16 @@ def admin_key(option: str | None, file: Path | None, environment: Mapping[str, s
             given[f"--admin-key-file {file}"] = file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise AdminKeyError(
-                f"--admin-key-file {file} cannot be read ({error}): give a file with NAME=VALUE"
+                f"--admin-key-file {file} cannot be read ({error})", "give a file with NAME=VALUE"
             ) from error
     if not given and environment.get(VARIABLE):
         given[VARIABLE] = environment[VARIABLE]
     if len(given) > 1:
-        raise AdminKeyError(f"{' and '.join(given)} are both given: give one of them")
+        raise AdminKeyError(f"{' and '.join(given)} are both given", "give one of them")
     for source, key in given.items():
         name, _, value = key.partition("=")
         if not (name and value) or not key.isprintable() or any(c in ":;, " for c in key):
-            raise AdminKeyError(f"{source} is no key: give NAME=VALUE, printable, without blanks, colons and commas")
+            raise AdminKeyError(f"{source} is no key", "give NAME=VALUE, printable, without blanks, colons and commas")
         return key
     return None
 

@@ -19,8 +19,9 @@ import psutil
 from ssv.bundle.manifest import Manifest
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.tls import certificate_name
+from ssv.support.errors import UserError
+from ssv.support.precisions import TORCH_PRECISIONS
 
-TORCH_PRECISIONS = ("fp32", "bf16", "int8", "int4")
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625, "fp16": 2.0, "fp8": 1.0}
 _CACHE_BYTES = {"fp32": 4, "int8": 4}
 """Of a number in the cache on a CPU; 2 otherwise."""
@@ -30,15 +31,17 @@ _LEAST_SHARED_MEMORY = 16 << 20
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-class ServeError(RuntimeError):
+class ServeError(UserError):
     """The server cannot be run; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Attributes:
-    capability: such as "9.0".
-    num_bytes: of its memory.
+    """What a GPU is, as far as engines ask.
+
+    Attributes:
+        capability: such as "9.0".
+        num_bytes: of its memory.
     """
 
     capability: str
@@ -52,17 +55,17 @@ def check_options(args: argparse.Namespace) -> None:
         ServeError.
     """
     if (args.tls_cert is None) != (args.tls_key is None):
-        raise ServeError("--tls-cert and --tls-key belong together: give both")
+        raise ServeError("--tls-cert and --tls-key belong together", "give both")
     used = list(ports(args).values())
     if len(set(used)) < len(used) or not all(0 < port < 65536 for port in used):
-        raise ServeError(f"ports {used} must be different, and between 1 and 65535: choose others")
+        raise ServeError(f"ports {used} must be different, and between 1 and 65535", "choose others")
     for option, least in (("ready_timeout", 0.0), ("drain_timeout", 0.0), ("restarts", 0)):
         if not getattr(args, option) >= least:
             name = option.replace("_", "-")
-            raise ServeError(f"--{name} {getattr(args, option)} must be {least:g} or more: choose another")
+            raise ServeError(f"--{name} {getattr(args, option)} must be {least:g} or more", "choose another")
     if args.engine == "torch" and args.precision not in (None, *TORCH_PRECISIONS):
         known = ", ".join(TORCH_PRECISIONS)
-        raise ServeError(f"--precision {args.precision} is none of the torch engine's ({known}): choose one of them")
+        raise ServeError(f"--precision {args.precision} is none of the torch engine's ({known})", "choose one of them")
 
 
 def ports(args: argparse.Namespace) -> dict[str, int]:
@@ -77,21 +80,22 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
         return
     for path in (certificate, key):
         if not path.is_file():
-            raise ServeError(f"{path} is not a file: give the path of a PEM file")
+            raise ServeError(f"{path} is not a file", "give the path of a PEM file")
         try:
             path.open("rb").close()
         except OSError as error:
             raise ServeError(
-                f"{path} cannot be read ({error.strerror}): give a file that this user may read"
+                f"{path} cannot be read ({error.strerror})", "give a file that this user may read"
             ) from error
     try:
         certificate_name(certificate, key)
-    except ValueError as error:
-        raise ServeError(f"--tls-cert and --tls-key: {error}") from error
+    except UserError as error:
+        raise ServeError(f"--tls-cert and --tls-key: {error.what}", error.cure) from error
 
 
 def listen(host: str, local: bool, args: argparse.Namespace) -> dict[str, socket.socket]:
-    """Takes the ports that ssv-serve itself listens on, by kind (http, metrics), and makes sure that the others are free.
+    """Takes the ports that ssv-serve itself listens on, by kind (http, metrics), and makes sure that the others are
+    free.
 
     Args:
         local: whether HTTP stays on this machine.
@@ -100,7 +104,7 @@ def listen(host: str, local: bool, args: argparse.Namespace) -> dict[str, socket
         ServeError: a port is taken, or the host is not this machine's.
     """
     if not host:
-        raise ServeError("--host is empty: give an address of this machine")
+        raise ServeError("--host is empty", "give an address of this machine")
     found: dict[str, socket.socket] = {}
     with ExitStack() as stack:
         for option, port in ports(args).items():
@@ -119,19 +123,18 @@ def _listen(host: str, port: int, option: str) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except socket.gaierror as error:
-        raise ServeError(
-            f"--host {host} is not a name that is known here ({error.strerror}): choose another"
-        ) from error
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: no name of a host at all
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ServeError(f"--host {host} is not a name that is known here ({why})", "choose another") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ServeError(
-                f"{option} {port} is taken on {host}: choose another, or end what listens there"
+                f"{option} {port} is taken on {host}", "choose another, or end what listens there"
             ) from error
         if error.errno == errno.EACCES:
-            raise ServeError(f"{option} {port} is not for this user: choose one above 1023") from error
+            raise ServeError(f"{option} {port} is not for this user", "choose one above 1023") from error
         raise ServeError(
-            f"--host {host} is not an address of this machine ({error.strerror}): choose another"
+            f"--host {host} is not an address of this machine ({error.strerror})", "choose another"
         ) from error
 
 
@@ -144,18 +147,20 @@ def check_machine(config: ServerConfig, manifest: Manifest) -> None:
     shared = Path("/dev/shm")  # noqa: S108
     if shared.is_dir() and psutil.disk_usage(str(shared)).free < _LEAST_SHARED_MEMORY:
         raise ServeError(
-            f"{shared} has less than {_LEAST_SHARED_MEMORY >> 20} MiB free, which Triton's Python models need: give it more "
-            "(docker: --shm-size)"
+            f"{shared} has less than {_LEAST_SHARED_MEMORY >> 20} MiB free, which Triton's Python models need",
+            "give it more (docker: --shm-size)",
         )
     on_gpu = config.device == "cuda" or config.engine == "tensorrt"
     device = gpu() if on_gpu else None
     if on_gpu and device is None:
         why = "--engine tensorrt" if config.engine == "tensorrt" else "--device cuda"
-        raise ServeError(f"{why}: this machine has no NVIDIA GPU that a driver shows: use --engine torch --device cpu")
+        raise ServeError(
+            f"{why}: this machine has no NVIDIA GPU that a driver shows", "use --engine torch --device cpu"
+        )
     if config.engine == "tensorrt":
         _check_engines(config, manifest, device)
     elif on_gpu and "+cpu" in (version := importlib.metadata.version("torch")):
-        raise ServeError(f"--device cuda: torch {version} has no CUDA: use a build of torch that has")
+        raise ServeError(f"--device cuda: torch {version} has no CUDA", "use a build of torch that has")
     needed = memory_needed(config, manifest)
     if device is not None:
         there, whose = device.num_bytes, "the GPU's"
@@ -163,8 +168,9 @@ def check_machine(config: ServerConfig, manifest: Manifest) -> None:
         there, whose = free_memory(), "this machine's free"
     if needed > there:
         raise ServeError(
-            f"{config.max_rows} rows of {config.max_length} tokens and the model's weights need {needed / 2**30:.1f} GiB, "
-            f"{whose} memory is {there / 2**30:.1f} GiB: give fewer --max-rows, or a smaller --max-length or --prompt-cache-mb"
+            f"{config.max_rows} rows of {config.max_length} tokens and the model's weights need {needed / 2**30:.1f} "
+            f"GiB, {whose} memory is {there / 2**30:.1f} GiB",
+            "give fewer --max-rows, or a smaller --max-length or --prompt-cache-mb",
         )
 
 
@@ -173,26 +179,27 @@ def _check_engines(config: ServerConfig, manifest: Manifest, device: Gpu | None)
         entries = [entry for entry in manifest.engines.values() if entry.role == role]
         if not entries:
             raise ServeError(
-                f"--engine tensorrt: the bundle has no engine of the {role}: build one with `ssv-build compile`"
+                f"--engine tensorrt: the bundle has no engine of the {role}", "build one with `ssv-build compile`"
             )
         entries = [entry for entry in entries if config.precision in ("", entry.precision)]
         if not entries:
             known = ", ".join(sorted({entry.precision for entry in manifest.engines.values() if entry.role == role}))
             raise ServeError(
-                f"--precision {config.precision}: engines of the {role} are in {known}: choose one of these"
+                f"--precision {config.precision}: engines of the {role} are in {known}", "choose one of these"
             )
         if device is not None and not any(device.capability in entry.compute_capabilities for entry in entries):
             built = ", ".join(sorted({one for entry in entries for one in entry.compute_capabilities}))
             raise ServeError(
-                f"engines of the {role} are for compute capability {built}, this GPU has {device.capability}: build them for it"
+                f"engines of the {role} are for compute capability {built}, this GPU has {device.capability}",
+                "build them for it",
             )
         modules = {"tensorrt_rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
         if not any(importlib.util.find_spec(modules[entry.flavor]) for entry in entries):
-            raise ServeError(f"--engine tensorrt: {entries[0].flavor} is not installed: pip install 'ssv[engines]'")
+            raise ServeError(f"--engine tensorrt: {entries[0].flavor} is not installed", "pip install 'ssv[engines]'")
         most = max(entry.max_batch for entry in entries)
         if config.max_rows > most:
             raise ServeError(
-                f"--max-rows {config.max_rows}: engines of the {role} take {most}: choose at most that many"
+                f"--max-rows {config.max_rows}: engines of the {role} take {most}", "choose at most that many"
             )
 
 

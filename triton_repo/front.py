@@ -1,9 +1,9 @@
 """The doors that ssv-serve itself keeps: HTTP, before tritonserver's, and the metrics.
 
-They are there from the first moment to the last, whatever becomes of tritonserver: readiness is false while it starts, starts again, or
-drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with Retry-After (Triton 2.51 answers
-`generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and an error whoever asks it for a
-stream, when all has been decoded), and metrics are the server's own before Triton's.
+They are there from the first moment to the last, whatever becomes of tritonserver: readiness is false while it starts,
+starts again, or drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with
+Retry-After (Triton 2.51 answers `generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and
+an error whoever asks it for a stream, when all has been decoded), and metrics are the server's own before Triton's.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ class Front:
     """
 
     def __init__(self, http: socket.socket, metrics: socket.socket, counted: Metrics, reader: Reader) -> None:
-        """Args:
-        http, metrics: that listen already; they are closed in the end.
-        counted: for refusals that never get to the models.
-        reader: of all that the server counts.
+        """Takes the doors over.
+
+        Args:
+            http, metrics: that listen already; they are closed in the end.
+            counted: for refusals that never get to the models.
+            reader: of all that the server counts.
         """
         self._sockets = {"http": http, "metrics": metrics}
         self._counted, self._reader = counted, reader

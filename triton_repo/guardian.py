@@ -35,9 +35,11 @@ class Guardian:
     """The guardian's process, which is started again should it die."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        """Args:
-        folder: the server's; marks that are it, or begin with it and a slash, are of the server.
-        prefix: what the names of its shared memory begin with.
+        """Starts the guardian's process.
+
+        Args:
+            folder: the server's; marks that are it, or begin with it and a slash, are of the server.
+            prefix: what the names of its shared memory begin with.
         """
         self._command = [sys.executable, "-I", "-S", __file__, str(folder), prefix]
         self._start()

@@ -10,17 +10,21 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssv.support.errors import UserError
 
-class InstallationError(RuntimeError):
+
+class InstallationError(UserError):
     """No usable tritonserver; the message says what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """Attributes:
-    binary: tritonserver.
-    arguments: that it always needs.
-    environment: variables to set for it.
+    """A tritonserver, and how it is started.
+
+    Attributes:
+        binary: tritonserver.
+        arguments: that it always needs.
+        environment: variables to set for it.
     """
 
     binary: Path
@@ -36,7 +40,7 @@ def given(binary: Path) -> Installation:
     """
     found = shutil.which(binary)
     if found is None:
-        raise InstallationError(f"{binary} is no program that can be run: give the path of tritonserver")
+        raise InstallationError(f"{binary} is no program that can be run", "give the path of tritonserver")
     return Installation(Path(found), environment=_python_environment())
 
 
@@ -49,14 +53,14 @@ def bundled(work: Path) -> Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise InstallationError(
-            "no tritonserver: pip install 'ssv[serve]' brings one, or give --tritonserver the path of another"
+            "no tritonserver", "pip install 'ssv[serve]' brings one, or give --tritonserver the path of another"
         )
     root = Path(spec.origin).parent / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
         has = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
-        raise InstallationError(f"nvidia-pytriton has no stub for Python {version}, only for {has}: use one of these")
+        raise InstallationError(f"nvidia-pytriton has no stub for Python {version}, only for {has}", "use one of these")
     backend = work / "backends" / "python"
     backend.mkdir(parents=True)
     for path in (stub, *(root / "backends" / "python").iterdir()):

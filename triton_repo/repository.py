@@ -1,4 +1,4 @@
-"""The model repository of a bundle: the folders beside this file, with a server's settings put into their config files."""
+"""The model repository of a bundle: the folders beside this file, with a server's settings in their config files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ DRAINING = "draining"
 """Not loaded before the server is to end."""
 
 QUEUED_PER_PLACE, LEAST_QUEUE = 16, 1024
-"""Requests in Triton's queue before `preprocessing`, for each that the server takes, and at least. `preprocessing` refuses and counts what
-the server cannot take in a fraction of a millisecond; what Triton itself refuses, with a flood that is faster still, nobody counts."""
+"""Requests in Triton's queue before `preprocessing`, for each that the server takes, and at least.
+
+`preprocessing` refuses and counts what the server cannot take in a fraction of a millisecond; what Triton itself
+refuses, with a flood that is faster still, nobody counts.
+"""
 
 HERE = Path(__file__).parent
 
 
 def disclosure(bundle: Path, manifest: Manifest) -> str:
-    """What clients may learn of the tiers, as JSON: thresholds, whether each is lossless, its limit of divergence, and the bound that was
-    measured, with its confidence."""
+    """What clients may learn of the tiers, as JSON: thresholds, whether each is lossless, its limit of divergence, and
+    the bound that was measured, with its confidence.
+    """
     tiers = {name: tier.model_dump() for name, tier in manifest.tiers.items()}
     path = bundle / "calibration.json"
     settings = json.loads(path.read_text())["settings"] if path.is_file() else {}

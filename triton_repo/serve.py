@@ -1,8 +1,8 @@
 """ssv-serve: a Triton Inference Server over a bundle, watched over while it runs.
 
-Its options, and what they come to: checks (`checks.py`), a model repository made for the bundle (`repository.py`), and the processes
-(`supervisor.py`). SIGTERM and SIGINT drain: no more requests are taken, those that run are finished. Exit status 2 is for what cannot be
-started, 70 for what has died too often.
+Its options, and what they come to: checks (`checks.py`), a model repository made for the bundle (`repository.py`), and
+the processes (`supervisor.py`). SIGTERM and SIGINT drain: no more requests are taken, those that run are finished. Exit
+status 2 is for what cannot be started, 70 for what has died too often.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ssv-serve", description="Serve a bundle from a Triton Inference Server.", allow_abbrev=False
     )
     add_version(parser)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help="what to serve")
     add_engine(parser)
     add_precision(parser)
     add_device(parser)
@@ -67,29 +67,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--responses-per-s",
         type=int,
-        help="of all streams together, at most; 0 for no bound (default: 40 on a CPU, which the engines need, and 0 on a GPU)",
+        help="of all streams together, at most; 0 for no bound "
+        "(default: 40 on a CPU, which the engines need, and 0 on a GPU)",
     )
     setting("audit_share", float, "share of lossy requests that the target judges afterwards")
-    parser.add_argument("--host", default="127.0.0.1", help="address of all ports (default: this machine only)")
-    parser.add_argument("--http-port", type=int, default=8000)
-    parser.add_argument("--grpc-port", type=int, default=8001)
-    parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--openai-port", type=int, help="serves the OpenAI API as well")
     parser.add_argument(
-        "--ab", type=Path, metavar="FILE.yaml", help="arms that the model `ab_router` splits its requests between"
+        "--host", default="127.0.0.1", help="address of all ports (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--http-port", type=int, default=8000, help="of Triton's HTTP API (default: 8000)")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="of Triton's gRPC API (default: 8001)")
+    parser.add_argument("--metrics-port", type=int, default=8002, help="of what Prometheus reads (default: 8002)")
+    parser.add_argument("--openai-port", type=int, help="of the OpenAI API (default: it is not served)")
+    parser.add_argument(
+        "--ab",
+        type=Path,
+        metavar="FILE.yaml",
+        help="arms that the model `ab_router` splits its requests between (default: no such model)",
     )
     parser.add_argument(
-        "--tls-cert", type=Path, help="PEM; gRPC and the OpenAI API speak TLS, HTTP stays on this machine"
+        "--tls-cert",
+        type=Path,
+        help="PEM; gRPC and the OpenAI API speak TLS, HTTP stays on this machine (default: no TLS)",
     )
-    parser.add_argument("--tls-key", type=Path, help="PEM")
+    parser.add_argument("--tls-key", type=Path, help="PEM of its key (default: no TLS)")
     parser.add_argument(
         "--admin-key",
         metavar="NAME=VALUE",
-        help="header that the administrative protocols ask for, also taken from SSV_ADMIN_KEY; without it they are shut to all",
+        help="header that the administrative protocols ask for; without it they are shut to all "
+        "(default: that of SSV_ADMIN_KEY, or none)",
     )
-    parser.add_argument("--admin-key-file", type=Path, metavar="FILE", help="has NAME=VALUE; other users do not see it")
     parser.add_argument(
-        "--tritonserver", type=Path, help="another server than nvidia-pytriton's, such as the container's"
+        "--admin-key-file", type=Path, metavar="FILE", help="has NAME=VALUE; other users do not see it (default: none)"
+    )
+    parser.add_argument(
+        "--tritonserver", type=Path, help="a server, such as the container's (default: nvidia-pytriton's)"
     )
     parser.add_argument("--ready-timeout", type=float, default=300.0, help="seconds to start (default: %(default)s)")
     parser.add_argument(
@@ -151,7 +162,7 @@ def _config(args: argparse.Namespace) -> ServerConfig:
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise ServeError(f"{option} {first['input']} cannot be ({first['msg']}): choose another") from error
+        raise ServeError(f"{option} {first['input']} cannot be ({first['msg']})", "choose another") from error
 
 
 def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, str]:
@@ -170,9 +181,9 @@ def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, 
             policy_for(arm.tier, tiers)
     log_path = routing.log.absolute()
     if log_path.is_dir():
-        raise ServeError(f"{args.ab}: log {log_path} is a folder: choose a file")
+        raise ServeError(f"{args.ab}: log {log_path} is a folder", "choose a file")
     if not log_path.parent.is_dir():
-        raise ServeError(f"{args.ab}: the folder of log {log_path} does not exist: choose one that does")
+        raise ServeError(f"{args.ab}: the folder of log {log_path} does not exist", "choose one that does")
     return {
         "routing": routing.model_copy(update={"log": log_path}).model_dump_json(),
         "own_url": f"grpc{'s' if args.tls_cert else ''}://{in_url(reachable(args.host))}:{args.grpc_port}",

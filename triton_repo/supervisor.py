@@ -1,7 +1,8 @@
 """Starts tritonserver and the OpenAI API, watches over them, starts them again, and stops them.
 
-Should one of tritonserver's Python models die, it goes on saying that it is ready, and requests hang or fail: the whole server is stopped
-then, which ends its clients' streams with an error, and started again, a few times. The OpenAI API is started again by itself.
+Should one of tritonserver's Python models die, it goes on saying that it is ready, and requests hang or fail: the whole
+server is stopped then, which ends its clients' streams with an error, and started again, a few times. The OpenAI API is
+started again by itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.control import ControlSender
 from ssv.runtime.serving.log import log_event
 from ssv.runtime.serving.metrics import BOARDS_VARIABLE, Metrics, Reader
+from ssv.support.errors import UserError
 from ssv.support.waiting import waiting
 from ssv.triton_repo.bound import bound
 from ssv.triton_repo.front import Front
@@ -47,8 +49,10 @@ OPENAI_END_SECONDS = (1.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Attributes:
-    folder: of this server and no other, which marks its processes.
+    """Where a server's own files are.
+
+    Attributes:
+        folder: of this server and no other, which marks its processes.
     """
 
     folder: Path
@@ -64,7 +68,7 @@ class Place:
         return self.folder / "metrics"
 
     def mark(self, part: str) -> str:
-        """Of the processes of a part of the server."""
+        """What marks the processes of a part of the server."""
         return f"{self.folder}/{part}"
 
 
@@ -85,7 +89,7 @@ class Deaths:
         return len(self._times) > self._most
 
 
-class GivenUp(RuntimeError):
+class GivenUp(UserError):
     """What died is not started again; the message says why."""
 
 
@@ -100,10 +104,12 @@ class Supervisor:
         sockets: dict[str, socket.socket],
         stopping: threading.Event,
     ) -> None:
-        """Args:
-        args: of ssv-serve.
-        sockets: that listen for HTTP and metrics.
-        stopping: set when the server is to end.
+        """Sets the processes up; `run` starts them.
+
+        Args:
+            args: of ssv-serve.
+            sockets: that listen for HTTP and metrics.
+            stopping: set when the server is to end.
         """
         self._args, self._place, self._stopping = args, place, stopping
         self._counted, self._reader = Metrics(place.boards, "serve"), Reader(place.boards)

@@ -33,8 +33,8 @@ ADMIN_PROTOCOLS = "shared-memory,model-repository,logging,trace"
 """Of Triton, all but health, metadata, configs and statistics, which clients look at."""
 
 _NO_GPU = re.compile(
-    rb"^([EW]\d{4} .*(CUDA driver version is insufficient|CudaDriverHelper has not been initialized|no pinned memory pool"
-    rb"|DCGM|NVML)|Error: Failed to initialize NVML)"
+    rb"^([EW]\d{4} .*(CUDA driver version is insufficient|CudaDriverHelper has not been initialized"
+    rb"|no pinned memory pool|DCGM|NVML)|Error: Failed to initialize NVML)"
 )
 """What a tritonserver that was built for GPUs says on a machine without one, where nothing is wrong with that."""
 
@@ -51,10 +51,12 @@ class Tritonserver:
     """
 
     def __init__(self, args: argparse.Namespace, installation: Installation, models: Path, mark: str) -> None:
-        """Args:
-        args: of ssv-serve.
-        models: the model repository.
-        mark: of its processes (`ssv.triton_repo.guardian`).
+        """Sets a server up that has not been started.
+
+        Args:
+            args: of ssv-serve.
+            models: the model repository.
+            mark: of its processes (`ssv.triton_repo.guardian`).
         """
         self._args, self._installation, self._models, self._mark = args, installation, models, mark
         self._on_cpu = args.device == "cpu" and args.engine == "torch"
@@ -70,9 +72,11 @@ class Tritonserver:
         return self._process.pid
 
     def start(self, defaults: Mapping[str, str], environment: Mapping[str, str]) -> None:
-        """Args:
-        defaults: variables to set unless they are set.
-        environment: variables to set.
+        """Starts the process, on ports of its own.
+
+        Args:
+            defaults: variables to set unless they are set.
+            environment: variables to set.
         """
         self.http_port, self.metrics_port = _free_ports(2)
         variables = dict(defaults) | os.environ | self._installation.environment | dict(environment)
@@ -99,7 +103,8 @@ class Tritonserver:
             "--strict-readiness=true",
             "--disable-auto-complete-config",  # the config files are complete
             "--exit-timeout-secs=5",
-            "--grpc-infer-allocation-pool-size=0",  # requests that are kept for reuse keep the size of the largest they were
+            # Requests that are kept for reuse keep the size of the largest they were.
+            "--grpc-infer-allocation-pool-size=0",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory}",
             "--http-address=127.0.0.1",  # `ssv.triton_repo.front` is before it
             f"--http-port={self.http_port}",
@@ -127,7 +132,9 @@ class Tritonserver:
         return self._ask("/v2/health/ready", timeout=5.0)
 
     def be_not_ready(self) -> None:
-        """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model is loaded that cannot be."""
+        """Has it say that it is not ready, over HTTP and gRPC, while it goes on answering: a model is loaded that
+        cannot be.
+        """
         # It is not ready from the moment on when the model begins to load.
         threading.Thread(target=self._load, args=(DRAINING,), name="ssv drain", daemon=True).start()
 

@@ -17,10 +17,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def compile_apart(bundle: Path, config: EngineConfig) -> None:
-    """Compiles in a process that has none of this one's weights in memory, and that does not outlive it; it shows its progress itself.
+    """Compiles an engine in a process of its own, which does not outlive this one.
+
+    That process has none of this one's weights in memory, and it shows its progress itself.
 
     Raises:
-        EngineBuildError: it was not compiled, and that process has said why.
+        EngineBuildError: the engine was not compiled; that process has said why.
     """
     options = {
         "role": config.role,
@@ -28,12 +30,12 @@ def compile_apart(bundle: Path, config: EngineConfig) -> None:
         "checkpoint": config.checkpoint,
         "flavor": config.flavor,
         "compute-capability": ",".join(config.compute_capability),
-        "max-batch": config.max_batch,
+        "max-rows": config.max_rows,
         "max-length": config.max_length,
         "max-pending": config.max_pending,
         "prefill-chunk": config.prefill_chunk,
         "plugins": config.plugins,
-        "out": bundle,
+        "bundle": bundle,
     }
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "ssv.builder.cli", "compile", *words]

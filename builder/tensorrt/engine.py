@@ -1,7 +1,8 @@
 """Compiles a target or a draft into a TensorRT engine of a bundle.
 
-TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on. The plan is
-written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never holds half an engine.
+TensorRT for RTX builds for the compute capabilities it is told, on any machine; TensorRT builds for the GPU it runs on.
+The plan is written beside its place and moved there when it is whole, then the manifest is rewritten: a bundle never
+holds half an engine.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from ssv.model.scorer import load_scorer
 from ssv.model.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
 from ssv.support.environment import versions
+from ssv.support.precisions import QUANTIZED_PRECISIONS
 from ssv.support.progress import Report
 
 OnProgress = Callable[[int, int, str], None]
@@ -60,8 +62,8 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
         Its name in the manifest, and its entry.
 
     Raises:
-        EngineBuildError: TensorRT missing, without a GPU where it needs one, or refusing the network; the checkpoint is of another
-            model or precision; the plan cannot be written.
+        EngineBuildError: TensorRT missing, without a GPU where it needs one, or refusing the network; the checkpoint is
+            of another model or precision; the plan cannot be written.
         CheckpointError, BundleError: the checkpoint or the bundle is damaged.
     """
     trt = tensorrt_for(config)
@@ -107,7 +109,7 @@ def _add_engine(bundle: Path, config: EngineConfig, made: EngineEntry, part: Pat
     manifest, name = read_manifest(bundle, verify=False), config.name
     if engine_source(manifest, config.role) != made.source or not part.is_file():
         raise EngineBuildError(
-            f"{bundle} was built again while the {config.role} engine was compiled for what it was: compile it again"
+            f"{bundle} was built again while the {config.role} engine was compiled for what it was", "compile it again"
         )
     found = file_entry(part)
     # Part of the hash is in the name: the old plan stays in its place until the manifest names the new one.
@@ -128,7 +130,7 @@ def _add_engine(bundle: Path, config: EngineConfig, made: EngineEntry, part: Pat
         if old is None or old.file != file:
             plan.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise EngineBuildError(f"{bundle} cannot be written ({error}): choose a place with more room") from error
+            raise EngineBuildError(f"{bundle} cannot be written ({error})", "choose a place with more room") from error
         raise
     if old is not None and old.file != file:
         (bundle / old.file).unlink(missing_ok=True)
@@ -139,7 +141,8 @@ def tensorrt_for(config: EngineConfig) -> ModuleType:
     """The TensorRT that an engine is built with, once it is clear that this machine and that TensorRT can.
 
     Raises:
-        EngineBuildError: TensorRT missing, without a GPU where it needs one, without plugins that are asked for, or not building for a GPU.
+        EngineBuildError: TensorRT missing, without a GPU where it needs one, without plugins that are asked for, or not
+            building for a GPU.
     """
     uses_plugins(config)
     if config.flavor == "tensorrt":
@@ -159,7 +162,7 @@ def check_length(config: EngineConfig, positions: int) -> None:
     """
     if config.max_length > positions:
         raise EngineBuildError(
-            f"max_length {config.max_length} exceeds the model's {positions} positions: choose a shorter one"
+            f"max_length {config.max_length} exceeds the model's {positions} positions", "choose a shorter one"
         )
 
 
@@ -171,7 +174,7 @@ def uses_plugins(config: EngineConfig) -> bool:
     """
     if config.plugins == "on" and config.flavor == "tensorrt_rtx":
         raise EngineBuildError(
-            "TensorRT for RTX has no plugins: give --plugins auto, which takes its own layers, or --flavor tensorrt"
+            "TensorRT for RTX has no plugins", "give --plugins auto, which takes its own layers, or --flavor tensorrt"
         )
     return config.plugins == "on" or (config.plugins == "auto" and config.flavor == "tensorrt")
 
@@ -180,7 +183,7 @@ def limits_of(config: EngineConfig, manifest: Manifest) -> Limits:
     """What an engine is built for; verification is as wide as the bundle's tiers ask unless told otherwise."""
     widest = max(tier.policy.max_pending for tier in manifest.tiers.values())
     return Limits(
-        max_batch=config.max_batch,
+        max_batch=config.max_rows,
         max_length=config.max_length,
         max_pending=config.max_pending or widest,
         prefill_chunk=min(config.prefill_chunk, config.max_length),
@@ -198,7 +201,9 @@ def checkpoint_digest(checkpoint: Path) -> str:
 
 
 def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
-    """The target and the draft of a bundle in the engine's types; the one that is compiled, from its checkpoint if one is given.
+    """The target and the draft of a bundle in the engine's types.
+
+    The one that is compiled is read from its checkpoint if one is given.
 
     Raises:
         EngineBuildError: the checkpoint is of another model or precision than asked for.
@@ -211,7 +216,9 @@ def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
         if "lm_head.weight_scale" in given_weights:  # a target whose LM head is quantized is tied no more
             spec = replace(spec, tie_embeddings=given_spec.tie_embeddings)
         if given_spec != spec or not _same_embedding(given_weights, weights):
-            raise EngineBuildError(f"{given} is not the target of {bundle}: give the checkpoint that was made from it")
+            raise EngineBuildError(
+                f"{given} is not the target of {bundle}", "give the checkpoint that was made from it"
+            )
         weights = given_weights
     stored = weights["model.embed_tokens.weight"].dtype
     dtype = _COMPUTE_TYPES.get(config.precision, torch.float16 if stored == torch.float16 else torch.bfloat16)
@@ -220,7 +227,7 @@ def load_networks(bundle: Path, config: EngineConfig) -> tuple[Decoder, Draft]:
     if config.role == "draft" and given is not None:
         given_draft = load_draft(given, decoder, dtype)
         if given_draft.spec != draft.spec or not torch.equal(given_draft.token_ids, draft.token_ids):
-            raise EngineBuildError(f"{given} is not the draft of {bundle}: give the checkpoint that was made from it")
+            raise EngineBuildError(f"{given} is not the draft of {bundle}", "give the checkpoint that was made from it")
         draft = given_draft
     _check_precision(decoder if config.role == "target" else draft, config)
     return decoder, draft
@@ -253,7 +260,7 @@ def build_plan(
         if monitor.error is not None:
             raise monitor.error
         if writer.error is not None:
-            raise EngineBuildError(f"{part.parent} cannot be written ({writer.error}): choose a place with more room")
+            raise EngineBuildError(f"{part.parent} cannot be written ({writer.error})", "choose a place with more room")
     if not built or part.stat().st_size == 0:
         raise EngineBuildError(f"TensorRT cannot build this {config.role} in {config.precision}: {log.last()}")
     monitor.done(f"{part.stat().st_size / 1e6:.0f} MB")
@@ -297,8 +304,8 @@ def compute_capability(trt: ModuleType, name: str) -> Any:
     }
     if name not in known:
         raise EngineBuildError(
-            f"compute capability {name} is not one that TensorRT for RTX {trt.__version__} builds for: choose from {', '.join(known)}, or use "
-            "the flavor tensorrt on such a GPU"
+            f"compute capability {name} is not one that TensorRT for RTX {trt.__version__} builds for",
+            f"choose from {', '.join(known)}, or use the flavor tensorrt on such a GPU",
         )
     return known[name]
 
@@ -314,17 +321,18 @@ def _builder(trt: ModuleType, config: EngineConfig, log: Any) -> Any:
 
 
 def _check_gpu(config: EngineConfig) -> None:
-    """TensorRT times kernels on the GPU that it builds for."""
+    """Refuses to build for a GPU that is not this machine's: TensorRT times kernels on the one that it builds for."""
     if not torch.cuda.is_available():
         raise EngineBuildError(
-            "the flavor tensorrt builds on the GPU that will run the engine, and this machine has none: run this there "
-            "(pip install tensorrt-cu13), or use the flavor tensorrt_rtx"
+            "the flavor tensorrt builds on the GPU that will run the engine, and this machine has none",
+            "run this there (pip install tensorrt-cu13), or use the flavor tensorrt_rtx",
         )
     found = local_capability()
     if config.compute_capability != [found]:
         raise EngineBuildError(
             f"the flavor tensorrt builds for this machine's compute capability {found}, not for "
-            f"{', '.join(config.compute_capability)}: give --compute-capability {found}"
+            f"{', '.join(config.compute_capability)}",
+            f"give --compute-capability {found}",
         )
 
 
@@ -335,7 +343,7 @@ def _choose_capabilities(trt: ModuleType, config: EngineConfig, settings: Any) -
     for index, name in enumerate(config.compute_capability):
         if not settings.set_compute_capability(compute_capability(trt, name), index):
             raise EngineBuildError(
-                f"TensorRT for RTX {trt.__version__} refuses compute capability {name}: choose another"
+                f"TensorRT for RTX {trt.__version__} refuses compute capability {name}", "choose another"
             )
 
 
@@ -379,14 +387,15 @@ def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
             return self.error is None
 
         def tell(self, what: str) -> None:
-            # An exception, Ctrl-C among them, must not cross TensorRT's C++: it is told to stop, and ours is raised again after it.
+            # An exception, Ctrl-C among them, must not cross TensorRT's C++: it is told to stop, and ours is raised
+            # again after it.
             try:
                 on_progress(self.steps, self.total, what)
             except BaseException as error:
                 self.error = error
 
         def phase_finish(self, phase_name: str) -> None:
-            """Its steps have been counted."""
+            """Called at the end of a phase, whose steps have been counted."""
 
         def done(self, what: str) -> None:
             on_progress(self.total, self.total, what)
@@ -401,17 +410,18 @@ _COMPUTE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def _check_precision(module: torch.nn.Module, config: EngineConfig) -> None:
     found = precision_of(module)
-    wanted = config.precision if config.precision in ("fp8", "int4") else None
+    wanted = config.precision if config.precision in QUANTIZED_PRECISIONS else None
     if found == wanted:
         return
     source = config.checkpoint or f"the bundle's {config.role}"
     if wanted is None:
         raise EngineBuildError(
-            f"{source} is quantized to {found}, asked for is {config.precision}: give --precision {found}"
+            f"{source} is quantized to {found}, asked for is {config.precision}", f"give --precision {found}"
         )
     raise EngineBuildError(
-        f"{source} is {'not quantized' if found is None else f'quantized to {found}'}, an {wanted} engine is made from an {wanted} checkpoint: "
-        f"make one with `ssv-build quantize --role {config.role} --precision {wanted}` and give it as --checkpoint"
+        f"{source} is {'not quantized' if found is None else f'quantized to {found}'}, an {wanted} engine is made from "
+        f"an {wanted} checkpoint",
+        f"make one with `ssv-build quantize --role {config.role} --precision {wanted}` and give it as --checkpoint",
     )
 
 
@@ -439,7 +449,7 @@ def _part_file(folder: Path, name: str) -> Iterator[Path]:
                     part.unlink()
             os.close(descriptor)
     except OSError as error:
-        raise EngineBuildError(f"{folder} cannot be written ({error}): choose a place with more room") from error
+        raise EngineBuildError(f"{folder} cannot be written ({error})", "choose a place with more room") from error
 
 
 def _locked(part: Path) -> int:
@@ -448,14 +458,15 @@ def _locked(part: Path) -> int:
         return locked_file(part)
     except BlockingIOError as error:
         raise EngineBuildError(
-            f"another `ssv-build compile` is making {part.name[1:].removesuffix('.part')} of this bundle: wait for it"
+            f"another `ssv-build compile` is making {part.name[1:].removesuffix('.part')} of this bundle", "wait for it"
         ) from error
 
 
 def _spare_memory() -> None:
-    """Has memory that is freed given back at once from now on, and starts the peak's measurement anew, where the system can.
+    """Has freed memory given back at once from now on, and starts measuring the peak anew, where the system can.
 
-    TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for SmolLM2-135M.
+    TensorRT allocates and frees hundreds of MB in many pieces; glibc would keep them: 180 MB more at the peak for
+    SmolLM2-135M.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):

@@ -39,7 +39,7 @@ class Graph:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Names of layers added within begin with this one's, for profiles and error messages."""
+        """Begins, in the block, the names of layers with this one, for profiles and error messages."""
         self._scope.append(name)
         try:
             yield
@@ -66,7 +66,7 @@ class Graph:
         self._constants.clear()
 
     def scalar(self, value: float, rank: int) -> Any:
-        """fp32, of as many axes as what it is combined with."""
+        """An fp32 constant with as many axes as what it is combined with."""
         key = (value, rank)
         if key not in self._scalars:
             self._scalars[key] = self._new_constant(torch.full((1,) * rank, value), torch.float32)
@@ -138,7 +138,7 @@ class Graph:
         return attention.get_output(0)
 
     def split_heads(self, x_MX: Any, shape_BT: Any, heads: int, dim: int) -> Any:
-        """[M, N * D] as [B, N, T, D]."""
+        """Turns [M, N * D] into [B, N, T, D]."""
         key = (heads, dim)
         if key not in self._head_shapes:
             sizes = self._new_constant(torch.tensor(key), torch.int64)
@@ -149,7 +149,7 @@ class Graph:
         return self._add("heads", shuffle)
 
     def join_heads(self, x_BKXD: Any, heads: int, groups: int, dim: int) -> Any:
-        """[B, K, G * T, D] as [M, K * G * D]."""
+        """Turns [B, K, G * T, D] into [M, K * G * D]."""
         shuffle = self.network.add_shuffle(x_BKXD)
         shuffle.reshape_dims = (0, heads, groups, -1, dim)
         shuffle.second_transpose = (0, 3, 1, 2, 4)
@@ -220,33 +220,15 @@ class Graph:
         return self.div(x, self.sqrt(self.add(mean_square, self.scalar(eps, rank=len(x.shape)))))
 
     def rms_norm(self, x: Any, weight_H: Tensor, eps: float) -> Any:
-        """Norm over the last axis of fp32, rounded to the compute type. TensorRT's own normalization subtracts the mean."""
+        """Norm over the last axis of fp32, rounded to the compute type.
+
+        TensorRT's own normalization subtracts the mean.
+        """
         weight = weight_H.view(*[1] * (len(x.shape) - 1), -1)
         return self.cast(self.mul(self.over_rms(x, eps), self.constant(weight, torch.float32)), self.dtype)
 
-    def cumulative_sum(self, x: Any, axis: int) -> Any:
-        """Sums up to and with each element."""
-        number = self._new_constant(torch.tensor(axis, dtype=torch.int32), torch.int32)
-        op = self.trt.CumulativeOperation.SUM
-        return self._add("cumulative", self.network.add_cumulative(x, number, op, False, False))
-
-    def scatter(self, x_M: Any, place_R: Any, update_R: Any) -> Any:
-        """A vector with some elements replaced; no place may be named twice, unless by equal updates."""
-        mode = self.trt.ScatterMode.ELEMENT
-        return self._add("scatter", self.network.add_scatter(x_M, place_R, update_R, mode))
-
-    def integer(self, value: int, rank: int) -> Any:
-        """int32, of as many axes as what it is combined with."""
-        return self._new_constant(torch.full((1,) * rank, value, dtype=torch.int32), torch.int32)
-
-    def largest(self, x: Any, axis: int) -> Any:
-        return self._add("reduce", self.network.add_reduce(x, self.trt.ReduceOperation.MAX, 1 << axis, True))
-
     def and_(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.AND)
-
-    def or_(self, a: Any, b: Any) -> Any:
-        return self._elementwise(a, b, self.trt.ElementWiseOperation.OR)
 
     def add(self, a: Any, b: Any) -> Any:
         return self._elementwise(a, b, self.trt.ElementWiseOperation.SUM)
@@ -281,9 +263,6 @@ class Graph:
     def sqrt(self, x: Any) -> Any:
         return self._unary(x, self.trt.UnaryOperation.SQRT)
 
-    def not_(self, x: Any) -> Any:
-        return self._unary(x, self.trt.UnaryOperation.NOT)
-
     def _unary(self, x: Any, op: Any) -> Any:
         return self._add(op.name.lower(), self.network.add_unary(x, op))
 
@@ -293,7 +272,7 @@ class Graph:
     def _new_constant(self, tensor: Tensor, dtype: torch.dtype) -> Any:
         held = tensor.detach().cpu().to(dtype).contiguous()
         if dtype == torch.float16 and tensor.dtype != dtype and bool(held.isinf().any()):
-            raise EngineBuildError("a weight exceeds fp16's range: build with --precision bf16")
+            raise EngineBuildError("a weight exceeds fp16's range", "build with --precision bf16")
         weights = self.trt.Weights(self._type(dtype), self._spill.address(held), held.numel())
         return self._add("constant", self.network.add_constant(tuple(held.shape), weights))
 

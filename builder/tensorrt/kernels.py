@@ -1,7 +1,7 @@
 """Compiles the kernels of a bundle's models ahead of time and writes them to files, as they would be put into engines.
 
-`ssv-build compile` does this by itself where TensorRT has plugins. Here they can be looked at, profiled and launched by other programs, and it is
-seen without a GPU that they assemble for it.
+`ssv-build compile` does this by itself where TensorRT has plugins. Here they can be looked at, profiled and launched by
+other programs, and it is seen without a GPU that they assemble for it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from ssv.support.progress import Report
 
 
 def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report) -> list[Path]:
-    """Writes `<role>/<op>-sm_<capability>.ptx`, and beside each a JSON file that says how it is launched; returns the PTX files. Nothing is
-    written before all are compiled.
+    """Writes `<role>/<op>-sm_<capability>.ptx`, with a JSON file beside each that says how it is launched.
+
+    Nothing is written before all are compiled.
+
+    Returns:
+        The PTX files.
 
     Raises:
         EngineBuildError: Triton is missing, or a kernel cannot be compiled for a capability.
@@ -32,16 +36,15 @@ def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report
     try:
         from ssv.plugins import aot
     except ModuleNotFoundError as error:
-        raise EngineBuildError(f"{error}: pip install triton, which compiles the kernels") from error
+        raise EngineBuildError(str(error), "pip install triton, which compiles the kernels") from error
     manifest = read_manifest(bundle)
     target = DecoderSpec.from_dict(manifest.target)
     draft = load_draft_head(bundle / "draft" / "draft.safetensors").spec
     scorer = load_scorer(bundle / "scorer.safetensors", draft.decoder.hidden_size)
     dtype = getattr(torch, config.dtype)
     specs = [
-        ("target", aot.gather_norm_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
         ("target", aot.sparse_gather_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
-        ("draft", aot.gather_norm_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
+        ("draft", aot.sparse_gather_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
         (
             "draft",
             aot.score_spec(draft.decoder.hidden_size, draft.head_size, dtype, dtype, len(scorer.weight_F)),

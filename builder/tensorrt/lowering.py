@@ -1,10 +1,10 @@
 """The ops in a TensorRT network, in two forms with one interface: plugins, and TensorRT's own layers.
 
-`PluginOps` are "quickly deployable plugins" of full TensorRT (`ssv.plugins.registration`). TensorRT for RTX has no plugins; `NativeOps`
-builds the same ops from layers that both have.
+`PluginOps` are "quickly deployable plugins" of full TensorRT (`ssv.plugins.registration`). TensorRT for RTX has no
+plugins; `NativeOps` builds the same ops from layers that both have.
 
-Tensors are TensorRT's, weights torch's. Sizes H and V, and M of what is compacted, have to be known when the network is built or lie in its
-profiles; row indices have to be valid.
+Tensors are TensorRT's, weights torch's. Sizes H and V have to be known when the network is built, and row indices have
+to be valid.
 
 Shapes: see `ssv.plugins.contract`.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ssv.builder.tensorrt.graph import Graph
-from ssv.plugins.contract import Judged, OpError, Score
-from ssv.plugins.reference import MAX_LOGIT, MIN_BELOW, MIN_REST, TRUSTED
+from ssv.plugins.contract import OpError, Score
+from ssv.plugins.reference import MAX_LOGIT, MIN_BELOW, MIN_REST
 from ssv.plugins.registration import register_plugins
 
 
@@ -28,9 +28,7 @@ class NetworkOps(Protocol):
 
     def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score: ...
 
-    def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]: ...
-
-    def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged: ...
+    def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]: ...
 
 
 class PluginOps:
@@ -52,16 +50,10 @@ class PluginOps:
         weights = self._graph.constant(weight_F, fp32), self._graph.constant(bias_1, fp32)
         return Score(*self._added("score", hidden_RH, logits_RV, *weights))
 
-    def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
-        gathered, normed = self._added("gather_norm", hidden_MH, row_R, self._norm(weight_H), eps=float(eps))
+    def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+        weight = self._graph.constant(weight_H, self._graph.dtype)
+        gathered, normed = self._added("sparse_gather", hidden_MH, row_R, weight, eps=float(eps))
         return gathered, normed
-
-    def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged:
-        weight = self._norm(weight_H)
-        return Judged(*self._added("sparse_gather", hidden_BTH, zone_BT, length_B, weight, eps=float(eps)))
-
-    def _norm(self, weight_H: Tensor) -> Any:
-        return self._graph.constant(weight_H, self._graph.dtype)
 
     def _added(self, name: str, *tensors: Any, **attributes: float) -> list[Any]:
         layer = self._graph.network.add_plugin(getattr(self._ops, name)(*tensors, **attributes), aot=True)
@@ -87,11 +79,13 @@ class NativeOps:
         top_RK, index_RK = g.top(logits_RV, min(2, vocab))
         first_R1, index_R1 = g.columns(top_RK, 0, 1), g.columns(index_RK, 0, 1)
         below_RV = self._at_least(MIN_BELOW, g.sub(logits_RV, first_R1))
-        # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability is near 1.
+        # The top-1's own summand is left out: subtracting it from the sum would lose what is left once its probability
+        # is near 1.
         column_1V = g.constant(torch.arange(vocab, dtype=torch.int32)[None], torch.int32)
         exp_RV = g.select(g.equal(column_1V, index_R1), g.scalar(0.0, rank=2), g.exp(below_RV))
         others_R1 = g.sum(exp_RV)
-        # NaN for a row without a distribution, which all that is found of it is added to: its largest logit may hide it.
+        # NaN for a row without a distribution, which all that is found of it is added to: its largest logit may hide
+        # it.
         most = g.scalar(MAX_LOGIT, rank=2)
         is_within_R1 = g.and_(g.greater(first_R1, g.scalar(-MAX_LOGIT, rank=2)), g.greater(most, first_R1))
         is_known_R1 = g.and_(is_within_R1, g.greater(most, others_R1))
@@ -115,29 +109,7 @@ class NativeOps:
         g, bound = self._graph, self._graph.scalar(least, rank=2)
         return g.select(g.greater(bound, x_RX), bound, x_RX)
 
-    def gather_norm(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+    def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
         g = self._graph
         gathered_RH = g.gather(hidden_MH, row_R)
         return gathered_RH, g.rms_norm(g.cast(gathered_RH, torch.float32), weight_H, eps)
-
-    def sparse_gather(self, hidden_BTH: Any, zone_BT: Any, length_B: Any, weight_H: Tensor, eps: float) -> Judged:
-        g = self._graph
-        one_BT = g.add(g.mul(zone_BT, g.integer(0, rank=2)), g.integer(1, rank=2))
-        column_BT, length_B1 = g.cumulative_sum(one_BT, axis=1), g.reshape(length_B, (-1, 1))  # columns count from 1
-        is_gray_BT = g.not_(g.equal(zone_BT, g.integer(TRUSTED, rank=2)))
-        before_last_BT = g.greater(length_B1, column_BT)
-        judged_BT = g.or_(g.and_(before_last_BT, is_gray_BT), g.equal(column_BT, length_B1))
-        judged_BT = g.cast(judged_BT, torch.int32)
-        judged_M, one_M = g.reshape(judged_BT, (-1,)), g.reshape(one_BT, (-1,))
-        one = g.integer(1, rank=1)
-        index_M, upto_M = g.sub(g.cumulative_sum(one_M, axis=0), one), g.cumulative_sum(judged_M, axis=0)
-        # Judged rows go to the front, the others behind them: each place is taken once.
-        count = g.largest(upto_M, axis=0)
-        behind_M = g.add(count, g.sub(index_M, upto_M))
-        place_M = g.select(g.equal(judged_M, one), g.sub(upto_M, one), behind_M)
-        row_M = g.scatter(index_M, place_M, index_M)
-        ends_B = g.cumulative_sum(g.reshape(g.sum(judged_BT), (-1,)), axis=0)
-        start_B1 = g.concat([g.integer(0, rank=1), ends_B], axis=0)
-        hidden_MH = g.reshape(hidden_BTH, (-1, hidden_BTH.shape[2]))
-        _, normed_MH = self.gather_norm(hidden_MH, row_M, weight_H, eps)
-        return Judged(normed_MH, row_M, start_B1)

@@ -1,29 +1,32 @@
 """The TensorRT network of a target or a draft: the engine contract as a strongly typed `INetworkDefinition`.
 
-One step runs T tokens of B rows: writes their keys and values into the cache in place, attends under the mask that it is given,
-gathers R rows of the result, and runs final norm, LM head and top-1 over those alone. Prefill, decoding, ragged verification, trees and
-decoding after a rollback are this one network (`ssv.runtime.engines.contract`).
+One step runs T tokens of B rows: writes their keys and values into the cache in place, attends under the mask that it
+is given, gathers R rows of the result, and runs final norm, LM head and top-1 over those alone. Prefill, decoding,
+ragged verification, trees and decoding after a rollback are this one network (`ssv.runtime.engines.contract`).
 
-Inputs: `input_ids` int32 [B, T]; `first_slot` int32 [B], where in the cache each row's tokens go; `position` int32 [B, T], by which they
-are rotated; `mask` bool [B, T, V], the first V slots of the cache that each token sees: attention looks at so much of the cache and no
-more, its cost follows the context, not max_length; `gather_rows` int32 [R]; for a conditioned draft `features` fp32 [B, T, F]; `keys_0`,
-`values_0`, ... [B, K, S, D], which share memory with the outputs `keys_0_out`, ....
-Outputs: `hidden` fp32 [R, H]; `logits` fp32 [R, V]; `token` int32 [R], its id in the vocabulary; of a target that has a tap, `features`
-fp32 [M, F]; of a draft, `token_prob` and, if it has a scorer, `reject_prob`, fp32 [R].
+Inputs: `input_ids` int32 [B, T]; `first_slot` int32 [B], where in the cache each row's tokens go; `position` int32
+[B, T], by which they are rotated; `mask` bool [B, T, V], the first V slots of the cache that each token sees: attention
+looks at so much of the cache and no more, its cost follows the context, not max_length; `gather_rows` int32 [R]; for a
+conditioned draft `features` fp32 [B, T, F]; `keys_0`, `values_0`, ... [B, K, S, D], which share memory with the outputs
+`keys_0_out`, ....
+Outputs: `hidden` fp32 [R, H]; `logits` fp32 [R, V]; `token` int32 [R], its id in the vocabulary; of a target that has a
+tap, `features` fp32 [M, F]; of a draft, `token_prob` and, if it has a scorer, `reject_prob`, fp32 [R].
 
-What runs in which type. Products, cache and attention: the compute type, fp16 or bf16 (in FP8 engines products multiply FP8). fp32:
-* the residual stream and what is added to it: it carries values of tens of thousands at the first token, at which fp16 has a
-  resolution of 16 and bf16 of 128, and everything small that later layers add would be rounded away;
+What runs in which type. Products, cache and attention: the compute type, fp16 or bf16 (in FP8 engines products multiply
+FP8). fp32:
+* the residual stream and what is added to it: it carries values of tens of thousands at the first token, at which fp16
+  has a resolution of 16 and bf16 of 128, and everything small that later layers add would be rounded away;
 * RMSNorm: squares of such values overflow fp16;
-* rope, with the attention's scale 1 / sqrt(D): rounded once, after both; angles are tables made in fp32, bf16 cannot tell positions 257 and
-  258 apart;
+* rope, with the attention's scale 1 / sqrt(D): rounded once, after both; angles are tables made in fp32, bf16 cannot
+  tell positions 257 and 258 apart;
 * logits once they are multiplied, hence top-1, probability, entropy and scorer: a sum over the vocabulary.
 The softmax of attention is TensorRT's own, which accumulates in fp32.
 
-Shapes: B rows, T tokens, M = B * T, R gathered rows, H hidden, I inputs and O outputs of a linear layer, N query heads, K key/value heads, D head
-dim, P = D / 2, S slots of a cache row, V slots looked at or head rows, F features, L layers.
+Shapes: B rows, T tokens, M = B * T, R gathered rows, H hidden, I inputs and O outputs of a linear layer, N query heads,
+K key/value heads, D head dim, P = D / 2, S slots of a cache row, V slots looked at or head rows, F features, L layers.
 
-The gather with the final norm, and what is read off a draft's logits, are ops of `ssv.plugins`: plugins or layers of TensorRT.
+The gather with the final norm, and what is read off a draft's logits, are ops of `ssv.plugins`: plugins or layers of
+TensorRT.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ from ssv.model.draft import Draft, FeatureTap
 from ssv.model.scorer import Scorer
 from ssv.plugins.contract import NUM_CONFIDENCE
 
-# Tapped hidden states are divided by this before the tap's product and its result multiplied again, both exactly: the sums
-# of what is largest in the residual stream would overflow fp16.
+# Tapped hidden states are divided by this before the tap's product and its result multiplied again, both exactly: the
+# sums of what is largest in the residual stream would overflow fp16.
 _TAP_SCALE = 64.0
 
 
@@ -147,7 +150,8 @@ class _Step:
 
 
 def seen_by_groups(graph: Graph, mask_BTV: Any, groups: int) -> Any:
-    """The mask of all queries of a key/value head, [B, 1, groups * T, V]: the query heads that share it are further queries."""
+    """The mask of all queries of a key/value head, [B, 1, groups * T, V]: the query heads that share it are further
+    queries."""
     return graph.concat([graph.unsqueeze(mask_BTV, (1,))] * groups, axis=2)
 
 
@@ -196,7 +200,8 @@ def _attention(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any) -
     keys, values = step.caches[index]
     keys = graph.update_cache(keys, k_BKTD, step.first_slot_B, f"keys_{index}_out")
     values = graph.update_cache(values, v_BKTD, step.first_slot_B, f"values_{index}_out")
-    # The query heads of one key/value head are taken as further queries of it: TensorRT would copy the whole cache for each of them.
+    # The query heads of one key/value head are taken as further queries of it: TensorRT would copy the whole cache for
+    # each of them.
     q_BKXD = graph.reshape(graph.columns(turned_BXTD, 0, query_heads), (0, kv_heads, -1, dim))
     keys, values = (graph.first_positions(x, step.num_keys) for x in (keys, values))
     attended = graph.attention(q_BKXD, keys, values, step.mask_B1XV)
@@ -227,5 +232,5 @@ def _head(graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, ops: NetworkOp
     """The gathered rows' hidden states, and their logits: the LM head sees no others."""
     norm = decoder.norm
     assert norm.eps is not None
-    hidden_RH, normed_RH = ops.gather_norm(x_MH, step.gather_rows_R, norm.weight, norm.eps)
+    hidden_RH, normed_RH = ops.sparse_gather(x_MH, step.gather_rows_R, norm.weight, norm.eps)
     return hidden_RH, graph.cast(graph.linear(normed_RH, decoder.lm_head), torch.float32)

@@ -1,7 +1,7 @@
 """Tensors in a file instead of memory, at addresses that stay readable.
 
-TensorRT wants the address of every constant until an engine is built, and reads each of them once or twice. Behind read-only maps of
-a file they need no memory in between: what is let go comes back from the file when it is read.
+TensorRT wants the address of every constant until an engine is built, and reads each of them once or twice. Behind
+read-only maps of a file they need no memory in between: what is let go comes back from the file when it is read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Spill:
 
     @contextmanager
     def not_in_memory(self, seconds: float = 0.01) -> Iterator[None]:
-        """Frees, every so often while the block runs, the memory of what has been read from the file; it stays readable."""
+        """Keeps freeing, while the block runs, the memory of what has been read from the file.
+
+        What is freed stays readable. `seconds` lie between two times.
+        """
         done = threading.Event()
         thread = threading.Thread(target=lambda: self._let_go_until(done, seconds), daemon=True)
         thread.start()

@@ -1,8 +1,8 @@
 """Lets a target write its own training conversations.
 
 A draft has to predict what its target says, so its best training text is the target's own. Both sides of a
-conversation are sampled: the user's turns warm, many of them begun with a given opening (without such openings a small target keeps to few
-subjects), the assistant's at a temperature that differs by row from 0 to 1.
+conversation are sampled: the user's turns warm, many of them begun with a given opening (without such openings a small
+target keeps to few subjects), the assistant's at a temperature that differs by row from 0 to 1.
 
 All rows advance in lock-step over one KV cache, so no step needs a mask.
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssv.builder.tokenizer import control_ids
 from ssv.model.decoder import Decoder
+from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 
 
@@ -31,7 +32,8 @@ class ChatPieces:
     """Token ids of the template's text around the turns.
 
     Attributes:
-        before: from the start to the first user turn (with the default system prompt, if the template has one); at least one.
+        before: from the start to the first user turn (with the default system prompt, if the template has one); at
+            least one.
         to_assistant: from the end of the user's turn to where the assistant answers; its first token ends the turn.
         to_user: from the end of the assistant's turn to the start of the user's; begins with `end_of_turn`.
         end_of_turn: what the assistant ends its turn with.
@@ -50,7 +52,7 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         tokenizer: of `transformers`.
 
     Raises:
-        ValueError: the template does not take, or does not write, a user's, an assistant's and another user's turn.
+        UserError: the template does not take, or does not write, a user's, an assistant's and another user's turn.
     """
     first, answer, second = marks = ("<<first>>", "<<second>>", "<<third>>")
     turns = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
@@ -59,18 +61,20 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
         asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # whatever the template's author lets it raise
-        raise ValueError(
+        raise UserError(
             f"the chat template refuses a conversation of user, assistant and user ({error}), which self-written "
-            f"conversations need: {cure}"
+            "conversations need",
+            cure,
         ) from error
     if (
         asked.count(first) != 1
         or any(text.count(mark) != 1 for mark in marks)
         or sorted(marks, key=text.find) != [*marks]
     ):
-        raise ValueError(
-            "the chat template does not write the three turns of a conversation one after the other, which self-written "
-            f"conversations need: {cure}"
+        raise UserError(
+            "the chat template does not write the three turns of a conversation one after the other, which "
+            "self-written conversations need",
+            cure,
         )
     before, to_assistant = asked.split(first)
     to_user = text.partition(answer)[2].partition(second)[0]
@@ -93,9 +97,10 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
     if not pieces["before"]:
         pieces["before"] = [token for token in (tokenizer.bos_token_id, eos) if token is not None][:1]
     if not all(pieces.values()):
-        raise ValueError(
-            "the chat template writes nothing between a user's and an assistant's turn, and the tokenizer has no end of "
-            f"sequence, so that self-written conversations have no end of a turn: {cure}"
+        raise UserError(
+            "the chat template writes nothing between a user's and an assistant's turn, and the tokenizer has no end "
+            "of sequence, so that self-written conversations have no end of a turn",
+            cure,
         )
     return ChatPieces(**pieces, end_of_turn=pieces["to_user"][0])
 
@@ -164,7 +169,8 @@ def write_conversations(
         user_temperature: lower than 1 keeps small models on a subject.
         greedy: all assistant turns at temperature 0, as for fitting a scorer to greedy decoding.
         opening_share: share of the user turns that begin with an opening.
-        cut_share: share of those that get only its first tokens, a random number of them: the target goes on differently.
+        cut_share: share of those that get only its first tokens, a random number of them: the target goes on
+            differently.
         max_user_tokens: a longer user turn is ended, small models ramble.
 
     Returns:

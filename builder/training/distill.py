@@ -1,25 +1,23 @@
 """Trains a draft to predict what its target says.
 
-The label is the target's distribution, restricted to the tokens that the draft's LM head covers. A conditioned draft is trained
-several of its own steps deep (training-time test of EAGLE-3): pass 0 sees the target's features everywhere,
-pass k sees features only up to k tokens before, and its own hidden states since, as it will when it drafts k + 1 tokens.
+The label is the target's distribution, restricted to the tokens that the draft's LM head covers. A conditioned draft is
+trained several of its own steps deep (`ssv.builder.training.passes`).
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows of the draft.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssv.builder.config import DistillConfig
 from ssv.builder.training.corpus import ChatPieces, Conversations
+from ssv.builder.training.passes import CausalAttend, draft_passes, judged, share_agreed, view_target
 from ssv.builder.training.work import (
     Windows,
     claim,
@@ -33,6 +31,7 @@ from ssv.builder.training.work import (
 )
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
+from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
 
@@ -63,7 +62,8 @@ def distill(
 ) -> DistillResult:
     """Writes a corpus, trains a draft on it and measures it.
 
-    Everything is kept in `work`: run again after an interruption, it goes on from the last shard and the last checkpoint.
+    Everything is kept in `work`: run again after an interruption, it goes on from the last shard and the last
+    checkpoint.
 
     Args:
         target: the target's network on the device to train on; in bf16 on CUDA.
@@ -72,7 +72,7 @@ def distill(
         weights_sha256: of the target's checkpoint: state that was made from another is not gone on from.
 
     Raises:
-        ValueError: `work` holds the state of another distillation, or the draft to start from has another shape.
+        UserError: `work` holds the state of another distillation, or the draft to start from has another shape.
         OSError: no room for what has to be kept.
         CheckpointError: the draft to start from is damaged or made for another target.
     """
@@ -92,151 +92,19 @@ def distill(
     )
 
 
-class CausalAttend:
-    """Attention within whole windows, one after the other in the flattened tokens."""
-
-    def __init__(self, batch_rows: int) -> None:
-        self.batch_rows = batch_rows
-
-    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        q, k, v = (x.view(self.batch_rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q_MND, k_MKD, v_MKD))
-        return self.attend(q, k, v).transpose(1, 2).reshape(q_MND.shape[0], -1)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-class PassAttend(CausalAttend):
-    """The same for the one layer of a conditioned draft, pass after pass.
-
-    Pass k's query at position i sees the keys of pass 0 up to i - k, and of each pass j in between the one at i - k + j.
-    """
-
-    def __init__(self, batch_rows: int) -> None:
-        super().__init__(batch_rows)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        depth = len(self.keys)
-        self.keys.append(k)
-        self.values.append(v)
-        if depth == 0:
-            return super().attend(q, k, v)
-        mask = _pass_mask(q.shape[2], depth, q.device)
-        groups = q.shape[1] // k.shape[1]
-        # Repeated, not enable_gqa: with a mask that has no fused kernel on CUDA.
-        keys, values = (torch.cat(x, dim=2).repeat_interleave(groups, dim=1) for x in (self.keys, self.values))
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-
-def _pass_mask(num_tokens: int, depth: int, device: torch.device) -> Tensor:
-    query = torch.arange(num_tokens, device=device)[:, None]
-    key = torch.arange(num_tokens, device=device)[None, :]
-    # The first key stays visible to queries too early in the window to have any: softmax over nothing is NaN,
-    # and those positions carry no loss.
-    masks = [(key <= query - depth) | ((query < depth) & (key == 0))]
-    masks += [key == query - depth + j for j in range(1, depth + 1)]
-    return torch.cat(masks, dim=1)
-
-
-@dataclass(frozen=True, slots=True)
-class TargetView:
-    """What the target says of a batch of windows.
-
-    Attributes:
-        features_MX: [M, X] the tapped hidden states joined, not yet projected; None for a standalone draft.
-        argmax_BT: the token that the target would choose after each token.
-        logits_BTU: over its whole vocabulary.
-    """
-
-    features_MX: Tensor | None
-    argmax_BT: Tensor
-    logits_BTU: Tensor
-
-    def gap(self, token_BT: Tensor, rows: slice) -> Tensor:
-        """By how many nats the target prefers its own choice to the given tokens, after the given rows of tokens."""
-        logits_BTU = self.logits_BTU[:, rows]
-        chosen_BT = logits_BTU.gather(2, token_BT[:, :, None])[:, :, 0]
-        return (logits_BTU.amax(dim=-1) - chosen_BT).float()
-
-
-@torch.no_grad()
-def view_target(target: Decoder, draft: Draft, tokens_BT: Tensor) -> TargetView:
-    """Runs the target over whole windows."""
-    rows, length = tokens_BT.shape
-    position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
-    hidden_MH, features_MX = target.run_layers(
-        target.embed(tokens_BT.flatten()), position_M, CausalAttend(rows), draft.spec.feature_layers
-    )
-    logits_BTU = target.logits(hidden_MH).view(rows, length, -1)
-    return TargetView(features_MX, logits_BTU.argmax(-1), logits_BTU)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftPass:
-    """One pass of the draft over a batch of windows.
-
-    Attributes:
-        hidden_BTH: the draft's hidden states.
-        logits_BTV: over its head tokens.
-        shift: the row at t is about the token after t + shift.
-        first: rows before this one had no chance to see what they would when drafting.
-    """
-
-    hidden_BTH: Tensor
-    logits_BTV: Tensor
-    shift: int
-    first: int
-
-
-def draft_passes(draft: Draft, tokens_BT: Tensor, view: TargetView, depth: int) -> Iterator[DraftPass]:
-    """Runs the draft over whole windows: a standalone one once, a conditioned one `depth` times (see the module's head)."""
-    rows, length = tokens_BT.shape
-    if draft.tap is None:
-        position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
-        hidden = draft.run_layers(tokens_BT.flatten(), None, position_M, CausalAttend(rows))
-        yield DraftPass(hidden.view(rows, length, -1), draft.logits(hidden).view(rows, length, -1), shift=0, first=0)
-        return
-    # Entry i joins token i + 1 with the features of token i, and predicts token i + 2.
-    assert view.features_MX is not None
-    entries = length - 1
-    input_M = tokens_BT[:, 1:].flatten()
-    position_M = torch.arange(entries, device=tokens_BT.device).repeat(rows)
-    features_BTF = draft.tap.project(view.features_MX).view(rows, length, -1)[:, :entries]
-    attend = PassAttend(rows)
-    for k in range(depth):
-        hidden = draft.run_layers(input_M, features_BTF.flatten(0, 1), position_M, attend)
-        hidden_BTH = hidden.view(rows, entries, -1)
-        yield DraftPass(hidden_BTH, draft.logits(hidden).view(rows, entries, -1), shift=1, first=k)
-        features_BTF = F.pad(hidden_BTH[:, :-1], (0, 0, 1, 0))
-
-
-def judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple[slice, Tensor]:
-    """The target rows that a pass's rows are about, and which of them count: those after which the assistant speaks."""
-    length = is_assistant_BT.shape[1]
-    rows = slice(step.shift, step.shift + step.logits_BTV.shape[1])
-    speaks = torch.zeros_like(is_assistant_BT)
-    speaks[:, : length - 1] = is_assistant_BT[:, 1:]
-    counts = speaks[:, rows].clone()
-    counts[:, : step.first] = False
-    return rows, counts
-
-
 class SoftCrossEntropy(torch.autograd.Function):
     """Cross-entropy of each row to a distribution.
 
-    Written out because at some ten thousand rows of as many logits training is bound by memory traffic: this keeps one tensor of
-    the logits' dtype and makes the gradient in place, where autograd would keep several in fp32.
+    Written out because at some ten thousand rows of as many logits training is bound by memory traffic: this keeps one
+    tensor of the logits' dtype and makes the gradient in place, where autograd would keep several in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, label: Tensor) -> Tensor:
-        """Args:
-            logits, label: [..., V], label normalised.
+        """The loss of each row, fp32 [...].
 
-        Returns:
-            fp32 [...].
+        Args:
+            logits, label: [..., V], label normalised.
         """
         log_p = logits.log_softmax(-1, dtype=logits.dtype)  # autocast would make it fp32
         ctx.save_for_backward(log_p, label)
@@ -256,10 +124,10 @@ _START_TOKENS = 500_000
 def fit_start(target: Decoder, draft: Draft, tokens_BT: Tensor, rows: int = 16, ridge: float = 1e-2) -> float:
     """Starts a conditioned draft so that its layer, a copy of the target's last, is given about what it knows.
 
-    Sets the join to the least-squares estimate of how the highest tapped features change from one token to the next, from
-    the embedding of the latter and the features of the former. With a join of zero the draft starts as a predictor of the
-    token that it has just been given, and training spends long on undoing that. The tap is left as it is, so that the
-    draft's own hidden state, the features of its further steps, is in the same space as the target's.
+    Sets the join to the least-squares estimate of how the highest tapped features change from one token to the next,
+    from the embedding of the latter and the features of the former. With a join of zero the draft starts as a predictor
+    of the token that it has just been given, and training spends long on undoing that. The tap is left as it is, so
+    that the draft's own hidden state, the features of its further steps, is in the same space as the target's.
 
     Args:
         rows: windows of one pass of the target.
@@ -347,7 +215,7 @@ class _Trainer:
                 loss_BT = SoftCrossEntropy.apply(step.logits_BTV, label_BTV[:, rows])
                 loss = (loss_BT * weight_BT).sum() / weight_BT.sum().clamp(min=1)
                 total = total + config.depth_decay**k * loss
-                agreement.append(_agreement(self.draft, step, view, rows, counts))
+                agreement.append(share_agreed(self.draft, step, view, rows, counts))
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for optimizer in self.optimizers:
@@ -370,7 +238,7 @@ def _earlier(target: Decoder, config: DistillConfig) -> Draft | None:
         return None
     draft, wanted = load_draft(config.start_from, target), _spec(target, config).to_dict()
     if differ := [name for name, value in draft.spec.to_dict().items() if value != wanted[name]]:
-        raise ValueError(f"{config.start_from} has another {' and '.join(differ)} than the recipe asks for")
+        raise UserError(f"{config.start_from} has another {' and '.join(differ)} than the recipe asks for")
     return draft.to(target.embed.weight.device).requires_grad_()
 
 
@@ -379,14 +247,9 @@ def _untrained(target: Decoder, config: DistillConfig, windows: Windows) -> Draf
     return start_from_target(_spec(target, config), target, tuple(config.layers), head).float()
 
 
-def _agreement(draft: Draft, step: DraftPass, view: TargetView, rows: slice, counts: Tensor) -> Tensor:
-    agrees = draft.token_ids[step.logits_BTV.argmax(-1)] == view.argmax_BT[:, rows]
-    return (agrees & counts).sum() / counts.sum().clamp(min=1)
-
-
 @torch.no_grad()
 def measure_agreement(target: Decoder, draft: Draft, data: Conversations, config: DistillConfig) -> list[float]:
-    """Share of the assistant's tokens where the draft's argmax is the target's, by depth, over all windows of `data`."""
+    """Share of the assistant's tokens, by depth, where the draft's argmax is the target's, over all of `data`."""
     device = target.embed.weight.device
     sums: list[Tensor] = []
     for start in range(0, len(data.tokens), config.batch_rows):
@@ -395,6 +258,6 @@ def measure_agreement(target: Decoder, draft: Draft, data: Conversations, config
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             view = view_target(target, draft, tokens_BT)
             steps = draft_passes(draft, tokens_BT, view, config.depth)
-            per_depth = [_agreement(draft, step, view, *judged(step, view, is_assistant_BT)) for step in steps]
+            per_depth = [share_agreed(draft, step, view, *judged(step, view, is_assistant_BT)) for step in steps]
         sums.append(torch.stack(per_depth))
     return [float(x) for x in torch.stack(sums).mean(dim=0)]

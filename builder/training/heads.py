@@ -1,7 +1,8 @@
-"""Trains Medusa's heads (Cai et al. 2024, arXiv:2401.10774) on what their target writes; the target stays as it is (Medusa-1).
+"""Trains Medusa's heads (Cai et al. 2024, arXiv:2401.10774) on what their target writes; the target stays as it is
+(Medusa-1).
 
-The label of a head is the target's distribution at the place that it guesses, along the text that was written, restricted to the tokens that
-the LM head covers.
+The label of a head is the target's distribution at the place that it guesses, along the text that was written,
+restricted to the tokens that the LM head covers.
 
 Shapes: B rows, T tokens of a training window, M = B * T, H hidden, U vocabulary of the target, V LM head rows.
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from ssv.builder.config import HeadsConfig
 from ssv.builder.training.corpus import ChatPieces, Conversations
-from ssv.builder.training.distill import CausalAttend, SoftCrossEntropy
+from ssv.builder.training.distill import SoftCrossEntropy
+from ssv.builder.training.passes import CausalAttend
 from ssv.builder.training.work import (
     Windows,
     claim,
@@ -61,7 +63,10 @@ def distill_heads(
     *,
     weights_sha256: str,
 ) -> HeadsResult:
-    """Writes a corpus, trains heads on it and measures them; arguments, what is kept in `work`, and errors as for `distill`."""
+    """Writes a corpus, trains heads on it and measures them.
+
+    Arguments, what is kept in `work`, and errors are those of `distill`.
+    """
     work.mkdir(parents=True, exist_ok=True)
     source = {"heads": True, "target": weights_sha256, "text": [asdict(pieces), openings], **training_source(config)}
     claim(work, source)

@@ -1,11 +1,12 @@
 """Quantizes a target or a draft with NVIDIA ModelOpt, and writes the result as ModelOpt's unified checkpoint.
 
-FP8 (`FP8_DEFAULT_CFG`) finds a scale for the inputs of each layer; INT4 (`INT4_AWQ_CFG`, Lin et al. 2023, arXiv:2306.00978) finds the factor
-by which each input channel is multiplied before its weights are rounded. Factors of inputs that a norm makes go into the norm,
-so only the attention's output and the MLP's inner product keep one (`pre_quant_scale`), as in ModelOpt's own export.
+FP8 (`FP8_DEFAULT_CFG`) finds a scale for the inputs of each layer; INT4 (`INT4_AWQ_CFG`, Lin et al. 2023,
+arXiv:2306.00978) finds the factor by which each input channel is multiplied before its weights are rounded. Factors of
+inputs that a norm makes go into the norm, so only the attention's output and the MLP's inner product keep one
+(`pre_quant_scale`), as in ModelOpt's own export.
 
-What is quantized is our own network, of which query, key and value are one layer, and gate and up: layers that share an input then share
-its scale or factor, where ModelOpt's export has to find a common one afterwards and loses by it.
+What is quantized is our own network, of which query, key and value are one layer, and gate and up: layers that share an
+input then share its scale or factor, where ModelOpt's export has to find a common one afterwards and loses by it.
 """
 
 from __future__ import annotations
@@ -13,28 +14,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssv.builder.training.distill import CausalAttend, draft_passes, view_target
+from ssv.builder.training.passes import CausalAttend, draft_passes, view_target
 from ssv.model.checkpoint import CheckpointError, Weights, hf_config
 from ssv.model.decoder import Decoder, hf_names
 from ssv.model.draft import Draft, write_draft
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.model.unified import CONFIG_NAME, quantization_document
-from ssv.support.files import save_whole
+from ssv.support.errors import UserError
+from ssv.support.files import save_whole, write_json
+from ssv.support.precisions import QuantizedPrecision
 
-QuantizedPrecision = Literal["fp8", "int4"]
 
-
-class QuantizeError(RuntimeError):
+class QuantizeError(UserError):
     """A model that cannot be quantized as asked; the message says why and what to do."""
 
 
@@ -51,7 +51,8 @@ def quantize_target(
     Args:
         target: fp32; on CUDA this takes seconds, on a CPU INT4 takes some 50 ms a token of a model of 135 M.
         tokens_BT: int64, text to calibrate on.
-        group_size: input channels that share an INT4 scale; None for the largest of 128, 64 and 32 that divides every layer's inputs.
+        group_size: input channels that share an INT4 scale; None for the largest of 128, 64 and 32 that divides every
+            layer's inputs.
         lm_head: quantize the LM head too.
 
     Raises:
@@ -80,8 +81,10 @@ def quantize_target(
 def quantize_draft(
     draft: Draft, target: Decoder, tokens_BT: Tensor, precision: QuantizedPrecision, *, group_size: int | None = None
 ) -> Draft:
-    """A quantized copy of a draft; arguments as for `quantize_target`. Its LM head is the target's and stays as it is, and so does the
-    tap, which runs with the target."""
+    """A quantized copy of a draft; arguments as for `quantize_target`.
+
+    Its LM head is the target's and stays as it is, and so does the tap, which runs with the target.
+    """
     student = copy.deepcopy(draft)
     view = view_target(target, draft, tokens_BT.to(target.embed.weight.device))
 
@@ -122,15 +125,18 @@ def save_quantized_target(
     try:
         folder.mkdir(parents=True)
         save_tokenizer(folder)
-        (folder / CONFIG_NAME).write_text(json.dumps(document.nested, indent=1) + "\n")
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_json(folder / CONFIG_NAME, document.nested)
+        write_json(folder / "config.json", config)
         save_whole(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except FileExistsError as error:
-        raise CheckpointError(f"{folder} exists: choose another folder") from error
+        raise CheckpointError(f"{folder} exists", "choose another folder") from error
 
 
 def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None:
-    """Writes a quantized draft: one safetensors file, as `ssv.model.draft.save_draft`, with ModelOpt's tensors for quantized layers."""
+    """Writes a quantized draft: one safetensors file, as `ssv.model.draft.save_draft` does.
+
+    Quantized layers have ModelOpt's tensors in it.
+    """
     layers = {name: part for name, part in student.named_modules() if isinstance(part, QuantizedLinear)}
     state = {
         name: value.to(dtype if value.is_floating_point() else torch.int32)
@@ -144,7 +150,10 @@ def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None
 
 
 def unified_weights(student: Decoder, dtype: torch.dtype) -> Weights:
-    """All tensors of a quantized target under Hugging Face names; what is not quantized, and the factors of inputs, in a type."""
+    """All tensors of a quantized target under Hugging Face names.
+
+    What is not quantized, and the factors of inputs, are in `dtype`.
+    """
     weights = {"model.embed_tokens.weight": student.embed.weight.to(dtype)}
     for module, parts in hf_names(student.spec).items():
         if module == "lm_head" and _is_plain(student.lm_head) and student.spec.tie_embeddings:
@@ -265,7 +274,7 @@ def _modelopt() -> Iterator[tuple[ModuleType, ModuleType]]:
             yield mtq, quant_utils
     except ImportError as error:
         raise QuantizeError(
-            f"NVIDIA ModelOpt is not installed ({error}): pip install nvidia-modelopt==0.47.0"
+            f"NVIDIA ModelOpt is not installed ({error})", "pip install nvidia-modelopt==0.47.0"
         ) from error
 
 
@@ -275,14 +284,14 @@ def _group_size(wanted: int | None, linears: dict[str, nn.Linear]) -> int:
         wanted = next((size for size in (128, 64, 32) if all(n % size == 0 for n in sizes.values())), 0)
         if not wanted:
             raise QuantizeError(
-                f"no group size of 128, 64 or 32 divides every layer's inputs {sorted(set(sizes.values()))}: use fp8"
+                f"no group size of 128, 64 or 32 divides every layer's inputs {sorted(set(sizes.values()))}", "use fp8"
             )
     if bad := [name for name, n in sizes.items() if n % wanted]:
         raise QuantizeError(
-            f"group size {wanted} does not divide the {sizes[bad[0]]} inputs of {bad[0]}: choose a smaller one"
+            f"group size {wanted} does not divide the {sizes[bad[0]]} inputs of {bad[0]}", "choose a smaller one"
         )
     if odd := [name for name, linear in linears.items() if linear.out_features % 2]:
-        raise QuantizeError(f"{odd[0]} has an odd number of outputs, INT4 packs them in pairs: use fp8")
+        raise QuantizeError(f"{odd[0]} has an odd number of outputs, INT4 packs them in pairs", "use fp8")
     return wanted
 
 

@@ -1,8 +1,10 @@
-"""From a model on disk to its quantized checkpoint on disk: reads, finds text to calibrate on, quantizes, trains if asked, writes."""
+"""From a model on disk to its quantized checkpoint on disk.
+
+Reads the model, finds text to calibrate on, quantizes, trains if asked to, and writes.
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from ssv.bundle.manifest import MANIFEST_NAME
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft
+from ssv.support.files import whole
 from ssv.support.progress import Report
 from ssv.support.prompts import read_prompts
 
@@ -44,9 +47,9 @@ def quantize(
         QuantizeError: see `ssv.builder.training.quantize`.
     """
     if out.exists():
-        raise CheckpointError(f"{out} exists: choose another place")
+        raise CheckpointError(f"{out} exists", "choose another place")
     if config.role == "draft" and draft_file is None:
-        raise CheckpointError("there is no draft beside a plain checkpoint: give a bundle")
+        raise CheckpointError("there is no draft beside a plain checkpoint", "give a bundle")
     stage = f"quantize {config.role} {config.precision}"
     decoder = target.on(device, torch.float32)
     tokens_BT = calibration_tokens(target, decoder, config)
@@ -76,7 +79,10 @@ def quantize(
 
 
 def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig) -> Tensor:
-    """Text to calibrate on, int64 [B, T]: the user's prompts in the model's chat template, or what the target writes itself."""
+    """Text to calibrate on, int64 [B, T].
+
+    It is the user's prompts in the model's chat template, or what the target writes itself.
+    """
     if config.prompts_file is None:
         rows = -(-config.tokens // WINDOW)
         openings = openings_of(config.openings_file, target)
@@ -89,21 +95,10 @@ def calibration_tokens(target: Target, decoder: Decoder, config: QuantizeConfig)
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A place beside `out` that becomes it when the block succeeds and vanishes when it does not."""
-    part = out.with_name(f".{out.name}.part")
+    """See `ssv.support.files.whole`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)
-        yield part
-        part.replace(out)
+        with whole(out) as part:
+            yield part
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror}): choose another place") from error
-    finally:
-        _remove(part)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        raise CheckpointError(f"{out} cannot be written ({error.strerror})", "choose another place") from error

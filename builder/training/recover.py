@@ -1,8 +1,9 @@
 """Wins back what quantizing cost: trains a quantized target to say what the original says.
 
-Quantization-aware distillation (Liu et al. 2023, LLM-QAT, arXiv:2305.17888): the weights behind the rounded ones, their scales and the norms are trained through
-the rounding (straight-through; for INT4 with learned steps, Esser et al. 2020, LSQ, arXiv:1902.08153) on the KL divergence to the original's
-distribution, over text that the original writes itself. What comes out has the same tensors as before.
+Quantization-aware distillation (Liu et al. 2023, LLM-QAT, arXiv:2305.17888): the weights behind the rounded ones, their
+scales and the norms are trained through the rounding (straight-through; for INT4 with learned steps, Esser et al. 2020,
+LSQ, arXiv:1902.08153) on the KL divergence to the original's distribution, over text that the original writes itself.
+What comes out has the same tensors as before.
 
 Shapes: B rows, T tokens of a window, M = B * T, O outputs, I inputs, G groups, V vocab.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssv.builder.training.corpus import ChatPieces, write_conversations
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.model.decoder import Decoder
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, to_fp8
 from ssv.support.progress import Report
@@ -172,8 +173,10 @@ class _TrainableFp8(nn.Module):
 
 @torch.no_grad()
 def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _TrainableAwq | _TrainableFp8]:
-    """Puts trainable layers in place of the quantized ones; they start from the original's weights, with the inputs' factors that have
-    gone into the norms taken out."""
+    """Puts trainable layers in place of the quantized ones.
+
+    They start from the original's weights, without the inputs' factors that have gone into the norms.
+    """
     trained.requires_grad_(False)
     ratios: dict[str, Tensor] = {}
     for index, (mine, theirs) in enumerate(zip(trained.blocks(), original.blocks(), strict=True)):

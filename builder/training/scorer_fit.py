@@ -1,7 +1,7 @@
 """Fits the criticality scorer: which of the draft's tokens would the target reject?
 
-The samples are the draft's own proposals along text that the target wrote greedily, several steps deep, as long as every step
-before was right: what the draft meets when it drafts.
+The samples are the draft's own proposals along text that the target wrote greedily, several steps deep, as long as
+every step before was right: what the draft meets when it drafts.
 
 Shapes: N samples, F features, B rows, T tokens, H hidden, V draft vocab.
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ssv.builder.config import ScorerConfig
 from ssv.builder.training.corpus import Conversations
-from ssv.builder.training.distill import draft_passes, judged, view_target
+from ssv.builder.training.passes import draft_passes, judged, view_target
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.scorer import CONFIDENCE_FEATURES, Scorer
 from ssv.plugins.reference import confidence, normalized
+from ssv.support.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +106,16 @@ def _window_samples(
 def fit_scorer(samples: Samples, config: ScorerConfig) -> tuple[Scorer, ScorerReport]:
     """Logistic regression on a part of the samples, measured on the rest.
 
-    Samples keep the order of their conversations and the split is by position, so that no conversation is on both sides.
+    Samples keep the order of their conversations and the split is by position, so that no conversation is on both
+    sides.
 
     Raises:
-        ValueError: too few samples, or all with the same label.
+        UserError: too few samples, or all with the same label.
     """
     num = len(samples.rejected_N)
     num_fit = int(num * (1 - config.held_out_share))
     if num_fit < 10 or num - num_fit < 10 or len(samples.rejected_N.unique()) < 2:
-        raise ValueError(f"{num} samples cannot be fitted: they need both labels and a number of each")
+        raise UserError(f"{num} samples cannot be fitted: they need both labels and a number of each")
     features_NF = samples.features_NF if config.use_hidden else samples.features_NF[:, -len(CONFIDENCE_FEATURES) :]
     mean_F = features_NF[:num_fit].mean(dim=0)
     scale_F = features_NF[:num_fit].std(dim=0).clamp(min=1e-6)

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from ssv.builder.config import TrainingConfig
 from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
-from ssv.bundle.manifest import digest, file_entry, write_whole
+from ssv.bundle.manifest import digest, file_entry
 from ssv.model.decoder import Decoder
-from ssv.support.files import save_whole
+from ssv.support.errors import UserError
+from ssv.support.files import save_whole, write_json
 from ssv.support.progress import Report
 
 _FILES = ("openings_file", "start_from")
 
 
 def training_source(config: TrainingConfig) -> dict[str, Any]:
-    """What of a configuration changes what is trained, files by their content: two that give the same give the same here."""
+    """The settings that change what is trained, with the content of files: equal ones train the same."""
     files = {name: getattr(config, name) for name in _FILES if name in type(config).model_fields}
     return {
         **config.model_dump(mode="json", exclude={*files, "checkpoint_every"}),
@@ -39,7 +40,7 @@ def claim(work: Path, source: dict[str, Any]) -> None:
     """Notes what a folder is for.
 
     Raises:
-        ValueError: it holds the state of something else.
+        UserError: it holds the state of something else.
     """
     path, stamp = work / "distill.json", {"source": digest([json.dumps(source, sort_keys=True)])}
     if path.exists():
@@ -48,24 +49,27 @@ def claim(work: Path, source: dict[str, Any]) -> None:
         except ValueError:  # torn by a power cut
             same = False
         if not same:
-            raise ValueError(f"{work} holds the state of another distillation: choose another folder or remove it")
+            raise UserError(f"{work} holds the state of another distillation", "choose another folder or remove it")
         return
-    write_whole(path, json.dumps(stamp, indent=1) + "\n")
+    write_json(path, stamp)
 
 
 def require_room(work: Path, config: TrainingConfig) -> None:
-    """Refuses a disk that the corpus would fill: at 5 bytes a token, one shard more than asked for, less what is there.
+    """Refuses a disk that the corpus would fill.
+
+    A token takes 5 bytes. One shard more than asked for may be written, and what is there already takes no more room.
 
     Raises:
-        OSError: naming how much is missing.
+        UserError: naming how much is missing.
     """
     there = sum(path.stat().st_size for path in work.glob("corpus-*.safetensors"))
     needed = 5 * num_shards(config) * config.rows * config.window - there
     free = shutil.disk_usage(work).free
     if needed > free:
-        raise OSError(
-            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB more: choose a place with "
-            "more room, or fewer tokens"
+        raise UserError(
+            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB "
+            "more",
+            "choose a place with more room, or fewer tokens",
         )
 
 
@@ -102,8 +106,11 @@ class Windows:
         self.num_steps = max(1, self._count * config.epochs // config.batch_rows)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and whether the assistant wrote them, both [B, T]: a fixed permutation per epoch, so that a restarted run goes on with the
-        windows that it has not seen."""
+        """Tokens and whether the assistant wrote them, both [B, T].
+
+        The order is a fixed permutation per epoch, so that a restarted run goes on with the windows that it has not
+        seen.
+        """
         batch_rows, rows = self._config.batch_rows, self._config.rows
         epoch, index = divmod(step, max(1, self._count // batch_rows))
         order = torch.randperm(self._count, generator=torch.Generator().manual_seed(self._config.seed + epoch))
@@ -139,9 +146,9 @@ def learning_rate(config: TrainingConfig, step: int, num_steps: int) -> float:
 def make_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices, AdamW for the norms and biases; one learning rate serves both.
 
-    The residual stream that a draft takes over from its target has values of some tens, so matrices have far to go: a draft of
-    SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200 steps AdamW at
-    8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
+    The residual stream that a draft takes over from its target has values of some tens, so matrices have far to go: a
+    draft of SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200
+    steps AdamW at 8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim == 2], [p for p in trained if p.ndim < 2]

@@ -313,7 +313,8 @@ INLINE long insert(Ranked *best, long held, long count, double score, int32_t co
     return held < count ? held + 1 : count;
 }
 
-/* The columns that a row chooses first, second and so on, and the share of e to the score that each has. */
+/* The columns that a row chooses first, second and so on, and the share of e to the score that each has. What top-k and top-p leave out
+ * counts without noise: another model may keep it. */
 MULTIVERSION
 static void rank_columns(const Row *r, long count, int32_t *out, float *share) {
     Ranked best[MOST_RANKED];
@@ -335,17 +336,20 @@ static void rank_columns(const Row *r, long count, int32_t *out, float *share) {
         for (long k = 0; k < held; k++) out[k] = best[k].column, share[k] = (float)(exp(best[k].score) / total);
         return;
     }
-    if (!r->top_k && r->top_p >= 1.0f) {
-        for (long i = 0; i < r->vocab; i++) room.candidate[i] = (Candidate){r->logits[i], 0.0f, (int32_t)i};
+    int keeps_all = !r->top_k && r->top_p >= 1.0f;
+    long kept = keeps_all ? r->vocab : filter(r, largest);
+    if (!keeps_all) {
+        Row plain = *r;
+        plain.temperature = 1.0f;
+        total = weigh(&plain, largest, room.weight);
     }
-    long kept = !r->top_k && r->top_p >= 1.0f ? r->vocab : filter(r, largest);
     for (long i = 0; i < kept; i++) {
-        long column = room.candidate[i].column;
-        float distance = (room.candidate[i].logit - largest) / r->temperature;
-        double score = distance + gumbel(word_of(r, r->tokens ? r->tokens[column] : column));
+        int32_t column = keeps_all ? (int32_t)i : room.candidate[i].column;
+        float distance = (r->logits[column] - largest) / r->temperature;
         if (!(distance > -INFINITY)) continue;
-        held = insert(best, held, count, score, (int32_t)column);
-        total += exp(score * r->temperature);
+        double score = distance + gumbel(word_of(r, r->tokens ? r->tokens[column] : column));
+        held = insert(best, held, count, score, column);
+        total += exp(score * r->temperature) - (keeps_all ? 0.0 : room.weight[column]);
     }
     for (long k = 0; k < held; k++) out[k] = best[k].column, share[k] = (float)(exp(best[k].score * r->temperature) / total);
 }

@@ -10,3 +10,17 @@ def choose(
     rows: int,
     vocab: int,
 ) -> None: ...
+def rank(
+    logits: int,
+    tokens: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    seed: int,
+    position: int,
+    out: int,
+    share: int,
+    rows: int,
+    vocab: int,
+    count: int,
+) -> None: ...

@@ -16,7 +16,8 @@ class Audit:
     """Emitted tokens that the target, given the same prefix, would not have chosen greedily.
 
     Attributes:
-        strict: any other argmax. `margin`: only where it prefers its argmax by more than 1 nat, which leaves near-ties out.
+        strict: any other argmax. `margin`: only where it prefers its argmax by more than 1 nat, which leaves near-ties
+            out.
     """
 
     strict: int

@@ -1,71 +1,67 @@
-"""What steps cost here, and what of a draft is worth its cost.
+"""What of a draft is worth its cost, by what steps cost here.
 
-Drafting pays if it raises the tokens per second. A tree whose nodes survive with probabilities s gives 1 + sum s tokens a round; the round
-costs its draft steps and one pass over 1 + nodes tokens. Something more is worth it if its tokens over its seconds are more than the
-whole's so far.
+Drafting pays if it raises the tokens per second. A tree whose nodes survive with probabilities s gives 1 + sum s tokens
+a round; the round costs its draft steps and one pass over 1 + nodes tokens. Something more is worth it if its tokens
+over its seconds are more than the whole's so far.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 
+import torch
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Seconds of a step by its tokens, measured at some sizes, a straight line between them and on from the last two.
+from ssv.bundle.profile import Costs, Curve
+from ssv.runtime.decode.sampling import Sampling, ranked
+from ssv.runtime.engines.contract import Engine, StepOutput
 
-    Attributes:
-        tokens: ascending.
-        seconds: of each, not falling.
-    """
+FIRST_GUESSES = (0.26, 0.45, 0.67, 0.9, 0.99)
+"""What a first guess may turn out to be worth before it is drafted, each as likely as the others: shares of the demo's
+draft, corrected, on its calibration prompts, in fifths."""
 
-    tokens: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def at(self, tokens: float) -> float:
-        i = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
-        t0, t1 = self.tokens[i - 1], self.tokens[i]
-        s0, s1 = self.seconds[i - 1], self.seconds[i]
-        return s0 + (s1 - s0) * (tokens - t0) / (t1 - t0)
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What steps of a target and its draft cost.
-
-    Attributes:
-        target: seconds of a pass by its tokens, all rows together.
-        draft: seconds of a draft step, everything around it included.
-    """
-
-    target: Curve
-    draft: Curve
-
-    def prices(self, num_rows: int) -> Prices:
-        """For rounds of so many rows."""
-        return Prices(self, num_rows)
-
-
-FIRST_GUESS = 0.7
-"""What is taken for the share of a node's first child before it is drafted: about what a draft's first guess is worth."""
+MOST_TEXT = 4
+"""Tokens of its text that a row is priced at in a first draft step, at the most: about what it catches up with if it
+drafts in every round. A row that has not drafted for long would never find it worth to catch up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What is worth drafting and verifying, for one of the rows that share a round, each of which is taken to do as this one does."""
+    """What is worth drafting and verifying, for one of the rows that share a round, each taken to do as this one does.
+
+    Attributes:
+        sharing: rows that share a draft step; the others need none, or no further one.
+    """
 
     costs: Costs
     num_rows: int
+    sharing: int = 1
 
     def _pass(self, nodes: int) -> float:
         """A row's part of a pass over root and nodes."""
         return self.costs.target.at(self.num_rows * (1 + nodes)) / self.num_rows
 
-    def of_draft(self, width: int) -> float:
-        """A row's part of a draft step of so many nodes of each row."""
-        return self.costs.draft.at(self.num_rows * width) / self.num_rows
+    def of_draft(self, width: float) -> float:
+        """A row's part of a draft step of so many tokens of each."""
+        return self.costs.draft.at(self.sharing * width) / self.sharing
+
+    def worth_beginning(self, text_tokens: Sequence[int]) -> bool:
+        """Whether rows shall draft at all: together, as the step that begins a draft costs little more for all than for
+        one.
+
+        Args:
+            text_tokens: of each of them, tokens of the text that the draft has not seen, which that step runs.
+        """
+        rate, further = 1 / self._pass(0), self._pass(1) - self._pass(0)
+        taken_in = sum(min(count, MOST_TEXT) - 1 for count in text_tokens)
+        step = self.costs.draft.at(len(text_tokens)) + self.costs.text * taken_in
+        return len(text_tokens) * _hoped(1.0, rate * further) > rate * step
 
     def worth_verifying(self, survival: Sequence[float]) -> int:
         """How many nodes are worth a place in the pass, once they have been drafted.
@@ -90,10 +86,97 @@ class Prices:
         """
         nodes = len(kept)
         rate = (1 + sum(kept)) / (self._pass(nodes) + spent)
+        further = rate * (self._pass(nodes + 1) - self._pass(nodes))
         best, best_surplus, gain = 0, 0.0, 0.0
         for count, s in enumerate(survival, start=1):
-            gain += FIRST_GUESS * s
-            cost = self.of_draft(count) + self._pass(nodes + count) - self._pass(nodes)
-            if (surplus := gain - rate * cost) > best_surplus:
+            gain += _hoped(s, further)
+            if (surplus := gain - rate * self.of_draft(count)) > best_surplus:
                 best, best_surplus = count, surplus
         return best
+
+
+def _hoped(survival: float, further: float) -> float:
+    """Tokens that a node's first child brings beyond its place in the pass: it gets none if it turns out to be worth
+    less."""
+    return sum(max(survival * guess - further, 0.0) for guess in FIRST_GUESSES) / len(FIRST_GUESSES)
+
+
+PASS_SIZES = (1, 2, 4, 8, 16, 32, 64)
+DRAFT_SIZES = (1, 2, 4, 8, 16)
+TEXT_SIZE = 16
+REPEATS = 5
+
+_TEXT = 128
+"""Tokens of a text before the steps that are measured."""
+
+
+def measure(target: Engine, draft: Engine, repeats: int = REPEATS) -> Costs:
+    """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds
+    to them."""
+
+    for engine in (target, draft):
+        _step(engine, 0, _text(engine), gathered=0)
+
+    def passes(tokens: int) -> None:
+        out = _step(target, _text(target), tokens, gathered=tokens, features_out=draft.num_features > 0)
+        out.logits_RV.argmax(dim=1).tolist()
+
+    def drafts(tokens: int) -> None:
+        logits_RV = _step(draft, _text(draft), tokens, gathered=tokens).logits_RV
+        zeros_R = torch.zeros(tokens, dtype=torch.long)
+        ranked(logits_RV, Sampling(zeros_R.float(), zeros_R, zeros_R.float() + 1, zeros_R, zeros_R), 4)
+
+    def takes_in(tokens: int) -> None:
+        _step(draft, _text(draft), tokens, gathered=1)
+
+    runs = [*(partial(passes, n) for n in PASS_SIZES), *(partial(drafts, n) for n in DRAFT_SIZES)]
+    found = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats)
+    passed, drafted, (one, many) = found[: len(PASS_SIZES)], found[len(PASS_SIZES) : -2], found[-2:]
+    text = max(many - one, 0.0) / (TEXT_SIZE - 1)
+    return Costs(target=_curve(PASS_SIZES, passed), draft=_curve(DRAFT_SIZES, drafted), text=text)
+
+
+def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
+    return Curve(tokens=tuple(sizes), seconds=tuple(accumulate(seconds, max)))  # more tokens do not cost less
+
+
+def _text(engine: Engine) -> int:
+    """Tokens before those of the steps."""
+    return min(_TEXT, engine.max_length - max(PASS_SIZES))
+
+
+def _step(engine: Engine, start: int, tokens: int, *, gathered: int, features_out: bool = False) -> StepOutput:
+    return engine.step(
+        torch.ones(1, tokens, dtype=torch.long),
+        torch.tensor([start], dtype=torch.int32),
+        torch.arange(gathered),
+        torch.zeros(1, tokens, engine.num_features) if engine.num_features else None,
+        features_out=features_out,
+    )
+
+
+def _measured(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+    """The least seconds of each; they take turns, so that what disturbs one disturbs the others too."""
+    least = [math.inf] * len(runs)
+    for _ in range(repeats):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            least[i] = min(least[i], time.perf_counter() - start)
+    return least
+
+
+def place(engine: str, precision: str, device: str, threads: int) -> str:
+    """What costs depend on, as the key of a profile: engine, precision, processor and, on a CPU, threads at the
+    most."""
+    if torch.device(device).type == "cuda":
+        return f"{engine} {precision} on {torch.cuda.get_device_name()}"
+    return f"{engine} {precision} on {_processor()} with {threads} threads"
+
+
+def _processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,8 +1,9 @@
 """How a row's tree grows: which nodes get children, which of these are kept, and when it ends.
 
-One rule with four numbers of a policy (`children`, `beam`, `max_depth`, `max_pending`) gives a chain, a static expansion (SpecInfer, Miao et
-al. 2023, arXiv:2305.09781) and a dynamic tree of a fixed size (EAGLE-2, Li et al. 2024, arXiv:2406.16858). With `pays` the tree ends where
-more of it would cost more time than it saves (`ssv.runtime.decode.costs`).
+One rule with four numbers of a policy (`children`, `beam`, `max_depth`, `max_pending`) gives a chain, a static
+expansion (SpecInfer, Miao et al. 2023, arXiv:2305.09781) and a dynamic tree of a fixed size (EAGLE-2, Li et al. 2024,
+arXiv:2406.16858). With `pays` the tree ends where more of it would cost more time than it saves
+(`ssv.runtime.decode.costs`).
 
 Survival of a node is the probability that the target chooses it and all before it: the product of that along its path.
 """
@@ -10,12 +11,11 @@ Survival of a node is the probability that the target chooses it and all before 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.tree import ROOT, Tree
-from ssv.runtime.request import MAX_PENDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +66,23 @@ class Growth:
         self._spent = 0.0
         self.candidates: list[Candidate] = []
         self.candidate_of: list[int] = []
-        self.open: list[int] = []
-        if limit > 0 and (prices is None or prices.worth_opening((), (1.0,))):
-            self.open = [ROOT]
+        self.open: list[int] = [ROOT] if limit > 0 else []
 
     def num_children(self, candidate: int) -> int:
         """Most children that a candidate gets."""
         depth = 0 if candidate == ROOT else self.candidates[candidate].depth
         return self._policy.children_of(depth)
 
-    def add(self, guesses: Sequence[Sequence[Guess]]) -> None:
+    def add(self, guesses: Sequence[Sequence[Guess]], sharing: int = 1) -> None:
         """Adds the children of the open candidates and opens the next ones.
 
         Args:
             guesses: for each open candidate, the likeliest first.
+            sharing: rows that were drafted for in the same step.
         """
         first = len(self.candidates)
         if self._prices is not None:
+            self._prices = replace(self._prices, sharing=sharing)
             self._spent += self._prices.of_draft(len(self.open))
         for parent, children in zip(self.open, guesses, strict=True):
             survival, depth = (1.0, 0) if parent == ROOT else self._place(parent)
@@ -117,7 +117,8 @@ class Growth:
         return best if self._prices is None else best[: self._prices.worth_verifying(best)]
 
     def tree(self) -> Tree:
-        """The tree of the candidates that are kept: those that survive most probably. A parent does so more than its children."""
+        """The tree of the candidates that are kept: those that survive most probably. A parent does so more than its
+        children."""
         order = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)
         tree, node_of = Tree(), {ROOT: ROOT}
         self.candidate_of = order[: len(self.kept())]

@@ -1,7 +1,7 @@
 """Continuous batching, a round at a time: requests join and leave between the rounds of the others.
 
-A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits for a chunk at the
-most, and whoever joins is never kept waiting by those who decode.
+A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits
+for a chunk at the most, and whoever joins is never kept waiting by those who decode.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Beginnings of prompts that have been computed before: which are held, and which go first when room is short. Imports no torch.
+"""Beginnings of prompts that have been computed before: which are held, and which go first when room is short. Imports
+no torch.
 
-A prompt is cut into blocks of as many tokens as a prefill chunk, so that a prompt that was found is computed on in the very steps in which
-it would have been computed whole: its output is the same to the last bit. Only whole blocks of prompts are kept; an answer is kept when
-it comes back as a part of the next turn's prompt.
+A prompt is cut into blocks of as many tokens as a prefill chunk, so that a prompt that was found is computed on in the
+very steps in which it would have been computed whole: its output is the same to the last bit. Only whole blocks of
+prompts are kept; an answer is kept when it comes back as a part of the next turn's prompt.
 
 A block is named by a hash of all tokens up to its end (SHA-256: what one request finds must be what it asked for).
 """
@@ -66,7 +67,8 @@ class PromptCache(Generic[T]):
         return [self._blocks[name][0] for name in found]
 
     def wants(self, tokens: Sequence[int], drafts: bool) -> bool:
-        """Whether the last block of these tokens, a multiple of `block_tokens`, is not held, and those before it are."""
+        """Whether the last block of these tokens, a multiple of `block_tokens`, is not held, and those before it
+        are."""
         *before, own = self._names(tokens, drafts)
         return own not in self._blocks and all(name in self._blocks for name in before)
 

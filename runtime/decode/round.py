@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, choices
-from ssv.runtime.decode.costs import Costs
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.prompt_cache import PromptCache
@@ -31,15 +33,18 @@ from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk
 from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine
-from ssv.runtime.request import MAX_PENDING, RequestError, SamplingParams
+from ssv.runtime.request import RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
 
 _LACKING = {
-    "model": "this method needs a draft, and none is loaded",
-    "heads": "this method needs Medusa's heads, and none are loaded: distill them with `ssv-build distill --kind medusa`, name them in the "
-    "recipe (`heads.file`), build the bundle again, and load it with the engine torch",
+    "model": ("this method needs a draft, and none is loaded",),
+    "heads": (
+        "this method needs Medusa's heads, and none are loaded",
+        "distill them with `ssv-build distill --kind medusa`, name them in the recipe (`heads.file`), build the bundle "
+        "again, and load it with the engine torch",
+    ),
 }
 """What to say where a drafter is not there."""
 
@@ -89,6 +94,7 @@ class DecodeBatch:
         prompt_cache: PromptCache[PromptBlock] | None = None,
         pass_tokens: int | None = None,
         costs: Costs | None = None,
+        survival: Survival | None = None,
         heads: HeadsEngine | None = None,
     ) -> None:
         """Args:
@@ -98,6 +104,7 @@ class DecodeBatch:
         prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
         pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
         costs: of steps here, for policies that draft only what pays.
+        survival: how far the draft's shares are to be trusted; None to take them as they are.
         heads: Medusa's, over the target's hidden states; None where none are loaded.
         """
         # A block of another length would be put where others belong.
@@ -105,7 +112,7 @@ class DecodeBatch:
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self.drafters = drafters(target, draft, self.eos_ids, heads)
+        self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
 
@@ -114,7 +121,7 @@ class DecodeBatch:
     def draft(self) -> None:
         """Drafts in every row until it asks for a target pass."""
         limits = [self._most_pending(row) for row in self.rows]
-        prices = self.costs.prices(len(self.rows)) if self.costs is not None else None
+        prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
         for row in self.rows:
             row.tree = Tree()
         for drafter in self.drafters.values():
@@ -150,14 +157,13 @@ class DecodeBatch:
             features_out=any(drafter.needs_features for drafter in wanting),
         )
         ahead = [(b, rows[b].tree.depths[j - 1] if j else 0) for b, j in judged_at]
-        chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
-        verdicts = [
-            walk(row.tree, flags, list(islice(chosen, sum(flags)))) for row, flags in zip(rows, judged, strict=True)
-        ]
+        all_chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
+        chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
+        verdicts = [walk(row.tree, judged[b], chosen[b]) for b, row in enumerate(rows)]
         check_chosen([verdict.next_token for verdict in verdicts])
         if any(drafter.needs_hidden for drafter in wanting):
             self._show_hidden(verdicts, dict(zip(judged_at, out.hidden_RH, strict=True)))
-        return [self._commit(b, verdict, out.features_BTF) for b, verdict in enumerate(verdicts)]
+        return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
 
     def _show_hidden(self, verdicts: Sequence[Verdict], hidden_at: Mapping[tuple[int, int], Tensor]) -> None:
         """Shows drafters the hidden states that the next tokens were chosen after.
@@ -178,7 +184,7 @@ class DecodeBatch:
         ]
         return branches_of(starts, paths, starts)
 
-    def _commit(self, b: int, verdict: Verdict, features_BTF: Tensor | None) -> list[int]:
+    def _commit(self, b: int, verdict: Verdict, chosen: Sequence[int], features_BTF: Tensor | None) -> list[int]:
         """Keeps the path that the verdict keeps, adds the target's token; returns what has not left yet."""
         row, path = self.rows[b], verdict.path
         counters, tree, start = row.counters, row.tree, row.target_length + 1
@@ -190,9 +196,10 @@ class DecodeBatch:
         counters.rolled_back += len(tree) - len(path)
         counters.target_passes += 1
         counters.target_tokens += len(tree) + 1
+        counters.passes_by_kept[len(path)] += 1
         self.target.keep(b, start, [start + node for node in path])
         if (drafter := self.drafter_of(row)) is not None:
-            drafter.observe(b, row, path, None if features_BTF is None else features_BTF[b])
+            drafter.observe(b, row, path, chosen, None if features_BTF is None else features_BTF[b])
         row.tokens += [*(tree.tokens[node] for node in path), verdict.next_token]
         row.tree = Tree()
         gained = row.tokens[start + row.released :]
@@ -205,7 +212,8 @@ class DecodeBatch:
         most = row.policy.max_pending
         if row.policy.is_chain or row.rest <= 0:
             most = min(most, row.rest)
-        if self.pass_tokens is None or not row.policy.lossless or len(self.rows) == 1 or row.policy.pays:
+        is_priced = row.policy.pays and self.costs is not None
+        if self.pass_tokens is None or not row.policy.lossless or len(self.rows) == 1 or is_priced:
             return most
         return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 
@@ -225,7 +233,8 @@ class DecodeBatch:
         if prompt_length + params.max_tokens > self.max_length:
             raise RequestError(
                 f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
-                f"{self.max_length}: shorten one of them or load with a larger max length"
+                f"{self.max_length}",
+                "shorten one of them or load with a larger max length",
             )
         if policy.max_pending > MAX_PENDING:
             raise RequestError(
@@ -235,7 +244,11 @@ class DecodeBatch:
         if not policy.max_pending:
             return
         if policy.drafter not in self.drafters:
-            raise RequestError(_LACKING[policy.drafter])
+            raise RequestError(*_LACKING[policy.drafter])
+        if policy.pays and policy.drafter == "model" and self.costs is None:
+            raise RequestError(
+                "this method drafts what pays, and the costs of steps here are not known: give them (`costs`)"
+            )
         if not policy.lossless and not self.drafters[policy.drafter].has_scores:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 

@@ -1,4 +1,5 @@
-"""One row of a batch: the settings of its request, its text, what is drafted behind it, and how far everybody has come with them."""
+"""One row of a batch: the settings of its request, its text, what is drafted behind it, and how far everybody has come
+with them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Row:
 
     Attributes:
         would_stop: whether token ids that follow the text would complete a stop string.
-        tokens: the text, prompt and output: those the target has seen, and one more that it has not, the root of the tree.
+        tokens: the text, prompt and output: those the target has seen, and one more that it has not, the root of the
+            tree.
         tree: what is drafted behind it.
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
@@ -71,7 +73,8 @@ class Row:
         return token in eos_ids and not self.params.ignore_eos
 
     def asks_for_pass(self, limit: int, eos_ids: frozenset[int]) -> bool:
-        """Whether it asks for a target pass now: by its policy, because its draft came to an end, or because its caller waits too long.
+        """Whether it asks for a target pass now: by its policy, because its draft came to an end, or because its caller
+        waits too long.
 
         Args:
             limit: most tokens that may be pending.

@@ -1,7 +1,7 @@
 """Which token a row chooses: temperature, top-k and top-p, then the noise of its seed and position.
 
-One choice serves all: what a draft proposes, what the target would have chosen, and plain decoding. A drafted token is right when it is the
-target's own choice, so that a seed gives the same text with every lossless method.
+One choice serves all: what a draft proposes, what the target would have chosen, and plain decoding. A drafted token is
+right when it is the target's own choice, so that a seed gives the same text with every lossless method.
 
 Shapes: R rows, V vocab.
 """
@@ -71,21 +71,22 @@ def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None)
     return index_R
 
 
-def ranked(
-    logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The columns that each row would choose first, second and so on if those before could not be chosen, and the share of each.
+def ranked(logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The columns that each row would choose first, second and so on if those before could not be chosen, and the share
+    of each.
 
-    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that over what the row can choose:
-    what another model would choose under the same noise, if its logits are these and some error about as large as one nat. At temperature
-    0 it is the softmax of the logits.
+    With l a logit and g the noise of its token, the order is that of l + T g. Shares are the softmax of that: what
+    another model would choose under the same noise, if its logits are these and some error about as large as one nat.
+    What top-k and top-p leave out counts there with l alone, since another model may keep it. At temperature 0 shares
+    are the softmax of the logits.
 
     Args:
         sampling: on the CPU.
         token_V: int64, the token of each column, where it is another number than the column's.
 
     Returns:
-        int32 [R, K] and fp32 [R, K] on the CPU, K being `count` or V; -1 and 0 where a row can choose no more, or has no distribution.
+        int32 [R, K] and fp32 [R, K] on the CPU, K being `count` or V; -1 and 0 where a row can choose no more, or has
+        no distribution.
     """
     rows, vocab = logits_RV.shape
     count = min(count, vocab)
@@ -107,28 +108,38 @@ def ranked(
         token_V = torch.arange(vocab, device=logits_RV.device)
     noise_RV = gumbel(token_V[None], sampling.position_R[:, None], sampling.seed_R[:, None])
     below_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
-    score_RV = torch.where(greedy_R1, below_RV.double(), (score_RV.double() + noise_RV) * scale_R1)
+    noisy_RV = (score_RV.double() + noise_RV) * scale_R1
+    all_RV = torch.where(greedy_R1 | noisy_RV.isinf(), below_RV.double(), noisy_RV)
+    score_RV = torch.where(greedy_R1, below_RV.double(), noisy_RV)
     valid_R1 = logits_RV.amax(dim=1, keepdim=True).isfinite()
-    share_RK, index_RK = score_RV.softmax(dim=1).where(valid_R1, 0.0).topk(count, dim=1)
-    index_RK = index_RK.where(score_RV.gather(1, index_RK).isfinite() & valid_R1, -1)
+    score_RK, index_RK = score_RV.topk(count, dim=1)
+    share_RK = (score_RK - all_RV.logsumexp(dim=1, keepdim=True)).exp().where(valid_R1, 0.0)
+    index_RK = index_RK.where(score_RK.isfinite() & valid_R1, -1)
     return index_RK.int().cpu(), share_RK.float().cpu()
 
 
-def _addresses(logits_RV: Tensor, token_V: Tensor | None, temperature_R: Tensor, sampling: Sampling) -> tuple[int, ...]:
+def _addresses(
+    logits_RV: Tensor, token_V: Tensor | None, temperature_R: Tensor, sampling: Sampling
+) -> tuple[int, int, int, int, int, int, int]:
     """What the compiled stages take first. The caller holds the tensors."""
-    held = (temperature_R, sampling.top_k_R, sampling.top_p_R, sampling.seed_R, sampling.position_R)
     return (
         logits_RV.data_ptr(),
         0 if token_V is None else token_V.data_ptr(),
-        *(tensor.data_ptr() for tensor in held),
+        temperature_R.data_ptr(),
+        sampling.top_k_R.data_ptr(),
+        sampling.top_p_R.data_ptr(),
+        sampling.seed_R.data_ptr(),
+        sampling.position_R.data_ptr(),
     )
 
 
 def filtered(logits_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits over the temperature, counted from the largest, fp32 [R, V]; -inf for what temperature 0, top-k or top-p leaves out.
+    """Logits over the temperature, counted from the largest, fp32 [R, V]; -inf for what temperature 0, top-k or top-p
+    leaves out.
 
-    Top-k comes first. Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p: always at least
-    one. Of equal logits the lower column comes first, at the edges too. A row does not depend on the others.
+    Top-k comes first. Top-p keeps the most likely tokens whose mass, without the least likely of them, is below top_p:
+    always at least one. Of equal logits the lower column comes first, at the edges too. A row does not depend on the
+    others.
     """
     vocab = logits_RV.shape[1]
     logits_RV = logits_RV.float()
@@ -150,8 +161,8 @@ def _divisor(temperature_R: Tensor) -> Tensor:
 def _selected(logits_RV: Tensor, x_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
     """`filtered` of rows that do not keep all tokens.
 
-    Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting all. C grows until
-    it holds what every row keeps, and all equals of the least likely of these.
+    Few of many thousand tokens are kept: to put only the C most likely in order takes a tenth of the time of sorting
+    all. C grows until it holds what every row keeps, and all equals of the least likely of these.
     """
     vocab = logits_RV.shape[1]
     top_k_R1, top_p_R1 = top_k_R.where(top_k_R > 0, vocab).clamp(max=vocab)[:, None], top_p_R[:, None]

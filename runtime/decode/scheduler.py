@@ -1,8 +1,8 @@
 """Which request is in which row, and who comes next. Imports no torch: it can be tested and reasoned about by itself.
 
-Rows in use are always the first ones, because an engine step runs a run of rows: when a row ends, the last one moves into its place. Each
-cache row has room for the longest request, so free rows are free cache: a request is admitted when there is one. One request at a time
-joins: its prompt is run in the row behind the others, between their rounds.
+Rows in use are always the first ones, because an engine step runs a run of rows: when a row ends, the last one moves
+into its place. Each cache row has room for the longest request, so free rows are free cache: a request is admitted when
+there is one. One request at a time joins: its prompt is run in the row behind the others, between their rounds.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ssv.support.errors import UserError
+
 T = TypeVar("T")
 
 
-class QueueFull(RuntimeError):
+class QueueFull(UserError):
     """As many requests wait as may; the message says how many that is."""
 
 
@@ -46,7 +48,7 @@ class Scheduler(Generic[T]):
         """Raises QueueFull."""
         free = self.max_rows - len(self.rows) - (self.joining is not None)
         if self.max_waiting is not None and len(self.waiting) >= self.max_waiting + free:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already: try again later")
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already", "try again later")
         self.waiting.append(item)
 
     def admit(self) -> T | None:

@@ -1,6 +1,7 @@
 """Drafted tokens as a tree, and what its nodes see of the cache.
 
-A chain is a tree without branches. The text before the tree ends with one token that the target has not seen: the root. It is no node.
+A chain is a tree without branches. The text before the tree ends with one token that the target has not seen: the root.
+It is no node.
 
 Shapes: B rows, T tokens of a step, D the longest path.
 """

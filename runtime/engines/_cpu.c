@@ -280,25 +280,35 @@ INLINE Eight rest_of(const float *x, long n) {
     return rest;
 }
 
-/* weights[j] = query . key j * root, for all keys seen. How a key's sum is made does not depend on the slot it lies in, nor on how that
- * is aligned: a token has the same bits in a tree as in a chain. */
+/* weights[j] = query . key j * root, for all keys seen. How a key's sum is made depends on j alone, not on the slot it lies in: a token
+ * has the same bits in a tree as in a chain. */
 INLINE void dot_keys(const float *query, const float *key, float root, float *weights, const Seen *v, long dim) {
-    long rest = dim % EIGHT, whole = dim - rest, last = v->seen - 1;
-    for (long j = 0; j <= last; j += 4) { /* four keys at a time: independent sums, one read of the query */
-        const float *k[4];
+    long j = 0, d, whole = dim - dim % EIGHT, seen = v->seen;
+    for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
+        const float *k0 = key + slot_of(v, j) * dim, *k1 = key + slot_of(v, j + 1) * dim;
+        const float *k2 = key + slot_of(v, j + 2) * dim, *k3 = key + slot_of(v, j + 3) * dim;
         Eight s[4] = {{0}, {0}, {0}, {0}};
-        for (long i = 0; i < 4; i++) k[i] = key + slot_of(v, j + i < last ? j + i : last) * dim;
-        for (long d = 0; d < whole; d += EIGHT) {
+        for (d = 0; d < whole; d += EIGHT) {
             const Eight q = *(const Eight *)(query + d);
-            for (int i = 0; i < 4; i++) s[i] += q * *(const Eight *)(k[i] + d);
+            s[0] += q * *(const Eight *)(k0 + d);
+            s[1] += q * *(const Eight *)(k1 + d);
+            s[2] += q * *(const Eight *)(k2 + d);
+            s[3] += q * *(const Eight *)(k3 + d);
         }
-        if (rest) {
-            const Eight q = rest_of(query + whole, rest);
-            for (int i = 0; i < 4; i++) s[i] += q * rest_of(k[i] + whole, rest);
+        sum_lanes(s, root, weights + j);
+        for (; d < dim; d++) {
+            float q = query[d] * root;
+            weights[j] += q * k0[d];
+            weights[j + 1] += q * k1[d];
+            weights[j + 2] += q * k2[d];
+            weights[j + 3] += q * k3[d];
         }
-        float sums[4];
-        sum_lanes(s, root, sums);
-        for (long i = 0; i < 4 && j + i <= last; i++) weights[j + i] = sums[i];
+    }
+    for (; j < seen; j++) {
+        const float *k = key + slot_of(v, j) * dim;
+        float dot = 0.0f;
+        for (d = 0; d < dim; d++) dot += query[d] * k[d];
+        weights[j] = dot * root;
     }
 }
 

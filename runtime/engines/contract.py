@@ -1,7 +1,7 @@
 """The engine contract: a function over a KV cache, which knows nothing of speculation.
 
-A row of the cache has slots. Where a token's keys and values lie (its slot) and where it stands in its text (its position) are two things:
-siblings of a tree have one position and a slot each. In a chain both are the same number.
+A row of the cache has slots. Where a token's keys and values lie (its slot) and where it stands in its text (its
+position) are two things: siblings of a tree have one position and a slot each. In a chain both are the same number.
 
 Shapes: B rows of the step (a run of rows of the cache), T tokens, M = B * T, R gathered rows, H hidden, V vocab
 (of the engine's LM head), F features, S slots of a row, D the longest path of a tree.
@@ -17,8 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ssv.support.errors import UserError
 
-class EngineError(RuntimeError):
+
+class EngineError(UserError):
     """A step or an engine that cannot be; the message says what was asked and what is possible."""
 
 
@@ -26,9 +28,9 @@ class EngineError(RuntimeError):
 class Branches:
     """What the tokens of a step see where they are no chain: the ancestor mask, as slots.
 
-    Token t of row b sees slots 0 to `prefix_B[b]` - 1, which all tokens of its row share, and the slots of `path_BTD[b, t]`: those of its
-    ancestors beyond the prefix in the order of their positions, then its own. Its position is that of the last of them: the prefix plus the
-    path's length - 1. Ancestors may lie in this step or in steps before.
+    Token t of row b sees slots 0 to `prefix_B[b]` - 1, which all tokens of its row share, and the slots of its path:
+    those of its ancestors beyond the prefix in the order of their positions, then its own. Its position is that of the
+    last of them, the prefix plus the path's length - 1. Ancestors may lie in this step or in steps before.
 
     Attributes:
         prefix_B: int32, on the CPU.
@@ -95,9 +97,9 @@ class Engine(Protocol):
     ) -> StepOutput:
         """Runs T tokens of B rows and stores their keys and values.
 
-        Token t of row b goes to slot `first_slot_B[b] + t`. Without branches it sees all slots up to its own: prefill, decoding, ragged
-        verification and decoding after a rollback are one and the same call. Rows with fewer than T tokens are
-        right-padded; what padding writes lies beyond the row's length and is overwritten by its next step.
+        Token t of row b goes to slot `first_slot_B[b] + t`. Without branches it sees all slots up to its own: prefill,
+        decoding, ragged verification and decoding after a rollback are one and the same call. Rows with fewer than T
+        tokens are right-padded; what padding writes lies beyond the row's length and is overwritten by its next step.
 
         Args:
             input_ids_BT: int64.
@@ -105,17 +107,20 @@ class Engine(Protocol):
             branches: what each token sees, where the tokens of a row are no chain.
             gather_rows_R: int64, rows of the flattened [B * T] hidden states that get logits.
             features_in_BTF: for a feature-conditioned draft.
-            count_B: int32, tokens of each row that are no padding, 0 to T; None where all rows have T. An engine may leave padding out.
+            count_B: int32, tokens of each row that are no padding, 0 to T; None where all rows have T. An engine may
+                leave padding out.
             features_out: whether the features of all tokens are wanted, from a target that has a tap.
             first_row: cache row of the step's first row; the others follow it.
 
         Raises:
-            EngineError: more rows than the cache has, a token beyond its length, or branches that see what is not there.
+            EngineError: more rows than the cache has, a token beyond its length, or branches that see what is not
+                there.
         """
         ...
 
     def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
-        """Moves the entries of ascending `slots` together, to `start` and the slots behind it: a path of a tree becomes text.
+        """Moves the entries of ascending `slots` together, to `start` and the slots behind it: a path of a tree becomes
+        text.
 
         Raises:
             EngineError: slots that do not ascend from `start` on, or lie beyond the cache.
@@ -127,7 +132,8 @@ class Engine(Protocol):
         ...
 
     def read_cache(self, row: int, start: int, stop: int) -> Tensor:
-        """A copy of what a cache row holds of positions `start` to `stop`, in a form of the engine's own, on its device."""
+        """A copy of what a cache row holds of positions `start` to `stop`, in a form of the engine's own, on its
+        device."""
         ...
 
     def write_cache(self, row: int, start: int, held: Tensor) -> None:
@@ -161,8 +167,8 @@ def check_step(
     count_B: Tensor | None,
     first_row: int,
 ) -> None:
-    """Raises EngineError for a step that the cache has no room for, that lacks its features, or whose indices point elsewhere:
-    compiled code reads and writes where they say."""
+    """Raises EngineError for a step that the cache has no room for, that lacks its features, or whose indices point
+    elsewhere: compiled code reads and writes where they say."""
     batch, tokens = input_ids_BT.shape
     # Plain numbers: at one token a step a reduction costs several times its list.
     slots, gathered = first_slot_B.tolist(), gather_rows_R.tolist()
@@ -189,8 +195,8 @@ def check_step(
         )
     if last_slot >= engine.max_length:
         raise EngineError(
-            f"step writes slot {last_slot}, the cache holds {engine.max_length}: "
-            "build or load the engine with a larger max length"
+            f"step writes slot {last_slot}, the cache holds {engine.max_length}",
+            "build or load the engine with a larger max length",
         )
     if branches is not None:
         _check_branches(branches, slots, tokens, None if count_B is None else counts)

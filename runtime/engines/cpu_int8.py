@@ -1,13 +1,15 @@
 """Decoder layers, join and scorer on the CPU in int8: weights per output channel, activations per row.
 
-The products are torch's own (FBGEMM), with exact integer accumulation; what lies between them is fused in `_cpu.c`. Per-row
-activation scales keep rows independent: verifying eight tokens gives bit for bit what decoding them one by one gives.
+The products are torch's own (FBGEMM), with exact integer accumulation; what lies between them is fused in `_cpu.c`.
+Per-row activation scales keep rows independent: verifying eight tokens gives bit for bit what decoding them one by one
+gives.
 
-Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smoothed_parts` wins back most of
-what that costs in quality.
+Activations have 7 bits, because FBGEMM's AVX2 kernels add pairs of products in 16 bits. `smoothed_parts` wins back most
+of what that costs in quality.
 
-Shapes: M tokens of the step (of all its B rows), L layers, H hidden, I intermediate, N query heads, K key/value heads, G = N / K,
-D head dim, P rotated pairs (D / 2), S slots of a cache row, R gathered rows, V vocab, F features of the scorer.
+Shapes: M tokens of the step (of all its B rows), L layers, H hidden, I intermediate, N query heads, K key/value heads,
+G = N / K, D head dim, P rotated pairs (D / 2), S slots of a cache row, R gathered rows, V vocab, F features of the
+scorer.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.bias_O, self.input_factor_I = bias_O, input_factor_I
         if "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise EngineError("precision int8 needs torch with FBGEMM (x86-64): use bf16 or fp32 on this machine")
+            raise EngineError("precision int8 needs torch with FBGEMM (x86-64)", "use bf16 or fp32 on this machine")
         values, scale = _int8_values(weight_OI)
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():
@@ -69,7 +71,8 @@ class Int8Linear(nn.Module):
 def _product(packed: torch.ScriptObject) -> Callable[[Tensor], Tensor]:
     """The product for rows scaled to -63..63 (see `quantize_rows`), [M, O] fp32, still scaled, without bias."""
     overload = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    # The operator under it, where torch shows it: resolving and checking a call in Python took a tenth of a decode step.
+    # The operator under it, where torch shows it: resolving and checking a call in Python took a tenth of a decode
+    # step.
     op = getattr(overload, "_op", overload)
     return lambda scaled_MI: op(scaled_MI, 1.0, 64, packed)
 
@@ -131,7 +134,8 @@ class _FusedLayer:
 
 
 class _Scratch:
-    """Buffers for steps of up to so many tokens (a step of fewer uses their first rows), and the rope angles of all positions."""
+    """Buffers for steps of up to so many tokens (a step of fewer uses their first rows), and the rope angles of all
+    positions."""
 
     def __init__(self, decoder: Decoder, num_tokens: int, max_length: int) -> None:
         spec = decoder.spec
@@ -161,10 +165,14 @@ class Places:
         depth = 0
         if branches is not None:
             path_MD = branches.path_BTD.flatten(0, 1)
-            self._held += [branches.prefix_B.contiguous(), (path_MD if kept_M is None else path_MD[kept_M]).contiguous()]
+            self._held += [
+                branches.prefix_B.contiguous(),
+                (path_MD if kept_M is None else path_MD[kept_M]).contiguous(),
+            ]
             depth = path_MD.shape[1]
         addresses = [tensor.data_ptr() for tensor in self._held]
-        self.args = (*addresses, *[0] * (4 - len(addresses)), depth)
+        first_slot, counts, prefix, path = (*addresses, *[0] * (4 - len(addresses)))
+        self.args = (first_slot, counts, prefix, path, depth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +190,8 @@ class Scaled:
 
 @cache
 def _openmp() -> tuple[int, int, int] | None:
-    """GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has loaded; None if it is not known."""
+    """GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has loaded; None if it
+    is not known."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     loaded = {line.split()[-1] for line in lines if "libgomp" in line}

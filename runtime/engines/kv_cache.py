@@ -2,7 +2,8 @@
 
 Rolling a row back is moving its length, which the caller keeps: what lies beyond is never seen and gets overwritten.
 
-Shapes: L layers, B rows, K key/value heads, S slots of a row, D head dim, T tokens of a step's rows, M tokens of a step.
+Shapes: L layers, B rows, K key/value heads, S slots of a row, D head dim, T tokens of a step's rows, M tokens of a
+step.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class CachedAttend:
         keys.index_put_(self._at, k_MKD.to(keys.dtype))
         values.index_put_(self._at, v_MKD.to(values.dtype))
         last = self._mask_B1TS.shape[3]
-        return grouped_attention(q_MND.to(keys.dtype).flatten(1), keys[:, :, :last], values[:, :, :last], self._mask_B1TS)
+        return grouped_attention(
+            q_MND.to(keys.dtype).flatten(1), keys[:, :, :last], values[:, :, :last], self._mask_B1TS
+        )
 
 
 def visible(slot_BT: Tensor, num_slots: int, branches: Branches | None = None) -> Tensor:
@@ -108,8 +111,8 @@ def visible(slot_BT: Tensor, num_slots: int, branches: Branches | None = None) -
 
 
 def grouped_attention(queries_MX: Tensor, keys_BKSD: Tensor, values_BKSD: Tensor, mask_B1TS: Tensor) -> Tensor:
-    """Attention of [M, N * D] queries, N query heads. The query heads of one key/value head are taken as further queries of
-    it, so that the cache is never expanded.
+    """Attention of [M, N * D] queries, N query heads. The query heads of one key/value head are taken as further
+    queries of it, so that the cache is never expanded.
 
     Returns:
         [M, N * D].

@@ -1,8 +1,8 @@
 """The engine contract over a TensorRT plan.
 
-`TensorRTEngine` turns steps of any size into runs that the plan has profiles for; a `Runner` executes them. `PlanRunner` is the one on a
-GPU: torch tensors are its buffers, the KV cache is bound as input and output at once, and decode and verify shapes that come back are
-captured as CUDA graphs.
+`TensorRTEngine` turns steps of any size into runs that the plan has profiles for; a `Runner` executes them.
+`PlanRunner` is the one on a GPU: torch tensors are its buffers, the KV cache is bound as input and output at once, and
+decode and verify shapes that come back are captured as CUDA graphs.
 
 Shapes: see `contract.py`; V slots of the cache that attention looks at.
 """
@@ -65,7 +65,7 @@ class TensorRTEngine:
         self.max_batch, self.max_length = max_batch or entry.max_batch, entry.max_length
         if self.max_batch > entry.max_batch:
             raise EngineError(
-                f"the {entry.role} engine was built for {entry.max_batch} rows, not {self.max_batch}: use fewer"
+                f"the {entry.role} engine was built for {entry.max_batch} rows, not {self.max_batch}", "use fewer"
             )
         self.num_features = spec.hidden_size if draft is not None and draft.kind == "conditioned" else 0
         self.has_scorer = draft is not None
@@ -120,7 +120,8 @@ class TensorRTEngine:
         self.cache.write(row, start, held)
 
     def _pieces(self, batch: int, tokens: int, gather_rows_R: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Cuts a step into runs: their first and last token, the rows they gather, and where these stand among the step's.
+        """Cuts a step into runs: their first and last token, the rows they gather, and where these stand among the
+        step's.
 
         A run gathers no more rows than verification does: one that wants more is cut to verification's width.
         """
@@ -233,8 +234,9 @@ def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | N
     entries = [e for e in manifest.engines.values() if e.role == role and precision in (None, e.precision)]
     if not entries:
         raise EngineError(
-            f"{bundle} has no {role} engine{f' in {precision}' if precision else ''}: "
-            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} --compute-capability YOURS --out {bundle}`"
+            f"{bundle} has no {role} engine{f' in {precision}' if precision else ''}",
+            f"build one with `ssv-build compile --role {role} --precision {precision or 'fp16'} "
+            f"--compute-capability YOURS --bundle {bundle}`",
         )
     problem: EngineError | None = None
     for entry in entries:
@@ -250,11 +252,11 @@ def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | N
 def _machine(flavor: Flavor) -> tuple[str, str]:
     """Version of TensorRT and compute capability of this machine."""
     if not torch.cuda.is_available():
-        raise EngineError("TensorRT engines run on an NVIDIA GPU and this machine has none: use the torch engine")
+        raise EngineError("TensorRT engines run on an NVIDIA GPU and this machine has none", "use the torch engine")
     try:
         version = load_tensorrt(flavor).__version__
     except EngineBuildError as error:
-        raise EngineError(str(error)) from error
+        raise EngineError(error.what, error.cure) from error
     return version, local_capability()
 
 
@@ -263,18 +265,18 @@ def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: s
     quantized = " --checkpoint ITS_QUANTIZED_CHECKPOINT" if entry.checkpoint is not None else ""
     without = " --plugins off" if entry.flavor == "tensorrt" and not entry.plugins else ""
     rebuild = (
-        f"build it again with `ssv-build compile --role {entry.role} --precision {entry.precision} --flavor {entry.flavor} "
-        f"--compute-capability {capability} --max-batch {entry.max_batch} --max-length {entry.max_length} --max-pending "
-        f"{entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized}{without} --out {bundle}`"
+        f"build it again with `ssv-build compile --role {entry.role} --precision {entry.precision} "
+        f"--flavor {entry.flavor} --compute-capability {capability} --max-rows {entry.max_batch} "
+        f"--max-length {entry.max_length} --max-pending {entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized}{without} --bundle {bundle}`"
     )
     plan = bundle / entry.file
     if entry.tensorrt != version:
-        raise EngineError(f"{plan} was built by {entry.flavor} {entry.tensorrt}, installed is {version}: {rebuild}")
+        raise EngineError(f"{plan} was built by {entry.flavor} {entry.tensorrt}, installed is {version}", rebuild)
     if capability not in entry.compute_capabilities:
         built_for = ", ".join(entry.compute_capabilities)
-        raise EngineError(f"{plan} is for compute capability {built_for}, this GPU has {capability}: {rebuild}")
+        raise EngineError(f"{plan} is for compute capability {built_for}, this GPU has {capability}", rebuild)
     if entry.source != engine_source(manifest, entry.role):
-        raise EngineError(f"{plan} was built from other weights than the bundle holds now: {rebuild}")
+        raise EngineError(f"{plan} was built from other weights than the bundle holds now", rebuild)
 
 
 # --- execution on a GPU ---------------------------------------------------------------------------------------------
@@ -300,8 +302,8 @@ class _Bound:
 class PlanRunner:
     """Executes a plan on the current GPU, everything on one stream of its own.
 
-    Every set of shapes has a context, as a captured graph needs one that is not changed any more; their scratch memory is shared,
-    since no two of them run at a time. The least recently used go first.
+    Every set of shapes has a context, as a captured graph needs one that is not changed any more; their scratch memory
+    is shared, since no two of them run at a time. The least recently used go first.
     """
 
     def __init__(self, trt: ModuleType, plan: Path) -> None:
@@ -310,16 +312,16 @@ class PlanRunner:
         try:
             self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         except OSError as error:
-            raise EngineError(f"{plan} cannot be read ({error.strerror}): build the engine again") from error
+            raise EngineError(f"{plan} cannot be read ({error.strerror})", "build the engine again") from error
         if self._engine is None:
-            raise EngineError(f"{plan} cannot be loaded ({self._log.last()}): build the engine again")
+            raise EngineError(f"{plan} cannot be loaded ({self._log.last()})", "build the engine again")
         self._stream = torch.cuda.Stream()
         self._scratch = torch.empty(self._engine.device_memory_size_v2, dtype=torch.uint8, device="cuda")
         self._bound: OrderedDict[tuple[object, ...], _Bound] = OrderedDict()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = [self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names]
         if "mask" not in names:
-            raise EngineError(f"{plan} was compiled by an earlier version of ssv: build the engine again")
+            raise EngineError(f"{plan} was compiled by an earlier version of ssv", "build the engine again")
         self._outputs = [name for name, known in zip(names, is_input, strict=True) if not known]
 
     def run(self, profile: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

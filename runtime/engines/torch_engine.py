@@ -1,8 +1,9 @@
 """The engine contract on PyTorch: CPU in fp32, bf16, int8 and int4, CUDA in fp32 and bf16.
 
-int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On CUDA int8 and int4
-run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds
-quantized to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16.
+int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On
+CUDA int8 and int4 run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So
+do layers that a checkpoint holds quantized to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or
+bf16.
 
 Shapes: see `contract.py`.
 """
@@ -38,7 +39,7 @@ from ssv.runtime.engines.cpu_int8 import (
     share_stages,
 )
 from ssv.runtime.engines.kv_cache import CachedAttend, KVCache, visible
-from ssv.runtime.threads import ThreadCount, chosen_by_operator, default_threads
+from ssv.runtime.threads import MAX_THREADS, ThreadCount, chosen_by_operator, default_threads
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 INT4_GROUP = 32
@@ -71,7 +72,8 @@ class TorchEngine:
         int8 = isinstance(decoder.lm_head, Int8Linear)
         self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
         self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
-        # The bits of fp32 and bf16 products depend on the number of threads, and an output must not depend on the machine's other work.
+        # The bits of fp32 and bf16 products depend on the number of threads, and an output must not depend on the
+        # machine's other work.
         self._threads = threads if int8 and self.device.type == "cpu" else None
         self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
         self._fused_join = FusedJoin(draft) if self.fused and draft is not None and draft.conditioned else None
@@ -153,7 +155,7 @@ class TorchEngine:
             return hidden_RH, self.fused.logits(hidden_RH).float()
         norm, rows_R = self.decoder.norm, gather_rows_R.to(self.device, torch.int32)
         assert norm.eps is not None
-        hidden_RH, normed_RH = on(self.device).gather_norm(hidden_MH, rows_R, norm.weight, norm.eps)
+        hidden_RH, normed_RH = on(self.device).sparse_gather(hidden_MH, rows_R, norm.weight, norm.eps)
         return hidden_RH, self.decoder.lm_head(normed_RH).float()
 
     def _scored(self, hidden_RH: Tensor, logits_RV: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -286,8 +288,8 @@ def cpu_threads(threads: int | None) -> ThreadCount | None:
     """Settles how many threads the engines of this process have on a CPU.
 
     Args:
-        threads: so many, whatever the machine does; None to follow the cores that are free, up to torch's own number, unless the
-            environment says how many (`OMP_NUM_THREADS`).
+        threads: so many, whatever the machine does; None to follow the cores that are free, up to torch's own number,
+            unless the environment says how many (`OMP_NUM_THREADS`).
 
     Returns:
         What an engine has to follow; None for a fixed number. One for the process, as torch's number is.
@@ -297,8 +299,8 @@ def cpu_threads(threads: int | None) -> ThreadCount | None:
     """
     global _shared_count
     if threads is not None:
-        if threads < 1:
-            raise EngineError(f"threads must be 1 or more, got {threads}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise EngineError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
         _set_threads(threads)
     if threads is not None or chosen_by_operator():
         _shared_count = None
@@ -313,8 +315,8 @@ def _set_threads(threads: int) -> None:
 
 
 class Int4Linear(nn.Module):
-    """Weight-only int4 on the CPU (aten::_weight_int4pack_mm_for_cpu): groups of INT4_GROUP input channels with a scale and a
-    zero point each, activations in bf16."""
+    """Weight-only int4 on the CPU (aten::_weight_int4pack_mm_for_cpu): groups of INT4_GROUP input channels with a scale
+    and a zero point each, activations in bf16."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
@@ -335,7 +337,8 @@ class Int4Linear(nn.Module):
 
 
 def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds to 16 levels per group between the group's extremes (as Q4_1 does): int32 values [O, I], scale and zero [O, G]."""
+    """Rounds to 16 levels per group between the group's extremes (as Q4_1 does): int32 values [O, I], scale and zero
+    [O, G]."""
     outputs, inputs = weight_OI.shape
     if inputs % INT4_GROUP:
         raise EngineError(f"precision int4 needs input sizes that are multiples of {INT4_GROUP}, got {inputs}")
@@ -368,7 +371,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
         raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
     if (found := precision_of(module)) is not None and precision in ("int8", "int4"):
         raise EngineError(
-            f"this checkpoint is quantized to {found} already, and cannot run in {precision}: use bf16 or fp32"
+            f"this checkpoint is quantized to {found} already, and cannot run in {precision}", "use bf16 or fp32"
         )
     # New modules over the same parameters: replacing one leaves the caller's module as it is.
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
@@ -400,7 +403,8 @@ def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Te
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Has torch use one thread for many small operations: beside another busy process each would wait for the second one."""
+    """Has torch use one thread for many small operations: beside another busy process each would wait for the second
+    one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -440,8 +444,8 @@ def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
 
 
 class _Dequantized(nn.Module):
-    """A layer of a quantized checkpoint, with its weights dequantized once and its inputs rounded as it says: what a quantized engine
-    computes, at the speed of one that is not."""
+    """A layer of a quantized checkpoint, with its weights dequantized once and its inputs rounded as it says: what a
+    quantized engine computes, at the speed of one that is not."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Numbers that outlive the process that counts them: a file of doubles, mapped into memory, with one writer and any readers.
+"""Numbers that outlive the process that counts them: a file of doubles, mapped into memory, with one writer and any
+readers.
 
-A killed process loses nothing that it has counted, and its successor goes on counting in the same file. Aligned doubles are written whole
-on every machine that the server runs on, so that a reader needs no lock.
+A killed process loses nothing that it has counted, and its successor goes on counting in the same file. Aligned doubles
+are written whole on every machine that the server runs on, so that a reader needs no lock.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ class Board:
     """Numbers by key. Threads of the writing process may share it."""
 
     def __init__(self, keys: Sequence[Hashable], path: Path | None = None) -> None:
-        """Args:
-        keys: what is counted, in an order that all processes agree on.
-        path: of the file, made if it is not there; None keeps the numbers in this process.
+        """Opens a board, or makes it.
+
+        Args:
+            keys: what is counted, in an order that all processes agree on.
+            path: of the file, made if it is not there; None keeps the numbers in this process.
 
         Raises:
             ValueError: the file is of other keys.

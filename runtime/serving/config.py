@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from ssv.bundle.manifest import Manifest
-from ssv.runtime.request import MAX_PENDING
+from ssv.bundle.policy import RESERVED_LENGTH
 from ssv.runtime.serving.intake import Limits
+from ssv.runtime.threads import MAX_THREADS
+from ssv.support.errors import UserError
+from ssv.support.strict import Strict, problems
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """Settings that cannot be; the message names them."""
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(Strict):
     """Settings of the models, each a parameter of the config.pbtxt of those that use it.
 
     Attributes:
@@ -32,19 +35,17 @@ class ServerConfig(BaseModel):
         prefill_chunk: tokens of a prompt between two rounds; 0 for what fits the device.
         prompt_cache_mb: memory for beginnings of prompts; 0 for none.
         stream_interval_ms: between two responses of a stream, at least.
-        responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores, each response takes
-            time from the engines.
+        responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores,
+            each response takes time from the engines.
         verified: files of the bundle that ssv-serve has checked, as JSON (see `verify_files`); "" for none.
         audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundle: Path
     engine: Literal["torch", "tensorrt"] = "torch"
     precision: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     max_rows: PositiveInt = 8
     max_waiting: Annotated[int, Field(ge=0)] = 64
     max_length: PositiveInt = 2048
@@ -68,10 +69,10 @@ class ServerConfig(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"parameters of model {model_config.get('name')}: {problems}") from error
+            wrong = problems(error, "all")
+            raise ConfigError(f"parameters of model {model_config.get('name')}: {wrong}") from error
 
     def limits(self, manifest: Manifest) -> Limits:
         """What a request may ask for, with this bundle."""
-        most = int(manifest.target["max_positions"]) - 2 * MAX_PENDING  # as `LLM.load` has it
+        most = int(manifest.target["max_positions"]) - RESERVED_LENGTH  # as `LLM.load` has it
         return Limits(min(self.max_length, most), self.max_tokens, self.max_prompt_bytes)

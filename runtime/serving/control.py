@@ -1,8 +1,9 @@
-"""Word from the other processes of a server to the one that decodes: that a client is gone, and that no more requests are wanted.
+"""Word from the other processes of a server to the one that decodes: that a client is gone, and that no more requests
+are wanted.
 
-Triton does not pass a client's cancellation on to the models inside an ensemble that run already, only to those that come after: it is
-`postprocessing` that learns of it. Messages are datagrams on a Unix socket named after the server's process; who may write to it is who
-may run processes on the machine.
+Triton does not pass a client's cancellation on to the models inside an ensemble that run already, only to those that
+come after: it is `postprocessing` that learns of it. Messages are datagrams on a Unix socket named after the server's
+process; who may write to it is who may run processes on the machine.
 """
 
 from __future__ import annotations

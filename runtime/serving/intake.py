@@ -1,7 +1,10 @@
-"""What a client may ask for, checked, and made into a request. Imports no torch: it runs beside the engines, not with them.
+"""What a client may ask for, checked, and made into a request.
 
-The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI frontend, the bench
-clients of sglang and vLLM. What is known and not supported is refused with a message, never ignored.
+Imports no torch: it runs beside the engines, not with them.
+
+The names are those that existing clients of Triton send: TensorRT-LLM's and vLLM's backends, genai-perf, the OpenAI
+frontend, the bench clients of sglang and vLLM. What is known and not supported is refused with a message, never
+ignored.
 """
 
 from __future__ import annotations
@@ -68,10 +71,19 @@ NUMBERS = (
     "ssv_max_divergence",
     "ssv_timeout",
 )
-"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and FP32 [1]."""
+"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and
+FP32 [1].
+"""
 
-# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send the second to
-# whatever they measure, where it changes nothing either.
+_DTYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "INT32": np.int32,
+    "UINT64": np.uint64,
+    "FP32": np.float32,
+}
+
+# What comes with a request and is no setting: `generate` hands its id on, and the bench clients of sglang and vLLM send
+# the second to whatever they measure, where it changes nothing either.
 _NO_SETTINGS = ("id", "accumulate_tokens")
 # Names that other servers have for ours, where the spelling does not tell.
 _ELSEWHERE = {
@@ -113,10 +125,12 @@ _VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "i
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Attributes:
-    max_length: tokens of prompt and output together.
-    max_tokens: of an output.
-    max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
+    """What a server has room for.
+
+    Attributes:
+        max_length: tokens of prompt and output together.
+        max_tokens: of an output.
+        max_prompt_bytes: of a prompt's text: longer ones are refused before time is spent on them.
     """
 
     max_length: int
@@ -172,13 +186,15 @@ class Intake:
         for name in STRINGS:
             size, most = len(fields.get(name, "").encode()), self._limits.max_prompt_bytes
             if size > most:
-                raise RequestError(f"{name} has {size} bytes, at most {most} are taken: shorten it")
+                raise RequestError(f"{name} has {size} bytes, at most {most} are taken", "shorten it")
         _merge_sampling_parameters(fields)
         prompt = self._prompt(fields)
         room = self._limits.max_length - len(prompt)
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, and prompt and output together may have {self._limits.max_length}: shorten it"
+                f"the prompt has {len(prompt)} tokens, and prompt and output together may have "
+                f"{self._limits.max_length}",
+                "shorten it",
             )
         params = self._params(fields, room)
         timeout = fields.get("ssv_timeout")
@@ -190,10 +206,10 @@ class Intake:
         text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
         if messages:
             if text:
-                raise RequestError("text_input and ssv_messages are both given: give one of them")
+                raise RequestError("text_input and ssv_messages are both given", "give one of them")
             return self._tokenizer.chat_ids(_messages(messages))
         if "text_input" not in fields:
-            raise RequestError("text_input is missing: give a prompt there, or a conversation in ssv_messages")
+            raise RequestError("text_input is missing", "give a prompt there, or a conversation in ssv_messages")
         if fields.get("ssv_chat"):
             return self._tokenizer.chat_ids([{"role": "user", "content": text}])
         return self._tokenizer.encode(text)
@@ -201,9 +217,9 @@ class Intake:
     def _params(self, fields: Mapping[str, Any], room: int) -> SamplingParams:
         for name, neutral in _NEUTRAL.items():
             if fields.get(name, neutral) != neutral:
-                raise RequestError(f"{name} {fields[name]} is not supported: leave it out, or give {neutral}")
+                raise RequestError(f"{name} {fields[name]} is not supported", f"leave it out, or give {neutral}")
         if any(fields.get("bad_words", ())):
-            raise RequestError("bad_words are not supported: leave them out")
+            raise RequestError("bad_words are not supported", "leave them out")
         if fields.get("exclude_input_in_output") is False:
             raise RequestError("exclude_input_in_output false is not supported: text_output never has the prompt")
         most = min(room, self._limits.max_tokens)
@@ -215,17 +231,17 @@ class Intake:
             )
         min_tokens, min_length = fields.get("min_tokens"), fields.get("min_length")
         if None not in (min_tokens, min_length) and min_tokens != min_length:
-            raise RequestError(f"min_tokens {min_tokens} and min_length {min_length} are the same setting: give one")
+            raise RequestError(f"min_tokens {min_tokens} and min_length {min_length} are the same setting", "give one")
         temperature = fields.get("temperature", 0.0)
         seed = fields.get("seed", fields.get("random_seed"))
         if seed != fields.get("random_seed", seed):
-            raise RequestError(f"seed {seed} and random_seed {fields['random_seed']} are the same setting: give one")
+            raise RequestError(f"seed {seed} and random_seed {fields['random_seed']} are the same setting", "give one")
         stop = tuple(word for word in fields.get("stop_words", ()) if word)
         longest = max((len(word.encode()) for word in stop), default=0)
         if len(stop) > MAX_STOP_WORDS or longest > MAX_STOP_BYTES:
             raise RequestError(
-                f"{len(stop)} stop_words, the longest of {longest} bytes: at most {MAX_STOP_WORDS} of {MAX_STOP_BYTES} bytes "
-                "are taken"
+                f"{len(stop)} stop_words, the longest of {longest} bytes: at most {MAX_STOP_WORDS} of {MAX_STOP_BYTES} "
+                "bytes are taken"
             )
         if seed is not None and not 0 <= seed <= LARGEST_SEED:
             raise RequestError(f"seed {seed} must be between 0 and {LARGEST_SEED}")
@@ -247,8 +263,8 @@ class Intake:
             return False
         if 0 <= end_id < self._vocab_size:
             raise RequestError(
-                f"end_id {end_id} is not one of the model's ({', '.join(map(str, self._manifest.eos_token_ids))}): "
-                "leave it out, and use stop_words"
+                f"end_id {end_id} is not one of the model's ({', '.join(map(str, self._manifest.eos_token_ids))})",
+                "leave it out, and use stop_words",
             )
         return True
 
@@ -264,12 +280,15 @@ class Intake:
             within = [name for name in METHODS if self._bound(name) <= bound]
             if tier is not None and tier not in within:
                 raise RequestError(
-                    f"ssv_tier {tier!r} has a divergence of up to {self._bound(tier)} and exceeds ssv_max_divergence {bound}"
+                    f"ssv_tier {tier!r} has a divergence of up to {self._bound(tier)} and exceeds ssv_max_divergence "
+                    f"{bound}"
                 )
             # They stand in the order of what they save.
             tier = tier or within[-1]
         if tier in NEEDS_HEADS and self._manifest.heads is None:
-            raise RequestError(f"ssv_tier {tier!r} needs Medusa's heads, which this bundle has not: choose another one")
+            raise RequestError(
+                f"ssv_tier {tier!r} needs Medusa's heads, which this bundle has not", "choose another one"
+            )
         policy_for(tier, self._manifest.policies)
         return tier
 
@@ -303,7 +322,7 @@ def _text(name: str, value: bytes | str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{name} has half of a surrogate pair at {error.start}: send whole characters"
+                f"{name} has half of a surrogate pair at {error.start}", "send whole characters"
             ) from error
         return value
     try:
@@ -334,7 +353,7 @@ def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> 
         if name not in declared_inputs():
             near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, declared_inputs(), 1)), None)
             cure = f"use {near}, or leave it out" if near is not None else "leave it out"
-            raise RequestError(f"{name[:64]!r} is unknown: {cure}")
+            raise RequestError(f"{name[:64]!r} is unknown", cure)
         if name in STRING_LISTS:
             value = [str(value)]
         elif name in STRINGS:
@@ -343,7 +362,7 @@ def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> 
             value = _cast("parameters", name, value, bool if name in FLAGS else int if name in WHOLE_NUMBERS else float)
         if name in fields and fields[name] != value:
             raise RequestError(
-                f"{name} is given twice, as {fields[name]!r} and as a parameter as {value!r}: give it once"
+                f"{name} is given twice, as {fields[name]!r} and as a parameter as {value!r}", "give it once"
             )
         fields[name] = value
 
@@ -362,7 +381,7 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
         if name in _VLLM_NEUTRAL:
             neutral = _VLLM_NEUTRAL[name]
             if _cast("sampling_parameters", name, value, type(neutral)) != neutral:
-                raise RequestError(f"sampling_parameters: {name} {value!r} is not supported: leave it out")
+                raise RequestError(f"sampling_parameters: {name} {value!r} is not supported", "leave it out")
             continue
         if name == "stop":
             target, value = "stop_words", [value] if isinstance(value, str) else value
@@ -425,10 +444,9 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if name in (*STRINGS, *STRING_LISTS):
             tensors[name] = np.array([[(value if name in STRINGS else value[0]).encode()]], dtype=np.object_)
             continue
-        whole = np.uint64 if name in ("seed", "random_seed") else np.int32
-        dtype = np.bool_ if name in FLAGS else np.float32 if name in NUMBERS else whole
-        if dtype is whole and not np.iinfo(whole).min <= value <= np.iinfo(whole).max:
-            raise RequestError(f"{name} {value} is too large: give at most {np.iinfo(whole).max}")
+        dtype = _DTYPES[input_type(name)]
+        if issubclass(dtype, np.integer) and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+            raise RequestError(f"{name} {value} is too large", f"give at most {np.iinfo(dtype).max}")
         tensors[name] = np.array([[value]], dtype=dtype)
     return tensors
 
@@ -436,3 +454,10 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def declared_inputs() -> Sequence[str]:
     """All names that a client may send."""
     return (*STRINGS, *STRING_LISTS, *FLAGS, *WHOLE_NUMBERS, *NUMBERS)
+
+
+def input_type(name: str) -> str:
+    """Returns what Triton calls the type of an input's elements."""
+    if name in WHOLE_NUMBERS:
+        return "UINT64" if name in ("seed", "random_seed") else "INT32"
+    return "BOOL" if name in FLAGS else "FP32" if name in NUMBERS else "STRING"

@@ -1,9 +1,12 @@
-"""The server's metrics: names, meanings, how a request's counters become them, and how they are shown. Imports no torch.
+"""The server's metrics: names, meanings, how a request's counters become them, and how they are shown.
 
-Names of judged tokens are those that dashboards for speculative decoding already have (vLLM's); trusted tokens are not among them.
+Imports no torch.
 
-Each process of a server counts on a board of its own (`ssv.runtime.serving.board`), all of the same keys; what is shown is the sum. So nothing
-that was counted is lost with a process, and none is asked by another.
+Names of judged tokens are those that dashboards for speculative decoding already have (vLLM's); trusted tokens are not
+among them.
+
+Each process of a server counts on a board of its own (`ssv.runtime.serving.board`), all of the same keys; what is shown
+is the sum. So nothing that was counted is lost with a process, and none is asked by another.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.board import Board
+from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
     from ssv.runtime.decode.audit import Audit
@@ -132,9 +136,11 @@ class Metrics:
     """What one process of a server counts."""
 
     def __init__(self, folder: Path | None = None, process: str = "") -> None:
-        """Args:
-        folder: of the boards of a server; None counts for this process alone.
-        process: the board's name.
+        """Opens the board of a process.
+
+        Args:
+            folder: of the boards of a server; None counts for this process alone.
+            process: the board's name.
         """
         self._board = Board(SERIES, folder / process if folder is not None else None)
 
@@ -197,38 +203,46 @@ class Metrics:
         self._board.add(_key(f"{name}_count", tier=tier))
 
 
-class Refusal(RuntimeError):
+class Refusal(UserError):
     """A request that is not taken now; the message says why.
 
     Attributes:
         reason: one of `REFUSALS`.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, reason: str, cure: str = "") -> None:
+        super().__init__(what, cure)
         self.reason = reason
 
 
 class Admission:
-    """Whether a request would be taken: told from what the other processes count, so that refusing costs next to nothing."""
+    """Whether a request would be taken: told from what the other processes count, so that refusing costs next to
+    nothing.
+    """
 
     def __init__(self, folder: Path | None, max_rows: int, max_waiting: int) -> None:
-        """Args:
-        folder: of the boards; None lets every request through.
-        max_rows, max_waiting: see `ServerConfig`.
+        """Reads the boards of a server.
+
+        Args:
+            folder: of the boards; None lets every request through.
+            max_rows, max_waiting: see `ServerConfig`.
         """
         self._reader = Reader(folder) if folder is not None else None
         self._max_rows, self._max_waiting = max_rows, max_waiting
 
     def check(self) -> None:
-        """Raises Refusal. One more than there is room for may come through: the service itself counts to the request."""
+        """Refuses what there is no room for, but for one more at times: the service itself counts to the request.
+
+        Raises:
+            Refusal: saying why.
+        """
         if self._reader is None:
             return
         if self._reader.get("ssv_draining"):
             raise Refusal(DRAINING, "draining")
         waiting = int(self._reader.get("ssv_requests_waiting"))
         if waiting >= self._max_waiting and self._reader.get("ssv_requests_decoding") >= self._max_rows:
-            raise Refusal(f"{waiting} requests are waiting already: try again later", "full")
+            raise Refusal(f"{waiting} requests are waiting already", "full", "try again later")
 
 
 class Reader:
@@ -243,7 +257,7 @@ class Reader:
         return self._sum(_key(name, **labels), self._found())
 
     def text(self) -> str:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         boards, lines = self._found(), []
         for family, keys in groupby(SERIES, key=_family):
             text, kind = HELP[family]

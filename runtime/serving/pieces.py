@@ -1,4 +1,7 @@
-"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them. Imports no torch."""
+"""How an answer travels through the server: `ssv` sends pieces of token ids, `postprocessing` makes responses of them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ssv.runtime.reply import Reply, outputs
 from ssv.runtime.request import Chunk
 from ssv.runtime.serving.intake import Settings
+
+_TEXT = next(output.name for output in outputs() if output.attribute == "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,12 @@ class Piece:
 
     @property
     def is_probe(self) -> bool:
-        """Whether it has no response: it only gives `postprocessing` the occasion to learn that nobody waits any more."""
+        """Whether it has no response: `postprocessing` only learns by it whether anybody still waits."""
         return not self.fields
+
+    def outputs(self, text: str) -> dict[str, Any]:
+        """All outputs of `ensemble`, with the text that was made of the piece."""
+        return {_TEXT: text, **self.fields}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -51,8 +61,10 @@ class Answer:
     """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
     def __init__(self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = ()) -> None:
-        """Args:
-        context: the end of the prompt, if the output's text goes on with its text.
+        """Begins an answer of which nothing has come.
+
+        Args:
+            context: the end of the prompt, if the output's text goes on with its text.
         """
         self._key, self._settings, self._lossless = key, settings, lossless
         self._context = tuple(context)
@@ -65,10 +77,12 @@ class Answer:
         return Piece(self._key, self._number, (), (), False, {})
 
     def piece(self, chunk: Chunk, now: float, interval: float) -> Piece | None:
-        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always are.
+        """What to send after a chunk that came at `now` (seconds), if anything: the first tokens and the end always
+        are.
 
         Args:
-            interval: seconds between two pieces, at least: each costs the server's processes as much as some tokens are worth.
+            interval: seconds between two pieces, at least: each costs the server's processes as much as some tokens are
+                worth.
         """
         self._held.extend(chunk.token_ids)
         is_last = chunk.finish_reason is not None
@@ -77,19 +91,21 @@ class Answer:
         self._sent_at = now
         token_ids, self._held = tuple(self._held), []
         counters = chunk.counters
-        fields = {
-            "finish_reason": chunk.finish_reason or "",
-            "num_input_tokens": counters.prompt_tokens,
-            "num_output_tokens": len(token_ids),
-            "acceptance_rate": counters.acceptance_rate,
-            "total_accepted_draft_tokens": counters.accepted,
-            "total_draft_tokens": counters.judged,
-            "ssv_tier_used": self._settings.method,
-            "ssv_lossless": self._lossless,
-            "ssv_unverified_tokens": counters.trusted,
-            "ssv_target_passes": counters.target_passes,
-            "ssv_cached_tokens": counters.cached_tokens,
-        }
+        reply = Reply(
+            text="",
+            finish_reason=chunk.finish_reason or "",
+            num_input_tokens=counters.prompt_tokens,
+            num_output_tokens=len(token_ids),
+            judged=counters.judged,
+            accepted=counters.accepted,
+            unverified=counters.trusted,
+            target_passes=counters.target_passes,
+            cached_tokens=counters.cached_tokens,
+            tier=self._settings.method,
+            lossless=self._lossless,
+        )
+        fields = reply.outputs()
+        del fields[_TEXT]
         params, context = self._settings.params, self._context if self._number == 0 else ()
         piece = Piece(self._key, self._number, token_ids, params.stop, is_last, fields, params.min_tokens, context)
         self._number += 1

@@ -14,8 +14,9 @@ from ssv.runtime.decode.audit import Audit, RunningAudit
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
-from ssv.runtime.methods import policy_for
+from ssv.runtime.methods import policy_of
 from ssv.runtime.request import Chunk, Request, RequestError
+from ssv.support.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ T = TypeVar("T")
 MAX_AUDITS_WAITING = 16
 
 
-class ServiceError(RuntimeError):
+class ServiceError(UserError):
     """The service takes no requests; the message says why."""
 
 
@@ -46,9 +47,11 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Attributes:
-    decoding, joining, waiting: requests that are.
-    prompts: of the prompt cache.
+    """What the service is busy with.
+
+    Attributes:
+        decoding, joining, waiting: requests that are.
+        prompts: of the prompt cache.
     """
 
     decoding: int
@@ -81,7 +84,8 @@ class _Client:
 class Service:
     """Requests from any thread, decoded by one.
 
-    When an engine fails, everything in it is in doubt: all requests end with the error, no more are taken, and `on_death` is called.
+    When an engine fails, everything in it is in doubt: all requests end with the error, no more are taken, and
+    `on_death` is called.
     """
 
     def __init__(
@@ -96,12 +100,16 @@ class Service:
         on_round: Callable[[Load], None] = lambda load: None,
         on_death: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """Args:
-        max_waiting: requests that wait for a row, at most.
-        audit_share: share of the greedy requests of lossy tiers whose output is judged afterwards by the target, when a row is free.
-        on_finish: called with the last chunk and the method of each request, by the service's thread; so are the others.
-        on_audit: called with each audit, the method of its request, and the number of tokens it is of.
-        on_round: called after every round, and once more when there is nothing left to do.
+        """Starts the thread that decodes.
+
+        Args:
+            max_waiting: requests that wait for a row, at most.
+            audit_share: share of the greedy requests of lossy tiers whose output is judged afterwards by the target,
+                when a row is free.
+            on_finish: called with the last chunk and the method of each request, by the service's thread; so are the
+                others.
+            on_audit: called with each audit, the method of its request, and the number of tokens it is of.
+            on_round: called after every round, and once more when there is nothing left to do.
         """
         self._llm, self._audit_share = llm, audit_share
         self._on_finish, self._on_audit, self._on_round, self._on_death = on_finish, on_audit, on_round, on_death
@@ -130,7 +138,7 @@ class Service:
             if self._refuses is not None:
                 raise ServiceError(self._refuses)
             if len(self._inbox) >= self._max_inbox:
-                raise QueueFull(f"{len(self._inbox)} requests are waiting already: try again later")
+                raise QueueFull(f"{len(self._inbox)} requests are waiting already", "try again later")
             self._inbox.append((request, sink))
             self._changed.notify()
 
@@ -151,7 +159,8 @@ class Service:
             self._refuses = self._refuses or why
 
     def drain(self, timeout: float) -> bool:
-        """Takes no more requests, and ends once those it has are finished; after `timeout` seconds these end with an error.
+        """Takes no more requests, and ends once those it has are finished; after `timeout` seconds these end with an
+        error.
 
         Returns:
             Whether all were finished.
@@ -198,7 +207,7 @@ class Service:
             request, sink = self._inbox.popleft()
             params = request.params
             try:
-                policy = policy_for(request.method, self._llm.tiers, request.num_draft_tokens)
+                policy = policy_of(request, self._llm.tiers)
                 self._loop.batch.check(request.prompt_ids, params, policy)  # what is no token has no text either
                 text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
                 audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share

@@ -6,12 +6,14 @@ import ssl
 from contextlib import suppress
 from pathlib import Path
 
+from ssv.support.errors import UserError
+
 
 def certificate_name(certificate: Path, key: Path) -> str:
     """A name that a certificate is valid for, found by shaking hands with it.
 
     Raises:
-        ValueError: files that cannot be used, are not a certificate and its key, or a certificate without a name.
+        UserError: files that cannot be used, are not a certificate and its key, or a certificate without a name.
     """
     server_side, client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client_side.check_hostname = False
@@ -28,9 +30,9 @@ def certificate_name(certificate: Path, key: Path) -> str:
                     side.do_handshake()
         names = (client.getpeercert() or {}).get("subjectAltName", ())
     except OSError as error:
-        raise ValueError(
-            f"{certificate} and {key} cannot be used ({error}): give a certificate and its key as PEM files"
+        raise UserError(
+            f"{certificate} and {key} cannot be used ({error})", "give a certificate and its key as PEM files"
         ) from error
     if not names:
-        raise ValueError(f"{certificate} has no name in subjectAltName: give one that has, gRPC asks for it")
+        raise UserError(f"{certificate} has no name in subjectAltName", "give one that has, gRPC asks for it")
     return str(names[0][1]).replace("*", "ssv")

@@ -1,4 +1,5 @@
-"""These tests need a GPU and fail where there is none: `make test-gpu` and `make test-tensorrt` are for machines that have it."""
+"""These tests need a GPU and fail where there is none: `make test-gpu` and `make test-tensorrt` are for machines that
+have it."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The Triton kernels on a GPU against the definition, compiled as they are called and compiled ahead of time. Needs any NVIDIA GPU.
+"""The Triton kernels on a GPU against the definition, compiled as they are called and compiled ahead of time. Needs any
+NVIDIA GPU.
 
 make test-gpu
 """
@@ -13,18 +14,19 @@ from cuda_driver import launch as driver_launch
 from op_cases import (
     CHOOSE_CASES,
     EPS,
+    GATHER_CASES,
     SCORE_CASES,
-    STEP_CASES,
     ChooseCase,
+    GatherCase,
     ScoreCase,
-    StepCase,
     assert_same,
+    assert_same_rows,
     check_choose,
     check_score,
-    check_step,
+    check_sparse_gather,
     choose_arguments,
+    gather_arguments,
     score_arguments,
-    step_arguments,
 )
 from torch import Tensor
 
@@ -36,10 +38,10 @@ LARGE_SCORES = [
     for rows, vocab, hidden in ((99, 49_152, 576), (64, 128_256, 4096), (989, 151_936, 512), (1, 262_144, 8192))
     for dtype, logits in ((torch.bfloat16, "random"), (torch.float16, "ties"), (torch.float32, "peaked"))
 ]
-LARGE_STEPS = [
-    StepCase(64, 9, judged="all", hidden=4096, dtype=torch.bfloat16),
-    StepCase(256, 8, hidden=4096, dtype=torch.bfloat16),
-    StepCase(99, 10, hidden=576, dtype=torch.float16),
+LARGE_GATHERS = [
+    GatherCase(576, 576, hidden=4096, dtype=torch.bfloat16),
+    GatherCase(2048, 989, hidden=4096, dtype=torch.bfloat16),
+    GatherCase(990, 300, hidden=576, dtype=torch.float16),
 ]
 
 
@@ -53,9 +55,9 @@ def test_score(case: ScoreCase) -> None:
     check_score(launch, case, "cuda")
 
 
-@pytest.mark.parametrize("case", [*STEP_CASES, *LARGE_STEPS], ids=str)
-def test_step(case: StepCase) -> None:
-    check_step(launch, case, "cuda")
+@pytest.mark.parametrize("case", [*GATHER_CASES, *LARGE_GATHERS], ids=str)
+def test_sparse_gather(case: GatherCase) -> None:
+    check_sparse_gather(launch, case, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -143,24 +145,10 @@ def test_score_ahead_of_time(capability: str, rows: int, dtype: torch.dtype, use
     assert_same(Score(*outputs), reference.score(*arguments))
 
 
-@pytest.mark.parametrize("case", [StepCase(11, 9, hidden=576), LARGE_STEPS[0]], ids=str)
-def test_step_ahead_of_time(capability: str, case: StepCase) -> None:
-    s = step_arguments(case, "cuda")
-    rows, places, hidden = len(s.row_R), case.batch * case.tokens, case.hidden
-    sizes = {"B": case.batch, "T": case.tokens, "K": case.tokens - 1, "M": places, "R": rows}
-    tolerance = {"rtol": 1.6e-2 if case.dtype == torch.bfloat16 else 1e-5, "atol": 1e-5}
-
-    spec = aot.sparse_gather_spec(hidden, case.dtype, case.dtype, EPS)
-    inputs = [s.hidden_BTH, s.zone_BT, s.length_B, s.weight_H]
-    normed, row, start = run_ahead(spec, capability, inputs, [(places, hidden), (places,), (case.batch + 1,)], **sizes)
-    expected = reference.sparse_gather(s.hidden_BTH, s.zone_BT, s.length_B, s.weight_H, EPS)
-    assert start.tolist() == expected.start_B1.tolist()
-    assert row[:rows].tolist() == s.row_R.tolist()
-    torch.testing.assert_close(normed[:rows], expected.normed_MH[:rows], **tolerance)
-
-    spec = aot.gather_norm_spec(hidden, case.dtype, case.dtype, EPS)
-    hidden_MH = s.hidden_BTH.flatten(0, 1)
-    outputs = run_ahead(spec, capability, [hidden_MH, s.row_R, s.weight_H], [(rows, hidden)] * 2, **sizes)
-    wanted = reference.gather_norm(hidden_MH, s.row_R, s.weight_H, EPS)
-    assert torch.equal(outputs[0], wanted[0])
-    torch.testing.assert_close(outputs[1], wanted[1], **tolerance)
+@pytest.mark.parametrize("case", [GatherCase(99, 50, hidden=576), LARGE_GATHERS[0]], ids=str)
+def test_sparse_gather_ahead_of_time(capability: str, case: GatherCase) -> None:
+    hidden_MH, row_R, weight_H = gather_arguments(case, "cuda")
+    spec = aot.sparse_gather_spec(case.hidden, case.dtype, case.dtype, EPS)
+    shapes, sizes = [(len(row_R), case.hidden)] * 2, {"M": case.rows, "R": len(row_R)}
+    outputs = run_ahead(spec, capability, [hidden_MH, row_R, weight_H], shapes, **sizes)
+    assert_same_rows(outputs, reference.sparse_gather(hidden_MH, row_R, weight_H, EPS))

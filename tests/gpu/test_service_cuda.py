@@ -1,4 +1,5 @@
-"""What the server's `ssv` model runs, on CUDA: requests from many threads, batched and cached, give what each gives alone.
+"""What the server's `ssv` model runs, on CUDA: requests from many threads, batched and cached, give what each gives
+alone.
 
 make test-gpu
 """

@@ -1,6 +1,7 @@
 """TensorRT engines on a GPU: compiled for it here, they take the steps that the torch engine takes.
 
-Needs an NVIDIA GPU of compute capability 7.5, 8.x or 12.x with `tensorrt_rtx`, or any from 8.0 on with full TensorRT 11 and `SSV_FLAVOR=tensorrt`:
+Needs an NVIDIA GPU of compute capability 7.5, 8.x or 12.x with `tensorrt_rtx`, or any from 8.0 on with full TensorRT 11
+and `SSV_FLAVOR=tensorrt`:
 
     make test-tensorrt
 """

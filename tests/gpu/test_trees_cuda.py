@@ -1,5 +1,5 @@
-"""Trees on CUDA: nodes have the logits of their chains, a kept path is text, and rounds of trees give the text of plain decoding. Needs any
-NVIDIA GPU.
+"""Trees on CUDA: nodes have the logits of their chains, a kept path is text, and rounds of trees give the text of
+plain decoding. Needs any NVIDIA GPU.
 
 make test-gpu
 """

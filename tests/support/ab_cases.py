@@ -14,7 +14,7 @@ from ssv.ab.answers import Answer, Sampling
 from ssv.ab.arms import parse_arm
 from ssv.ab.samples import Sample
 
-ARMS = (parse_arm("a=grpc://127.0.0.1:1"), parse_arm("b=grpc://127.0.0.1:2?tier=turbo"))
+ARMS = (parse_arm("a=grpc://127.0.0.1:1"), parse_arm("b=grpc://127.0.0.1:2?method=turbo"))
 
 
 def sample(

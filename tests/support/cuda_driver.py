@@ -1,5 +1,7 @@
-"""Launches a kernel compiled ahead of time through the CUDA driver, as TensorRT does: its PTX, pointers to inputs, int32 scalars, pointers to
-outputs, and nothing else."""
+"""Launches a kernel compiled ahead of time through the CUDA driver, as TensorRT does.
+
+What it gets is its PTX, pointers to inputs, int32 scalars, pointers to outputs, and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Engines and a tokenizer made of tables: the decoding logic without a model.
 
-A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own* cache, each
-weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
+A fake's logits are a row of a seeded table, chosen by a hash of every token that the query sees in the fake's *own*
+cache, each weighted by its position. A token missing, stale or at a wrong position therefore changes the output.
 
 Shapes: see `ssv.runtime.engines.contract`; N states (rows of the table); S slots, or as many positions.
 """
@@ -36,7 +36,8 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What tokens see: the slot at each of their positions, and their own position. What lies beyond that is any slot."""
+    """What tokens see: the slot at each of their positions, and their own position. What lies beyond that is any
+    slot."""
 
     row_M: Tensor
     slot_MS: Tensor
@@ -65,7 +66,10 @@ class _TokenCache:
         count_B: Tensor | None,
         first_row: int,
     ) -> _Seen:
-        """Stores a step's tokens; returns what each of them sees. Padding is noise: nothing may read it."""
+        """Stores a step's tokens; returns what each of them sees.
+
+        Padding is noise: nothing may read it.
+        """
         dtypes = (input_ids_BT.dtype, first_slot_B.dtype, gather_rows_R.dtype)
         if dtypes != (torch.int64, torch.int32, torch.int64):
             raise EngineError(f"input_ids, first_slot, gather_rows have dtypes {dtypes}")
@@ -202,10 +206,10 @@ class FakeTarget:
 class FakeDraft:
     """A draft of a `FakeTarget`: in each state it has the target's logits, or others with another argmax.
 
-    A conditioned one takes the prefix from the features that it is given, as a target's feature of token i is the hash of the
-    tokens up to i, and its own hidden state the same one token further. It checks every entry that a query sees: that the
-    feature is that of the token before the entry's, that it is the target's wherever the target has run since, and that
-    it continues the entry before.
+    A conditioned one takes the prefix from the features that it is given, as a target's feature of token i is the hash
+    of the tokens up to i, and its own hidden state the same one token further. It checks every entry that a query sees:
+    that the feature is that of the token before the entry's, that it is the target's wherever the target has run since,
+    and that it continues the entry before.
 
     Args:
         agreement: share of the states in which its logits are the target's.
@@ -325,7 +329,10 @@ class FakeDraft:
         self.written_BS[row_B1, at_BT] = self.target.steps_B[row_B1]
 
     def _conditioned_hash(self, seen: _Seen) -> Tensor:
-        """Hash of the tokens up to the entry's own, as its features have it; counts the visible entries that are wrong."""
+        """Hash of the tokens up to the entry's own, as its features have it.
+
+        The visible entries that are wrong are counted.
+        """
         row_R1, at_R1 = seen.row_M[:, None], seen.position_M[:, None]
         given_RS, own_RS = self.features_BSF[row_R1, seen.slot_MS].unbind(dim=2)
         given_RS, own_RS = given_RS.long(), own_RS.bool()
@@ -344,7 +351,7 @@ class FakeDraft:
 
 
 class FakeHeads:
-    """Medusa's heads of a `FakeTarget`, whose hidden state is the hash of what it has seen and the position of the last of it.
+    """Medusa's heads of a `FakeTarget`, whose hidden state is the hash of what it has seen and the last position of it.
 
     Each head has the logits that the target will have if it chooses greedily up to there, with noise added.
 

@@ -1,4 +1,7 @@
-"""Networks of the builder, run by the interpreter instead of a GPU, behind the engine contract; and weights to build them from."""
+"""Networks of the builder behind the engine contract, run by the interpreter instead of a GPU.
+
+Weights to build them from are here, too.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Interrupts `ssv-build pair` again and again and looks at what is there: the old bundle or the new one, whole, and a run that finishes.
+"""Interrupts `ssv-build pair` again and again and looks at what is there.
 
-Takes some minutes, so it is no part of the suite, whose `test_staging.py` kills at each step of the file system:
+It has to be the old bundle or the new one, whole, and the next run has to finish. This takes some minutes, so it is no
+part of the suite, whose `test_staging.py` kills at each step of the file system:
 
     .venv/bin/python tests/support/kill_pair.py --work FOLDER [--kills 20] [--seed 0]
 """
@@ -21,7 +22,8 @@ from tiny_bundle import RECIPE, write_recipe
 from ssv.bundle.manifest import digest, read_manifest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-# Everything is made anew from one recipe to the other; the tiers are those of a model of nonsense, so its limits are wide.
+# Everything is made anew from one recipe to the other; the tiers are those of a model of nonsense, so its limits are
+# wide.
 RECIPES = [
     RECIPE.replace("depth: 2}\nscorer", f"depth: 2, seed: {seed}}}\nscorer").replace(
         "accept_below: [0.1]", "accept_below: [0.1], max_tokens: 16, limits: {turbo: 0.99}"

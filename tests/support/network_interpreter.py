@@ -369,8 +369,9 @@ def _gather(layer: Any) -> Operation:
 def _scatter(layer: Any) -> Operation:
     """Data with output[.., index[.., i, ..], ..] = update[.., i, ..].
 
-    "The spec does not guarantee a specific execution ordering for the updates" (https://github.com/onnx/onnx/issues/3234), and NVIDIA's page
-    has none either: what different updates contend for becomes a value that is noticed wherever something depends on it.
+    "The spec does not guarantee a specific execution ordering for the updates"
+    (https://github.com/onnx/onnx/issues/3234), and NVIDIA's page has none either: what different updates contend for
+    becomes a value that is noticed wherever something depends on it.
     """
     axis, dtype = layer.axis, _torch_dtype(layer.get_input(0))
     _require("scatter mode", layer.mode.name, "ELEMENT")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,40 +51,23 @@ def score_arguments(case: ScoreCase, device: str) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class StepCase:
-    """Sizes of a verification step: sequences, tokens of each, and which of them are judged."""
+class GatherCase:
+    """Sizes of a `sparse_gather`: rows of a step, and how many of them are named (some twice)."""
 
-    batch: int
-    tokens: int
-    judged: str = "some"  # all, none (but the bonus rows), some (and ragged), or empty (no sequence has rows)
+    rows: int
+    named: int
     hidden: int = 64
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True)
-class Step:
-    """Arguments of the ops in a verification step."""
-
-    hidden_BTH: Tensor
-    zone_BT: Tensor
-    length_B: Tensor
-    weight_H: Tensor
-    row_R: Tensor
-
-
-def step_arguments(case: StepCase, device: str) -> Step:
-    generator = torch.Generator().manual_seed(case.batch * 1000 + case.tokens)
-    batch, tokens = case.batch, case.tokens
-    hidden_BTH = torch.randn(batch, tokens, case.hidden, generator=generator).to(case.dtype)
+def gather_arguments(case: GatherCase, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """States, rows in any order, of which the last two are not there, and the norm's weight."""
+    generator = torch.Generator().manual_seed(case.rows * 1000 + case.named)
+    hidden_MH = torch.randn(case.rows, case.hidden, generator=generator).to(case.dtype)
     weight_H = (torch.rand(case.hidden, generator=generator) + 0.5).to(case.dtype)
-    zone_BT = {"all": torch.ones, "none": torch.zeros}.get(case.judged, torch.zeros)(batch, tokens).int()
-    length_B = torch.full((batch,), 0 if case.judged == "empty" else tokens, dtype=torch.int32)
-    if case.judged == "some":
-        zone_BT = torch.randint(0, 3, (batch, tokens), generator=generator).int()
-        length_B = torch.randint(0, tokens + 1, (batch,), generator=generator).int()
-    judged = reference.sparse_gather(hidden_BTH, zone_BT, length_B, weight_H, EPS)
-    arguments = hidden_BTH, zone_BT, length_B, weight_H, judged.row_M[: int(judged.start_B1[-1])].clone()
-    return Step(*(x.to(device) for x in arguments))
+    named_R = torch.randint(0, max(case.rows, 1), (case.named,), generator=generator)
+    row_R = torch.cat((named_R, torch.tensor([-1, case.rows]))).int()
+    return hidden_MH.to(device), row_R.to(device), weight_H.to(device)
 
 
 @dataclass(frozen=True)
@@ -125,14 +109,15 @@ SCORE_CASES = [
     ScoreCase(4, 5000, logits="peaked"),
     ScoreCase(3, 300, logits="-inf", dtype=torch.float16),
 ]
-STEP_CASES = [
-    StepCase(1, 1, judged="all"),
-    StepCase(1, 9, judged="all"),
-    StepCase(1, 9, judged="none"),
-    StepCase(3, 9, judged="empty"),
-    StepCase(11, 9),
-    StepCase(4, 33, dtype=torch.bfloat16, hidden=100),
-    StepCase(3, 9, dtype=torch.float16),
+GATHER_CASES = [
+    GatherCase(0, 0),
+    GatherCase(1, 1),
+    GatherCase(9, 9),
+    GatherCase(9, 1),
+    GatherCase(27, 0),
+    GatherCase(99, 50),
+    GatherCase(132, 70, dtype=torch.bfloat16, hidden=100),
+    GatherCase(27, 20, dtype=torch.float16),
 ]
 CHOOSE_CASES = [
     ChooseCase(1, 1),
@@ -151,28 +136,21 @@ def check_score(ops: Ops, case: ScoreCase, device: str) -> None:
     assert_same(ops.score(*arguments), reference.score(*arguments))
 
 
-def check_step(ops: Ops, case: StepCase, device: str) -> None:
-    """All ops of a step, against the definition."""
-    s = step_arguments(case, device)
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[case.dtype]
-    found = ops.sparse_gather(s.hidden_BTH, s.zone_BT, s.length_B, s.weight_H, EPS)
-    expected = reference.sparse_gather(s.hidden_BTH, s.zone_BT, s.length_B, s.weight_H, EPS)
-    rows = len(s.row_R)
-    assert found.start_B1.tolist() == expected.start_B1.tolist()
-    assert found.row_M[:rows].tolist() == s.row_R.tolist()
-    torch.testing.assert_close(found.normed_MH[:rows], expected.normed_MH[:rows], rtol=tolerance, atol=1e-5)
-
-    hidden_MH = s.hidden_BTH.flatten(0, 1)
-    row_R = torch.cat((s.row_R, s.row_R.new_tensor([-1, len(hidden_MH)])))  # two that give zeros
-    gathered = ops.gather_norm(hidden_MH, row_R, s.weight_H, EPS)
-    wanted = reference.gather_norm(hidden_MH, row_R, s.weight_H, EPS)
-    assert torch.equal(gathered[0], wanted[0])
-    torch.testing.assert_close(gathered[1], wanted[1], rtol=tolerance, atol=1e-5)
+def check_sparse_gather(ops: Ops, case: GatherCase, device: str) -> None:
+    arguments = gather_arguments(case, device)
+    assert_same_rows(ops.sparse_gather(*arguments, EPS), reference.sparse_gather(*arguments, EPS))
 
 
 def check_choose(ops: Ops, case: ChooseCase, device: str) -> None:
     arguments = choose_arguments(case, device)
     assert ops.choose(*arguments).tolist() == reference.choose(*arguments).tolist()
+
+
+def assert_same_rows(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Gathered rows exactly, normed ones to a rounding of their dtype."""
+    assert torch.equal(found[0], expected[0])
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[expected[1].dtype]
+    torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=1e-5)
 
 
 def assert_same(found: Any, expected: Any) -> None:

@@ -22,7 +22,10 @@ def rooms() -> dict[str, tuple[str, ...]]:
 
 
 def picture(table: Mapping[str, tuple[str, ...]]) -> str:
-    """A Mermaid flowchart: an arrow from each room to those that it imports, without those that other arrows lead to."""
+    """A Mermaid flowchart: an arrow from each room to those that it imports.
+
+    Arrows to rooms that other arrows lead to are left out.
+    """
     lines = ["flowchart TD"]
     lines += [f'    {_id(room)}["{room}"]' for room in reversed(table)]
     for room in reversed(table):

@@ -1,11 +1,12 @@
 """TensorRT's own plugin library without TensorRT: "quickly deployable plugins" as its builder would take them.
 
-The library is Python, in the wheel of the bindings (`tensorrt_bindings/plugin`). What it needs of the native module is played here: enumerations, symbolic
-sizes, networks to which plugins are added. It checks declarations, infers shapes and asks for kernels as in a real build; the order of these
-calls is that of NVIDIA's interfaces (`IPluginV3QuickAOTBuild`), not observed. No kernel is launched.
+The library is Python, in the wheel of the bindings (`tensorrt_bindings/plugin`). What it needs of the native module is
+played here: enumerations, symbolic sizes, networks to which plugins are added. It checks declarations, infers shapes
+and asks for kernels as in a real build; the order of these calls is that of NVIDIA's interfaces
+(`IPluginV3QuickAOTBuild`), not observed. No kernel is launched.
 
-`load` puts the played module into sys.modules, and kernels are compiled only where nothing has set TRITON_INTERPRET: both are for a
-process of its own, see `apart`.
+`load` puts the played module into sys.modules, and kernels are compiled only where nothing has set TRITON_INTERPRET:
+both are for a process of its own, see `apart`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ Ranges = Mapping[str, tuple[int, int, int]]
 
 
 def apart(module: Path, function: str, cache: Path) -> Any:
-    """What a function of a test module returns in a process of its own, as JSON gives it back. Triton caches kernels in `cache`."""
+    """What a function of a test module returns in a process of its own, as JSON gives it back.
+
+    Triton caches kernels in `cache`.
+    """
     code = f"import json, {module.stem} as m; print(json.dumps(m.{function}()))"
     paths = [str(module.parent), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache)}
@@ -134,7 +138,10 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel and how it is launched: grid, block and shared memory by name, then the scalars between inputs and outputs."""
+    """A kernel and how it is launched.
+
+    Grid, block and shared memory have names; then come the scalars between inputs and outputs.
+    """
 
     entry: str
     ptx: str

@@ -9,7 +9,10 @@ from ssv.model.checkpoint import DecoderSpec, Weights
 
 
 def quantized_weights(spec: DecoderSpec, weights: Weights, precision: str, group: int = 16) -> Weights:
-    """Weights with every projection rounded, in ModelOpt's tensors; the factors of inputs are such that forgetting them shows."""
+    """Weights with every projection rounded, in ModelOpt's tensors.
+
+    The factors of inputs are such that forgetting them shows.
+    """
     torch.manual_seed(9)
     out = dict(weights)
     for name, weight in weights.items():

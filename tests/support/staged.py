@@ -1,8 +1,8 @@
 """Bundles that take their place, and runs that end in the middle of that.
 
-As a program it runs some that are killed: each in a fork of its own, which a process of tests must not have, since its threads may hold what
-the fork then waits for. A line of stdin is [step at which it is killed, the bundle's place, whether folders can be exchanged], and a line
-of stdout whether it came so far.
+As a program it runs some that are killed: each in a fork of its own, which a process of tests must not have, since its
+threads may hold what the fork then waits for. A line of stdin is [step at which it is killed, the bundle's place,
+whether folders can be exchanged], and a line of stdout whether it came so far.
 """
 
 from __future__ import annotations

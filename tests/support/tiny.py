@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.model.checkpoint import DecoderSpec, Weights
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftKind, draft_spec
@@ -39,7 +39,10 @@ def tiny_spec(**changes: Any) -> DecoderSpec:
 
 
 def random_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Norms around one, biases around zero, both far enough from it; products of a magnitude that keeps softmax sharp."""
+    """A weight at random: norms around one, biases around zero, both far enough from it.
+
+    Products are of a magnitude that keeps softmax sharp.
+    """
     noise = torch.randn(shape)
     if len(shape) == 1:
         return 1 + 0.3 * noise if "norm" in name else 0.3 * noise

@@ -16,8 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from ssv.builder import pair
 from ssv.builder.calibrate import MIN_PROMPTS, Calibration, Trial
 from ssv.builder.config import CalibrationConfig, load_recipe
+from ssv.builder.survival_fit import SurvivalFit
 from ssv.bundle.manifest import Manifest, read_manifest
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs, Curve
+from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import hf_config
 from ssv.support.progress import Report, silent
 
@@ -65,6 +68,9 @@ def write_recipe(base: Path, *, heads: bool = False) -> Path:
     return path
 
 
+COSTS = Costs(target=Curve(tokens=(1, 8), seconds=(1.0, 1.5)), draft=Curve(tokens=(1, 8), seconds=(0.1, 0.2)))
+
+
 class Calibrator:
     """Stands for decoding; counts how often it was asked."""
 
@@ -77,10 +83,11 @@ class Calibrator:
 
         def trial(accept_below: float) -> Trial:
             policy = Policy(accept_below=accept_below, verify_above=0.4, risk_budget=0.6, max_pending=6)
-            return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 0.6)
+            return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 1.5, 1.0, 0.6)
 
         tiers = {"premium": trial(0.0), "balanced": trial(0.1), "turbo": trial(0.1)}
-        return Calibration(list(tiers.values()), tiers)
+        survival = SurvivalFit(Survival(greedy=((0.1, 0.9),), sampled=((0.0, 0.8),)), [])
+        return Calibration(list(tiers.values()), tiers, COSTS, survival)
 
 
 def build(recipe: Path, out: Path, make: Calibrator | None = None) -> Manifest:

@@ -28,7 +28,8 @@ def path_to(parents: Sequence[int], node: int) -> list[int]:
 
 
 def branches(prefixes: Sequence[int], trees: Sequence[Sequence[int]]) -> Branches:
-    """What the nodes of trees see, one tree a row, whose nodes lie in the slots behind its prefix; narrower trees are padded."""
+    """What the nodes of trees see, one tree a row, whose nodes lie in the slots behind its prefix; narrower trees are
+    padded."""
     width = max(len(parents) for parents in trees)
     paths = [
         [[prefix + n for n in path_to(parents, t)] if t < len(parents) else [prefix + t] for t in range(width)]

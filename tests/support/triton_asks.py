@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import tritonclient.grpc as grpcclient
+from prometheus_text import Series, samples
 from tritonclient.utils import InferenceServerException
 
 DTYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
@@ -91,16 +91,11 @@ class Stream:
         return False
 
 
-def read_metrics(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def read_metrics(url: str) -> dict[Series, float]:
     """Value of each metric, by name and labels."""
     with urlopen(url, timeout=SECONDS) as response:
         text = response.read().decode()
-    found = {}
-    for line in text.splitlines():
-        if match := re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line):
-            labels = frozenset(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
-            found[match[1], labels] = float(match[3])
-    return found
+    return samples(text)
 
 
 def metric(url: str, name: str, **labels: str) -> float:

@@ -1,4 +1,5 @@
-"""Clients of the OpenAI API as their users write them; run by `test_foreign_clients.py` with the Python that has them installed.
+"""Clients of the OpenAI API as their users write them; run by `test_foreign_clients.py` with the Python that has them
+installed.
 
     python clients.py CLIENT OPENAI_URL METRICS_URL MODEL
 

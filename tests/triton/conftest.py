@@ -28,12 +28,14 @@ STOP_SECONDS = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Attributes:
-    grpc_url, http_url, metrics_url, openai_url: as announced.
-    pid: of ssv-serve.
-    log: what it and its server write.
-    outcomes: log of the router, between premium and turbo.
-    max_rows, max_waiting: see `ServerConfig`.
+    """A server that runs, and how it was started.
+
+    Attributes:
+        grpc_url, http_url, metrics_url, openai_url: as announced.
+        pid: of ssv-serve.
+        log: what it and its server write.
+        outcomes: log of the router, between premium and turbo.
+        max_rows, max_waiting: see `ServerConfig`.
     """
 
     grpc_url: str

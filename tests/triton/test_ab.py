@@ -163,7 +163,7 @@ def test_a_run_compares_tiers_and_apis(server: Server, tmp_path: Path, capsys: p
         ("What is the opposite of hot?", "cold"),
     ]
     prompts.write_text("".join(json.dumps({"prompt": q, "answer": a}) + "\n" for q, a in questions))
-    arms = ["--a", f"premium={server.grpc_url}?tier=premium", "--b", f"turbo={server.grpc_url}?tier=turbo"]
+    arms = ["--a", f"premium={server.grpc_url}?method=premium", "--b", f"turbo={server.grpc_url}?method=turbo"]
     arms += ["--arm", f"api={server.openai_url}?model=smollm2-135m:premium"]
     options = ["--prompts", str(prompts), "--max-tokens", "8", "--margin", "0.1", "--concurrency", "1,2"]
     options += ["--price-per-hour", "1", "--slo", "ttft_p95<20s", "--out", str(tmp_path / "run")]

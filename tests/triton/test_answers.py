@@ -14,7 +14,7 @@ from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Output, Request, SamplingParams
 
-LOSSLESS = ("autoregressive", "prompt-lookup", "speculative", "premium")
+LOSSLESS = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "speculative", "premium")
 QUESTION = "Explain how rainbows form."
 
 
@@ -58,7 +58,11 @@ def text_of(replies: list[Reply]) -> str:
 
 
 def assert_same(replies: list[Reply], expected: Output, case: Case, alone: bool = True) -> None:
-    """Args: alone: whether no other request ran: lossless ones draft less in company, which changes no token."""
+    """Compares what a server said with what was expected.
+
+    Args:
+        alone: whether no other request ran: lossless ones draft less in company, which changes no token.
+    """
     last, counters = replies[-1], expected.counters
     assert text_of(replies) == expected.text, case
     assert last.finish_reason == expected.finish_reason
@@ -112,7 +116,7 @@ def test_eight_different_requests_at_a_time(server: Server, llm: LLM) -> None:
 
 
 def test_stop_string_across_chunks(server: Server, llm: LLM) -> None:
-    """Of two tokens at least, and none of it leaves."""
+    """The stop string has at least two tokens, and none of it leaves."""
     whole = Case(QUESTION, max_tokens=60).here(llm).text
     middle = len(whole) // 2
     stop = whole[middle : middle + 14]

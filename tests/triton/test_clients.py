@@ -212,7 +212,7 @@ def test_example_client_of_vllm_in_our_ranks(server: Server) -> None:
 
 
 def bench_lines(server: Server, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """As sglang's and vLLM's bench clients read a stream: every line that is not blank is JSON with a text."""
+    """Reads a stream as sglang's and vLLM's bench clients do: every line that is not blank is JSON with a text."""
     with post(server, "generate_stream", body) as response:
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/event-stream")

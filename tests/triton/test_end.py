@@ -1,5 +1,6 @@
-"""What becomes of requests when there are too many, when the server ends, and when its processes are killed: what the metrics say is what
-a client has counted, to the request."""
+"""What becomes of requests when there are too many, when the server ends, and when its processes are killed: what the
+metrics say is what a client has counted, to the request.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +143,7 @@ def get(url: str, path: str) -> tuple[int, str | None]:
 
 
 def processes(server: Server) -> dict[str, psutil.Process]:
-    """By what they are: tritonserver, openai, or a model's name."""
+    """The server's processes, by what they are: tritonserver, openai, or a model's name."""
     found = {}
     for process in psutil.Process(server.pid).children(recursive=True):
         try:
@@ -339,7 +340,7 @@ def test_killing_while_the_models_start(another_server: Another, bundle: Path, t
 
 
 def test_a_request_that_hangs_does_not_hold_the_end(another_server: Another) -> None:
-    """As many as there may be, each much longer than the drain."""
+    """As many hang as there may be, each for much longer than the drain."""
     with another_server("--drain-timeout", "0.5", max_rows=1, max_waiting=1) as server:
         found: list[str] = []
         threads = [threading.Thread(target=lambda: found.append(ask_generate(server, 1000))) for _ in range(2)]

@@ -1,5 +1,5 @@
-"""Clients that others wrote, as they are, against the real server: `make test-clients` installs them in an environment of their own and
-says where it is in SSV_CLIENTS.
+"""Clients that others wrote, as they are, against the real server: `make test-clients` installs them in an environment
+of their own and says where it is in SSV_CLIENTS.
 
 Prometheus is no Python package: SSV_PROMETHEUS or the path has it.
 """

@@ -17,6 +17,7 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerE
 from triton_asks import SECONDS, wait_until
 
 from ssv.bundle.manifest import read_manifest
+from ssv.runtime.methods import METHODS
 
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
@@ -34,7 +35,7 @@ class Server(Protocol):
 
 @pytest.fixture(scope="module")
 def url(server: Server) -> str:
-    """Of the API, once it answers: it is started after the server."""
+    """The API's address, once it answers: it is started after the server."""
     address = urlsplit(server.openai_url).netloc
 
     def answers() -> bool:
@@ -77,7 +78,7 @@ def test_models(client: OpenAI, model: str, bundle: Path) -> None:
         client.models.retrieve("huge")
 
 
-@pytest.mark.parametrize("tier", ["premium", "balanced", "turbo", "autoregressive", "prompt-lookup", "speculative"])
+@pytest.mark.parametrize("tier", METHODS)
 def test_every_tier_answers_and_is_disclosed(client: OpenAI, model: str, tier: str) -> None:
     answer = client.chat.completions.create(model=f"{model}:{tier}", messages=MESSAGES, max_tokens=24, temperature=0)
     assert answer.model == f"{model}:{tier}"
@@ -253,7 +254,10 @@ def test_a_client_that_leaves_ends_its_request(server: Server, url: str, model: 
     address = urlsplit(url)
     body = {"model": model, "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
     with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=SECONDS) as connection:
         connection.sendall(head.encode() + content)
         if stream:

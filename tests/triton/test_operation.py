@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import tritonclient.grpc as grpcclient
+from prometheus_text import families
 from triton_asks import SECONDS, Stream, metric, read_metrics, tensor, value, wait_until
 from tritonclient.utils import InferenceServerException
 
@@ -111,8 +112,7 @@ def test_all_metrics_are_there(server: Server) -> None:
     wait_until(lambda: metric(server.metrics_url, "ssv_audited_tokens", tier="turbo") > 0, "the answer is audited")
     with urlopen(server.metrics_url, timeout=SECONDS) as response:
         text = response.read().decode()
-    families = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
-    assert {*COUNTERS, *GAUGES, REQUESTS[0]} <= families
+    assert {*COUNTERS, *GAUGES, REQUESTS[0]} <= families(text).keys()
     assert {name for name, _ in read_metrics(server.metrics_url)} >= {*GAUGES, REQUESTS[0]}
     assert metric(server.metrics_url, "ssv_engine_alive") == 1
 

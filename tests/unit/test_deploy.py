@@ -1,4 +1,7 @@
-"""The files in deploy/: that they agree with each other, with ssv-serve and with the metrics. What an image does is not tested here."""
+"""The files in deploy/: that they agree with each other, with ssv-serve and with the metrics.
+
+What an image does is not tested here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ import yaml
 
 from ssv.runtime.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
 from ssv.triton_repo import checks, front, serve
-from ssv.triton_repo.openai.app import Models, create_app
+from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.translation import Models
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -30,7 +34,10 @@ MANIFESTS = sorted(KUBERNETES.rglob("*.yaml"))
 TRITON_GAUGES = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes"}
 
 STOP_SECONDS = 25.0
-"""What ssv-serve may need beyond its drain: a last look at the metrics (5), the OpenAI API (5), tritonserver (10), and what it does between."""
+"""The seconds that ssv-serve may need beyond its drain.
+
+A last look at the metrics (5), the OpenAI API (5), tritonserver (10), and what ssv-serve does between.
+"""
 
 
 def name_of(path: Path) -> str:

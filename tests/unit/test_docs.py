@@ -66,7 +66,10 @@ def wrong_paths(text: str) -> Iterator[str]:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of each command of ours. What is continued on the next line ends with a backslash, or is indented there."""
+    """The words of each command of ours.
+
+    What is continued on the next line ends with a backslash, or is indented there.
+    """
     joined = re.sub(r"\\\n|\n +", " ", re.sub(r"(?m)(^|\s)#.*$", "", blocks(text)))
     for line in [*joined.splitlines(), *spans(text)]:
         for command in line.split("&&"):
@@ -160,7 +163,7 @@ PLANTED = {
     "path": "see `runtime/nothing.py`",
     "path in a command": "```sh\nssv-bench --bundle x --prompts benchmarks/prompts/nothing.jsonl\n```",
     "option": "```sh\nssv-bench --bundel x\n```",
-    "option of another command": "```sh\nssv-build inspect x --role target\n```",
+    "option of another command": "```sh\nssv-build inspect --bundle x --role target\n```",
     "option on the next line": "```sh\nssv-serve --bundle x \\\n    --nothing\nssv-bench --bundle x\n```",
     "option in an indented block": "    ssv-generate --nothing x",
     "option in a sentence": "with `ssv-ab run --nothing`",

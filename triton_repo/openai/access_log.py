@@ -1,10 +1,11 @@
 """One log line for each request to the OpenAI API, refused ones too, and the ids by which requests are found again.
 
-A line is the event "access": id, method, path, status; of one that was answered its tier, tokens, seconds to the first token and to the
-end, and how it ended; of one that was not the error's code and field. It has no texts: neither the client's nor a message that may
-repeat them.
+A line is the event "access": id, method, path, status; of one that was answered its tier, tokens, seconds to the first
+token and to the end, and how it ended; of one that was not the error's code and field. It has no texts: neither the
+client's nor a message that may repeat them.
 
-An `X-Request-Id` is taken, goes to the server's own log lines, and is in the response; a request without one is given one.
+An `X-Request-Id` is taken, goes to the server's own log lines, and is in the response; a request without one is given
+one.
 """
 
 from __future__ import annotations
@@ -96,10 +97,12 @@ class AccessLog:
         max_connections: int | None = None,
         on_refusal: Callable[[], None] | None = None,
     ) -> None:
-        """Args:
-        num_connections: open now; None where they are not counted.
-        max_connections: with more, a request is refused.
-        on_refusal: called for each that is.
+        """Wraps an application.
+
+        Args:
+            num_connections: open now; None where they are not counted.
+            max_connections: with more, a request is refused.
+            on_refusal: called for each that is.
         """
         self._on_refusal = on_refusal
         self._app, self._num_connections, self._max_connections = app, num_connections, max_connections
@@ -119,7 +122,10 @@ class AccessLog:
 
         try:
             if given is not None and not is_valid:
-                what = f"{HEADER} must be 1 to 128 letters, digits or characters of ._~:/+=@-: give another, or leave it out"
+                what = (
+                    f"{HEADER} must be 1 to 128 letters, digits or characters of ._~:/+=@-: "
+                    "give another, or leave it out"
+                )
                 await _respond(ApiError(400, what, HEADER, "invalid_value"), access, scope, receive, noting)
             elif self._is_full():
                 if self._on_refusal is not None:

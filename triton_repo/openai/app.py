@@ -1,42 +1,39 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
-POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200 when the server is
-ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
+POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200
+when the server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
 
-A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and for comparison
-NAME:autoregressive, NAME:prompt-lookup, NAME:speculative and, of a bundle with heads, NAME:medusa.
+A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
+for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
 
-What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows, and 16 tokens for /v1/completions;
-/v1/chat/completions takes the server's default for max_tokens. A negative seed counts modulo 2**64. The texts of a message's parts
-are joined by line feeds, and the role "developer" is "system".
+What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows,
+and 16 tokens for /v1/completions; /v1/chat/completions takes the server's default for max_tokens. A negative seed
+counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role "developer" is "system".
 
-Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the same as a
-model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an answer ends with what there is
-("length"). Responses disclose under `ssv` what was done: the whole of it, or the last chunk with a choice.
+Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the
+same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an
+answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the whole of it, or the last
+chunk with a choice.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
-`user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or "default", and
-where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing. What is not supported is refused,
-whether it is a field or a value: nothing is ignored in silence.
+`user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or
+"default", and where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing.
+What is not supported is refused, whether it is a field or a value: nothing is ignored in silence.
 
-Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and an `X-Request-Id`
-(`ssv.triton_repo.openai.access_log`).
+Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and
+an `X-Request-Id` (`ssv.triton_repo.openai.access_log`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
-import secrets
 import socket
 import sys
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,17 +45,18 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
-from ssv.runtime.methods import baselines
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import Metrics, boards_folder
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
+from ssv.support.errors import UserError
 from ssv.triton_repo.openai.access_log import Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
-from ssv.triton_repo.openai.schema import ApiRequest, ChatRequest, CompletionRequest, StreamOptions
+from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
+from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, while_connected, whole
+from ssv.triton_repo.openai.translation import Answer, Models
 
 log = logging.getLogger("ssv.openai")
 
@@ -70,8 +68,6 @@ GRACE_SECONDS = 4
 
 KEEP_ALIVE_SECONDS = 30
 """Longer than clients keep idle connections, or one is closed while they send."""
-
-_FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
 
 class Backend(Protocol):
@@ -113,271 +109,6 @@ class _Counted:
             if error.is_unreachable:
                 self._metrics.refused("starting")
             raise
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """Names under which a bundle can be asked.
-
-    Attributes:
-        name: of the bundle.
-        tiers: that it has.
-        created: Unix time.
-        has_heads: whether it can be decoded by Medusa's heads.
-    """
-
-    name: str
-    tiers: tuple[str, ...]
-    created: int
-    has_heads: bool = False
-
-    @classmethod
-    def of_bundle(cls, bundle: Path) -> Models:
-        """Reads the manifest and nothing else.
-
-        Raises:
-            BundleError: see `read_manifest`.
-        """
-        manifest = read_manifest(bundle, verify=False)
-        created = int((bundle / MANIFEST_NAME).stat().st_mtime)
-        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None)
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return (*self.tiers, *baselines(self.has_heads))
-
-    def method_of(self, model: str) -> str | None:
-        """What a model's suffix says; None without one.
-
-        Raises:
-            ApiError: 404, there is no such model.
-        """
-        if model == self.name:
-            return None
-        method = model.removeprefix(f"{self.name}:")
-        if method == model or method not in self.methods:
-            known = ", ".join((self.name, *(f"{self.name}:{method}" for method in self.methods)))
-            raise ApiError(404, f"there is no model {model!r}; known: {known}", "model", "model_not_found")
-        return method
-
-    def tier_of(self, request: ApiRequest) -> str | None:
-        """What the request's model and its `ssv_tier` say together; None leaves it to the server.
-
-        Raises:
-            ApiError: 404, there is no such model; 400, there is no such tier, or they contradict each other.
-        """
-        suffix, tier = self.method_of(request.model), request.ssv_tier
-        if tier is not None and tier not in self.methods:
-            what = f"there is no tier {tier!r}; known: {', '.join(self.methods)}"
-            raise ApiError(400, what, "ssv_tier", "invalid_value")
-        if None not in (suffix, tier) and suffix != tier:
-            what = f"the model says {suffix} and ssv_tier says {tier}: give one of them"
-            raise ApiError(400, what, "ssv_tier", "invalid_value")
-        return suffix or tier
-
-    def listed(self) -> list[dict[str, Any]]:
-        return [self.entry(name) for name in (self.name, *(f"{self.name}:{tier}" for tier in self.tiers))]
-
-    def entry(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv"}
-
-
-@dataclass
-class _Answer:
-    """An answer in the making, in the shape of what was asked.
-
-    Attributes:
-        is_chat: else it is a completion.
-        usage: which of a stream's chunks have it.
-        access: what the log will say.
-        output_tokens: so far.
-        reply: the latest.
-    """
-
-    model: str
-    is_chat: bool
-    usage: StreamOptions
-    access: Access
-    id: str = field(init=False)
-    created: int = field(default_factory=lambda: int(time.time()), init=False)
-    output_tokens: int = field(default=0, init=False)
-    reply: Reply = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
-
-    def take(self, reply: Reply) -> None:
-        self.output_tokens += reply.num_output_tokens
-        self.reply = reply
-        self.access.take(reply)
-
-    def whole(self, text: str) -> dict[str, Any]:
-        """The response that is no stream."""
-        content = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
-        )
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._finish_reason()}
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": self._counted(), "ssv": self._disclosure()}
-
-    def opening(self) -> list[bytes]:
-        """What a stream begins with."""
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}}, num_tokens=0)] if self.is_chat else []
-
-    def piece(self, text: str) -> bytes:
-        return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text})
-
-    def closing(self) -> list[bytes]:
-        """What a stream ends with."""
-        content: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
-        chunks = [self._chunk(content, self._finish_reason(), ssv=self._disclosure())]
-        if self.usage.include_usage:
-            chunks.append(_event({**self._chunk_head(), "choices": [], "usage": self._counted()}))
-        return [*chunks, b"data: [DONE]\n\n"]
-
-    def _chunk(
-        self, content: dict[str, Any], reason: str | None = None, num_tokens: int | None = None, **extra: Any
-    ) -> bytes:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-        usage: dict[str, Any] = {"usage": None} if self.usage.include_usage else {}
-        if self.usage.continuous_usage_stats:
-            usage = {"usage": self._counted(num_tokens)}
-        return _event({**self._chunk_head(), "choices": [choice], **usage, **extra})
-
-    def _chunk_head(self) -> dict[str, Any]:
-        return self._head("chat.completion.chunk" if self.is_chat else "text_completion")
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _finish_reason(self) -> str:
-        return _FINISH_REASONS[self.reply.finish_reason]
-
-    def _counted(self, num_tokens: int | None = None) -> dict[str, Any]:
-        """Usage after so many tokens of the output; None for all that have come."""
-        num_tokens = self.output_tokens if num_tokens is None else num_tokens
-        return {
-            "prompt_tokens": self.reply.num_input_tokens,
-            "completion_tokens": num_tokens,
-            "total_tokens": self.reply.num_input_tokens + num_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.reply.cached_tokens},
-        }
-
-    def _disclosure(self) -> dict[str, Any]:
-        reply = self.reply
-        return {
-            "tier": reply.tier,
-            "lossless": reply.lossless,
-            "unverified_tokens": reply.unverified,
-            "target_passes": reply.target_passes,
-            "acceptance_rate": reply.accepted / reply.judged if reply.judged else 0.0,
-        }
-
-
-def _json(content: object) -> bytes:
-    # ASCII: there are clients that take U+2028 for the end of a line.
-    return json.dumps(content, separators=(",", ":")).encode()
-
-
-def _event(content: object) -> bytes:
-    return b"data: " + _json(content) + b"\n\n"
-
-
-async def _while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
-    """Replies as they come, closed at once when the client leaves.
-
-    Raises:
-        ClientDisconnect: it has left.
-    """
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    async def next_reply() -> Reply | None:
-        return await anext(replies, None)
-
-    gone = asyncio.create_task(disconnected())
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(replies.aclose)
-        stack.push_async_callback(_cancel, gone)
-        while True:
-            step = asyncio.create_task(next_reply())
-            try:
-                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not step.done():
-                    raise ClientDisconnect
-            finally:
-                await _cancel(step)
-            if (reply := step.result()) is None:
-                return
-            yield reply
-
-
-async def _cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-async def _whole(answer: _Answer, replies: AsyncGenerator[Reply, None]) -> Response:
-    texts = []
-    async with aclosing(replies):
-        async for reply in replies:
-            texts.append(reply.text)
-            answer.take(reply)
-    return Response(_json(answer.whole("".join(texts))), media_type="application/json")
-
-
-async def _events(
-    answer: _Answer, replies: AsyncGenerator[Reply, None], meant: Callable[[ServerError], ApiError]
-) -> AsyncGenerator[bytes, None]:
-    """A stream's events; an error before the first is raised, a later one is an event.
-
-    Args:
-        meant: what the server's error is to who asked.
-    """
-    has_begun = False
-    try:
-        async with aclosing(replies):
-            async for reply in replies:
-                answer.take(reply)
-                chunks = [] if has_begun else answer.opening()
-                if reply.text:
-                    chunks.append(answer.piece(reply.text))
-                for chunk in chunks:
-                    has_begun = True
-                    yield chunk
-        for chunk in answer.closing():
-            yield chunk
-    except ServerError as error:
-        if not has_begun:
-            raise
-        meant_error = meant(error)
-        answer.access.fail(meant_error)
-        yield _event(error_object(meant_error))
-    except ClientDisconnect:
-        answer.access.reason = "cancelled"
-        if not has_begun:
-            raise
-
-
-class _EventStream(Response):
-    """Server-sent events, whose generator is closed when nobody listens any more."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._first, self._rest = first, rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._rest):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            async for event in self._rest:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _BodyLimit:
@@ -430,7 +161,7 @@ def create_app(
     async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         access, caller = Access.of(request.scope), body.caller()
         settings = body.settings(models.tier_of(body))
-        answer = _Answer(body.model, caller.is_chat, body.usage(), access)
+        answer = Answer(body.model, caller.is_chat, body.usage(), access)
         stream = bool(body.stream)
         access.begin(answer.id, settings.tier, stream)
 
@@ -442,10 +173,10 @@ def create_app(
         replies = backend.stream(body.prompt(), settings, request_id=access.id, stream=stream)
         try:
             if not stream:
-                return await _whole(answer, _while_connected(request, replies))
-            events = _events(answer, _while_connected(request, replies), meant)
+                return await whole(answer, while_connected(request, replies))
+            sent = events(answer, while_connected(request, replies), meant)
             # Waited for, so that what the server refuses has a status of its own.
-            return _EventStream(await anext(events), events)
+            return EventStream(await anext(sent), sent)
         except ServerError as error:
             raise meant(error) from error
 
@@ -490,7 +221,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
         Access.of(request.scope).fail(error)
-        return Response(_json(error_object(error)), error.status_code, error.headers, "application/json")
+        return Response(json_bytes(error_object(error)), error.status_code, error.headers, "application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -513,13 +244,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ssv.triton_repo.openai.app", description=description, allow_abbrev=False
     )
     add_version(parser)
-    parser.add_argument("--url", required=True, help="grpc://host:port, or grpcs:// for TLS")
+    parser.add_argument("--url", required=True, help="of the server: grpc://host:port, or grpcs:// for TLS")
     parser.add_argument("--bundle", type=Path, required=True, help="for the names of its tiers")
-    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs://")
-    parser.add_argument("--tls-key", type=Path, help="PEM")
-    parser.add_argument("--max-body-bytes", type=int, default=DEFAULT_MAX_BODY_BYTES, help="default: %(default)s")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, required=True, help="to listen on")
+    parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs:// (default: no TLS)")
+    parser.add_argument("--tls-key", type=Path, help="PEM of its key (default: no TLS)")
+    parser.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=DEFAULT_MAX_BODY_BYTES,
+        help="of a request, at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-connections",
         type=int,
@@ -542,12 +280,12 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     _, secure = split_url(args.url)
     if (args.tls_cert is None) != (args.tls_key is None):
-        raise ValueError("--tls-cert and --tls-key belong together: give both")
+        raise UserError("--tls-cert and --tls-key belong together", "give both")
     if args.tls_cert is not None and not secure:
-        raise ValueError(f"--tls-cert is also that of the server at {args.url}: give grpcs://host:port")
+        raise UserError(f"--tls-cert is also that of the server at {args.url}", "give grpcs://host:port")
     for option in ("max_body_bytes", "max_connections"):
         if getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
@@ -591,13 +329,13 @@ def _listen(host: str, port: int) -> socket.socket:
     """A listening socket: uvicorn itself would start first and then end in its own way.
 
     Raises:
-        OSError: the address is taken, or not this machine's.
+        UserError: the address is taken, or not this machine's.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
+    except (OSError, OverflowError, TypeError) as error:  # TypeError: of what is no name of a host
+        raise UserError(f"cannot listen on {host}:{port} ({error})", "choose another --host or --port") from error
 
 
 if __name__ == "__main__":

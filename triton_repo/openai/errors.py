@@ -16,7 +16,8 @@ from ssv.client.triton import ServerError
 CONTEXT_LENGTH = "context_length_exceeded"
 """Clients shorten the conversation and ask again."""
 
-# LangChain looks for it in the text where the openai package leaves the code out of that; litellm for "maximum context length".
+# LangChain looks for it in the text where the openai package leaves the code out of that; litellm for "maximum context
+# length".
 _TOO_LONG = "prompt is too long: "
 # What `ssv.runtime.serving.intake` says of a prompt or an output that is too long.
 _LONG_PROMPT = re.compile(r"^the prompt has (\d+) tokens, and prompt and output together may have (\d+)")
@@ -83,7 +84,10 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     prompt, has, it = caller.prompt, "have" if caller.is_chat else "has", "them" if caller.is_chat else "it"
     if match := _LONG_PROMPT.match(message):
         tokens, most = match.groups()
-        text = f"{_TOO_LONG}This model's maximum context length is {most} tokens, and the {prompt} {has} {tokens}: shorten {it}"
+        text = (
+            f"{_TOO_LONG}This model's maximum context length is {most} tokens, and the {prompt} {has} {tokens}: "
+            f"shorten {it}"
+        )
         return ApiError(400, text, prompt, CONTEXT_LENGTH)
     if match := _MANY_BYTES.match(message):
         num_bytes, most = match.groups()
@@ -95,8 +99,9 @@ def _invalid(message: str, caller: Caller) -> ApiError:
             text = f"{caller.max_tokens} {asked} is too large: give at most {limit}"
             return ApiError(400, text, caller.max_tokens, "invalid_value")
         text = (
-            f"This model's maximum context length is {most} tokens, of which the {prompt} {'leave' if caller.is_chat else 'leaves'} "
-            f"{possible}: shorten {it}, or give {caller.max_tokens} {possible} at most instead of {asked}"
+            f"This model's maximum context length is {most} tokens, of which the {prompt} "
+            f"{'leave' if caller.is_chat else 'leaves'} {possible}: shorten {it}, "
+            f"or give {caller.max_tokens} {possible} at most instead of {asked}"
         )
         return ApiError(400, text, caller.max_tokens, CONTEXT_LENGTH)
     # Of each name of the server's: the field that it is here, and the word for it in a sentence.

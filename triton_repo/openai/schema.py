@@ -83,7 +83,10 @@ def _check_text(text: str, path: tuple[str | int, ...]) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         param = field_name(path) or None
-        what = f"{param or 'a name'} is not valid Unicode: character {error.start} is half of a surrogate pair, leave it out"
+        what = (
+            f"{param or 'a name'} is not valid Unicode: character {error.start} is half of a surrogate pair, "
+            "leave it out"
+        )
         raise ApiError(400, what, param, "invalid_value") from error
 
 
@@ -170,7 +173,7 @@ class ApiRequest(_Strict):
         raise NotImplementedError
 
     def usage(self) -> StreamOptions:
-        """In which chunks of a stream it is.
+        """The chunks of a stream that have the usage in them.
 
         Raises:
             ApiError: 400, it is no stream.

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ssv.bundle.survival import Survival
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.drafters.heads import HeadsDrafter
+from ssv.runtime.decode.drafters.lookahead import Lookahead
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.drafters.prompt_lookup import PromptLookup
+from ssv.runtime.decode.drafters.suffix import Suffix
 from ssv.runtime.engines.contract import Engine, HeadsEngine
 
 
 def drafters(
-    target: Engine, draft: Engine | None, eos_ids: Tensor, heads: HeadsEngine | None = None
+    target: Engine, draft: Engine | None, eos_ids: Tensor, survival: Survival, heads: HeadsEngine | None = None
 ) -> dict[str, Drafter]:
     """The drafters that there are, by the name that a policy has for them (`ssv.bundle.policy.Policy.drafter`)."""
     eos_set = frozenset(eos_ids.tolist())
-    found: dict[str, Drafter] = {"prompt-lookup": PromptLookup(eos_set)}
+    found: dict[str, Drafter] = {
+        "prompt-lookup": PromptLookup(eos_set),
+        "suffix": Suffix(eos_set),
+        "lookahead": Lookahead(eos_set),
+    }
     if draft is not None:
-        found["model"] = ModelDrafter(target, draft, eos_ids)
+        found["model"] = ModelDrafter(target, draft, eos_ids, survival)
     if heads is not None:
-        found["heads"] = HeadsDrafter(heads, eos_ids)
+        found["heads"] = HeadsDrafter(heads, eos_ids)  # `survival` is of the draft's shares
     return found

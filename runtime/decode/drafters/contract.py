@@ -47,10 +47,12 @@ class Drafter:
     def join(self, b: int, row: Row) -> None:
         """The prompt is run: the row is in use from now on."""
 
-    def observe(self, b: int, row: Row, path: Sequence[int], features_TF: Tensor | None) -> None:
+    def observe(self, b: int, row: Row, path: Sequence[int], chosen: Sequence[int], features_TF: Tensor | None) -> None:
         """The target has run a pass over row `b` and kept a path of its tree; the row's text does not have it yet.
 
         Args:
+            chosen: the target's tokens after root and nodes, as far as these were judged: all of them where nothing is trusted. Some may be
+                -1, of logits that were no distribution.
             features_TF: of root and nodes, of a target that was asked for them.
         """
 

@@ -1,7 +1,8 @@
 """Medusa's heads (Cai et al. 2024, arXiv:2401.10774) propose a tree from the target's own last hidden state.
 
-Head d guesses the nodes of depth d + 1. It knows nothing of the nodes before them: all nodes of a depth get the same children, and a node's
-survival is the product of what the heads give the tokens of its path. So a whole tree costs one small product and no draft model.
+Head d guesses the nodes of depth d + 1. It knows nothing of the nodes before them: all nodes of a depth get the same
+children, and a node's survival is the product of what the heads give the tokens of its path. So a whole tree costs one
+small product and no draft model.
 
 Shapes: R rows that draft, H hidden, D heads, V LM head rows.
 """
@@ -14,15 +15,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ssv.bundle.profile import Curve
 from ssv.runtime.decode.choice import check_chosen, columns_of, ranking
-from ssv.runtime.decode.costs import Curve, Prices
+from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.growth import Growth, Guess
 from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import HeadsEngine
 
-_FREE = Curve((1, 2), (0.0, 0.0))
-"""What a further level costs: the heads have guessed all of them at once."""
+_FREE = Curve(tokens=(1, 2), seconds=(1e-9, 1e-9))
+"""What a further level costs, which is as good as nothing: the heads have guessed all of them at once."""
 
 
 class HeadsDrafter(Drafter):
@@ -64,7 +66,8 @@ class HeadsDrafter(Drafter):
     def _grow(self, row: Row, limit: int, guesses: Sequence[Sequence[Guess]], prices: Prices | None) -> None:
         """Gives a row the tree of each depth's guesses."""
         if prices is not None:
-            prices = replace(prices, costs=replace(prices.costs, draft=_FREE)) if row.policy.pays else None
+            costs = prices.costs.model_copy(update={"draft": _FREE})
+            prices = replace(prices, costs=costs) if row.policy.pays else None
         ends = () if row.params.ignore_eos else self._eos_ids
         growth = Growth(row.policy, limit, min(row.rest, len(guesses)), ends, prices)
         for children in guesses:

@@ -16,6 +16,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from ssv.bundle.policy import MAX_PENDING
+from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, choices, columns_of, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
@@ -23,7 +25,6 @@ from ssv.runtime.decode.growth import Growth, Guess
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
 from ssv.runtime.engines.contract import Engine, EngineError, StepOutput
-from ssv.runtime.request import MAX_PENDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,17 @@ class ModelDrafter(Drafter):
 
     has_cache = True
 
-    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor) -> None:
+    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival) -> None:
         """Args:
         engine: with as many rows as the target's.
         eos_ids: int64.
+        survival: corrects the shares that the draft gives its guesses.
         """
         if engine.max_batch < target.max_batch:
             raise EngineError(
-                f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}: make them the same"
+                f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}", "make them the same"
             )
+        self._survival = survival
         self.engine, self.has_scores = engine, engine.has_scorer
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
@@ -112,6 +115,7 @@ class ModelDrafter(Drafter):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
+        limits = self._without_those_that_wait(rows, limits, prices)
         self._growing = {
             b: _Growing(
                 Growth(
@@ -132,18 +136,32 @@ class ModelDrafter(Drafter):
             for b in drafting:
                 growing, row = self._growing[b], rows[b]
                 growing.note_expanded()
-                growing.growth.add([next(guesses) for _ in growing.growth.open])
+                growing.growth.add([next(guesses) for _ in growing.growth.open], len(drafting))
                 row.tree = growing.growth.tree()
                 if self._asks(row, limits[b]):
                     growing.growth.open = []
             drafting = [b for b in drafting if self._growing[b].growth.open]
             out = self._step_level(rows, drafting, out) if drafting else None
 
+    def _without_those_that_wait(
+        self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
+    ) -> Sequence[int]:
+        """The limits, 0 for rows that draft what pays if nothing does."""
+        paying = [b for b, limit in enumerate(limits) if limit > 0 and rows[b].policy.pays]
+        if not paying or prices is None:
+            return limits
+        unseen = [len(rows[b].tokens) - self._offset - rows[b].draft_length for b in paying]
+        if prices.worth_beginning(unseen):
+            return limits
+        return [0 if b in paying else limit for b, limit in enumerate(limits)]
+
     def _asks(self, row: Row, limit: int) -> bool:
         """Whether a row asks for its pass before its tree has its full shape."""
-        return row.asks_for_pass(limit, self._eos_ids) if row.tree.is_chain else row.waits_too_long
+        if not row.tree.tokens:  # nothing was worth keeping
+            return True
+        return row.asks_for_pass(limit, self._eos_ids) if row.policy.is_chain else row.waits_too_long
 
-    def observe(self, b: int, row: Row, path: Sequence[int], features_TF: Tensor | None) -> None:
+    def observe(self, b: int, row: Row, path: Sequence[int], chosen: Sequence[int], features_TF: Tensor | None) -> None:
         if features_TF is not None:
             rows = [0, *(node + 1 for node in path)]
             kept = features_TF[: len(rows)] if rows[-1] == len(path) else features_TF[rows]
@@ -167,7 +185,9 @@ class ModelDrafter(Drafter):
     def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
         """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are padding."""
         starts = [row.draft_length for row in rows]
-        counts = [len(row.tokens) - self._offset - row.draft_length if b in drafting else 0 for b, row in enumerate(rows)]
+        counts = [
+            len(row.tokens) - self._offset - row.draft_length if b in drafting else 0 for b, row in enumerate(rows)
+        ]
         width = max(counts)
         windows = [padded(row.tokens, row.draft_length + self._offset, width) for row in rows]
         out = self.engine.step(
@@ -221,23 +241,30 @@ class ModelDrafter(Drafter):
     def _guesses(self, rows: Sequence[Row], drafting: Sequence[int], out: StepOutput) -> list[list[Guess]]:
         """The likeliest next tokens of each gathered row."""
         growths = {b: self._growing[b].growth for b in drafting}
-        self._sources = {
-            key: r for r, key in enumerate((b, i) for b in drafting for i in growths[b].open)
-        }
+        self._sources = {key: r for r, key in enumerate((b, i) for b in drafting for i in growths[b].open)}
         ahead = [(b, 0 if i == ROOT else growths[b].candidates[i].depth) for b in drafting for i in growths[b].open]
         most = max(growths[b].num_children(i) for b in drafting for i in growths[b].open)
         scored = out.reject_prob_R.tolist() if out.reject_prob_R is not None else None
-        if most == 1 and scored is not None:
+        if most == 1 and scored is not None and not any(rows[b].policy.pays for b in drafting):
             tokens = choices(rows, out.logits_RV, ahead, self._eos_columns, out.token_R, self.engine.token_ids_V)
             check_chosen(tokens)
+            # Nothing is chosen by these shares: a chain goes by its risks.
             return [[Guess(token, 1 - r, r)] for token, r in zip(tokens, scored, strict=True)]
         ranked = ranking(rows, out.logits_RV, ahead, self._eos_columns, most, self.engine.token_ids_V)
         check_chosen([tokens[0] for tokens, _ in ranked])
         greedy = [rows[b].params.greedy for b, _ in ahead]
         return [
-            _shared(tokens, shares, scored[r] if scored is not None else None, greedy[r])
+            _shared(tokens, shares, scored[r] if scored is not None else None, greedy[r], self._survival)
             for r, (tokens, shares) in enumerate(ranked)
         ]
+
+    def guess_of(self, b: int, node: int) -> tuple[int, float]:
+        """Which guess for its place a node of row `b`'s tree was, the first being 0, and the share that it was given."""
+        growth = self._growing[b].growth
+        own = growth.candidate_of[node]
+        parent = growth.candidates[own].parent
+        rank = sum(candidate.parent == parent for candidate in growth.candidates[:own])
+        return rank, growth.candidates[own].guess.share
 
     def _fill(self, b: int, row: Row, text: Sequence[int]) -> None:
         """Makes the entries of a row that has not drafted for long: a step is no wider than what any row has room for."""
@@ -301,15 +328,19 @@ class _Growing:
         return [self.slots[candidate] for candidate in takewhile(self.slots.__contains__, candidates)]
 
 
-def _shared(tokens: Sequence[int], shares: Sequence[float], reject_prob: float | None, greedy: bool) -> list[Guess]:
+def _shared(
+    tokens: Sequence[int], shares: Sequence[float], reject_prob: float | None, greedy: bool, survival: Survival
+) -> list[Guess]:
     """Guesses of tokens whose shares the draft says; the scorer corrects what it says of the first, the others share what is left.
 
-    Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand.
+    Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand. All are corrected then by what came
+    true of such shares before.
     """
     first = 1 - reject_prob if reject_prob is not None and greedy else shares[0]
-    risk = 1 - shares[0] if reject_prob is None else reject_prob
     left = (1 - first) / max(1 - shares[0], 1e-6)
+    said = [first, *(share * left for share in shares[1:])]
+    corrected = [survival.corrected(share, rank, greedy=greedy) for rank, share in enumerate(said)]
     return [
-        Guess(token, first if k == 0 else share * left, risk if k == 0 else 1 - share * left)
-        for k, (token, share) in enumerate(zip(tokens, shares, strict=True))
+        Guess(token, share, reject_prob if k == 0 and reject_prob is not None else 1 - share)
+        for k, (token, share) in enumerate(zip(tokens, corrected, strict=True))
     ]

@@ -1,4 +1,5 @@
-"""Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the same words before follows them again.
+"""Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the same words before
+follows them again.
 
 Needs no model. It wins where an answer repeats its prompt or itself: code that is edited, summaries, retrieval.
 """
@@ -7,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-
 from ssv.runtime.decode.costs import Prices
+from ssv.runtime.decode.drafters import match_rates
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.match_rates import MatchRates
 from ssv.runtime.decode.row import Row
 
 LONGEST = 3
@@ -23,23 +23,84 @@ class PromptLookup(Drafter):
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
         self._eos_ids = eos_ids
+        self._texts: dict[int, NgramText] = {}
+
+    def join(self, b: int, row: Row) -> None:
+        self._texts[b] = NgramText(row.counters.prompt_tokens)
+
+    def move(self, source: int, dest: int, row: Row) -> None:
+        self._texts[dest] = self._texts.pop(source)
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
-        for row, limit in zip(rows, limits, strict=True):
-            for token in continuation(row.tokens, limit):
-                row.tree.add(token)
+        for b, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+            if limit <= 0:
+                continue
+            text = self._texts[b]
+            text.extend(row.tokens)
+            tokens, rates = text.continuation(min(limit, row.rest, row.policy.max_depth or limit))
+            if prices is not None and row.policy.pays:
+                tokens = tokens[: prices.worth_verifying(_products(rates))]
+            for token, rate in zip(tokens, rates, strict=False):
+                row.tree.add(token, 1 - rate)
                 if row.asks_for_pass(limit, self._eos_ids):
                     break
 
 
-def continuation(tokens: Sequence[int], count: int) -> list[int]:
-    """At most `count` tokens that followed the text's last ones where these stood first; of several n-grams the longest counts."""
-    text = np.asarray(tokens)
-    for length in range(min(LONGEST, len(text) - 1) if count else 0, 0, -1):
-        # All that end before the text does: the last ones follow themselves with nothing.
-        windows = sliding_window_view(text[:-1], length)
-        (found,) = (windows == text[-length:]).all(axis=1).nonzero()
-        if len(found):
-            start = int(found[0]) + length
-            return list(tokens[start : start + count])
-    return []
+class NgramText:
+    """A text, where each of its n-grams stood first, and how often what followed there followed again.
+
+    Attributes:
+        rates: learnt from what follows the first `num_given` tokens.
+    """
+
+    def __init__(self, num_given: int) -> None:
+        self.rates = MatchRates()
+        self._num_given = num_given
+        self._tokens: list[int] = []
+        # Index of the token behind the first occurrence of an n-gram that has one.
+        self._behind: dict[tuple[int, ...], int] = {}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes what the text has more now; `tokens` is all of it."""
+        known = self._tokens
+        for i in range(len(known), len(tokens)):
+            if i >= self._num_given and (place := self._place()) is not None:
+                self.rates.note(self._match_length(place), known[place] == tokens[i])
+            for length in range(1, min(LONGEST, i) + 1):
+                self._behind.setdefault(tuple(known[i - length :]), i)
+            known.append(tokens[i])
+
+    def continuation(self, count: int) -> tuple[list[int], list[float]]:
+        """At most `count` tokens that followed the text's last ones where these stood first, and the rates that each
+        follows again.
+
+        Of several n-grams the longest counts.
+        """
+        if (place := self._place()) is None:
+            return [], []
+        length, tokens = self._match_length(place), self._tokens[place : place + count]
+        return tokens, [self.rates.rate(length + i) for i in range(len(tokens))]
+
+    def _place(self) -> int | None:
+        """Index of the token that followed the longest n-gram."""
+        tokens = self._tokens
+        for length in range(min(LONGEST, len(tokens)), 0, -1):
+            if (place := self._behind.get(tuple(tokens[-length:]))) is not None:
+                return place
+        return None
+
+    def _match_length(self, place: int) -> int:
+        """How many tokens before a place are also the text's last ones, as far as it matters."""
+        tokens, length = self._tokens, 0
+        while length < min(match_rates.LONGEST, place) and tokens[place - 1 - length] == tokens[-1 - length]:
+            length += 1
+        return length
+
+
+def _products(rates: Sequence[float]) -> list[float]:
+    """Of each rate and all before it."""
+    products, product = [], 1.0
+    for rate in rates:
+        product *= rate
+        products.append(product)
+    return products

@@ -1,22 +1,31 @@
-"""ssv-bench and ssv-generate on a tiny bundle: what they count and print, and what they refuse before they load anything."""
+"""ssv-bench and ssv-generate on a tiny bundle: what they count and print, and what they refuse before they load
+anything.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 from tiny_bundle import build, write_recipe
 
-from ssv.ab import bench
+from ssv.ab import bench, bench_view
+from ssv.ab.statistics import mean_ratio_interval
 from ssv.client import cli
+from ssv.runtime.counters import Counters
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Chunk, Request, SamplingParams
+from ssv.runtime.request import Chunk, Output, Request, SamplingParams
+from ssv.support.progress import silent
 
-METHODS = ["autoregressive", "prompt-lookup", "speculative", "premium", "balanced", "turbo"]
+LOSSLESS = ["autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative", "premium"]
+METHODS = [*LOSSLESS, "balanced", "turbo"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +47,8 @@ def run_bench(folder: Path, *options: str) -> int:
             "12",
             "--num-prompts",
             "9",
+            "--rounds",
+            "2",
             *options,
         ]
     )
@@ -48,7 +59,7 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_the_last_line_is_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_bench(folder, "--batch", "4") == 0
+    assert run_bench(folder, "--max-rows", "4") == 0
     found = document(capsys)
     assert {"rows", "machine", "versions", "commit"} <= found.keys()
     rows = {row["method"]: row for row in found["rows"]}
@@ -61,10 +72,14 @@ def test_the_last_line_is_the_document(folder: Path, capsys: pytest.CaptureFixtu
             row["emitted"]
             <= row["accepted"] + row["trusted"] + 9 + row["target_passes_per_token"] * row["emitted"] + 1e-6
         )
+        # Each depth that a pass kept is one token more than its own.
+        passes = row["target_passes_per_token"] * row["emitted"]
+        assert sum(row["kept_by_depth"]) * passes == pytest.approx(row["accepted"] + row["trusted"])
+        assert row["kept_by_depth"] == sorted(row["kept_by_depth"], reverse=True)
         assert row["target_tokens_per_token"] >= row["target_passes_per_token"] - 1e-9
     assert rows["autoregressive"]["speedup"] == pytest.approx(1.0)
     assert rows["autoregressive"]["drafted"] == 0
-    for method in ("autoregressive", "prompt-lookup", "speculative", "premium"):
+    for method in LOSSLESS:
         assert rows[method]["divergence"] == 0.0
         assert rows[method]["identical"] == 1.0
         assert rows[method]["trusted"] == 0
@@ -144,7 +159,7 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--methods", "fast"], "unknown method 'fast'"),
         (["--price-per-hour", "0"], "--price-per-hour 0.0 must be above 0"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
-        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--half-width", "0"], "--half-width 0.0 is a share of a speed-up: give a number between 0 and 1"),
         (["--plot", "speed.pdf"], "choose a .png file"),
         (["--plot", "/nowhere/speed.png"], "choose a .png file in a folder that exists"),
         (["--max-tokens", "0"], "max_tokens 0"),
@@ -197,7 +212,7 @@ def test_generate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def row(**changes: Any) -> bench.MethodRow:
     zeros = {name: 0.0 for name in bench.MethodRow.__dataclass_fields__}
-    return bench.MethodRow(**{**zeros, "method": "turbo", **changes})  # type: ignore[arg-type]
+    return bench.MethodRow(**{**zeros, "method": "turbo", "speedup_by_round": (), "kept_by_depth": (), **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +234,163 @@ def test_a_broken_promise_is_said(
     assert (found is None) if said is None else re.search(said, found or "")
 
 
-def test_labels_of_the_plot_are_apart() -> None:
-    assert bench.spread([1.0, 0.99, 1.4], 0.1) == pytest.approx([1.09, 0.99, 1.4])
-    assert bench.spread([2.0, 2.0, 2.0], 0.5) == [2.0, 2.5, 3.0]
-    assert bench.spread([], 1.0) == []
+def shown_texts(axes: Axes) -> Iterator[Text]:
+    yield from axes.texts
+    for axis in (axes.xaxis, axes.yaxis):
+        yield axis.label
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        yield from (tick.label1 for tick in ticks if tick.label1.get_visible())
+
+
+def test_texts_of_the_plot_are_apart() -> None:
+    """Methods that are equally fast and equally exact, with intervals of one another's place."""
+    kept = [0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]
+    rows = [
+        row(method=method, speedup=1.5, speedup_low=1.4, speedup_high=1.6, kept_by_depth=kept) for method in METHODS
+    ]
+    drawn = bench_view.figure(rows)
+    drawn.draw_without_rendering()
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for axes in drawn.axes
+        for text in shown_texts(axes)
+        if text.get_text()
+    ]
+    assert {name for name, _ in boxes} >= {*METHODS, "70", "10"}
+    assert not [(a, b) for (a, at), (b, other) in itertools.combinations(boxes, 2) if at.overlaps(other)]
+    assert not [name for name, box in boxes if box.x0 < 0 or box.x1 > drawn.bbox.x1 or box.y0 < 0]
+
+
+# --- rounds ---------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """A model that is a list of what each method takes, by the clock that it turns."""
+
+    limits: Mapping[str, float] = {}
+    target = None
+
+    def __init__(self, seconds: Mapping[str, float], hiccups: Mapping[int, float]) -> None:
+        """Sets the clock to zero.
+
+        Args:
+            seconds: that an answer takes, by method.
+            hiccups: seconds that an answer takes besides, by its number.
+        """
+        self.now, self.seconds, self.hiccups = 0.0, seconds, hiccups
+        self.asked: list[str] = []
+
+    def chat_ids(self, prompt: str) -> tuple[int, ...]:
+        return (len(prompt),)
+
+    def generate(self, requests: Sequence[Request]) -> list[Output]:
+        for request in requests:
+            # No two prompts speed turbo up alike: there is always an interval.
+            share = 1 + 0.01 * (request.prompt_ids[0] % 3 - 1) if request.method == "turbo" else 1.0
+            self.now += self.seconds[request.method] * share
+            self.now += self.hiccups.get(len(self.asked), 0.0)
+            self.asked.append(request.method)
+        counters = Counters(emitted=5, drafted=4, judged=4, accepted=2, trusted=1, rolled_back=1, target_passes=2)
+        counters.passes_by_kept.update([1, 2])
+        return [Output("w", (1, 2, 3, 4, 5), "length", counters) for _ in requests]
+
+
+def compare(
+    monkeypatch: pytest.MonkeyPatch, decoder: Decoder, *, rounds: int, half_width: float, batch: int = 1
+) -> list[bench.MethodRow]:
+    monkeypatch.setattr("ssv.ab.bench.time.perf_counter", lambda: decoder.now)
+    return bench.compare(
+        decoder,  # type: ignore[arg-type]
+        ["w" * length for length in range(1, 7)],
+        ["autoregressive", "turbo"],
+        SamplingParams(temperature=1.0),  # no audit
+        batch=batch,
+        rounds=rounds,
+        half_width=half_width,
+        num_draft_tokens=5,
+        price_per_hour=None,
+        report=silent,
+    )
+
+
+SPEEDS = {"autoregressive": 2.0, "turbo": 1.0}
+WARM_UP = 2
+ROUND = 12
+
+
+def test_no_further_round_once_the_interval_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(SPEEDS, {})
+    _, turbo = compare(monkeypatch, decoder, rounds=5, half_width=0.05)
+    assert len(decoder.asked) == WARM_UP + ROUND
+    assert turbo.speedup == pytest.approx(2.0, rel=1e-3)
+    assert turbo.speedup_by_round == [turbo.speedup]
+    assert turbo.speedup_low is not None and turbo.speedup_high is not None
+    assert 1.9 <= turbo.speedup_low <= 2.0 <= turbo.speedup_high <= 2.1
+    assert bench.rounds_disagree(turbo, 0.05) is None
+
+
+def test_a_hiccup_is_diluted_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest method stands still for a while in the first round."""
+    decoder = Decoder(SPEEDS, {})
+    compare(monkeypatch, decoder, rounds=1, half_width=0.05)
+    hit = next(number for number in range(WARM_UP, len(decoder.asked)) if decoder.asked[number] == "turbo")
+    decoder = Decoder(SPEEDS, {hit: 6.0})
+    _, alone = compare(monkeypatch, decoder, rounds=1, half_width=0.05)
+    decoder = Decoder(SPEEDS, {hit: 6.0})
+    _, turbo = compare(monkeypatch, decoder, rounds=4, half_width=0.05)
+    assert len(decoder.asked) == WARM_UP + 4 * ROUND
+    # Nothing is discarded: with turbo one of 6 prompts took some 7 s instead of 1 s, and in four rounds 10 s instead of
+    # 4 s.
+    assert alone.speedup == pytest.approx(2 * (1 / 7) ** (1 / 6), rel=1e-3)
+    assert turbo.speedup == pytest.approx(2 * (4 / 10) ** (1 / 6), rel=1e-3)
+    assert turbo.speedup_by_round == pytest.approx([alone.speedup, 2.0, 2.0, 2.0], rel=1e-3)
+    # By the sums it would have been half of what it is, and 1.6x after four rounds.
+    assert alone.speedup > 12 / 12 and turbo.speedup > 48 / 30
+    assert alone.speedup_low is not None and turbo.speedup_low is not None
+    assert turbo.speedup_low > alone.speedup_low
+    said = bench.rounds_disagree(turbo, 0.05)
+    assert said is not None and "rounds disagree on turbo: 1.45x to 2.00x in 4 rounds" in said
+    assert bench.rounds_disagree(alone, 0.05) is None
+
+
+def test_the_interval_is_that_of_the_prompts_sums_over_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(SPEEDS, {5: 1.0, 17: 0.5, 30: 2.0})
+    _, turbo = compare(monkeypatch, decoder, rounds=3, half_width=1e-9)
+    seconds: dict[str, list[float]] = {"autoregressive": [0.0] * 6, "turbo": [0.0] * 6}
+    seen = dict.fromkeys(seconds, 0)
+    for number, method in enumerate(decoder.asked[WARM_UP:], WARM_UP):
+        prompt = seen[method] % 6
+        share = 1 + 0.01 * ((prompt + 1) % 3 - 1) if method == "turbo" else 1.0
+        seconds[method][prompt] += SPEEDS[method] * share + decoder.hiccups.get(number, 0.0)
+        seen[method] += 1
+    tokens = [15.0] * 6
+    expected = mean_ratio_interval(tokens, seconds["autoregressive"], tokens, seconds["turbo"], level=0.95)
+    assert (turbo.speedup, turbo.speedup_low, turbo.speedup_high) == pytest.approx(
+        (1 + expected.estimate, 1 + expected.low, 1 + expected.high)
+    )
+
+
+def test_a_single_group_has_no_interval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    decoder = Decoder(SPEEDS, {})
+    rows = compare(monkeypatch, decoder, rounds=2, half_width=0.5, batch=6)
+    assert len(decoder.asked) == WARM_UP + 2 * ROUND  # what has no interval is not narrow
+    assert (rows[1].speedup_low, rows[1].speedup_high) == (None, None)
+    bench_view.print_tables(rows, priced=False)
+    assert re.search(r"turbo .* 2\.00x . +- ", capsys.readouterr().out)
+
+
+def test_methods_take_turns_at_being_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(SPEEDS, {})
+    compare(monkeypatch, decoder, rounds=2, half_width=1e-9)
+    asked = decoder.asked[WARM_UP:]
+    first = [asked[number] for number in range(0, len(asked), 2)]
+    assert first[:6] == ["autoregressive", "turbo"] * 3
+    assert first[6:] == ["turbo", "autoregressive"] * 3  # the same prompt has another first method
+
+
+def test_kept_tokens_by_depth_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = compare(monkeypatch, Decoder(SPEEDS, {}), rounds=1, half_width=0.5)
+    assert rows[1].kept_by_depth == [1.0, 0.5]
+    bench_view.print_tables(rows, priced=False)
+    assert re.search(r"turbo +. 100% . +50%", capsys.readouterr().out)

@@ -24,7 +24,9 @@ from ssv.ab.arms import parse_arm
 from ssv.ab.endpoints import connect
 from ssv.ab.openai_endpoint import OpenAIEndpoint
 from ssv.client.triton import Reply
-from ssv.triton_repo.openai.app import Models, create_app
+from ssv.support.errors import UserError
+from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.translation import Models
 
 SAMPLING = Sampling(max_tokens=16, temperature=0.5, timeout=5.0)
 
@@ -414,7 +416,9 @@ def test_a_refusal_of_what_was_sent_names_the_setting(setting: str, said: Any) -
 
 PLAIN = {
     "id": "c", "object": "chat.completion", "created": 1, "model": "m",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Oslo", "reasoning": "hm"}, "finish_reason": "stop"}],
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "Oslo", "reasoning": "hm"}, "finish_reason": "stop"}
+    ],
     "usage": {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11},
 }  # fmt: skip
 
@@ -482,7 +486,7 @@ def test_a_key_follows_no_redirection_and_is_in_no_error(monkeypatch: pytest.Mon
         ask_with("", respond_with(b'{"error": {"message": "bad key sk-secret"}}', "application/json", 401))
     assert str(caught.value) == "AuthenticationError: 401: bad key ***: give its key in SSV_AB_KEY_API"
     monkeypatch.setenv("SSV_AB_KEY_API", "sk-sec\nret")
-    with pytest.raises(ValueError, match="SSV_AB_KEY_API holds characters that no key has") as wrong:
+    with pytest.raises(UserError, match="SSV_AB_KEY_API holds characters that no key has") as wrong:
         connect(parse_arm("api=http://127.0.0.1:1/v1?model=m"))
     assert "sk-sec" not in str(wrong.value)
 
@@ -583,7 +587,7 @@ def test_replies_of_ssv_are_an_answer_with_its_counts(server: tuple[Triton, int]
     ("query", "expected"),
     [
         ("", {}),
-        ("?tier=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
+        ("?method=turbo", {"ssv_tier": b"\x05\x00\x00\x00turbo"}),
         ("?max_divergence=0.25", {"ssv_max_divergence": np.float32(0.25).tobytes()}),
     ],
 )
@@ -629,7 +633,7 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
     with pytest.raises(EndpointError, match=r"no server answers at grpc://127\.0\.0\.1:1"):
         endpoint.ask("Hi", SAMPLING, 0)
     assert endpoint.disclosure() is None
-    with pytest.raises(ValueError, match="is not the address of a server"):
+    with pytest.raises(UserError, match="is not the address of a server"):
         connect(parse_arm("a=grpc://127.0.0.1"))
 
 

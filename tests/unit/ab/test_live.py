@@ -1,4 +1,6 @@
-"""The running comparison of live arms, by hand and by simulation, and the command that shows it and takes arms out of service."""
+"""The running comparison of live arms, by hand and by simulation, and the command that shows it and takes arms out of
+service.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def test_a_unit_that_first_failed_has_had_its_turn() -> None:
 
 @pytest.mark.usefixtures("few")
 def test_while_an_arm_is_out_of_service_nothing_is_compared_with_it() -> None:
-    """Neither what the first arm answers for it nor the first arm's own: those come later than all of the arm's, by no chance."""
+    """Neither what the first arm answers for it nor the first arm's own: those come later than all of the arm's, by no
+    chance.
+    """
     meanwhile = [
         outcome("a", 8, e2e_s=70.0, without=["b"]),
         outcome("a", 9, e2e_s=70.0, without=["b"], is_fallback=True),
@@ -372,7 +376,7 @@ def test_text_difference_is_that_of_pairs(num_different: int, is_broken: bool) -
 def simulated(
     rng: np.random.Generator, num_users: int, share: float, *, slower: float = 1.0, per_user: float = 2.0
 ) -> Iterator[Record]:
-    """Of users who are slow or fast in all they ask, with skewed latencies: requests in no order of their users."""
+    """Requests of users who are slow or fast in all they ask, with skewed latencies, in no order of their users."""
     counts = rng.geometric(1 / per_user, num_users)
     users = rng.permutation(np.repeat(np.arange(num_users), counts))
     is_b = rng.random(num_users) < share
@@ -421,7 +425,7 @@ def test_identical_arms_are_seldom_told_apart_at_any_time(
 
 
 def test_identical_pairs_are_seldom_told_apart_at_any_time() -> None:
-    """Of users whose copies are slow or fast in all that they ask."""
+    """The users' copies are slow or fast in all that they ask."""
     told, num_runs = 0, 30
     for run in range(num_runs):
         rng = np.random.default_rng(run)
@@ -655,7 +659,7 @@ def test_watch_reads_the_servers_audits(log: Path, tmp_path: Path, capsys: pytes
     }
 
 
-@pytest.mark.parametrize("how", ["nobody", "garbage", "bytes"])
+@pytest.mark.parametrize("how", ["nobody", "garbage", "bytes", "a page", "another server's"])
 def test_watch_goes_on_without_metrics_and_says_so(
     log: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -666,8 +670,13 @@ def test_watch_goes_on_without_metrics_and_says_so(
             raise BadStatusLine("SSH-2.0")
 
         monkeypatch.setattr(watch_module, "urlopen", garbage)
-    if how == "bytes":
-        (tmp_path / "metrics").write_bytes(b"\xff\xfe")
+    contents = {
+        "bytes": b"\xff\xfe",
+        "a page": b"<html>not found</html>",
+        "another server's": b"ssv_audited_tokens 3\n",
+    }
+    if how in contents:
+        (tmp_path / "metrics").write_bytes(contents[how])
         url = (tmp_path / "metrics").as_uri()
     assert look(write(log, *BAD), "--guard", "divergence<5%,error_rate<5%", "--metrics-url", url) == 4
     out = capsys.readouterr().out

@@ -579,8 +579,8 @@ def test_a_lossless_arm_with_the_same_texts_is_the_same_however_few_prompts_ther
     assert comparison["verdict"].endswith("quality is the same: b is lossless, and all its answers are the same texts")
     # 2 s at 3.6 an hour for 10 tokens: 200 for a million, 200,000 a month.
     assert advice == (
-        "Use b instead of a: at 1,000 million output tokens a month it saves 100,000 of 200,000 a month [100,000, 100,000] at "
-        "concurrency 1; its answers are the same texts."
+        "Use b instead of a: at 1,000 million output tokens a month it saves 100,000 of 200,000 a month "
+        "[100,000, 100,000] at concurrency 1; its answers are the same texts."
     )
     for change in ({"lossless": False}, {"lossless": None}, {"text": "Right"}):
         _, other = acted(run_of("b", [1.0] * 8, **{**LOSSLESS, **change}))
@@ -671,9 +671,11 @@ def test_reasoning_is_counted_apart_and_answers_that_never_came_are_told() -> No
 def simulated(
     plan: Sequence[Turn], seed: int, *, b: float = 1.0, drift: float = 1.0, noise: float = 0.1
 ) -> list[Sample]:
-    """Args:
-    b: how long arm b takes, where a takes 1.
-    drift: how much slower the machine is at the end than at the beginning: 1 is twice as slow.
+    """What arms that differ in speed alone would have come to on a machine that may slow down.
+
+    Args:
+        b: how long arm b takes, where a takes 1.
+        drift: how much slower the machine is at the end than at the beginning: 1 is twice as slow.
     """
     rng = random.Random(seed)
     lengths = [rng.randint(20, 60) for _ in range(1000)]

@@ -17,6 +17,7 @@ from ssv.ab.journal import Journal, JournalReader
 from ssv.ab.limits import Limit, parse_limits
 from ssv.ab.plan import Turn, make_plan, seed_of
 from ssv.ab.samples import Sample, answered, read_samples
+from ssv.support.errors import UserError
 
 # The plan.
 
@@ -79,7 +80,7 @@ def test_a_plan_follows_from_its_seed_and_its_blocks_do_not_depend_on_the_arms()
 
 
 def test_a_concurrency_above_the_number_of_prompts_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 prompts do not fill a block of 4, for concurrency 4: give more prompts"):
+    with pytest.raises(UserError, match="3 prompts do not fill a block of 4, for concurrency 4: give more prompts"):
         make_plan(3, "ab", [1, 4], blocks_of=None, seed=0)
 
 
@@ -95,7 +96,7 @@ def test_seeds_depend_on_run_prompt_and_repeat_and_not_on_the_arm() -> None:
 
 def test_an_arm_is_a_name_an_address_and_settings() -> None:
     assert parse_arm("a=grpc://h:8001") == Arm("a", "grpc://h:8001")
-    assert parse_arm("fast=grpcs://h:8001/?tier=turbo&gpus=2&price_per_hour=1.5") == Arm(
+    assert parse_arm("fast=grpcs://h:8001/?method=turbo&gpus=2&price_per_hour=1.5") == Arm(
         "fast", "grpcs://h:8001", tier="turbo", gpus=2.0, price_per_hour=1.5
     )
     assert parse_arm("a=grpc://h:1?max_divergence=0.05").max_divergence == 0.05
@@ -123,11 +124,11 @@ def test_an_arm_is_a_name_an_address_and_settings() -> None:
         ("a=http://[::1/v1?model=m", "arm a: 'http://[::1/v1?model=m' is no address"),
         ("a=grpc://h:1?teir=turbo", "arm a: unknown setting 'teir'; known for grpc: gpus,"),
         ("a=grpc://h:1?model=m", "unknown setting 'model'; known for grpc"),
-        ("a=http://h/v1?model=m&tier=turbo", "unknown setting 'tier'; known for http"),
+        ("a=http://h/v1?model=m&method=turbo", "unknown setting 'method'; known for http"),
         ("a=http://h/v1", "arm a names no model: add ?model=..."),
         ("a=http://h/v1?model=", "arm a names no model"),
-        ("a=grpc://h:1?tier=turbo&tier=premium", "says something twice"),
-        ("a=grpc://h:1?tier=turbo&max_divergence=0.1", "has a tier and a max_divergence: give one of them"),
+        ("a=grpc://h:1?method=turbo&method=premium", "says something twice"),
+        ("a=grpc://h:1?method=turbo&max_divergence=0.1", "has a method and a max_divergence: give one of them"),
         ("a=grpc://h:1?price_per_hour=-1", "arm a: price_per_hour=-1 must be a number above 0"),
         ("a=grpc://h:1?gpus=0", "gpus=0 must be a number above 0"),
         ("a=grpc://h:1?gpus=many", "gpus=many must be a number above 0"),
@@ -140,7 +141,7 @@ def test_an_arm_is_a_name_an_address_and_settings() -> None:
     ],
 )
 def test_a_malformed_arm_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         parse_arm(text)
     assert message in str(caught.value)
 
@@ -148,15 +149,15 @@ def test_a_malformed_arm_is_refused(text: str, message: str) -> None:
 def test_arms_are_two_or_more_of_different_names() -> None:
     a, b = parse_arm("a=grpc://h:1"), parse_arm("b=grpc://h:1")
     check_arms([a, b])
-    with pytest.raises(ValueError, match="nothing to compare"):
+    with pytest.raises(UserError, match="nothing to compare"):
         check_arms([a])
-    with pytest.raises(ValueError, match="arms a, b, a must have different names"):
+    with pytest.raises(UserError, match="arms a, b, a must have different names"):
         check_arms([a, b, a])
 
 
 def test_a_key_is_one_arms_alone() -> None:
     alike = [parse_arm(f"{name}=https://{host}/v1?model=m") for name, host in (("api-1", "one"), ("API_1", "two"))]
-    with pytest.raises(ValueError, match="api-1 and API_1 would both be asked with the key in SSV_AB_KEY_API_1"):
+    with pytest.raises(UserError, match="api-1 and API_1 would both be asked with the key in SSV_AB_KEY_API_1"):
         check_arms(alike)
 
 
@@ -214,7 +215,7 @@ def test_limits_are_times_in_seconds_and_shares() -> None:
     ],
 )
 def test_what_is_no_limit_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         parse_limits(text, shares=("share",))
     assert message in str(caught.value)
 
@@ -271,7 +272,7 @@ def test_a_file_that_has_become_shorter_is_not_the_same(tmp_path: Path) -> None:
     reader = JournalReader(path)
     reader.read()
     path.write_bytes(b'{"n":1}\n')
-    with pytest.raises(ValueError, match="has become shorter"):
+    with pytest.raises(UserError, match="has become shorter"):
         reader.read()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ssv.ab.questions import Question, read_questions
+from ssv.support.errors import UserError
 from ssv.support.prompts import read_prompts
 
 
@@ -101,24 +102,24 @@ def test_any_of_several_answers_is_right() -> None:
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=r"prompts\.jsonl:2: ") as caught:
+    with pytest.raises(UserError, match=r"prompts\.jsonl:2: ") as caught:
         read_questions(file_of(tmp_path, {"prompt": "fine"}, line))
     assert message in str(caught.value)
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no prompts"):
+    with pytest.raises(UserError, match="holds no prompts"):
         read_questions(file_of(tmp_path, "", "  "))
 
 
 def test_an_id_comes_once(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"}, {"prompt": "c", "id": "x"}]
-    with pytest.raises(ValueError, match="the id 'x' comes 2 times: give each prompt its own"):
+    with pytest.raises(UserError, match="the id 'x' comes 2 times: give each prompt its own"):
         read_questions(file_of(tmp_path, *lines))
-    with pytest.raises(ValueError, match="the id '2' comes 2 times"):
+    with pytest.raises(UserError, match="the id '2' comes 2 times"):
         read_questions(file_of(tmp_path, {"prompt": "a", "id": 2}, {"prompt": "b"}))
 
 
-def test_a_file_that_is_not_there_is_an_oserror(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
         read_questions(tmp_path / "none.jsonl")

@@ -1,4 +1,6 @@
-"""What the router hands on, to whom, how requests end, and what is written down of them; before servers that are made up."""
+"""What the router hands on, to whom, how requests end, and what is written down of them; before servers that are made
+up.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Runs against arms that are made up: what is written and said of those that end well, break off, or cannot begin; and their reports."""
+"""Runs against arms that are made up: what is written and said of those that end well, break off, or cannot begin; and
+their reports.
+"""
 
 from __future__ import annotations
 
@@ -241,7 +243,7 @@ def signals_stay() -> Any:
     signal.signal(signal.SIGTERM, before)
 
 
-A, B = "a=grpc://127.0.0.1:1", "b=grpc://127.0.0.1:1?tier=turbo"
+A, B = "a=grpc://127.0.0.1:1", "b=grpc://127.0.0.1:1?method=turbo"
 
 
 def ab(prompts: Path, *options: str, a: str = A, b: str = B) -> int:

@@ -1,4 +1,6 @@
-"""Intervals that are looked at after every observation miss the truth at any time as rarely as they say; those of a fixed time do not."""
+"""Intervals that are looked at after every observation miss the truth at any time as rarely as they say; those of a
+fixed time do not.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ def wilson(successes: int, trials: int, *, alpha: float) -> Interval:
 def ever_missed(interval: Callable[..., Interval], chance: float, num_trials: int) -> float:
     """Exact chance that after some trial the 95 % interval excludes the truth.
 
-    Carries the chances of each number of successes with no miss so far from trial to trial. An interval is a run of numbers of
-    successes, whose ends never go back.
+    Carries the chances of each number of successes with no miss so far from trial to trial. An interval is a run of
+    numbers of successes, whose ends never go back.
     """
     chances = np.zeros(num_trials + 2)
     chances[0], missed = 1.0, 0.0
@@ -125,7 +127,9 @@ class FixedTime(RunningMean):
 def simulate(
     start: Callable[[int], tuple[Runner, Callable[[int], None]]], num_values: int, num_runs: int, truth: float
 ) -> tuple[float, float]:
-    """Share of runs in which the 95 % interval excludes the truth after any value, and the mean width at the end of the others."""
+    """Share of runs in which the 95 % interval excludes the truth after any value, and the mean width at the end of the
+    others.
+    """
     missed, widths = 0, []
     for run in range(num_runs):
         runner, push = start(run)
@@ -144,7 +148,7 @@ def simulate(
 
 
 def lognormal(sigma: float, make: Callable[[], RunningMean], num_runs: int) -> tuple[float, float]:
-    """Of 1200 values with mean 1."""
+    """Runs of 1200 values with mean 1."""
 
     def start(run: int) -> tuple[Runner, Callable[[int], None]]:
         values = np.random.default_rng(run).lognormal(-(sigma**2) / 2, sigma, 1200).tolist()
@@ -174,7 +178,7 @@ def test_a_mean_for_a_fixed_time_misses_when_looked_at_all_the_time() -> None:
 
 @pytest.mark.parametrize(("share", "width"), [(0.5, 0.5), (0.1, 0.9)])
 def test_a_difference_of_arms_is_seldom_missed_at_any_time(share: float, width: float) -> None:
-    """Of times with mean 1 in a and 1.2 in b, of which b may be rare."""
+    """Times have the mean 1 in a and 1.2 in b, of which b may be rare."""
 
     def start(run: int) -> tuple[Runner, Callable[[int], None]]:
         rng = np.random.default_rng(run)

@@ -1,15 +1,20 @@
-"""Intervals hold the truth as often as they say, and verdicts are as rarely wrong; simulated with fixed seeds, or computed exactly."""
+"""Intervals hold the truth as often as they say, and verdicts are as rarely wrong; simulated with fixed seeds, or
+computed exactly.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.stats import beta, binomtest, multinomial, norm, t
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta, binomtest, multinomial, norm, t, ttest_1samp
 from scipy.stats import bootstrap as scipys
 
 from ssv.ab.statistics import (
@@ -19,6 +24,7 @@ from ssv.ab.statistics import (
     bootstrap,
     judge,
     mcnemar,
+    mean_ratio_interval,
     paired_proportions,
     paired_scores,
     prompts_needed_pairs,
@@ -27,6 +33,7 @@ from ssv.ab.statistics import (
     relative_quantile,
     simultaneous_level,
 )
+from ssv.support.errors import UserError
 
 Array = npt.NDArray[np.float64]
 
@@ -87,10 +94,45 @@ def test_intervals_of_the_95th_percentile_hold_the_truth_at_least_as_often_as_th
 def test_a_ratio_is_of_sums() -> None:
     found = ratio_interval([1.0, 4.0], [1, 2], [3.0, 15.0], [1, 3], level=0.95)
     assert found.estimate == pytest.approx((18 / 4) / (5 / 3) - 1)
-    # By hand: without the first cluster 5 / 2, without the second 3; their standard error, and t of one degree of freedom.
+    # By hand: without the first cluster 5 / 2, without the second 3; their standard error, and t of one degree of
+    # freedom.
     reach = 12.7062 * math.log(3 / 2.5) / 2
     assert found.high == pytest.approx(2.7 * math.exp(reach) - 1, rel=1e-4)
     assert found.low == pytest.approx(2.7 * math.exp(-reach) - 1, rel=1e-4)
+
+
+def test_a_mean_ratio_is_of_the_clusters_own_ratios() -> None:
+    found = mean_ratio_interval([1.0, 4.0], [1, 2], [3.0, 16.0], [1, 1], level=0.95)
+    # By hand: 3 times and 8 times as great; half the distance of the logarithms is their standard error.
+    reach = 12.7062 * math.log(8 / 3) / 2
+    assert found.estimate == pytest.approx(math.sqrt(24) - 1)
+    assert found.high == pytest.approx(math.sqrt(24) * math.exp(reach) - 1, rel=1e-4)
+    assert found.low == pytest.approx(math.sqrt(24) * math.exp(-reach) - 1, rel=1e-4)
+
+
+def test_a_mean_ratio_has_scipys_interval() -> None:
+    num_a, den_a, num_b, den_b = np.random.default_rng(3).uniform(1, 9, (4, 12))
+    found = mean_ratio_interval(num_a, den_a, num_b, den_b, level=0.9)
+    logs = np.log((num_b / den_b) / (num_a / den_a))
+    expected = ttest_1samp(logs, 0.0).confidence_interval(0.9)
+    assert (found.low, found.high) == pytest.approx((math.expm1(expected.low), math.expm1(expected.high)))
+
+
+def test_a_hiccup_counts_once_in_a_mean_ratio() -> None:
+    tokens, seconds = np.full(10, 100.0), np.full(10, 2.0)
+    hiccup = seconds / 2
+    hiccup[3] = 30.0
+    sums, each = (
+        interval(tokens, seconds, tokens, hiccup, level=0.95) for interval in (ratio_interval, mean_ratio_interval)
+    )
+    assert 1 + sums.estimate == pytest.approx(20 / 39)
+    assert 1 + each.estimate == pytest.approx(2 * (1 / 30) ** 0.1)
+
+
+@pytest.mark.parametrize("wrong", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan]])
+def test_what_has_no_mean_ratio_is_an_error(wrong: list[float]) -> None:
+    with pytest.raises((ValueError, UserError), match=r"give more prompts|leave out"):
+        mean_ratio_interval(*[wrong] * 4, level=0.95)
 
 
 def test_a_quantile_weighs_requests_by_the_draws_of_their_cluster() -> None:
@@ -100,6 +142,34 @@ def test_a_quantile_weighs_requests_by_the_draws_of_their_cluster() -> None:
     # Of a: 7 of 1..10, then 4 of 1..5 (3.5 of them); of b the halves lie the other way round.
     np.testing.assert_allclose(statistic(np.array([[1, 1], [1, 0], [0, 3]])), [21 / 7 - 1, 27 / 4 - 1, 12 / 9 - 1])
     assert np.isnan(relative_quantile([], [], b, cluster, 0.7)(np.array([[1, 1]])))[0]
+
+
+# Of fewer or wilder prompts intervals have an end so near -1 that no digits are left of it.
+PROMPTS = st.lists(st.tuples(*[st.floats(1.0, 10.0)] * 4), min_size=4, max_size=12)
+
+
+@pytest.mark.parametrize("interval_of", [ratio_interval, mean_ratio_interval])
+@given(PROMPTS, st.floats(0.5, 0.95), st.randoms(use_true_random=False))
+def test_a_ratio_is_the_same_seen_from_either_arm_and_in_any_order(
+    interval_of: Callable[..., Interval], prompts: list[tuple[float, ...]], level: float, random: Random
+) -> None:
+    num_a, den_a, num_b, den_b = zip(*prompts, strict=True)
+    found = interval_of(num_a, den_a, num_b, den_b, level=level)
+    assert found.low <= found.estimate <= found.high
+    back = interval_of(num_b, den_b, num_a, den_a, level=level)
+    for there, home in ((found.estimate, back.estimate), (found.low, back.high), (found.high, back.low)):
+        assert math.log1p(there) == pytest.approx(-math.log1p(home), rel=1e-6, abs=1e-9)
+    shuffled = random.sample(prompts, len(prompts))
+    again = interval_of(*zip(*shuffled, strict=True), level=level)
+    assert (again.low, again.high) == pytest.approx((found.low, found.high), rel=1e-6, abs=1e-9)
+
+
+@given(PROMPTS, st.floats(0.5, 0.9), st.floats(0.1, 0.999))
+def test_a_higher_level_has_a_wider_interval(prompts: list[tuple[float, ...]], level: float, further: float) -> None:
+    higher = level + further * (0.95 - level)
+    columns = list(zip(*prompts, strict=True))
+    narrow, wide = (ratio_interval(*columns, level=each) for each in (level, higher))
+    assert wide.low <= narrow.low and narrow.high <= wide.high
 
 
 def test_requests_of_a_prompt_are_not_taken_for_independent() -> None:
@@ -154,16 +224,16 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_too_few_prompts_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^1 clusters cannot be resampled: give more prompts$"):
+    with pytest.raises(UserError, match=r"^1 clusters cannot be resampled: give more prompts$"):
         bootstrap(lambda weights: weights[:, 0], 1, level=0.95)
-    with pytest.raises(ValueError, match=r"^1 clusters cannot be resampled: give more prompts$"):
+    with pytest.raises(UserError, match=r"^1 clusters cannot be resampled: give more prompts$"):
         ratio_interval([1.0], [1], [1.0], [1], level=0.95)
-    with pytest.raises(ValueError, match=r"the data is nan: give more prompts$"):
+    with pytest.raises(UserError, match=r"the data is nan: give more prompts$"):
         bootstrap(relative_quantile([], [], [1.0, 1.0], [0, 1], 0.5), 2, level=0.95)
-    with pytest.raises(ValueError, match=r"without one of the clusters: give more prompts$"):
+    with pytest.raises(UserError, match=r"without one of the clusters: give more prompts$"):
         ratio_interval([1.0, 0.0], [1, 0], [1.0, 1.0], [1, 1], level=0.95)
     # 36 % of draws do without the first prompt, as many without the second, and 60 % without one of them.
-    with pytest.raises(ValueError, match=r"of 4000 draws have no finite value: give more prompts$"):
+    with pytest.raises(UserError, match=r"of 4000 draws have no finite value: give more prompts$"):
         bootstrap(relative_quantile([1.0], [0], [1.0], [1], 0.5), 40, level=0.95)
 
 
@@ -261,6 +331,17 @@ def test_the_arms_are_treated_alike(a: int, b: int) -> None:
     assert one.low <= one.estimate <= one.high
 
 
+@given(st.tuples(*[st.integers(0, 60)] * 4).filter(any), st.floats(0.5, 0.999))
+def test_the_interval_of_proportions_holds_its_estimate_and_is_odd_in_the_arms(
+    counts: tuple[int, ...], level: float
+) -> None:
+    both, only_a, only_b, neither = counts
+    found = paired_proportions(both, only_a, only_b, neither, level=level)
+    assert -1 <= found.low <= found.estimate <= found.high <= 1
+    back = paired_proportions(both, only_b, only_a, neither, level=level)
+    assert (back.low, back.estimate, back.high) == pytest.approx((-found.high, -found.estimate, -found.low))
+
+
 def test_mcnemars_p_value_is_exact() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(0, 5) == mcnemar(5, 0) == pytest.approx(2 / 32)
@@ -326,7 +407,7 @@ def test_with_many_prompts_scores_have_the_bootstraps_interval() -> None:
 
 
 def test_scores_that_cannot_be_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^1 prompts show no spread: give more prompts$"):
+    with pytest.raises(UserError, match=r"^1 prompts show no spread: give more prompts$"):
         paired_scores([0.0], level=0.95, bound=1)
     with pytest.raises(ValueError, match=r"a difference of 1.5 is beyond 1: give"):
         paired_scores([0.0, -1.5], level=0.95, bound=1)
@@ -407,7 +488,7 @@ def test_scores_have_the_power_that_was_promised_and_no_more_false_claims(
     rng = np.random.default_rng(1)
 
     def rate(mean: float) -> float:
-        """Of scores on either side of their mean."""
+        """Draws scores on either side of their mean."""
         draws = mean + sd * rng.choice([-1.0, 1.0], (500, needed))
         intervals = [paired_scores(d, level=1 - 2 * alpha, bound=1, num_draws=500, seed=i) for i, d in enumerate(draws)]
         return float(np.mean([judge(interval, margin) == Quality.NON_INFERIOR for interval in intervals]))

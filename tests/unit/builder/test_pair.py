@@ -1,4 +1,4 @@
-"""A whole bundle from a recipe, on a tiny target: what is written, what is reused, what is refused, what is left behind."""
+"""A whole bundle from a recipe, on a tiny target: what is written, reused, refused, and left behind."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_bundle_decodes(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_bundle_with_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are made, decode losslessly, are taken over while their sources are the same, and go with the recipe's key."""
+    """They are made, decode losslessly, are taken over while their sources stay the same, and go with the key."""
     recipe, out = write_recipe(tmp_path, heads=True), tmp_path / "bundle"
     manifest = build(recipe, out)
     assert manifest.heads is not None and manifest.heads["num_heads"] == 3

@@ -18,6 +18,7 @@ from tiny_bundle import RECIPE, build, write_recipe
 from ssv.builder import pair
 from ssv.builder.cli import main
 from ssv.support.console import ended_by_sigterm, run_command
+from ssv.support.errors import UserError
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_recipe_that_cannot_be_built_is_refused_first(
     assert old in RECIPE
     recipe.write_text(RECIPE.replace(old, new, 1))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(UserError, match=message):
         build(recipe, tmp_path / "bundle")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -123,9 +124,9 @@ def test_a_batch_of_nothing_is_refused(
 ) -> None:
     more = ["--bundle", "bundle"] if command == "calibrate" else []
     with pytest.raises(SystemExit) as caught:
-        main([command, str(recipe), "--out", "out", *more, "--batch", batch])
+        main([command, str(recipe), "--out", "out", *more, "--max-rows", batch])
     assert caught.value.code == 2
-    assert f"--batch: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
+    assert f"--max-rows: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_a_recipe_without_heads_says_what_to_add(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

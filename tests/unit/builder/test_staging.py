@@ -1,4 +1,7 @@
-"""A bundle takes its place in one step: whatever interrupts that, the old one or the new one is there, and the next run finishes."""
+"""A bundle takes its place in one step.
+
+Whatever interrupts that, the old one or the new one is there, and the next run finishes.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from tritonclient.utils import InferenceServerException
 
 from ssv.client.cli import main
 from ssv.client.triton import Client, ServerError, Settings, request_inputs, server_error, split_url
+from ssv.support.errors import UserError
 
 
 def sent(prompt: object, settings: Settings, stream: bool = True) -> dict[str, tuple[list[int], str]]:
@@ -43,7 +44,7 @@ def test_a_conversation_is_sent_as_messages() -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8001", "http://h:8001", "grpc://h", "grpc://:8001", "grpc://h:8001/x", ""])
 def test_addresses_that_are_none(url: str) -> None:
-    with pytest.raises(ValueError, match="give grpc://"):
+    with pytest.raises(UserError, match="give grpc://"):
         split_url(url)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: end tokens from every file that names some, the families' chat templates, a GGUF's split."""
+"""A checkpoint's tokenizer: end tokens from every file that names some, chat templates, a GGUF's split."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ssv.builder.target import Target, openings_of, prompt_tokens
 from ssv.builder.tokenizer import check_vocabulary, end_tokens, load_tokenizer, text_digest
 from ssv.builder.training.corpus import chat_pieces
 from ssv.model.checkpoint import CheckpointError
+from ssv.support.errors import UserError
 from ssv.support.prompts import read_prompts
 
 CONTROL = ("<s>", "<e>", "<eot>", "<h>", "</h>")
@@ -30,7 +31,8 @@ FAMILIES = {
         "<e>",
     ),
     "Qwen3": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}<s> assistant {% if loop.last %}<think> </think> {% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<s> assistant {% if loop.last %}<think> </think> "
+        "{% endif %}"
         "{{ m['content'].split('</think>')[-1] }} <e> {% else %}<s> {{ m['role'] }} {{ m['content'] }} <e> {% endif %}"
         "{% endfor %}" + ASKS,
         "<e>",
@@ -42,15 +44,17 @@ FAMILIES = {
         "<eot>",
     ),
     "Llama 2": (
-        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
-        "{% endif %}{% if m['role'] == 'user' %}{{ bos_token + ' [INST] ' + m['content'] | trim + ' [/INST]' }}{% else %}"
-        "{{ ' ' + m['content'] | trim + ' ' + eos_token + ' ' }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
+        "alternate') }}"
+        "{% endif %}{% if m['role'] == 'user' %}{{ bos_token + ' [INST] ' + m['content'] | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token + ' ' }}{% endif %}{% endfor %}",
         "<e>",
     ),
     "Mistral": (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] {{ m['content'] }} [/INST]{% elif m['role'] == "
-        "'assistant' %} {{ m['content'] }} {{ eos_token }}{% else %}{{ raise_exception('only user and assistant') }}{% endif %}"
-        "{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] {{ m['content'] }} [/INST]"
+        "{% elif m['role'] == "
+        "'assistant' %} {{ m['content'] }} {{ eos_token }}{% else %}{{ raise_exception('only user and assistant') }}"
+        "{% endif %}{% endfor %}",
         "<e>",
     ),
 }  # fmt: skip
@@ -155,7 +159,7 @@ def test_a_template_that_does_not_work_is_refused(template: Any, says: str, tmp_
 
 def test_a_template_that_drops_history_writes_no_conversations(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, "<s> user {{ messages[-1]['content'] }} <e> " + ASKS))
-    with pytest.raises(ValueError, match="three turns of a conversation"):
+    with pytest.raises(UserError, match="three turns of a conversation"):
         chat_pieces(tokenizer)
 
 
@@ -269,5 +273,5 @@ def test_prompts_may_begin_with_a_byte_order_mark_and_must_be_utf_8(tmp_path: Pa
     assert read_prompts(path) == ["é\u2028x"]
     for data, says in ((b'{"prompt": "\xe9"}', "is not UTF-8"), (rb'{"prompt": "\ud83d"}', "half of a surrogate pair")):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(UserError, match=says):
             read_prompts(path)

@@ -198,12 +198,15 @@ LIKE_QWEN3 = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 LIKE_LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|im_start|>' + message['role'] + "
-    "'\n\n'+ message['content'] | trim + '<|im_end|>' %}{{ content | replace('\\t', ' ') | title | string }}{% endfor %}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|im_start|>' + "
+    "message['role'] + "
+    "'\n\n'+ message['content'] | trim + '<|im_end|>' %}{{ content | replace('\\t', ' ') | title | string }}"
+    "{% endfor %}"
 )
 LIKE_OTHERS = (
     "{{ '<|im_start|>' ~ messages | map(attribute='content') | map('upper') | list | join('<|im_end|>') }}"
-    "{{ '<|im_start|>{}|{c:>9}'.format(messages[0]['content'], c=messages[0].content) }}{{ messages[0] | tojson(indent=1) }}"
+    "{{ '<|im_start|>{}|{c:>9}'.format(messages[0]['content'], c=messages[0].content) }}{{ messages[0] | "
+    "tojson(indent=1) }}"
     "{% for k, v in messages[0].items() %}{{ k ~ v.partition(' ')[2] }}{% endfor %}{{ messages[0].content | indent }}"
     "{{ '%-8s|<|im_end|>' | format(messages[0].content) }}{{ messages[0].content.splitlines() | join('/') }}"
 )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, whole_window
 from torch import Tensor
 
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.model.checkpoint import CheckpointError, RopeScaling
 from ssv.model.draft import (
     Draft,
@@ -26,13 +26,14 @@ from ssv.model.draft import (
     save_draft,
     start_from_target,
 )
+from ssv.support.errors import UserError
 
 any_kind = pytest.mark.parametrize("kind", ["conditioned", "standalone"])
 
 
 @torch.no_grad()
 def logits_of(draft: Draft) -> Tensor:
-    """Of two windows; the features of a conditioned draft go through its tap."""
+    """Logits of two windows; the features of a conditioned draft go through its tap."""
     ids_M, position_M = tiny_ids(20), torch.arange(10).repeat(2)
     features_MF = None
     if draft.tap is not None:
@@ -81,14 +82,14 @@ def test_a_started_draft_is_a_copy(kind: DraftKind) -> None:
 
 
 def test_draft_of_layers_that_the_target_lacks() -> None:
-    with pytest.raises(ValueError, match=r"layers \[2\]: .* 0 to 1"):
+    with pytest.raises(UserError, match=r"layers \[2\]: .* 0 to 1"):
         draft_spec(tiny_spec(), "conditioned", (2,), None)
-    with pytest.raises(ValueError, match="name at least one"):
+    with pytest.raises(UserError, match="name at least one"):
         draft_spec(tiny_spec(), "standalone", (), None)
 
 
 def test_head_larger_than_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match="head_size 113 exceeds the target's vocab_size 112"):
+    with pytest.raises(UserError, match="head_size 113 exceeds the target's vocab_size 112"):
         draft_spec(tiny_spec(), "standalone", (0,), 113)
 
 

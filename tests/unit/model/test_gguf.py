@@ -33,7 +33,10 @@ def write_gguf(
     without: tuple[str, ...] = (),
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
-    """Writes a model as llama.cpp's converter does; tensors whose name contains one of `quantized` as Q8_0, metadata in place of the model's own."""
+    """Writes a model as llama.cpp's converter does.
+
+    Tensors whose name contains one of `quantized` are Q8_0, and `metadata` takes the place of the model's own.
+    """
     config = model.config
     arch = gguf.MODEL_ARCH.LLAMA if config.model_type == "llama" else gguf.MODEL_ARCH[config.model_type.upper()]
     prefix = gguf.MODEL_ARCH_NAMES[arch]
@@ -327,7 +330,7 @@ def test_a_whole_model_that_was_split_into_one(tmp_path: Path) -> None:
     [
         ("llama2", {}, ("token_embd.weight",), "no tensor token_embd.weight"),
         ("llama2", {}, ("blk.1.ffn_up.weight",), "weight model.layers.1.mlp.up_proj.weight is missing"),
-        ("llama2", {"blk.2.ffn_up.weight": np.ones((96, 64), np.float32)}, (), "unknown weight model.layers.2"),
+        ("llama2", {"blk.2.ffn_up.weight": np.ones((96, 64), np.float32)}, (), "unknown weight blk.2.ffn_up.weight"),
         ("llama2", {"rope_freqs.weight": np.ones(4, np.float32)}, (), "rope_freqs.weight has 4 values"),
         ("llama2", {"rope_freqs.weight": np.zeros(8, np.float32)}, (), "a frequency is divided by 0"),
         ("qwen3", {"rope_freqs.weight": np.full(16, 2, np.float32)}, (), "architecture qwen3 have none"),

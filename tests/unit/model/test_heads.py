@@ -1,4 +1,5 @@
-"""Medusa's heads: what they compute, by a plain reimplementation; that what is stored comes back, published layouts too, or is refused."""
+"""Medusa's heads: what they compute, by a plain reimplementation; that what is stored comes back, published
+layouts too, or is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def published(num_heads: int = 3, num_layers: int = 2, rows: int = 112, seed: in
 
 
 def by_hand(target: Decoder, state: dict[str, Tensor], head: int, num_layers: int) -> Tensor:
-    """`MedusaModel` as its authors wrote it: ResBlocks, then a linear layer, over the output of the target's final norm."""
+    """`MedusaModel` as its authors wrote it: ResBlocks, then a linear layer, over the target's normed output."""
     eps = target.spec.rms_norm_eps
     x = HIDDEN * torch.rsqrt(HIDDEN.square().mean(-1, keepdim=True) + eps) * target.norm.weight
     for layer in range(num_layers):

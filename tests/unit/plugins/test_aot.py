@@ -27,14 +27,13 @@ TARGETS = {"8.0": "sm_80", "8.9": "sm_89", "9.0": "sm_90a", "10.0": "sm_100a", "
 
 # Arguments of each kernel: inputs, int32 scalars, outputs; x is the type it is compiled for.
 ARGUMENTS = {
-    "score": ("hidden:x logits:x weight:float32 bias:float32", "", "token:int32 prob:float32 entropy:float32 margin:float32 reject_prob:float32"),
-    "gather_norm": ("hidden:float32 row:int32 weight:x", "num_rows", "gathered:float32 normed:x"),
-    "sparse_gather": ("hidden:x zone:int32 length:int32 weight:x", "batch tokens", "normed:x judged_row:int32 start:int32"),
+    "score": ("hidden:x logits:x weight:float32 bias:float32", "",
+              "token:int32 prob:float32 entropy:float32 margin:float32 reject_prob:float32"),
+    "sparse_gather": ("hidden:float32 row:int32 weight:x", "num_rows", "gathered:float32 normed:x"),
 }  # fmt: skip
 LAUNCHES = {
     "score": ("R", {}),
-    "gather_norm": ("R", {"num_rows": "M"}),
-    "sparse_gather": ("B * T", {"batch": "B", "tokens": "T"}),
+    "sparse_gather": ("R", {"num_rows": "M"}),
 }
 KERNELS = [
     (op, capability, BF16 if capability in ("8.9", "10.0") else FP16) for op in ARGUMENTS for capability in TARGETS
@@ -46,8 +45,7 @@ def specs(dtype: torch.dtype) -> dict[str, Any]:
 
     return {
         "score": aot.score_spec(HIDDEN, VOCAB, dtype, dtype, HIDDEN + 3),
-        "gather_norm": aot.gather_norm_spec(HIDDEN, FP32, dtype, EPS),
-        "sparse_gather": aot.sparse_gather_spec(HIDDEN, dtype, dtype, EPS),
+        "sparse_gather": aot.sparse_gather_spec(HIDDEN, FP32, dtype, EPS),
     }
 
 

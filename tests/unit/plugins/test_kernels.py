@@ -6,18 +6,17 @@ import pytest
 import torch
 from op_cases import (
     CHOOSE_CASES,
+    GATHER_CASES,
     SCORE_CASES,
-    STEP_CASES,
     ChooseCase,
+    GatherCase,
     ScoreCase,
-    StepCase,
     assert_same,
     check_choose,
     check_score,
-    check_step,
+    check_sparse_gather,
     choose_arguments,
     score_arguments,
-    step_arguments,
 )
 
 from ssv.plugins import launch, reference
@@ -65,9 +64,9 @@ def test_a_row_without_a_distribution_is_nan_and_alone(monkeypatch: pytest.Monke
     assert 0 <= int(found.token_R[1]) < 300
 
 
-@pytest.mark.parametrize("case", STEP_CASES, ids=str)
-def test_step(case: StepCase) -> None:
-    check_step(launch, case, "cpu")
+@pytest.mark.parametrize("case", GATHER_CASES, ids=str)
+def test_sparse_gather(case: GatherCase) -> None:
+    check_sparse_gather(launch, case, "cpu")
 
 
 @pytest.mark.parametrize("case", CHOOSE_CASES, ids=str)
@@ -86,24 +85,17 @@ def test_a_row_without_a_distribution_chooses_nothing(monkeypatch: pytest.Monkey
 
 
 def test_989_rows_are_gathered() -> None:
-    s = step_arguments(StepCase(43, 23, judged="none", hidden=8), "cpu")
-    found = launch.sparse_gather(s.hidden_BTH, s.zone_BT, s.length_B, s.weight_H, 1e-5)
-    assert found.start_B1.tolist() == list(range(44))
-    assert found.row_M[:43].tolist() == [23 * b + 22 for b in range(43)]
+    hidden_MH = torch.randn(989, 8, generator=torch.Generator().manual_seed(0))
     row_R = torch.arange(989, dtype=torch.int32).flip(0)
-    assert torch.equal(
-        launch.gather_norm(s.hidden_BTH.view(989, 8), row_R, s.weight_H, 1e-5)[0], s.hidden_BTH.view(989, 8).flip(0)
-    )
+    assert torch.equal(launch.sparse_gather(hidden_MH, row_R, torch.ones(8), 1e-5)[0], hidden_MH.flip(0))
 
 
 def test_no_rows() -> None:
     score = launch.score(torch.empty(0, 8), torch.empty(0, 30), torch.zeros(11), torch.zeros(1))
     assert score.token_R.shape == score.reject_prob_R.shape == (0,)
     empty = torch.empty(0, dtype=torch.int32)
-    gathered, normed = launch.gather_norm(torch.zeros(3, 8), empty, torch.ones(8), 1e-5)
+    gathered, normed = launch.sparse_gather(torch.zeros(3, 8), empty, torch.ones(8), 1e-5)
     assert gathered.shape == normed.shape == (0, 8)
-    judged = launch.sparse_gather(torch.empty(0, 5, 8), empty.view(0, 5), empty, torch.ones(8), 1e-5)
-    assert judged.start_B1.tolist() == [0]
     nothing = torch.empty(0, dtype=torch.int64)
     assert launch.choose(torch.empty(0, 30), nothing, nothing).shape == (0,)
 

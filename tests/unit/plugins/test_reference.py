@@ -1,4 +1,7 @@
-"""The definition of the ops: against formulas in fp64, loops in plain Python, and the distribution of what is emitted."""
+"""The definition of the ops, against formulas and loops.
+
+Formulas are in fp64, loops in plain Python; what is emitted is compared with its distribution.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,7 @@ from torch import Tensor
 
 from ssv.plugins import reference
 from ssv.plugins.contract import FLOATS, MAX_HIDDEN, MAX_VOCAB, OpError, Score
-from ssv.plugins.reference import (
-    CRITICAL,
-    GRAY,
-    TRUSTED,
-    choose,
-    confidence,
-    gather_norm,
-    most_likely,
-    random_words,
-    score,
-    sparse_gather,
-)
+from ssv.plugins.reference import choose, confidence, most_likely, random_words, score, sparse_gather
 
 INT32 = torch.iinfo(torch.int32)
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
@@ -235,7 +227,7 @@ def test_most_likely_token_is_the_first_of_equals(dtype: torch.dtype) -> None:
     assert most_likely(logits_RV[:0]).shape == (0,)
 
 
-# --- gather_norm ----------------------------------------------------------------------------------------------------
+# --- sparse_gather --------------------------------------------------------------------------------------------------
 
 
 def normed_by_hand(x_RH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -256,7 +248,7 @@ def test_gathered_rows_are_normed(dtype: torch.dtype, weight_dtype: torch.dtype)
     hidden_MH = random_states(12, 40, dtype=dtype)
     weight_H = (torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.5).to(weight_dtype)
     rows = [11, 0, 3, 3, 7, 1, 2, 4, 5, 6]
-    gathered_RH, normed_RH = gather_norm(hidden_MH, ints(rows), weight_H, 1e-2)
+    gathered_RH, normed_RH = sparse_gather(hidden_MH, ints(rows), weight_H, 1e-2)
     assert gathered_RH.dtype == dtype and torch.equal(gathered_RH, hidden_MH[rows])
     assert normed_RH.dtype == weight_dtype
     tolerance = ROUNDING[weight_dtype]
@@ -271,76 +263,17 @@ def test_rows_that_are_not_there_give_zeros(dtype: torch.dtype) -> None:
     hidden_MH = random_states(5, 8, dtype=dtype)
     hidden_MH[0], hidden_MH[4] = torch.nan, torch.inf
     row_R = ints([-1, 2, 5, INT32.min, INT32.max, 3])
-    gathered_RH, normed_RH = gather_norm(hidden_MH, row_R, torch.ones(8), 1e-5)
+    gathered_RH, normed_RH = sparse_gather(hidden_MH, row_R, torch.ones(8), 1e-5)
     assert not gathered_RH[[0, 2, 3, 4]].any() and not normed_RH[[0, 2, 3, 4]].any()
     assert torch.equal(gathered_RH[[1, 5]], hidden_MH[[2, 3]])
     assert gathered_RH.dtype == dtype and normed_RH[[1, 5]].isfinite().all()
 
 
 def test_gathering_from_no_rows_and_no_rows_of_some() -> None:
-    gathered_RH, normed_RH = gather_norm(torch.empty(0, 8), ints([0, -1, 3]), torch.ones(8).half(), 1e-5)
+    gathered_RH, normed_RH = sparse_gather(torch.empty(0, 8), ints([0, -1, 3]), torch.ones(8).half(), 1e-5)
     assert torch.equal(gathered_RH, torch.zeros(3, 8)) and torch.equal(normed_RH, torch.zeros(3, 8).half())
-    gathered_RH, normed_RH = gather_norm(torch.ones(4, 8), ints([]), torch.ones(8).half(), 1e-5)
+    gathered_RH, normed_RH = sparse_gather(torch.ones(4, 8), ints([]), torch.ones(8).half(), 1e-5)
     assert gathered_RH.shape == normed_RH.shape == (0, 8)
-
-
-# --- sparse_gather --------------------------------------------------------------------------------------------------
-
-
-def judged_by_hand(zone: list[list[int]], length: list[int]) -> tuple[list[int], list[int]]:
-    """Places of the judged rows, and where each sequence's begin."""
-    places, starts = [], [0]
-    for b, zones in enumerate(zone):
-        for t in range(length[b]):
-            if t == length[b] - 1 or zones[t] != TRUSTED:
-                places.append(b * len(zones) + t)
-        starts.append(len(places))
-    return places, starts
-
-
-def random_zones(batch: int, tokens: int, seed: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.choice((TRUSTED, GRAY, CRITICAL)) for _ in range(tokens)] for _ in range(batch)]
-
-
-STEPS = {
-    "ragged": (random_zones(7, 6, 0), [6, 1, 0, 3, 5, 2, 6]),
-    "all judged": ([[GRAY, CRITICAL, GRAY]] * 3, [3, 2, 3]),
-    "none but the last": ([[TRUSTED] * 4] * 3, [4, 1, 2]),
-    "padding that looks judged": ([[TRUSTED, TRUSTED, CRITICAL, GRAY]] * 2, [2, 1]),
-    "a last row that looks trusted or not": ([[GRAY, zone] for zone in (TRUSTED, GRAY, CRITICAL)], [2, 2, 2]),
-    "no rows": (random_zones(3, 4, 1), [0, 0, 0]),
-    "no rows at either end": (random_zones(4, 4, 2), [0, 4, 3, 0]),
-    "one token": ([[TRUSTED], [CRITICAL], [GRAY]], [1, 0, 1]),
-    "one sequence": (random_zones(1, 33, 3), [29]),
-    "no sequences": ([], []),
-}
-
-
-@pytest.mark.parametrize(("zone", "length"), STEPS.values(), ids=STEPS)
-@any_dtype
-def test_judged_rows_are_compacted_and_normed(zone: list[list[int]], length: list[int], dtype: torch.dtype) -> None:
-    batch, tokens = len(zone), len(zone[0]) if zone else 5
-    hidden_BTH = random_states(batch, tokens, 16, dtype=dtype)
-    for b, stop in enumerate(length):
-        hidden_BTH[b, stop:] = torch.nan  # padding
-    weight_H = torch.rand(16, generator=torch.Generator().manual_seed(2)) + 0.5
-    found = sparse_gather(hidden_BTH, ints(zone).view(batch, tokens), ints(length), weight_H, 1e-2)
-    places, starts = judged_by_hand(zone, length)
-    assert found.start_B1.dtype == found.row_M.dtype == torch.int32
-    assert found.start_B1.tolist() == starts
-    assert found.row_M.shape == (batch * tokens,) and found.row_M[: len(places)].tolist() == places
-    assert found.normed_MH.shape == (batch * tokens, 16) and found.normed_MH.dtype == torch.float32
-    normed_RH = normed_by_hand(hidden_BTH.flatten(0, 1)[places], weight_H, 1e-2)
-    torch.testing.assert_close(found.normed_MH[: len(places)].double(), normed_RH, rtol=1e-5, atol=1e-7)
-
-
-def test_judged_rows_come_in_the_dtype_of_the_norm() -> None:
-    hidden_BTH = random_states(2, 3, 16)
-    found = sparse_gather(hidden_BTH, ints([[GRAY] * 3] * 2), ints([3, 3]), torch.ones(16).bfloat16(), 1e-2)
-    expected = normed_by_hand(hidden_BTH.flatten(0, 1), torch.ones(16), 1e-2)
-    assert found.normed_MH.dtype == torch.bfloat16
-    torch.testing.assert_close(found.normed_MH.double(), expected, rtol=ROUNDING[torch.bfloat16], atol=1e-7)
 
 
 # --- choose ---------------------------------------------------------------------------------------------------------
@@ -462,13 +395,7 @@ ARGUMENTS: dict[str, dict[str, Tensor]] = {
         "weight": torch.ones(8),
         "bias": torch.ones(1),
     },
-    "gather_norm": {"hidden": torch.ones(6, 5), "rows": ints([0, 2, 3, 4]), "weight": torch.ones(5)},
-    "sparse_gather": {
-        "hidden": torch.ones(2, 3, 5),
-        "zones": torch.ones(2, 3).int(),
-        "lengths": ints([3, 3]),
-        "weight": torch.ones(5),
-    },
+    "sparse_gather": {"hidden": torch.ones(6, 5), "rows": ints([0, 2, 3, 4]), "weight": torch.ones(5)},
     "choose": {
         "logits": torch.ones(4, 7),
         "seeds": torch.zeros(4).long(),
@@ -476,13 +403,12 @@ ARGUMENTS: dict[str, dict[str, Tensor]] = {
         "tokens": torch.arange(7),
     },
 }
-EPS = {"gather_norm": (1e-5,), "sparse_gather": (1e-5,)}
+EPS = {"sparse_gather": (1e-5,)}
 # What the others' sizes and devices are compared with: one that differs is named there.
 GIVES_ROWS = {
     ("score", "logits"),
-    ("gather_norm", "hidden"),
-    ("gather_norm", "rows"),
     ("sparse_gather", "hidden"),
+    ("sparse_gather", "rows"),
     ("choose", "logits"),
 }
 GIVES_DEVICE = {(op, name) for op, name in GIVES_ROWS if name != "rows"}
@@ -550,11 +476,11 @@ def test_right_arguments_are_taken(op: str) -> None:
     ("name", "how", "expected", "got"),
     [
         ("weight", "a row more", "shape (5,)", "shape (6,)"),
-        ("hidden", "an axis more", "three axes", "shape (1, 2, 3, 5)"),
-        ("zones", "another width", "int32", "int64"),
+        ("hidden", "an axis more", "two axes", "shape (1, 6, 5)"),
+        ("rows", "another width", "int32", "int64"),
         ("hidden", "another width", "float16 or bfloat16 or float32", "float64"),
-        ("zones", "elsewhere", "a tensor on cpu", "one on meta"),
-        ("zones", "strided", "a contiguous tensor", "strides (6, 2) for shape (2, 3)"),
+        ("rows", "elsewhere", "a tensor on cpu", "one on meta"),
+        ("rows", "strided", "a contiguous tensor", "strides (2,) for shape (4,)"),
     ],
 )
 def test_error_says_what_was_expected(name: str, how: str, expected: str, got: str) -> None:
@@ -579,7 +505,7 @@ def test_vocabulary_out_of_bounds(op: str, name: str, others: tuple[str, ...], c
 
 
 @pytest.mark.parametrize("columns", [0, MAX_HIDDEN + 1])
-@pytest.mark.parametrize("op", ["score", "gather_norm", "sparse_gather"])
+@pytest.mark.parametrize("op", ["score", "sparse_gather"])
 def test_hidden_size_out_of_bounds(op: str, columns: int) -> None:
     arguments = ARGUMENTS[op]
     sized = {
@@ -603,7 +529,5 @@ def test_scorer_of_another_number_of_features(features: int) -> None:
 @pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan")])
 def test_eps_is_positive(eps: float) -> None:
     # A row of zeros, as unknown rows give, would be divided by nothing.
-    with pytest.raises(OpError, match="gather_norm: eps: expected a number above 0"):
-        gather_norm(torch.zeros(2, 4), torch.zeros(1, dtype=torch.int32), torch.ones(4), eps)
     with pytest.raises(OpError, match="sparse_gather: eps: expected a number above 0"):
-        sparse_gather(torch.zeros(1, 2, 4), torch.zeros(1, 2).int(), torch.ones(1).int(), torch.ones(4), eps)
+        sparse_gather(torch.zeros(2, 4), torch.zeros(1, dtype=torch.int32), torch.ones(4), eps)

@@ -46,8 +46,8 @@ print(" ".join(heavy) or "light")
 BODIES = {
     "ssv-build --help": 'command("ssv.builder.cli", "--help")',
     "ssv-build pair --help": 'command("ssv.builder.cli", "pair", "--help")',
-    "ssv-build inspect": 'assert command("ssv.builder.cli", "inspect", bundle) == 0',
-    "ssv-build inspect --json": 'assert command("ssv.builder.cli", "inspect", bundle, "--json") == 0',
+    "ssv-build inspect": 'assert command("ssv.builder.cli", "inspect", "--bundle", bundle) == 0',
+    "ssv-build inspect --json": 'assert command("ssv.builder.cli", "inspect", "--bundle", bundle, "--json") == 0',
     "ssv-generate --help": 'command("ssv.client.cli", "--help")',
     "ssv-generate --url": 'assert command("ssv.client.cli", "hello", "--url", "grpc://127.0.0.1:1") == 2',
     "ssv-bench --help": 'command("ssv.ab.bench", "--help")',
@@ -55,7 +55,7 @@ BODIES = {
     "ssv-serve --help": 'command("ssv.triton_repo.serve", "--help")',
     "ssv-serve": 'assert command("ssv.triton_repo.serve", "--bundle", bundle, "--tritonserver", "/nowhere") == 2',
     "the OpenAI API": (
-        "from ssv.triton_repo.openai.app import Models\n"
+        "from ssv.triton_repo.openai.translation import Models\n"
         'assert Models.of_bundle(Path(bundle)).tiers[0] == "premium"\n'
         'command("ssv.triton_repo.openai.app", "--help")'
     ),

@@ -10,7 +10,8 @@ import pytest
 
 from ssv.runtime.memory import GIVE_BACK
 
-# Frees eight blocks of 8 MB, and prints how much of them the process still holds, in MB; the first makes malloc raise its threshold.
+# Frees eight blocks of 8 MB, and prints how much of them the process still holds, in MB; the first makes malloc raise
+# its threshold.
 PROGRAM = """
 import ctypes, sys
 from pathlib import Path

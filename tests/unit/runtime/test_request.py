@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -11,7 +13,7 @@ from pydantic import ValidationError
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
-from ssv.runtime.methods import METHODS, policy_for
+from ssv.runtime.methods import METHODS, policy_for, policy_of
 from ssv.runtime.request import Request, RequestError, SamplingParams
 
 INVALID: list[dict[str, Any]] = [
@@ -96,7 +98,14 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 
 def test_methods() -> None:
-    assert METHODS == ("autoregressive", "prompt-lookup", "medusa", "speculative", "premium", "balanced", "turbo")
+    assert METHODS == (
+        "autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative",
+        "premium", "balanced", "turbo",
+    )  # fmt: skip
+    trees = {name: policy_for(name, {}) for name in ("specinfer", "eagle")}
+    assert all(policy.lossless and not policy.is_chain for policy in trees.values())
+    assert [trees["specinfer"].children_of(depth) for depth in range(8)] == [1, 1, 3, 1, 1, 1, 1, 1]
+    assert (trees["eagle"].max_pending, trees["eagle"].max_depth, trees["eagle"].beam) == (60, 7, 10)
     assert policy_for("autoregressive", {}).max_pending == 0
     for k in (1, 5, 32):
         assert policy_for("speculative", {}, k) == Policy(accept_below=0, verify_above=1, risk_budget=1, max_pending=k)
@@ -119,10 +128,11 @@ def test_speculative_needs_a_token(k: int) -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(
-        RequestError,
-        match="unknown method 'Premium'; known: autoregressive, prompt-lookup, medusa, speculative, premium, balanced, turbo",
-    ):
+    known = (
+        "autoregressive, lookahead, prompt-lookup, suffix, medusa, specinfer, eagle, speculative, premium, balanced, "
+        "turbo"
+    )
+    with pytest.raises(RequestError, match=f"unknown method 'Premium'; known: {known}"):
         policy_for("Premium", {"Premium": PREMIUM})
 
 
@@ -158,7 +168,26 @@ def test_counters_add() -> None:
     assert sum([one, one], Counters(requests=0)).tokens_per_pass == one.tokens_per_pass == 4.0
 
 
+def test_passes_by_what_they_kept() -> None:
+    one = Counters(target_passes=3, passes_by_kept=Counter([0, 2, 2]))
+    both = one + Counters(target_passes=1, passes_by_kept=Counter([3]))
+    assert one.passes_by_kept == {0: 1, 2: 2}  # a sum leaves its parts as they are
+    assert both.passes_by_kept == {0: 1, 2: 2, 3: 1}
+    assert both.kept_by_depth == [0.75, 0.75, 0.25]
+    assert Counters(target_passes=2, passes_by_kept=Counter([0, 0])).kept_by_depth == []
+    assert Counters().kept_by_depth == []
+    assert json.loads(json.dumps(both.to_dict()))["passes_by_kept"] == {"0": 1, "2": 2, "3": 1}
+
+
 def test_rates() -> None:
     assert Counters(emitted=9, target_passes=2).tokens_per_pass == 4.0
     assert Counters().tokens_per_pass == 0.0
     assert Counters().acceptance_rate == 0.0
+
+
+def test_a_request_may_bring_its_own_policy() -> None:
+    own = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=9, children=(3, 2))
+    assert policy_of(Request((1,), "mine", policy=own), {}) is own
+    assert policy_of(Request((1,), "premium"), {"premium": PREMIUM}) is PREMIUM
+    with pytest.raises(RequestError, match="unknown method 'mine'"):
+        policy_of(Request((1,), "mine"), {})

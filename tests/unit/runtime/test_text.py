@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes import FakeTokenizer
 from ssv.runtime.text import Detokenizer, StreamError, TextStream
@@ -266,6 +268,33 @@ def test_any_cut_into_pieces_gives_the_text_in_one_go() -> None:
         assert "".join(found) == expected
         assert not any(HALF in piece for piece in found[:-1]) or HALF in expected
         assert len(texts) == 0
+
+
+DATA = st.lists(st.sampled_from([b"a", b"b", "é".encode(), "€".encode(), "😀".encode(), b"\xe2", b"\xff"]), max_size=12)
+
+
+@given(DATA, st.lists(st.integers(1, 5), min_size=40, max_size=40))
+def test_without_stop_strings_any_bytes_in_any_pieces_are_the_whole_text(data: list[bytes], sizes: list[int]) -> None:
+    """Broken characters too, of which none leaves before it is known to be broken."""
+    left, texts, found = b"".join(data), detokenizer(), []
+    whole = left.decode(errors="replace")
+    for number, size in enumerate(sizes):
+        piece, left = left[:size], left[size:]
+        found.append(texts.push("a", number, piece, (), not left))
+        assert whole.startswith("".join(found))
+        if not left:
+            break
+    assert "".join(found) == whole
+
+
+@given(DATA, st.lists(st.text("abé€", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_nothing_of_a_stop_string_is_in_the_text(data: list[bytes], stops: list[str]) -> None:
+    stream, whole = byte_stream(*stops), b"".join(data).decode(errors="replace")
+    text = "".join(push_all(stream, b"".join(data))) + stream.flush()
+    assert whole.startswith(text)
+    assert not any(stop in text for stop in stops)
+    assert stream.stopped == any(stop in whole for stop in stops)
+    assert stream.stopped or text == whole
 
 
 @pytest.mark.parametrize("number", [1, 5])

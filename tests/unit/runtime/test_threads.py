@@ -1,4 +1,4 @@
-"""How many threads a CPU engine has: what the machine gives, what an operator says, and that no output depends on it."""
+"""How many threads a CPU engine has: the machine's cores, an operator's word, and that no output depends on it."""
 
 from __future__ import annotations
 
@@ -169,8 +169,10 @@ def torchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_chosen_number_of_threads_is_kept() -> None:
     assert cpu_threads(1) is None
     assert torch.get_num_threads() == 1
-    with pytest.raises(EngineError, match="threads must be 1 or more, got 0"):
-        cpu_threads(0)
+    for wrong in (0, 1025):  # torch takes what is far too many, and crashes
+        with pytest.raises(EngineError, match=f"threads must be 1 to 1024, got {wrong}"):
+            cpu_threads(wrong)
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.usefixtures("torchs_threads")

@@ -98,7 +98,8 @@ def test_text_and_tokens_are_those_of_transformers(make: Callable[[], Tokenizer]
         CHAT,
         "{% for m in messages %}\n  {% if loop.index > 2 %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}",
         "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}|{% endfor %}",
-        "{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ unk_token }}",
+        "{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
+        "{{ unk_token }}",
         "{{ tools is none }} {{ documents is none }} {{ pad_token is defined }} {{ strftime_now('%%') }}"
         "{% if add_generation_prompt %}<assistant>{% endif %}",
         "{{ messages[1]['content'].strip() | tojson(indent=2) }}{{ dict(a=1) }}",

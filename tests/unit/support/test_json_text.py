@@ -21,7 +21,8 @@ from ssv.bundle.manifest import read_manifest
 from ssv.model.checkpoint import read_hf_folder
 from ssv.model.unified import load_any
 from ssv.runtime.tokenizer_files import FileTokenizer
-from ssv.support.json_text import MAX_DEPTH, parse_json
+from ssv.support.errors import UserError
+from ssv.support.json_text import MAX_DEPTH, parse_json, read_json_lines, read_json_object
 from ssv.support.prompts import read_prompts
 
 
@@ -75,7 +76,7 @@ def test_files_that_are_nested_too_deeply_are_named(name: str, levels: int, tmp_
     write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).write_text(nested(levels) + "\n")
-    with pytest.raises(ValueError, match=file.replace(".", r"\.")) as raised:
+    with pytest.raises(UserError, match=file.replace(".", r"\.")) as raised:
         read(tmp_path / file)
     assert "nested deeper than" in str(raised.value) or file == "prompts.jsonl"
 
@@ -83,7 +84,7 @@ def test_files_that_are_nested_too_deeply_are_named(name: str, levels: int, tmp_
 def test_an_index_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(nested(100_000))
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors.index.json is damaged"):
         read_hf_folder(tmp_path)
 
 
@@ -92,3 +93,35 @@ def test_what_a_server_or_a_journal_says_is_no_value_then(tmp_path: Path) -> Non
     (tmp_path / "journal").write_text(nested(100_000) + "\n" + '{"a": 1}\n')
     journal = JournalReader(tmp_path / "journal")
     assert journal.read() == [{"a": 1}] and journal.torn == 1
+
+
+# --- objects and lines ----------------------------------------------------------------------------------------------
+
+
+class Broken(UserError):
+    """Stands for the error of a domain."""
+
+
+def test_a_file_is_an_object_or_what_is_asked_for_is_raised(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json_object(path) == {"a": 1}
+    for data, says in ((b"[1]", "is not a JSON object"), (b"{", "is not JSON (Expecting"), (b"\xff", "is not JSON (")):
+        path.write_bytes(data)
+        with pytest.raises(Broken) as raised:
+            read_json_object(path, Broken, "mend it")
+        assert str(raised.value).startswith(f"{path} {says}")
+        assert raised.value.cure == "mend it"
+    with pytest.raises(FileNotFoundError):
+        read_json_object(tmp_path / "none", Broken)
+
+
+def test_lines_are_numbered_and_blank_ones_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"a": "\u2028"}\r\n\n  \n[2]'.encode())
+    assert list(read_json_lines(path)) == [(1, {"a": "\u2028"}), (4, [2])]
+    path.write_text('{"a": 1}\n\n{"a": \n')
+    lines = read_json_lines(path)
+    assert next(lines) == (1, {"a": 1})
+    with pytest.raises(UserError, match=r"a\.jsonl:3: it is not JSON \("):
+        next(lines)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import socket
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from certificates import lock, self_signed
+from cryptography.x509 import DNSName
 
 from ssv.bundle.manifest import EngineEntry, Manifest
 from ssv.runtime.serving.config import ServerConfig
@@ -146,13 +147,7 @@ def test_http_stays_here_with_tls() -> None:
 
 
 def certificate(folder: Path, name: str, san: bool = True) -> tuple[Path, Path]:
-    paths = folder / f"{name}.pem", folder / f"{name}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-keyout", str(paths[1]), "-out", str(paths[0]), "-days", "2", "-subj", "/CN=localhost"]
-    subprocess.run(
-        [*command, *(["-addext", "subjectAltName=DNS:localhost"] if san else [])], check=True, capture_output=True
-    )
-    return paths
+    return self_signed(folder, name, san=[DNSName("localhost")] if san else [])
 
 
 def test_a_certificate_and_its_key(tmp_path: Path) -> None:
@@ -163,8 +158,7 @@ def test_a_certificate_and_its_key(tmp_path: Path) -> None:
 def test_files_for_tls_that_cannot_be(tmp_path: Path) -> None:
     (one, key), (other, other_key) = certificate(tmp_path, "one"), certificate(tmp_path, "other")
     locked = tmp_path / "locked.key"
-    command = ["openssl", "pkey", "-in", str(key), "-aes256", "-passout", "pass:secret", "-out", str(locked)]
-    subprocess.run(command, check=True, capture_output=True)
+    lock(key, locked, "secret")
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_bytes(b"\x00nonsense")
     for pair, message in (

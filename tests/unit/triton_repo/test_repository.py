@@ -17,6 +17,7 @@ from ssv.runtime.serving import intake
 from ssv.runtime.serving.config import ConfigError, ServerConfig
 from ssv.runtime.serving.intake import Settings, declared_inputs
 from ssv.runtime.serving.pieces import Answer
+from ssv.triton_repo import ports as ports_module
 from ssv.triton_repo.repository import DRAINING, HERE, LEAST_QUEUE, MODELS, ROUTER, write_repository
 
 PYTHON_MODELS = tuple(name for name in MODELS if name != "ensemble")
@@ -43,7 +44,7 @@ def ports(config: ModelConfig, side: str) -> dict[str, tuple[int, list[int]]]:
 
 
 def settings_of(config: ModelConfig) -> ServerConfig:
-    """As Triton hands a config to a model."""
+    """The settings that a model finds in the config that Triton hands it."""
     parameters = {name: {"string_value": parameter.string_value} for name, parameter in config.parameters.items()}
     return ServerConfig.from_model_config({"name": config.name, "parameters": parameters})
 
@@ -77,6 +78,21 @@ def test_inputs_are_those_that_are_taken_in(name: str) -> None:
 @pytest.mark.parametrize("name", ["ensemble", "preprocessing", ROUTER])
 def test_every_input_is_optional_or_an_ensemble_without_it_would_hang(name: str) -> None:
     assert [port.name for port in read(name).input if not port.optional] == []
+
+
+@pytest.mark.parametrize("name", ports_module.ports())
+def test_the_ports_in_the_files_are_current(name: str) -> None:
+    text = (HERE / name / "config.pbtxt").read_text()
+    assert text == ports_module.written(name, text), "write them anew: python -m ssv.triton_repo.ports"
+
+
+def test_ports_are_written_between_their_marks_alone() -> None:
+    text = f'name: "ssv"\n{ports_module.BEGIN}\nold\n{ports_module.END}\n# new\n'
+    written = ports_module.written("ssv", text)
+    assert written.startswith(f'name: "ssv"\n{ports_module.BEGIN}\ninput {{')
+    assert written.endswith(f"}}\n{ports_module.END}\n# new\n") and "old" not in written
+    with pytest.raises(ValueError, match=r"config.pbtxt of ssv has no part for its ports"):
+        ports_module.written("ssv", 'name: "ssv"\n')
 
 
 def test_outputs_of_the_ensemble_are_those_of_postprocessing() -> None:

@@ -130,8 +130,8 @@ def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "arms.yaml cannot be read: [Errno 2] No such file or directory"),
-        ("salt: [", "arms.yaml cannot be read: while parsing a flow node"),
+        (None, "arms.yaml cannot be read (No such file or directory)"),
+        ("salt: [", "arms.yaml is not YAML (while parsing a flow node"),
         ("", "arms.yaml: the file: Input should be"),
         (ARMS.replace("0.5}}", "0.6}}"), "arms.yaml: the file: the shares add up to 1.1: they must be 1 together"),
         (ARMS.replace("tier: turbo", "teir: turbo"), "arms.yaml: arms.new.teir: Extra inputs are not permitted"),

@@ -143,22 +143,27 @@ def test_a_part_of_a_server_is_ended_alone(tmp_path: Path) -> None:
     ("line", "is_shown"),
     [
         (
-            b'W1126 10:43:21.386402 6121 pinned_memory_manager.cc:273] "Unable to allocate pinned system memory, pinned memory pool will not be available: CUDA driver version is insufficient for CUDA runtime version"\n',
+            b'W1126 10:43:21.386402 6121 pinned_memory_manager.cc:273] "Unable to allocate pinned system '
+            b"memory, pinned memory pool will not be available: "
+            b'CUDA driver version is insufficient for CUDA runtime version"\n',
             False,
         ),
         (b'E1126 10:43:21.386867 6121 server.cc:241] "CudaDriverHelper has not been initialized."\n', False),
         (
-            b'E1126 10:43:36.5 6121 ensemble_scheduler.cc:1468] "unable to create stream for ensemble: CUDA driver version is insufficient for CUDA runtime version"\n',
+            b'E1126 10:43:36.5 6121 ensemble_scheduler.cc:1468] "unable to create stream for ensemble: '
+            b'CUDA driver version is insufficient for CUDA runtime version"\n',
             False,
         ),
         (b"Error: Failed to initialize NVML\n", False),
         (b'W1126 10:43:36.5 6121 metrics.cc:798] "DCGM unable to start: DCGM initialization error"\n', False),
         (
-            b"E1126 10:51:27.1 9481 model_lifecycle.cc:642] \"failed to load 'draining' version 1: Internal: RuntimeError\"\n",
+            b"E1126 10:51:27.1 9481 model_lifecycle.cc:642] "
+            b"\"failed to load 'draining' version 1: Internal: RuntimeError\"\n",
             False,
         ),
         (
-            b"E1126 10:51:27.1 9481 model_lifecycle.cc:642] \"failed to load 'ssv' version 1: Internal: RuntimeError\"\n",
+            b"E1126 10:51:27.1 9481 model_lifecycle.cc:642] "
+            b"\"failed to load 'ssv' version 1: Internal: RuntimeError\"\n",
             True,
         ),
         (b'{"event": "request", "error": "CudaDriverHelper has not been initialized."}\n', True),

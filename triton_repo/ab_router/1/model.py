@@ -83,7 +83,7 @@ class _Request:
         """
         given = parameter_tensors(json.loads(self._request.parameters()))
         if twice := sorted(given.keys() & self.tensors.keys()):
-            raise RequestError(f"{twice[0]} is given twice, as an input and as a parameter: give it once")
+            raise RequestError(f"{twice[0]} is given twice, as an input and as a parameter", "give it once")
         self.tensors = {**self.tensors, **given}
 
     def send(self, outputs: Mapping[str, np.ndarray], arm: str, is_last: bool) -> None:

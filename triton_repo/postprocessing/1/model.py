@@ -53,8 +53,7 @@ class TritonPythonModel:
         except StreamError as error:
             text = error_text("UNAVAILABLE", error)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE))
-        outputs = {"text_output": text, **piece.fields}
-        return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
+        return pb_utils.InferenceResponse([_tensor(name, value) for name, value in piece.outputs(text).items()])
 
 
 def _tensor(name: str, value: str | bool | int | float) -> Any:

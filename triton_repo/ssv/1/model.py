@@ -42,8 +42,9 @@ class TritonPythonModel:
         log_to_stderr()
         keep_large_blocks()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
-        # In a thread that ends, and takes the OpenMP threads with it that it has started: with those of the service's thread they would be
-        # more than there are cores, and OpenMP then puts threads to sleep after every product, which makes decoding three times slower.
+        # In a thread that ends, and takes the OpenMP threads with it that it has started: with those of the service's
+        # thread they would be more than there are cores, and OpenMP then puts threads to sleep after every product,
+        # which makes decoding three times slower.
         with ThreadPoolExecutor(1) as loader:
             self._llm = loader.submit(
                 LLM.load,
@@ -158,7 +159,7 @@ class _Sink:
             self._log(logging.INFO, reason=chunk.finish_reason, **chunk.counters.to_dict())
 
     def fail(self, error: Exception) -> None:
-        """Of a request that had been taken."""
+        """Tells the client of a request that had been taken."""
         if isinstance(error, QueueFull):
             self.refuse(error, "full")
         elif isinstance(error, RequestError):
@@ -172,7 +173,7 @@ class _Sink:
             self._log(logging.ERROR, reason="error", error=error)
 
     def refuse(self, error: Exception, reason: str) -> None:
-        """Of a request that is not taken; why is one of `ssv.runtime.serving.metrics.REFUSALS`."""
+        """Tells the client of a request that is not taken; why is one of `ssv.runtime.serving.metrics.REFUSALS`."""
         self._metrics.withdrawn(self.request.method)
         self._metrics.refused(reason)
         self._send_error("UNAVAILABLE", pb_utils.TritonError.UNAVAILABLE, error)

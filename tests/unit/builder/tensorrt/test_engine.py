@@ -27,7 +27,7 @@ from ssv.builder.tensorrt.engine import checkpoint_digest, compile_engine, limit
 from ssv.builder.tensorrt.lowering import NativeOps
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle import tensorrt_api
-from ssv.bundle.manifest import EngineEntry, Manifest, engine_source, read_manifest, write_manifest
+from ssv.bundle.manifest import BundleError, EngineEntry, Manifest, engine_source, read_manifest, write_manifest
 from ssv.bundle.shapes import Limits
 from ssv.bundle.tensorrt_api import EngineBuildError, load_tensorrt
 from ssv.model.checkpoint import DecoderSpec, Weights, hf_config
@@ -39,8 +39,10 @@ ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ"}
 
 
 class Compiled(NamedTuple):
-    """Attributes:
-    name, entry, reports: of the engine; (stage, done, total) of each report.
+    """An engine that was compiled.
+
+    Attributes:
+        name, entry, reports: of the engine; (stage, done, total) of each report.
     """
 
     bundle: Path
@@ -85,12 +87,12 @@ def imports() -> Iterator[None]:
 
 
 def config(role: str = "target", precision: str = "fp16", **changes: Any) -> EngineConfig:
-    settings = {"compute_capability": ["8.9"], "max_length": 128, "prefill_chunk": 64}
+    settings = {"compute_capability": ["8.9"], "max_length": 192, "prefill_chunk": 64}
     return EngineConfig.model_validate({"role": role, "precision": precision, **settings, **changes})
 
 
 def arguments(bundle: Path, *more: str) -> list[str]:
-    fixed = ["--role", "target", "--max-length", "128", "--prefill-chunk", "64", "--out", str(bundle)]
+    fixed = ["--role", "target", "--max-length", "192", "--prefill-chunk", "64", "--bundle", str(bundle)]
     return ["compile", *fixed, *more]
 
 
@@ -165,7 +167,7 @@ def test_the_entry_says_what_was_asked_and_the_bundle_verifies(compiled: Compile
     asked = ("target", "fp16", "tensorrt_rtx", "float16")
     assert (entry.role, entry.precision, entry.flavor, entry.compute_type) == asked
     assert (entry.tensorrt, entry.compute_capabilities) == (trt.__version__, ["8.9"])
-    assert (entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk) == (8, 128, 6, 64)
+    assert (entry.max_batch, entry.max_length, entry.max_pending, entry.prefill_chunk) == (8, 192, 6, 64)
     digest = manifest.files[entry.file].sha256
     assert (entry.file, entry.checkpoint) == (f"target/{name}-{digest[:12]}.engine", None)
     assert entry.source == engine_source(manifest, "target")
@@ -198,7 +200,7 @@ def test_a_command_compiles_a_quantized_draft_for_two_capabilities(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = quantized_draft(bundle, tmp_path / "draft.safetensors")
-    more = ("--role", "draft", "--compute-capability", "8.9,12.0", "--max-batch", "2", "--max-pending", "3")
+    more = ("--role", "draft", "--compute-capability", "8.9,12.0", "--max-rows", "2", "--max-pending", "3")
     assert main(arguments(bundle, "--precision", "int4", "--checkpoint", str(checkpoint), *more)) == 0
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
@@ -220,7 +222,7 @@ def test_a_second_engine_of_the_same_name_replaces_the_first(
 
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
     monkeypatch.setattr(engine, "write_manifest", checked_write)
-    name, entry = compile_engine(compiled_bundle, config(max_batch=2), silent)
+    name, entry = compile_engine(compiled_bundle, config(max_rows=2), silent)
     manifest = read_manifest(compiled_bundle)
     assert entry.max_batch == 2
     assert manifest.engines == {compiled.name: entry}
@@ -233,7 +235,7 @@ def test_a_second_engine_of_the_same_name_replaces_the_first(
 
 def test_an_engine_of_the_same_plan_keeps_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "build_plan", write_no_plan)
-    (_, first), (_, second) = (compile_engine(bundle, config(max_batch=rows), silent) for rows in (1, 2))
+    (_, first), (_, second) = (compile_engine(bundle, config(max_rows=rows), silent) for rows in (1, 2))
     assert first.file == second.file
     assert read_manifest(bundle).engines == {config().name: second}
 
@@ -343,7 +345,7 @@ def added(bundle: Path, tmp_path: Path, **changes: Any) -> None:
     engine.add_network(trt, network, bundle, asked, limits, log.last, Spill(tmp_path))
 
 
-@pytest.mark.parametrize(("role", "ops"), [("target", ["gather_norm"]), ("draft", ["gather_norm", "score"])])
+@pytest.mark.parametrize(("role", "ops"), [("target", ["sparse_gather"]), ("draft", ["sparse_gather", "score"])])
 def test_a_network_has_its_ops_as_plugins(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, ops: list[str]
 ) -> None:
@@ -351,7 +353,7 @@ def test_a_network_has_its_ops_as_plugins(
 
     class Plugins(NativeOps):
         def __getattribute__(self, name: str) -> Any:
-            if name in ("gather_norm", "score"):
+            if name in ("sparse_gather", "score"):
                 used.append(name)
             return super().__getattribute__(name)
 
@@ -449,7 +451,7 @@ def test_what_a_gpu_has_no_arithmetic_for_is_refused_before_building(
     with pytest.raises(ValueError, match=message):
         config(role, precision, compute_capability=capabilities)
     argv = ["--role", role, "--precision", precision, "--compute-capability", ",".join(capabilities)]
-    assert main(["compile", *argv, "--out", str(bundle)]) == 2
+    assert main(["compile", *argv, "--bundle", str(bundle)]) == 2
     assert re.search(r"does not run a " + role, capsys.readouterr().err)
 
 
@@ -536,7 +538,7 @@ def test_limits_follow_the_bundles_tiers(built: Path) -> None:
     manifest = read_manifest(built)
     assert limits_of(config(), manifest).max_pending == 6
     assert limits_of(config(max_pending=9), manifest).max_pending == 9
-    assert limits_of(config(prefill_chunk=256), manifest).prefill_chunk == 128
+    assert limits_of(config(prefill_chunk=256), manifest).prefill_chunk == 192
 
 
 def test_tiers_that_verify_more_than_a_chunk_are_refused(built: Path) -> None:
@@ -552,8 +554,8 @@ def test_tiers_that_verify_more_than_a_chunk_are_refused(built: Path) -> None:
     [
         ("max-length", "64"),
         ("prefill-chunk", "32"),
-        ("max-pending", "33"),
-        ("max-batch", "0"),
+        ("max-pending", "65"),
+        ("max-rows", "0"),
         ("compute-capability", "ada"),
         ("compute-capability", "8.9,8.9"),
     ],
@@ -584,7 +586,7 @@ def test_no_space_for_the_plan(compiled_bundle: Path) -> None:
     before = read_manifest(compiled_bundle)
     (compiled_bundle / "target" / ".target-fp16-tensorrt_rtx-8.9.part").symlink_to("/dev/full")
     with pytest.raises(EngineBuildError, match=r"cannot be written \(No space left on device\): choose a place"):
-        compile_engine(compiled_bundle, config(max_batch=2), silent)
+        compile_engine(compiled_bundle, config(max_rows=2), silent)
     assert part_files(compiled_bundle) == []
     assert read_manifest(compiled_bundle) == before
 
@@ -616,7 +618,7 @@ def test_no_plan_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_bundle_is_refused_before_anything_is_compiled(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "build_plan", lambda *_: pytest.fail("compiled"))
     (bundle / "scorer.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"scorer.safetensors does not match the manifest"):
+    with pytest.raises(BundleError, match=r"scorer.safetensors does not match the manifest"):
         compile_engine(bundle, config(), silent)
 
 

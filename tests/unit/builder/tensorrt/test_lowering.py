@@ -1,9 +1,9 @@
 """The ops in TensorRT networks compute what their definition computes.
 
-Built from TensorRT's own layers they are interpreted, and compiled by TensorRT for RTX. As plugins they are driven by TensorRT's plugin library
-(tests/support/qdp.py), which has to find their shapes, kernels and launches.
+Built from TensorRT's own layers they are interpreted, and compiled by TensorRT for RTX. As plugins they are driven by
+TensorRT's plugin library (tests/support/qdp.py), which has to find their shapes, kernels and launches.
 
-Shapes: see `ssv.plugins.contract`; S = B + 1, J = K + 1.
+Shapes: see `ssv.plugins.contract`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ssv.builder.tensorrt.lowering import NativeOps, PluginOps
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.tensorrt_api import data_type
 from ssv.plugins import reference
-from ssv.plugins.contract import Judged, OpError, Score
+from ssv.plugins.contract import OpError, Score
 from ssv.plugins.registration import register_plugins
 
 FP32, FP16, BF16, INT32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
@@ -40,16 +40,14 @@ VOCABS = (1, 2, 99, 5000)
 # Inputs of each op with a letter for each axis; H and V are fixed with the network.
 INPUTS: dict[str, dict[str, str]] = {
     "score": {"hidden": "RH", "logits": "RV"},
-    "gather_norm": {"hidden": "MH", "row": "R"},
-    "sparse_gather": {"hidden": "BTH", "zone": "BT", "length": "B"},
+    "sparse_gather": {"hidden": "MH", "row": "R"},
 }
-PROFILE = {"B": (1, 2, 4), "T": (1, 5, 9), "R": (1, 9, 36), "M": (1, 10, 36)}
+PROFILE = {"R": (1, 9, 36), "M": (1, 10, 36)}
 
 
 def input_types(op: str, hidden: torch.dtype, logits: torch.dtype) -> list[torch.dtype]:
     types = {"hidden": hidden, "logits": logits}
-    numbers = {"row", "zone", "length"}
-    return [types.get(name, INT32 if name in numbers else FP32) for name in INPUTS[op]]
+    return [types.get(name, INT32) for name in INPUTS[op]]
 
 
 def fixed_arguments(op: str, dtype: torch.dtype = FP32, uses_hidden: bool = True) -> tuple[Any, ...]:
@@ -57,7 +55,7 @@ def fixed_arguments(op: str, dtype: torch.dtype = FP32, uses_hidden: bool = True
     noise = torch.randn(HIDDEN + 3, generator=torch.Generator().manual_seed(3))
     if op == "score":
         return noise[0 if uses_hidden else HIDDEN :] * 0.3, torch.tensor([0.2])
-    return ((1 + 0.3 * noise[:HIDDEN]).to(dtype), EPS) if op in ("gather_norm", "sparse_gather") else ()
+    return (1 + 0.3 * noise[:HIDDEN]).to(dtype), EPS
 
 
 def members(result: Any) -> Sequence[Any]:
@@ -175,69 +173,18 @@ def test_rows_without_a_distribution_have_a_token_and_nothing_else(vocab: int) -
         assert number.isnan().tolist() == [True] * 6 + [False]
 
 
-# --- gather and norm ------------------------------------------------------------------------------------------------
+# --- sparse_gather --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [FP32, FP16, BF16])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-def test_gather_norm(dtype: torch.dtype, given: torch.dtype) -> None:
-    network, hidden = native("gather_norm", dtype=dtype, given=given), normal(7, HIDDEN)
+def test_sparse_gather(dtype: torch.dtype, given: torch.dtype) -> None:
+    network, hidden = native("sparse_gather", dtype=dtype, given=given), normal(7, HIDDEN)
     hidden[3], hidden[4, 0] = 0, 24_000.0  # as in the first token of SmolLM2: its square exceeds fp16
     hidden = hidden.to(given)
     gathered, _ = network.check(hidden, ints(6, 0, 3, 3, 4))
     assert torch.equal(gathered, hidden[[6, 0, 3, 3, 4]])
     network.check(hidden[:1], ints(0))
-
-
-T, G, C = reference.TRUSTED, reference.GRAY, reference.CRITICAL
-STEPS = {
-    "all judged": ([[G, C, G], [C, C, G]], [3, 3]),
-    "none but the bonus row": ([[T, T, T], [T, T, T]], [3, 3]),
-    "none, and the bonus row marked": ([[T, T, G], [T, T, C]], [3, 3]),
-    "ragged": ([[G, T, G, T], [T, G, T, T], [C, C, C, C]], [4, 2, 1]),
-    "empty sequences": ([[G, G], [T, C], [G, G], [C, T]], [0, 2, 0, 0]),
-    "nothing at all": ([[G, T], [C, G]], [0, 0]),
-    "marked padding": ([[T, G, C, 7], [T, T, -1, G]], [2, 1]),
-    "one row": ([[T]], [1]),
-    "no row": ([[C]], [0]),
-}
-
-
-def check_sparse_gather(zone_BT: Tensor, length_B: Tensor, dtype: torch.dtype = FP32) -> int:
-    """Compares what is judged; returns how many rows that are."""
-    network, hidden_BTH = native("sparse_gather", dtype=dtype), normal(*zone_BT.shape, HIDDEN)
-    normed, row, start = network.run(hidden_BTH, zone_BT, length_B)
-    other_normed, other_row, other_start = expected("sparse_gather", hidden_BTH, zone_BT, length_B, *network.fixed)
-    same(start, other_start)
-    judged = int(start[-1])
-    same(row[:judged], other_row[:judged])
-    same(normed[:judged], other_normed[:judged])
-    # What lies beyond is undefined, and still a row of the step: the network gathers it.
-    assert row.sort().values.tolist() == list(range(zone_BT.numel()))
-    return judged
-
-
-@pytest.mark.parametrize("dtype", [FP32, FP16])
-@pytest.mark.parametrize("step", STEPS)
-def test_sparse_gather(step: str, dtype: torch.dtype) -> None:
-    zones, lengths = STEPS[step]
-    check_sparse_gather(ints(*zones), ints(*lengths), dtype)
-
-
-def test_sparse_gather_of_many_steps() -> None:
-    generator, judged = torch.Generator().manual_seed(1), set()
-    for _ in range(150):
-        batch, tokens = torch.randint(1, 10, (2,), generator=generator).tolist()
-        zone_BT = torch.randint(0, 3, (batch, tokens), generator=generator, dtype=INT32)
-        length_B = torch.randint(0, tokens + 1, (batch,), generator=generator, dtype=INT32)
-        judged.add(check_sparse_gather(zone_BT, length_B))
-    assert len(judged) > 20
-
-
-@pytest.mark.parametrize("given", [FP16, BF16])
-def test_sparse_gather_of_halves(given: torch.dtype) -> None:
-    network = native("sparse_gather", dtype=given, given=given)
-    network.check(normal(2, 3, HIDDEN).to(given), ints([G, G, G], [C, C, C]), ints(3, 3))
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
@@ -268,14 +215,15 @@ def plan_of(network: Native) -> bytes:
 @pytest.mark.parametrize("vocab", [1, VOCAB])
 @pytest.mark.parametrize("op", INPUTS)
 def test_tensorrt_for_rtx_takes_the_layers(op: str, vocab: int, dtype: torch.dtype) -> None:
-    given = FP32 if op in ("gather_norm", "sparse_gather") else dtype  # of the network, whose residual stream is fp32
+    given = FP32 if op == "sparse_gather" else dtype  # of the network, whose residual stream is fp32
     assert len(plan_of(Native(op, vocab, dtype, given, True))) > 10_000
 
 
 def test_tensorrt_for_rtx_takes_no_layers_that_are_wrong() -> None:
     graph, network, (log, builder, _) = new_graph(FP32)
     x = graph.input("x", INT32, (4,))
-    graph.output("y", graph.scatter(x, graph.input("place", INT32, (3,)), graph.input("update", INT32, (2,))))
+    place, update = graph.input("place", INT32, (3,)), graph.input("update", INT32, (2,))
+    graph.output("y", network.add_scatter(x, place, update, trt.ScatterMode.ELEMENT).get_output(0))
     assert builder.build_serialized_network(network, builder.create_builder_config()) is None
     assert "Scatter" in log.last()
 
@@ -288,39 +236,35 @@ PLUGINS = [
     ("score", FP16, FP16, FP16),
     ("score", BF16, BF16, BF16),
     ("score", BF16, FP32, FP16),
-    ("gather_norm", FP32, FP32, FP32),
-    ("gather_norm", FP16, FP32, FP32),
-    ("gather_norm", BF16, FP16, FP32),
+    ("sparse_gather", FP32, FP32, FP32),
     ("sparse_gather", FP16, FP32, FP32),
+    ("sparse_gather", BF16, FP16, FP32),
     ("sparse_gather", FP32, BF16, FP32),
 ]
 SIZES: list[dict[str, int]] = [
-    {"B": 1, "T": 1, "R": 1, "M": 1},
-    {"B": 3, "T": 5, "R": 17, "M": 11},
+    {"R": 1, "M": 1},
+    {"R": 17, "M": 11},
 ]
 # Programs of each op, and its kernel's int32 arguments, for such sizes.
 Number = Callable[[dict[str, int]], int]
 GRID: dict[str, Number] = {
     "score": lambda n: n["R"],
-    "gather_norm": lambda n: n["R"],
-    "sparse_gather": lambda n: n["B"] * n["T"],
+    "sparse_gather": lambda n: n["R"],
 }
 SCALARS: dict[str, dict[str, Number]] = {
     "score": {},
-    "gather_norm": {"num_rows": lambda n: n["M"]},
-    "sparse_gather": {"batch": lambda n: n["B"], "tokens": lambda n: n["T"]},
+    "sparse_gather": {"num_rows": lambda n: n["M"]},
 }
-WEIGHTS = {"score": ("weight", "bias"), "gather_norm": ("weight",), "sparse_gather": ("weight",)}
+WEIGHTS = {"score": ("weight", "bias"), "sparse_gather": ("weight",)}
 OUTPUTS = {
     "score": [field.name for field in fields(Score)],
-    "gather_norm": ["gathered_RH", "normed_RH"],
-    "sparse_gather": [field.name for field in fields(Judged)],
+    "sparse_gather": ["gathered_RH", "normed_RH"],
 }
 TYPES = {"FLOAT": FP32, "HALF": FP16, "BF16": BF16, "INT32": INT32}
 
 
 def plugin_facts() -> dict[str, Any]:
-    """What TensorRT's plugin library makes of our plugins, on a GPU of compute capability 9.0: for a process of its own."""
+    """What TensorRT's plugin library makes of our plugins on compute capability 9.0, for a process of its own."""
     played, library = qdp.load()
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     refused = without_triton(library)
@@ -348,7 +292,7 @@ def without_triton(library: Any) -> str:
 
 
 def without_plugins(played: Any) -> str:
-    """Of a TensorRT that does not take one."""
+    """What is said of a TensorRT that does not take a plugin."""
     network = qdp.Network(played)
     network.add_plugin = lambda *_, **settings: None if settings["aot"] else pytest.fail("not ahead of time")  # type: ignore
     try:
@@ -393,7 +337,6 @@ def plugin(
     launch = layer.launch(PROFILE)
     spec = {
         "score": lambda: aot.score_spec(HIDDEN, VOCAB, hidden, logits, HIDDEN + 3),
-        "gather_norm": lambda: aot.gather_norm_spec(HIDDEN, hidden, dtype, EPS),
         "sparse_gather": lambda: aot.sparse_gather_spec(HIDDEN, hidden, dtype, EPS),
     }[op]()
     own = aot.compile_ahead(spec, "9.0")
@@ -440,14 +383,13 @@ def test_arguments_of_plugins_stand_in_the_kernels_order(case: Any) -> None:
     op, dtype, hidden, logits, found = case
     names = [*INPUTS[op], *WEIGHTS.get(op, ())]
     results = [name.rpartition("_")[0] for name in OUTPUTS[op]]
-    arguments = [name.removeprefix("judged_") for name in found["arguments"]]
-    assert arguments[: len(names + results) + len(SCALARS[op])] == [*names, *SCALARS[op], *results]
+    assert found["arguments"][: len(names + results) + len(SCALARS[op])] == [*names, *SCALARS[op], *results]
     assert found["parameters"] == ["u64"] * len(names) + ["u32"] * len(SCALARS[op]) + ["u64"] * len(results)
     # The library passes what the layer has as inputs, in their order.
     given_types = [*input_types(op, hidden, logits), *(FP32 if op == "score" else dtype for _ in WEIGHTS.get(op, ()))]
     assert [TYPES[name] for _, name, _ in found["inputs"]] == given_types
     assert [name for name, _, _ in found["inputs"]] == [*INPUTS[op], *("constant" for _ in WEIGHTS.get(op, ()))]
-    shapes = {"score": [[HIDDEN + 3], [1]], "gather_norm": [[HIDDEN]], "sparse_gather": [[HIDDEN]]}
+    shapes = {"score": [[HIDDEN + 3], [1]], "sparse_gather": [[HIDDEN]]}
     assert [shape for _, _, shape in found["inputs"]][len(INPUTS[op]) :] == shapes.get(op, [])
 
 

@@ -1,7 +1,7 @@
-"""The TensorRT network computes what the torch engine computes, for every family and precision, step by step; and a network that is wrong
-does not.
+"""The TensorRT network computes what the torch engine computes, and a network that is wrong does not.
 
-Networks are built by the real TensorRT for RTX and evaluated by `network_interpreter`, which knows nothing of our builder.
+That is seen for every family and precision, step by step. Networks are built by the real TensorRT for RTX and evaluated
+by `network_interpreter`, which knows nothing of our builder.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "qkv_bias": True, "num_kv_heads": 1},
     "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 32},
 }
-# fp16 has 11 bits, bf16 8. The quantized ones run in fp16 over the same quantized weights as the reference; inputs near the middle of
-# two FP8 values are then rounded the other way, by up to 1/8 of themselves: that FP8 is right shows in fp32.
+# fp16 has 11 bits, bf16 8. The quantized ones run in fp16 over the same quantized weights as the reference; inputs near
+# the middle of two FP8 values are then rounded the other way, by up to 1/8 of themselves: that FP8 is right shows in
+# fp32.
 TOLERANCE = {"fp16": 1e-2, "bf16": 4e-2, "fp8": 8e-2, "int4": 1e-2}
 EXACT = 1e-4
 

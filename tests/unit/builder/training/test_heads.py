@@ -39,7 +39,7 @@ def run(work: Path, **changes: object) -> HeadsResult:
 
 
 def test_the_label_of_a_head_is_what_the_target_says_there(tmp_path: Path) -> None:
-    """The loss of an untrained head, by hand: what it says after token t against what the target says after token t + d + 1."""
+    """The loss of an untrained head, by hand: what it says after t against what the target says after t + d + 1."""
     target = tiny_decoder()
     run(tmp_path)
     config = settings()

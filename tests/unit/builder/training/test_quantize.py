@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ssv.builder.cli import main
 from ssv.builder.config import QuantizeConfig, RecipeError, checked
 from ssv.builder.training.corpus import ChatPieces, write_conversations
-from ssv.builder.training.distill import CausalAttend
+from ssv.builder.training.passes import CausalAttend
 from ssv.builder.training.quantize import (
     QuantizeError,
     quantize_draft,

@@ -14,7 +14,7 @@ import torch
 from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
 from ssv.runtime.decode.loop import DecodeLoop
@@ -24,7 +24,7 @@ from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
 
@@ -33,9 +33,10 @@ TIERS = {
     "balanced": Policy(accept_below=0.05, verify_above=0.4, risk_budget=0.7, max_pending=8),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
-METHODS = ("autoregressive", "prompt-lookup", "medusa", "speculative", *TIERS)
-KEEP_NOTHING = ("autoregressive", "prompt-lookup", "medusa")
+MODEL_FREE = ("prompt-lookup", "suffix", "lookahead")
+KEEP_NOTHING = ("autoregressive", *MODEL_FREE, "medusa")
 """Methods for which the target alone keeps something of a prompt."""
+METHODS = (*KEEP_NOTHING, "speculative", *TIERS)
 KINDS = ("standalone", "conditioned")
 MAX_LENGTH = 64
 CHUNK = 3
@@ -231,7 +232,7 @@ def test_any_order_of_arrivals_and_departures(seed: int) -> None:
         assert cache_bytes or not play.ended[index].counters.cached_tokens
 
 
-@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative"])
+@pytest.mark.parametrize("method", [*KEEP_NOTHING, "speculative"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_decodes_gains_tokens_in_every_round_while_a_long_prompt_joins(kind: str, method: str) -> None:
     """And who joins needs no more rounds than its prompt has chunks."""
@@ -477,7 +478,7 @@ def cached(play: Play) -> list[int]:
 
 
 @pytest.mark.parametrize("busy", range(3))
-@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "medusa", "speculative", "turbo"])
+@pytest.mark.parametrize("method", [*KEEP_NOTHING, "speculative", "turbo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_that_was_computed_before_is_not_computed_again(kind: str, method: str, busy: int) -> None:
     """In any row of the cache, also while rows before it leave."""

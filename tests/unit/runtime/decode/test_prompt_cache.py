@@ -14,7 +14,8 @@ from ssv.runtime.decode.prompt_cache import PromptCache
 
 
 def filled(*prompts: list[int], block_tokens: int = 2, max_bytes: int = 1000, drafts: bool = False) -> PromptCache[str]:
-    """With every whole block of the prompts that is not held yet, of one byte each, named by the tokens up to its end."""
+    """With every whole block of the prompts that is not held yet, of one byte each, named by the tokens up to its
+    end."""
     cache: PromptCache[str] = PromptCache(block_tokens, max_bytes)
     for prompt in prompts:
         keep(cache, prompt, drafts)
@@ -194,7 +195,8 @@ def test_stats() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_equals_a_plain_model(seed: int) -> None:
-    """Of what is held, the block goes that was used longest ago; among those used together, the one furthest from the beginning."""
+    """Of what is held, the block goes that was used longest ago; among those used together, the one furthest from the
+    beginning."""
     rng = random.Random(seed)
     block_tokens, max_bytes = rng.randint(1, 3), rng.randint(5, 40)
     cache: PromptCache[str] = PromptCache(block_tokens, max_bytes)

@@ -15,7 +15,7 @@ from drive import start
 from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import choice
 from ssv.runtime.decode import round as module
@@ -26,7 +26,7 @@ from ssv.runtime.decode.verify import Verdict
 from ssv.runtime.engines.contract import EngineError, StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 # Under the names of the tiers, so that one batch can mix them.
@@ -40,9 +40,10 @@ LOSSY = {
     "balanced": Policy(accept_below=0.05, verify_above=0.4, risk_budget=0.7, max_pending=8),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
+MODEL_FREE = ("prompt-lookup", "suffix", "lookahead")
 METHODS = [
     ("autoregressive", 5),
-    ("prompt-lookup", 5),
+    *((method, 5) for method in MODEL_FREE),
     *(("speculative", k) for k in range(1, 8)),
     *((tier, 5) for tier in LOSSLESS),
 ]
@@ -326,7 +327,7 @@ def test_end_of_sequence_rejected(kind: str) -> None:
     draft_of(llm).other_NV[:, EOS] += 50.0
     outputs = assert_lossless(llm, SamplingParams(max_tokens=20), [prompt(5), prompt(6)])
     assert all(output.finish_reason == "length" for output in outputs)
-    of_model = [o.counters for o, (method, _) in zip(outputs, METHODS * 2, strict=True) if method != "prompt-lookup"]
+    of_model = [o.counters for o, (method, _) in zip(outputs, METHODS * 2, strict=True) if method not in MODEL_FREE]
     assert all(counters.rolled_back <= counters.target_passes for counters in of_model)
     assert sum(counters.rolled_back for counters in of_model) > 20
 
@@ -493,7 +494,7 @@ def test_engines_are_told_what_is_padding(monkeypatch: pytest.MonkeyPatch, kind:
     llm = make_llm(kind=kind, max_batch=4, tiers=LOSSY)
     outputs = run(llm, [Request(prompt(i), m, SamplingParams(max_tokens=12), k) for i, (m, k) in enumerate(METHODS)])
     assert sum(map(sum, counts[FakeTarget])) == sum(output.counters.target_tokens for output in outputs)
-    drafted = [o.counters.drafted for o, (method, _) in zip(outputs, METHODS, strict=True) if method != "prompt-lookup"]
+    drafted = [o.counters.drafted for o, (method, _) in zip(outputs, METHODS, strict=True) if method not in MODEL_FREE]
     assert sum(map(sum, counts[FakeDraft])) >= sum(drafted) > 0
     assert any(0 in each for each in counts[FakeDraft])
 
@@ -547,7 +548,8 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
-            "unknown method 'fast'; known: autoregressive, prompt-lookup, medusa, speculative, premium",
+            "unknown method 'fast'; known: autoregressive, lookahead, prompt-lookup, suffix, medusa, specinfer, eagle, "
+            "speculative, premium",
         ),
     ]
     for request, message in refused:
@@ -560,7 +562,7 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
 
 def test_a_row_that_cannot_run_does_not_begin() -> None:
     llm = make_llm(max_length=20)
-    batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length)
+    batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length, heads=llm.heads)
     row = Row(SamplingParams(max_tokens=19), LOSSLESS["turbo"], lambda _: False, Counters())
     with pytest.raises(RequestError, match="max_tokens 19 exceed the cache of 20"):
         batch.begin((1, 2), row)
@@ -641,6 +643,7 @@ def slow_twin(
         counters.rolled_back += len(pending) - kept
         counters.target_passes += 1
         counters.target_tokens += len(pending) + 1
+        counters.passes_by_kept[kept] += 1
         tokens += [*pending[:kept], choice(tokens + pending[:kept])]
         if EOS in tokens[start + 1 :]:
             del tokens[tokens.index(EOS, start + 1) + 1 :]
@@ -770,7 +773,7 @@ def test_same_seed_same_output(kind: str) -> None:
         assert visible(run(make_llm(**options), [request])[0]) == visible(output)
 
 
-@pytest.mark.parametrize("method", ["autoregressive", "prompt-lookup", "speculative", "premium", "turbo"])
+@pytest.mark.parametrize("method", ["autoregressive", *MODEL_FREE, "speculative", "premium", "turbo"])
 def test_every_token_is_chosen_with_the_noise_of_its_place(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """What is proposed and what would have been right, in every pass over it; released and trusted tokens count."""
     made: list[tuple[Tensor, list[int], list[int]]] = []
@@ -822,8 +825,8 @@ def test_a_seed_gives_the_same_text_with_every_lossless_method(kind: str, token_
             "tiers": LOSSY,
         }
         plain = visible(run(make_llm(**options), [Request((1, 2), "autoregressive", params)])[0])
-        methods = ["speculative", "premium", "turbo", "autoregressive", "prompt-lookup", "medusa"]
-        outputs = run(make_llm(max_batch=6, **options), [Request((1, 2), method, params, 4) for method in methods])
+        methods = ["speculative", "premium", "turbo", "autoregressive", *MODEL_FREE, "medusa"]
+        outputs = run(make_llm(max_batch=8, **options), [Request((1, 2), method, params, 4) for method in methods])
         for method, output in zip(methods, outputs, strict=True):
             if method != "turbo":
                 assert visible(output) == plain
@@ -871,7 +874,7 @@ def sampled_p_value(llm: LLM, method: str, k: int, params: SamplingParams, count
     expected = exact_distribution(target_of(llm), prompt_ids, params)
     counts = dict.fromkeys(expected, 0)
     for first in range(0, count, llm.target.max_batch):
-        batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length)
+        batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length, heads=llm.heads)
         seeds = range(first, min(first + llm.target.max_batch, count))
         rows = [Row(replace(params, seed=seed), policy, lambda _: False, Counters()) for seed in seeds]
         outputs = [[start(batch, prompt_ids, row)] for row in rows]
@@ -899,7 +902,7 @@ def small_llm(kind: str, **options: Any) -> LLM:
         # The draft cannot propose tokens 2 and 4: they come of rejections and bonus rows alone.
         ("conditioned", "speculative", 2, [3, 0, 1]),
         ("standalone", "premium", 5, None),
-        ("standalone", "prompt-lookup", 0, None),
+        *(("standalone", method, 0, None) for method in (*MODEL_FREE, "medusa")),
     ],
 )
 def test_sampled_output_has_the_target_distribution(

@@ -1,4 +1,5 @@
-"""Temperature, top-k and top-p against their definitions in plain Python; and the compiled choice against the one that defines it."""
+"""Temperature, top-k and top-p against their definitions in plain Python; and the compiled choice against the one that
+defines it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssv.plugins import reference
 from ssv.runtime.decode import sampling
-from ssv.runtime.decode.sampling import FIRST_SELECTED, Sampling, choose, filtered
+from ssv.runtime.decode.sampling import FIRST_SELECTED, Sampling, choose, filtered, ranked
 
 
 def settings(rows: Sequence[tuple[float, int, float]], seed: int = 0, position: int = 0) -> Sampling:
@@ -307,3 +308,77 @@ def test_the_definition_runs_where_nothing_was_compiled(monkeypatch: pytest.Monk
     logits_RV, of = torch.randn(3, 99, generator=torch.Generator().manual_seed(1)), settings([(1.0, 0, 1.0)] * 3, 8)
     expected = reference.choose(filtered(logits_RV, of), of.seed_R, of.position_R).tolist()
     assert choose(logits_RV, of).tolist() == expected
+
+
+# --- ranking --------------------------------------------------------------------------------------------------------
+
+
+def ranked_both(
+    monkeypatch: pytest.MonkeyPatch, logits_RV: Tensor, of: Sampling, count: int, token_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What was compiled gives, after comparing it with the definition."""
+    index_RK, share_RK = ranked(logits_RV, of, count, token_V)
+    with monkeypatch.context() as without:
+        without.setattr(sampling, "_sampling", None)
+        defined_RK, defined_share_RK = ranked(logits_RV, of, count, token_V)
+    assert torch.equal(index_RK, defined_RK)
+    torch.testing.assert_close(share_RK, defined_share_RK, rtol=1e-4, atol=1e-6)
+    return index_RK, share_RK
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 5, 99, 3000])
+@pytest.mark.parametrize("subset", [False, True])
+def test_compiled_ranking_is_the_defined_one(monkeypatch: pytest.MonkeyPatch, vocab: int, subset: bool) -> None:
+    rng = random.Random(vocab)
+    rows = [
+        (rng.choice([0.0, 0.3, 1.0, 2.5]), rng.choice([0, 0, 1, 2, 7, 4000]), rng.choice([1.0, 0.05, 0.77, 0.95]))
+        for _ in range(40)
+    ]
+    logits_RV = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    token_V = torch.randperm(5000, generator=torch.Generator().manual_seed(1))[:vocab] if subset else None
+    of = settings(rows, seed=7, position=31)
+    index_RK, share_RK = ranked_both(monkeypatch, logits_RV, of, 4, token_V)
+    assert index_RK.shape == (40, min(4, vocab))
+    # The first is what the row chooses.
+    assert torch.equal(index_RK[:, 0], choose(logits_RV, of, token_V))
+    assert bool((share_RK.sum(dim=1) <= 1 + 1e-5).all())
+    for (temperature, top_k, _), indices, shares in zip(rows, index_RK.tolist(), share_RK.tolist(), strict=True):
+        known = [i for i in indices if i >= 0]
+        assert len(set(known)) == len(known) and indices == known + [-1] * (len(indices) - len(known))
+        assert shares == sorted(shares, reverse=True) and all(
+            (s > 0) == (i >= 0) for s, i in zip(shares, indices, strict=True)
+        )
+        if temperature and top_k:
+            assert len(known) <= top_k
+
+
+def test_greedy_shares_are_the_softmax() -> None:
+    index_RK, share_RK = ranked(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), settings([(0.0, 2, 0.1)]), 4)
+    assert index_RK.tolist() == [[1, 3, 2, 0]]
+    expected = torch.tensor([3.0, 3.0, 2.0, 1.0]).exp() / torch.tensor([1.0, 3.0, 2.0, 3.0]).exp().sum()
+    torch.testing.assert_close(share_RK[0], expected)
+
+
+def test_what_is_left_out_counts_in_the_shares() -> None:
+    """By hand: top-p keeps the first of two tokens, whose logits are 1 apart; the other may still be another model's
+    choice."""
+    _, share_RK = ranked(torch.tensor([[1.0, 0.0]]), settings([(0.5, 0, 0.5)], seed=3, position=9), 2)
+    noise = float(reference.gumbel(torch.tensor(0), torch.tensor(9), torch.tensor(3)))
+    kept, left_out = math.exp(0.5 * noise), math.exp(-1.0)
+    assert share_RK[0].tolist() == pytest.approx([kept / (kept + left_out), 0.0])
+
+
+@pytest.mark.parametrize("row", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ranking_of_what_is_no_distribution(
+    monkeypatch: pytest.MonkeyPatch, row: list[float], temperature: float
+) -> None:
+    index_RK, share_RK = ranked_both(monkeypatch, torch.tensor([row]), settings([(temperature, 0, 1.0)]), 2)
+    assert index_RK.tolist() == [[-1, -1]] and share_RK.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_was_taken_out_is_not_ranked(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    logits_RV = torch.tensor([[1.0, -math.inf, 0.5, -math.inf]])
+    index_RK, _ = ranked_both(monkeypatch, logits_RV, settings([(temperature, 0, 1.0)]), 4)
+    assert sorted(index_RK[0].tolist()) == [-1, -1, 0, 2]

@@ -10,14 +10,14 @@ import pytest
 from chi_square import p_value
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode import round as module
-from ssv.runtime.decode.costs import Costs, Curve
 from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, walk
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import MAX_PENDING, Output, Request, SamplingParams
+from ssv.runtime.request import Output, Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 
@@ -35,7 +35,7 @@ SHAPES = {
     "pays": tree(MAX_PENDING, children=(4,), beam=8, pays=True),
 }
 LOSSY = Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12)
-COSTS = Costs(Curve((1, 64), (1.0, 3.0)), Curve((1, 64), (0.05, 0.3)))
+COSTS = Costs(target=Curve(tokens=(1, 64), seconds=(1.0, 3.0)), draft=Curve(tokens=(1, 64), seconds=(0.05, 0.3)))
 KINDS = ("standalone", "conditioned")
 
 
@@ -98,15 +98,24 @@ def test_trees_give_the_text_of_plain_decoding(shape: str, kind: str) -> None:
     for seed in range(4):
         options: dict[str, Any] = {"seed": seed, "token_ids": [3, 0, 11, 6, 2, 9, 5] if seed == 3 else None}
         asked = [
-            (tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 11))), random_params(rng)) for _ in range(9)
+            (tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 11))), random_params(rng)) for _ in range(11)
         ]
         plain = run(
             make_llm(SHAPES[shape], kind, **options), [Request(ids, "autoregressive", params) for ids, params in asked]
         )
-        methods = ["premium", "premium", "turbo", "autoregressive", "premium", "prompt-lookup", "premium", "speculative"]
+        methods = [
+            "premium",
+            "premium",
+            "turbo",
+            "autoregressive",
+            "premium",
+            "prompt-lookup",
+            "premium",
+            "speculative",
+        ]
+        methods += ["suffix", "lookahead"]
         requests = [
-            Request(ids, method, params)
-            for (ids, params), method in zip(asked, (*methods, "premium"), strict=True)
+            Request(ids, method, params) for (ids, params), method in zip(asked, (*methods, "premium"), strict=True)
         ]
         together = run(make_llm(SHAPES[shape], kind, max_batch=3, **options), requests)
         for request, output, expected in zip(requests, together, plain, strict=True):
@@ -264,3 +273,11 @@ def test_a_position_that_is_a_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert text_of(outputs[0]) != text_of(outputs[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_brings_its_own_tree(kind: str) -> None:
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    llm = make_llm(SHAPES["bushy"], kind, max_batch=2)
+    own = Request((1, 2), "my tree", params, policy=SHAPES["static"])
+    outputs = run(llm, [own, Request((1, 2), "autoregressive", params)])
+    assert text_of(outputs[0]) == text_of(outputs[1])
+    assert outputs[0].counters.drafted > 16

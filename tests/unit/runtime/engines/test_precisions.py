@@ -14,6 +14,9 @@ from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.prompts import read_prompts
 
+MODEL_FREE = ("autoregressive", "lookahead", "prompt-lookup", "suffix")
+"""May draft nothing: they find nothing, or many rows leave no room for it."""
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +43,7 @@ def test_every_method_decodes(bundle: Path, precision: str, batch: int) -> None:
     for request, output in zip(requests, outputs, strict=True):
         assert output.finish_reason == "length"
         assert len(output.token_ids) == request.params.max_tokens
-        assert output.counters.drafted > 0 or request.method in ("autoregressive", "prompt-lookup")
+        assert output.counters.drafted > 0 or request.method in MODEL_FREE
     if precision == "int8":  # exact: the same alone
         for request, output in list(zip(requests, outputs, strict=True))[::3]:
             assert llm.generate([request])[0].token_ids == output.token_ids

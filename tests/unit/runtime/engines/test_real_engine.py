@@ -1,4 +1,5 @@
-"""The real compiler on the real model: SmolLM2-135M-Instruct, all its thirty layers, and its draft, as `ssv-build compile` does it.
+"""The real compiler on the real model: SmolLM2-135M-Instruct, all its thirty layers, and its draft, as `ssv-build
+compile` does it.
 
 One precision here; all of them, with their times, in benchmarks/compile_engines.py.
 """
@@ -59,7 +60,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiled(bundle: Path, role: str) -> dict[str, Any]:
-    options = ["--role", role, "--precision", "fp16", "--compute-capability", "8.9", "--out", str(bundle)]
+    options = ["--role", role, "--precision", "fp16", "--compute-capability", "8.9", "--bundle", str(bundle)]
     command = [sys.executable, "-m", "ssv.builder.cli", "compile", *options]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

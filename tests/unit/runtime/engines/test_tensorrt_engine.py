@@ -323,13 +323,13 @@ def test_a_plan_that_does_not_fit_names_both_sides_and_the_command(changes: dict
     assert what == message
     command = "ssv-build compile --role target --precision fp16 --flavor tensorrt_rtx"
     command += f" --compute-capability {changes.get('capability', '8.9')}"
-    command += " --max-batch 3 --max-length 64 --max-pending 4 --prefill-chunk 16 --out b"
+    command += " --max-rows 3 --max-length 64 --max-pending 4 --prefill-chunk 16 --bundle b"
     assert cure == f"build it again with `{command}`"
 
 
 def test_a_quantized_plan_is_built_again_from_a_checkpoint() -> None:
     quantized = entry("target", precision="int4", checkpoint="0" * 64)
-    with pytest.raises(EngineError, match=r"--precision int4 .*--checkpoint ITS_QUANTIZED_CHECKPOINT --out b`"):
+    with pytest.raises(EngineError, match=r"--precision int4 .*--checkpoint ITS_QUANTIZED_CHECKPOINT --bundle b`"):
         check_entry(Path("b"), manifest_of(), quantized, "1.8", "8.9")
 
 
@@ -342,10 +342,10 @@ def test_a_quantized_plan_is_built_again_from_a_checkpoint() -> None:
     ],
 )
 def test_a_plan_is_built_again_with_or_without_plugins(changes: dict[str, Any], expected: bool) -> None:
-    with pytest.raises(EngineError, match=rf"--flavor {changes['flavor']} .*--out b`") as caught:
+    with pytest.raises(EngineError, match=rf"--flavor {changes['flavor']} .*--bundle b`") as caught:
         check_entry(Path("b"), manifest_of(), entry("target", **changes), "1.8", "8.9")
     assert ("--plugins" in str(caught.value)) == expected
-    assert (" --prefill-chunk 16 --plugins off --out b`" in str(caught.value)) == expected
+    assert (" --prefill-chunk 16 --plugins off --bundle b`" in str(caught.value)) == expected
 
 
 def played_machine(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:

@@ -274,7 +274,8 @@ RAGGED_ENGINES: dict[str, Callable[[], TorchEngine]] = {
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 2, 0], [5, 5, 5], [1, 1, 1], [0, 4, 1], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("make", RAGGED_ENGINES.values(), ids=RAGGED_ENGINES)
 def test_what_padding_is_told_changes_nothing(make: Callable[[], TorchEngine], counts: list[int]) -> None:
-    """To the last bit: outputs of the rows' own tokens, the cache up to them, and the step after. Fused stages leave padding out."""
+    """To the last bit: outputs of the rows' own tokens, the cache up to them, and the step after. Fused stages leave
+    padding out."""
     padded, told, positions = make(), make(), [6, 4, 2]
     features_BTF = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)) if padded.num_features else None
     for engine in (padded, told):
@@ -534,7 +535,8 @@ def test_smoothing_wins_back_what_outliers_cost_int8() -> None:
 
 
 def stored(kind: torch.dtype) -> tuple[Decoder, Decoder]:
-    """A decoder in fp32, and the same one in the type that its checkpoint has. With biases and norms of queries and keys."""
+    """A decoder in fp32, and the same one in the type that its checkpoint has. With biases and norms of queries and
+    keys."""
     spec = tiny_spec(family="qwen3", qk_norm=True, **BIASES)
     torch.manual_seed(0)
     weights = {name: random_weight(name, shape).to(kind) for name, shape in spec.weight_shapes().items()}
@@ -612,8 +614,8 @@ def test_a_cache_takes_memory_where_it_is_written() -> None:
 
 
 def assert_equal_but_for_flips(found_RX: Tensor, expected_RX: Tensor) -> None:
-    """Two orders of adding in fp32 differ in the seventh digit, and where a value lies between two levels they round it apart.
-    One such flip is worth up to a tenth of a row and of what attends to it, but most rows have none."""
+    """Two orders of adding in fp32 differ in the seventh digit, and where a value lies between two levels they round it
+    apart. One such flip is worth up to a tenth of a row and of what attends to it, but most rows have none."""
     error_R = (found_RX - expected_RX).norm(dim=-1) / expected_RX.norm(dim=-1)
     assert error_R.median() < 1e-5
     assert error_R.max() < 0.25
@@ -749,8 +751,8 @@ def test_quantizing_rows_with_and_without_its_stage(monkeypatch: pytest.MonkeyPa
 
 @any_shape
 def test_int8_is_near_fp32(shape: dict[str, Any]) -> None:
-    """Tolerance: 63 levels to either side leave an error of about one percent to each of the nine products of two layers and
-    the head; random weights without outliers or redundancy turn that into 3 to 8 percent of the logits."""
+    """Tolerance: 63 levels to either side leave an error of about one percent to each of the nine products of two
+    layers and the head; random weights without outliers or redundancy turn that into 3 to 8 percent of the logits."""
     decoder, ids_BT = tiny_decoder(**shape), tiny_ids(3, 24)
     logits = run_chunks(make_engine(decoder, "int8"), ids_BT, [24])
     assert relative_error(logits, whole_window(decoder, ids_BT)[1]) < 0.12

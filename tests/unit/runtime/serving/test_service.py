@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.audit import Audit, audit
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import MAX_PENDING, Chunk, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.serving.service import Load, Service, ServiceError
 from ssv.runtime.tokenizer import BundleTokenizer
 

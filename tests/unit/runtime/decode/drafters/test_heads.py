@@ -1,4 +1,5 @@
-"""Medusa's heads as a drafter: the text of plain decoding in any company, the right hidden state, and trees as worked out by hand."""
+"""Medusa's heads as a drafter: the text of plain decoding in any company, the right hidden state, and trees as worked
+out by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode.costs import Costs, Curve
 from ssv.runtime.decode.drafters.heads import HeadsDrafter
 from ssv.runtime.decode.row import Row
 from ssv.runtime.llm import LLM
@@ -34,7 +35,7 @@ SHAPES = {
     "all": heads(MAX_PENDING, children=(VOCAB_SIZE,), beam=2),
     "pays": heads(40, children=(4,), beam=8, pays=True),
 }
-COSTS = Costs(Curve((1, 64), (1.0, 3.0)), Curve((1, 64), (0.05, 0.3)))
+COSTS = Costs(target=Curve(tokens=(1, 64), seconds=(1.0, 3.0)), draft=Curve(tokens=(1, 64), seconds=(0.05, 0.3)))
 LOSSY = Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12)
 
 
@@ -60,7 +61,7 @@ def text_of(output: Output) -> tuple[tuple[int, ...], str, str]:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Checks the hidden state of every row that drafts: that of the token before the last one of its text. Counts them."""
+    """Checks the hidden state of every row that drafts, that of the token before its text's last one; counts them."""
     count, propose = [0], HeadsDrafter.propose
 
     def checked(self: HeadsDrafter, rows: Sequence[Row], limits: Sequence[int], *rest: Any) -> None:

@@ -1,10 +1,12 @@
-"""What prompt lookup proposes, by hand; that its output is plain decoding's is in test_round.py."""
+"""What prompt lookup proposes, by hand; that its output is plain decoding's is in test_round.py and
+test_model_free.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from ssv.runtime.decode.drafters.prompt_lookup import continuation
+from ssv.runtime.decode.drafters.match_rates import PRIOR, PRIOR_WEIGHT
+from ssv.runtime.decode.drafters.prompt_lookup import NgramText
 
 
 @pytest.mark.parametrize(
@@ -29,5 +31,28 @@ from ssv.runtime.decode.drafters.prompt_lookup import continuation
         ([1, 1], 0, []),
     ],
 )
-def test_what_followed_before_is_proposed(tokens: list[int], count: int, expected: list[int]) -> None:
-    assert continuation(tokens, count) == expected
+@pytest.mark.parametrize("piece", [1, 2, 100])
+def test_what_followed_before_is_proposed(tokens: list[int], count: int, expected: list[int], piece: int) -> None:
+    text = NgramText(0)
+    for stop in range(piece, len(tokens) + piece, piece):
+        text.extend(tokens[:stop])
+    assert text.continuation(count)[0] == expected
+
+
+def test_a_longer_match_is_surer() -> None:
+    """Of what is found, how many tokens before it are the text's last ones too, beyond those that were looked up."""
+    text = NgramText(100)
+    text.extend([7, 1, 2, 3, 4, 9, 8, 5, 1, 2, 3, 4])
+    assert text.continuation(10) == ([9, 8, 5, 1, 2, 3, 4], pytest.approx([PRIOR[i] for i in (3, 4, 5, 6, 7, 7, 7)]))
+
+
+def test_rates_are_learnt_from_the_output_alone() -> None:
+    given = [1, 2, 1, 2, 3, 1]
+    text = NgramText(len(given))
+    text.extend(given)
+    assert [text.rates.rate(length) for length in (1, 2, 3)] == pytest.approx(PRIOR[:3])
+    # Behind 1 stood 2: right. Behind 1 2 stood 1: wrong. Behind 1 2 3 stood 1: right.
+    text.extend([*given, 2, 3, 1])
+    for length, num_right in ((1, 1), (2, 0), (3, 1)):
+        expected = (PRIOR[length - 1] * PRIOR_WEIGHT + num_right) / (PRIOR_WEIGHT + 1)
+        assert text.rates.rate(length) == pytest.approx(expected)

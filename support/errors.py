@@ -1,0 +1,22 @@
+"""Errors that whoever uses ssv can mend, as opposed to bugs."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something that the user of a command or a caller of the library can mend.
+
+    Every error of ours that they may see is one. Whatever else is raised is a bug (see
+    `ssv.support.console.run_command`).
+
+    Attributes:
+        what: what is wrong; it names the file, the setting or the value.
+        cure: what to do about it, or nothing where that goes without saying.
+    """
+
+    def __init__(self, what: str, cure: str = "") -> None:
+        super().__init__(what, cure)
+        self.what, self.cure = what, cure
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.cure}" if self.cure else self.what

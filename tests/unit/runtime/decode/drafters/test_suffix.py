@@ -1,0 +1,144 @@
+"""What suffix decoding proposes, by hand and counted plainly; that its output is plain decoding's is in test_round.py
+and test_model_free.py."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from ssv.bundle.policy import Policy
+from ssv.bundle.profile import Costs, Curve
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.costs import Prices
+from ssv.runtime.decode.drafters.match_rates import PRIOR, PRIOR_WEIGHT
+from ssv.runtime.decode.drafters.suffix import DEPTH, LONGEST, Suffix, SuffixText
+from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.tree import ROOT, Tree
+from ssv.runtime.methods import SUFFIX
+from ssv.runtime.request import SamplingParams
+
+
+def costs(passes: tuple[float, float], drafts: tuple[float, float]) -> Costs:
+    """Seconds of steps of 1 and of 64 tokens."""
+    return Costs(target=Curve(tokens=(1, 64), seconds=passes), draft=Curve(tokens=(1, 64), seconds=drafts))
+
+
+FREE_PASSES = Prices(costs((1.0, 1.0001), (1.0, 1.0)), 1)
+DEAR_PASSES = Prices(costs((1.0, 64.0), (1.0, 1.0)), 1)
+END = 9
+
+
+def proposed(
+    tokens: Sequence[int], *, limit: int = 32, prices: Prices | None = None, num_given: int = 1, **policy: Any
+) -> Tree:
+    row = Row(SamplingParams(max_tokens=50), SUFFIX.model_copy(update=policy), lambda _: False, Counters(emitted=1))
+    row.counters.prompt_tokens = num_given
+    drafter = Suffix(frozenset([END]))
+    drafter.join(0, row)
+    row.tokens = list(tokens)
+    drafter.propose([row], [limit], prices)
+    return row.tree
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected", "parents"),
+    [
+        # As many nodes as the suffix has tokens.
+        ([1, 2, 3, 7, 8, 0, 1, 2, 3], [7, 8, 0], [ROOT, 0, 1]),
+        ([3, 7, 8, 0, 3], [7], [ROOT]),
+        # 2 3 was followed by 7 twice and by 8 once: of its two nodes the likelier one goes on.
+        ([2, 3, 7, 5, 2, 3, 8, 6, 2, 3, 7, 5, 4, 2, 3], [7, 5], [ROOT, 0]),
+        # Of equal ones both are tried.
+        ([2, 3, 7, 2, 3, 8, 2, 3], [7, 8], [ROOT, ROOT]),
+        # 4 3 stood once and promises 2 * 1/2; 3 stood twice more, but promises less.
+        ([3, 7, 5, 4, 3, 8, 6, 3, 7, 0, 4, 3], [8, 6], [ROOT, 0]),
+        # Nothing follows the end of the output.
+        ([1, 2, 3, 7, END, 5, 1, 2, 3], [7, END], [ROOT, 0]),
+        ([1, 2, 3], [], []),
+        ([1], [], []),
+    ],
+)
+def test_what_followed_most_often_is_proposed(tokens: list[int], expected: list[int], parents: list[int]) -> None:
+    tree = proposed(tokens)
+    assert (tree.tokens, tree.parents) == (expected, parents)
+
+
+def test_the_shape_is_the_policys() -> None:
+    text = [1, 2, 3, 7, 7, 1, 2, 3, 8, 8, 1, 2, 3]
+    assert proposed(text).parents == [ROOT, ROOT, 0]
+    assert proposed(text, children=(1,)).tokens == [7, 7, 1]
+    assert proposed(text, max_depth=1).tokens == [7, 8]
+    assert proposed(text, limit=1).tokens == [7]
+    assert proposed([*text[:8], 8, 5, 1, 2, 3, 4, 1, 2, 3], beam=1, children=(3,)).parents == [ROOT, ROOT, ROOT]
+
+
+def test_paths_below_the_published_probability_are_not_proposed() -> None:
+    """Each of nine that followed has one of ten occurrences; of ten, one of eleven."""
+    text = [each for token in range(10, 20) for each in (1, 2, 3, token)]
+    assert len(proposed([*text[:-4], 1, 2, 3])) == 3
+    assert len(proposed([*text, 1, 2, 3])) == 0
+
+
+def test_it_proposes_what_pays() -> None:
+    text = [1, 2, 3, 7, 8, 0, 1, 2, 3]
+    assert proposed(text, prices=FREE_PASSES).tokens == [7, 8, 0]
+    assert len(proposed(text, prices=DEAR_PASSES)) == 0
+    assert proposed(text, prices=DEAR_PASSES, pays=False).tokens == [7, 8, 0]
+    # Passes of 1, 1.4, 1.8 give 1, 1.6, 1.6 + 0.6 * 0.7 tokens: most per second is 1.6 / 1.4.
+    prices = Prices(costs((1.0, 1.0 + 63 * 0.4), (1.0, 1.0)), 1)
+    assert proposed(text, prices=prices).tokens == [7]
+
+
+def test_risks_are_what_was_learnt() -> None:
+    tree = proposed([2, 3, 7, 5, 2, 3, 8, 6, 2, 3, 7, 5, 4, 2, 3], num_given=100, max_depth=1)
+    # Of what followed, two in three.
+    assert tree.tokens == [7, 8]
+    assert [1 - risk for risk in tree.risks] == pytest.approx([PRIOR[1] * 2 / 3, PRIOR[1] / 3])
+
+
+def test_rates_are_learnt_from_the_output_alone() -> None:
+    given = [1, 2, 1, 2, 3, 1]
+    text = SuffixText(len(given))
+    text.extend(given)
+    assert [text.rates.rate(length) for length in (1, 2, 3)] == pytest.approx(PRIOR[:3])
+    # Behind 1 stood 2: right. Behind 1 2 stood 1 and 3: right. Behind 1 2 3 stood 1: right. Behind 1 2 3 1 stood 2:
+    # wrong.
+    text.extend([*given, 2, 3, 1, 1])
+    for length, num_right in ((1, 1), (2, 1), (3, 1), (4, 0)):
+        expected = (PRIOR[length - 1] * PRIOR_WEIGHT + num_right) / (PRIOR_WEIGHT + 1)
+        assert text.rates.rate(length) == pytest.approx(expected)
+
+
+def texts() -> list[list[int]]:
+    rng = random.Random(1)
+    found = [[rng.randrange(size) for _ in range(rng.randint(1, 90))] for size in (2, 3, 5) for _ in range(12)]
+    return [*found, [4] * 150, [1, 2, 3] * 40, [1] * 70 + [2] + [1] * 70]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+def test_occurrences_are_those_counted_plainly(piece: int) -> None:
+    for tokens in texts():
+        text = SuffixText(0)
+        for stop in range(piece, len(tokens) + piece, piece):
+            text.extend(tokens[:stop])
+        strings = Counter(
+            tuple(tokens[i:j]) for i in range(len(tokens)) for j in range(i + 1, min(i + DEPTH, len(tokens)) + 1)
+        )
+        states = {(): 0}
+        for string in sorted(strings, key=len):
+            followers = {token: (occurrences, to) for occurrences, token, to in text.followers(states[string[:-1]], 1)}
+            occurrences, states[string] = followers[string[-1]]
+            assert occurrences == strings[string] == text.count(states[string])
+        # The longest suffix of each number of occurrences.
+        suffixes = [tuple(tokens[-length:]) for length in range(1, min(LONGEST, len(tokens)) + 1)]
+        expected = {strings[suffix]: (len(suffix), states[suffix]) for suffix in suffixes if strings[suffix] > 1}
+        assert list(text.suffixes()) == [expected[occurrences] for occurrences in sorted(expected)]
+
+
+def test_published_numbers() -> None:
+    assert (SUFFIX.max_pending, LONGEST, DEPTH) == (32, 32, 64)
+    assert isinstance(SUFFIX, Policy) and SUFFIX.lossless and SUFFIX.pays and not SUFFIX.is_chain

@@ -1,0 +1,91 @@
+"""What pays, on costs made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fakes import FakeDraft, FakeTarget
+from ssv.bundle.profile import Costs, Curve
+from ssv.runtime.decode.costs import DRAFT_SIZES, FIRST_GUESSES, PASS_SIZES, Prices, measure, place
+
+
+def prices(further: float, draft: float, num_rows: int = 1) -> Prices:
+    """A pass of one token costs 1, each further one `further`, a draft step `draft` and a tenth of that for each
+    further node."""
+    target = Curve(tokens=(1, 101), seconds=(1.0, 1.0 + 100 * further))
+    return Prices(Costs(target=target, draft=Curve(tokens=(1, 11), seconds=(draft, 2 * draft))), num_rows)
+
+
+def test_nodes_are_verified_while_they_raise_the_rate() -> None:
+    # Rates: 1; 1.9 / 1.1 = 1.727; 2.4 / 1.2 = 2; 2.6 / 1.3 = 2; 2.7 / 1.4 = 1.93
+    assert prices(0.1, 0.1).worth_verifying([0.9, 0.5, 0.19, 0.1]) == 2
+    assert prices(0.1, 0.1).worth_verifying([0.9, 0.5, 0.21, 0.1]) == 3
+    assert prices(0.0, 0.1).worth_verifying([0.9, 0.01]) == 2
+    assert prices(0.5, 0.1).worth_verifying([0.4, 0.3]) == 0
+    assert prices(0.5, 0.1).worth_verifying([]) == 0
+
+
+def hoped(survival: float, further: float) -> float:
+    return sum(max(survival * guess - further, 0) for guess in FIRST_GUESSES) / len(FIRST_GUESSES)
+
+
+def test_a_step_of_the_draft_must_bring_more_than_its_cost() -> None:
+    # So far 1.9 tokens in 1.1 + 0.1 seconds: a rate of 1.583. A child takes a tenth of a second of the pass, 0.158
+    # tokens; the step of one node takes 0.1 seconds and each further one 0.01: 0.158 and 0.0158 tokens.
+    assert hoped(0.9, 0.158) > 0.158 + 0.0158
+    assert prices(0.1, 0.1).worth_opening([0.9], [0.9], spent=0.1) == 1
+    assert prices(0.1, 0.1).worth_opening([0.9], [0.9, 0.4], spent=0.1) == 2
+    assert hoped(0.17, 0.158) < 0.0158
+    assert prices(0.1, 0.1).worth_opening([0.9], [0.9, 0.17], spent=0.1) == 1
+    assert prices(0.1, 0.1).worth_opening([0.9], [0.2], spent=0.1) == 0
+    assert prices(0.1, 0.9).worth_opening([0.9], [0.9], spent=0.1) == 0
+
+
+def test_rows_begin_together() -> None:
+    # One row: a rate of 1 and 0.1 for a place in the pass.
+    worth = hoped(1.0, 0.1)
+    assert prices(0.1, worth - 0.01).worth_beginning([1])
+    assert not prices(0.1, worth + 0.01).worth_beginning([1])
+    # What has to be caught up with costs too, but not without end.
+    dear = prices(0.1, worth - 0.05)
+    dear = replace(dear, costs=dear.costs.model_copy(update={"text": 0.03}))
+    assert dear.worth_beginning([2]) and not dear.worth_beginning([3])
+    cheap = prices(0.1, worth - 0.1)
+    assert replace(cheap, costs=cheap.costs.model_copy(update={"text": 0.03})).worth_beginning([50])
+    # Eight rows: a pass over their roots takes 1.7 seconds and one over as many nodes more 2.5.
+    rate, further = 8 / 1.7, 0.8 / 8
+    gain = 8 * hoped(1.0, rate * further)
+    step = 1 + 0.1 * 7  # in units of the draft's first token
+    assert prices(0.1, gain / rate / step * 0.99, 8).worth_beginning([2] * 8)
+    assert not prices(0.1, gain / rate / step * 1.01, 8).worth_beginning([2] * 8)
+
+
+def test_a_step_is_shared_by_those_that_take_part() -> None:
+    alone, shared = prices(0.1, 0.2, 8), replace(prices(0.1, 0.2, 8), sharing=8)
+    assert alone.of_draft(1) == pytest.approx(0.2)
+    assert shared.of_draft(1) == pytest.approx(0.2 * 1.7 / 8)
+
+
+def test_rows_share_a_pass() -> None:
+    """With eight rows a further token costs as much as before and the pass has been shared: it has to bring more."""
+    assert prices(0.1, 0.1, 1).worth_verifying([0.5, 0.2]) == 2
+    assert prices(0.1, 0.1, 8).worth_verifying([0.5, 0.2]) == 1
+    assert prices(0.3, 0.1, 8).worth_verifying([0.5, 0.2]) == 0
+
+
+def test_costs_are_measured_at_all_sizes() -> None:
+    target = FakeTarget(max_length=200, tap=True)
+    draft = FakeDraft(target, conditioned=True)
+    costs = measure(target, draft, repeats=2)
+    assert (costs.target.tokens, costs.draft.tokens) == (PASS_SIZES, DRAFT_SIZES)
+    assert sorted({call.tokens for call in target.calls[1:]}) == list(PASS_SIZES)
+    assert len(draft.calls) == 1 + 2 * (len(DRAFT_SIZES) + 2)
+    assert costs.text >= 0
+
+
+def test_a_place_names_what_costs_depend_on() -> None:
+    places = {place("torch", "int8", "cpu", 2), place("torch", "int8", "cpu", 1), place("torch", "fp32", "cpu", 2)}
+    assert len(places) == 3
+    assert all(name.startswith("torch ") and " on " in name for name in places)

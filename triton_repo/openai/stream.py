@@ -1,0 +1,137 @@
+"""An answer on its way to the client: whole, or as server-sent events; one that nobody waits for is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from ssv.client.triton import Reply, ServerError
+from ssv.triton_repo.openai.errors import ApiError, error_object
+from ssv.triton_repo.openai.translation import Answer
+
+_END = b"data: [DONE]\n\n"
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON as it is sent."""
+    # ASCII: there are clients that take U+2028 for the end of a line.
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _event(content: object) -> bytes:
+    return b"data: " + json_bytes(content) + b"\n\n"
+
+
+async def while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
+    """Replies as they come, closed at once when the client leaves.
+
+    Raises:
+        ClientDisconnect: it has left.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def next_reply() -> Reply | None:
+        return await anext(replies, None)
+
+    gone = asyncio.create_task(disconnected())
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(replies.aclose)
+        stack.push_async_callback(_cancel, gone)
+        while True:
+            step = asyncio.create_task(next_reply())
+            try:
+                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    raise ClientDisconnect
+            finally:
+                await _cancel(step)
+            if (reply := step.result()) is None:
+                return
+            yield reply
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def whole(answer: Answer, replies: AsyncGenerator[Reply, None]) -> Response:
+    """The response that is no stream, once all of it has come.
+
+    Raises:
+        ClientDisconnect, ServerError: as the replies do.
+    """
+    texts = []
+    async with aclosing(replies):
+        async for reply in replies:
+            texts.append(reply.text)
+            answer.take(reply)
+    return Response(json_bytes(answer.whole("".join(texts))), media_type="application/json")
+
+
+async def events(
+    answer: Answer, replies: AsyncGenerator[Reply, None], meant: Callable[[ServerError], ApiError]
+) -> AsyncGenerator[bytes, None]:
+    """A stream's events; an error before the first is raised, a later one is an event.
+
+    Args:
+        meant: what the server's error is to who asked.
+    """
+    has_begun = False
+    try:
+        async with aclosing(replies):
+            async for reply in replies:
+                answer.take(reply)
+                chunks = [] if has_begun else answer.opening()
+                if reply.text:
+                    chunks.append(answer.piece(reply.text))
+                for chunk in chunks:
+                    has_begun = True
+                    yield _event(chunk)
+        for chunk in answer.closing():
+            yield _event(chunk)
+        yield _END
+    except ServerError as error:
+        if not has_begun:
+            raise
+        meant_error = meant(error)
+        answer.access.fail(meant_error)
+        yield _event(error_object(meant_error))
+    except ClientDisconnect:
+        answer.access.reason = "cancelled"
+        if not has_begun:
+            raise
+
+
+class EventStream(Response):
+    """Server-sent events, whose generator is closed when nobody listens any more.
+
+    sse-starlette's response would break streams off as soon as uvicorn is told to stop, where they have
+    `ssv.triton_repo.openai.app.GRACE_SECONDS` here, unless a switch for the whole process is set; and it reads the
+    connection's messages, as `while_connected` does.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for event in self._rest:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
