@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, required=True, help="what decodes")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a `prompt` each")
     parser.add_argument("--num-prompts", type=int, help="only the first so many (default: all)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s, all)")
+    parser.add_argument(
+        "--methods", help=f"comma-separated, of: {', '.join(METHODS)} (default: all that the bundle has)"
+    )
     parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
@@ -104,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    methods = _methods(args.methods)
+    methods = None if args.methods is None else _methods(args.methods)
     if args.price_per_hour is not None and not args.price_per_hour > 0:
         raise RequestError(f"--price-per-hour {args.price_per_hour} must be above 0")
     if args.num_prompts is not None and args.num_prompts < 1:
@@ -142,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = compare(
             llm,
             prompts,
-            methods,
+            methods or llm.methods,
             params,
             batch=args.max_rows,
             rounds=args.rounds,

@@ -15,6 +15,7 @@ from ssv.builder.config import (
     EngineConfig,
     KernelsConfig,
     QuantizeConfig,
+    RecipeError,
     TargetConfig,
     checked,
     load_recipe,
@@ -38,6 +39,7 @@ from ssv.support.waiting import waiting
 if TYPE_CHECKING:
     from ssv.builder.calibrate import Calibration
     from ssv.builder.config import Recipe
+    from ssv.builder.target import Target
     from ssv.bundle.policy import Policy
     from ssv.support.progress import Report
 
@@ -74,8 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
     add_max_rows(pair, "prompts decoded side by side while calibrating")
     add_threads(pair)
-    distill = recipe_command("distill", _distill, "make a draft for a target")
+    distill = recipe_command("distill", _distill, "make a draft, or Medusa's heads, for a target")
+    distill.add_argument(
+        "--kind",
+        default="draft",
+        choices=["draft", "medusa"],
+        help="the recipe's draft, or its heads (default: draft)",
+    )
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
+    convert = command(
+        "convert-heads", _convert_heads, "make a safetensors file of Medusa's heads that their authors pickled"
+    )
+    convert.add_argument("file", type=Path, help="medusa_lm_head.pt")
+    convert.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     scorer = recipe_command("scorer", _scorer, "fit the criticality scorer of a draft")
     scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
     calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
@@ -187,27 +200,64 @@ def _pair(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from ssv.builder.pair import make_draft
-    from ssv.builder.preflight import check_distillation
     from ssv.builder.target import load_target
-    from ssv.model.draft import save_draft
-    from ssv.support.progress import terminal_report
 
     require_device(args.device)
     recipe = _recipe(args)
+    if args.kind == "medusa" and recipe.heads is None:
+        raise RecipeError(
+            f"{args.recipe} says nothing of heads", "add `heads: {distill: {}}`, with settings if you like"
+        )
     target = load_target(recipe.target.locate())
-    check_distillation(recipe, target)
     work = args.work or args.out.with_suffix(".work")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    distil = _distill_draft if args.kind == "draft" else _distill_heads
+    print(json.dumps(distil(recipe, target, args.out, work, args.device)))
+    return 0
+
+
+def _distill_draft(recipe: Recipe, target: Target, out: Path, work: Path, device: str) -> dict[str, object]:
+    from ssv.builder.pair import make_draft
+    from ssv.builder.preflight import check_distillation
+    from ssv.model.draft import save_draft
+    from ssv.support.progress import terminal_report
+
+    check_distillation(recipe, target)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with terminal_report() as report:
-        result = make_draft(target, recipe.draft.distill, work, args.device, report)
-    save_draft(result.draft, args.out)
-    facts = {
+        result = make_draft(target, recipe.draft.distill, work, device, report)
+    save_draft(result.draft, out)
+    return {
         "agreement_by_depth": [round(a, 4) for a in result.agreement],
         "tokens_written": result.tokens_written,
         "tokens_trained": result.tokens_trained,
     }
-    print(json.dumps(facts))
+
+
+def _distill_heads(recipe: Recipe, target: Target, out: Path, work: Path, device: str) -> dict[str, object]:
+    from ssv.builder.pair import make_heads
+    from ssv.builder.preflight import check_heads
+    from ssv.model.heads import save_heads
+    from ssv.support.progress import terminal_report
+
+    assert recipe.heads is not None
+    check_heads(recipe.heads.model_copy(update={"file": None}), target)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with terminal_report() as report:
+        result = make_heads(target, recipe.heads.distill, work, device, report)
+    save_heads(result.heads, out)
+    return {
+        "agreement_by_head": [round(a, 4) for a in result.agreement],
+        "tokens_written": result.tokens_written,
+        "tokens_trained": result.tokens_trained,
+    }
+
+
+def _convert_heads(args: argparse.Namespace) -> int:
+    from ssv.builder.convert import convert_heads
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    convert_heads(args.file, args.out)
+    print(f"heads written to {args.out}", file=sys.stderr)
     return 0
 
 

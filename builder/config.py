@@ -59,18 +59,35 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Layer = Annotated[int, Field(ge=0)]
 
 
-class DistillConfig(_Strict):
-    """How a draft is made. Sizes in tokens unless said otherwise.
+class TrainingConfig(_Strict):
+    """How text is written by a target and trained on. Sizes in tokens unless said otherwise.
+
+    Attributes:
+        tokens: length of the corpus that the target writes.
+        rows, window: conversations written side by side, and the length of each.
+        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the
+            recipe.
+    """
+
+    tokens: PositiveInt = 100_000_000
+    rows: PositiveInt = 4096
+    window: Annotated[int, Field(ge=8)] = 512
+    epochs: PositiveInt = 1
+    batch_rows: PositiveInt = 32
+    learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
+    checkpoint_every: PositiveInt = 500
+    seed: Seed = 0
+    openings_file: Path | None = None
+
+
+class DistillConfig(TrainingConfig):
+    """How a draft is made.
 
     Attributes:
         layers: conditioned: target layers whose hidden states the draft sees; standalone: target layers it starts from.
         head_size: tokens that the draft's LM head covers; null for the whole vocabulary.
-        tokens: length of the corpus that the target writes.
-        rows, window: conversations written side by side, and the length of each.
         depth: own steps that a conditioned draft is trained deep.
         depth_decay: weight of each depth's loss, relative to the one before.
-        openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the
-            recipe.
         start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative
             to the recipe.
     """
@@ -78,22 +95,36 @@ class DistillConfig(_Strict):
     kind: Literal["conditioned", "standalone"] = "conditioned"
     layers: Annotated[list[Layer], Field(min_length=1), AllDifferent]
     head_size: PositiveInt | None = 16384
-    tokens: PositiveInt = 100_000_000
-    rows: PositiveInt = 4096
-    window: Annotated[int, Field(ge=8)] = 512
-    epochs: PositiveInt = 1
-    batch_rows: PositiveInt = 32
     depth: PositiveInt = 5
     depth_decay: Share = 0.9
-    learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
-    checkpoint_every: PositiveInt = 500
-    seed: Seed = 0
-    openings_file: Path | None = None
     start_from: Path | None = None
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DistillConfig:
         return _deep_in_window(self)
+
+
+class HeadsConfig(TrainingConfig):
+    """How Medusa's heads are made.
+
+    Attributes:
+        num_heads: how many; each guesses a token one place further.
+        num_layers: ResBlocks of each head.
+        head_size: tokens that their LM head covers, whose rows are the target's; null for the whole vocabulary.
+    """
+
+    num_heads: PositiveInt = 5
+    num_layers: PositiveInt = 1
+    head_size: PositiveInt | None = 16384
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> HeadsConfig:
+        if self.num_heads > self.window // 2:
+            raise ValueError(
+                f"num_heads {self.num_heads} leaves too little of a window of {self.window} tokens: give half of it at "
+                "most"
+            )
+        return self
 
 
 D = TypeVar("D", "DistillConfig", "ScorerConfig")
@@ -148,6 +179,18 @@ class DraftConfig(_Strict):
 
     file: Path | None = None
     distill: DistillConfig
+
+
+class HeadsPart(_Strict):
+    """Medusa's heads: how they are made, and a file to take instead if that has been done.
+
+    Attributes:
+        file: heads written by `ssv-build distill --kind medusa` or `ssv-build convert-heads`, relative to the recipe;
+            null to distil them.
+    """
+
+    file: Path | None = None
+    distill: HeadsConfig = HeadsConfig()
 
 
 class ScorerConfig(_Strict):
@@ -314,12 +357,14 @@ class Recipe(_Strict):
     """A whole recipe. Paths are absolute once loaded.
 
     Attributes:
+        heads: Medusa's, for the method `medusa`; null for a bundle without them.
         precision: what the torch engine runs in on a CPU unless told otherwise.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     target: TargetConfig
     draft: DraftConfig
+    heads: HeadsPart | None = None
     scorer: ScorerPart = ScorerPart()
     calibration: CalibrationPart
     precision: TorchPrecision = "int8"
@@ -373,6 +418,7 @@ _PATHS = (
     ("start_from",),
     ("prompts_file",),
     ("draft", "file"),
+    ("heads", "file"),
     ("scorer", "file"),
     ("calibration", "file"),
     ("checkpoint",),

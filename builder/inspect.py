@@ -34,6 +34,10 @@ def print_bundle(bundle: Path) -> None:
     console.print(
         _network_line("draft", draft["decoder"]) + f", {draft['kind']}{taps}, head of {draft['head_size']} tokens"
     )
+    if manifest.heads is not None:
+        h = manifest.heads
+        of = "LM heads of their own" if h["own_lm_heads"] else "the target's LM head rows"
+        console.print(f"heads: {h['num_heads']} of {h['num_layers']} ResBlocks, {of}, {h['head_size']} tokens")
     console.print(_tier_table(manifest))
     if manifest.engines:
         console.print(_engine_table(manifest))

@@ -21,6 +21,7 @@ from ssv.builder.config import (
     CalibrationConfig,
     DistillConfig,
     EngineConfig,
+    HeadsConfig,
     QuantizeConfig,
     Recipe,
     ScorerConfig,
@@ -34,10 +35,12 @@ from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt.compile_job import compile_apart
 from ssv.builder.tensorrt.engine import checkpoint_digest, limits_of, uses_plugins
 from ssv.builder.training.corpus import chat_pieces, write_conversations
-from ssv.builder.training.distill import DistillResult, distill, distillation_source
+from ssv.builder.training.distill import DistillResult, distill
+from ssv.builder.training.heads import HeadsResult, distill_heads
 from ssv.builder.training.passes import draft_passes, view_target
 from ssv.builder.training.quantize_job import quantize
 from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
+from ssv.builder.training.work import training_source
 from ssv.bundle.manifest import (
     Manifest,
     TierEntry,
@@ -54,6 +57,7 @@ from ssv.bundle.survival import Survival
 from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.model.checkpoint import hf_config
 from ssv.model.draft import Draft, load_draft, save_draft
+from ssv.model.heads import Heads, load_heads, save_heads
 from ssv.model.scorer import Scorer, load_scorer, save_scorer
 from ssv.model.smoothing import activation_ranges
 from ssv.support.environment import versions
@@ -73,6 +77,12 @@ def make_draft(target: Target, config: DistillConfig, work: Path, device: str, r
     """Distils a draft for a target (see `distill`)."""
     pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
     return distill(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
+
+
+def make_heads(target: Target, config: HeadsConfig, work: Path, device: str, report: Report) -> HeadsResult:
+    """Trains Medusa's heads for a target (see `distill_heads`)."""
+    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
+    return distill_heads(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
 
 
 def make_scorer(
@@ -125,25 +135,27 @@ def build_pair(
         parts = Parts(stage, bundle_at(out))
         _write_target(parts, target)
         draft = _write_draft(parts, recipe, target, device, report)
+        heads = _write_heads(parts, recipe, target, device, report)
         _write_scorer(parts, recipe, target, device, draft.spec.decoder.hidden_size, report)
         _write_ranges(parts, recipe, target, draft)
         _write_calibration(parts, recipe, target, draft, make_calibration, report)
         tiers, survival = read_calibration(stage.bundle / "calibration.json")
-        manifest = _manifest(recipe, target, draft, parts, tiers, survival)
+        manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
         for engine in recipe.engines:
             write_manifest(stage.bundle, manifest)
             _write_engine(parts, recipe, engine, target, device, report)
-            manifest = _manifest(recipe, target, draft, parts, tiers, survival)
+            manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
         parts.drop_unused()
         if out.is_dir():  # an engine that another process adds must not come between here and the exchange
             held.enter_context(manifest_lock(out))
         parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
-        manifest = _manifest(recipe, target, draft, parts, tiers, survival)
+        manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
         write_manifest(stage.bundle, manifest)
-    if (work := _work_folder(parts)).exists():
-        shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):  # another distillation's state is there
-            work.parent.rmdir()
+    for part in ("draft", "heads"):
+        if part in parts.sources and (work := _work_folder(parts, part)).exists():
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # another distillation's state is there
+                work.parent.rmdir()
     return manifest
 
 
@@ -200,7 +212,7 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
     if given is not None:
         source = (file_entry(given).sha256,)
     else:
-        source = (distillation_source(recipe.draft.distill), target.text_sha256)
+        source = (training_source(recipe.draft.distill), target.text_sha256)
     if not parts.reuse("draft", target.sha256, *source):
         path.parent.mkdir(exist_ok=True)
         if given is not None:
@@ -212,12 +224,28 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
     return load_draft(path, target.decoder)
 
 
-def _work_folder(parts: Parts) -> Path:
+def _write_heads(parts: Parts, recipe: Recipe, target: Target, device: str, report: Report) -> Heads | None:
+    """Medusa's heads, if the recipe has them."""
+    if recipe.heads is None:
+        return None
+    path, given, config = parts.stage.bundle / "heads.safetensors", recipe.heads.file, recipe.heads.distill
+    source: tuple[object, ...]
+    source = (file_entry(given).sha256,) if given is not None else (training_source(config), target.text_sha256)
+    if not parts.reuse("heads", target.sha256, *source):
+        if given is not None:
+            shutil.copyfile(given, path)
+        else:
+            save_heads(make_heads(target, config, _work_folder(parts, "heads"), device, report).heads, path)
+        parts.finish("heads")
+    return load_heads(path, target.decoder)
+
+
+def _work_folder(parts: Parts, part: str = "draft") -> Path:
     """The folder where a distillation keeps its state.
 
     Each recipe has one of its own, so that another recipe neither takes the state for its own nor stumbles over it.
     """
-    return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources["draft"][:12]
+    return parts.stage.out.with_name(f"{parts.stage.out.name}.work") / parts.sources[part][:12]
 
 
 def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hidden_size: int, report: Report) -> None:
@@ -323,12 +351,14 @@ def _manifest(
     parts: Parts,
     tiers: dict[str, TierEntry],
     survival: Survival | None = None,
+    heads: Heads | None = None,
 ) -> Manifest:
     of_engines = {PACKAGES[engine.flavor]: engine.tensorrt for engine in parts.engines.values()}
     return Manifest(
         name=recipe.name,
         target=target.spec.to_dict(),
         draft=draft.spec.to_dict(),
+        heads=heads.spec.to_dict() if heads is not None else None,
         eos_token_ids=target.eos_token_ids,
         default_precision=recipe.precision,
         tiers=tiers,

@@ -31,6 +31,7 @@ from ssv.support.strict import Strict
 _PART_FILES = {
     "target": ("target/config.json", "target/model.safetensors", "tokenizer/"),
     "draft": ("draft/draft.safetensors",),
+    "heads": ("heads.safetensors",),
     "scorer": ("scorer.safetensors", "scorer.json"),
     "ranges": ("activation_ranges.safetensors",),
     "calibration": ("calibration.json",),

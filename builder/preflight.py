@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
-from ssv.builder.config import CalibrationConfig, Recipe, RecipeError
+from ssv.builder.config import CalibrationConfig, HeadsPart, Recipe, RecipeError
 from ssv.builder.target import Target, openings_of
 from ssv.builder.tensorrt.engine import check_length, tensorrt_for
 from ssv.builder.training.corpus import chat_pieces
@@ -16,6 +16,7 @@ from ssv.bundle.manifest import BundleError, TierEntry, file_entry
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.bundle.survival import Survival
 from ssv.model.draft import Draft, draft_spec, load_draft
+from ssv.model.heads import heads_spec, load_heads
 from ssv.model.scorer import load_scorer
 from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
@@ -31,6 +32,7 @@ def check_settings(recipe: Recipe) -> None:
     """
     given = {
         "draft.file": recipe.draft.file,
+        "heads.file": recipe.heads.file if recipe.heads is not None else None,
         "scorer.file": recipe.scorer.file,
         "calibration.file": recipe.calibration.file,
     }
@@ -92,6 +94,8 @@ def check_recipe(recipe: Recipe, target: Target) -> None:
         draft = load_draft(recipe.draft.file, target.decoder)
     else:
         check_distillation(recipe, target)
+    if recipe.heads is not None:
+        check_heads(recipe.heads, target)
     hidden_size = target.spec.hidden_size if draft is None else draft.spec.decoder.hidden_size
     if recipe.scorer.file is not None:
         load_scorer(recipe.scorer.file, hidden_size)
@@ -125,6 +129,22 @@ def check_distillation(recipe: Recipe, target: Target) -> None:
                 f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe "
                 "asks for"
             )
+
+
+def check_heads(part: HeadsPart, target: Target) -> None:
+    """Checks given heads, or how heads are to be distilled, against the target.
+
+    Raises:
+        RecipeError, CheckpointError, ValueError: naming what is wrong.
+    """
+    if part.file is not None:
+        load_heads(part.file, target.decoder)
+        return
+    config = part.distill
+    heads_spec(target.spec, config.num_heads, config.num_layers, config.head_size)
+    _require_positions("heads.distill.window", config.window, target.spec.max_positions)
+    check_openings(config.openings_file, target)
+    chat_pieces(target.tokenizer)
 
 
 def check_openings(file: Path | None, target: Target) -> None:

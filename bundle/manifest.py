@@ -100,6 +100,7 @@ class Manifest(Strict):
 
     Attributes:
         target, draft: specs of the networks, as `DecoderSpec.to_dict` and `DraftSpec.to_dict` give them.
+        heads: spec of Medusa's heads, as `HeadsSpec.to_dict` gives it; None for a bundle without them.
         eos_token_ids: tokens that end an output.
         default_precision: what the torch engine runs in on a CPU unless told otherwise.
         engines: TensorRT engines by name.
@@ -114,6 +115,7 @@ class Manifest(Strict):
     name: str
     target: dict[str, Any]
     draft: dict[str, Any]
+    heads: dict[str, Any] | None = None
     eos_token_ids: Annotated[list[int], Field(min_length=1)]
     default_precision: TorchPrecision
     tiers: dict[str, TierEntry]

@@ -37,7 +37,7 @@ class Policy(Strict):
         pays: draft only what saves more time than it costs, by costs that were measured (`ssv.runtime.decode.costs`).
     """
 
-    drafter: Literal["model", "prompt-lookup", "suffix", "lookahead"] = "model"
+    drafter: Literal["model", "heads", "prompt-lookup", "suffix", "lookahead"] = "model"
 
     accept_below: Probability
     verify_above: Probability

@@ -46,8 +46,8 @@ class Settings:
     """How one request is to be answered; None leaves a setting to the server.
 
     Attributes:
-        tier: premium, balanced or turbo, or autoregressive, lookahead, prompt-lookup, suffix or speculative, for
-            comparison.
+        tier: premium, balanced or turbo, or any other method of the bundle, for comparison: autoregressive, lookahead,
+            prompt-lookup, suffix, medusa, specinfer, eagle or speculative.
         max_divergence: the fastest tier whose measured divergence stays below it, instead of `tier`.
         chat: whether the prompt is a user's message, or a text to continue.
         timeout: seconds after which the answer ends with what there is.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssv.model.checkpoint import CheckpointError, DecoderSpec, Weights
-from ssv.model.quantized import is_quantized, quantized_linear
+from ssv.model.quantized import QuantizedLinear, is_quantized, quantized_linear
 
 
 class Attend(Protocol):
@@ -129,6 +129,12 @@ class Decoder(nn.Module):
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Final norm and LM head of the gathered rows, [R, V]."""
         return self.lm_head(self.norm(hidden_RH))
+
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """The LM head's rows of some tokens, [V, H], in the embedding's type; a quantized head's are dequantized."""
+        head: nn.Linear | QuantizedLinear = self.lm_head
+        weight_VH = head.dequantized() if isinstance(head, QuantizedLinear) else head.weight
+        return weight_VH[token_ids].to(self.embed.weight.dtype)
 
     @classmethod
     def from_weights(cls, spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Decoder:

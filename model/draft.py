@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ssv.model.checkpoint import CheckpointError, DecoderSpec, read_safetensors
 from ssv.model.decoder import Attend, Decoder, replace_quantized
-from ssv.model.quantized import SCALES, QuantizedLinear, is_quantized
+from ssv.model.quantized import SCALES, is_quantized
 from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 from ssv.support.json_text import parse_json
@@ -162,10 +162,7 @@ class Draft(nn.Module):
         """Takes the target's embedding and the LM head rows of `token_ids`, frozen."""
         self.token_ids = token_ids
         self.decoder.embed.weight = nn.Parameter(target.embed.weight, requires_grad=False)
-        head: nn.Linear | QuantizedLinear = target.lm_head
-        weight_VH = head.dequantized() if isinstance(head, QuantizedLinear) else head.weight
-        rows = weight_VH[token_ids].to(target.embed.weight.dtype)
-        self.decoder.lm_head.weight = nn.Parameter(rows, requires_grad=False)
+        self.decoder.lm_head.weight = nn.Parameter(target.head_rows(token_ids), requires_grad=False)
 
 
 _SHARED = ("decoder.embed.weight", "decoder.lm_head.weight")

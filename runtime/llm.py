@@ -13,16 +13,24 @@ from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
+from ssv.model.heads import load_heads
 from ssv.model.scorer import load_scorer
 from ssv.runtime.decode.costs import measure, place
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
-from ssv.runtime.engines.contract import Engine, EngineError
+from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
-from ssv.runtime.engines.torch_engine import Precision, cpu_threads, draft_engine, one_thread, target_engine
+from ssv.runtime.engines.torch_engine import (
+    Precision,
+    cpu_threads,
+    draft_engine,
+    heads_engine,
+    one_thread,
+    target_engine,
+)
 from ssv.runtime.memory import give_back
-from ssv.runtime.methods import policy_of
+from ssv.runtime.methods import TIERS, baselines, policy_of
 from ssv.runtime.request import Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing
@@ -43,6 +51,7 @@ class LLM:
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
         place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
+        heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         pass_tokens, costs, survival: see `DecodeBatch`.
     """
 
@@ -61,9 +70,10 @@ class LLM:
         place: str = "",
         costs: Costs | None = None,
         survival: Survival | None = None,
+        heads: HeadsEngine | None = None,
     ) -> None:
         self.limits = dict(limits or {})
-        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.place, self.costs, self.survival = place, costs, survival
@@ -129,6 +139,9 @@ class LLM:
             decoder = Decoder.from_weights(spec, weights, dtype=None)
             del weights
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
+            found = (
+                load_heads(bundle / "heads.safetensors", decoder, dtype=None) if manifest.heads is not None else None
+            )
         max_length = min(max_length, spec.max_positions - RESERVED_LENGTH)
         sizes: dict[str, Any] = {
             "precision": precision,
@@ -147,7 +160,8 @@ class LLM:
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
         )
-        del decoder, draft, ranges, draft_ranges, target_ranges
+        heads = heads_engine(found, precision=precision, device=device) if found is not None else None  # type: ignore[arg-type]
+        del decoder, draft, found, ranges, draft_ranges, target_ranges
         give_back()
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
         key = place("torch", precision, device, threads)
@@ -164,6 +178,7 @@ class LLM:
             place=key,
             costs=costs,
             survival=manifest.survival,
+            heads=heads,
         )
 
     @staticmethod
@@ -205,6 +220,11 @@ class LLM:
             costs=cls._costs(manifest, engines[0], engines[1], key, say),
             survival=manifest.survival,
         )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What it can decode by, in the order of `METHODS`."""
+        return (*baselines(self.heads is not None), *(name for name in TIERS if name in self.tiers))
 
     def chat_ids(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a user's message in the model's chat template, up to where the assistant answers."""
@@ -254,6 +274,7 @@ class LLM:
             pass_tokens=self.pass_tokens,
             costs=self.costs,
             survival=self.survival,
+            heads=self.heads,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

@@ -10,8 +10,11 @@ from ssv.runtime.request import Request, RequestError
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
 
-BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative")
-"""What every bundle can be decoded by, beside its tiers; lossless."""
+BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative")
+"""What a bundle can be decoded by beside its tiers, lossless."""
+
+NEEDS_HEADS = ("medusa",)
+"""What takes a bundle with Medusa's heads."""
 
 METHODS = (*BASELINES, *TIERS)
 """In the order of what they save, as a rule."""
@@ -49,6 +52,18 @@ LOOKAHEAD = Policy(
 )
 """Window 7, n-grams of 5, 7 guesses: 27 tokens of the window and 28 of the guesses in each pass, beside the root."""
 
+MEDUSA = Policy(
+    drafter="heads",
+    accept_below=0.0,
+    verify_above=1.0,
+    risk_budget=1.0,
+    max_pending=63,
+    children=(10,),
+    beam=10,
+)
+"""Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten likeliest tokens of each
+head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are likeliest after the text at hand."""
+
 SPECINFER = Policy(
     accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=20, children=(1, 1, 3, 1), beam=3, max_depth=8
 )
@@ -70,6 +85,7 @@ _FIXED = {
     "lookahead": LOOKAHEAD,
     "prompt-lookup": PROMPT_LOOKUP,
     "suffix": SUFFIX,
+    "medusa": MEDUSA,
     "specinfer": SPECINFER,
     "eagle": EAGLE,
 }
@@ -84,6 +100,11 @@ def policy_of(request: Request, tiers: Mapping[str, Policy]) -> Policy:
     if request.policy is not None:
         return request.policy
     return policy_for(request.method, tiers, request.num_draft_tokens)
+
+
+def baselines(has_heads: bool) -> tuple[str, ...]:
+    """Of `BASELINES` those that a bundle with or without heads can be decoded by."""
+    return tuple(name for name in BASELINES if has_heads or name not in NEEDS_HEADS)
 
 
 def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:

@@ -8,25 +8,30 @@ Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows 
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssv.builder.config import DistillConfig
-from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.training.corpus import ChatPieces, Conversations
 from ssv.builder.training.passes import CausalAttend, draft_passes, judged, share_agreed, view_target
-from ssv.bundle.manifest import digest, file_entry
+from ssv.builder.training.work import (
+    Windows,
+    claim,
+    learning_rate,
+    make_optimizers,
+    require_room,
+    restore_training,
+    save_training,
+    training_source,
+    write_corpus,
+)
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
 from ssv.support.errors import UserError
-from ssv.support.files import save_whole, write_json
 from ssv.support.progress import Report
 
 
@@ -73,9 +78,9 @@ def distill(
     """
     start = _earlier(target, config)  # before anything is written
     work.mkdir(parents=True, exist_ok=True)
-    _claim(work, {"target": weights_sha256, "text": [asdict(pieces), openings], **distillation_source(config)})
-    _require_room(work, config)
-    shards = _write_corpus(target, pieces, openings, config, work, report)
+    claim(work, {"target": weights_sha256, "text": [asdict(pieces), openings], **training_source(config)})
+    require_room(work, config)
+    shards = write_corpus(target, pieces, openings, config, work, report)
     held_out = shards.pop()
     trainer = _Trainer(target, config, shards, work, start)
     trainer.run(report)
@@ -85,63 +90,6 @@ def distill(
         tokens_written=config.rows * config.window * len(shards),
         tokens_trained=trainer.num_steps * config.batch_rows * config.window,
     )
-
-
-def distillation_source(config: DistillConfig) -> dict[str, Any]:
-    """The settings that change the draft, with the content of files: equal ones make the same draft."""
-    files = {name: getattr(config, name) for name in ("openings_file", "start_from")}
-    return {
-        **config.model_dump(mode="json", exclude={"openings_file", "start_from", "checkpoint_every"}),
-        **{name: None if path is None else file_entry(path).sha256 for name, path in files.items()},
-    }
-
-
-def _claim(work: Path, source: dict[str, Any]) -> None:
-    path, stamp = work / "distill.json", {"source": digest([json.dumps(source, sort_keys=True)])}
-    if path.exists():
-        try:
-            same = json.loads(path.read_text()) == stamp
-        except ValueError:  # torn by a power cut
-            same = False
-        if not same:
-            raise UserError(f"{work} holds the state of another distillation", "choose another folder or remove it")
-        return
-    write_json(path, stamp)
-
-
-def _require_room(work: Path, config: DistillConfig) -> None:
-    """Refuses a disk that the corpus would fill.
-
-    A token takes 5 bytes. One shard more than asked for may be written, and what is there already takes no more room.
-    """
-    there = sum(path.stat().st_size for path in work.glob("corpus-*.safetensors"))
-    needed = 5 * _num_shards(config) * config.rows * config.window - there
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise UserError(
-            f"{work} has {free / 1e9:.1f} GB left and the corpus of {config.tokens} tokens takes {needed / 1e9:.1f} GB "
-            "more",
-            "choose a place with more room, or fewer tokens",
-        )
-
-
-def _num_shards(config: DistillConfig) -> int:
-    # One shard more than is trained on: the last is for measuring.
-    return max(1, math.ceil(config.tokens / (config.rows * config.window))) + 1
-
-
-def _write_corpus(
-    target: Decoder, pieces: ChatPieces, openings: list[list[int]], config: DistillConfig, work: Path, report: Report
-) -> list[Path]:
-    num_shards = _num_shards(config)
-    paths = [work / f"corpus-{index:04d}.safetensors" for index in range(num_shards)]
-    for index, path in enumerate(paths):
-        if not path.exists():
-            write_conversations(
-                target, pieces, openings, rows=config.rows, window=config.window, seed=config.seed * 100_003 + index
-            ).save(path)
-        report("corpus", index + 1, num_shards, f"{(index + 1) * config.rows * config.window / 1e6:.1f} M tokens")
-    return paths
 
 
 class SoftCrossEntropy(torch.autograd.Function):
@@ -221,23 +169,22 @@ class _Trainer:
         self, target: Decoder, config: DistillConfig, shards: list[Path], work: Path, start: Draft | None
     ) -> None:
         self.target, self.config = target, config
-        self.data = [Conversations.load(path) for path in shards]
+        self.windows = Windows(shards, config)
         self.state_path = work / "train.safetensors"
         device = target.embed.weight.device
-        self.draft = start if start is not None else _untrained(target, config, self.data)
+        self.draft = start if start is not None else _untrained(target, config, self.windows)
         self.draft.share_target(target, self.draft.token_ids)
         self.is_covered = torch.zeros(target.spec.vocab_size, dtype=torch.bool, device=device)
         self.is_covered[self.draft.token_ids] = True
         self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
-        self.optimizers = _optimizers(self.draft, config.learning_rate)
-        windows = sum(len(shard.tokens) for shard in self.data)
-        self.num_steps = max(1, windows * config.epochs // config.batch_rows)
+        self.optimizers = make_optimizers(self.draft, config.learning_rate)
+        self.num_steps = self.windows.num_steps
         self.step = 0
 
     def run(self, report: Report) -> None:
-        self._restore()
+        self.step = restore_training(self.state_path, self.parameters, self.optimizers)
         if self.step == 0 and self.draft.conditioned and self.config.start_from is None:
-            left = fit_start(self.target, self.draft, self._spread_windows(_START_TOKENS // self.config.window))
+            left = fit_start(self.target, self.draft, self.windows.spread(_START_TOKENS // self.config.window))
             report("train", 0, self.num_steps, f"least-squares start, {left:.2f} of the features left")
         while self.step < self.num_steps:
             loss, agreement = self._train_step()
@@ -252,8 +199,8 @@ class _Trainer:
         config, device = self.config, self.target.embed.weight.device
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * self._schedule()
-        tokens_BT, is_assistant_BT = (x.to(device) for x in self._batch())
+                group["lr"] = learning_rate(config, self.step, self.num_steps)
+        tokens_BT, is_assistant_BT = (x.to(device) for x in self.windows.batch(self.step))
         tokens_BT = tokens_BT.long()
         view = view_target(self.target, self.draft, tokens_BT)
         # The label is made once; every pass of a conditioned draft is about the same rows of the target.
@@ -276,61 +223,9 @@ class _Trainer:
             optimizer.zero_grad(set_to_none=True)
         return total.detach(), torch.stack(agreement)
 
-    def _optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer:
-        return next(o for o in self.optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
-
-    def _schedule(self) -> float:
-        warm_up = min(100, self.num_steps // 10 + 1)
-        if self.step < warm_up:
-            return (self.step + 1) / warm_up
-        done = (self.step - warm_up) / max(1, self.num_steps - warm_up)
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
-
-    def _spread_windows(self, count: int) -> Tensor:
-        """About `count` windows [B, T] spread over every shard, whose rows differ in temperature."""
-        per_shard = -(-max(count, 1) // len(self.data))
-        return torch.cat([shard.tokens[:: -(-len(shard.tokens) // per_shard)] for shard in self.data]).long()
-
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        # A fixed permutation per epoch, so that a restarted run goes on with the windows it has not seen.
-        tokens = [shard.tokens for shard in self.data]
-        windows = sum(len(t) for t in tokens)
-        per_epoch = max(1, windows // self.config.batch_rows)
-        epoch, index = divmod(self.step, per_epoch)
-        order = torch.randperm(windows, generator=torch.Generator().manual_seed(self.config.seed + epoch))
-        picked = order[index * self.config.batch_rows : (index + 1) * self.config.batch_rows]
-        rows = self.config.rows
-        shard, row = picked // rows, picked % rows
-        chosen = list(zip(shard.tolist(), row.tolist(), strict=True))
-        return (
-            torch.stack([self.data[s].tokens[r] for s, r in chosen]),
-            torch.stack([self.data[s].is_assistant[r] for s, r in chosen]),
-        )
-
     def _save(self) -> None:
-        state = {f"draft.{n}": p.detach() for n, p in self.parameters.items()}
-        state["token_ids"] = self.draft.token_ids
-        for name, parameter in self.parameters.items():
-            for key, value in self._optimizer_of(parameter).state[parameter].items():
-                state[f"optimizer.{key}.{name}"] = value
-        tensors = {n: t.cpu().contiguous() for n, t in state.items()} | {"step": torch.tensor(self.step)}
-        save_whole(tensors, self.state_path)
+        save_training(self.state_path, self.parameters, self.optimizers, self.step, token_ids=self.draft.token_ids)
         save_draft(self.draft, self.state_path.with_name("draft.safetensors"))
-
-    def _restore(self) -> None:
-        if not self.state_path.exists():
-            return
-        state = load_file(self.state_path)
-        self.step = int(state["step"])
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(state[f"draft.{name}"])
-            optimizer = self._optimizer_of(parameter)
-            for full_name, value in state.items():
-                kind, _, rest = full_name.partition(".")
-                key, _, of = rest.partition(".")
-                if kind == "optimizer" and of == name:
-                    # The optimizers keep their step count on the CPU.
-                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
 def _spec(target: Decoder, config: DistillConfig) -> DraftSpec:
@@ -347,31 +242,9 @@ def _earlier(target: Decoder, config: DistillConfig) -> Draft | None:
     return draft.to(target.embed.weight.device).requires_grad_()
 
 
-def _untrained(target: Decoder, config: DistillConfig, data: list[Conversations]) -> Draft:
-    head = _most_frequent(data, target.spec.vocab_size, config.head_size).to(target.embed.weight.device)
+def _untrained(target: Decoder, config: DistillConfig, windows: Windows) -> Draft:
+    head = windows.most_frequent(target.spec.vocab_size, config.head_size).to(target.embed.weight.device)
     return start_from_target(_spec(target, config), target, tuple(config.layers), head).float()
-
-
-def _optimizers(draft: Draft, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for the norms and biases; one learning rate serves both.
-
-    The residual stream that the draft takes over from its target has values of some tens, so matrices have far to go: a
-    draft of SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200
-    steps AdamW at 8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
-    """
-    trained = [p for p in draft.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim == 2], [p for p in trained if p.ndim < 2]
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(vectors, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
-    ]
-
-
-def _most_frequent(data: list[Conversations], vocab_size: int, head_size: int | None) -> Tensor:
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for shard in data:
-        counts += torch.bincount(shard.tokens[shard.is_assistant].long(), minlength=vocab_size)
-    return counts.argsort(descending=True, stable=True)[: head_size or vocab_size]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ Shapes: B rows in use, T tokens of a step, R gathered rows, V vocab, F features.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -32,11 +32,21 @@ from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk
-from ssv.runtime.engines.contract import Branches, Engine
+from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine
 from ssv.runtime.request import RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
+
+_LACKING = {
+    "model": ("this method needs a draft, and none is loaded",),
+    "heads": (
+        "this method needs Medusa's heads, and none are loaded",
+        "distill them with `ssv-build distill --kind medusa`, name them in the recipe (`heads.file`), build the bundle "
+        "again, and load it with the engine torch",
+    ),
+}
+"""What to say where a drafter is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class DecodeBatch:
         pass_tokens: int | None = None,
         costs: Costs | None = None,
         survival: Survival | None = None,
+        heads: HeadsEngine | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -94,13 +105,14 @@ class DecodeBatch:
         pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
         costs: of steps here, for policies that draft only what pays.
         survival: how far the draft's shares are to be trusted; None to take them as they are.
+        heads: Medusa's, over the target's hidden states; None where none are loaded.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self.drafters = drafters(target, draft, self.eos_ids, survival or Survival())
+        self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
 
@@ -149,7 +161,19 @@ class DecodeBatch:
         chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
         verdicts = [walk(row.tree, judged[b], chosen[b]) for b, row in enumerate(rows)]
         check_chosen([verdict.next_token for verdict in verdicts])
+        if any(drafter.needs_hidden for drafter in wanting):
+            self._show_hidden(verdicts, dict(zip(judged_at, out.hidden_RH, strict=True)))
         return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
+
+    def _show_hidden(self, verdicts: Sequence[Verdict], hidden_at: Mapping[tuple[int, int], Tensor]) -> None:
+        """Shows drafters the hidden states that the next tokens were chosen after.
+
+        Args:
+            hidden_at: of each judged row of the target, by row in use and row of its pass.
+        """
+        for b, verdict in enumerate(verdicts):
+            if (drafter := self.drafter_of(self.rows[b])) is not None and drafter.needs_hidden:
+                drafter.see(b, hidden_at[b, verdict.last + 1])
 
     def _branches(self) -> Branches:
         """What roots and nodes see: a root stands in the slot behind its text, node n in the n-th behind it."""
@@ -220,7 +244,7 @@ class DecodeBatch:
         if not policy.max_pending:
             return
         if policy.drafter not in self.drafters:
-            raise RequestError("this method needs a draft, and none is loaded")
+            raise RequestError(*_LACKING[policy.drafter])
         if policy.pays and policy.drafter == "model" and self.costs is None:
             raise RequestError(
                 "this method drafts what pays, and the costs of steps here are not known: give them (`costs`)"
@@ -275,6 +299,8 @@ class DecodeBatch:
         check_chosen(chosen)
         row.tokens.append(first)
         if drafter is not None:
+            if drafter.needs_hidden:
+                drafter.see(b, out.hidden_RH[0])
             drafter.join(b, row)
         row.last_commit = time.monotonic()
         return first

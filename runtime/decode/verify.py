@@ -30,6 +30,11 @@ class Verdict:
     num_judged: int
     next_token: int
 
+    @property
+    def last(self) -> int:
+        """The node whose target row gave the next token; ROOT where nothing is kept."""
+        return self.path[-1] if self.path else ROOT
+
 
 def asks_for_pass(risks: Sequence[float], policy: Policy, max_pending: int) -> bool:
     """Whether a row's pending tokens ask for a target pass now.

@@ -141,6 +141,22 @@ class Engine(Protocol):
         ...
 
 
+class HeadsEngine(Protocol):
+    """Medusa's heads (`ssv.model.heads`), which guess several next tokens from one hidden state of the target.
+
+    Attributes:
+        num_heads: head d, from 0, guesses the token d + 1 places behind the target's own choice.
+        token_ids_V: vocabulary id of each logit, int64; None where logit i is token i.
+    """
+
+    num_heads: int
+    token_ids_V: Tensor | None
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """Logits of every head, fp32 [R, D, V]; hidden states as `StepOutput.hidden_RH` has them."""
+        ...
+
+
 def check_step(
     engine: Engine,
     input_ids_BT: Tensor,

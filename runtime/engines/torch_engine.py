@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, FeatureTap
+from ssv.model.heads import Heads
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear, precision_of
 from ssv.model.scorer import Scorer
 from ssv.model.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
@@ -256,6 +257,30 @@ def draft_engine(
     )
 
 
+class TorchHeads:
+    """Heads beside a target's engine. Make them with `heads_engine`."""
+
+    def __init__(self, heads: Heads) -> None:
+        self._heads, self.num_heads = heads, heads.spec.num_heads
+        covers_all = heads.spec.head_size == heads.spec.vocab_size and _is_identity(heads.token_ids)
+        self.token_ids_V = None if covers_all else heads.token_ids
+
+    @torch.inference_mode()
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """See `HeadsEngine.logits`."""
+        weight_H = self._heads.norm.weight
+        return self._heads.logits(hidden_RH.to(weight_H.device, weight_H.dtype)).float()
+
+
+def heads_engine(heads: Heads, *, precision: Precision, device: str = "cpu") -> TorchHeads:
+    """Heads in the precision of their target's engine.
+
+    Raises:
+        EngineError: precision unknown, or not to be had on this device.
+    """
+    return TorchHeads(_prepare(heads, precision, device, lambda _: ()))
+
+
 _shared_count: ThreadCount | None = None
 
 
@@ -332,7 +357,7 @@ def _without_padding(count_B: Tensor, tokens: int) -> Tensor | None:
     return torch.tensor([b * tokens + t for b, count in enumerate(counts) for t in range(count)], dtype=torch.long)
 
 
-M = TypeVar("M", Decoder, Draft, FeatureTap)
+M = TypeVar("M", Decoder, Draft, FeatureTap, Heads)
 N = TypeVar("N", bound=nn.Module)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ssv.bundle.manifest import Manifest
-from ssv.runtime.methods import BASELINES, METHODS, policy_for
+from ssv.runtime.methods import METHODS, NEEDS_HEADS, baselines, policy_for
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.json_text import parse_json
@@ -285,13 +285,17 @@ class Intake:
                 )
             # They stand in the order of what they save.
             tier = tier or within[-1]
+        if tier in NEEDS_HEADS and self._manifest.heads is None:
+            raise RequestError(
+                f"ssv_tier {tier!r} needs Medusa's heads, which this bundle has not", "choose another one"
+            )
         policy_for(tier, self._manifest.policies)
         return tier
 
     def _bound(self, method: str) -> float:
         entry = self._manifest.tiers.get(method)
         if entry is None:
-            return 0.0 if method in BASELINES else math.inf
+            return 0.0 if method in baselines(self._manifest.heads is not None) else math.inf
         return 0.0 if entry.lossless else (entry.divergence_bound if entry.divergence_bound is not None else math.inf)
 
 

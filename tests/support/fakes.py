@@ -177,7 +177,8 @@ class FakeTarget:
             features_BTF = torch.stack((hash_M.float(), torch.zeros_like(hash_M).float()), dim=-1)
             features_BTF = features_BTF.view(batch, tokens, _NUM_FEATURES)
         state_R = hash_M[gather_rows_R] % NUM_STATES
-        return StepOutput(state_R[:, None].float(), self.logits_NV[state_R].clone(), features_BTF)
+        hidden_RH = torch.stack((hash_M[gather_rows_R], seen.position_M[gather_rows_R]), dim=1).float()
+        return StepOutput(hidden_RH, self.logits_NV[state_R].clone(), features_BTF)
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         self.cache.move_row(source, dest, length)
@@ -347,6 +348,48 @@ class FakeDraft:
         wrong_RS = visible_RS & (breaks_RS | torch.where(own_RS, outdated_RS, ~seen_RS))
         self.wrong_features += int(wrong_RS.sum())
         return (continued_RS.gather(1, at_R1)[:, 0] + wrong_RS.sum(dim=1)) % _PRIME
+
+
+class FakeHeads:
+    """Medusa's heads of a `FakeTarget`, whose hidden state is the hash of what it has seen and the last position of it.
+
+    Each head has the logits that the target will have if it chooses greedily up to there, with noise added.
+
+    Args:
+        noise: of other logits, added to all.
+        token_ids: the tokens that the heads cover, in their order; None for all.
+
+    Attributes:
+        seen: hidden states that were given, of each call.
+    """
+
+    def __init__(
+        self,
+        target: FakeTarget,
+        *,
+        num_heads: int = 4,
+        seed: int = 1,
+        noise: float = 0.0,
+        token_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.target, self.num_heads = target, num_heads
+        self.token_ids_V = torch.tensor(token_ids) if token_ids is not None else None
+        generator = torch.Generator().manual_seed(seed)
+        self.noise_DNV = torch.randn(num_heads, *target.logits_NV.shape, generator=generator) * noise
+        self.seen: list[Tensor] = []
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        self.seen.append(hidden_RH)
+        hash_R, position_R = hidden_RH.long().unbind(dim=1)
+        found = []
+        for head in range(self.num_heads):
+            token_R = self.target.logits_NV[hash_R % NUM_STATES].argmax(dim=1)
+            position_R = position_R + 1
+            hash_R = (hash_R + (token_R + 1) * self.target.weight_S[position_R]) % _PRIME
+            state_R = hash_R % NUM_STATES
+            found.append(self.target.logits_NV[state_R] + self.noise_DNV[head, state_R])
+        logits_RDV = torch.stack(found, dim=1)
+        return logits_RDV if self.token_ids_V is None else logits_RDV[:, :, self.token_ids_V]
 
 
 class FakeTokenizer:

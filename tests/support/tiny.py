@@ -11,6 +11,7 @@ from ssv.builder.training.passes import CausalAttend
 from ssv.model.checkpoint import DecoderSpec, Weights
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftKind, draft_spec
+from ssv.model.heads import Heads, heads_spec, start_heads
 
 
 def tiny_spec(**changes: Any) -> DecoderSpec:
@@ -65,6 +66,15 @@ def random_draft(target: Decoder, kind: DraftKind, head_size: int | None = 48) -
         parameter.copy_(random_weight(name, tuple(parameter.shape)))
     draft.share_target(target, torch.randperm(target.spec.vocab_size)[: draft.spec.head_size])
     return draft
+
+
+def random_heads(target: Decoder, num_layers: int = 1, head_size: int | None = 48) -> Heads:
+    torch.manual_seed(6)
+    token_ids = torch.randperm(target.spec.vocab_size)[: head_size or target.spec.vocab_size]
+    heads = start_heads(heads_spec(target.spec, 3, num_layers, head_size), target, token_ids).requires_grad_(False)
+    for name, parameter in heads.blocks.named_parameters():
+        parameter.copy_(random_weight(name, tuple(parameter.shape)))
+    return heads
 
 
 def tiny_ids(*shape: int, vocab_size: int = 112, seed: int = 1) -> Tensor:

@@ -35,14 +35,18 @@ calibration:
   make: {prompts_file: prompts.jsonl, families: [[0.4, 0.6, 6]], accept_below: [0.1]}
 precision: fp32
 """
+HEADS = """
+heads:
+  distill: {num_heads: 3, head_size: 48, tokens: 800, rows: 16, window: 48, batch_rows: 8}
+"""
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} <e> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
 
 
-def write_recipe(base: Path) -> Path:
-    """Path of a recipe, in a folder with its target and its prompts."""
+def write_recipe(base: Path, *, heads: bool = False) -> Path:
+    """Path of a recipe, with Medusa's heads or without, in a folder with its target and its prompts."""
     folder = base / "target"
     folder.mkdir()
     spec = tiny_spec()
@@ -60,7 +64,7 @@ def write_recipe(base: Path) -> Path:
     ]
     (base / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     path = base / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE + (HEADS if heads else ""))
     return path
 
 

@@ -257,7 +257,11 @@ def test_nothing_is_unpickled_or_evaluated(name: str, path: Path) -> None:
     tree = ast.parse(path.read_text())
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
     names = {ast.unparse(call.func) for call in calls}
-    assert not names & {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}
+    # The one file that reads pickles, for their tensors alone, and refuses what else they hold.
+    loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert not loads or name == "builder.convert"
+    assert all(any(ast.unparse(k) == "weights_only=True" for k in call.keywords) for call in loads)
+    assert not names & {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
     assert not modules & {"pickle", "cloudpickle", "dill", "joblib"}

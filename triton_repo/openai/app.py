@@ -4,7 +4,7 @@ POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models a
 when the server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
-for comparison NAME:METHOD with any other method of `ssv.runtime.methods`.
+for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
 
 What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows,
 and 16 tokens for /v1/completions; /v1/chat/completions takes the server's default for max_tokens. A negative seed

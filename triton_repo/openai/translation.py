@@ -12,7 +12,7 @@ from typing import Any
 
 from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Reply
-from ssv.runtime.methods import BASELINES
+from ssv.runtime.methods import baselines
 from ssv.triton_repo.openai.access_log import Access
 from ssv.triton_repo.openai.errors import ApiError
 from ssv.triton_repo.openai.schema import ApiRequest, StreamOptions
@@ -28,11 +28,13 @@ class Models:
         name: of the bundle.
         tiers: that it has.
         created: Unix time.
+        has_heads: whether it can be decoded by Medusa's heads.
     """
 
     name: str
     tiers: tuple[str, ...]
     created: int
+    has_heads: bool = False
 
     @classmethod
     def of_bundle(cls, bundle: Path) -> Models:
@@ -42,11 +44,12 @@ class Models:
             BundleError: see `read_manifest`.
         """
         manifest = read_manifest(bundle, verify=False)
-        return cls(manifest.name, tuple(manifest.tiers), int((bundle / MANIFEST_NAME).stat().st_mtime))
+        created = int((bundle / MANIFEST_NAME).stat().st_mtime)
+        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return (*self.tiers, *BASELINES)
+        return (*self.tiers, *baselines(self.has_heads))
 
     def method_of(self, model: str) -> str | None:
         """What a model's suffix says; None without one.

@@ -6,14 +6,17 @@ from torch import Tensor
 
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.heads import HeadsDrafter
 from ssv.runtime.decode.drafters.lookahead import Lookahead
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.drafters.prompt_lookup import PromptLookup
 from ssv.runtime.decode.drafters.suffix import Suffix
-from ssv.runtime.engines.contract import Engine
+from ssv.runtime.engines.contract import Engine, HeadsEngine
 
 
-def drafters(target: Engine, draft: Engine | None, eos_ids: Tensor, survival: Survival) -> dict[str, Drafter]:
+def drafters(
+    target: Engine, draft: Engine | None, eos_ids: Tensor, survival: Survival, heads: HeadsEngine | None = None
+) -> dict[str, Drafter]:
     """The drafters that there are, by the name that a policy has for them (`ssv.bundle.policy.Policy.drafter`)."""
     eos_set = frozenset(eos_ids.tolist())
     found: dict[str, Drafter] = {
@@ -23,4 +26,6 @@ def drafters(target: Engine, draft: Engine | None, eos_ids: Tensor, survival: Su
     }
     if draft is not None:
         found["model"] = ModelDrafter(target, draft, eos_ids, survival)
+    if heads is not None:
+        found["heads"] = HeadsDrafter(heads, eos_ids)  # `survival` is of the draft's shares
     return found

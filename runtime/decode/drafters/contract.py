@@ -1,6 +1,6 @@
 """What the round asks of a drafter.
 
-Shapes: T tokens of a row's pass (or of a chunk of a prompt), F features.
+Shapes: T tokens of a row's pass (or of a chunk of a prompt), F features, H hidden.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ class Drafter:
 
     Attributes:
         needs_features: whether it takes the target's features, of prompts and of passes.
+        needs_hidden: whether it takes the target's hidden state of the last token that it has run (`see`).
         has_cache: whether it keeps something of a prompt, which a cache of prompts then has to keep too.
         has_scores: whether its tokens have probabilities of being rejected; without, none of them can be trusted.
     """
 
     needs_features = False
+    needs_hidden = False
     has_cache = False
     has_scores = False
 
@@ -53,6 +55,9 @@ class Drafter:
                 -1, of logits that were no distribution.
             features_TF: of root and nodes, of a target that was asked for them.
         """
+
+    def see(self, b: int, hidden_H: Tensor) -> None:
+        """Takes the target's hidden state, before its final norm, of the token after which it chose the last of row `b`'s text."""
 
     def move(self, source: int, dest: int, row: Row) -> None:
         """A row that is in use takes another place."""

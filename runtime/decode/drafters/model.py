@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.survival import Survival
-from ssv.runtime.decode.choice import check_chosen, choices, ranking
+from ssv.runtime.decode.choice import check_chosen, choices, columns_of, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.growth import Growth, Guess
@@ -68,7 +68,7 @@ class ModelDrafter(Drafter):
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
         self._max_batch, self._eos_ids = target.max_batch, frozenset(eos_ids.tolist())
-        self._eos_columns = _positions_of(eos_ids, engine.token_ids_V)
+        self._eos_columns = columns_of(eos_ids, engine.token_ids_V)
         # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
@@ -344,8 +344,3 @@ def _shared(
         Guess(token, share, reject_prob if k == 0 and reject_prob is not None else 1 - share)
         for k, (token, share) in enumerate(zip(tokens, corrected, strict=True))
     ]
-
-
-def _positions_of(ids: Tensor, ids_V: Tensor | None) -> Tensor:
-    """Where `ids` stand in `ids_V`; those that do not are left out."""
-    return ids if ids_V is None else torch.isin(ids_V.cpu(), ids).nonzero()[:, 0]

@@ -55,12 +55,16 @@ def test_recipe(tmp_path: Path) -> None:
 
 def test_relative_paths_are_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
-    write(tmp_path / "recipes", RECIPE.replace("draft:", "draft:\n  file: draft.safetensors"))
+    write(
+        tmp_path / "recipes",
+        RECIPE.replace("draft:", "heads: {file: heads.safetensors}\ndraft:\n  file: draft.safetensors"),
+    )
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(Path("recipes/recipe.yaml"))
     base = tmp_path.resolve() / "recipes"
     assert recipe.target.locate() == base / "models/target"
     assert recipe.draft.file == base / "draft.safetensors"
+    assert recipe.heads is not None and recipe.heads.file == base / "heads.safetensors"
     assert recipe.draft.distill.openings_file == base / "openings.txt"
     assert recipe.calibration.make.prompts_file == base / "prompts/calibration.jsonl"
 
@@ -90,6 +94,13 @@ def test_file_of_a_package_is_left_alone(tmp_path: Path) -> None:
         ("layers:", "epochs: 0\n    layers:", "draft.distill.epochs: "),
         ("layers:", "depth_decay: 1.5\n    layers:", "draft.distill.depth_decay: "),
         ("layers:", "kind: eagle\n    layers:", "draft.distill.kind: "),
+        (
+            "calibration:",
+            "heads: {distill: {num_heads: 5, window: 8}}\ncalibration:",
+            "heads.distill: Value error, num_heads 5 leaves",
+        ),
+        ("calibration:", "heads: {distill: {num_heads: 0}}\ncalibration:", "heads.distill.num_heads: "),
+        ("calibration:", "heads: {layers: [1]}\ncalibration:", "heads.layers: Extra inputs"),
         ("layers:", "window: 4\n    layers:", "draft.distill.window: "),
         ("name: tiny", "name: a/b", "name: "),
         ("name: tiny", "name: ''", "name: "),

@@ -25,6 +25,7 @@ from ssv.bundle.manifest import (
     write_manifest,
 )
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.progress import silent
 
@@ -61,6 +62,35 @@ def test_a_bundle_decodes(recipe: Path, tmp_path: Path) -> None:
     ]
     assert len({output.token_ids for output in outputs}) == 1
     assert len(llm.generate([Request(ids, "turbo", params)])[0].token_ids) == 20
+
+
+def test_a_bundle_with_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made, decode losslessly, are taken over while their sources stay the same, and go with the key."""
+    recipe, out = write_recipe(tmp_path, heads=True), tmp_path / "bundle"
+    manifest = build(recipe, out)
+    assert manifest.heads is not None and manifest.heads["num_heads"] == 3
+    assert "heads.safetensors" in manifest.files
+    assert not (tmp_path / "bundle.work").exists()
+    llm = LLM.load(out, max_length=64)
+    assert llm.methods == METHODS
+    for temperature in (0.0, 0.8):
+        params = SamplingParams(max_tokens=20, temperature=temperature, seed=4, ignore_eos=True)
+        ids = llm.chat_ids("w1 w2 w3")
+        plain, medusa = llm.generate([Request(ids, method, params) for method in ("autoregressive", "medusa")])
+        assert medusa.token_ids == plain.token_ids
+        assert medusa.counters.drafted > 0
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair, "make_heads", never)
+        assert build(recipe, out).files == manifest.files
+    recipe.write_text(RECIPE)
+    without = build(recipe, out)
+    assert without.heads is None and "heads.safetensors" not in without.files
+    assert not (out / "heads.safetensors").exists()
+    assert LLM.load(out, max_length=64).methods == tuple(name for name in METHODS if name != "medusa")
 
 
 def test_what_has_not_changed_is_not_made_again(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

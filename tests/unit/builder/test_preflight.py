@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_bundle import RECIPE, build, write_recipe
 
 from ssv.builder import pair
@@ -30,7 +31,7 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("built")
 
-    for name in ("make_draft", "make_scorer", "measure_ranges", "compile_apart"):
+    for name in ("make_draft", "make_heads", "make_scorer", "measure_ranges", "compile_apart"):
         monkeypatch.setattr(pair, name, never)
 
 
@@ -50,6 +51,15 @@ PROMPT = json.dumps({"prompt": "w1 w2"})
         ("depth: 2}\nscorer", "depth: 2, start_from: no.safetensors}\nscorer", r"start_from: .* is not there"),
         ("draft:\n", "draft:\n  file: no.safetensors\n", r"draft\.file: .*no\.safetensors is not there"),
         ("draft:\n", "draft:\n  file: empty.txt\n", r"empty\.txt"),
+        ("scorer:\n", "heads: {file: no.safetensors}\nscorer:\n", r"heads\.file: .*no\.safetensors is not there"),
+        ("scorer:\n", "heads: {file: empty.txt}\nscorer:\n", r"empty\.txt cannot be read"),
+        ("scorer:\n", "heads: {file: heads.pt}\nscorer:\n", r"heads\.pt is a pickle, .*ssv-build convert-heads"),
+        ("scorer:\n", "heads: {distill: {head_size: 113}}\nscorer:\n", "head_size 113 exceeds vocab_size 112"),
+        (
+            "scorer:\n",
+            "heads: {distill: {head_size: 9, window: 1024}}\nscorer:\n",
+            "heads.distill.window: 1024 exceeds",
+        ),
         ("scorer:\n", "scorer:\n  file: no.safetensors\n", r"scorer\.file: .* is not there"),
         ("calibration:\n", "calibration:\n  file: no.json\n", r"calibration\.file: .* is not there"),
         ("calibration:\n", "calibration:\n  file: prompts.jsonl\n", r"prompts\.jsonl is not a calibration"),
@@ -84,6 +94,7 @@ def test_a_recipe_that_cannot_be_built_is_refused_first(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "heads.pt").write_bytes(b"")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     (tmp_path / "half.jsonl").write_text(PROMPT + '\n{"prompt": "\\ud83d"}\n')
     (tmp_path / "long.jsonl").write_text(PROMPT + "\n" + (json.dumps({"prompt": "w3 " * 600}) + "\n") * 199)
@@ -116,6 +127,23 @@ def test_a_batch_of_nothing_is_refused(
         main([command, str(recipe), "--out", "out", *more, "--max-rows", batch])
     assert caught.value.code == 2
     assert f"--max-rows: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_a_recipe_without_heads_says_what_to_add(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", str(recipe), "--kind", "medusa", "--out", str(recipe.parent / "out")]) == 2
+    assert "says nothing of heads: add `heads: {distill: {}}`" in capsys.readouterr().err
+
+
+def test_pickled_heads_are_converted_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"0.0.linear.weight": torch.ones(4, 4), "0.0.linear.bias": torch.ones(4), "0.1.weight": torch.ones(9, 4)}
+    torch.save(state, tmp_path / "medusa_lm_head.pt")
+    out = tmp_path / "made" / "heads.safetensors"
+    assert main(["convert-heads", str(tmp_path / "medusa_lm_head.pt"), "--out", str(out)]) == 0
+    found = load_file(out)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    torch.save({"x": 1}, tmp_path / "no.pt")
+    assert main(["convert-heads", str(tmp_path / "no.pt"), "--out", str(out)]) == 2
+    assert "no table of tensors by name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["pair", "distill", "scorer", "calibrate", "quantize"])

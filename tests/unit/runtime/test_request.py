@@ -99,7 +99,8 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 def test_methods() -> None:
     assert METHODS == (
-        "autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative", "premium", "balanced", "turbo",
+        "autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative",
+        "premium", "balanced", "turbo",
     )  # fmt: skip
     trees = {name: policy_for(name, {}) for name in ("specinfer", "eagle")}
     assert all(policy.lossless and not policy.is_chain for policy in trees.values())
@@ -108,6 +109,7 @@ def test_methods() -> None:
     assert policy_for("autoregressive", {}).max_pending == 0
     for k in (1, 5, 32):
         assert policy_for("speculative", {}, k) == Policy(accept_below=0, verify_above=1, risk_budget=1, max_pending=k)
+    assert policy_for("medusa", {}).drafter == "heads" and policy_for("medusa", {}).lossless
     assert policy_for("turbo", {"premium": PREMIUM, "turbo": TURBO}) is TURBO
 
 
@@ -126,7 +128,10 @@ def test_speculative_needs_a_token(k: int) -> None:
 
 
 def test_unknown_method() -> None:
-    known = "autoregressive, lookahead, prompt-lookup, suffix, specinfer, eagle, speculative, premium, balanced, turbo"
+    known = (
+        "autoregressive, lookahead, prompt-lookup, suffix, medusa, specinfer, eagle, speculative, premium, balanced, "
+        "turbo"
+    )
     with pytest.raises(RequestError, match=f"unknown method 'Premium'; known: {known}"):
         policy_for("Premium", {"Premium": PREMIUM})
 

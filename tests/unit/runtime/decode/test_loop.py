@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import random_draft, tiny_decoder, tiny_ids
 
-from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
+from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
@@ -34,7 +34,9 @@ TIERS = {
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
 MODEL_FREE = ("prompt-lookup", "suffix", "lookahead")
-METHODS = ("autoregressive", *MODEL_FREE, "speculative", *TIERS)
+KEEP_NOTHING = ("autoregressive", *MODEL_FREE, "medusa")
+"""Methods for which the target alone keeps something of a prompt."""
+METHODS = (*KEEP_NOTHING, "speculative", *TIERS)
 KINDS = ("standalone", "conditioned")
 MAX_LENGTH = 64
 CHUNK = 3
@@ -53,6 +55,7 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int) -> LLM:
         tiers=TIERS,
         max_length=MAX_LENGTH,
         prefill_chunk=prefill_chunk,
+        heads=FakeHeads(target, noise=0.5),
     )
 
 
@@ -229,7 +232,7 @@ def test_any_order_of_arrivals_and_departures(seed: int) -> None:
         assert cache_bytes or not play.ended[index].counters.cached_tokens
 
 
-@pytest.mark.parametrize("method", ["autoregressive", *MODEL_FREE, "speculative"])
+@pytest.mark.parametrize("method", [*KEEP_NOTHING, "speculative"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_decodes_gains_tokens_in_every_round_while_a_long_prompt_joins(kind: str, method: str) -> None:
     """And who joins needs no more rounds than its prompt has chunks."""
@@ -475,7 +478,7 @@ def cached(play: Play) -> list[int]:
 
 
 @pytest.mark.parametrize("busy", range(3))
-@pytest.mark.parametrize("method", ["autoregressive", *MODEL_FREE, "speculative", "turbo"])
+@pytest.mark.parametrize("method", [*KEEP_NOTHING, "speculative", "turbo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_that_was_computed_before_is_not_computed_again(kind: str, method: str, busy: int) -> None:
     """In any row of the cache, also while rows before it leave."""
@@ -523,10 +526,8 @@ def test_what_is_cached_is_the_longest_beginning_of_those_before(kind: str, chun
     for i in range(40):
         prompt_ids = tuple(rng.choice((3, 3, 4)) for _ in range(rng.randint(1, 20)))
         method, temperature = rng.choice(("autoregressive", *METHODS)), rng.choice((0.0, 0.9))
-        drafts = method not in ("autoregressive", *MODEL_FREE)  # the target alone keeps something
-        before = [
-            each.prompt_ids for each in play.requests if (each.method not in ("autoregressive", *MODEL_FREE)) == drafts
-        ]
+        drafts = method not in KEEP_NOTHING
+        before = [each.prompt_ids for each in play.requests if (each.method not in KEEP_NOTHING) == drafts]
         common = [
             next(
                 (n for n, (a, b) in enumerate(zip(prompt_ids, other, strict=False)) if a != b),

@@ -14,7 +14,7 @@ from chi_square import p_value
 from drive import start
 from torch import Tensor
 
-from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
+from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import choice
@@ -85,6 +85,7 @@ def make_llm(
         tiers=tiers,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
+        heads=FakeHeads(target, noise=0.5),
     )
 
 
@@ -547,7 +548,8 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
-            "unknown method 'fast'; known: autoregressive, lookahead, prompt-lookup, suffix, specinfer, eagle, speculative, premium",
+            "unknown method 'fast'; known: autoregressive, lookahead, prompt-lookup, suffix, medusa, specinfer, eagle, "
+            "speculative, premium",
         ),
     ]
     for request, message in refused:
@@ -560,7 +562,7 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
 
 def test_a_row_that_cannot_run_does_not_begin() -> None:
     llm = make_llm(max_length=20)
-    batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length)
+    batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length, heads=llm.heads)
     row = Row(SamplingParams(max_tokens=19), LOSSLESS["turbo"], lambda _: False, Counters())
     with pytest.raises(RequestError, match="max_tokens 19 exceed the cache of 20"):
         batch.begin((1, 2), row)
@@ -823,8 +825,8 @@ def test_a_seed_gives_the_same_text_with_every_lossless_method(kind: str, token_
             "tiers": LOSSY,
         }
         plain = visible(run(make_llm(**options), [Request((1, 2), "autoregressive", params)])[0])
-        methods = ["speculative", "premium", "turbo", "autoregressive", *MODEL_FREE]
-        outputs = run(make_llm(max_batch=7, **options), [Request((1, 2), method, params, 4) for method in methods])
+        methods = ["speculative", "premium", "turbo", "autoregressive", *MODEL_FREE, "medusa"]
+        outputs = run(make_llm(max_batch=8, **options), [Request((1, 2), method, params, 4) for method in methods])
         for method, output in zip(methods, outputs, strict=True):
             if method != "turbo":
                 assert visible(output) == plain
@@ -872,7 +874,7 @@ def sampled_p_value(llm: LLM, method: str, k: int, params: SamplingParams, count
     expected = exact_distribution(target_of(llm), prompt_ids, params)
     counts = dict.fromkeys(expected, 0)
     for first in range(0, count, llm.target.max_batch):
-        batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length)
+        batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length, heads=llm.heads)
         seeds = range(first, min(first + llm.target.max_batch, count))
         rows = [Row(replace(params, seed=seed), policy, lambda _: False, Counters()) for seed in seeds]
         outputs = [[start(batch, prompt_ids, row)] for row in rows]
@@ -900,7 +902,7 @@ def small_llm(kind: str, **options: Any) -> LLM:
         # The draft cannot propose tokens 2 and 4: they come of rejections and bonus rows alone.
         ("conditioned", "speculative", 2, [3, 0, 1]),
         ("standalone", "premium", 5, None),
-        *(("standalone", method, 0, None) for method in MODEL_FREE),
+        *(("standalone", method, 0, None) for method in (*MODEL_FREE, "medusa")),
     ],
 )
 def test_sampled_output_has_the_target_distribution(

@@ -21,7 +21,7 @@ MODEL_FREE = ("autoregressive", "lookahead", "prompt-lookup", "suffix")
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("precisions")
-    build(write_recipe(folder), folder / "bundle")
+    build(write_recipe(folder, heads=True), folder / "bundle")
     return folder / "bundle"
 
 

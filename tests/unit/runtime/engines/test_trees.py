@@ -10,10 +10,10 @@ import torch
 from interpreted import LIMITS, interpreted_draft, interpreted_target
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
 from torch import Tensor
-from trees import branches, path_to, random_parents
+from trees import branches, int32, logits_of_chain, path_to, random_parents, run
 
 from ssv.runtime.engines import kv_cache
-from ssv.runtime.engines.contract import Branches, Engine, EngineError, StepOutput
+from ssv.runtime.engines.contract import Branches, Engine, EngineError
 from ssv.runtime.engines.torch_engine import draft_engine, target_engine
 
 ODD = {"hidden_size": 90, "num_heads": 9, "num_kv_heads": 3, "head_dim": 10, "intermediate_size": 101}
@@ -30,26 +30,6 @@ def fp32_target(**shape: Any) -> Engine:
 
 def network_target(**shape: Any) -> Engine:
     return interpreted_target(tiny_decoder(**shape), torch.float32)
-
-
-def int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def run(engine: Engine, ids_BT: Tensor, first_slot: list[int], **options: Any) -> StepOutput:
-    """A step that gathers every token that is no padding."""
-    batch, tokens = ids_BT.shape
-    counts = options["count_B"].tolist() if options.get("count_B") is not None else [tokens] * batch
-    rows = [b * tokens + t for b in range(batch) for t in range(counts[b])]
-    return engine.step(ids_BT, int32(first_slot), torch.tensor(rows), **options)
-
-
-def logits_of_chain(engine: Engine, prompt: Tensor, tokens: list[int]) -> Tensor:
-    """Logits after prompt and tokens, which are decoded one by one."""
-    run(engine, prompt[None], [0])
-    for i, token in enumerate(tokens):
-        out = run(engine, torch.tensor([[token]]), [len(prompt) + i])
-    return out.logits_RV[0]
 
 
 ENGINES: dict[str, tuple[Callable[..., Engine], float]] = {

@@ -53,11 +53,12 @@ def tier(accept_below: float, bound: float | None = None) -> TierEntry:
 TIERS = {"premium": tier(0.0), "balanced": tier(0.1, 0.02), "turbo": tier(0.2, 0.1)}
 
 
-def make(limits: Limits = LIMITS, tiers: dict[str, TierEntry] = TIERS) -> Intake:
+def make(limits: Limits = LIMITS, tiers: dict[str, TierEntry] = TIERS, heads: bool = True) -> Intake:
     manifest = Manifest(
         name="m",
         target={"vocab_size": VOCAB_SIZE},
         draft={},
+        heads={"num_heads": 5} if heads else None,
         eos_token_ids=EOS_IDS,
         default_precision="fp32",
         tiers=tiers,
@@ -457,6 +458,11 @@ def test_half_a_surrogate_in_messages_is_refused(field: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_asked_for(method: str) -> None:
     assert prepare(ssv_tier=method)[1].method == method
+
+
+def test_medusa_of_a_bundle_without_heads() -> None:
+    with pytest.raises(RequestError, match="ssv_tier 'medusa' needs Medusa's heads, which this bundle has not"):
+        make(heads=False).prepare(tensors({"text_input": "hello", "ssv_tier": "medusa"}))
 
 
 @pytest.mark.parametrize(

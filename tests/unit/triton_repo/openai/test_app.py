@@ -326,7 +326,18 @@ def test_tiers_that_contradict_or_do_not_exist_are_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("model", ["huge", "tiny:", "tiny:balanced", "tiny:nonsense", "tiny2", "", "turbo"])
+def test_medusa_is_a_method_of_a_bundle_with_heads() -> None:
+    assert "medusa" not in MODELS.methods
+    with_heads = Models("tiny", ("premium",), 1, has_heads=True)
+    without = Models("tiny", ("premium",), 1).methods
+    assert "medusa" in with_heads.methods
+    assert tuple(method for method in with_heads.methods if method != "medusa") == without
+    assert with_heads.method_of("tiny:medusa") == "medusa"
+
+
+@pytest.mark.parametrize(
+    "model", ["huge", "tiny:medusa", "tiny:", "tiny:balanced", "tiny:nonsense", "tiny2", "", "turbo"]
+)
 def test_a_model_that_is_not_there_is_404(model: str) -> None:
     backend = FakeBackend()
     error = error_of(chat(backend, model=model), 404)

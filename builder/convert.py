@@ -1,0 +1,39 @@
+"""Makes safetensors files of what others pickled, without running what a pickle may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssv.model.checkpoint import CheckpointError
+from ssv.model.heads import from_published
+from ssv.support.files import save_whole
+
+
+def convert_heads(source: Path, out: Path) -> None:
+    """Makes a safetensors file, which `load_heads` reads, of a file of Medusa's heads that `torch.save` made.
+
+    torch reads it with its unpickler for weights alone, which makes tensors and containers of them and calls nothing
+    else.
+
+    Raises:
+        CheckpointError: not there, damaged, more than tensors, or no heads.
+    """
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{source} does not exist") from error
+    except Exception as error:  # whatever the unpickler makes of it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{source} is damaged or holds more than tensors, and is not read ({reason})",
+            "ask its authors for a safetensors file",
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise CheckpointError(f"{source} is no table of tensors by name, as Medusa's heads are")
+    from_published(state, source)
+    save_whole({name: value.contiguous().clone() for name, value in state.items()}, out, metadata={"format": "pt"})
