@@ -38,7 +38,8 @@ from ssv.support.waiting import Say, say_nothing
 GPU_PREFILL_CHUNK = 512
 
 CPU_PASS_TOKENS = 8
-"""On two cores a target pass of eight tokens costs 1.5 times one of a single token, and each further one a twelfth of it."""
+"""On two cores a target pass of eight tokens costs 1.5 times one of a single token, and each further one a twelfth of
+it."""
 
 
 class LLM:
@@ -98,15 +99,17 @@ class LLM:
         """Loads a bundle.
 
         Args:
-            engine: `tensorrt` for the bundle's compiled engines, on this machine's GPU; max_batch must not exceed theirs, max_length is cut
-                to it.
-            precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is compiled.
+            engine: `tensorrt` for the bundle's compiled engines, on this machine's GPU; max_batch must not exceed
+                theirs, max_length is cut to it.
+            precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is
+                compiled.
             max_length: tokens of prompt and output together; cut to what the model has positions for.
             prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
-            threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8 follows while it
-                decodes. `OMP_NUM_THREADS`, or another number than torch's own set before, is kept.
+            threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8
+                follows while it decodes. `OMP_NUM_THREADS`, or another number than torch's own set before, is kept.
             verify: check the hash of every file that is loaded first.
-            verified: files that another process has checked (see `verify_files`): those not touched since are not hashed again.
+            verified: files that another process has checked (see `verify_files`): those not touched since are not
+                hashed again.
             say: called with what is being done.
 
         Raises:

@@ -1,4 +1,5 @@
-"""The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decode.round`) runs them all, mixed in one batch."""
+"""The ways to decode, by name. Each is a `Policy`; one loop (`ssv.runtime.decode.round`) runs them all, mixed in one
+batch."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from ssv.bundle.policy import Policy
 from ssv.runtime.request import Request, RequestError
 
 TIERS = ("premium", "balanced", "turbo")
-"""Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are judged and when."""
+"""Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are
+judged and when."""
 
 BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative")
 """What a bundle can be decoded by beside its tiers, lossless."""
@@ -25,7 +27,8 @@ AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max
 PROMPT_LOOKUP = Policy(
     drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10, pays=True
 )
-"""What followed the same words before is proposed, at most as many tokens as its author does; no draft model is asked."""
+"""What followed the same words before is proposed, at most as many tokens as its author does; no draft model is
+asked."""
 
 SUFFIX = Policy(
     drafter="suffix",
@@ -37,8 +40,8 @@ SUFFIX = Policy(
     beam=32,
     pays=True,
 )
-"""The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose probability is below
-0.1, so no node can have more than ten children."""
+"""The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose
+probability is below 0.1, so no node can have more than ten children."""
 
 LOOKAHEAD = Policy(
     drafter="lookahead",
@@ -61,20 +64,22 @@ MEDUSA = Policy(
     children=(10,),
     beam=10,
 )
-"""Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten likeliest tokens of each
-head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are likeliest after the text at hand."""
+"""Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten
+likeliest tokens of each head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are
+likeliest after the text at hand."""
 
 SPECINFER = Policy(
     accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=20, children=(1, 1, 3, 1), beam=3, max_depth=8
 )
-"""A static expansion tree: one guess after another, but three for the third token, each continued to a depth of eight (SpecInfer, Miao et al.
-2023, arXiv:2305.09781: the expansion <1, 1, 3, 1, 1, 1, 1, 1>), by the bundle's draft and this project's verdict."""
+"""A static expansion tree: one guess after another, but three for the third token, each continued to a depth of eight
+(SpecInfer, Miao et al. 2023, arXiv:2305.09781: the expansion <1, 1, 3, 1, 1, 1, 1, 1>), by the bundle's draft and this
+project's verdict."""
 
 EAGLE = Policy(
     accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=60, children=(10,), beam=10, max_depth=7
 )
-"""A dynamic tree of a fixed size: the ten best nodes of each level get ten children each, and the 60 best of all are verified (EAGLE-2, Li et
-al. 2024, arXiv:2406.16858: 60 tokens, depth 7, top 10)."""
+"""A dynamic tree of a fixed size: the ten best nodes of each level get ten children each, and the 60 best of all are
+verified (EAGLE-2, Li et al. 2024, arXiv:2406.16858: 60 tokens, depth 7, top 10)."""
 
 PREMIUM = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=32, children=(4,), beam=8, pays=True)
 """Lossless, and never slower: the tree that saves most at what steps cost here, none where none does."""
@@ -132,7 +137,8 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
 
 
 def speculative(num_draft_tokens: int) -> Policy:
-    """Speculative decoding with a fixed number of drafted tokens, all of them judged (Leviathan et al. 2023, arXiv:2211.17192).
+    """Speculative decoding with a fixed number of drafted tokens, all of them judged (Leviathan et al. 2023,
+    arXiv:2211.17192).
 
     Raises:
         RequestError: fewer than one.

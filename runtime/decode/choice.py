@@ -16,7 +16,8 @@ from ssv.runtime.decode.sampling import Sampling, choose, ranked, without_tokens
 from ssv.runtime.engines.contract import EngineError
 
 At = Sequence[tuple[int, int]]
-"""Of each row of logits, the row in use that it belongs to, and the tokens of the current round before the one that is chosen."""
+"""Of each row of logits, the row in use that it belongs to, and the tokens of the current round before the one that is
+chosen."""
 
 
 def choices(
@@ -45,7 +46,8 @@ def choices(
 def ranking(
     rows: Sequence[Row], logits_RV: Tensor, at: At, eos: Tensor, count: int, ids_V: Tensor | None = None
 ) -> list[tuple[list[int], list[float]]]:
-    """The tokens that each row of logits chooses first, second and so on, and their shares (see `ranked`); arguments as for `choices`.
+    """The tokens that each row of logits chooses first, second and so on, and their shares (see `ranked`); arguments as
+    for `choices`.
 
     A row has `count` of them, or as many as it can choose from; a single -1 where the logits are no distribution.
     """

@@ -1,11 +1,13 @@
-"""One round over the rows of a batch: draft, pass, verdict, commit. All methods are policies of this one loop, mixed in one batch.
+"""One round over the rows of a batch: draft, pass, verdict, commit. All methods are policies of this one loop, mixed in
+one batch.
 
-A round drafts a tree in every row, then runs one pass over every token that the target has not seen: the last of the text, which is the
-tree's root, and the tree. The verdict walks from the root along the target's own choices, and the path that it finds becomes text. So
-the target's cache is exact. What is sparse is how often a pass runs, and which rows of it reach the LM head and are judged.
+A round drafts a tree in every row, then runs one pass over every token that the target has not seen: the last of the
+text, which is the tree's root, and the tree. The verdict walks from the root along the target's own choices, and the
+path that it finds becomes text. So the target's cache is exact. What is sparse is how often a pass runs, and which rows
+of it reach the LM head and are judged.
 
-The engines may be anywhere; control is on the CPU, in plain numbers: after a step that has read all of a model's weights, the code of each
-further tensor operation has to come from memory again.
+The engines may be anywhere; control is on the CPU, in plain numbers: after a step that has read all of a model's
+weights, the code of each further tensor operation has to come from memory again.
 
 Shapes: B rows in use, T tokens of a step, R gathered rows, V vocab, F features.
 """
@@ -238,8 +240,8 @@ class DecodeBatch:
             )
         if policy.max_pending > MAX_PENDING:
             raise RequestError(
-                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's max_pending): "
-                f"at most {MAX_PENDING} can"
+                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's "
+                f"max_pending): at most {MAX_PENDING} can"
             )
         if not policy.max_pending:
             return
@@ -324,7 +326,8 @@ class DecodeBatch:
                 drafter.move_joining(source, dest, done)
 
     def _restore(self, joining: _Joining) -> None:
-        """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to give logits."""
+        """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to
+        give logits."""
         if self.prompt_cache is None:
             return
         b, drafter = len(self.rows), self._caching(joining.row)

@@ -1,9 +1,10 @@
-"""Which drafted tokens are judged, when the target is asked, and what its choices say of them: pure functions on plain numbers, which cost
-less than the calls of as many tensor operations.
+"""Which drafted tokens are judged, when the target is asked, and what its choices say of them: pure functions on plain
+numbers, which cost less than the calls of as many tensor operations.
 
 Shapes: N nodes of a row's tree, J = N + 1 rows of the target.
 
-Target row 0 of a pass is the root's and gives the token after the text; row n + 1 is node n's and gives the token after it.
+Target row 0 of a pass is the root's and gives the token after the text; row n + 1 is node n's and gives the token after
+it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def asks_for_pass(risks: Sequence[float], policy: Policy, max_pending: int) -> b
 
 
 def judged_rows(tree: Tree, accept_below: float) -> list[bool]:
-    """Which of a pass's J rows are judged: all but those whose next token is trusted. Trusted are nodes of the first path alone."""
+    """Which of a pass's J rows are judged: all but those whose next token is trusted. Trusted are nodes of the first
+    path alone."""
     judged = [True] * (len(tree) + 1)
     for node in tree.first_path:
         if tree.risks[node] < accept_below:

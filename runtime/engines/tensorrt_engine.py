@@ -267,7 +267,8 @@ def check_entry(bundle: Path, manifest: Manifest, entry: EngineEntry, version: s
     rebuild = (
         f"build it again with `ssv-build compile --role {entry.role} --precision {entry.precision} "
         f"--flavor {entry.flavor} --compute-capability {capability} --max-rows {entry.max_batch} "
-        f"--max-length {entry.max_length} --max-pending {entry.max_pending} --prefill-chunk {entry.prefill_chunk}{quantized}{without} --bundle {bundle}`"
+        f"--max-length {entry.max_length} --max-pending {entry.max_pending} "
+        f"--prefill-chunk {entry.prefill_chunk}{quantized}{without} --bundle {bundle}`"
     )
     plan = bundle / entry.file
     if entry.tensorrt != version:

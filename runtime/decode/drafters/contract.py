@@ -51,13 +51,14 @@ class Drafter:
         """The target has run a pass over row `b` and kept a path of its tree; the row's text does not have it yet.
 
         Args:
-            chosen: the target's tokens after root and nodes, as far as these were judged: all of them where nothing is trusted. Some may be
-                -1, of logits that were no distribution.
+            chosen: the target's tokens after root and nodes, as far as these were judged: all of them where nothing is
+                trusted. Some may be -1, of logits that were no distribution.
             features_TF: of root and nodes, of a target that was asked for them.
         """
 
     def see(self, b: int, hidden_H: Tensor) -> None:
-        """Takes the target's hidden state, before its final norm, of the token after which it chose the last of row `b`'s text."""
+        """Takes the target's hidden state, before its final norm, of the token after which it chose the last of row
+        `b`'s text."""
 
     def move(self, source: int, dest: int, row: Row) -> None:
         """A row that is in use takes another place."""

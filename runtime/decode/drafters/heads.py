@@ -28,7 +28,8 @@ _FREE = Curve(tokens=(1, 2), seconds=(1e-9, 1e-9))
 
 
 class HeadsDrafter(Drafter):
-    """Proposes trees of the heads' likeliest tokens, in the shape that each row's policy says, no deeper than there are heads."""
+    """Proposes trees of the heads' likeliest tokens, in the shape that each row's policy says, no deeper than there are
+    heads."""
 
     needs_hidden = True
 

@@ -1,8 +1,10 @@
 """A draft model proposes a tree, a level at a time, each node with the scorer's probability that the target rejects it.
 
-Every branch is continued from its own tokens: the nodes of a level that get children are one step of the draft, each behind its ancestors.
+Every branch is continued from its own tokens: the nodes of a level that get children are one step of the draft, each
+behind its ancestors.
 
-Conditioned drafts take the target's features (EAGLE-3, Li et al. 2025, arXiv:2503.01840); standalone ones are language models of their own.
+Conditioned drafts take the target's features (EAGLE-3, Li et al. 2025, arXiv:2503.01840); standalone ones are language
+models of their own.
 
 Shapes: B rows in use, T tokens of a step, R gathered rows, F features.
 """
@@ -183,7 +185,8 @@ class ModelDrafter(Drafter):
         self.engine.move_row(source, dest, max(done - self._offset, 0))
 
     def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
-        """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are padding."""
+        """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are
+        padding."""
         starts = [row.draft_length for row in rows]
         counts = [
             len(row.tokens) - self._offset - row.draft_length if b in drafting else 0 for b, row in enumerate(rows)
@@ -259,7 +262,8 @@ class ModelDrafter(Drafter):
         ]
 
     def guess_of(self, b: int, node: int) -> tuple[int, float]:
-        """Which guess for its place a node of row `b`'s tree was, the first being 0, and the share that it was given."""
+        """Which guess for its place a node of row `b`'s tree was, the first being 0, and the share that it was
+        given."""
         growth = self._growing[b].growth
         own = growth.candidate_of[node]
         parent = growth.candidates[own].parent
@@ -267,7 +271,8 @@ class ModelDrafter(Drafter):
         return rank, growth.candidates[own].guess.share
 
     def _fill(self, b: int, row: Row, text: Sequence[int]) -> None:
-        """Makes the entries of a row that has not drafted for long: a step is no wider than what any row has room for."""
+        """Makes the entries of a row that has not drafted for long: a step is no wider than what any row has room
+        for."""
         start, stop = row.draft_length, len(text) - self._offset
         features_1TF = None
         if self._features_BTF is not None:
@@ -331,9 +336,11 @@ class _Growing:
 def _shared(
     tokens: Sequence[int], shares: Sequence[float], reject_prob: float | None, greedy: bool, survival: Survival
 ) -> list[Guess]:
-    """Guesses of tokens whose shares the draft says; the scorer corrects what it says of the first, the others share what is left.
+    """Guesses of tokens whose shares the draft says; the scorer corrects what it says of the first, the others share
+    what is left.
 
-    Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand. All are corrected then by what came
+    Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand. All are corrected
+        then by what came
     true of such shares before.
     """
     first = 1 - reject_prob if reject_prob is not None and greedy else shares[0]

@@ -519,7 +519,8 @@ def test_whole_blocks_but_for_the_last_token_come_from_the_cache(kind: str, leng
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_cached_is_the_longest_beginning_of_those_before(kind: str, chunk: int) -> None:
-    """Prompts of few different tokens, with and without draft, side by side; those with a draft find what those with one have left."""
+    """Prompts of few different tokens, with and without draft, side by side; those with a draft find what those with
+    one have left."""
     rng = random.Random(chunk)
     play = Play(kind, chunk=chunk, prompt_cache_bytes=10**6)
     expected = []
@@ -582,7 +583,8 @@ def test_chunks_of_a_request_that_left_are_kept() -> None:
 @pytest.mark.parametrize(
     ("kind", "method", "num_bytes"),
     [
-        # int64 token ids, of the draft with two features each; a conditioned draft runs one entry behind, and keeps one feature.
+        # int64 token ids, of the draft with two features each; a conditioned draft runs one entry behind, and keeps one
+        # feature.
         (None, "autoregressive", 6 * 8),
         ("standalone", "autoregressive", 6 * 8),
         ("standalone", "speculative", 6 * 8 + 6 * 24),

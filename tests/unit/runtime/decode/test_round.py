@@ -869,7 +869,8 @@ def exact_distribution(
 
 
 def sampled_p_value(llm: LLM, method: str, k: int, params: SamplingParams, count: int) -> float:
-    """Of rows that all join before the first round: the loop lets one join a round, and would run few of them side by side."""
+    """Of rows that all join before the first round: the loop lets one join a round, and would run few of them side by
+    side."""
     prompt_ids, policy = (3,), policy_for(method, llm.tiers, k)
     expected = exact_distribution(target_of(llm), prompt_ids, params)
     counts = dict.fromkeys(expected, 0)
@@ -942,7 +943,8 @@ def test_fake_states_do_not_collide() -> None:
 
 
 def damaged(where: str) -> LLM:
-    """Engines of which one gives logits that are not numbers: the target for the first token or from then on, or the draft."""
+    """Engines of which one gives logits that are not numbers: the target for the first token or from then on, or the
+    draft."""
     llm = make_llm(agreement=1.0, max_batch=2)
     target, draft = target_of(llm), draft_of(llm)
     if where == "draft":
