@@ -1,0 +1,83 @@
+"""How many tokens does a target pass give, by the shape of what is drafted?
+
+Counts, no times: they do not depend on the machine.
+
+Each shape is a policy over the bundle's draft, lossless; outputs are compared with plain decoding's.
+
+    python benchmarks/trees.py --bundle bundles/smollm2-135m --out benchmarks/records/trees.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ssv import LLM, Policy, Request, SamplingParams
+from ssv.runtime.counters import Counters
+from ssv.runtime.methods import EAGLE, SPECINFER
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
+
+ROOT = Path(__file__).parents[1]
+
+
+def shape(nodes: int, **settings: Any) -> Policy:
+    """A policy that drafts so many nodes and verifies them all."""
+    return Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=nodes, **settings)
+
+
+SHAPES = {
+    "chain of 5": shape(5),
+    "tree of 8": shape(8, children=(4,), beam=4, max_depth=6),
+    "tree of 16": shape(16, children=(6,), beam=6, max_depth=7),
+    "tree of 32": shape(32, children=(8,), beam=8, max_depth=8),
+    "specinfer": SPECINFER,
+    "eagle": EAGLE,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="(default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0.0)")
+    parser.add_argument("--precision", help="(default: the bundle's)")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    llm = LLM.load(args.bundle, precision=args.precision)
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)[: args.num_prompts]]
+    params = [
+        SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=i) for i in range(len(prompts))
+    ]
+    plain = [
+        llm.generate([Request(ids, "autoregressive", p)])[0].token_ids for ids, p in zip(prompts, params, strict=True)
+    ]
+    figures: dict[str, dict[str, float]] = {}
+    for name, policy in SHAPES.items():
+        outputs = [
+            llm.generate([Request(ids, name, p, policy=policy)])[0] for ids, p in zip(prompts, params, strict=True)
+        ]
+        counters = sum((output.counters for output in outputs), Counters(requests=0))
+        figures[name] = {
+            "tokens_per_pass": round(counters.tokens_per_pass, 3),
+            "drafted_per_pass": round(counters.drafted / counters.target_passes, 2),
+            "identical": sum(o.token_ids == p for o, p in zip(outputs, plain, strict=True)) / len(plain),
+        }
+        print(name, figures[name], file=sys.stderr)
+    settings = {
+        "prompts": args.prompts.name,
+        "num_prompts": len(prompts),
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "precision": args.precision or "the bundle's",
+    }
+    write_record({**settings, "shapes": figures}, args.out, versions("torch", "transformers"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
