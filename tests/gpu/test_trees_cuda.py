@@ -13,13 +13,13 @@ import torch
 from tiny import random_draft, random_heads, relative_error, tiny_decoder, tiny_ids
 from trees import branches, int32, logits_of_chain, path_to, random_parents, run
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.model.scorer import Scorer
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, heads_engine, target_engine
 from ssv.runtime.methods import AUTOREGRESSIVE, MEDUSA
-from ssv.runtime.request import MAX_PENDING, Request, SamplingParams
+from ssv.runtime.request import Request, SamplingParams
 
 DEVICE = "cuda"
 SIZES: dict[str, Any] = {"max_batch": 3, "max_length": 128, "device": DEVICE}

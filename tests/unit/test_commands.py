@@ -154,7 +154,7 @@ def test_no_mistake_of_a_user_shows_a_traceback(
 BUGS = [
     ("ssv-build", "builder.cli._recipe", ["pair", "r.yaml", "--out", "o"]),
     ("ssv-generate", "client.cli._prompt", ["hi", "--bundle", "b"]),
-    ("ssv-bench", "ab.bench._methods", ["--bundle", "b", "--prompts", "p"]),
+    ("ssv-bench", "ab.bench._methods", ["--bundle", "b", "--prompts", "p", "--methods", "premium"]),
     ("ssv-ab", "ab.cli.parse_arm", [*RUN, "p"]),
     ("ssv-serve", "triton_repo.serve.check_options", ["--bundle", "b"]),
     ("openai", "triton_repo.openai.app._check", ["--url", "grpc://h:1", "--bundle", "b", "--port", "0"]),

@@ -18,6 +18,7 @@ from ssv.builder.training import heads as training
 from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
 from ssv.builder.training.heads import HeadsResult, distill_heads, measure_heads
 from ssv.model.heads import heads_spec, load_heads, start_heads
+from ssv.support.errors import UserError
 from ssv.support.progress import silent
 
 END = 5
@@ -106,7 +107,7 @@ def test_restart_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_work_of_another_configuration_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ValueError, match="holds the state of another distillation"):
+    with pytest.raises(UserError, match="holds the state of another distillation"):
         run(tmp_path, num_heads=2)
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.drafters.heads import HeadsDrafter
 from ssv.runtime.decode.row import Row
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import MEDUSA
-from ssv.runtime.request import MAX_PENDING, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Output, Request, RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 
