@@ -29,12 +29,13 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=200, help="(default: 200)")
     parser.add_argument("--max-tokens", type=int, default=32, help="(default: 32)")
     parser.add_argument("--rows", type=int, default=8, help="decoded side by side (default: 8)")
-    parser.add_argument("--methods", help="comma-separated (default: all that are lossless)")
+    parser.add_argument("--methods", help="comma-separated (default: all of the bundle that are lossless)")
     parser.add_argument("--precision", help="(default: the bundle's)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     llm = LLM.load(args.bundle, precision=args.precision, max_batch=args.rows)
-    known = [method for method in METHODS if method in (args.methods or ",".join(METHODS)).split(",")]
+    wanted = llm.methods if args.methods is None else args.methods.split(",")
+    known = [method for method in METHODS if method in wanted]
     lossless = [m for m in known if m != "autoregressive" and policy_for(m, llm.tiers).lossless]
     lossy = [tier for tier, policy in llm.tiers.items() if not policy.lossless]
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)]
