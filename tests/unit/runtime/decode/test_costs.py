@@ -81,7 +81,7 @@ def test_costs_are_measured_at_all_sizes() -> None:
     costs = measure(target, draft, repeats=2)
     assert (costs.target.tokens, costs.draft.tokens) == (PASS_SIZES, DRAFT_SIZES)
     assert sorted({call.tokens for call in target.calls[1:]}) == list(PASS_SIZES)
-    assert len(draft.calls) == 1 + 2 * (len(DRAFT_SIZES) + 2)
+    assert len(draft.calls) == 1 + 2 * 2 * (len(DRAFT_SIZES) + 2)
     assert costs.text >= 0
 
 
