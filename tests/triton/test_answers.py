@@ -14,7 +14,7 @@ from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Output, Request, SamplingParams
 
-LOSSLESS = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "speculative", "premium")
+LOSSLESS = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "speculative", "premium")
 QUESTION = "Explain how rainbows form."
 
 
