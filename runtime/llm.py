@@ -15,7 +15,7 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import load_draft, load_draft_head
 from ssv.model.heads import load_heads
 from ssv.model.scorer import load_scorer
-from ssv.runtime.decode.costs import measure, place
+from ssv.runtime.decode.costs import SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
@@ -190,7 +190,7 @@ class LLM:
         if key in manifest.profiles or not any(policy.pays for policy in manifest.policies.values()):
             return manifest.profiles.get(key)
         say(f"measuring what steps cost here: the bundle has no profile of {key}, `ssv-build profile` gives it one")
-        return measure(target, draft)
+        return measure(target, draft, pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD)
 
     @classmethod
     def _load_tensorrt(

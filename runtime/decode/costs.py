@@ -103,6 +103,9 @@ def _hoped(survival: float, further: float) -> float:
 
 PASS_SIZES = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_SIZES = (1, 2, 4, 8, 16)
+SIZES_AT_LOAD = (1, 4, 16)
+"""Of passes and of draft steps, where nobody waits for a profile: a fifth of a second on two CPU cores."""
+
 TEXT_SIZE = 16
 REPEATS = 3
 
@@ -110,7 +113,14 @@ _TEXT = 128
 """Tokens of a text before the steps that are measured."""
 
 
-def measure(target: Engine, draft: Engine, repeats: int = REPEATS) -> Costs:
+def measure(
+    target: Engine,
+    draft: Engine,
+    *,
+    pass_sizes: Sequence[int] = PASS_SIZES,
+    draft_sizes: Sequence[int] = DRAFT_SIZES,
+    repeats: int = REPEATS,
+) -> Costs:
     """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds
     to them."""
 
@@ -129,11 +139,11 @@ def measure(target: Engine, draft: Engine, repeats: int = REPEATS) -> Costs:
     def takes_in(tokens: int) -> None:
         _step(draft, _text(draft), tokens, gathered=1)
 
-    runs = [*(partial(passes, n) for n in PASS_SIZES), *(partial(drafts, n) for n in DRAFT_SIZES)]
+    runs = [*(partial(passes, n) for n in pass_sizes), *(partial(drafts, n) for n in draft_sizes)]
     found = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats)
-    passed, drafted, (one, many) = found[: len(PASS_SIZES)], found[len(PASS_SIZES) : -2], found[-2:]
+    passed, drafted, (one, many) = found[: len(pass_sizes)], found[len(pass_sizes) : -2], found[-2:]
     text = max(many - one, 0.0) / (TEXT_SIZE - 1)
-    return Costs(target=_curve(PASS_SIZES, passed), draft=_curve(DRAFT_SIZES, drafted), text=text)
+    return Costs(target=_curve(pass_sizes, passed), draft=_curve(draft_sizes, drafted), text=text)
 
 
 def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
