@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from ssv import LLM, Policy, Request, SamplingParams
+from ssv import LLM, Request, SamplingParams
+from ssv.bundle.policy import verify_all
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import EAGLE, SPECINFER
 from ssv.support.environment import versions, write_record
@@ -23,16 +23,11 @@ from ssv.support.prompts import read_prompts
 ROOT = Path(__file__).parents[1]
 
 
-def shape(nodes: int, **settings: Any) -> Policy:
-    """A policy that drafts so many nodes and verifies them all."""
-    return Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=nodes, **settings)
-
-
 SHAPES = {
-    "chain of 5": shape(5),
-    "tree of 8": shape(8, children=(4,), beam=4, max_depth=6),
-    "tree of 16": shape(16, children=(6,), beam=6, max_depth=7),
-    "tree of 32": shape(32, children=(8,), beam=8, max_depth=8),
+    "chain of 5": verify_all(5),
+    "tree of 8": verify_all(8, children=(4,), beam=4, max_depth=6),
+    "tree of 16": verify_all(16, children=(6,), beam=6, max_depth=7),
+    "tree of 32": verify_all(32, children=(8,), beam=8, max_depth=8),
     "specinfer": SPECINFER,
     "eagle": EAGLE,
 }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import verify_all
 from ssv.bundle.survival import Survival, log_odds
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.drafters.model import ModelDrafter
@@ -22,11 +22,8 @@ from ssv.runtime.request import SamplingParams
 RANKS = 4
 """Guesses of a token that are told apart; further ones are taken as the last of these."""
 
-PROBE = Policy(
-    accept_below=0.0,
-    verify_above=1.0,
-    risk_budget=1.0,
-    max_pending=24,
+PROBE = verify_all(
+    24,
     children=(RANKS,),
     beam=RANKS,
     max_depth=6,

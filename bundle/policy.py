@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -70,3 +70,12 @@ class Policy(Strict):
     def children_of(self, depth: int) -> int:
         """Most children of a node of a depth, the root's being 0."""
         return self.children[min(depth, len(self.children) - 1)]
+
+
+def verify_all(max_pending: int, **shape: Any) -> Policy:
+    """Drafts up to so many tokens, in whatever shape, and has the target judge each of them: lossless.
+
+    Args:
+        shape: further fields of a policy.
+    """
+    return Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=max_pending, **shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import Policy, verify_all
 from ssv.runtime.request import Request, RequestError
 
 TIERS = ("premium", "balanced", "turbo")
@@ -21,67 +21,35 @@ NEEDS_HEADS = ("medusa",)
 METHODS = (*BASELINES, *TIERS)
 """In the order of what they save, as a rule."""
 
-AUTOREGRESSIVE = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=0)
+AUTOREGRESSIVE = verify_all(0)
 """Plain decoding: the target makes every token. The baseline of every comparison."""
 
-PROMPT_LOOKUP = Policy(
-    drafter="prompt-lookup", accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=10, pays=True
-)
+PROMPT_LOOKUP = verify_all(10, drafter="prompt-lookup", pays=True)
 """What followed the same words before is proposed, at most as many tokens as its author does; no draft model is
 asked."""
 
-SUFFIX = Policy(
-    drafter="suffix",
-    accept_below=0.0,
-    verify_above=1.0,
-    risk_budget=1.0,
-    max_pending=32,
-    children=(10,),
-    beam=32,
-    pays=True,
-)
+SUFFIX = verify_all(32, drafter="suffix", children=(10,), beam=32, pays=True)
 """The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose
 probability is below 0.1, so no node can have more than ten children."""
 
-LOOKAHEAD = Policy(
-    drafter="lookahead",
-    accept_below=0.0,
-    verify_above=1.0,
-    risk_budget=1.0,
-    max_pending=55,
-    children=(7,),
-    beam=7,
-    max_depth=4,
-)
+LOOKAHEAD = verify_all(55, drafter="lookahead", children=(7,), beam=7, max_depth=4)
 """Window 7, n-grams of 5, 7 guesses: 27 tokens of the window and 28 of the guesses in each pass, beside the root."""
 
-MEDUSA = Policy(
-    drafter="heads",
-    accept_below=0.0,
-    verify_above=1.0,
-    risk_budget=1.0,
-    max_pending=63,
-    children=(10,),
-    beam=10,
-)
+MEDUSA = verify_all(63, drafter="heads", children=(10,), beam=10)
 """Medusa's heads propose a tree of their likeliest tokens, of the size that its authors use: 63 nodes, of the ten
 likeliest tokens of each head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are
 likeliest after the text at hand."""
 
-SPECINFER = Policy(
-    accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=20, children=(1, 1, 3, 1), beam=3, max_depth=8
-)
+SPECINFER = verify_all(20, children=(1, 1, 3, 1), beam=3, max_depth=8)
 """A static expansion tree: one guess after another, but three for the third token, each continued to a depth of eight
 (SpecInfer, Miao et al. 2023, arXiv:2305.09781: the expansion <1, 1, 3, 1, 1, 1, 1, 1>), by the bundle's draft and this
 project's verdict."""
 
-EAGLE = Policy(
-    accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=60, children=(10,), beam=10, max_depth=7
-)
+EAGLE = verify_all(60, children=(10,), beam=10, max_depth=7)
 """A dynamic tree of a fixed size: the ten best nodes of each level get ten children each, and the 60 best of all are
 verified (EAGLE-2, Li et al. 2024, arXiv:2406.16858: 60 tokens, depth 7, top 10)."""
 
-PREMIUM = Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=32, children=(4,), beam=8, pays=True)
+PREMIUM = verify_all(32, children=(4,), beam=8, pays=True)
 """Lossless, and never slower: the tree that saves most at what steps cost here, none where none does."""
 
 
@@ -145,4 +113,4 @@ def speculative(num_draft_tokens: int) -> Policy:
     """
     if num_draft_tokens < 1:
         raise RequestError(f"num_draft_tokens {num_draft_tokens}: speculative decoding drafts at least 1 token")
-    return Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=num_draft_tokens)
+    return verify_all(num_draft_tokens)

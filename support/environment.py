@@ -18,7 +18,7 @@ from ssv.support.files import write_whole
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, memory in GiB, and GPU if that is what runs."""
     facts: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -28,6 +28,15 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def cpu_model() -> str:
+    """The CPU's name, "unknown" where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -72,11 +81,3 @@ def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, 
 
 def _git(root: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

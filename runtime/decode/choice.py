@@ -52,7 +52,7 @@ def ranking(
     A row has `count` of them, or as many as it can choose from; a single -1 where the logits are no distribution.
     """
     index_RK, share_RK = ranked(_without_early_eos(rows, logits_RV, at, eos), _sampling(rows, at), count, ids_V)
-    token_RK = index_RK if ids_V is None else ids_V.cpu()[index_RK].where(index_RK >= 0, -1)
+    token_RK = index_RK if ids_V is None else ids_V[index_RK.to(ids_V.device)].cpu().where(index_RK >= 0, -1)
     found = []
     for tokens, shares in zip(token_RK.tolist(), share_RK.tolist(), strict=True):
         num = max(sum(token >= 0 for token in tokens), 1)

@@ -8,19 +8,18 @@ over its seconds are more than the whole's so far.
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode.sampling import Sampling, ranked
 from ssv.runtime.engines.contract import Engine, StepOutput
+from ssv.support.environment import cpu_model
 
 FIRST_GUESSES = (0.26, 0.45, 0.67, 0.9, 0.99)
 """What a first guess may turn out to be worth before it is drafted, each as likely as the others: shares of the demo's
@@ -182,12 +181,4 @@ def place(engine: str, precision: str, device: str, threads: int) -> str:
     most."""
     if torch.device(device).type == "cuda":
         return f"{engine} {precision} on {torch.cuda.get_device_name()}"
-    return f"{engine} {precision} on {_processor()} with {threads} threads"
-
-
-def _processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{engine} {precision} on {cpu_model()} with {threads} threads"

@@ -106,22 +106,24 @@ class Growth:
         going = [i for i in level if candidates[i].guess.token not in self._ends]
         best = sorted(going, key=lambda i: -candidates[i].survival)[:beam]
         if self._prices is not None:
-            survival = [candidates[i].survival for i in best]
-            best = best[: self._prices.worth_opening(self.kept(), survival, self._spent)]
+            kept, survival = self._survival(self._kept()), self._survival(best)
+            best = best[: self._prices.worth_opening(kept, survival, self._spent) if kept else 0]
         self._num_expanded += len(best)
         return sorted(best)
 
-    def kept(self) -> list[float]:
-        """Survival of the nodes that are kept of the candidates, the largest first."""
-        best = sorted((c.survival for c in self.candidates), reverse=True)[: self._limit]
-        return best if self._prices is None else best[: self._prices.worth_verifying(best)]
+    def _kept(self) -> list[int]:
+        """The candidates that are kept: those that survive most probably, the best first. A parent does so more than
+        its children."""
+        best = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)[: self._limit]
+        return best if self._prices is None else best[: self._prices.worth_verifying(self._survival(best))]
+
+    def _survival(self, candidates: Sequence[int]) -> list[float]:
+        return [self.candidates[i].survival for i in candidates]
 
     def tree(self) -> Tree:
-        """The tree of the candidates that are kept: those that survive most probably. A parent does so more than its
-        children."""
-        order = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)
+        """The tree of the candidates that are kept."""
         tree, node_of = Tree(), {ROOT: ROOT}
-        self.candidate_of = order[: len(self.kept())]
+        self.candidate_of = self._kept()
         for i in self.candidate_of:
             guess, parent = self.candidates[i].guess, node_of[self.candidates[i].parent]
             node_of[i] = tree.add(guess.token, guess.risk, parent)

@@ -190,8 +190,7 @@ class DecodeBatch:
         """Keeps the path that the verdict keeps, adds the target's token; returns what has not left yet."""
         row, path = self.rows[b], verdict.path
         counters, tree, start = row.counters, row.tree, row.target_length + 1
-        counters.judged += sum(not tree.risks[n] < row.policy.accept_below for n in tree.first_path)
-        counters.judged += len(tree) - len(tree.first_path)
+        counters.judged += len(chosen) - 1  # one of them is the bonus
         counters.drafted += len(tree)
         counters.accepted += verdict.num_judged
         counters.trusted += len(path) - verdict.num_judged
@@ -249,7 +248,7 @@ class DecodeBatch:
             raise RequestError(*_LACKING[policy.drafter])
         if policy.pays and policy.drafter == "model" and self.costs is None:
             raise RequestError(
-                "this method drafts what pays, and the costs of steps here are not known: give them (`costs`)"
+                "this method drafts what pays, and the costs of steps here are not known", "give them (`costs`)"
             )
         if not policy.lossless and not self.drafters[policy.drafter].has_scores:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")

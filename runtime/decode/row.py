@@ -68,9 +68,9 @@ class Row:
         """Tokens of the output before one that is chosen after `ahead` others of this round."""
         return self.counters.emitted - self.released + ahead
 
-    def ends(self, token: int, eos_ids: frozenset[int]) -> bool:
-        """Whether the output ends with a token."""
-        return token in eos_ids and not self.params.ignore_eos
+    def ends(self, eos_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that the output ends with."""
+        return frozenset() if self.params.ignore_eos else eos_ids
 
     def asks_for_pass(self, limit: int, eos_ids: frozenset[int]) -> bool:
         """Whether it asks for a target pass now: by its policy, because its draft came to an end, or because its caller
@@ -82,7 +82,7 @@ class Row:
         tree = self.tree
         if asks_for_pass(tree.risks, self.policy, limit):
             return True
-        if self.ends(tree.tokens[-1], eos_ids):
+        if tree.tokens and tree.tokens[-1] in self.ends(eos_ids):
             return True
         return bool(self.params.stop and self.would_stop(self.first_path)) or self.waits_too_long
 

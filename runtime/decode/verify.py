@@ -41,7 +41,7 @@ def asks_for_pass(risks: Sequence[float], policy: Policy, max_pending: int) -> b
     """Whether a row's pending tokens ask for a target pass now.
 
     Args:
-        risks: of the pending tokens, at least one.
+        risks: of the pending tokens.
         max_pending: the policy's, or less where the output ends before.
     """
     judged = [r for r in risks if not r < policy.accept_below]

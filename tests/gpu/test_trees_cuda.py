@@ -13,7 +13,7 @@ import torch
 from tiny import random_draft, random_heads, relative_error, tiny_decoder, tiny_ids
 from trees import branches, int32, logits_of_chain, path_to, random_parents, run
 
-from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.model.scorer import Scorer
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
@@ -65,14 +65,10 @@ def test_a_kept_path_is_text(precision: str, tolerance: float) -> None:
     assert relative_error(logits, expected) < tolerance
 
 
-def tree(max_pending: int, **shape: Any) -> Policy:
-    return Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=max_pending, **shape)
-
-
 TREES = {
-    "static": tree(20, children=(1, 1, 3, 1), beam=3, max_depth=8),
-    "bushy": tree(12, children=(4,), beam=3, max_depth=3),
-    "eagle": tree(60, children=(10,), beam=10, max_depth=7),
+    "static": verify_all(20, children=(1, 1, 3, 1), beam=3, max_depth=8),
+    "bushy": verify_all(12, children=(4,), beam=3, max_depth=3),
+    "eagle": verify_all(60, children=(10,), beam=10, max_depth=7),
     "medusa": MEDUSA,
 }
 

@@ -69,13 +69,12 @@ class HeadsDrafter(Drafter):
         if prices is not None:
             costs = prices.costs.model_copy(update={"draft": _FREE})
             prices = replace(prices, costs=costs) if row.policy.pays else None
-        ends = () if row.params.ignore_eos else self._eos_ids
-        growth = Growth(row.policy, limit, min(row.rest, len(guesses)), ends, prices)
+        growth = Growth(row.policy, limit, min(row.rest, len(guesses)), row.ends(self._eos_ids), prices)
         for children in guesses:
             if not growth.open:
                 break
             growth.add([children] * len(growth.open))
             row.tree = growth.tree()
             # Of a chain the policy may want no more; a tree has its full shape at no further cost.
-            if row.tree.is_chain and row.tree.tokens and row.asks_for_pass(limit, self._eos_ids):
+            if row.tree.is_chain and row.asks_for_pass(limit, self._eos_ids):
                 break

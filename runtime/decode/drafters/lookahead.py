@@ -50,8 +50,7 @@ class Lookahead(Drafter):
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
         for b, (row, limit) in enumerate(zip(rows, limits, strict=True)):
             if limit > 0:
-                ends = frozenset() if row.params.ignore_eos else self._eos_ids
-                row.tree = self._windows[b].tree(row.tokens[-1], limit, row.rest, ends)
+                row.tree = self._windows[b].tree(row.tokens[-1], limit, row.rest, row.ends(self._eos_ids))
 
     def observe(self, b: int, row: Row, path: Sequence[int], chosen: Sequence[int], features_TF: Tensor | None) -> None:
         self._windows[b].advance(chosen)

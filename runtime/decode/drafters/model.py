@@ -74,8 +74,6 @@ class ModelDrafter(Drafter):
         # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
-        # Of the last draft step: which of its rows a candidate of a row was.
-        self._sources: dict[tuple[int, int], int] = {}
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
 
@@ -124,7 +122,7 @@ class ModelDrafter(Drafter):
                     row.policy,
                     limit,
                     row.rest,
-                    () if row.params.ignore_eos else self._eos_ids,
+                    row.ends(self._eos_ids),
                     prices if row.policy.pays else None,
                 )
             )
@@ -134,16 +132,18 @@ class ModelDrafter(Drafter):
         drafting = [b for b, growing in self._growing.items() if growing.growth.open]
         out = self._step_text(rows, drafting) if drafting else None
         while out is not None:
-            guesses = iter(self._guesses(rows, drafting, out))
+            guesses = iter(enumerate(self._guesses(rows, drafting, out)))
             for b in drafting:
                 growing, row = self._growing[b], rows[b]
-                growing.note_expanded()
-                growing.growth.add([next(guesses) for _ in growing.growth.open], len(drafting))
-                row.tree = growing.growth.tree()
-                if self._asks(row, limits[b]):
+                numbered = [next(guesses) for _ in growing.growth.open]
+                growing.note_expanded([r for r, _ in numbered])
+                growing.growth.add([found for _, found in numbered], len(drafting))
+                if self._asks(row, growing.growth, limits[b]):
                     growing.growth.open = []
             drafting = [b for b in drafting if self._growing[b].growth.open]
             out = self._step_level(rows, drafting, out) if drafting else None
+        for b, growing in self._growing.items():
+            rows[b].tree = growing.growth.tree()
 
     def _without_those_that_wait(
         self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
@@ -157,11 +157,12 @@ class ModelDrafter(Drafter):
             return limits
         return [0 if b in paying else limit for b, limit in enumerate(limits)]
 
-    def _asks(self, row: Row, limit: int) -> bool:
+    def _asks(self, row: Row, growth: Growth, limit: int) -> bool:
         """Whether a row asks for its pass before its tree has its full shape."""
-        if not row.tree.tokens:  # nothing was worth keeping
-            return True
-        return row.asks_for_pass(limit, self._eos_ids) if row.policy.is_chain else row.waits_too_long
+        if not row.policy.is_chain:
+            return row.waits_too_long
+        row.tree = growth.tree()
+        return row.asks_for_pass(limit, self._eos_ids)
 
     def observe(self, b: int, row: Row, path: Sequence[int], chosen: Sequence[int], features_TF: Tensor | None) -> None:
         if features_TF is not None:
@@ -227,10 +228,11 @@ class ModelDrafter(Drafter):
         places = [b * width + t for b in range(len(rows)) for t in range(len(opened[b]))]
         features_BTF = None
         if self.needs_features:
-            sources = self._sources
             hidden_RH = before.hidden_RH
             flat = hidden_RH.new_zeros(len(rows) * width, hidden_RH.shape[1])
-            flat[places] = hidden_RH[[sources[b, candidates[b][i].parent] for b in drafting for i in opened[b]]]
+            flat[places] = hidden_RH[
+                [self._growing[b].step_rows[candidates[b][i].parent] for b in drafting for i in opened[b]]
+            ]
             features_BTF = flat.view(len(rows), width, -1)
         return self.engine.step(
             torch.tensor(ids),
@@ -244,7 +246,6 @@ class ModelDrafter(Drafter):
     def _guesses(self, rows: Sequence[Row], drafting: Sequence[int], out: StepOutput) -> list[list[Guess]]:
         """The likeliest next tokens of each gathered row."""
         growths = {b: self._growing[b].growth for b in drafting}
-        self._sources = {key: r for r, key in enumerate((b, i) for b in drafting for i in growths[b].open)}
         ahead = [(b, 0 if i == ROOT else growths[b].candidates[i].depth) for b in drafting for i in growths[b].open]
         most = max(growths[b].num_children(i) for b in drafting for i in growths[b].open)
         scored = out.reject_prob_R.tolist() if out.reject_prob_R is not None else None
@@ -307,11 +308,13 @@ class _Growing:
     Attributes:
         end: the first slot that is free.
         slots: of the candidates that the draft has run.
+        step_rows: of the candidates that the last step has run, which of its gathered rows each was.
     """
 
     growth: Growth
     end: int = 0
     slots: dict[int, int] = field(default_factory=dict)
+    step_rows: dict[int, int] = field(default_factory=dict)
 
     def ancestors(self, candidate: int) -> list[int]:
         """Slots of the candidates before one, the text's left out."""
@@ -320,8 +323,9 @@ class _Growing:
             found.append(self.slots[candidate])
         return found[::-1]
 
-    def note_expanded(self) -> None:
-        """The open candidates have been run."""
+    def note_expanded(self, gathered: Sequence[int]) -> None:
+        """The open candidates have been run, as those gathered rows of a step."""
+        self.step_rows = dict(zip(self.growth.open, gathered, strict=True))
         for candidate in self.growth.open:
             if candidate != ROOT:
                 self.slots[candidate] = self.end

@@ -75,7 +75,7 @@ class Suffix(Drafter):
 
     def _grow(self, text: SuffixText, length: int, state: int, row: Row, limit: int) -> list[Node]:
         """The likeliest continuations of a suffix of `length` tokens: each after its parent, the likeliest first."""
-        policy, ends = row.policy, () if row.params.ignore_eos else self._eos_ids
+        policy, ends = row.policy, row.ends(self._eos_ids)
         max_depth = min(row.rest, DEPTH - length, policy.max_depth or DEPTH)
         nodes: list[Node] = []
         num_opened: Counter[int] = Counter()

@@ -10,7 +10,7 @@ import pytest
 from chi_square import p_value
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode import round as module
 from ssv.runtime.decode.tree import Tree, branches_of
@@ -20,19 +20,14 @@ from ssv.runtime.llm import LLM
 from ssv.runtime.request import Output, Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
-
-def tree(max_pending: int, **shape: Any) -> Policy:
-    return Policy(accept_below=0.0, verify_above=1.0, risk_budget=1.0, max_pending=max_pending, **shape)
-
-
 SHAPES = {
-    "one of two": tree(2, children=(2,)),
-    "bushy": tree(12, children=(4,), beam=3, max_depth=3),
-    "static": tree(20, children=(1, 1, 3, 1), beam=3, max_depth=8),
-    "eagle": tree(60, children=(10,), beam=10, max_depth=7),
-    "narrow": tree(MAX_PENDING, children=(2,), beam=2),
-    "all": tree(MAX_PENDING, children=(VOCAB_SIZE,), beam=1, max_depth=6),
-    "pays": tree(MAX_PENDING, children=(4,), beam=8, pays=True),
+    "one of two": verify_all(2, children=(2,)),
+    "bushy": verify_all(12, children=(4,), beam=3, max_depth=3),
+    "static": verify_all(20, children=(1, 1, 3, 1), beam=3, max_depth=8),
+    "eagle": verify_all(60, children=(10,), beam=10, max_depth=7),
+    "narrow": verify_all(MAX_PENDING, children=(2,), beam=2),
+    "all": verify_all(MAX_PENDING, children=(VOCAB_SIZE,), beam=1, max_depth=6),
+    "pays": verify_all(MAX_PENDING, children=(4,), beam=8, pays=True),
 }
 LOSSY = Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12)
 COSTS = Costs(target=Curve(tokens=(1, 64), seconds=(1.0, 3.0)), draft=Curve(tokens=(1, 64), seconds=(0.05, 0.3)))
@@ -136,7 +131,7 @@ def test_siblings_find_what_the_first_guess_misses(kind: str) -> None:
     """A draft that is never right at first, but whose next guesses are the target's."""
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     found = {}
-    for name, policy in (("chain", tree(5)), ("tree", SHAPES["bushy"])):
+    for name, policy in (("chain", verify_all(5)), ("tree", SHAPES["bushy"])):
         llm = make_llm(policy, kind, agreement=0.0, noise=0.0)
         assert isinstance(llm.draft, FakeDraft) and isinstance(llm.target, FakeTarget)
         # The target's logits with its best one a little below its second.
@@ -151,7 +146,7 @@ def test_siblings_find_what_the_first_guess_misses(kind: str) -> None:
 
 def test_nodes_of_a_kept_path_are_not_made_again() -> None:
     """A standalone draft keeps its own entries of what became text."""
-    llm = make_llm(tree(6, children=(2,), beam=1, max_depth=6), "standalone", agreement=1.0, noise=0.0)
+    llm = make_llm(verify_all(6, children=(2,), beam=1, max_depth=6), "standalone", agreement=1.0, noise=0.0)
     assert isinstance(llm.draft, FakeDraft)
     run(llm, [Request((1, 2, 3), "premium", SamplingParams(max_tokens=22, ignore_eos=True))])
     # The prompt; then a round's text is the bonus token and the last node of the path, which got no children.
@@ -168,7 +163,7 @@ def test_prompts_from_the_cache(cached: int) -> None:
         loop = llm.loop(prompt_cache_bytes=cached)
         tokens: dict[int, tuple[int, ...]] = {}
         for index, ids in enumerate(prompts):
-            policy = llm.tiers["premium"] if method == "premium" else tree(0)
+            policy = llm.tiers["premium"] if method == "premium" else verify_all(0)
             loop.submit(index, Request(ids, method, params), policy, None)
             for _ in range(4):
                 for chunk in loop.step():
@@ -184,7 +179,7 @@ def test_prompts_from_the_cache(cached: int) -> None:
 def test_sampled_trees_have_the_target_distribution() -> None:
     """The first three tokens of many seeds, by chi-square against the exact probabilities."""
     vocab, length, runs = 5, 3, 3000
-    llm = make_llm(tree(9, children=(3, 2), beam=3, max_depth=2), "conditioned", max_batch=32, vocab_size=vocab)
+    llm = make_llm(verify_all(9, children=(3, 2), beam=3, max_depth=2), "conditioned", max_batch=32, vocab_size=vocab)
     assert isinstance(llm.target, FakeTarget)
     requests = [
         Request((1, 2), "premium", SamplingParams(temperature=0.9, seed=seed, max_tokens=length, ignore_eos=True))
