@@ -35,7 +35,6 @@ from ssv.support.console import (
 from ssv.support.environment import commit, machine, versions
 from ssv.support.progress import Report, terminal_report
 from ssv.support.prompts import read_prompts
-from ssv.support.waiting import waiting
 
 if TYPE_CHECKING:
     from ssv.ab.statistics import Interval
@@ -128,18 +127,9 @@ def _run(args: argparse.Namespace) -> int:
         raise RequestError("--top-k and --top-p are of sampled output", "give a --temperature above 0")
     prompts = read_prompts(args.prompts)[: args.num_prompts]
 
-    from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
+    from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
-    with waiting(f"loading {args.bundle}") as say:
-        llm = LLM.load(
-            args.bundle,
-            engine=args.engine,
-            precision=args.precision,
-            device=args.device,
-            max_batch=args.max_rows,
-            threads=args.threads,
-            say=say,
-        )
+    llm = load_for(args, max_batch=args.max_rows)
     with terminal_report() as report:
         rows = compare(
             llm,

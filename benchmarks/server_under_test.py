@@ -89,7 +89,8 @@ class ServerUnderTest:
         server = psutil.Process(self.process.pid).children()[0]
         found = {name: process.memory_info().rss / 2**20 for name, process in self.stubs().items()}
         found["tritonserver"] = server.memory_info().rss / 2**20
-        found["shared"] = sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").glob("triton_python*")) / 2**20  # noqa: S108
+        shared = Path("/dev/shm").glob("triton_python*")  # noqa: S108
+        found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20
         return {name: round(mb, 1) for name, mb in found.items()}
 
     def metrics(self) -> dict[str, float]:

@@ -71,7 +71,8 @@ def tell(args: argparse.Namespace) -> None:
     prompts = [llm.chat_ids(json.loads(line)["prompt"]) for line in lines]
     for number, prompt in enumerate(prompts):
         for setting in args.settings.split("; "):
-            params = SamplingParams(max_tokens=args.max_tokens, seed=number, **SETTINGS[setting])  # type: ignore[arg-type]
+            chosen: dict[str, Any] = {"max_tokens": args.max_tokens, "seed": number, **SETTINGS[setting]}
+            params = SamplingParams(**chosen)
             for method in args.methods.split(","):
                 (output,) = llm.generate([Request(prompt, method, params)])
                 counted = output.counters

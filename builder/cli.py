@@ -377,17 +377,9 @@ def _kernels(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     from ssv.bundle.manifest import manifest_lock, read_manifest, write_manifest
     from ssv.runtime.decode.costs import measure
-    from ssv.runtime.llm import LLM
+    from ssv.runtime.llm import load_for
 
-    with waiting(f"loading {args.bundle}") as say:
-        llm = LLM.load(
-            args.bundle,
-            engine=args.engine,
-            precision=args.precision,
-            device=args.device,
-            threads=args.threads,
-            say=say,
-        )
+    llm = load_for(args)
     assert llm.draft is not None
     costs = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS)
     with manifest_lock(args.bundle):

@@ -12,7 +12,6 @@ from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.errors import UserError
-from ssv.support.waiting import waiting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,17 +93,9 @@ def _prompt(given: str) -> str:
 
 
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
-    from ssv.runtime.llm import LLM  # after the arguments have been checked: it takes seconds
+    from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
-    with waiting(f"loading {args.bundle}") as say:
-        llm = LLM.load(
-            args.bundle,
-            engine=args.engine,
-            precision=args.precision,
-            device=args.device,
-            threads=args.threads,
-            say=say,
-        )
+    llm = load_for(args)
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
     for chunk in llm.stream([Request(ids, args.method, params, args.num_draft_tokens)]):
         print(chunk.text, end="", flush=True)

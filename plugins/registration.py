@@ -85,10 +85,12 @@ def _register(trtp: Any, aot: Any, name: str, plugin: _Plugin) -> None:
     inputs = parameters(plugin.inputs, trtp.TensorDesc)
     attributes = [p for n, kind in plugin.attributes.items() for p in parameters([n], kind)]
     several = tuple.__class_getitem__((trtp.TensorDesc,) * plugin.num_outputs)
-    describe.__signature__ = inspect.Signature([*inputs, *attributes], return_annotation=several)  # type: ignore[attr-defined]
+    described = inspect.Signature([*inputs, *attributes], return_annotation=several)
+    describe.__signature__ = described  # type: ignore[attr-defined]
     tail = [*parameters(["outputs"], tuple[trtp.TensorDesc]), *parameters(["tactic"], int)]
     returned = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    implement.__signature__ = inspect.Signature([*inputs, *attributes, *tail], return_annotation=returned)  # type: ignore[attr-defined]
+    implemented = inspect.Signature([*inputs, *attributes, *tail], return_annotation=returned)
+    implement.__signature__ = implemented  # type: ignore[attr-defined]
     trtp.register(f"ssv::{name}")(describe)
     trtp.aot_impl(f"ssv::{name}")(implement)
 

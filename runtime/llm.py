@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +34,7 @@ from ssv.runtime.memory import give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
 from ssv.runtime.request import Chunk, Output, Request, RequestError
 from ssv.runtime.tokenizer import BundleTokenizer
-from ssv.support.waiting import Say, say_nothing
+from ssv.support.waiting import Say, say_nothing, waiting
 
 GPU_PREFILL_CHUNK = 512
 
@@ -163,7 +164,7 @@ class LLM:
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
         )
-        heads = heads_engine(found, precision=precision, device=device) if found is not None else None  # type: ignore[arg-type]
+        heads = None if found is None else heads_engine(found, precision=sizes["precision"], device=device)
         del decoder, draft, found, ranges, draft_ranges, target_ranges
         give_back()
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
@@ -295,3 +296,17 @@ class LLM:
                 )
         assert all(output is not None for output in outputs)
         return [output for output in outputs if output is not None]
+
+
+def load_for(args: Namespace, max_batch: int = 1) -> LLM:
+    """Loads what a command's options name (bundle, engine, precision, device, threads), and says what takes long."""
+    with waiting(f"loading {args.bundle}") as say:
+        return LLM.load(
+            args.bundle,
+            engine=args.engine,
+            precision=args.precision,
+            device=args.device,
+            threads=args.threads,
+            max_batch=max_batch,
+            say=say,
+        )

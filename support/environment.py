@@ -80,4 +80,5 @@ def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, 
 
 
 def _git(root: Path, *args: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
+    command = ["git", "-C", str(root), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import Engine, StepOutput
+from ssv.runtime.request import Output
 
 
 def drive(engine: Engine, features_out: bool = False) -> list[StepOutput]:
@@ -52,3 +53,8 @@ def start(batch: DecodeBatch, prompt_ids: Sequence[int], row: Row) -> int:
     while (first := batch.prefill()) is None:
         pass
     return first
+
+
+def text_of(output: Output) -> tuple[tuple[int, ...], str, str]:
+    """All that a caller may compare, costs aside."""
+    return output.token_ids, output.text, output.finish_reason

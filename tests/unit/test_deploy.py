@@ -144,7 +144,8 @@ def test_probes_ask_what_the_server_answers() -> None:
         assert f"http://127.0.0.1:{http}{ready}" in dockerfile(image)["HEALTHCHECK"][0]
     probes = {name: CONTAINER[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert all(probe["port"] == "openai" for probe in probes.values()), "the door that clients use"
-    routes = {route.path for route in create_app(None, Models("m", (), 0)).routes}  # type: ignore[arg-type,attr-defined]
+    app = create_app(None, Models("m", (), 0))  # type: ignore[arg-type]
+    routes = {route.path for route in app.routes}  # type: ignore[attr-defined]
     assert {probe["path"] for probe in probes.values()} <= routes
     assert probes["startup"]["path"] == probes["readiness"]["path"] == "/health"
     assert probes["liveness"]["path"] == "/live", "whatever becomes of the engines: ssv-serve looks after them"

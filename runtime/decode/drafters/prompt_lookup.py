@@ -7,10 +7,12 @@ Needs no model. It wins where an answer repeats its prompt or itself: code that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import match_rates
-from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.from_text import TextDrafter
 from ssv.runtime.decode.drafters.match_rates import MatchRates
 from ssv.runtime.decode.row import Row
 
@@ -18,32 +20,20 @@ LONGEST = 3
 """Tokens of the longest n-gram that is looked up, the published default."""
 
 
-class PromptLookup(Drafter):
+class PromptLookup(TextDrafter["NgramText"]):
     """Proposes what followed the earliest occurrence of the longest n-gram that the text ends with."""
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
-        self._eos_ids = eos_ids
-        self._texts: dict[int, NgramText] = {}
+        super().__init__(eos_ids, NgramText)
 
-    def join(self, b: int, row: Row) -> None:
-        self._texts[b] = NgramText(row.counters.prompt_tokens)
-
-    def move(self, source: int, dest: int, row: Row) -> None:
-        self._texts[dest] = self._texts.pop(source)
-
-    def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
-        for b, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            if limit <= 0:
-                continue
-            text = self._texts[b]
-            text.extend(row.tokens)
-            tokens, rates = text.continuation(min(limit, row.rest, row.policy.max_depth or limit))
-            if prices is not None and row.policy.pays:
-                tokens = tokens[: prices.worth_verifying(_products(rates))]
-            for token, rate in zip(tokens, rates, strict=False):
-                row.tree.add(token, 1 - rate)
-                if row.asks_for_pass(limit, self._eos_ids):
-                    break
+    def draft(self, row: Row, text: NgramText, limit: int, prices: Prices | None) -> None:
+        tokens, rates = text.continuation(min(limit, row.rest, row.policy.max_depth or limit))
+        if prices is not None:
+            tokens = tokens[: prices.worth_verifying(list(accumulate(rates, mul)))]
+        for token, rate in zip(tokens, rates, strict=False):
+            row.tree.add(token, 1 - rate)
+            if row.asks_for_pass(limit, self._eos_ids):
+                break
 
 
 class NgramText:
@@ -95,12 +85,3 @@ class NgramText:
         while length < min(match_rates.LONGEST, place) and tokens[place - 1 - length] == tokens[-1 - length]:
             length += 1
         return length
-
-
-def _products(rates: Sequence[float]) -> list[float]:
-    """Of each rate and all before it."""
-    products, product = [], 1.0
-    for rate in rates:
-        product *= rate
-        products.append(product)
-    return products

@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from ssv.runtime.decode.costs import Prices
-from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.from_text import TextDrafter
 from ssv.runtime.decode.drafters.match_rates import MatchRates
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT
@@ -31,34 +31,22 @@ DEPTH = 64
 """Tokens of the longest string that is counted, a suffix and what follows it; the published default."""
 
 
-class Suffix(Drafter):
+class Suffix(TextDrafter["SuffixText"]):
     """Proposes, of all suffixes of the text that stood before, the continuations of the one that promises most."""
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
-        self._eos_ids = eos_ids
-        self._texts: dict[int, SuffixText] = {}
+        super().__init__(eos_ids, SuffixText)
 
-    def join(self, b: int, row: Row) -> None:
-        self._texts[b] = SuffixText(row.counters.prompt_tokens)
-
-    def move(self, source: int, dest: int, row: Row) -> None:
-        self._texts[dest] = self._texts.pop(source)
-
-    def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
-        for b, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            if limit <= 0:
-                continue
-            text = self._texts[b]
-            text.extend(row.tokens)
-            nodes = self._best(text, row, limit)
-            kept = list(range(len(nodes)))
-            if prices is not None and row.policy.pays:
-                # A parent survives at least as probably as its children, and stands before them.
-                kept.sort(key=lambda n: -nodes[n].survival)
-                kept = sorted(kept[: prices.worth_verifying([nodes[n].survival for n in kept])])
-            node_of = {ROOT: ROOT}
-            for n in kept:
-                node_of[n] = row.tree.add(nodes[n].token, 1 - nodes[n].share, node_of[nodes[n].parent])
+    def draft(self, row: Row, text: SuffixText, limit: int, prices: Prices | None) -> None:
+        nodes = self._best(text, row, limit)
+        kept = list(range(len(nodes)))
+        if prices is not None:
+            # A parent survives at least as probably as its children, and stands before them.
+            kept.sort(key=lambda n: -nodes[n].survival)
+            kept = sorted(kept[: prices.worth_verifying([nodes[n].survival for n in kept])])
+        node_of = {ROOT: ROOT}
+        for n in kept:
+            node_of[n] = row.tree.add(nodes[n].token, 1 - nodes[n].share, node_of[nodes[n].parent])
 
     def _best(self, text: SuffixText, row: Row, limit: int) -> list[Node]:
         """The nodes of the suffix whose nodes' probabilities have the largest sum; of several suffixes the longest."""

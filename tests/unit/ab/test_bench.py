@@ -212,7 +212,8 @@ def test_generate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def row(**changes: Any) -> bench.MethodRow:
     zeros = {name: 0.0 for name in bench.MethodRow.__dataclass_fields__}
-    return bench.MethodRow(**{**zeros, "method": "turbo", "speedup_by_round": (), "kept_by_depth": (), **changes})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"method": "turbo", "speedup_by_round": (), "kept_by_depth": ()}
+    return bench.MethodRow(**{**zeros, **given, **changes})
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,12 @@ def test_a_file_of_fallbacks_is_read_once_for_each_change(tmp_path: Path, monkey
     fall_back(path, {"b": "slow"})
     fallback, reads = Fallback(path), []
     whole = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: reads.append(self) or whole(self, *a, **k))  # type: ignore[func-returns-value]
+
+    def read_text(self: Path, *args: Any, **options: Any) -> str:
+        reads.append(self)
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
     for _ in range(5):
         assert fallback.arms() == {"b": "slow"}
     assert len(reads) == 1

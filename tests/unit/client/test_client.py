@@ -13,7 +13,8 @@ from ssv.support.errors import UserError
 
 
 def sent(prompt: object, settings: Settings, stream: bool = True) -> dict[str, tuple[list[int], str]]:
-    return {t.name(): (t.shape(), t.datatype()) for t in request_inputs(prompt, settings, stream=stream)}  # type: ignore[arg-type]
+    tensors = request_inputs(prompt, settings, stream=stream)  # type: ignore[arg-type]
+    return {t.name(): (t.shape(), t.datatype()) for t in tensors}
 
 
 def test_only_what_is_set_is_sent() -> None:

@@ -256,7 +256,8 @@ def test_a_text_knows_where_its_characters_are_from() -> None:
         kept = text.origin[at : at + len(part)] if at >= 0 else text.origin[: -len(part) - 1 : -1]
         assert (expected, expected.origin) == (part, kept)  # type: ignore[attr-defined]
     replaced = text.replace(",", "<>")
-    assert (replaced, list(replaced.origin)) == ("ab  c<>d \n<E", [0, 0, 2, 2, 2, 0, 0, 2, 2, 2, 0, 1])  # type: ignore[attr-defined]
+    origin = list(replaced.origin)  # type: ignore[attr-defined]
+    assert (replaced, origin) == ("ab  c<>d \n<E", [0, 0, 2, 2, 2, 0, 0, 2, 2, 2, 0, 1])
     assert together(iter(text)).origin == text.origin  # type: ignore[attr-defined]
     assert list((text % ()).origin) == [OTHERS] * len(text)  # what cannot be followed
     assert TEMPLATE == 0 and str(text) is text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,7 +215,9 @@ def test_int8_gives_the_same_bits_while_the_number_of_threads_changes() -> None:
 @pytest.mark.usefixtures("torchs_threads")
 def test_only_int8_follows() -> None:
     count = ThreadCount(2, lambda _: None)
-    count.follow = lambda: pytest.fail("the bits of these products depend on the number of threads")  # type: ignore[method-assign]
+    wrong = "the bits of these products depend on the number of threads"
+    count.follow = lambda: pytest.fail(wrong)  # type: ignore[method-assign]
     for precision in ("fp32", "bf16"):
-        engine = target_engine(tiny_decoder(), precision=precision, max_batch=1, max_length=64, threads=count)  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {"precision": precision, "max_batch": 1, "max_length": 64}
+        engine = target_engine(tiny_decoder(), threads=count, **sizes)
         engine.step(torch.tensor([[1, 2]]), torch.tensor([0], dtype=torch.int32), torch.tensor([1]))

@@ -74,7 +74,8 @@ def test_training_lowers_the_loss_of_every_head(tmp_path: Path) -> None:
 
 def _losses(target: object, heads: object, data: Conversations) -> list[float]:
     hidden, logits, _ = whole_window(target, data.tokens.long())  # type: ignore[arg-type]
-    said = heads.logits(hidden.flatten(0, 1)).view(*data.tokens.shape, 3, -1).log_softmax(-1)  # type: ignore[attr-defined]
+    guessed = heads.logits(hidden.flatten(0, 1))  # type: ignore[attr-defined]
+    said = guessed.view(*data.tokens.shape, 3, -1).log_softmax(-1)
     found = []
     for head in range(3):
         label = logits[:, head + 1 :, heads.token_ids].softmax(-1)  # type: ignore[attr-defined]

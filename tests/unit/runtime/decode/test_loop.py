@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from drive import text_of
 from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
@@ -63,10 +64,6 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int) -> LLM:
 def alone(kind: str | None, request: Request) -> Output:
     """What a request gives over fresh engines of one row, its prompt in one piece."""
     return make_llm(kind, 1, MAX_LENGTH).generate([replace(request, deadline=None)])[0]
-
-
-def visible(output: Output) -> tuple[tuple[int, ...], str, str]:
-    return output.token_ids, output.text, output.finish_reason
 
 
 def costs(output: Output) -> Counters:
@@ -136,7 +133,7 @@ class Play:
         """The same output at the same cost; of all requests unless told otherwise."""
         for index in indices or range(len(self.requests)):
             output, expected = self.output(index), alone(self.kind, self.requests[index])
-            assert visible(output) == visible(expected), self.requests[index]
+            assert text_of(output) == text_of(expected), self.requests[index]
             assert costs(output) == costs(expected)
 
     def assert_cut_short(self, index: int, reason: str) -> None:
@@ -410,8 +407,8 @@ def test_deadline_that_has_passed() -> None:
     given = request(prompt(5))
     late, early = (replace(given, deadline=time.monotonic() + seconds) for seconds in (-1.0, 1e6))
     outputs = llm.generate([late, early])
-    assert visible(outputs[0]) == ((), "", "deadline")
-    assert visible(outputs[1]) == visible(alone("conditioned", given))
+    assert text_of(outputs[0]) == ((), "", "deadline")
+    assert text_of(outputs[1]) == text_of(alone("conditioned", given))
     assert isinstance(llm.target, FakeTarget)
     assert {call.first_row for call in llm.target.calls} == {0}
 

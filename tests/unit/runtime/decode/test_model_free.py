@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from drive import text_of
 from torch import Tensor
 
 from fakes import EOS, VOCAB_SIZE, FakeTarget, FakeTokenizer
@@ -67,10 +68,6 @@ def make_llm(target: type[FakeTarget], seed: int, **options: Any) -> LLM:
         prefill_chunk=4,
         **settings,
     )
-
-
-def text_of(output: Output) -> tuple[tuple[int, ...], str, str]:
-    return output.token_ids, output.text, output.finish_reason
 
 
 def run(llm: LLM, requests: list[Request], policy: Policy | None = None) -> list[Output]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chi_square import p_value
-from drive import start
+from drive import start, text_of
 from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
@@ -113,11 +113,6 @@ def prompt(seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist())
 
 
-def visible(output: Output) -> tuple[tuple[int, ...], str, str]:
-    """All that a caller may compare, costs aside."""
-    return output.token_ids, output.text, output.finish_reason
-
-
 def reference(
     target: FakeTarget, prompt_ids: Sequence[int], params: SamplingParams
 ) -> tuple[tuple[int, ...], str, str]:
@@ -143,7 +138,7 @@ def assert_lossless(llm: LLM, params: SamplingParams, prompts: Sequence[Sequence
     requests = [Request(tuple(p), method, params, k) for p in prompts for method, k in METHODS]
     outputs = run(llm, requests)
     for request, output in zip(requests, outputs, strict=True):
-        assert visible(output) == reference(target_of(llm), request.prompt_ids, params), request
+        assert text_of(output) == reference(target_of(llm), request.prompt_ids, params), request
     return outputs
 
 
@@ -179,7 +174,7 @@ def test_lossless_method_alone(method: str, k: int, kind: str) -> None:
     for seed in range(3):
         llm = make_llm(seed=seed, kind=kind, eos_bias=-2.0)
         output = run(llm, [Request(prompt(seed), method, params, k)])[0]
-        assert visible(output) == reference(target_of(llm), prompt(seed), params)
+        assert text_of(output) == reference(target_of(llm), prompt(seed), params)
         assert_adds_up(output.counters, output)
 
 
@@ -204,7 +199,7 @@ def test_rejection_at_every_position(kind: str, offset: int) -> None:
     llm = make_llm(kind=kind, agreement=1.0, disagree_at=[disagree_at])
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     output = run(llm, [Request(prompt_ids, "speculative", params, 5)])[0]
-    assert visible(output) == reference(target_of(llm), prompt_ids, params)
+    assert text_of(output) == reference(target_of(llm), prompt_ids, params)
     assert output.counters.rolled_back == 5 - offset
     passes = [call.position[0] - len(prompt_ids) for call in target_of(llm).calls[1:]]
     assert passes[:3] == [0, offset + 1, offset + 7]
@@ -214,7 +209,7 @@ def test_wrong_draft_costs_but_changes_nothing() -> None:
     llm = make_llm(agreement=0.0)
     params = SamplingParams(max_tokens=10, ignore_eos=True)
     output = run(llm, [Request((1, 2), "speculative", params, 4)])[0]
-    assert visible(output) == reference(target_of(llm), (1, 2), params)
+    assert text_of(output) == reference(target_of(llm), (1, 2), params)
     assert output.counters.accepted == 0
     assert output.counters.rolled_back == output.counters.drafted == 5 * 4 + 3 + 2 + 1
     assert output.counters.target_passes == 9
@@ -223,7 +218,7 @@ def test_wrong_draft_costs_but_changes_nothing() -> None:
 def test_without_draft() -> None:
     llm = make_llm(kind=None)
     output = run(llm, [Request((1, 2), "autoregressive", SamplingParams(max_tokens=9))])[0]
-    assert visible(output) == reference(target_of(llm), (1, 2), SamplingParams(max_tokens=9))
+    assert text_of(output) == reference(target_of(llm), (1, 2), SamplingParams(max_tokens=9))
     with pytest.raises(RequestError, match="needs a draft"):
         run(llm, [Request((1, 2), "speculative", SamplingParams(max_tokens=9))])
 
@@ -241,7 +236,7 @@ def test_prompt_in_chunks(kind: str, chunk: int) -> None:
     llm = make_llm(kind=kind, agreement=1.0, max_batch=4, prefill_chunk=chunk)
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     for request, output in zip(prompts, run(llm, [Request(p, "speculative", params, 3) for p in prompts]), strict=True):
-        assert visible(output) == reference(target_of(llm), request, params)
+        assert text_of(output) == reference(target_of(llm), request, params)
         assert output.counters.rolled_back == 0
     sizes = [min(chunk, 10 - start) for start in range(0, 10, chunk)]
     assert [call.tokens for call in target_of(llm).calls[: len(sizes)]] == sizes
@@ -340,7 +335,7 @@ def test_end_of_sequence_asks_for_a_pass(kind: str) -> None:
     params = SamplingParams(max_tokens=38)
     prompt_ids = next(p for p in map(prompt, range(100)) if 5 < len(reference(target_of(llm), p, params)[0]) < 20)
     output = run(llm, [Request(prompt_ids, "turbo", params)])[0]
-    assert visible(output) == reference(target_of(llm), prompt_ids, params)
+    assert text_of(output) == reference(target_of(llm), prompt_ids, params)
     assert output.counters.target_passes == 1
     assert output.counters.drafted == len(output.token_ids) - 1
 
@@ -363,7 +358,7 @@ def test_min_tokens_reaches_a_subset_head(kind: str) -> None:
     llm = make_llm(kind=kind, agreement=1.0, eos_bias=6.0, token_ids=[4, 5, 6, 0, 7, 8, 9, 10, 11, 1, 2, 3])
     params = SamplingParams(max_tokens=12, min_tokens=8)
     output = run(llm, [Request((1, 2), "speculative", params, 4)])[0]
-    assert visible(output) == reference(target_of(llm), (1, 2), params)
+    assert text_of(output) == reference(target_of(llm), (1, 2), params)
     assert output.counters.rolled_back == 0
 
 
@@ -418,7 +413,7 @@ def test_finish_reason_when_the_last_token_holds_a_stop_string_and_half_a_charac
     target.logits_NV[target.state((1, 2)), 10] = 50.0
     params = SamplingParams(max_tokens=1, stop=("x",))
     output = run(llm, [Request((1, 2), "autoregressive", params)])[0]
-    assert visible(output) == ((10,), "", "stop")
+    assert text_of(output) == ((10,), "", "stop")
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -439,7 +434,7 @@ def test_result_does_not_depend_on_the_batch(kind: str, max_batch: int) -> None:
     batched = run(make_llm(max_batch=max_batch, **options), requests)
     for request, output in zip(requests, batched, strict=True):
         alone = run(make_llm(max_batch=1, **options), [request])[0]
-        assert visible(output) == visible(alone)
+        assert text_of(output) == text_of(alone)
         assert costs(output) == costs(alone)
         assert_adds_up(output.counters, output)
 
@@ -467,7 +462,7 @@ def test_conditioned_draft_when_the_batch_grows_by_a_row_without_draft() -> None
         Request((4, 5), "autoregressive", long),
     ]
     for request, output in zip(requests, run(llm, requests), strict=True):
-        assert visible(output) == reference(target_of(llm), request.prompt_ids, request.params)
+        assert text_of(output) == reference(target_of(llm), request.prompt_ids, request.params)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -535,7 +530,7 @@ def test_cache_of_the_promised_size_is_enough(kind: str) -> None:
         for p, (m, k) in zip(prompts, [("speculative", 32), ("autoregressive", 5), ("balanced", 5)] * 2, strict=False)
     ]
     for request, output in zip(requests, run(llm, requests), strict=True):
-        assert visible(output) == reference(target_of(llm), request.prompt_ids, full)
+        assert text_of(output) == reference(target_of(llm), request.prompt_ids, full)
 
 
 def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
@@ -691,7 +686,7 @@ def test_lossy_output_differs() -> None:
     llm = make_llm(agreement=0.5, tiers=LOSSY, eos_bias=-3.0, max_batch=4)
     params = SamplingParams(max_tokens=30)
     outputs = run(llm, [Request(prompt(i), "turbo", params) for i in range(4)])
-    assert any(visible(o) != reference(target_of(llm), prompt(i), params) for i, o in enumerate(outputs))
+    assert any(text_of(o) != reference(target_of(llm), prompt(i), params) for i, o in enumerate(outputs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -707,7 +702,7 @@ def test_everything_after_a_rejection_is_dropped(kind: str) -> None:
     )
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     output = run(llm, [Request(prompt_ids, "turbo", params)])[0]
-    assert visible(output) == reference(target_of(llm), prompt_ids, params)
+    assert text_of(output) == reference(target_of(llm), prompt_ids, params)
     first_pass = target_of(llm).calls[1]
     assert [at for _, at in first_pass.gathered] == [3, 8]
     assert output.counters.rolled_back == 5
@@ -754,7 +749,7 @@ def test_max_delay_asks_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: float(len(draft_of(llm).calls)))
     params = SamplingParams(max_tokens=15, ignore_eos=True, max_delay=3.0)
     output = run(llm, [Request((1, 2), "speculative", params, 7)])[0]
-    assert visible(output) == reference(target_of(llm), (1, 2), params)
+    assert text_of(output) == reference(target_of(llm), (1, 2), params)
     assert [call.tokens for call in target_of(llm).calls[1:]] == [4, 4, 4, 2]
 
 
@@ -767,10 +762,10 @@ def test_same_seed_same_output(kind: str) -> None:
     params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in (1, 1, 2, 3)]
     requests = [Request((1, 2), "speculative", p, 4) for p in params]
     outputs = run(make_llm(max_batch=4, **options), requests)
-    assert visible(outputs[0]) == visible(outputs[1])
+    assert text_of(outputs[0]) == text_of(outputs[1])
     assert len({output.token_ids for output in outputs}) == 3
     for request, output in zip(requests, outputs, strict=True):
-        assert visible(run(make_llm(**options), [request])[0]) == visible(output)
+        assert text_of(run(make_llm(**options), [request])[0]) == text_of(output)
 
 
 @pytest.mark.parametrize("method", ["autoregressive", *MODEL_FREE, "speculative", "premium", "turbo"])
@@ -824,14 +819,14 @@ def test_a_seed_gives_the_same_text_with_every_lossless_method(kind: str, token_
             "eos_bias": 0.0,
             "tiers": LOSSY,
         }
-        plain = visible(run(make_llm(**options), [Request((1, 2), "autoregressive", params)])[0])
+        plain = text_of(run(make_llm(**options), [Request((1, 2), "autoregressive", params)])[0])
         methods = ["speculative", "premium", "turbo", "autoregressive", *MODEL_FREE, "medusa"]
         outputs = run(make_llm(max_batch=8, **options), [Request((1, 2), method, params, 4) for method in methods])
         for method, output in zip(methods, outputs, strict=True):
             if method != "turbo":
-                assert visible(output) == plain
+                assert text_of(output) == plain
                 accepted += output.counters.accepted
-                assert visible(run(make_llm(**options), [Request((1, 2), method, params, 4)])[0]) == plain
+                assert text_of(run(make_llm(**options), [Request((1, 2), method, params, 4)])[0]) == plain
     assert accepted > 50
 
 
@@ -1003,7 +998,7 @@ def test_lossy_tier_needs_a_scorer() -> None:
     params = SamplingParams(max_tokens=9, ignore_eos=True)
     with pytest.raises(RequestError, match="without a scorer"):
         llm.generate([Request((1, 2), "turbo", params)])
-    assert visible(run(llm, [Request((1, 2), "premium", params)])[0]) == reference(target_of(llm), (1, 2), params)
+    assert text_of(run(llm, [Request((1, 2), "premium", params)])[0]) == reference(target_of(llm), (1, 2), params)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
@@ -1043,7 +1038,7 @@ def test_rows_that_share_a_pass_draft_less(kind: str, pass_tokens: int, temperat
     prompts = [prompt(i) for i in range(4)]
     plain = run(make_llm(kind=kind, max_batch=4), [Request(p, "autoregressive", params) for p in prompts])
     outputs = run(llm, [Request(p, "speculative", params, 5) for p in prompts])
-    assert list(map(visible, outputs)) == list(map(visible, plain))
+    assert list(map(text_of, outputs)) == list(map(text_of, plain))
     rounds = [call for call in target_of(llm).calls if len(call.position) == 4]
     assert rounds and all(call.tokens <= max(pass_tokens // 4, 2) for call in rounds)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from chi_square import p_value
+from drive import text_of
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
@@ -57,10 +58,6 @@ def make_llm(policy: Policy, kind: str, *, seed: int = 0, max_batch: int = 1, **
         prefill_chunk=4,
         costs=COSTS,
     )
-
-
-def text_of(output: Output) -> tuple[tuple[int, ...], str, str]:
-    return output.token_ids, output.text, output.finish_reason
 
 
 def run(llm: LLM, requests: Sequence[Request]) -> list[Output]:

@@ -252,7 +252,8 @@ def test_the_openai_package_reads_it() -> None:
     assert whole.usage is not None and whole.usage.prompt_tokens_details is not None
     assert whole.usage.prompt_tokens_details.cached_tokens == 5
     answer = whole.choices[0].message
-    again = client.chat.completions.create(model="tiny", messages=[answer, {"role": "user", "content": "And?"}])  # type: ignore[list-item]
+    messages: Any = [answer, {"role": "user", "content": "And?"}]
+    again = client.chat.completions.create(model="tiny", messages=messages)
     assert again.choices[0].finish_reason == "stop"
     stream = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], stream=True, stream_options={"include_usage": True}

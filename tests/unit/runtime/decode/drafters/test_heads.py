@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drive import text_of
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
@@ -18,7 +19,7 @@ from ssv.runtime.decode.drafters.heads import HeadsDrafter
 from ssv.runtime.decode.row import Row
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import MEDUSA
-from ssv.runtime.request import Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Request, RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 
@@ -53,10 +54,6 @@ def make_llm(policy: Policy, *, seed: int = 0, max_batch: int = 1, draft: bool =
         costs=COSTS,
         heads=FakeHeads(target, seed=seed, **({"noise": 0.7} | options)),
     )
-
-
-def text_of(output: Output) -> tuple[tuple[int, ...], str, str]:
-    return output.token_ids, output.text, output.finish_reason
 
 
 @pytest.fixture
