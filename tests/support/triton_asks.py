@@ -5,9 +5,9 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 from urllib.request import urlopen
 
 import numpy as np
@@ -108,6 +108,39 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = SECOND
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+class Busy(Protocol):
+    """What is used of a server that is filled."""
+
+    @property
+    def grpc_address(self) -> str: ...
+    @property
+    def metrics_url(self) -> str: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def max_waiting(self) -> int: ...
+
+
+def endless(stream: bool = True) -> list[grpcclient.InferInput]:
+    """A request that is still decoded when the test has seen what it wants."""
+    return [
+        tensor("text_input", "BYTES", "Once upon a time"),
+        tensor("max_tokens", "INT32", 1000),
+        tensor("ignore_eos", "BOOL", True),
+        tensor("stream", "BOOL", stream),
+    ]
+
+
+@contextmanager
+def full(server: Busy) -> Iterator[None]:
+    """The server with all rows taken and its queue full, by requests that leave at the end."""
+    with ExitStack() as stack:
+        for _ in range(server.max_rows + server.max_waiting):
+            stack.enter_context(Stream(server.grpc_address)).send(*endless())
+        wait_until(lambda: metric(server.metrics_url, "ssv_requests_waiting") == server.max_waiting, "the queue is full")
+        yield
 
 
 def free_ports(count: int) -> list[int]:

@@ -207,7 +207,7 @@ def test_draining(another_server: Another) -> None:
     with another_server("--drain-timeout", "120", max_rows=2, max_waiting=4) as server:
         model, before = server_model(server), counted(server)
         long: list[str] = []
-        threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 300))) for ask in DOORS]
+        threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 600))) for ask in DOORS]
         for thread in threads:
             thread.start()
         wait_until(lambda: counted(server)["running"] == len(DOORS), "they run")

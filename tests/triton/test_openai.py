@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
-from triton_asks import SECONDS, wait_until
+from triton_asks import SECONDS, Busy, full, wait_until
 
 from ssv.bundle.manifest import read_manifest
 from ssv.runtime.methods import METHODS
@@ -22,13 +22,11 @@ from ssv.runtime.methods import METHODS
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
 
-class Server(Protocol):
+class Server(Busy, Protocol):
     """What is used of the fixture."""
 
     @property
     def openai_url(self) -> str: ...
-    @property
-    def metrics_url(self) -> str: ...
     @property
     def log(self) -> Path: ...
 
@@ -268,23 +266,10 @@ def test_a_client_that_leaves_ends_its_request(server: Server, url: str, model: 
     wait_until(lambda: metric(server, "ssv_requests_decoding") == 0, "the row is free")
 
 
-def test_a_full_queue_is_503_and_tells_when_to_come_again(url: str, model: str) -> None:
-    async def ask(client: AsyncOpenAI) -> APIStatusError | None:
-        try:
-            await client.completions.create(model=model, prompt="Hi", max_tokens=100, extra_body={"ignore_eos": True})
-        except APIStatusError as error:
-            return error
-        return None
-
-    async def test() -> list[APIStatusError | None]:
-        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300.0) as client:
-            return await asyncio.gather(*(ask(client) for _ in range(40)))
-
-    errors = asyncio.run(test())
-    refused = [error for error in errors if error is not None]
-    assert 0 < len(refused) < len(errors)
-    for error in refused:
-        assert isinstance(error, InternalServerError)
-        assert error.status_code == 503
-        assert error.response.headers["retry-after"] == "1"
-        assert error.type == "server_error"
+def test_a_full_queue_is_503_and_tells_when_to_come_again(server: Server, client: OpenAI, model: str) -> None:
+    with full(server), pytest.raises(InternalServerError) as raised:
+        client.completions.create(model=model, prompt="Hi", max_tokens=2)
+    assert raised.value.status_code == 503
+    assert raised.value.response.headers["retry-after"] == "1"
+    assert raised.value.type == "server_error"
+    wait_until(lambda: metric(server, "ssv_requests_decoding") == 0, "all have left")

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 import tritonclient.grpc as grpcclient
 from prometheus_text import families
-from triton_asks import SECONDS, Stream, metric, read_metrics, tensor, value, wait_until
+from triton_asks import SECONDS, Stream, endless, full, metric, read_metrics, tensor, value, wait_until
 from tritonclient.utils import InferenceServerException
 
 from ssv.client.triton import Client, ServerError, Settings
@@ -43,15 +43,6 @@ def is_idle(server: Server) -> bool:
 
 def cancelled(server: Server, tier: str = "premium") -> float:
     return metric(server.metrics_url, REQUESTS[0], tier=tier, reason="cancelled")
-
-
-def endless(stream: bool = True) -> list[grpcclient.InferInput]:
-    return [
-        tensor("text_input", "BYTES", "Once upon a time"),
-        tensor("max_tokens", "INT32", 1000),
-        tensor("ignore_eos", "BOOL", True),
-        tensor("stream", "BOOL", stream),
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -218,14 +209,7 @@ def test_cancelling_a_request_that_waits(server: Server) -> None:
 
 
 def test_more_than_can_wait_are_refused_at_once(server: Server) -> None:
-    room = server.max_rows + server.max_waiting
-    with contextlib.ExitStack() as stack:
-        for _ in range(room):
-            stack.enter_context(Stream(server.grpc_address)).send(*endless())
-        wait_until(
-            lambda: metric(server.metrics_url, "ssv_requests_waiting") == server.max_waiting, "the queue is full"
-        )
-        client = stack.enter_context(Client(server.grpc_url))
+    with full(server), Client(server.grpc_url) as client:
         with pytest.raises(ServerError, match=r"waiting already: try again later") as raised:
             next(client.stream("Hello", Settings(max_tokens=2)))
         assert raised.value.status == "UNAVAILABLE"
