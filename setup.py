@@ -51,6 +51,8 @@ EXTRAS = {
         "httpx",
         "kubernetes-validate",
         "tensorrt-cu13-bindings==11.4.0.106",
+        # Compiles the CUDA kernels without a GPU; PyTorch's CUDA builds bring their own.
+        "nvidia-cuda-nvrtc==13.5.37",
     ],
 }
 
@@ -93,6 +95,7 @@ setup(
     package_dir={"ssv": "package", **{f"ssv.{room}": room for room in ROOMS}},
     package_data={
         "": ["py.typed"],
+        "ssv.plugins.cuda": ["*.cu"],
         "ssv.builder": ["presets/**/*"],
         "ssv.triton_repo": ["*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
         "ssv.ab": ["report.html.jinja"],

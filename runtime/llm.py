@@ -13,9 +13,9 @@ from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
-from ssv.model.draft import load_draft, load_draft_head
+from ssv.model.draft import Draft, load_draft, load_draft_head
 from ssv.model.heads import load_heads
-from ssv.model.scorer import load_scorer
+from ssv.model.scorer import Scorer, load_scorer
 from ssv.runtime.decode.costs import SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
@@ -160,7 +160,7 @@ class LLM:
         if thread_count is not None:
             thread_count.follow()
         scorer = load_scorer(bundle / "scorer.safetensors", draft.spec.decoder.hidden_size)
-        engines = (
+        engines = cls._cuda_engines(decoder, draft, scorer, sizes, say) or (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
         )
@@ -184,6 +184,22 @@ class LLM:
             survival=manifest.survival,
             heads=heads,
         )
+
+    @staticmethod
+    def _cuda_engines(
+        decoder: Decoder, draft: Draft, scorer: Scorer, sizes: Mapping[str, Any], say: Say
+    ) -> tuple[Engine, Engine] | None:
+        """Engines of compiled kernels, where there are kernels for the device, the precision and the pair."""
+        if sizes["device"] == "cpu" or sizes["precision"] != "bf16":
+            return None
+        from ssv.runtime.engines.cuda.make import cuda_engines, why_not
+
+        if (reason := why_not(decoder, draft, sizes["device"])) is not None:
+            say(f"decoding by PyTorch's own operations, many times slower than by compiled kernels: {reason}")
+            return None
+        say("compiling kernels for this GPU and model, unless they are kept from before")
+        chosen = {name: sizes[name] for name in ("device", "max_batch", "max_length")}
+        return cuda_engines(decoder, draft, scorer, **chosen)
 
     @staticmethod
     def _costs(manifest: Manifest, target: Engine, draft: Engine, key: str, say: Say) -> Costs | None:

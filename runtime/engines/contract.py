@@ -48,7 +48,7 @@ class Branches:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step returns.
+    """What a step returns. All but the hidden states may be overwritten by the engine's next step.
 
     Attributes:
         hidden_RH: hidden states of the gathered rows before the final norm.

@@ -219,7 +219,7 @@ def target_engine(
         EngineError: precision unknown, or not to be had on this device.
     """
     tap = draft.tap if draft is not None else None
-    decoder = _prepare(decoder, precision, device, lambda d: smoothed_parts(d, ranges) if ranges else ())
+    decoder = prepare(decoder, precision, device, lambda d: smoothed_parts(d, ranges) if ranges else ())
     if tap is not None:
         tap = _prepare_tap(tap, precision, device, ranges.get("tap.project") if ranges else None)
     return TorchEngine(decoder, max_batch=max_batch, max_length=max_length, tap=tap, threads=threads)
@@ -246,7 +246,7 @@ def draft_engine(
 
     without_tap = copy.copy(draft)
     without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target
-    copied = _prepare(without_tap, precision, device, smooth)
+    copied = prepare(without_tap, precision, device, smooth)
     return TorchEngine(
         copied.decoder,
         max_batch=max_batch,
@@ -278,7 +278,7 @@ def heads_engine(heads: Heads, *, precision: Precision, device: str = "cpu") -> 
     Raises:
         EngineError: precision unknown, or not to be had on this device.
     """
-    return TorchHeads(_prepare(heads, precision, device, lambda _: ()))
+    return TorchHeads(prepare(heads, precision, device, lambda _: ()))
 
 
 _shared_count: ThreadCount | None = None
@@ -361,7 +361,7 @@ M = TypeVar("M", Decoder, Draft, FeatureTap, Heads)
 N = TypeVar("N", bound=nn.Module)
 
 
-def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], Iterable[nn.Module]]) -> M:
+def prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], Iterable[nn.Module]]) -> M:
     """A copy in a precision on a device.
 
     Args:
@@ -392,7 +392,7 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
 
 
 def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
-    prepared = _prepare(tap, precision, device, lambda _: ())
+    prepared = prepare(tap, precision, device, lambda _: ())
     if range_X is not None and precision == "int8" and _is_cpu(device):
         # No norm comes before the tap that could take the factor: it is applied to the features.
         weight = tap.project.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from tiny import tiny_ids
@@ -25,7 +26,9 @@ def drive(engine: Engine, features_out: bool = False) -> list[StepOutput]:
         given = torch.randn(*shape, features, generator=generator) if features else None
         first_slot_B, rows_R = torch.tensor(position, dtype=torch.int32), torch.tensor(gather, dtype=torch.long)
         ids_BT = tiny_ids(*shape, seed=seed)
-        outputs.append(engine.step(ids_BT, first_slot_B, rows_R, given, features_out=features_out, first_row=first_row))
+        out = engine.step(ids_BT, first_slot_B, rows_R, given, features_out=features_out, first_row=first_row)
+        held = {field.name: getattr(out, field.name) for field in fields(out)}
+        outputs.append(StepOutput(**{name: None if x is None else x.clone() for name, x in held.items()}))
 
     step((1, 9), [0], [8])
     step((1, 5), [0], [4, 1], first_row=1)

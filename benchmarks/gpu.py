@@ -1,0 +1,128 @@
+"""What the CUDA engine takes for its steps, and what every method makes of it, on one GPU.
+
+Steps: milliseconds of a replayed graph alone, and of a whole step with its answer on the host. Methods: tokens/s over
+prompts, the rows of a batch side by side, and whether lossless methods give plain decoding's text.
+
+    python benchmarks/gpu.py --bundle bundles/smollm2-135m --out benchmarks/records/gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssv import LLM, Request, SamplingParams
+from ssv.runtime.engines.cuda.engine import CudaEngine
+from ssv.runtime.methods import policy_for
+from ssv.support.environment import versions, write_record
+from ssv.support.prompts import read_prompts
+
+ROOT = Path(__file__).parents[1]
+METHODS = "autoregressive,prompt-lookup,suffix,speculative,eagle,premium,balanced,turbo"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=16, help="(default: 16)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--methods", default=METHODS, help=f"(default: {METHODS})")
+    parser.add_argument("--rows", default="1,8", help="side by side (default: 1,8)")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64", help="of a pass (default: 1,2,4,8,16,32,64)")
+    parser.add_argument("--contexts", default="128,1024", help="tokens before a pass (default: 128,1024)")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = [int(word) for word in args.rows.split(",")]
+    llm = LLM.load(args.bundle, device="cuda", max_batch=max(rows), say=lambda text: print(text, file=sys.stderr))
+    figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "costs": llm.costs and llm.costs.model_dump()}
+    tokens = [int(word) for word in args.tokens.split(",")]
+    for name, engine in (("pass", llm.target), ("draft_step", llm.draft)):
+        assert isinstance(engine, CudaEngine)
+        for context in map(int, args.contexts.split(",")):
+            figures[f"{name}_at_{context}"] = {num: step_times(engine, num, context) for num in tokens}
+            print(name, context, figures[f"{name}_at_{context}"], file=sys.stderr)
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)[: args.num_prompts]]
+    figures["methods"] = {num: methods(llm, prompts, args.methods.split(","), args.max_tokens, num) for num in rows}
+    write_record(figures, args.out, versions("torch", "triton", "transformers"))
+    return 0
+
+
+def step_times(engine: CudaEngine, num: int, context: int) -> dict[str, float]:
+    """Milliseconds of a step of so many tokens behind a text: of its graph, and of all of it."""
+    ids, slot, gather = (
+        torch.ones(1, num, dtype=torch.long),
+        torch.tensor([context], dtype=torch.int32),
+        torch.arange(num),
+    )
+    features = torch.zeros(1, num, engine.num_features, device=engine.device) if engine.num_features else None
+
+    def step() -> None:
+        out = engine.step(ids, slot, gather, features)
+        assert out.token_R is not None
+        out.token_R.tolist()
+
+    step()
+    return {"graph_ms": _median(engine.last_graph.replay, on_device=True), "step_ms": _median(step, on_device=False)}
+
+
+def _median(run: Callable[[], object], *, on_device: bool, repeats: int = 60) -> float:
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    if on_device:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            run()
+            event.record()
+        torch.cuda.synchronize()
+        found = [one.elapsed_time(other) for one, other in pairwise(events)]
+    else:
+        found = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            run()
+            found.append((time.perf_counter() - began) * 1e3)
+    return round(statistics.median(found), 4)
+
+
+def methods(
+    llm: LLM, prompts: Sequence[tuple[int, ...]], names: Sequence[str], max_tokens: int, rows: int
+) -> dict[str, dict[str, Any]]:
+    """Each method over all prompts, so many rows at a time."""
+    params = SamplingParams(max_tokens=max_tokens)
+    found: dict[str, dict[str, Any]] = {}
+    plain: list[tuple[int, ...]] = []
+    for name in names:
+        for timed in (False, True):  # the first run captures graphs
+            batches = [prompts[i : i + rows] for i in range(0, len(prompts) if timed else 2 * rows, rows)]
+            began = time.perf_counter()
+            outputs = [o for batch in batches for o in llm.generate([Request(ids, name, params) for ids in batch])]
+            seconds = time.perf_counter() - began
+        texts = [output.token_ids for output in outputs]
+        plain = plain or texts
+        emitted = sum(map(len, texts))
+        passes = sum(output.counters.target_passes for output in outputs)
+        found[name] = {
+            "tokens_per_s": round(emitted / seconds, 1),
+            "tokens_per_pass": round((emitted - len(texts)) / passes, 3),
+            "first_token_ms": round(1e3 * statistics.median(o.counters.first_token_s for o in outputs), 2),
+            "lossless": policy_for(name, llm.tiers).lossless,
+            "same_text": sum(a == b for a, b in zip(texts, plain, strict=True)),
+            "of": len(texts),
+        }
+        print(rows, name, found[name], file=sys.stderr)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

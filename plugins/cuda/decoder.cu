@@ -1,0 +1,627 @@
+/* A decoder's step for few tokens, as five kernels a layer: norm and QKV | attention | O and residual | norm, gate, up and
+ * SiLU | down and residual. They are captured in CUDA graphs and follow one another by programmatic dependent launch: each
+ * has its weights on the way before it waits for the kernel before it.
+ *
+ * What they compute is defined in PyTorch by `Decoder` and `Draft` of ssv.model; `ssv.runtime.engines.cuda` drives them.
+ *
+ * Every token is computed by itself, in an order that depends neither on the tokens beside it nor on where its keys lie: its
+ * logits are the same bits alone, in a chain, in a tree and beside other rows. So the sums of a product are split by its width
+ * alone, and those of attention by logical position.
+ *
+ * Weights are bf16, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are its columns.
+ * Residuals, queries and logits are fp32; what goes into a product is bf16.
+ *
+ * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens; without it the other kernels, for one model's
+ * shape: HEAD_DIM, GROUP (query heads of a key/value head), QK_NORM (0 or 1).
+ */
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define TOKENS 64 /* most tokens of a step */
+#define TILE 16   /* output channels of a block */
+#define AHEAD 4   /* pairs of fragments (32 of K) that a warp has on the way before it waits */
+
+/* Where the numbers of a step lie; `ssv.runtime.engines.cuda.places` writes them. */
+enum {
+    NUM_TOKENS, NUM_GATHERED, NUM_GROUPS, HAS_PATHS,
+    ID = 8,
+    ROW = ID + TOKENS,
+    SLOT = ROW + TOKENS,
+    SEEN = SLOT + TOKENS,     /* keys that a token sees, its own among them */
+    PREFIX = SEEN + TOKENS,   /* of them, those that lie in the slots of their positions */
+    GATHER = PREFIX + TOKENS, /* tokens that get logits */
+    GROUP_FIRST = GATHER + TOKENS, /* groups: some tokens of one row */
+    GROUP_COUNT = GROUP_FIRST + TOKENS,
+    GROUP_NEW = GROUP_COUNT + TOKENS, /* first of the row's tokens in this step, and how many they are */
+    GROUP_NUM_NEW = GROUP_NEW + TOKENS,
+    PATH = GROUP_NUM_NEW + TOKENS, /* [TOKENS][DEPTH] slots behind the prefix */
+    DEPTH = 80
+};
+
+/* Before compute capability 9.0 a kernel begins when the one before it has ended. */
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Of what no kernel of the step writes; volatile, so that it stays before the wait. */
+__device__ __forceinline__ uint4 load_weights(const uint4 *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x << 16); }
+
+__device__ __forceinline__ u32 round_pair(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+__device__ __forceinline__ u16 round_one(float x) { return (u16)round_pair(x, 0.0f); }
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+__device__ __forceinline__ float most_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+#ifdef TILES
+/* --- products --------------------------------------------------------------------------------------------------------- */
+
+struct Linear {
+    const int *step;
+    const uint4 *weight;  /* [N / TILE, pairs, 2, 32] fragments */
+    const u16 *x;         /* rows of 32 * pairs */
+    const float *squares; /* [TOKENS, num_squares]: x is divided by its root mean square; NULL: it is not */
+    const float *bias;    /* [N] or NULL */
+    float *out;           /* store: [rows, N]; add: [TOKENS, N] residuals */
+    u16 *out_bf16;        /* gate: [TOKENS, N / 2]; add: out * next_norm */
+    float *out_squares;   /* add: [TOKENS, N / TILE] */
+    const float *next_norm;
+    u16 *tapped;       /* add: a copy of out for the features, rows of tapped_width; or NULL */
+    const float *from; /* store: residuals of which the gathered rows are copied to `copied`; or NULL */
+    float *copied;
+    int pairs, share, outputs, num_squares, tapped_width, gathered;
+    float eps;
+};
+
+enum { STORE, ADD, GATE };
+
+__device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+/* One block computes TILE channels of up to 8 * TILES tokens. Its warps share K: `share` pairs each, which K alone decides, and
+ * their sums are added in their order. What the epilogue needs is on its way before the products are there. */
+template <int KIND>
+__device__ __forceinline__ void linear(const Linear &p) {
+    constexpr int AT_ONCE = TILES > 4 ? 1 : TILES > 2 ? 2 : AHEAD; /* pairs of the other operand: as many as registers hold */
+    extern __shared__ float4 sums[]; /* [warps][TILES][32] */
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x, g = lane >> 2, q = lane & 3;
+    const int first = warp * p.share, last = min(first + p.share, p.pairs), active = (p.pairs + p.share - 1) / p.share;
+    release_next();
+    const uint4 *weight = p.weight + ((size_t)tile * p.pairs + first) * 64 + lane;
+    const uint4 none = {0, 0, 0, 0};
+    uint4 a[2 * AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+        for (int s = 0; s < 2; s++) a[2 * i + s] = first + i < last ? load_weights(weight + (2 * i + s) * 32) : none;
+    /* The numbers of a step and what belongs to the model are there before the graph begins. */
+    const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
+    const bool finishes = warp < TILES && warp * 8 < num;
+    int row[TILES]; /* where the tokens begin, in pieces of 8; -1 behind the last */
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        const int m = t * 8 + g;
+        row[t] = m < num ? (p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q : -1;
+    }
+    const uint4 *x = (const uint4 *)p.x;
+    const int n = tile * TILE + g;
+    float bias[2] = {}, next_norm[2];
+    if (finishes) {
+        if (p.bias) bias[0] = n < p.outputs ? p.bias[n] : 0.0f, bias[1] = n + 8 < p.outputs ? p.bias[n + 8] : 0.0f;
+        if (KIND == ADD) next_norm[0] = p.next_norm[n], next_norm[1] = p.next_norm[n + 8];
+    }
+    wait_for_previous();
+
+    uint4 b[AT_ONCE][TILES];
+#define LOAD(at)                                                                                                         \
+    for (int i = 0; i < AT_ONCE; i++)                                                                                    \
+        for (int t = 0; t < TILES; t++) b[i][t] = row[t] >= 0 && (at) + i < last ? x[row[t] + ((at) + i) * 4] : none;
+#pragma unroll
+    LOAD(first)
+    float squares[2] = {}, residual[2][2] = {};
+    if (finishes)
+#pragma unroll
+        for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
+            const int m = warp * 8 + 2 * q + i;
+            if (m >= num) continue;
+            if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
+            if (p.squares) {
+                const float *from = p.squares + (size_t)(p.gathered ? p.step[GATHER + m] : m) * p.num_squares;
+                for (int k = g; k < p.num_squares; k += 64) {
+                    float some[8];
+#pragma unroll
+                    for (int u = 0; u < 8; u++) some[u] = k + 8 * u < p.num_squares ? from[k + 8 * u] : 0.0f;
+#pragma unroll
+                    for (int u = 0; u < 8; u++) squares[i] += some[u];
+                }
+            }
+        }
+    float c[TILES][4] = {};
+    for (int base = first; base < last; base += AHEAD) {
+        const int behind = base - first + AHEAD;
+#pragma unroll
+        for (int half = 0; half < AHEAD; half += AT_ONCE) {
+            if (half || base > first) {
+#pragma unroll
+                LOAD(base + half)
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    multiply(c[t], a[2 * (half + i)], b[i][t].x, b[i][t].y);
+                    multiply(c[t], a[2 * (half + i) + 1], b[i][t].z, b[i][t].w);
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+                a[2 * i + s] = first + behind + i < last ? load_weights(weight + (2 * (behind + i) + s) * 32) : none;
+    }
+    if (warp < active)
+#pragma unroll
+        for (int t = 0; t < TILES; t++) sums[(warp * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
+    __syncthreads();
+    if (finishes) {
+        float s[4] = {};
+        for (int w = 0; w < active; w++) {
+            const float4 part = sums[(w * TILES + warp) * 32 + lane];
+            s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int m = warp * 8 + 2 * q + i;
+            const bool is_token = m < num;
+            float factor = 1.0f;
+            if (p.squares) {
+#pragma unroll
+                for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
+                factor = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
+            }
+            float one = s[i] * factor + bias[0], other = s[i + 2] * factor + bias[1];
+            if (KIND == STORE && is_token) {
+                float *out = p.out + (size_t)m * p.outputs;
+                if (n < p.outputs) out[n] = one;
+                if (n + 8 < p.outputs) out[n + 8] = other;
+            }
+            if (KIND == GATE && is_token)
+                p.out_bf16[(size_t)m * (p.outputs / 2) + tile * 8 + g] = round_one(one / (1.0f + __expf(-one)) * other);
+            if (KIND == ADD) {
+                one += residual[i][0], other += residual[i][1];
+                if (is_token) {
+                    const size_t at = (size_t)m * p.outputs + n;
+                    p.out[at] = one, p.out[at + 8] = other;
+                    p.out_bf16[at] = round_one(one * next_norm[0]), p.out_bf16[at + 8] = round_one(other * next_norm[1]);
+                    if (p.tapped) {
+                        u16 *tapped = p.tapped + (size_t)m * p.tapped_width + n;
+                        tapped[0] = round_one(one), tapped[8] = round_one(other);
+                    }
+                }
+                float sum = one * one + other * other;
+#pragma unroll
+                for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
+                if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
+            }
+        }
+    }
+    if (KIND == STORE && p.from)
+        for (int m = tile; m < num; m += gridDim.x) {
+            const float *from = p.from + (size_t)p.step[GATHER + m] * p.pairs * 32;
+            for (int i = threadIdx.x; i < p.pairs * 32; i += blockDim.x) p.copied[(size_t)m * p.pairs * 32 + i] = from[i];
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(512) store(const Linear p) { linear<STORE>(p); }
+extern "C" __global__ void __launch_bounds__(512) add(const Linear p) { linear<ADD>(p); }
+extern "C" __global__ void __launch_bounds__(512) gate(const Linear p) { linear<GATE>(p); }
+
+#else
+/* --- what goes into the first layer --------------------------------------------------------------------------------- */
+
+struct Embed {
+    const int *step;
+    const u16 *table;  /* [V, H] */
+    const float *norm; /* [H], of the first layer */
+    float *x;          /* [TOKENS, H] residuals */
+    u16 *scaled;       /* [TOKENS, H] x * norm, still to be divided by the root mean square */
+    float *squares;    /* [TOKENS, H / TILE] sums of squares of x */
+    int hidden;
+};
+
+extern "C" __global__ void embed(const Embed p) {
+    const int m = blockIdx.x;
+    release_next();
+    wait_for_previous();
+    if (m >= p.step[NUM_TOKENS]) return;
+    const u16 *row = p.table + (size_t)p.step[ID + m] * p.hidden;
+    for (int tile = threadIdx.x; tile < p.hidden / TILE; tile += blockDim.x) {
+        float sum = 0.0f;
+        for (int i = tile * TILE; i < (tile + 1) * TILE; i++) {
+            float value = widen(row[i]);
+            p.x[m * p.hidden + i] = value;
+            p.scaled[m * p.hidden + i] = round_one(value * p.norm[i]);
+            sum += value * value;
+        }
+        p.squares[m * (p.hidden / TILE) + tile] = sum;
+    }
+}
+
+struct Join {
+    const int *step;
+    const u16 *table;      /* [V, H] */
+    const float *features; /* [TOKENS, H] */
+    const float *embed_norm, *feature_norm;
+    float *x;    /* [TOKENS, H]: the features, to which the product is added */
+    u16 *joined; /* [TOKENS, 2 * H] */
+    int hidden;
+    float eps;
+};
+
+/* What a conditioned draft's join multiplies: norm(embedding) beside norm(features). One block of 256 threads a token. */
+extern "C" __global__ void join(const Join p) {
+    __shared__ float sums[2][8];
+    const int m = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    release_next();
+    wait_for_previous();
+    if (m >= p.step[NUM_TOKENS]) return;
+    const u16 *embedded = p.table + (size_t)p.step[ID + m] * p.hidden;
+    const float *features = p.features + (size_t)m * p.hidden;
+    float sum[2] = {0.0f, 0.0f};
+    for (int i = threadIdx.x; i < p.hidden; i += 256) {
+        float e = widen(embedded[i]), f = features[i];
+        sum[0] += e * e;
+        sum[1] += f * f;
+    }
+    for (int part = 0; part < 2; part++) {
+        sum[part] = sum_of_warp(sum[part]);
+        if (!lane) sums[part][warp] = sum[part];
+    }
+    __syncthreads();
+    float factor[2];
+    for (int part = 0; part < 2; part++) {
+        float whole = 0.0f;
+        for (int w = 0; w < 8; w++) whole += sums[part][w];
+        factor[part] = rsqrtf(whole / (float)p.hidden + p.eps);
+    }
+    u16 *joined = p.joined + (size_t)m * 2 * p.hidden;
+    for (int i = threadIdx.x; i < p.hidden; i += 256) {
+        joined[i] = round_one(widen(embedded[i]) * factor[0] * p.embed_norm[i]);
+        joined[p.hidden + i] = round_one(features[i] * factor[1] * p.feature_norm[i]);
+        p.x[(size_t)m * p.hidden + i] = features[i];
+    }
+}
+
+/* --- the likeliest token --------------------------------------------------------------------------------------------- */
+
+struct Largest {
+    const int *step;
+    const float *logits;     /* [rows, V] */
+    const long long *tokens; /* [V], of the columns; NULL: their numbers */
+    long long *token;        /* [rows]: of the largest logit, the first of equals; -1 beside NaN or where none is finite */
+    int vocab;
+};
+
+/* One block of 1,024 threads a row. */
+extern "C" __global__ void __launch_bounds__(1024) largest(const Largest p) {
+    __shared__ float values[32];
+    __shared__ int columns[32];
+    const int r = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    release_next();
+    wait_for_previous();
+    if (r >= p.step[NUM_GATHERED]) return;
+    const float *row = p.logits + (size_t)r * p.vocab;
+    float most = -1.0f / 0.0f;
+    int column = p.vocab;
+    bool is_number = true;
+#define TAKE(value, at)                                                                                                  \
+    is_number &= (value) == (value);                                                                                     \
+    if ((value) > most) most = (value), column = (at);
+    if (p.vocab % 4 == 0) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < p.vocab / 4; i += 1024) {
+            const float4 four = ((const float4 *)row)[i];
+            TAKE(four.x, 4 * i)
+            TAKE(four.y, 4 * i + 1)
+            TAKE(four.z, 4 * i + 2)
+            TAKE(four.w, 4 * i + 3)
+        }
+    } else {
+        for (int i = threadIdx.x; i < p.vocab; i += 1024) {
+            const float value = row[i];
+            TAKE(value, i)
+        }
+    }
+    is_number = __syncthreads_and(is_number);
+    for (int part = 0; part < 2; part++) { /* lanes, then warps */
+#pragma unroll
+        for (int step = 16; step; step >>= 1) {
+            const float other = __shfl_xor_sync(~0u, most, step);
+            const int its = __shfl_xor_sync(~0u, column, step);
+            if (other > most || (other == most && its < column)) most = other, column = its;
+        }
+        if (part) break;
+        if (!lane) values[warp] = most, columns[warp] = column;
+        __syncthreads();
+        most = values[lane], column = columns[lane];
+    }
+    if (!threadIdx.x) p.token[r] = !is_number || column >= p.vocab || most > 3.0e38f ? -1 : p.tokens ? p.tokens[column] : column;
+}
+
+/* --- attention -------------------------------------------------------------------------------------------------------- */
+
+#define WARPS 8
+#define KEYS (32 * WARPS) /* of a block, in the order of their positions */
+#define HALF (HEAD_DIM / 2)
+#define LANE_PAIRS ((HALF + 31) / 32) /* pairs of dims that a lane owns */
+#define NEW_STRIDE (HEAD_DIM + 8)     /* rows of 16-byte pieces in banks of their own */
+#define PARTIAL (HEAD_DIM + 2)        /* of a block's share: values, largest score, sum of weights */
+
+struct Attention {
+    const int *step;
+    const float *qkv;    /* [TOKENS, (heads + 2 * kv_heads) * HEAD_DIM] */
+    u16 *keys, *values;  /* [rows, kv_heads, slots, HEAD_DIM] of this layer */
+    const float *cosine, *sine; /* [positions, HALF] */
+    const float *q_norm, *k_norm; /* [HEAD_DIM], with QK_NORM */
+    u16 *out;            /* [TOKENS, heads * HEAD_DIM] */
+    float *partial;      /* [TOKENS, heads, most_blocks, PARTIAL] */
+    int *arrivals;       /* [TOKENS, kv_heads], 0 before and after */
+    int heads, kv_heads, slots, most_blocks, group_tokens;
+    float eps;
+};
+
+/* A head, normed if the model does and rotated by its position, into shared memory: fp32 times `factor`, or bf16. */
+template <bool WIDE>
+__device__ __forceinline__ void rotate(const float *head, const float *norm, const Attention &p, int position, int lane, float factor,
+                                       float *wide, u16 *narrow) {
+    float first[LANE_PAIRS], second[LANE_PAIRS], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < LANE_PAIRS; i++) {
+        const int d = lane + 32 * i;
+        first[i] = d < HALF ? head[d] : 0.0f;
+        second[i] = d < HALF ? head[d + HALF] : 0.0f;
+        squares += first[i] * first[i] + second[i] * second[i];
+    }
+    if (QK_NORM) {
+        const float scale = rsqrtf(sum_of_warp(squares) / (float)HEAD_DIM + p.eps);
+#pragma unroll
+        for (int i = 0; i < LANE_PAIRS; i++) {
+            const int d = lane + 32 * i;
+            if (d < HALF) first[i] *= scale * norm[d], second[i] *= scale * norm[d + HALF];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < LANE_PAIRS; i++) {
+        const int d = lane + 32 * i;
+        if (d >= HALF) continue;
+        const float c = p.cosine[(size_t)position * HALF + d], s = p.sine[(size_t)position * HALF + d];
+        const float a = first[i] * c - second[i] * s, b = second[i] * c + first[i] * s;
+        if (WIDE) wide[d] = a * factor, wide[d + HALF] = b * factor;
+        else narrow[d] = round_one(a), narrow[d + HALF] = round_one(b);
+    }
+}
+
+/* A block attends for the queries of one group to KEYS keys of one key/value head, a warp to 32 of them. A lane scores the key of
+ * one position, and then mixes its dims of the values of all 32. Keys and values of the text before are loaded before the wait. */
+extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention p) {
+    extern __shared__ uint4 shared[];
+    const int num_queries = p.group_tokens * GROUP;
+    float *queries = (float *)shared;                            /* [num_queries][HEAD_DIM] */
+    float *weights = queries + num_queries * HEAD_DIM;           /* [WARPS][num_queries][32] */
+    float *mixed = weights + WARPS * num_queries * 32;           /* [WARPS][num_queries][HEAD_DIM] */
+    float *largest = mixed + WARPS * num_queries * HEAD_DIM;     /* [WARPS][num_queries] */
+    float *total = largest + WARPS * num_queries;                /* [WARPS][num_queries] */
+    u16 *new_keys = (u16 *)(total + WARPS * num_queries);        /* [num_new][NEW_STRIDE] */
+    const int *step = p.step;
+    const int block = blockIdx.x, kv = blockIdx.y, group = blockIdx.z, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    release_next();
+    if (group >= step[NUM_GROUPS]) return;
+    const int first = step[GROUP_FIRST + group], count = step[GROUP_COUNT + group];
+    const int first_new = step[GROUP_NEW + group], num_new = step[GROUP_NUM_NEW + group];
+    const bool has_paths = step[HAS_PATHS];
+    int most_seen = 0;
+    for (int i = 0; i < count; i++) most_seen = max(most_seen, step[SEEN + first + i]);
+    if (block * KEYS >= most_seen) return;
+    u16 *new_values = new_keys + num_new * NEW_STRIDE;
+    const int first_slot = step[SLOT + first_new], prefix = step[PREFIX + first], before = min(prefix, first_slot);
+    const size_t row = ((size_t)step[ROW + first] * p.kv_heads + kv) * p.slots * HEAD_DIM;
+    const u16 *keys = p.keys + row, *values = p.values + row;
+    const int warp_first = block * KEYS + warp * 32, j = warp_first + lane;
+
+    uint4 key[HEAD_DIM / 8];
+    u32 value[32][LANE_PAIRS];
+    const uint4 none = {0, 0, 0, 0};
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 8; d++) key[d] = j < before ? load_weights((const uint4 *)(keys + (size_t)j * HEAD_DIM) + d) : none;
+#pragma unroll
+    for (int k = 0; k < 32; k++)
+#pragma unroll
+        for (int i = 0; i < LANE_PAIRS; i++) {
+            const int pair = lane + 32 * i;
+            value[k][i] = 0;
+            if (warp_first + k < before && pair < HALF)
+                asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value[k][i]) : "l"((const u32 *)(values + (size_t)(warp_first + k) * HEAD_DIM) + pair));
+        }
+    wait_for_previous();
+
+    const int width = (p.heads + 2 * p.kv_heads) * HEAD_DIM;
+    const float scale = rsqrtf((float)HEAD_DIM);
+    for (int n = warp; n < count * GROUP; n += WARPS) {
+        const int m = first + n / GROUP, head = kv * GROUP + n % GROUP;
+        rotate<true>(p.qkv + (size_t)m * width + head * HEAD_DIM, p.q_norm, p, step[SEEN + m] - 1, lane, scale, queries + n * HEAD_DIM, nullptr);
+    }
+    if ((block + 1) * KEYS > before) {
+        /* One block of the row's first group stores what all of them see. */
+        const bool stores = first == first_new && block == before / KEYS;
+        for (int t = WARPS - 1 - warp; t < 2 * num_new; t += WARPS) { /* from the last warp on: the first have queries */
+            const bool is_key = t < num_new;
+            const int which = is_key ? t : t - num_new, m = first_new + which;
+            const float *head = p.qkv + (size_t)m * width + (p.heads + (is_key ? 0 : p.kv_heads) + kv) * HEAD_DIM;
+            u16 *to = is_key ? new_keys + which * NEW_STRIDE : new_values + which * HEAD_DIM;
+            if (is_key) rotate<false>(head, p.k_norm, p, step[SEEN + m] - 1, lane, 1.0f, nullptr, to);
+            else
+                for (int d = lane; d < HEAD_DIM; d += 32) to[d] = round_one(head[d]);
+            __syncwarp();
+            u16 *cache = (is_key ? p.keys : p.values) + row + (size_t)(first_slot + which) * HEAD_DIM;
+            if (stores)
+                for (int d = lane; d < HEAD_DIM; d += 32) cache[d] = to[d];
+        }
+    }
+    __syncthreads();
+
+#define SLOT_OF(m, at) (!has_paths || (at) < prefix ? (at) : step[PATH + (m) * DEPTH + (at) - prefix])
+#pragma unroll 1 /* or its code would not fit the cache of instructions */
+    for (int i = 0; i < count; i++) {
+        const int m = first + i, seen = step[SEEN + m];
+        const bool is_seen = j < seen;
+        if (is_seen && j >= before) {
+            const int slot = SLOT_OF(m, j);
+            const uint4 *from = (const uint4 *)(slot >= first_slot ? new_keys + (slot - first_slot) * NEW_STRIDE : keys + (size_t)slot * HEAD_DIM);
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 8; d++) key[d] = from[d];
+        }
+        float score[GROUP];
+#pragma unroll
+        for (int h = 0; h < GROUP; h++) {
+            const float4 *query = (const float4 *)(queries + (i * GROUP + h) * HEAD_DIM);
+            float even = 0.0f, odd = 0.0f;
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 8; d++) {
+                const float4 x = query[2 * d], y = query[2 * d + 1];
+                even = fmaf(x.x, low(key[d].x), even), odd = fmaf(x.y, high(key[d].x), odd);
+                even = fmaf(x.z, low(key[d].y), even), odd = fmaf(x.w, high(key[d].y), odd);
+                even = fmaf(y.x, low(key[d].z), even), odd = fmaf(y.y, high(key[d].z), odd);
+                even = fmaf(y.z, low(key[d].w), even), odd = fmaf(y.w, high(key[d].w), odd);
+            }
+            score[h] = is_seen ? even + odd : -1.0e30f;
+        }
+        /* All heads side by side: a reduction is five exchanges that wait for one another. */
+        float most[GROUP], sum[GROUP];
+#pragma unroll
+        for (int h = 0; h < GROUP; h++) most[h] = most_of_warp(score[h]);
+#pragma unroll
+        for (int h = 0; h < GROUP; h++) score[h] = is_seen ? __expf(score[h] - most[h]) : 0.0f, sum[h] = sum_of_warp(score[h]);
+#pragma unroll
+        for (int h = 0; h < GROUP; h++) {
+            const int n = warp * num_queries + i * GROUP + h;
+            weights[n * 32 + lane] = score[h];
+            if (!lane) largest[n] = most[h], total[n] = sum[h];
+        }
+    }
+    __syncwarp();
+
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const int m = first + i, seen = step[SEEN + m];
+        if (warp_first + 32 > before && (i == 0 || has_paths)) {
+#pragma unroll
+            for (int k = 0; k < 32; k++) {
+                const int at = warp_first + k;
+                if (at < before) continue;
+                /* In a chain those that only later tokens see have weight 0 until then. */
+                const int slot = at < (has_paths ? seen : first_slot + num_new) ? SLOT_OF(m, at) : -1;
+                const u32 *from = (const u32 *)(slot >= first_slot ? new_values + (slot - first_slot) * HEAD_DIM : values + (size_t)max(slot, 0) * HEAD_DIM);
+#pragma unroll
+                for (int l = 0; l < LANE_PAIRS; l++) value[k][l] = slot >= 0 && lane + 32 * l < HALF ? from[lane + 32 * l] : 0;
+            }
+        }
+        float sum[GROUP][LANE_PAIRS][2] = {};
+#pragma unroll
+        for (int k = 0; k < 32; k++)
+#pragma unroll
+            for (int h = 0; h < GROUP; h++) {
+                const float weight = weights[(warp * num_queries + i * GROUP + h) * 32 + k];
+#pragma unroll
+                for (int l = 0; l < LANE_PAIRS; l++) {
+                    sum[h][l][0] = fmaf(weight, low(value[k][l]), sum[h][l][0]);
+                    sum[h][l][1] = fmaf(weight, high(value[k][l]), sum[h][l][1]);
+                }
+            }
+#pragma unroll
+        for (int h = 0; h < GROUP; h++)
+#pragma unroll
+            for (int l = 0; l < LANE_PAIRS; l++) {
+                const int pair = lane + 32 * l;
+                if (pair < HALF) *(float2 *)(mixed + (warp * num_queries + i * GROUP + h) * HEAD_DIM + 2 * pair) = make_float2(sum[h][l][0], sum[h][l][1]);
+            }
+    }
+    __syncthreads();
+
+    for (int at = threadIdx.x; at < count * GROUP * HEAD_DIM; at += 32 * WARPS) {
+        const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = step[SEEN + m];
+        if (block * KEYS >= seen) continue;
+        float most = largest[n], sum = 0.0f, result = 0.0f;
+        for (int w = 1; w < WARPS; w++) most = fmaxf(most, largest[w * num_queries + n]);
+        for (int w = 0; w < WARPS; w++) {
+            const float factor = __expf(largest[w * num_queries + n] - most);
+            sum += total[w * num_queries + n] * factor;
+            result += mixed[(w * num_queries + n) * HEAD_DIM + d] * factor;
+        }
+        if (seen <= KEYS) {
+            p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum);
+        } else {
+            float *partial = p.partial + (((size_t)m * p.heads + head) * p.most_blocks + block) * PARTIAL;
+            partial[d] = result;
+            if (!d) partial[HEAD_DIM] = most, partial[HEAD_DIM + 1] = sum;
+        }
+    }
+    if (most_seen <= KEYS) return;
+
+    /* The last block of the group to come this far joins the shares of all, in their order. */
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (!threadIdx.x) {
+        int *arrivals = p.arrivals + group * p.kv_heads + kv;
+        is_last = atomicAdd(arrivals, 1) == (most_seen + KEYS - 1) / KEYS - 1;
+        if (is_last) *arrivals = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    for (int at = threadIdx.x; at < count * GROUP * HEAD_DIM; at += 32 * WARPS) {
+        const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = step[SEEN + m];
+        if (seen <= KEYS) continue;
+        const volatile float *partial = p.partial + ((size_t)m * p.heads + head) * p.most_blocks * PARTIAL;
+        const int blocks = (seen + KEYS - 1) / KEYS;
+        float most = -1.0e30f, sum = 0.0f, result = 0.0f;
+        for (int b = 0; b < blocks; b++) most = fmaxf(most, partial[b * PARTIAL + HEAD_DIM]);
+        for (int b = 0; b < blocks; b++) {
+            const float factor = __expf(partial[b * PARTIAL + HEAD_DIM] - most);
+            sum += partial[b * PARTIAL + HEAD_DIM + 1] * factor;
+            result += partial[b * PARTIAL + d] * factor;
+        }
+        p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum);
+    }
+}
+
+#endif

@@ -1,0 +1,52 @@
+"""Target and draft as CUDA engines, from models in any type and place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+
+from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft, FeatureTap
+from ssv.model.quantized import QuantizedLinear
+from ssv.model.scorer import Scorer
+from ssv.runtime.engines.cuda.engine import CudaEngine, misfit
+from ssv.runtime.engines.torch_engine import prepare
+
+LEAST_CAPABILITY = (8, 0)
+
+M = TypeVar("M", Decoder, Draft, FeatureTap)
+
+
+def why_not(decoder: Decoder, draft: Draft, device: str) -> str | None:
+    """Why the kernels cannot run a pair on a GPU; None if they can."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"this GPU has compute capability {'.'.join(map(str, capability))}, the kernels need 8.0"
+    if any(isinstance(part, QuantizedLinear) for model in (decoder, draft) for part in model.modules()):
+        return "the checkpoint is quantized, and the kernels run bf16"
+    tap_width = draft.tap.project.in_features if draft.tap is not None else 0
+    return misfit(decoder.spec, tap_width) or misfit(draft.spec.decoder)
+
+
+def cuda_engines(
+    decoder: Decoder, draft: Draft, scorer: Scorer | None, *, device: str, max_batch: int, max_length: int
+) -> tuple[CudaEngine, CudaEngine]:
+    """A target with its draft's tap, and the draft; the models are left as they are.
+
+    Raises:
+        EngineError: the kernels cannot run them (`why_not`).
+    """
+    without_tap = copy.copy(draft)
+    without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target
+    sizes: dict[str, Any] = {"max_batch": max_batch, "max_length": max_length}
+    tap = _on_gpu(draft.tap, device) if draft.tap is not None else None
+    target = CudaEngine(_on_gpu(decoder, device), tap=tap, **sizes)
+    copied = _on_gpu(without_tap, device)
+    scorer = scorer.to(device) if scorer is not None else None
+    return target, CudaEngine(copied.decoder, draft=copied, scorer=scorer, **sizes)
+
+
+def _on_gpu(module: M, device: str) -> M:
+    return prepare(module, "bf16", device, lambda _: ())

@@ -1,0 +1,133 @@
+"""The numbers of a step for the kernels of `ssv.plugins.cuda`: where its tokens lie, what they see, which get logits.
+
+They are one int32 vector, which is copied to the device at once; `decoder.cu` names its parts.
+
+Shapes: B rows and T tokens of the step, M tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssv.runtime.engines.contract import Branches, EngineError
+
+TOKENS, DEPTH = 64, 80
+"""Most tokens of a block, and most slots of a path behind its prefix."""
+
+_NUM_TOKENS, _NUM_GATHERED, _NUM_GROUPS, _HAS_PATHS = range(4)
+_ID, _ROW, _SLOT, _SEEN, _PREFIX, _GATHER, _GROUP_FIRST, _GROUP_COUNT, _GROUP_NEW, _GROUP_NUM_NEW = range(
+    8, 8 + 10 * TOKENS, TOKENS
+)
+_PATH = _GROUP_NUM_NEW + TOKENS
+SIZE = _PATH + TOKENS * DEPTH
+SIZE_OF_CHAINS = _PATH
+"""Of the vector, and of what is read of it where no token has a path."""
+
+_WHOLE = 2**30
+"""The prefix of a token of a chain: every slot that it sees is that of its position."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens `start` to `stop` of row `b` of a step, as tokens `first` and following of a block."""
+
+    b: int
+    start: int
+    stop: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What one replay computes: at most `TOKENS` tokens."""
+
+    runs: tuple[Run, ...]
+    num_tokens: int
+
+
+def blocks(counts: Sequence[int]) -> Iterator[Block]:
+    """Cuts a step into blocks; a row's tokens stay in their order, so that each finds those before it in the cache.
+
+    Args:
+        counts: tokens of each row that are no padding.
+    """
+    runs: list[Run] = []
+    filled = 0
+    for b, count in enumerate(counts):
+        start = 0
+        while start < count:
+            stop = min(count, start + TOKENS - filled)
+            runs.append(Run(b, start, stop, filled))
+            filled += stop - start
+            start = stop
+            if filled == TOKENS:
+                yield Block(tuple(runs), filled)
+                runs, filled = [], 0
+    if runs:
+        yield Block(tuple(runs), filled)
+
+
+def write(
+    numbers: NDArray[np.int32],
+    block: Block,
+    ids_BT: NDArray[np.int64],
+    first_slots: Sequence[int],
+    first_row: int,
+    gathered: Sequence[int],
+    branches: Branches | None,
+    group_tokens: int,
+) -> int:
+    """Writes a block's numbers.
+
+    Args:
+        gathered: tokens of the block that get logits.
+        group_tokens: most tokens that a block of the attention kernel takes.
+
+    Returns:
+        Keys that the token which sees most of them sees.
+
+    Raises:
+        EngineError: a path longer than `DEPTH`.
+    """
+    if branches is not None and branches.path_BTD.shape[2] > DEPTH:
+        raise EngineError(f"branches of {branches.path_BTD.shape[2]} tokens: the engine has room for {DEPTH}")
+    groups = most_seen = 0
+    for run in block.runs:
+        num, here = run.stop - run.start, slice(run.first, run.first + run.stop - run.start)
+        slots = np.arange(first_slots[run.b] + run.start, first_slots[run.b] + run.stop, dtype=np.int32)
+        _part(numbers, _ID)[here] = ids_BT[run.b, run.start : run.stop]
+        _part(numbers, _ROW)[here] = first_row + run.b
+        _part(numbers, _SLOT)[here] = slots
+        if branches is None:
+            seen, prefix = slots + 1, _WHOLE
+        else:
+            path_TD = branches.path_BTD[run.b, run.start : run.stop].numpy()
+            prefix = int(branches.prefix_B[run.b])
+            seen = prefix + (path_TD >= 0).sum(axis=1, dtype=np.int32)
+            numbers[_PATH:].reshape(TOKENS, DEPTH)[here, : path_TD.shape[1]] = path_TD
+        _part(numbers, _SEEN)[here] = seen
+        _part(numbers, _PREFIX)[here] = prefix
+        most_seen = max(most_seen, int(seen.max()))
+        firsts = np.arange(run.first, run.first + num, group_tokens, dtype=np.int32)
+        there = slice(groups, groups + len(firsts))
+        _part(numbers, _GROUP_FIRST)[there] = firsts
+        _part(numbers, _GROUP_COUNT)[there] = np.minimum(run.first + num - firsts, group_tokens)
+        _part(numbers, _GROUP_NEW)[there] = run.first
+        _part(numbers, _GROUP_NUM_NEW)[there] = num
+        groups += len(firsts)
+    _part(numbers, _GATHER)[: len(gathered)] = gathered
+    numbers[[_NUM_TOKENS, _NUM_GATHERED, _NUM_GROUPS, _HAS_PATHS]] = (
+        block.num_tokens,
+        len(gathered),
+        groups,
+        branches is not None,
+    )
+    return most_seen
+
+
+def _part(numbers: NDArray[np.int32], at: int) -> NDArray[np.int32]:
+    return numbers[at : at + TOKENS]

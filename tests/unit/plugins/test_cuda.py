@@ -1,0 +1,34 @@
+"""The CUDA kernels compile for every GPU that they are written for, without one."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssv.plugins.cuda.compiler import CAPABILITIES, SOURCE, CompileError, compile_source
+
+PARTS: dict[str, dict[str, int]] = {
+    "products of 8 tokens": {"TILES": 1},
+    "products of 64 tokens": {"TILES": 8},
+    "one group of heads": {"HEAD_DIM": 64, "GROUP": 3, "QK_NORM": 0},
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_capability(capability: str) -> None:
+    cubin = compile_source(SOURCE.read_text(), capability, PARTS["products of 8 tokens"])
+    assert cubin[:4] == b"\x7fELF"
+    assert all(name in cubin for name in (b"store", b"add", b"gate"))
+
+
+@pytest.mark.parametrize(
+    "macros",
+    [*PARTS.values(), {"HEAD_DIM": 128, "GROUP": 4, "QK_NORM": 1}, {"HEAD_DIM": 80, "GROUP": 1, "QK_NORM": 0}],
+    ids=str,
+)
+def test_every_part(macros: dict[str, int]) -> None:
+    assert compile_source(SOURCE.read_text(), "9.0", macros)[:4] == b"\x7fELF"
+
+
+def test_what_the_compiler_says_is_in_the_error() -> None:
+    with pytest.raises(CompileError, match=r"identifier .nonsense. is undefined"):
+        compile_source("__global__ void f() { nonsense(); }", "9.0", {})
