@@ -23,7 +23,7 @@ typedef unsigned short u16;
 
 /* Where the numbers of a step lie; `ssv.runtime.engines.cuda.places` writes them. */
 enum {
-    NUM_TOKENS, NUM_GATHERED, NUM_GROUPS, HAS_PATHS,
+    NUM_TOKENS, NUM_GATHERED, NUM_GROUPS, HAS_PATHS, NUM_GROWING,
     ID = 8,
     ROW = ID + TOKENS,
     SLOT = ROW + TOKENS,
@@ -34,7 +34,13 @@ enum {
     GROUP_COUNT = GROUP_FIRST + TOKENS,
     GROUP_NEW = GROUP_COUNT + TOKENS, /* first of the row's tokens in this step, and how many they are */
     GROUP_NUM_NEW = GROUP_NEW + TOKENS,
-    PATH = GROUP_NUM_NEW + TOKENS, /* [TOKENS][DEPTH] slots behind the prefix */
+    /* Of rows whose trees grow, and rewritten with every level of them. */
+    GROW_ROW = GROUP_NUM_NEW + TOKENS,
+    GROW_START = GROW_ROW + TOKENS,  /* slots of the row's text */
+    GROW_LEVEL = GROW_START + TOKENS,
+    GROW_END = GROW_LEVEL + TOKENS,  /* the first slot that is free */
+    GROW_FOUND = GROW_END + TOKENS,  /* candidates so far */
+    PATH = GROW_FOUND + TOKENS, /* [TOKENS][DEPTH] slots behind the prefix */
     DEPTH = 80
 };
 
@@ -375,6 +381,177 @@ extern "C" __global__ void __launch_bounds__(1024) largest(const Largest p) {
         most = values[lane], column = columns[lane];
     }
     if (!threadIdx.x) p.token[r] = !is_number || column >= p.vocab || most > 3.0e38f ? -1 : p.tokens ? p.tokens[column] : column;
+}
+
+/* --- trees ------------------------------------------------------------------------------------------------------------ */
+
+#define MOST_CHILDREN 16 /* of a node, and most nodes of a level that get children */
+#define MOST_LEVELS 16
+
+struct Best {
+    const int *step;
+    const float *logits;     /* [rows, V] */
+    const long long *tokens; /* [V], of the columns; NULL: their numbers */
+    int *token;              /* [rows, MOST_CHILDREN] of the largest logits, the first of equals first */
+    float *share;            /* [rows, MOST_CHILDREN] their softmax */
+    int vocab, count;
+};
+
+/* One block of 512 threads a row. Each thread has the best of its own columns that is not taken yet. */
+extern "C" __global__ void __launch_bounds__(512) best(const Best p) {
+    __shared__ float values[16], sums[16];
+    __shared__ int columns[16];
+    const int r = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const float lowest = -1.0f / 0.0f;
+    release_next();
+    wait_for_previous();
+    if (r >= p.step[NUM_GATHERED]) return;
+    const float *row = p.logits + (size_t)r * p.vocab;
+    float own = lowest, top = 0.0f, total = 0.0f;
+    int column = p.vocab;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < p.vocab; i += 512)
+        if (const float value = row[i]; value > own) own = value, column = i;
+    for (int k = 0; k < p.count; k++) {
+        float most = own;
+        int at = column;
+        for (int part = 0; part < 2; part++) { /* lanes, then warps */
+#pragma unroll
+            for (int step = 16; step; step >>= 1) {
+                const float other = __shfl_xor_sync(~0u, most, step);
+                const int its = __shfl_xor_sync(~0u, at, step);
+                if (other > most || (other == most && its < at)) most = other, at = its;
+            }
+            if (part) break;
+            if (!lane) values[warp] = most, columns[warp] = at;
+            __syncthreads();
+            most = lane < 16 ? values[lane] : lowest, at = lane < 16 ? columns[lane] : p.vocab;
+        }
+        if (!k) {
+            top = most;
+#pragma unroll 8
+            for (int i = threadIdx.x; i < p.vocab; i += 512) total += __expf(row[i] - top);
+            total = sum_of_warp(total);
+            if (!lane) sums[warp] = total;
+            __syncthreads();
+            total = 0.0f;
+            for (int w = 0; w < 16; w++) total += sums[w];
+        }
+        if (!threadIdx.x) {
+            const bool is_there = at < p.vocab;
+            p.token[r * MOST_CHILDREN + k] = !is_there ? -1 : p.tokens ? (int)p.tokens[at] : at;
+            p.share[r * MOST_CHILDREN + k] = is_there ? __expf(most - top) / total : 0.0f;
+        }
+        if (at < p.vocab && at % 512 == threadIdx.x) { /* its next best: smaller, or the same and behind it */
+            own = lowest, column = p.vocab;
+            for (int i = threadIdx.x; i < p.vocab; i += 512) {
+                const float value = row[i];
+                if ((value < most || (value == most && i > at)) && value > own) own = value, column = i;
+            }
+        }
+        __syncthreads();
+    }
+}
+
+struct Grow {
+    int *step;
+    const int *token;  /* see Best */
+    const float *share;
+    const float *risk; /* [rows]: that the target rejects the first guess; NULL: what its share leaves */
+    const float *hidden; /* [rows, H] of those that were gathered */
+    float *features;     /* [TOKENS, H] of the level that comes */
+    const float *corrections; /* [MOST_CHILDREN, 2] offset and slope of log odds, by rank */
+    int *found;               /* [growing rows, most_found, 4]: token, parent, share, risk */
+    float *survival;          /* [growing rows, MOST_CHILDREN] of the nodes that were run */
+    int *candidate;           /* [growing rows, MOST_CHILDREN] which candidates they are */
+    int *path;                /* [growing rows, MOST_CHILDREN, MOST_LEVELS] their slots */
+    int hidden_size, beam, children, most_found, group_tokens;
+};
+
+/* How many nodes of a level get children; of level 0 it is the root. */
+__device__ __forceinline__ int opened(int level, int beam, int children) {
+    int count = 1;
+    for (int i = 0; i < level; i++) count = min(beam, count * children);
+    return count;
+}
+
+/* Takes the guesses of a level as candidates and makes the step of the next: those that survive most probably, each behind its
+ * ancestors. One block of 256 threads a growing row, whose g-th has row g of level 0 and `opened` rows of the others. */
+extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
+    __shared__ float survival[256];
+    __shared__ int chosen[MOST_CHILDREN], before[MOST_CHILDREN][MOST_LEVELS];
+    const int g = blockIdx.x, t = threadIdx.x;
+    release_next();
+    wait_for_previous();
+    const int num_growing = p.step[NUM_GROWING];
+    if (g >= num_growing) return;
+    const int level = min(p.step[GROW_LEVEL + g], MOST_LEVELS - 1), end = p.step[GROW_END + g], found = p.step[GROW_FOUND + g];
+    const int start = p.step[GROW_START + g];
+    const int open = opened(level, p.beam, p.children), next = min(p.beam, open * p.children), num = open * p.children;
+    for (int i = t; i < open * MOST_LEVELS; i += 256)
+        before[i / MOST_LEVELS][i % MOST_LEVELS] = p.path[g * MOST_CHILDREN * MOST_LEVELS + i];
+    const int from = t / p.children, rank = t % p.children, row = g * open + from;
+    int token = -1;
+    float own = -1.0f;
+    if (t < num) {
+        token = p.token[row * MOST_CHILDREN + rank];
+        const float first = p.share[row * MOST_CHILDREN], share = p.share[row * MOST_CHILDREN + rank];
+        const float risk = p.risk ? p.risk[row] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
+        const float said = fminf(fmaxf(rank ? share * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
+        const float odds = p.corrections[2 * rank] + p.corrections[2 * rank + 1] * __logf(said / (1.0f - said));
+        const float corrected = 1.0f / (1.0f + __expf(-odds));
+        own = token < 0 ? 0.0f : (level ? p.survival[g * MOST_CHILDREN + from] : 1.0f) * corrected;
+        int *out = p.found + ((size_t)g * p.most_found + found + t) * 4;
+        out[0] = token;
+        out[1] = level ? p.candidate[g * MOST_CHILDREN + from] : -1;
+        out[2] = __float_as_int(corrected);
+        out[3] = __float_as_int(!rank && p.risk ? risk : 1.0f - corrected);
+    }
+    survival[t] = own;
+    __syncthreads();
+    int place = 0;
+    if (t < num)
+        for (int u = 0; u < num; u++) place += survival[u] > own || (survival[u] == own && u < t);
+    const bool goes_on = t < num && place < next && level + 1 < MOST_LEVELS;
+    if (goes_on) {
+        const int m = g * next + place, slot = end + place;
+        chosen[place] = t;
+        p.survival[g * MOST_CHILDREN + place] = own;
+        p.candidate[g * MOST_CHILDREN + place] = found + t;
+        p.step[ID + m] = max(token, 0);
+        p.step[ROW + m] = p.step[GROW_ROW + g];
+        p.step[SLOT + m] = slot;
+        p.step[SEEN + m] = start + level + 1;
+        p.step[PREFIX + m] = start;
+        p.step[GATHER + m] = m;
+        int *path = p.path + (g * MOST_CHILDREN + place) * MOST_LEVELS, *seen = p.step + PATH + m * DEPTH;
+        for (int i = 0; i < level; i++) path[i] = seen[i] = before[from][i];
+        path[level] = seen[level] = slot;
+    }
+    __syncthreads();
+    const int groups = (next + p.group_tokens - 1) / p.group_tokens;
+    if (t < groups) {
+        const int n = g * groups + t, first = t * p.group_tokens;
+        p.step[GROUP_FIRST + n] = g * next + first;
+        p.step[GROUP_COUNT + n] = min(p.group_tokens, next - first);
+        p.step[GROUP_NEW + n] = g * next;
+        p.step[GROUP_NUM_NEW + n] = next;
+    }
+    if (!t) {
+        p.step[GROW_LEVEL + g] = level + 1;
+        p.step[GROW_END + g] = end + next;
+        p.step[GROW_FOUND + g] = found + num;
+        /* The same by every row, and read by none of them. */
+        p.step[NUM_TOKENS] = p.step[NUM_GATHERED] = num_growing * next;
+        p.step[NUM_GROUPS] = num_growing * groups;
+        p.step[HAS_PATHS] = 1;
+    }
+    if (p.features)
+        for (int i = t; i < next * p.hidden_size; i += 256) {
+            const int place_of = i / p.hidden_size, h = i % p.hidden_size;
+            p.features[(size_t)(g * next + place_of) * p.hidden_size + h] =
+                p.hidden[(size_t)(g * open + chosen[place_of] / p.children) * p.hidden_size + h];
+        }
 }
 
 /* --- attention -------------------------------------------------------------------------------------------------------- */

@@ -18,11 +18,13 @@ from ssv.runtime.engines.contract import Branches, EngineError
 TOKENS, DEPTH = 64, 80
 """Most tokens of a block, and most slots of a path behind its prefix."""
 
-_NUM_TOKENS, _NUM_GATHERED, _NUM_GROUPS, _HAS_PATHS = range(4)
+_NUM_TOKENS, _NUM_GATHERED, _NUM_GROUPS, _HAS_PATHS, _NUM_GROWING = range(5)
 _ID, _ROW, _SLOT, _SEEN, _PREFIX, _GATHER, _GROUP_FIRST, _GROUP_COUNT, _GROUP_NEW, _GROUP_NUM_NEW = range(
     8, 8 + 10 * TOKENS, TOKENS
 )
-_PATH = _GROUP_NUM_NEW + TOKENS
+_GROW_ROW, _GROW_START, _GROW_LEVEL, _GROW_END, _GROW_FOUND, _PATH = range(
+    8 + 10 * TOKENS, 8 + 16 * TOKENS, TOKENS
+)
 SIZE = _PATH + TOKENS * DEPTH
 SIZE_OF_CHAINS = _PATH
 """Of the vector, and of what is read of it where no token has a path."""
@@ -127,6 +129,18 @@ def write(
         branches is not None,
     )
     return most_seen
+
+
+def write_growing(numbers: NDArray[np.int32], rows: Sequence[int], ends: Sequence[int]) -> None:
+    """Writes which rows' trees grow behind a step of their texts.
+
+    Args:
+        rows: of the cache.
+        ends: slots of each text, with those of the step.
+    """
+    for at, values in ((_GROW_ROW, rows), (_GROW_START, ends), (_GROW_END, ends), (_GROW_LEVEL, 0), (_GROW_FOUND, 0)):
+        numbers[at : at + len(rows)] = values
+    numbers[_NUM_GROWING] = len(rows)
 
 
 def _part(numbers: NDArray[np.int32], at: int) -> NDArray[np.int32]:
