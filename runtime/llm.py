@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,7 +35,9 @@ from ssv.runtime.engines.torch_engine import (
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
 from ssv.runtime.request import Chunk, Output, Request, RequestError
+from ssv.runtime.threads import ThreadCount
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.support.background import begun
 from ssv.support.waiting import Say, say_nothing, waiting
 
 log = logging.getLogger(__name__)
@@ -137,12 +140,40 @@ class LLM:
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         manifest = read_manifest(bundle, verify=False)
-        if verify:
-            unused = unused_files(manifest, engine)
-            verify_files(bundle, manifest, verified=verified or {}, unused=unused, say=say)
-        say(f"loading {bundle}")
+        check = partial(verify_files, bundle, manifest, verified=verified or {}, unused=unused_files(manifest, engine))
         if engine == "tensorrt":
+            if verify:  # first: TensorRT does not bear every damaged plan
+                check(say=say)
+            say(f"loading {bundle}")
             return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
+        say(f"loading {bundle}")
+        checked = begun(check) if verify else dict
+        try:
+            loaded = cls._load_torch(
+                bundle, manifest, precision, device, max_batch, max_length, prefill_chunk, thread_count
+            )
+        except Exception:
+            checked()  # a damaged file is named, rather than what came of it
+            raise
+        say(f"checking {bundle}")
+        checked()
+        return loaded
+
+    @classmethod
+    def _load_torch(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        precision: str | None,
+        device: str,
+        max_batch: int,
+        max_length: int,
+        prefill_chunk: int | None,
+        thread_count: ThreadCount | None,
+    ) -> LLM:
+        import torch
+
+        on_cpu = torch.device(device).type == "cpu"
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         if not on_cpu and not torch.cuda.is_available():

@@ -58,8 +58,7 @@ def read_cpu_times(everybody: bool = False) -> CpuTimes | None:
     """What the cores of this process have done (proc_stat(5)); None where the system does not tell.
 
     Args:
-        everybody: whether the time of processes with a lower priority than this one is counted too. They give way, but
-            not all of it, nor the processor's caches.
+        everybody: whether the time of processes with a lower priority than this one is counted too: they give way.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()

@@ -122,7 +122,7 @@ def measure(
     repeats: int = REPEATS,
     threads: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-    read: Callable[[], CpuTimes | None] = partial(read_cpu_times, everybody=True),
+    read: Callable[[bool], CpuTimes | None] = read_cpu_times,
 ) -> Costs:
     """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds
     to them. Where it did so all the time even the least is too much: `Costs.conditions` says what was seen of that.
@@ -148,9 +148,9 @@ def measure(
         _step(draft, _text(draft), tokens, gathered=1)
 
     runs = [*(partial(passes, n) for n in pass_sizes), *(partial(drafts, n) for n in draft_sizes)]
-    before = read()
+    before = read(True)  # also processes of a low priority, which do not give way in all
     repeated = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats, clock)
-    missing = _missing_cores(before, read(), threads)
+    missing = _missing_cores(before, read(True), threads)
     found = [min(each) for each in repeated]
     passed, drafted, (one, many) = found[: len(pass_sizes)], found[len(pass_sizes) : -2], found[-2:]
     return Costs(

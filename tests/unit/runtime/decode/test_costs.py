@@ -103,7 +103,8 @@ class Machine:
         late = (self._jitter - 1) * (self._looks % 4 == 0)
         return 2**-10 * (self._looks + late)
 
-    def read(self) -> CpuTimes:
+    def read(self, everybody: bool) -> CpuTimes:
+        assert everybody
         at = 10.0 * (1 + self._looks)
         return CpuTimes(cores=2, at=at, busy=2.0 * at, own=(2.0 - self._others) * at)
 
@@ -137,7 +138,7 @@ def test_cores_that_the_engines_do_not_want_may_be_taken() -> None:
 
 
 def test_repeats_that_differ_are_told_where_the_system_tells_nothing() -> None:
-    found = conditions(jitter=4.0, read=lambda: None)
+    found = conditions(jitter=4.0, read=lambda _: None)
     assert found.missing_cores is None and found.spread == pytest.approx(2.5)
     assert found.doubts == "the same step took 2.5 times its least"
 
