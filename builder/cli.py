@@ -376,12 +376,10 @@ def _kernels(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> int:
     from ssv.bundle.manifest import manifest_lock, read_manifest, write_manifest
-    from ssv.runtime.decode.costs import measure
     from ssv.runtime.llm import load_for
 
     llm = load_for(args)
-    assert llm.draft is not None
-    costs = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS)
+    costs = llm.measure_costs(repeats=PROFILE_REPEATS)
     with manifest_lock(args.bundle):
         manifest = read_manifest(args.bundle, verify=False)
         profiles = {**manifest.profiles, llm.place: costs}
@@ -390,6 +388,12 @@ def _profile(args: argparse.Namespace) -> int:
     for name, curve in (("target pass", costs.target), ("draft step", costs.draft)):
         sizes = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in zip(curve.tokens, curve.seconds, strict=True))
         print(f"  {name}, milliseconds by tokens: {sizes}")
+    if costs.conditions is not None and (doubts := costs.conditions.doubts):
+        print(
+            f"warning: this machine was busy: {doubts}. The profile is kept and may be wrong: repeat this on an idle "
+            "machine",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -417,7 +421,6 @@ def calibrate_bundle(
     from ssv.builder.calibrate import PromptResult, calibrate
     from ssv.builder.survival_fit import PROBED, Seen, fit_survival, watch_guesses
     from ssv.runtime.decode.audit import audit
-    from ssv.runtime.decode.costs import measure
     from ssv.runtime.decode.round import DecodeBatch
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
@@ -455,12 +458,12 @@ def calibrate_bundle(
         sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=config.max_tokens)
         return watch_guesses(batch_of_one, prompts, sampling, PROBED)
 
-    assert llm.draft is not None
     # By what is known when the bundle decodes: the rule that drafts what pays goes by corrected shares.
     fitted = fit_survival(probe)
     report("survival", 2, 2, "done")
-    llm.costs, llm.survival = measure(llm.target, llm.draft, repeats=PROFILE_REPEATS), fitted.survival
-    return replace(calibrate(run, config, llm.costs, report), survival=fitted)
+    costs = llm.costs = llm.measure_costs(repeats=PROFILE_REPEATS)
+    llm.survival = fitted.survival
+    return replace(calibrate(run, config, costs, report), survival=fitted)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssv.bundle.manifest import Manifest, read_manifest
+from ssv.bundle.profile import Costs
 from ssv.support.waiting import waiting
 
 
@@ -39,6 +40,8 @@ def print_bundle(bundle: Path) -> None:
         of = "LM heads of their own" if h["own_lm_heads"] else "the target's LM head rows"
         console.print(f"heads: {h['num_heads']} of {h['num_layers']} ResBlocks, {of}, {h['head_size']} tokens")
     console.print(_tier_table(manifest))
+    for place, costs in manifest.profiles.items():
+        console.print(_profile_line(place, costs), markup=False)
     if manifest.engines:
         console.print(_engine_table(manifest))
     files = Table("file", "MB", "SHA-256")
@@ -58,6 +61,15 @@ def _network_line(role: str, spec: dict[str, Any]) -> str:
     return (
         f"{role}: {spec['family']}, {spec['num_layers']} layer{'s' if spec['num_layers'] > 1 else ''}, hidden "
         f"{spec['hidden_size']}, {spec['num_heads']}/{spec['num_kv_heads']} heads, vocabulary {spec['vocab_size']}"
+    )
+
+
+def _profile_line(place: str, costs: Costs) -> str:
+    doubts = costs.conditions.doubts if costs.conditions is not None else None
+    doubtful = f"; may be wrong, as {doubts}: measure it again" if doubts else ""
+    return (
+        f"profile of {place}: a pass of one token {costs.target.at(1) * 1e3:.2f} ms, of eight "
+        f"{costs.target.at(8) * 1e3:.2f}, a draft step {costs.draft.at(1) * 1e3:.2f}{doubtful}"
     )
 
 

@@ -38,6 +38,41 @@ class Curve(Strict):
         return s0 + (s1 - s0) * (tokens - t0) / (t1 - t0)
 
 
+MOST_MISSING = 0.2
+"""Of a core: with less than that missing, what is measured is what the machine gives. The kernel counts in hundredths
+of a second, and a fifth of a second is measured where nobody waits for a profile."""
+
+MOST_SPREAD = 1.5
+"""The middle of a step's repeats, over the least of them. On two idle cores it is 1.02 to 1.15."""
+
+
+class Conditions(Strict):
+    """What costs were measured under.
+
+    Attributes:
+        missing_cores: of the cores that the engines have threads for, so much was taken by others, on average; None
+            where the system does not tell.
+        spread: the middle of a step's repeats over the least of them; of all steps the middle one's.
+    """
+
+    missing_cores: NonNegativeFloat | None
+    spread: Annotated[float, Field(ge=1.0)]
+
+    @property
+    def doubts(self) -> str | None:
+        """What was seen that makes the costs doubtful, in words; None of a quiet machine.
+
+        A machine that is busy all the time shows no spread, and one that others slow down from outside, as a virtual
+        one, no missing cores.
+        """
+        seen = []
+        if self.missing_cores is not None and self.missing_cores > MOST_MISSING:
+            seen.append(f"other processes took {self.missing_cores:.1f} of the cores that the engines have threads for")
+        if self.spread > MOST_SPREAD:
+            seen.append(f"the same step took {self.spread:.1f} times its least")
+        return " and ".join(seen) or None
+
+
 class Costs(Strict):
     """What steps of a target and its draft cost.
 
@@ -45,8 +80,10 @@ class Costs(Strict):
         target: a pass, by the tokens of all its rows together.
         draft: a draft step, by the tokens after which it guesses, with what the round does around it.
         text: of a draft step, for each token of a text that it only has to take in.
+        conditions: under which it was measured; None of costs that were kept before that was noted.
     """
 
     target: Curve
     draft: Curve
     text: NonNegativeFloat = 0.0
+    conditions: Conditions | None = None

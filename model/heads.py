@@ -143,10 +143,14 @@ class Heads(nn.Module):
 
     def share_target(self, target: Decoder, token_ids: Tensor) -> None:
         """Takes the target's final norm and, without LM heads of its own, its LM head's rows of `token_ids`, frozen."""
+        self.share(target.norm.weight, None if self.spec.own_lm_heads else target.head_rows(token_ids), token_ids)
+
+    def share(self, norm_H: Tensor, rows_VH: Tensor | None, token_ids: Tensor) -> None:
+        """The same, of the weights of the norm and of the rows."""
         self.token_ids = token_ids
-        self.norm.weight = nn.Parameter(target.norm.weight.clone(), requires_grad=False)
-        if not self.spec.own_lm_heads:
-            self.lm_heads[0].weight = nn.Parameter(target.head_rows(token_ids), requires_grad=False)
+        self.norm.weight = nn.Parameter(norm_H.clone(), requires_grad=False)
+        if rows_VH is not None:
+            self.lm_heads[0].weight = nn.Parameter(rows_VH, requires_grad=False)
 
 
 def start_heads(spec: HeadsSpec, target: Decoder, token_ids: Tensor) -> Heads:
@@ -167,11 +171,80 @@ def save_heads(heads: Heads, path: Path, dtype: torch.dtype = torch.bfloat16) ->
     save_whole(state, path, metadata={"ssv_heads": json.dumps(heads.spec.to_dict(), sort_keys=True)})
 
 
+@dataclass(frozen=True, slots=True)
+class HeadsFile:
+    """A file of heads that has been read and checked. Its tensors are mapped: what nobody uses is not in memory.
+
+    Attributes:
+        token_ids_V: int64.
+        state: ResBlocks and, of published heads, LM heads.
+    """
+
+    spec: HeadsSpec
+    token_ids_V: Tensor
+    state: Weights
+
+    def of(self, target: Decoder, *, holds_embedding: bool = False) -> HeadsParts:
+        """Beside what the heads share with their target, without holding the rest of it.
+
+        Args:
+            holds_embedding: whether the target's embedding stays where it is anyway, as that of an engine on a CPU
+                does: if it is the LM head too, its rows are copied when they are needed.
+        """
+        norm_H, head = target.norm.weight.clone(), target.lm_head
+        if self.spec.own_lm_heads:
+            return HeadsParts(self, norm_H)
+        is_tied = isinstance(head, nn.Linear) and head.weight.data_ptr() == target.embed.weight.data_ptr()
+        if is_tied and holds_embedding:
+            return HeadsParts(self, norm_H, target.embed.weight, self.token_ids_V)
+        return HeadsParts(self, norm_H, target.head_rows(self.token_ids_V), torch.arange(self.spec.head_size))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsParts:
+    """All that heads are made of, for whoever may never need them.
+
+    Attributes:
+        norm_H: weight of the target's final norm.
+        lm_head_UH, rows_V: rows of the target's, in its embedding's type, and which of them the heads' LM head has;
+            None for heads with LM heads of their own.
+    """
+
+    file: HeadsFile
+    norm_H: Tensor
+    lm_head_UH: Tensor | None = None
+    rows_V: Tensor | None = None
+
+    def make(self, dtype: torch.dtype | None = torch.float32) -> Heads:
+        """The heads.
+
+        Args:
+            dtype: None for the types that the file has.
+        """
+        with torch.device("meta"):
+            heads = Heads(self.file.spec)
+        # Copies: a file that is mapped stays mapped as long as a part of it is used.
+        copies = {name: value.to(dtype or value.dtype, copy=True) for name, value in self.file.state.items()}
+        heads.load_state_dict(copies, assign=True, strict=False)
+        rows_VH = self.lm_head_UH[self.rows_V] if self.lm_head_UH is not None else None
+        heads.share(self.norm_H, rows_VH, self.file.token_ids_V)
+        return heads.requires_grad_(False)
+
+
 def load_heads(path: Path, target: Decoder, dtype: torch.dtype | None = torch.float32) -> Heads:
-    """Reads heads, ours or published ones (see `from_published`), and joins them to their target.
+    """Reads heads and joins them to their target.
 
     Args:
         dtype: None for the types that the file has.
+
+    Raises:
+        CheckpointError: see `read_heads`.
+    """
+    return read_heads(path, target.spec).of(target).make(dtype)
+
+
+def read_heads(path: Path, target: DecoderSpec) -> HeadsFile:
+    """Reads and checks heads, ours or published ones (see `from_published`).
 
     Raises:
         CheckpointError: a pickle, a damaged file, no heads, weights that do not fit the spec, or heads made for another
@@ -187,10 +260,10 @@ def load_heads(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
         facts = (file.metadata() or {}).get("ssv_heads")
     if facts is None:
         published = from_published(state, path)
-        vocab_size = target.spec.vocab_size if "token_ids" in published.state else published.num_rows
+        vocab_size = target.vocab_size if "token_ids" in published.state else published.num_rows
         if published.num_rows > vocab_size:
             raise CheckpointError(f"{path}: {published.num_rows} LM head rows exceed the vocabulary of {vocab_size}")
-        shape = {**_facts_of(target.spec), "hidden_size": published.hidden_size, "vocab_size": vocab_size}
+        shape = {**_facts_of(target), "hidden_size": published.hidden_size, "vocab_size": vocab_size}
         spec = HeadsSpec(
             published.num_heads, published.num_layers, head_size=published.num_rows, own_lm_heads=True, **shape
         )
@@ -201,7 +274,7 @@ def load_heads(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
         except ValueError as error:
             raise CheckpointError(f"{path}: its metadata cannot be read ({error})") from error
     for field in ("vocab_size", "hidden_size"):
-        mine, theirs = getattr(spec, field), getattr(target.spec, field)
+        mine, theirs = getattr(spec, field), getattr(target, field)
         if mine != theirs:
             raise CheckpointError(
                 f"heads' {field} {mine} != target {field} {theirs}",
@@ -221,11 +294,7 @@ def load_heads(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
         raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.vocab_size}")
     if len(token_ids.unique()) != len(token_ids):
         raise CheckpointError(f"{path}: token_ids name a token twice")
-    # Copies: a file that is mapped stays mapped as long as a part of it is used.
-    copies = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items()}
-    heads.load_state_dict(copies, assign=True, strict=False)
-    heads.share_target(target, token_ids)
-    return heads.requires_grad_(False)
+    return HeadsFile(spec, token_ids, state)
 
 
 # --- published heads ------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,27 +16,31 @@ from ssv.bundle.survival import Survival
 from ssv.model.checkpoint import load_checkpoint, read_safetensors
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, load_draft, load_draft_head
-from ssv.model.heads import load_heads
+from ssv.model.heads import read_heads
 from ssv.model.scorer import Scorer, load_scorer
-from ssv.runtime.decode.costs import SIZES_AT_LOAD, measure, place
+from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine
+from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
     Precision,
     cpu_threads,
     draft_engine,
-    heads_engine,
     one_thread,
     target_engine,
 )
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
 from ssv.runtime.request import Chunk, Output, Request, RequestError
+from ssv.runtime.threads import ThreadCount
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.support.background import begun
 from ssv.support.waiting import Say, say_nothing, waiting
+
+log = logging.getLogger(__name__)
 
 GPU_PREFILL_CHUNK = 512
 
@@ -53,8 +59,10 @@ class LLM:
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
         place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
+        threads: that the engines have at the most.
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
-        pass_tokens, costs, survival: see `DecodeBatch`.
+        costs: of steps here; None as long as nobody knows them (`know_costs`).
+        pass_tokens, survival: see `DecodeBatch`.
     """
 
     def __init__(
@@ -70,15 +78,21 @@ class LLM:
         pass_tokens: int | None = None,
         limits: Mapping[str, float] | None = None,
         place: str = "",
+        threads: int = 1,
         costs: Costs | None = None,
+        measures_costs: bool = False,
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
     ) -> None:
+        """Args:
+        measures_costs: whether costs that are not given are measured when a request needs them.
+        """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
-        self.place, self.costs, self.survival = place, costs, survival
+        self.place, self.threads, self.costs, self.survival = place, threads, costs, survival
+        self._measures_costs = measures_costs
         self._streaming = False
 
     @classmethod
@@ -126,12 +140,40 @@ class LLM:
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         manifest = read_manifest(bundle, verify=False)
-        if verify:
-            unused = unused_files(manifest, engine)
-            verify_files(bundle, manifest, verified=verified or {}, unused=unused, say=say)
-        say(f"loading {bundle}")
+        check = partial(verify_files, bundle, manifest, verified=verified or {}, unused=unused_files(manifest, engine))
         if engine == "tensorrt":
-            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk, say)
+            if verify:  # first: TensorRT does not bear every damaged plan
+                check(say=say)
+            say(f"loading {bundle}")
+            return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
+        say(f"loading {bundle}")
+        checked = begun(check) if verify else dict
+        try:
+            loaded = cls._load_torch(
+                bundle, manifest, precision, device, max_batch, max_length, prefill_chunk, thread_count
+            )
+        except Exception:
+            checked()  # a damaged file is named, rather than what came of it
+            raise
+        say(f"checking {bundle}")
+        checked()
+        return loaded
+
+    @classmethod
+    def _load_torch(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        precision: str | None,
+        device: str,
+        max_batch: int,
+        max_length: int,
+        prefill_chunk: int | None,
+        thread_count: ThreadCount | None,
+    ) -> LLM:
+        import torch
+
+        on_cpu = torch.device(device).type == "cpu"
         if precision is not None and precision not in get_args(Precision):
             raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
         if not on_cpu and not torch.cuda.is_available():
@@ -143,9 +185,7 @@ class LLM:
             decoder = Decoder.from_weights(spec, weights, dtype=None)
             del weights
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
-            found = (
-                load_heads(bundle / "heads.safetensors", decoder, dtype=None) if manifest.heads is not None else None
-            )
+            heads = read_heads(bundle / "heads.safetensors", spec) if manifest.heads is not None else None
         max_length = min(max_length, spec.max_positions - RESERVED_LENGTH)
         sizes: dict[str, Any] = {
             "precision": precision,
@@ -164,12 +204,14 @@ class LLM:
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
         )
-        heads = None if found is None else heads_engine(found, precision=sizes["precision"], device=device)
-        del decoder, draft, found, ranges, draft_ranges, target_ranges
+        on_demand = None
+        if heads is not None:
+            parts = heads.of(decoder, holds_embedding=on_cpu)
+            on_demand = HeadsOnDemand(parts, precision=sizes["precision"], device=device)
+        del decoder, draft, ranges, draft_ranges, target_ranges
         give_back()
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
         key = place("torch", precision, device, threads)
-        costs = cls._costs(manifest, *engines, key, say)
         return cls(
             *engines,
             BundleTokenizer.load(bundle, manifest.eos_token_ids),
@@ -180,9 +222,11 @@ class LLM:
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
             place=key,
-            costs=costs,
+            threads=threads if on_cpu else 1,
+            costs=manifest.profiles.get(key),
+            measures_costs=True,
             survival=manifest.survival,
-            heads=heads,
+            heads=on_demand,
         )
 
     @staticmethod
@@ -201,14 +245,6 @@ class LLM:
         chosen = {name: sizes[name] for name in ("device", "max_batch", "max_length")}
         return cuda_engines(decoder, draft, scorer, **chosen)
 
-    @staticmethod
-    def _costs(manifest: Manifest, target: Engine, draft: Engine, key: str, say: Say) -> Costs | None:
-        """The bundle's profile of this place; measured, where it has none and a tier goes by it."""
-        if key in manifest.profiles or not any(policy.pays for policy in manifest.policies.values()):
-            return manifest.profiles.get(key)
-        say(f"measuring what steps cost here: the bundle has no profile of {key}, `ssv-build profile` gives it one")
-        return measure(target, draft, pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD)
-
     @classmethod
     def _load_tensorrt(
         cls,
@@ -218,7 +254,6 @@ class LLM:
         max_batch: int,
         max_length: int,
         prefill_chunk: int | None,
-        say: Say,
     ) -> LLM:
         entries = [choose_entry(bundle, manifest, role, precision) for role in ("target", "draft")]
         draft = load_draft_head(bundle / "draft" / "draft.safetensors")  # its weights are in its engine
@@ -237,7 +272,8 @@ class LLM:
             max_length=min(max_length, *(entry.max_length - RESERVED_LENGTH for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
             place=key,
-            costs=cls._costs(manifest, engines[0], engines[1], key, say),
+            costs=manifest.profiles.get(key),
+            measures_costs=True,
             survival=manifest.survival,
         )
 
@@ -245,6 +281,42 @@ class LLM:
     def methods(self) -> tuple[str, ...]:
         """What it can decode by, in the order of `METHODS`."""
         return (*baselines(self.heads is not None), *(name for name in TIERS if name in self.tiers))
+
+    def know_costs(self) -> Costs | None:
+        """What steps cost here: the bundle's profile of this place or, without one, measured now, once, at fewer sizes.
+
+        The engines must be idle. `loop` does this for whoever needs it. A server does it before it says that it is
+        ready: its first request by what pays would wait for it otherwise, beside others whose steps it would measure.
+
+        Returns:
+            None where the costs were not given, nor are to be measured.
+        """
+        if self.costs is None and self._measures_costs:
+            log.info("the bundle has no profile of %s, `ssv-build profile` gives it one", self.place)
+            self.costs = self.measure_costs(pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD)
+            if self.costs.conditions is not None and (doubts := self.costs.conditions.doubts):
+                log.warning(
+                    "what steps cost here may be measured wrong: %s. Run `ssv-build profile` on an idle machine", doubts
+                )
+        return self.costs
+
+    def measure_costs(
+        self,
+        *,
+        pass_sizes: Sequence[int] = PASS_SIZES,
+        draft_sizes: Sequence[int] = DRAFT_SIZES,
+        repeats: int = REPEATS,
+    ) -> Costs:
+        """Measures steps of its engines (see `ssv.runtime.decode.costs.measure`), which must be idle."""
+        assert self.draft is not None
+        return measure(
+            self.target,
+            self.draft,
+            pass_sizes=pass_sizes,
+            draft_sizes=draft_sizes,
+            repeats=repeats,
+            threads=self.threads,
+        )
 
     def chat_ids(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a user's message in the model's chat template, up to where the assistant answers."""
@@ -268,20 +340,21 @@ class LLM:
             self._streaming = False
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        loop = self.loop()
-        for index, request in enumerate(requests):
-            policy = policy_of(request, self.tiers)
+        policies = [policy_of(request, self.tiers) for request in requests]
+        loop = self.loop(priced=any(policy.pays for policy in policies))
+        for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
             loop.batch.check(request.prompt_ids, request.params, policy)  # what is no token has no text either
             loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
         while loop.has_work:
             yield from loop.step()
 
-    def loop(self, *, max_waiting: int | None = None, prompt_cache_bytes: int = 0) -> DecodeLoop:
+    def loop(self, *, max_waiting: int | None = None, prompt_cache_bytes: int = 0, priced: bool = True) -> DecodeLoop:
         """A decoding loop over the engines; there may be one at a time, as they have one cache.
 
         Args:
             max_waiting: see `Scheduler`.
             prompt_cache_bytes: memory for beginnings of prompts; 0 for none.
+            priced: whether it may be given policies that draft what pays: without, costs need not be known.
         """
         cache = PromptCache[PromptBlock](self.prefill_chunk, prompt_cache_bytes) if prompt_cache_bytes else None
         batch = DecodeBatch(
@@ -292,7 +365,7 @@ class LLM:
             prefill_chunk=self.prefill_chunk,
             prompt_cache=cache,
             pass_tokens=self.pass_tokens,
-            costs=self.costs,
+            costs=self.know_costs() if priced else self.costs,
             survival=self.survival,
             heads=self.heads,
         )

@@ -54,15 +54,16 @@ class CpuTimes:
     own: float
 
 
-def read_cpu_times() -> CpuTimes | None:
+def read_cpu_times(everybody: bool = False) -> CpuTimes | None:
     """What the cores of this process have done (proc_stat(5)); None where the system does not tell.
 
-    Time of processes with a lower priority than this one is not counted: they give way.
+    Args:
+        everybody: whether the time of processes with a lower priority than this one is counted too: they give way.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        niced = os.getpriority(os.PRIO_PROCESS, 0) > 0
+        niced = everybody or os.getpriority(os.PRIO_PROCESS, 0) > 0
     except (OSError, AttributeError):
         return None
     ticks = 0

@@ -213,6 +213,8 @@ def memory_needed(config: ServerConfig, manifest: Manifest) -> int:
         length = min(config.max_length, int(spec["max_positions"]))
         numbers = 2 * spec["num_layers"] * spec["num_kv_heads"] * spec["head_dim"] * length * config.max_rows
         total += int(numbers * per_number + _num_weights(spec) * _WEIGHT_BYTES[precision])
+    if manifest.heads is not None and config.engine == "torch":  # not there before they are asked, but then
+        total += int(_num_head_weights(manifest.heads) * _WEIGHT_BYTES[precision])
     return total
 
 
@@ -220,6 +222,11 @@ def _num_weights(spec: Mapping[str, Any]) -> int:
     hidden, head_dim = spec["hidden_size"], spec["head_dim"]
     attention = 2 * hidden * head_dim * (spec["num_heads"] + spec["num_kv_heads"])
     return int(spec["num_layers"] * (attention + 3 * hidden * spec["intermediate_size"]))
+
+
+def _num_head_weights(spec: Mapping[str, Any]) -> int:
+    hidden, num_lm_heads = spec["hidden_size"], spec["num_heads"] if spec["own_lm_heads"] else 1
+    return int(hidden * (spec["num_heads"] * spec["num_layers"] * hidden + num_lm_heads * spec["head_size"]))
 
 
 def free_memory() -> int:

@@ -19,19 +19,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ssv.ab.routing import read_routing
 from ssv.bundle.manifest import read_manifest, unused_files, verify_files
 from ssv.bundle.policy import Policy
 from ssv.runtime.methods import policy_for
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.log import log_to_stderr
+from ssv.support.background import begun
 from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.support.waiting import waiting
 from ssv.triton_repo.admin_key import admin_key, hide_or_say
 from ssv.triton_repo.checks import ServeError, check_machine, check_options, check_tls, listen
 from ssv.triton_repo.installation import bundled, given
 from ssv.triton_repo.repository import disclosure, write_repository
-from ssv.triton_repo.supervisor import Place, Supervisor, in_url, reachable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +126,10 @@ def _run(args: argparse.Namespace) -> int:
         on_cpu = args.device == "cpu" and args.engine == "torch"
         args.responses_per_s = ServerConfig.model_fields["responses_per_s"].default if on_cpu else 0
     manifest = read_manifest(args.bundle, verify=False)
+    verified = begun(lambda: verify_files(args.bundle, manifest, unused=unused_files(manifest, args.engine)))
+    # Meanwhile: its HTTP server takes as long to import as a small bundle to hash.
+    from ssv.triton_repo.supervisor import Place, Supervisor
+
     check_tls(args.tls_cert, args.tls_key)
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
@@ -137,9 +140,8 @@ def _run(args: argparse.Namespace) -> int:
         check_machine(config, manifest)
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
         sockets = listen(args.host, args.tls_cert is not None, args)
-        with waiting(f"checking {args.bundle}") as say:
-            verified = verify_files(args.bundle, manifest, unused=unused_files(manifest, args.engine), say=say)
-        config = config.model_copy(update={"verified": json.dumps(verified)})
+        with waiting(f"checking {args.bundle}"):
+            config = config.model_copy(update={"verified": json.dumps(verified())})
         write_repository(config, place.models, disclosure(args.bundle, manifest), router)
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -175,6 +177,9 @@ def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, 
         ServeError: its file or its log cannot be used.
         RequestError: an arm of this server has a tier that it has not.
     """
+    from ssv.ab.routing import read_routing
+    from ssv.triton_repo.supervisor import in_url, reachable
+
     routing = read_routing(args.ab)
     for arm in routing.arms.values():
         if arm.url is None and arm.tier is not None:

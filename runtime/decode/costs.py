@@ -7,18 +7,19 @@ over its seconds are more than the whole's so far.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from statistics import median
 
 import torch
 
-from ssv.bundle.profile import Costs, Curve
+from ssv.bundle.profile import Conditions, Costs, Curve
 from ssv.runtime.decode.sampling import Sampling, ranked
 from ssv.runtime.engines.contract import Engine, StepOutput
+from ssv.runtime.threads import CpuTimes, read_cpu_times
 from ssv.support.environment import cpu_model
 
 FIRST_GUESSES = (0.26, 0.45, 0.67, 0.9, 0.99)
@@ -119,9 +120,17 @@ def measure(
     pass_sizes: Sequence[int] = PASS_SIZES,
     draft_sizes: Sequence[int] = DRAFT_SIZES,
     repeats: int = REPEATS,
+    threads: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    read: Callable[[bool], CpuTimes | None] = read_cpu_times,
 ) -> Costs:
     """Measures steps of engines that nobody uses: the least of a few each, as whatever else the machine does only adds
-    to them."""
+    to them. Where it did so all the time even the least is too much: `Costs.conditions` says what was seen of that.
+
+    Args:
+        threads: that the engines have at the most.
+        clock, read: of seconds, and of what the cores have done.
+    """
 
     for engine in (target, draft):
         _step(engine, 0, _text(engine), gathered=0)
@@ -139,10 +148,25 @@ def measure(
         _step(draft, _text(draft), tokens, gathered=1)
 
     runs = [*(partial(passes, n) for n in pass_sizes), *(partial(drafts, n) for n in draft_sizes)]
-    found = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats)
+    before = read(True)  # also processes of a low priority, which do not give way in all
+    repeated = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats, clock)
+    missing = _missing_cores(before, read(True), threads)
+    found = [min(each) for each in repeated]
     passed, drafted, (one, many) = found[: len(pass_sizes)], found[len(pass_sizes) : -2], found[-2:]
-    text = max(many - one, 0.0) / (TEXT_SIZE - 1)
-    return Costs(target=_curve(pass_sizes, passed), draft=_curve(draft_sizes, drafted), text=text)
+    return Costs(
+        target=_curve(pass_sizes, passed),
+        draft=_curve(draft_sizes, drafted),
+        text=max(many - one, 0.0) / (TEXT_SIZE - 1),
+        conditions=Conditions(missing_cores=missing, spread=median(median(each) / min(each) for each in repeated)),
+    )
+
+
+def _missing_cores(before: CpuTimes | None, after: CpuTimes | None, threads: int) -> float | None:
+    """Of the cores that `threads` need, how much others took between two looks, on average."""
+    if before is None or after is None or after.at <= before.at:
+        return None
+    others = max(0.0, (after.busy - before.busy) - (after.own - before.own)) / (after.at - before.at)
+    return max(0.0, min(threads, after.cores) - (after.cores - others))
 
 
 def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
@@ -164,16 +188,16 @@ def _step(engine: Engine, start: int, tokens: int, *, gathered: int, features_ou
     )
 
 
-def _measured(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """The least seconds of each; they take turns, so that what disturbs one disturbs the others too."""
-    least = [math.inf] * len(runs)
+def _measured(runs: Sequence[Callable[[], None]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds of each, time and again; they take turns, so that what disturbs one disturbs the others too."""
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
-        for i, run in enumerate(runs):
+        for each, run in zip(seconds, runs, strict=True):
             run()  # what the one before has left in the processor's caches is not this one's cost
-            start = time.perf_counter()
+            start = clock()
             run()
-            least[i] = min(least[i], time.perf_counter() - start)
-    return least
+            each.append(clock() - start)
+    return seconds
 
 
 def place(engine: str, precision: str, device: str, threads: int) -> str:

@@ -65,8 +65,7 @@ class TorchEngine:
         self.decoder, self.tap, self.draft = decoder, tap, draft
         self.has_scorer = scorer is not None
         self.num_features = decoder.spec.hidden_size if draft is not None and draft.conditioned else 0
-        covers_all = draft is None or draft.spec.head_size == decoder.spec.vocab_size
-        self.token_ids_V = None if draft is None or (covers_all and _is_identity(draft.token_ids)) else draft.token_ids
+        self.token_ids_V = None if draft is None else vocabulary_ids(draft.token_ids, decoder.spec.vocab_size)
         self.vocab_size = draft.spec.head_size if draft is not None else decoder.spec.vocab_size
         self.device = decoder.norm.weight.device
         int8 = isinstance(decoder.lm_head, Int8Linear)
@@ -262,8 +261,7 @@ class TorchHeads:
 
     def __init__(self, heads: Heads) -> None:
         self._heads, self.num_heads = heads, heads.spec.num_heads
-        covers_all = heads.spec.head_size == heads.spec.vocab_size and _is_identity(heads.token_ids)
-        self.token_ids_V = None if covers_all else heads.token_ids
+        self.token_ids_V = vocabulary_ids(heads.token_ids, heads.spec.vocab_size)
 
     @torch.inference_mode()
     def logits(self, hidden_RH: Tensor) -> Tensor:
@@ -320,8 +318,7 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
-        if len(weight_OI) % 16:
-            raise EngineError(f"precision int4 needs output sizes that are multiples of 16, got {len(weight_OI)}")
+        check_int4_size(len(weight_OI))
         values_OI, scale_OG, zero_OG = int4_groups(weight_OI)
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_OI, 1)
         # The kernel computes (value - 8) * scale + zero.
@@ -334,6 +331,12 @@ class Int4Linear(nn.Module):
         y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded_MI, self._packed, INT4_GROUP, self._scales_GO2)
         y_MO = y_MO.to(x_MI.dtype)  # as any linear layer: states and features of an engine have one type
         return y_MO if self.bias_O is None else y_MO + self.bias_O
+
+
+def check_int4_size(num_outputs: int) -> None:
+    """Raises EngineError for an output size that the CPU's int4 product does not have."""
+    if num_outputs % 16:
+        raise EngineError(f"precision int4 needs output sizes that are multiples of 16, got {num_outputs}")
 
 
 def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -477,5 +480,8 @@ def _convert(module: nn.Module, device: str, dtype: torch.dtype) -> None:
             part._buffers[name] = buffer.to(device) if buffer is not None else None
 
 
-def _is_identity(token_ids_V: Tensor) -> bool:
-    return bool((token_ids_V == torch.arange(len(token_ids_V), device=token_ids_V.device)).all())
+def vocabulary_ids(token_ids_V: Tensor, vocab_size: int) -> Tensor | None:
+    """Which token each LM head row is of; None where row i is token i, for the whole vocabulary."""
+    if len(token_ids_V) != vocab_size:
+        return token_ids_V
+    return None if bool((token_ids_V == torch.arange(vocab_size, device=token_ids_V.device)).all()) else token_ids_V

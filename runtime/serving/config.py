@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError
 
 from ssv.bundle.manifest import Manifest
 from ssv.bundle.policy import RESERVED_LENGTH
-from ssv.runtime.serving.intake import Limits
 from ssv.runtime.threads import MAX_THREADS
 from ssv.support.errors import UserError
 from ssv.support.strict import Strict, problems
+
+if TYPE_CHECKING:
+    from ssv.runtime.serving.intake import Limits
 
 
 class ConfigError(UserError):
@@ -74,5 +76,7 @@ class ServerConfig(Strict):
 
     def limits(self, manifest: Manifest) -> Limits:
         """What a request may ask for, with this bundle."""
+        from ssv.runtime.serving.intake import Limits  # with what reads prompts, which ssv-serve does without
+
         most = int(manifest.target["max_positions"]) - RESERVED_LENGTH  # as `LLM.load` has it
         return Limits(min(self.max_length, most), self.max_tokens, self.max_prompt_bytes)

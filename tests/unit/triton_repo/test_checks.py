@@ -14,7 +14,7 @@ from cryptography.x509 import DNSName
 
 from ssv.bundle.manifest import EngineEntry, Manifest
 from ssv.runtime.serving.config import ServerConfig
-from ssv.triton_repo import checks, serve
+from ssv.triton_repo import checks, serve, supervisor
 from ssv.triton_repo.checks import Gpu, ServeError, check_machine, check_tls, listen
 
 SPEC = {
@@ -40,6 +40,7 @@ def manifest(*engines: EngineEntry) -> Manifest:
     made: Any = SimpleNamespace(
         target=SPEC,
         draft={"decoder": {**SPEC, "num_layers": 1}},
+        heads=None,
         default_precision="int8",
         engines={f"{one.role}-{one.precision}-{i}": one for i, one in enumerate(engines)},
     )
@@ -270,6 +271,16 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         check_machine(config(max_rows=5, max_length=100), manifest())
 
 
+def test_heads_count_though_they_are_made_later() -> None:
+    """Three of one ResBlock and, unless they share one, an LM head each, in int8."""
+    spec: dict[str, Any] = {"hidden_size": 64, "num_heads": 3, "num_layers": 1, "head_size": 100}
+    without, with_heads = manifest(), manifest()
+    base = checks.memory_needed(config(), without)
+    for own, num_lm_heads in ((False, 1), (True, 3)):
+        with_heads.heads = {**spec, "own_lm_heads": own}
+        assert checks.memory_needed(config(), with_heads) - base == 64 * (3 * 64 + num_lm_heads * 100)
+
+
 def test_lengths_are_at_most_what_the_model_has() -> None:
     long, longer = (checks.memory_needed(config(max_length=length), manifest()) for length in (128, 100_000))
     assert long == longer
@@ -323,7 +334,7 @@ def test_a_second_server_says_so_and_nothing_else(
 
     monkeypatch.setattr(serve, "read_manifest", lambda bundle, verify: never() if verify else manifest())
     monkeypatch.setattr(serve, "log_to_stderr", lambda: None)
-    monkeypatch.setattr(serve, "Supervisor", never)
+    monkeypatch.setattr(supervisor, "Supervisor", never)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert serve.main(["--bundle", str(tmp_path), *with_ports("metrics", port)]) == 2

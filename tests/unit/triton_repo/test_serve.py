@@ -11,7 +11,7 @@ import pytest
 
 from ssv.ab.routing import Routing
 from ssv.bundle.policy import Policy
-from ssv.triton_repo import checks, installation, serve
+from ssv.triton_repo import checks, installation, serve, supervisor
 from ssv.triton_repo.installation import Installation, InstallationError
 from ssv.triton_repo.repository import MODELS, ROUTER
 from ssv.triton_repo.tritonserver import Tritonserver
@@ -120,7 +120,7 @@ def never(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         serve, "read_manifest", lambda bundle, verify: SimpleNamespace(policies=TIERS, files={}, engines={})
     )
     monkeypatch.setattr(serve, "bundled", started.append)
-    monkeypatch.setattr(serve, "Supervisor", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(supervisor, "Supervisor", lambda *arguments: started.append(arguments))
     # The handlers are this process's.
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr(serve, "log_to_stderr", lambda: None)

@@ -46,18 +46,7 @@ class TritonPythonModel:
         # thread they would be more than there are cores, and OpenMP then puts threads to sleep after every product,
         # which makes decoding three times slower.
         with ThreadPoolExecutor(1) as loader:
-            self._llm = loader.submit(
-                LLM.load,
-                config.bundle,
-                engine=config.engine,
-                precision=config.precision or None,
-                device=config.device,
-                max_batch=config.max_rows,
-                max_length=config.max_length,
-                prefill_chunk=config.prefill_chunk or None,
-                threads=config.threads or None,
-                verified=json.loads(config.verified or "{}"),
-            ).result()
+            self._llm = loader.submit(_load, config).result()
         self._streams = _Streams(config.stream_interval_ms / 1000, config.responses_per_s)
         # The server's library does not bear calls from two threads at a time.
         self._ipc = threading.Lock()
@@ -112,6 +101,22 @@ class TritonPythonModel:
         self._metrics.load(self._service.load, alive=False)
         time.sleep(1.0)  # the errors shall reach their clients
         os._exit(EXIT_ENGINE_FAILED)
+
+
+def _load(config: ServerConfig) -> LLM:
+    llm = LLM.load(
+        config.bundle,
+        engine=config.engine,
+        precision=config.precision or None,
+        device=config.device,
+        max_batch=config.max_rows,
+        max_length=config.max_length,
+        prefill_chunk=config.prefill_chunk or None,
+        threads=config.threads or None,
+        verified=json.loads(config.verified or "{}"),
+    )
+    llm.know_costs()  # before there are requests: see there
+    return llm
 
 
 class _Streams:

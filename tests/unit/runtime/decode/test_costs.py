@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from fakes import FakeDraft, FakeTarget
-from ssv.bundle.profile import Costs, Curve
+from ssv.bundle.profile import Conditions, Costs, Curve
 from ssv.runtime.decode.costs import DRAFT_SIZES, FIRST_GUESSES, PASS_SIZES, Prices, measure, place
+from ssv.runtime.threads import CpuTimes
 
 
 def prices(further: float, draft: float, num_rows: int = 1) -> Prices:
@@ -83,6 +85,62 @@ def test_costs_are_measured_at_all_sizes() -> None:
     assert sorted({call.tokens for call in target.calls[1:]}) == list(PASS_SIZES)
     assert len(draft.calls) == 1 + 2 * 2 * (len(DRAFT_SIZES) + 2)
     assert costs.text >= 0
+
+
+class Machine:
+    """A clock, and what the cores did: two of them, of which the engines use what others leave."""
+
+    def __init__(self, *, others: float = 0.0, jitter: float = 1.0) -> None:
+        """Args:
+        others: cores that other processes take.
+        jitter: what every second measurement takes, in 2^-10 s; the others take one.
+        """
+        self._others, self._jitter, self._looks = others, jitter, 0
+
+    def clock(self) -> float:
+        """Two looks are a measurement."""
+        self._looks += 1
+        late = (self._jitter - 1) * (self._looks % 4 == 0)
+        return 2**-10 * (self._looks + late)
+
+    def read(self, everybody: bool) -> CpuTimes:
+        assert everybody
+        at = 10.0 * (1 + self._looks)
+        return CpuTimes(cores=2, at=at, busy=2.0 * at, own=(2.0 - self._others) * at)
+
+
+def conditions(threads: int = 2, read: Any = None, **machine: float) -> Conditions:
+    """Of seven steps, an odd number, each is late every second time."""
+    target, told = FakeTarget(max_length=200, tap=True), Machine(**machine)
+    draft, sizes = FakeDraft(target, conditioned=True), {"pass_sizes": (1, 4, 16), "draft_sizes": (1, 4)}
+    found = measure(
+        target, draft, **sizes, repeats=4, threads=threads, clock=told.clock, read=read or told.read
+    ).conditions
+    assert found is not None
+    return found
+
+
+def test_a_quiet_machine_gives_no_doubts() -> None:
+    assert conditions() == Conditions(missing_cores=0.0, spread=1.0)
+    assert conditions(others=0.1, jitter=1.3).doubts is None
+
+
+def test_cores_that_others_took_are_told() -> None:
+    """As a pass of 15 ms instead of 5 beside a process that is always busy: its repeats do not differ."""
+    found = conditions(others=0.9)
+    assert found.spread == 1.0 and found.missing_cores == pytest.approx(0.9)
+    assert found.doubts == "other processes took 0.9 of the cores that the engines have threads for"
+
+
+def test_cores_that_the_engines_do_not_want_may_be_taken() -> None:
+    assert conditions(threads=1, others=0.9).doubts is None
+    assert conditions(threads=1, others=1.4).missing_cores == pytest.approx(0.4)
+
+
+def test_repeats_that_differ_are_told_where_the_system_tells_nothing() -> None:
+    found = conditions(jitter=4.0, read=lambda _: None)
+    assert found.missing_cores is None and found.spread == pytest.approx(2.5)
+    assert found.doubts == "the same step took 2.5 times its least"
 
 
 def test_a_place_names_what_costs_depend_on() -> None:

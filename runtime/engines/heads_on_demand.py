@@ -1,0 +1,45 @@
+"""Heads that are made when their first logits are asked for: most that are loaded never are, and they take a tenth to a
+quarter of a second and 20 MB.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from ssv.model.heads import HeadsParts
+from ssv.runtime.engines.contract import HeadsEngine
+from ssv.runtime.engines.torch_engine import Precision, check_int4_size, heads_engine, vocabulary_ids
+
+
+class HeadsOnDemand:
+    """Heads beside a target's torch engine, see `HeadsEngine`; from any thread."""
+
+    def __init__(self, parts: HeadsParts, *, precision: Precision, device: str = "cpu") -> None:
+        """Args:
+            precision, device: the target's engine's.
+
+        Raises:
+            EngineError: the precision is not to be had for heads of this size.
+        """
+        spec = parts.file.spec
+        if precision == "int4" and torch.device(device).type == "cpu":
+            check_int4_size(spec.head_size)
+        self.num_heads = spec.num_heads
+        self.token_ids_V = vocabulary_ids(parts.file.token_ids_V, spec.vocab_size)
+        self._precision, self._device = precision, device
+        self._parts: HeadsParts | None = parts
+        self._engine: HeadsEngine | None = None
+        self._making = threading.Lock()
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """See `HeadsEngine.logits`; the first time the heads are made."""
+        with self._making:
+            if self._parts is not None:
+                heads = self._parts.make(dtype=None)
+                self._engine = heads_engine(heads, precision=self._precision, device=self._device)
+                self._parts = None  # what they were made of is held no longer
+        assert self._engine is not None
+        return self._engine.logits(hidden_RH)
