@@ -21,7 +21,8 @@ class Audit:
     chosen.
 
     Attributes:
-        strict: any other choice. `margin`: only where it prefers its own by more than 1 nat, which leaves near-ties out.
+        strict: any other choice.
+        margin: only where it prefers its own by more than 1 nat, which leaves near-ties out.
     """
 
     strict: int
