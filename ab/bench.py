@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a `prompt` each")
     parser.add_argument("--num-prompts", type=int, help="only the first so many (default: all)")
     parser.add_argument(
-        "--methods", help=f"comma-separated, of: {', '.join(METHODS)} (default: all that the bundle has)"
+        "--methods",
+        help=f"comma-separated, of: {', '.join(METHODS)} (default: all that the bundle has; medusa-typical only where "
+        "something is sampled)",
     )
     parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
@@ -134,7 +136,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = compare(
             llm,
             prompts,
-            methods or llm.methods,
+            methods or _worth_a_row(llm.methods, params),
             params,
             batch=args.max_rows,
             rounds=args.rounds,
@@ -189,7 +191,7 @@ def compare(
             break
     rows = []
     for number, method in enumerate(methods):
-        rows.append(_row(llm, method, ids, tallies[method], tallies[BASELINE], price_per_hour, greedy=params.greedy))
+        rows.append(_row(llm, method, ids, tallies[method], tallies[BASELINE], price_per_hour, params))
         report("audit", number + 1, len(methods), method)
     return rows
 
@@ -272,7 +274,7 @@ def rounds_disagree(row: MethodRow, half_width: float) -> str | None:
 
 def broken_promise(row: MethodRow) -> str | None:
     """What is to be said of a tier that diverged more often than its calibration promises; None of one that did not."""
-    if row.divergence is None or row.divergence_promised is None or row.divergence <= row.divergence_promised:
+    if row.divergence_promised is None or row.divergence <= row.divergence_promised:
         return None
     by_chance, interval = True, ""
     if row.divergence_low is not None and row.divergence_high is not None:
@@ -302,6 +304,11 @@ def document(rows: Sequence[MethodRow], args: argparse.Namespace, llm: LLM) -> d
     }
 
 
+def _worth_a_row(methods: Sequence[str], params: SamplingParams) -> list[str]:
+    """Methods but those that are another one where nothing is sampled."""
+    return [name for name in methods if not (params.greedy and name == "medusa-typical")]
+
+
 def _methods(text: str) -> list[str]:
     methods = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if unknown := [name for name in methods if name not in METHODS]:
@@ -316,15 +323,14 @@ def _row(
     tally: Tally,
     baseline: Tally,
     price_per_hour: float | None,
-    *,
-    greedy: bool,
+    params: SamplingParams,
 ) -> MethodRow:
     from ssv.runtime.decode.audit import audit
 
     outputs = tally.outputs[0]
     counters = sum((output.counters for output in outputs), Counters(requests=0))
-    audits = [audit(llm.target, p, o.token_ids) for p, o in zip(prompts, outputs, strict=True)] if greedy else None
-    divergence = None if audits is None else _share([a.strict for a in audits], [len(o.token_ids) for o in outputs])
+    audits = [audit(llm.target, p, o.token_ids, params) for p, o in zip(prompts, outputs, strict=True)]
+    divergence = _share([a.strict for a in audits], [len(o.token_ids) for o in outputs])
     speed = sum(map(sum, tally.tokens)) / sum(map(sum, tally.seconds))
     speedup = speedup_of(tally, baseline)
     by_round = [
@@ -356,13 +362,14 @@ def _row(
         judged=counters.judged,
         accepted=counters.accepted,
         trusted=counters.trusted,
+        typical=counters.typical,
         rolled_back=counters.rolled_back,
         acceptance_rate=counters.acceptance_rate,
-        divergence=divergence.estimate if divergence is not None else None,
-        divergence_low=divergence.low if divergence is not None and len(outputs) > 1 else None,
-        divergence_high=divergence.high if divergence is not None and len(outputs) > 1 else None,
+        divergence=divergence.estimate,
+        divergence_low=divergence.low if len(outputs) > 1 else None,
+        divergence_high=divergence.high if len(outputs) > 1 else None,
         divergence_promised=llm.limits.get(method),
-        divergence_margin=sum(a.margin for a in audits) / emitted if audits is not None else None,
+        divergence_margin=sum(a.margin for a in audits) / emitted,
         kept_by_depth=counters.kept_by_depth,
         identical=sum(same) / len(same),
         ttft_ms=first[len(first) // 2] * 1e3,

@@ -30,8 +30,8 @@ class MethodRow:
         speedup_by_round: the same within each round.
         tokens_per_pass: emitted tokens per target pass (acceptance length).
         target_passes_per_token, target_tokens_per_token: fewer passes is not fewer tokens through the target.
-        divergence: share of emitted tokens that are not the target's argmax given the same prefix; `divergence_margin`:
-            by more than 1 nat. Null for sampled output, where they say nothing.
+        divergence: share of emitted tokens that are not the target's choice given the same prefix and, of sampled
+            output, the same noise; `divergence_margin`: by more than 1 nat.
         divergence_low, divergence_high: its 95 % interval over prompts; null of a single prompt.
         divergence_promised: what the tier's calibration bounds it to; null for a lossless method.
         kept_by_depth: share of the passes that kept their first drafted token, their second, and so on.
@@ -55,13 +55,14 @@ class MethodRow:
     judged: int
     accepted: int
     trusted: int
+    typical: int
     rolled_back: int
     acceptance_rate: float
-    divergence: float | None
+    divergence: float
     divergence_low: float | None
     divergence_high: float | None
     divergence_promised: float | None
-    divergence_margin: float | None
+    divergence_margin: float
     kept_by_depth: Sequence[float]
     identical: float
     ttft_ms: float
@@ -89,11 +90,10 @@ def _comparison(rows: Sequence[MethodRow], *, priced: bool) -> Table:
         column.justify = "right"
     for row in rows:
         interval = "-" if row.speedup_low is None else f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
-        divergence = "-" if row.divergence is None else f"{row.divergence:.2%}"
         cells = [
             row.method, f"{row.tokens_per_s:.1f}", f"{row.speedup:.2f}x", interval,
             f"{row.tokens_per_pass:.2f}", f"{row.target_passes_per_token:.3f}", f"{row.target_tokens_per_token:.2f}",
-            f"{row.drafted}/{row.accepted}/{row.emitted}", divergence, f"{row.identical:.0%}",
+            f"{row.drafted}/{row.accepted}/{row.emitted}", f"{row.divergence:.2%}", f"{row.identical:.0%}",
         ]  # fmt: skip
         table.add_row(*cells, *([f"{row.cost_per_1m_tokens:.2f}"] if row.cost_per_1m_tokens is not None else []))
     return table
@@ -142,9 +142,8 @@ def figure(rows: Sequence[MethodRow]) -> Figure:
     )
     for y, row in enumerate(rows):
         _point(speed, y, row.speedup, row.speedup_low, row.speedup_high, "C0")
-        if row.divergence is not None:
-            low, high = (100 * each if each is not None else None for each in (row.divergence_low, row.divergence_high))
-            _point(divergence, y, 100 * row.divergence, low, high, "C3")
+        low, high = (100 * each if each is not None else None for each in (row.divergence_low, row.divergence_high))
+        _point(divergence, y, 100 * row.divergence, low, high, "C3")
         if row.divergence_promised is not None:
             divergence.plot([100 * row.divergence_promised], [y], "k|", markersize=12)
     speed.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")

@@ -58,7 +58,7 @@ class TierEntry(Strict):
     @model_validator(mode="after")
     def _says_what_its_policy_is(self) -> TierEntry:
         if self.lossless != self.policy.lossless:
-            raise ValueError(f"lossless {self.lossless} contradicts accept_below {self.policy.accept_below}")
+            raise ValueError(f"lossless {self.lossless} contradicts the policy: {self.policy}")
         return self
 
 

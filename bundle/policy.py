@@ -18,6 +18,20 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+class TypicalAcceptance(Strict):
+    """Medusa's rule for sampled output (Cai et al. 2024, arXiv:2401.10774, section 2.3.1), with its authors' numbers: a
+    drafted token is kept if the target gives it a probability above min(posterior_threshold, posterior_alpha * exp(-H)),
+    H being the entropy of what the target says there, in nats.
+
+    Attributes:
+        posterior_threshold: epsilon in the paper.
+        posterior_alpha: delta in the paper, which has sqrt(epsilon) for it.
+    """
+
+    posterior_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.09
+    posterior_alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+
+
 class Policy(Strict):
     """What is drafted, when drafted tokens are trusted, and when the target is asked.
 
@@ -35,6 +49,8 @@ class Policy(Strict):
         beam: most nodes of a level that get children: those that are most probably right.
         max_depth: most tokens of a path; None for as many as may be pending.
         pays: draft only what saves more time than it costs, by costs that were measured (`ssv.runtime.decode.costs`).
+        typical: keep drafted tokens of sampled output that are typical of the target, not its own choice alone; None
+            keeps that alone. Greedy output has no other choice, and stays exact.
     """
 
     drafter: Literal["model", "heads", "prompt-lookup", "suffix", "lookahead"] = "model"
@@ -48,6 +64,7 @@ class Policy(Strict):
     beam: Count = 1
     max_depth: Count | None = None
     pays: bool = False
+    typical: TypicalAcceptance | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -55,12 +72,29 @@ class Policy(Strict):
             raise ValueError(
                 "lookahead cannot draft only what pays: its window is run for later passes. Leave `pays` out"
             )
+        if self.typical is not None:
+            if self.drafter != "heads":
+                raise ValueError(
+                    f"typical acceptance is a rule for Medusa's heads, not for the drafter {self.drafter!r}"
+                )
+            if self.accept_below > 0:
+                raise ValueError("typical acceptance judges every token. Leave `accept_below` at 0")
+            if self.pays:
+                raise ValueError(
+                    "typical acceptance keeps other tokens of other trees, and what pays depends on other requests. "
+                    "Leave `pays` out"
+                )
         return self
 
     @property
     def lossless(self) -> bool:
         """Whether output is plain decoding's, token for token, greedy or sampled."""
-        return self.accept_below == 0.0 or self.max_pending == 0
+        return self.lossless_for(greedy=False)
+
+    def lossless_for(self, *, greedy: bool) -> bool:
+        """Whether greedy output is, or sampled output."""
+        keeps_others = self.accept_below > 0.0 or (self.typical is not None and not greedy)
+        return not keeps_others or self.max_pending == 0
 
     @property
     def is_chain(self) -> bool:

@@ -102,7 +102,8 @@ def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> st
     c = chunk.counters
     return (
         f"{c.emitted} tokens, {c.emitted / c.total_s:.0f} tokens/s, first after {c.first_token_s * 1e3:.0f} ms; "
-        f"{c.target_passes} target passes, {c.drafted} drafted, {c.accepted} accepted, {c.trusted} trusted unseen; "
+        f"{c.target_passes} target passes, {c.drafted} drafted, {c.accepted} accepted "
+        f"({c.typical} as typical), {c.trusted} trusted unseen; "
         f"ended by {chunk.finish_reason}"
     )
 
@@ -140,7 +141,8 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     return (
         f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, "
         f"first after {first * 1e3:.0f} ms; {reply.target_passes} target passes, "
-        f"{reply.accepted} of {reply.judged} judged accepted, {reply.unverified} trusted unseen; "
+        f"{reply.accepted} of {reply.judged} judged accepted ({reply.typical} as typical), "
+        f"{reply.unverified} trusted unseen; "
         f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
     )
 

@@ -20,6 +20,7 @@ class Counters:
         judged: drafted tokens that the target judged.
         accepted: judged tokens that it kept.
         trusted: emitted tokens that the target never judged.
+        typical: judged tokens that it kept as typical, although its own choice was another one.
         rolled_back: drafted tokens that were dropped.
         target_passes: target steps after the prompt's.
         target_tokens: tokens that went through those steps.
@@ -37,6 +38,7 @@ class Counters:
     judged: int = 0
     accepted: int = 0
     trusted: int = 0
+    typical: int = 0
     rolled_back: int = 0
     target_passes: int = 0
     target_tokens: int = 0

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ssv.bundle.policy import Policy, verify_all
+from ssv.bundle.policy import Policy, TypicalAcceptance, verify_all
 from ssv.runtime.request import Request, RequestError
 
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are
 judged and when."""
 
-BASELINES = ("autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative")
-"""What a bundle can be decoded by beside its tiers, lossless."""
+BASELINES = (
+    "autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "medusa-typical", "specinfer", "eagle",
+    "speculative",
+)  # fmt: skip
+"""What a bundle can be decoded by beside its tiers: lossless, but for sampled output of `medusa-typical`."""
 
-NEEDS_HEADS = ("medusa",)
+NEEDS_HEADS = ("medusa", "medusa-typical")
 """What takes a bundle with Medusa's heads."""
 
 METHODS = (*BASELINES, *TIERS)
@@ -40,6 +43,9 @@ MEDUSA = verify_all(63, drafter="heads", children=(10,), beam=10)
 likeliest tokens of each head (arXiv:2401.10774, `mc_sim_7b_63`). Theirs has one shape; this one has the nodes that are
 likeliest after the text at hand."""
 
+MEDUSA_TYPICAL = MEDUSA.model_copy(update={"typical": TypicalAcceptance()})
+"""The same with its authors' rule for sampled output, which is lossy and bounded by nothing."""
+
 SPECINFER = verify_all(20, children=(1, 1, 3, 1), beam=3, max_depth=8)
 """A static expansion tree: one guess after another, but three for the third token, each continued to a depth of eight
 (SpecInfer, Miao et al. 2023, arXiv:2305.09781: the expansion <1, 1, 3, 1, 1, 1, 1, 1>), by the bundle's draft and this
@@ -59,6 +65,7 @@ _FIXED = {
     "prompt-lookup": PROMPT_LOOKUP,
     "suffix": SUFFIX,
     "medusa": MEDUSA,
+    "medusa-typical": MEDUSA_TYPICAL,
     "specinfer": SPECINFER,
     "eagle": EAGLE,
 }

@@ -27,6 +27,7 @@ class Reply:
     judged: int = _output("total_draft_tokens", "drafted tokens that the target judged")
     accepted: int = _output("total_accepted_draft_tokens", "judged tokens that it kept")
     unverified: int = _output("ssv_unverified_tokens", "emitted tokens that the target never judged")
+    typical: int = _output("ssv_typical_tokens", "judged tokens that it kept although it would have chosen others")
     target_passes: int = _output("ssv_target_passes", "target steps after the prompt's")
     cached_tokens: int = _output("ssv_cached_tokens", "tokens of the prompt that had been computed before")
     tier: str = _output("ssv_tier_used", "how it was decoded")

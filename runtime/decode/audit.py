@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ssv.runtime.decode.sampling import without_tokens
+from ssv.runtime.decode.sampling import Sampling, choose, scores, without_tokens
 from ssv.runtime.engines.contract import Engine
+from ssv.runtime.request import SamplingParams
+
+_GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Emitted tokens that the target, given the same prefix, would not have chosen greedily.
+    """Emitted tokens that the target, given the same prefix and, of sampled output, the same noise, would not have
+    chosen.
 
     Attributes:
-        strict: any other argmax. `margin`: only where it prefers its argmax by more than 1 nat, which leaves near-ties
-            out.
+        strict: any other choice.
+        margin: only where it prefers its own by more than 1 nat, which leaves near-ties out.
     """
 
     strict: int
@@ -37,14 +42,16 @@ class RunningAudit:
         output_ids: Sequence[int],
         chunk: int,
         *,
+        params: SamplingParams = _GREEDY,
         eos_ids: Sequence[int] = (),
-        min_tokens: int = 0,
     ) -> None:
         """Args:
         chunk: tokens of a step.
+        params: what the output was asked for with.
         eos_ids: what the target could not choose among the first `min_tokens` of the output.
         """
-        self._eos, self._banned = torch.tensor(list(eos_ids), dtype=torch.long), len(prompt_ids) - 1 + min_tokens
+        self._params, self._eos = params, torch.tensor(list(eos_ids), dtype=torch.long)
+        self._banned = len(prompt_ids) - 1 + params.min_tokens
         self.num_tokens = len(output_ids)
         self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
         self.restart()
@@ -62,16 +69,32 @@ class RunningAudit:
         logits_RV = out.logits_RV
         if len(rows_R) and start < self._banned and len(self._eos):
             logits_RV = without_tokens(logits_RV, rows_R < self._banned, self._eos)
-        emitted_R1 = self._tokens[rows_R + 1, None].to(logits_RV.device)
-        gap_R = logits_RV.amax(dim=1) - logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
-        self._strict += int((gap_R > 0).sum())
-        self._margin += int((gap_R > 1).sum())
+        if len(rows_R):
+            self._compare(logits_RV, rows_R + 1)
         self._done = stop
         return Audit(self._strict, self._margin) if stop == len(self._tokens) - 1 else None
 
+    def _compare(self, logits_RV: Tensor, position_R: Tensor) -> None:
+        """Counts the tokens, at some places of the text, that are not what the logits choose there."""
 
-def audit(target: Engine, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Audit:
+        def sampling(position_R: Tensor) -> Sampling:
+            return Sampling.of([self._params] * len(position_R), position_R.tolist())
+
+        other_R = (choose(logits_RV, sampling(position_R)).cpu() != self._tokens[position_R]).nonzero()[:, 0]
+        if not len(other_R):
+            return
+        score_RV = scores(logits_RV[other_R.to(logits_RV.device)], sampling(position_R[other_R]))
+        emitted_R1 = self._tokens[position_R[other_R], None].to(score_RV.device)
+        gap_R = score_RV.amax(dim=1) - score_RV.gather(1, emitted_R1)[:, 0]
+        self._strict += int((gap_R > 0).sum())
+        self._margin += int((gap_R > 1).sum())
+
+
+def audit(
+    target: Engine, prompt_ids: Sequence[int], output_ids: Sequence[int], params: SamplingParams = _GREEDY
+) -> Audit:
     """Audits at once, in cache row 0, which is overwritten."""
-    found = RunningAudit(prompt_ids, output_ids, len(prompt_ids) + len(output_ids)).step(target, 0)
+    chunk = len(prompt_ids) + len(output_ids)
+    found = RunningAudit(prompt_ids, output_ids, chunk, params=params).step(target, 0)
     assert found is not None
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssv.plugins.reference import most_likely
 from ssv.runtime.decode.row import Row
-from ssv.runtime.decode.sampling import Sampling, choose, ranked, without_tokens
+from ssv.runtime.decode.sampling import Sampling, choose, filtered, ranked, without_tokens
 from ssv.runtime.engines.contract import EngineError
 
 At = Sequence[tuple[int, int]]
@@ -60,6 +60,12 @@ def ranking(
     return found
 
 
+def scaled(rows: Sequence[Row], logits_RV: Tensor, at: At, eos: Tensor) -> Tensor:
+    """Logits over the temperature of what each row may choose (see `filtered`); arguments as for `choices`."""
+    free_RV = _without_early_eos(rows, logits_RV, at, eos)
+    return filtered(free_RV, _sampling(rows, at).to(logits_RV.device))
+
+
 def columns_of(ids: Tensor, ids_V: Tensor | None) -> Tensor:
     """Columns of logits whose tokens are among `ids`; those that have none are left out."""
     return ids if ids_V is None else torch.isin(ids_V.cpu(), ids).nonzero()[:, 0]
@@ -74,15 +80,8 @@ def check_chosen(tokens: Sequence[int]) -> None:
 
 
 def _sampling(rows: Sequence[Row], at: At) -> Sampling:
-    params = [rows[b].params for b, _ in at]
-    return Sampling(
-        torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        torch.tensor([p.top_k for p in params]),
-        torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        # 64 bits, of which the highest is a sign here.
-        torch.tensor([(p.seed + 2**63) % 2**64 - 2**63 for p in params]),
-        torch.tensor([rows[b].counters.prompt_tokens + rows[b].output_index(ahead) for b, ahead in at]),
-    )
+    positions = [rows[b].counters.prompt_tokens + rows[b].output_index(ahead) for b, ahead in at]
+    return Sampling.of([rows[b].params for b, _ in at], positions)
 
 
 def _without_early_eos(rows: Sequence[Row], logits_RV: Tensor, at: At, eos: Tensor) -> Tensor:

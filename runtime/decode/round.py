@@ -26,14 +26,15 @@ from torch import Tensor
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
-from ssv.runtime.decode.choice import check_chosen, choices
+from ssv.runtime.decode.choice import check_chosen, choices, scaled
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
-from ssv.runtime.decode.verify import Verdict, judged_rows, walk
+from ssv.runtime.decode.typical import judge
+from ssv.runtime.decode.verify import Verdict, judged_rows, walk, walk_typical
 from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine
 from ssv.runtime.request import RequestError, SamplingParams
 
@@ -161,11 +162,26 @@ class DecodeBatch:
         ahead = [(b, rows[b].tree.depths[j - 1] if j else 0) for b, j in judged_at]
         all_chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
         chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
-        verdicts = [walk(row.tree, judged[b], chosen[b]) for b, row in enumerate(rows)]
+        verdicts = self._verdicts(judged, chosen, out.logits_RV)
         check_chosen([verdict.next_token for verdict in verdicts])
         if any(drafter.needs_hidden for drafter in wanting):
             self._show_hidden(verdicts, dict(zip(judged_at, out.hidden_RH, strict=True)))
         return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
+
+    def _verdicts(
+        self, judged: Sequence[Sequence[bool]], chosen: Sequence[Sequence[int]], logits_RV: Tensor
+    ) -> list[Verdict]:
+        """What the target decides about each row, by what it chooses in its judged rows."""
+        verdicts, start = [], 0
+        for b, row in enumerate(self.rows):
+            at, tree, rule = slice(start, start + len(chosen[b])), row.tree, row.policy.typical
+            if rule is None or row.params.greedy:
+                verdicts.append(walk(tree, judged[b], chosen[b]))
+            else:
+                x_JV = scaled(self.rows, logits_RV[at], [(b, depth) for depth in (0, *tree.depths)], self.eos_ids)
+                verdicts.append(walk_typical(tree, *judge(x_JV, tree, rule), chosen[b]))
+            start = at.stop
+        return verdicts
 
     def _show_hidden(self, verdicts: Sequence[Verdict], hidden_at: Mapping[tuple[int, int], Tensor]) -> None:
         """Shows drafters the hidden states that the next tokens were chosen after.
@@ -194,6 +210,7 @@ class DecodeBatch:
         counters.drafted += len(tree)
         counters.accepted += verdict.num_judged
         counters.trusted += len(path) - verdict.num_judged
+        counters.typical += verdict.num_typical
         counters.rolled_back += len(tree) - len(path)
         counters.target_passes += 1
         counters.target_tokens += len(tree) + 1
@@ -214,7 +231,7 @@ class DecodeBatch:
         if row.policy.is_chain or row.rest <= 0:
             most = min(most, row.rest)
         is_priced = row.policy.pays and self.costs is not None
-        if self.pass_tokens is None or not row.policy.lossless or len(self.rows) == 1 or is_priced:
+        if self.pass_tokens is None or not row.lossless or len(self.rows) == 1 or is_priced:
             return most
         return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 
@@ -250,7 +267,7 @@ class DecodeBatch:
             raise RequestError(
                 "this method drafts what pays, and the costs of steps here are not known", "give them (`costs`)"
             )
-        if not policy.lossless and not self.drafters[policy.drafter].has_scores:
+        if policy.accept_below > 0 and not self.drafters[policy.drafter].has_scores:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 
     def begin(self, prompt_ids: Sequence[int], row: Row) -> None:

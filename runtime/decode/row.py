@@ -46,6 +46,11 @@ class Row:
         self.policy = self.policy.model_copy(update=dict(zip(names, rounded, strict=True)))
 
     @property
+    def lossless(self) -> bool:
+        """Whether its output is plain decoding's."""
+        return self.policy.lossless_for(greedy=self.params.greedy)
+
+    @property
     def target_length(self) -> int:
         """Tokens that the target has seen, which is also the slot of the root."""
         return len(self.tokens) - 1

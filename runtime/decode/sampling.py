@@ -9,6 +9,7 @@ Shapes: R rows, V vocab.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ssv.plugins.ops import on
 from ssv.plugins.reference import gumbel
+from ssv.runtime.request import SamplingParams
 
 # Missing where there was no C compiler; one that is there and does not load is an error to be seen.
 if importlib.util.find_spec("ssv.runtime.decode._sampling") is not None:
@@ -47,6 +49,18 @@ class Sampling:
     top_p_R: Tensor
     seed_R: Tensor
     position_R: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], positions: Sequence[int]) -> Sampling:
+        """Of what requests ask for, at places of their texts."""
+        return cls(
+            torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            torch.tensor([p.top_k for p in params]),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            # 64 bits, of which the highest is a sign here.
+            torch.tensor([(p.seed + 2**63) % 2**64 - 2**63 for p in params]),
+            torch.tensor(positions),
+        )
 
     def to(self, device: torch.device) -> Sampling:
         return Sampling(*(getattr(self, name).to(device) for name in self.__slots__))
@@ -99,23 +113,32 @@ def ranked(logits_RV: Tensor, sampling: Sampling, count: int, token_V: Tensor | 
             rows, vocab, count,
         )  # fmt: skip
         return index_RK, share_RK
-    sampling = sampling.to(logits_RV.device)
-    score_RV = filtered(logits_RV, sampling)
-    # Where temperature is 0 `filtered` leaves one token; here all are in order.
-    greedy_R1 = (sampling.temperature_R == 0)[:, None]
-    scale_R1 = _divisor(sampling.temperature_R)[:, None].where(~greedy_R1, 1.0)
-    if token_V is None:
-        token_V = torch.arange(vocab, device=logits_RV.device)
-    noise_RV = gumbel(token_V[None], sampling.position_R[:, None], sampling.seed_R[:, None])
+    score_RV = scores(logits_RV, sampling, token_V)
     below_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
-    noisy_RV = (score_RV.double() + noise_RV) * scale_R1
-    all_RV = torch.where(greedy_R1 | noisy_RV.isinf(), below_RV.double(), noisy_RV)
-    score_RV = torch.where(greedy_R1, below_RV.double(), noisy_RV)
+    all_RV = torch.where(score_RV.isinf(), below_RV.double(), score_RV)
     valid_R1 = logits_RV.amax(dim=1, keepdim=True).isfinite()
     score_RK, index_RK = score_RV.topk(count, dim=1)
     share_RK = (score_RK - all_RV.logsumexp(dim=1, keepdim=True)).exp().where(valid_R1, 0.0)
     index_RK = index_RK.where(score_RK.isfinite() & valid_R1, -1)
     return index_RK.int().cpu(), share_RK.float().cpu()
+
+
+def scores(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None) -> Tensor:
+    """What each row chooses the largest of: l + T g of `ranked`, counted from the largest logit, fp64 [R, V]; -inf for
+    what top-k or top-p leaves out. At temperature 0 the logits.
+
+    Arguments as for `ranked`.
+    """
+    sampling = sampling.to(logits_RV.device)
+    # Where temperature is 0 `filtered` leaves one token; here all are in order.
+    greedy_R1 = (sampling.temperature_R == 0)[:, None]
+    scale_R1 = _divisor(sampling.temperature_R)[:, None].where(~greedy_R1, 1.0)
+    if token_V is None:
+        token_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    noise_RV = gumbel(token_V[None], sampling.position_R[:, None], sampling.seed_R[:, None])
+    below_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
+    noisy_RV = (filtered(logits_RV, sampling).double() + noise_RV) * scale_R1
+    return torch.where(greedy_R1, below_RV.double(), noisy_RV)
 
 
 def _addresses(

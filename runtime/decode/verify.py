@@ -24,12 +24,14 @@ class Verdict:
     Attributes:
         path: nodes that are kept, from the root on, trusted ones included.
         num_judged: of these, those that the target judged.
+        num_typical: of these, those that are not its own choice, but typical of it.
         next_token: the target's choice after them: in place of what was drafted, or the bonus.
     """
 
     path: tuple[int, ...]
     num_judged: int
     next_token: int
+    num_typical: int = 0
 
     @property
     def last(self) -> int:
@@ -81,3 +83,22 @@ def walk(tree: Tree, judged_J: Sequence[bool], choices: Sequence[int]) -> Verdic
         num_judged += choice is not None
         path.append(child)
         node = child
+
+
+def walk_typical(
+    tree: Tree, is_typical_N: Sequence[bool], log_prob_N: Sequence[float], choices_J: Sequence[int]
+) -> Verdict:
+    """Keeps the longest path of nodes that are typical of the target or its own choice; of several the likeliest.
+
+    Args:
+        is_typical_N, log_prob_N: from `ssv.runtime.decode.typical.judge`.
+        choices_J: of the target, behind root and nodes.
+    """
+    is_own_N = [choices_J[parent + 1] == token for token, parent in zip(tree.tokens, tree.parents, strict=True)]
+    likelihood = {ROOT: 0.0}
+    for node, parent in enumerate(tree.parents):
+        if parent in likelihood and (is_own_N[node] or is_typical_N[node]):
+            likelihood[node] = likelihood[parent] + log_prob_N[node]
+    last = max(likelihood, key=lambda node: (tree.depths[node] if node != ROOT else 0, likelihood[node]))
+    path = tree.path(last)
+    return Verdict(tuple(path), len(path), choices_J[last + 1], sum(not is_own_N[node] for node in path))

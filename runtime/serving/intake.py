@@ -200,7 +200,7 @@ class Intake:
         timeout = fields.get("ssv_timeout")
         if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
             raise RequestError(f"ssv_timeout {timeout} must be above 0 seconds")
-        return prompt, Settings(self._method(fields), params, bool(fields.get("stream", False)), timeout)
+        return prompt, Settings(self._method(fields, params.greedy), params, bool(fields.get("stream", False)), timeout)
 
     def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
@@ -268,7 +268,7 @@ class Intake:
             )
         return True
 
-    def _method(self, fields: Mapping[str, Any]) -> str:
+    def _method(self, fields: Mapping[str, Any], greedy: bool) -> str:
         tier, bound = fields.get("ssv_tier") or None, fields.get("ssv_max_divergence")
         if tier is not None and tier not in METHODS:
             raise RequestError(f"ssv_tier {tier!r} is unknown; known: {', '.join(METHODS)}")
@@ -277,11 +277,13 @@ class Intake:
         else:
             if not 0 <= bound <= 1:
                 raise RequestError(f"ssv_max_divergence {bound} must be between 0 and 1")
-            within = [name for name in METHODS if self._bound(name) <= bound]
+            within = [name for name in METHODS if self._bound(name, greedy) <= bound]
             if tier is not None and tier not in within:
+                known = self._bound(tier, greedy)
                 raise RequestError(
-                    f"ssv_tier {tier!r} has a divergence of up to {self._bound(tier)} and exceeds ssv_max_divergence "
-                    f"{bound}"
+                    f"ssv_tier {tier!r} has a divergence of up to {known} and exceeds ssv_max_divergence {bound}"
+                    if math.isfinite(known)
+                    else f"ssv_tier {tier!r} has no bound on its divergence and exceeds ssv_max_divergence {bound}"
                 )
             # They stand in the order of what they save.
             tier = tier or within[-1]
@@ -292,10 +294,12 @@ class Intake:
         policy_for(tier, self._manifest.policies)
         return tier
 
-    def _bound(self, method: str) -> float:
+    def _bound(self, method: str, greedy: bool) -> float:
+        """Of the divergence of a method's greedy or sampled output."""
         entry = self._manifest.tiers.get(method)
         if entry is None:
-            return 0.0 if method in baselines(self._manifest.heads is not None) else math.inf
+            is_known = method in baselines(self._manifest.heads is not None)
+            return 0.0 if is_known and policy_for(method, {}).lossless_for(greedy=greedy) else math.inf
         return 0.0 if entry.lossless else (entry.divergence_bound if entry.divergence_bound is not None else math.inf)
 
 

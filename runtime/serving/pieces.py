@@ -99,6 +99,7 @@ class Answer:
             judged=counters.judged,
             accepted=counters.accepted,
             unverified=counters.trusted,
+            typical=counters.typical,
             target_passes=counters.target_passes,
             cached_tokens=counters.cached_tokens,
             tier=self._settings.method,

@@ -210,7 +210,8 @@ class Service:
                 policy = policy_of(request, self._llm.tiers)
                 self._loop.batch.check(request.prompt_ids, params, policy)  # what is no token has no text either
                 text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
-                audited = params.greedy and not policy.lossless and self._random.random() < self._audit_share
+                is_lossy = not policy.lossless_for(greedy=params.greedy)
+                audited = params.greedy and is_lossy and self._random.random() < self._audit_share
                 client = _Client(sink, request, audited)
                 self._loop.submit(self._next, request, policy, text, client.is_cancelled)
             except (RequestError, QueueFull) as error:
@@ -231,7 +232,7 @@ class Service:
                     client.output_ids,
                     self._llm.prefill_chunk,
                     eos_ids=sorted(self._llm.eos_token_ids),
-                    min_tokens=client.request.params.min_tokens,
+                    params=client.request.params,
                 )
                 self._audits.append((audit, client.request.method))
         client.call(client.sink.send, chunk)

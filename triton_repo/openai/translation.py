@@ -175,6 +175,7 @@ class Answer:
             "tier": reply.tier,
             "lossless": reply.lossless,
             "unverified_tokens": reply.unverified,
+            "typical_tokens": reply.typical,
             "target_passes": reply.target_passes,
             "acceptance_rate": reply.acceptance_rate,
         }

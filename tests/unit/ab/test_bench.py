@@ -20,6 +20,7 @@ from ssv.ab import bench, bench_view
 from ssv.ab.statistics import mean_ratio_interval
 from ssv.client import cli
 from ssv.runtime.counters import Counters
+from ssv.runtime.decode.audit import Audit
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Chunk, Output, Request, SamplingParams
 from ssv.support.progress import silent
@@ -111,11 +112,30 @@ def test_divergence_is_what_the_target_contradicts(
     assert turbo["identical"] < 1.0
 
 
-def test_sampled_outputs_have_no_divergence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_bench(folder, "--methods", "premium", "--temperature", "1", "--num-prompts", "2") == 0
+def test_divergence_of_sampled_outputs_is_from_what_the_target_samples(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_bench(folder, "--methods", "premium", "--temperature", "1", "--num-prompts", "3") == 0
     rows = document(capsys)["rows"]
     assert [row["method"] for row in rows] == ["autoregressive", "premium"]
-    assert all(row["divergence"] is None for row in rows)
+    assert all(row["divergence"] == row["divergence_margin"] == row["typical"] == 0 for row in rows)
+
+
+def test_typical_acceptance_diverges_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(write_recipe(tmp_path, heads=True), tmp_path / "bundle")
+    options = ("--methods", "medusa,medusa-typical", "--num-prompts", "6")
+    assert run_bench(tmp_path, *options, "--temperature", "1") == 0
+    _, medusa, typical = document(capsys)["rows"]
+    assert medusa["divergence"] == 0 and medusa["typical"] == 0 and medusa["identical"] == 1
+    assert 0 < typical["divergence_margin"] <= typical["divergence"] < 1
+    assert typical["divergence"] == pytest.approx(typical["typical"] / typical["emitted"], rel=0.5)
+    assert typical["divergence_promised"] is None and typical["identical"] < 1
+    assert run_bench(tmp_path, *options) == 0
+    assert document(capsys)["rows"][2]["divergence"] == 0
+    assert run_bench(tmp_path, "--num-prompts", "2") == 0
+    assert "medusa-typical" not in {row["method"] for row in document(capsys)["rows"]}  # greedy: it is medusa
 
 
 def test_what_is_sampled_is_the_same_with_a_lossless_method(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,13 +241,12 @@ def row(**changes: Any) -> bench.MethodRow:
     [
         (0.049, 0.03, 0.07, 0.05, None),
         (0.2, 0.1, 0.3, None, None),  # lossless, or never calibrated
-        (None, None, None, 0.05, None),  # sampled
         (0.06, 0.04, 0.08, 0.05, "turbo diverged in 6.00% .*4.00% to 8.00%.* above the 5.00% .*may be chance"),
         (0.08, 0.06, 0.1, 0.05, "turbo diverged in 8.00% .*6.00% to 10.00%.* promises: calibrate it on prompts like"),
     ],
 )
 def test_a_broken_promise_is_said(
-    divergence: float | None, low: float | None, high: float | None, promised: float | None, said: str | None
+    divergence: float, low: float | None, high: float | None, promised: float | None, said: str | None
 ) -> None:
     found = bench.broken_promise(
         row(divergence=divergence, divergence_low=low, divergence_high=high, divergence_promised=promised)
@@ -301,11 +320,12 @@ def compare(
     monkeypatch: pytest.MonkeyPatch, decoder: Decoder, *, rounds: int, half_width: float, batch: int = 1
 ) -> list[bench.MethodRow]:
     monkeypatch.setattr("ssv.ab.bench.time.perf_counter", lambda: decoder.now)
+    monkeypatch.setattr("ssv.runtime.decode.audit.audit", lambda *_: Audit(0, 0))
     return bench.compare(
         decoder,  # type: ignore[arg-type]
         ["w" * length for length in range(1, 7)],
         ["autoregressive", "turbo"],
-        SamplingParams(temperature=1.0),  # no audit
+        SamplingParams(),
         batch=batch,
         rounds=rounds,
         half_width=half_width,

@@ -153,7 +153,8 @@ class Backend:
     """Behind ssv's own OpenAI API."""
 
     async def stream(self, *_: Any, **__: Any) -> AsyncGenerator[Reply, None]:
-        known: dict[str, Any] = {"judged": 4, "accepted": 3, "unverified": 1, "target_passes": 2, "cached_tokens": 5}
+        known: dict[str, Any] = {"judged": 4, "accepted": 3, "unverified": 1, "typical": 0, "target_passes": 2}
+        known["cached_tokens"] = 5
         for text, reason in (("Hel", ""), ("lo", "stop")):
             yield Reply(text, reason, 7, 2, **known, tier="turbo", lossless=False)
 
@@ -535,7 +536,8 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 def response_of(text: str | bytes, reason: str, **changes: Any) -> Any:
     outputs: dict[str, Any] = {"text_output": text, "finish_reason": reason, "num_input_tokens": 7}
     outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
-    outputs |= {"ssv_unverified_tokens": 1, "ssv_target_passes": 2, "ssv_cached_tokens": 5}
+    outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
+    outputs |= {"ssv_cached_tokens": 5}
     outputs |= {"ssv_tier_used": "turbo", "ssv_lossless": False, **changes}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():

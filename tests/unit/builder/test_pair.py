@@ -25,7 +25,7 @@ from ssv.bundle.manifest import (
     write_manifest,
 )
 from ssv.runtime.llm import LLM
-from ssv.runtime.methods import METHODS
+from ssv.runtime.methods import METHODS, NEEDS_HEADS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.progress import silent
 
@@ -90,7 +90,7 @@ def test_a_bundle_with_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     without = build(recipe, out)
     assert without.heads is None and "heads.safetensors" not in without.files
     assert not (out / "heads.safetensors").exists()
-    assert LLM.load(out, max_length=64).methods == tuple(name for name in METHODS if name != "medusa")
+    assert LLM.load(out, max_length=64).methods == tuple(name for name in METHODS if name not in NEEDS_HEADS)
 
 
 def test_what_has_not_changed_is_not_made_again(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ REPLY = Reply(
     judged=8,
     accepted=6,
     unverified=1,
+    typical=2,
     target_passes=3,
     cached_tokens=5,
     tier="turbo",

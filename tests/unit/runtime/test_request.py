@@ -99,8 +99,8 @@ def test_counts_are_whole_numbers(name: str, value: Any) -> None:
 
 def test_methods() -> None:
     assert METHODS == (
-        "autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "specinfer", "eagle", "speculative",
-        "premium", "balanced", "turbo",
+        "autoregressive", "lookahead", "prompt-lookup", "suffix", "medusa", "medusa-typical", "specinfer", "eagle",
+        "speculative", "premium", "balanced", "turbo",
     )  # fmt: skip
     trees = {name: policy_for(name, {}) for name in ("specinfer", "eagle")}
     assert all(policy.lossless and not policy.is_chain for policy in trees.values())
@@ -117,7 +117,10 @@ def test_lossless() -> None:
     assert policy_for("autoregressive", {}).lossless
     assert policy_for("speculative", {}).lossless
     assert PREMIUM.lossless
-    assert not TURBO.lossless
+    assert not TURBO.lossless and not TURBO.lossless_for(greedy=True)
+    assert policy_for("medusa-typical", {}).lossless_for(greedy=True)
+    assert not policy_for("medusa-typical", {}).lossless
+    assert policy_for("medusa-typical", {}).model_copy(update={"max_pending": 0}).lossless
     assert TURBO.model_copy(update={"max_pending": 0}).lossless
 
 
@@ -129,8 +132,8 @@ def test_speculative_needs_a_token(k: int) -> None:
 
 def test_unknown_method() -> None:
     known = (
-        "autoregressive, lookahead, prompt-lookup, suffix, medusa, specinfer, eagle, speculative, premium, balanced, "
-        "turbo"
+        "autoregressive, lookahead, prompt-lookup, suffix, medusa, medusa-typical, specinfer, eagle, speculative, "
+        "premium, balanced, turbo"
     )
     with pytest.raises(RequestError, match=f"unknown method 'Premium'; known: {known}"):
         policy_for("Premium", {"Premium": PREMIUM})

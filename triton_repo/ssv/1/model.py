@@ -149,7 +149,7 @@ class _Sink:
         self.request = Request(
             tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline, arrived=arrived
         )
-        lossless = policy_for(settings.method, llm.tiers).lossless
+        lossless = policy_for(settings.method, llm.tiers).lossless_for(greedy=settings.params.greedy)
         self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(self.request.prompt_ids))
 
     def is_cancelled(self) -> bool:

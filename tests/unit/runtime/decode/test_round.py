@@ -543,8 +543,8 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
-            "unknown method 'fast'; known: autoregressive, lookahead, prompt-lookup, suffix, medusa, specinfer, eagle, "
-            "speculative, premium",
+            "unknown method 'fast'; known: autoregressive, lookahead, prompt-lookup, suffix, medusa, medusa-typical, "
+            "specinfer, eagle, speculative, premium",
         ),
     ]
     for request, message in refused:

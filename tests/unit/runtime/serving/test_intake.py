@@ -465,6 +465,12 @@ def test_medusa_of_a_bundle_without_heads() -> None:
         make(heads=False).prepare(tensors({"text_input": "hello", "ssv_tier": "medusa"}))
 
 
+def test_typical_acceptance_is_within_a_bound_where_it_is_exact() -> None:
+    asked = {"ssv_tier": "medusa-typical", "ssv_max_divergence": 0.0}
+    assert prepare(**asked)[1].method == "medusa-typical"
+    refused("'medusa-typical' has no bound on its divergence and exceeds ssv_max_div", temperature=1.0, **asked)
+
+
 @pytest.mark.parametrize(
     ("bound", "method"), [(0.0, "premium"), (0.01, "premium"), (0.03, "balanced"), (0.2, "turbo"), (1.0, "turbo")]
 )
@@ -482,7 +488,7 @@ def test_tier_and_bound() -> None:
 def test_tiers_without_a_bound_are_within_none() -> None:
     intake = make(tiers={**TIERS, "turbo": tier(0.2)})
     assert prepare(intake, ssv_max_divergence=1.0)[1].method == "balanced"
-    with pytest.raises(RequestError, match="divergence of up to inf"):
+    with pytest.raises(RequestError, match="no bound on its divergence"):
         prepare(intake, ssv_tier="turbo", ssv_max_divergence=1.0)
     assert prepare(intake, ssv_tier="turbo")[1].method == "turbo"
 

@@ -39,7 +39,9 @@ ANSWER = Counters(prompt_tokens=5, emitted=11, judged=9, accepted=7, target_pass
 
 def answer(first: float = 0.25, total: float = 2.25, queue: float = 0.125, emitted: int = 11) -> Counters:
     counters = Counters(emitted=emitted, first_token_s=first, total_s=total, queue_s=queue)
-    return ANSWER + counters if emitted == 0 else Counters(1, 5, 0, emitted, 9, 9, 7, 0, 2, 4, 13, queue, first, total)
+    if emitted == 0:
+        return ANSWER + counters
+    return Counters(1, 5, 0, emitted, 9, 9, 7, 0, 0, 2, 4, 13, queue, first, total)
 
 
 def load(decoding: int = 0, joining: int = 0, waiting: int = 0) -> Load:

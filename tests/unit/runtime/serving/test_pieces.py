@@ -13,7 +13,7 @@ from ssv.runtime.serving.intake import Settings
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
 
 COUNTERS = Counters(
-    prompt_tokens=9, cached_tokens=4, emitted=5, drafted=8, judged=4, accepted=3, trusted=1, target_passes=2
+    prompt_tokens=9, cached_tokens=4, emitted=5, drafted=8, judged=4, accepted=3, trusted=1, typical=2, target_passes=2
 )
 
 
@@ -78,6 +78,7 @@ def test_fields() -> None:
         "ssv_tier_used": "turbo",
         "ssv_lossless": False,
         "ssv_unverified_tokens": 1,
+        "ssv_typical_tokens": 2,
         "ssv_target_passes": 2,
         "ssv_cached_tokens": 4,
     }
