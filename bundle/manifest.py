@@ -26,6 +26,8 @@ from ssv.support.waiting import Say, say_nothing
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+SCORER = "scorer.safetensors"
+"""The scorer's file, which a bundle may lack."""
 
 
 class BundleError(UserError):
@@ -134,6 +136,11 @@ class Manifest(Strict):
         return self
 
     @property
+    def has_scorer(self) -> bool:
+        """Whether drafted tokens are scored; without, no tier trusts any."""
+        return SCORER in self.files
+
+    @property
     def policies(self) -> dict[str, Policy]:
         return {name: tier.policy for name, tier in self.tiers.items()}
 
@@ -145,9 +152,9 @@ class Manifest(Strict):
 
 def engine_source(manifest: Manifest, role: str) -> str:
     """SHA-256 over what an engine of this role depends on in its bundle."""
-    names = ["target/model.safetensors", "draft/draft.safetensors"] + (
-        ["scorer.safetensors"] if role == "draft" else []
-    )
+    names = ["target/model.safetensors", "draft/draft.safetensors"]
+    if role == "draft" and manifest.has_scorer:
+        names.append(SCORER)
     return digest(manifest.files[name].sha256 for name in names)
 
 

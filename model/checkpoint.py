@@ -8,7 +8,8 @@ What a checkpoint is made of is defined in `ssv.model.spec` and `ssv.model.hf_co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,29 @@ from ssv.support.json_text import parse_json, read_json_object
 
 __all__ = [
     "FLOATS",
+    "PICKLES",
     "CheckpointError",
     "DecoderSpec",
     "RopeDivisors",
     "RopeScaling",
     "Weights",
+    "check_finite",
+    "check_shapes",
     "check_weights",
     "checkpoint_files",
     "hf_config",
     "load_checkpoint",
+    "read_hf_config",
     "read_hf_folder",
     "read_safetensors",
+    "refuse_pickle",
+    "safetensors_metadata",
     "settle_head",
     "spec_from_hf_config",
 ]
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+"""Endings of files that torch pickles."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types of weights that are not quantized."""
@@ -107,13 +117,47 @@ def check_weights(spec: DecoderSpec, weights: Weights, source: Path | str) -> We
         raise CheckpointError(
             f"{source}: unknown weight {unknown[0]} ({len(unknown)} unknown in all): not a plain decoder"
         )
-    for name in expected:
-        if not _all_finite(weights[name]):
+    kept = {name: weights[name] for name in expected}
+    check_finite(kept, source)
+    return kept
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises CheckpointError naming the first weight that is missing, unknown or has another shape."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise CheckpointError(f"{source}: weight {name} is missing")
+        shape = tuple(found[name].shape)
+        if name not in expected:
+            raise CheckpointError(f"{source}: weight {name} of shape {shape} is unknown")
+        if shape != tuple(expected[name]):
+            raise CheckpointError(f"{source}: weight {name} has shape {shape}, expected {tuple(expected[name])}")
+
+
+def check_finite(weights: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises CheckpointError naming the first weight that holds NaN or infinity."""
+    for name, weight in weights.items():
+        if not _all_finite(weight):
             raise CheckpointError(
                 f"{source}: weight {name} holds NaN or infinite numbers: the checkpoint is damaged, or its training "
                 "diverged"
             )
-    return {name: weights[name] for name in expected}
+
+
+def refuse_pickle(path: Path, out: str | None = None) -> None:
+    """Refuses a file of heads that torch pickled.
+
+    Args:
+        out: what to call the safetensors file; None for the same name.
+
+    Raises:
+        CheckpointError: with the command that converts it.
+    """
+    if path.suffix in PICKLES:
+        raise CheckpointError(
+            f"{path} is a pickle, which may hold programs",
+            f"convert it with `ssv-build convert-heads {path} --out {out or path.with_suffix('.safetensors').name}`",
+        )
 
 
 def _all_finite(weight: Tensor) -> bool:
@@ -197,12 +241,17 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are pickled; the index and its shards do not fit.
     """
-    config = _read_config(folder)
+    config = read_hf_config(folder)
     files, weight_map = _weight_files(folder, config)
     return config, _read_shards(folder, weight_map) if weight_map is not None else _joined(files, {})
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder.
+
+    Raises:
+        CheckpointError: not there, or not JSON.
+    """
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
@@ -219,7 +268,7 @@ def checkpoint_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    files, weight_map = _weight_files(path, _read_config(path))
+    files, weight_map = _weight_files(path, read_hf_config(path))
     return sorted([path / "config.json", *files, *([path / _INDEX] if weight_map is not None else [])])
 
 
@@ -300,9 +349,25 @@ def read_safetensors(path: Path) -> Weights:
     Raises:
         CheckpointError: the file is not there, damaged or truncated.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: see `read_safetensors`.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:

@@ -47,14 +47,20 @@ class Layer(nn.Module):
 
     Query, key and value are one product, gate and up another: at one token a step, time goes by the number of calls and
     the bytes of weights, not by arithmetic.
+
+    Attributes:
+        attn_norm: None where query, key and value see something else than the norm of the residual stream.
     """
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, qkv_inputs: int | None = None) -> None:
+        """Args:
+        qkv_inputs: inputs of query, key and value that the caller makes (`joined_MJ`); None for the norm of x.
+        """
         super().__init__()
         self.spec = spec
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.attn_norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.qkv = nn.Linear(spec.hidden_size, q + 2 * kv, bias=spec.qkv_bias)
+        self.attn_norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps) if qkv_inputs is None else None
+        self.qkv = nn.Linear(qkv_inputs or spec.hidden_size, q + 2 * kv, bias=spec.qkv_bias)
         self.q_norm = nn.RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
         self.k_norm = nn.RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
         self.o = nn.Linear(q, spec.hidden_size, bias=spec.output_bias)
@@ -62,9 +68,12 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=spec.mlp_bias)
         self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
 
-    def forward(self, index: int, x_MH: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+    def forward(
+        self, index: int, x_MH: Tensor, rotate: Rotation, attend: Attend, joined_MJ: Tensor | None = None
+    ) -> Tensor:
         spec = self.spec
-        qkv = self.qkv(self.attn_norm(x_MH)).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        seen = joined_MJ if self.attn_norm is None else self.attn_norm(x_MH)
+        qkv = self.qkv(seen).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         v_MKD = qkv[:, spec.num_heads + spec.num_kv_heads :]
         if self.q_norm is None or self.k_norm is None:
             qk = rotate(qkv[:, : spec.num_heads + spec.num_kv_heads])
@@ -84,13 +93,19 @@ class Decoder(nn.Module):
         lm_head: V rows; a draft may cover only the most frequent tokens (then V is smaller than the embedding's).
     """
 
-    def __init__(self, spec: DecoderSpec, head_size: int | None = None) -> None:
+    def __init__(self, spec: DecoderSpec, head_size: int | None = None, first_inputs: int | None = None) -> None:
+        """Args:
+        head_size: V; None for the whole vocabulary.
+        first_inputs: inputs J of the first layer's query, key and value, where they are not the norm of x.
+        """
         super().__init__()
         self.spec = spec
         # Its weights always come from elsewhere; filling them at random on the meta device imports half of torch, 70
         # MB.
         self.embed = nn.Embedding.from_pretrained(torch.zeros(spec.vocab_size, spec.hidden_size), freeze=False)
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.layers = nn.ModuleList(
+            Layer(spec, first_inputs if index == 0 else None) for index in range(spec.num_layers)
+        )
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.lm_head = nn.Linear(spec.hidden_size, head_size or spec.vocab_size, bias=False)
         # Not a buffer: module.to(bfloat16) must not round it.
@@ -103,12 +118,18 @@ class Decoder(nn.Module):
         return Rotation(angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None])
 
     def run_layers(
-        self, x_MH: Tensor, position_M: Tensor, attend: Attend, tapped_layers: tuple[int, ...] = ()
+        self,
+        x_MH: Tensor,
+        position_M: Tensor,
+        attend: Attend,
+        tapped_layers: tuple[int, ...] = (),
+        joined_MJ: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Runs every layer.
 
         Args:
             tapped_layers: layers whose outputs are wanted too, ascending.
+            joined_MJ: what the first layer's query, key and value see, of a decoder that was made with `first_inputs`.
 
         Returns:
             Hidden states after the last layer, [M, H], before the final norm; and the tapped layers' joined, [M, X]
@@ -117,7 +138,7 @@ class Decoder(nn.Module):
         rotate = self.rotation(position_M, x_MH.dtype)
         tapped: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            x_MH = layer(index, x_MH, rotate, attend)
+            x_MH = layer(index, x_MH, rotate, attend, joined_MJ if index == 0 else None)
             if index in tapped_layers:
                 tapped.append(x_MH)
         return x_MH, torch.cat(tapped, dim=-1) if tapped else None
@@ -175,7 +196,15 @@ def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype |
     # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it
     # is used.
     embedding = weights["model.embed_tokens.weight"]
-    state = {"embed.weight": embedding.to(dtype or embedding.dtype, copy=True)}
+    state = {"embed.weight": embedding.to(dtype or embedding.dtype, copy=True), **fused_state(spec, weights, dtype)}
+    if "lm_head.weight" not in state and not is_quantized(weights, "lm_head"):  # tied
+        state["lm_head.weight"] = state["embed.weight"]
+    return state
+
+
+def fused_state(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = None) -> Weights:
+    """Of the state dict what a checkpoint has of layers, final norm and LM head, without what is quantized."""
+    state = {}
     for module, sources in _sources(spec).items():
         if any(is_quantized(weights, source) for source in sources):
             continue
@@ -184,9 +213,17 @@ def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype |
             if found:
                 joined = torch.cat(found)
                 state[f"{module}.{kind}"] = joined.to(dtype or joined.dtype)
-    if "lm_head.weight" not in state and not is_quantized(weights, "lm_head"):  # tied
-        state["lm_head.weight"] = state["embed.weight"]
     return state
+
+
+def hf_tensors(layer: nn.Module, parts: Sequence[tuple[str, int]]) -> Weights:
+    """A module's tensors under the names of what it is made of in a checkpoint, which `hf_names` gives."""
+    sizes = [size for _, size in parts]
+    return {
+        f"{name}.{kind}": piece
+        for kind, tensor in layer.named_parameters()
+        for (name, _), piece in zip(parts, tensor.split(sizes), strict=True)
+    }
 
 
 def replace_quantized(

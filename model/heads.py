@@ -23,13 +23,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ssv.model.checkpoint import CheckpointError, DecoderSpec, Weights, read_safetensors
+from ssv.model.checkpoint import CheckpointError, DecoderSpec, Weights, check_shapes, read_safetensors, refuse_pickle
 from ssv.model.decoder import Decoder
 from ssv.support.files import save_whole
 from ssv.support.json_text import parse_json
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-"""Endings of files that torch pickles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,11 +247,7 @@ def read_heads(path: Path, target: DecoderSpec) -> HeadsFile:
         CheckpointError: a pickle, a damaged file, no heads, weights that do not fit the spec, or heads made for another
             target.
     """
-    if path.suffix in PICKLES:
-        raise CheckpointError(
-            f"{path} is a pickle, which may hold programs",
-            f"convert it with `ssv-build convert-heads {path} --out {path.with_suffix('.safetensors').name}`",
-        )
+    refuse_pickle(path)
     state = read_safetensors(path)
     with safe_open(path, framework="pt") as file:
         facts = (file.metadata() or {}).get("ssv_heads")
@@ -284,11 +277,7 @@ def read_heads(path: Path, target: DecoderSpec) -> HeadsFile:
         raise CheckpointError(f"{path}: {spec.num_heads} heads of {spec.num_layers} ResBlocks are not all there")
     with torch.device("meta"):
         heads = Heads(spec)
-    expected = {name: value.shape for name, value in heads.own_state().items()}
-    found = {name: value.shape for name, value in state.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise CheckpointError(f"{path}: weight {wrong[0]} is missing, unknown or misshapen")
+    check_shapes({name: tuple(value.shape) for name, value in heads.own_state().items()}, state, path)
     token_ids = state.pop("token_ids").long()
     if token_ids.min() < 0 or token_ids.max() >= spec.vocab_size:
         raise CheckpointError(f"{path}: token_ids outside the vocabulary of {spec.vocab_size}")

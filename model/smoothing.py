@@ -68,7 +68,8 @@ def smoothed_parts(decoder: Decoder, ranges: Ranges, prefix: str = "") -> Iterat
 
 @torch.no_grad()
 def _smooth_layer(layer: Layer, ranges: Ranges, at: str) -> None:
-    _smooth_after_norms(layer.qkv, [layer.attn_norm], ranges[at + "qkv"], "qkv")
+    if layer.attn_norm is not None:
+        _smooth_after_norms(layer.qkv, [layer.attn_norm], ranges[at + "qkv"], "qkv")
     _smooth_after_norms(layer.gate_up, [layer.mlp_norm], ranges[at + "gate_up"], "gate_up")
     factor = smoothing_factor(layer.down.weight, ranges[at + "down"], "down")
     inner = layer.down.in_features

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ssv.bundle.manifest import Manifest, read_manifest, unused_files, verify_files
+from ssv.bundle.manifest import SCORER, Manifest, read_manifest, unused_files, verify_files
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
@@ -118,7 +118,7 @@ class LLM:
                 theirs, max_length is cut to it.
             precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is
                 compiled.
-            max_length: tokens of prompt and output together; cut to what the model has positions for.
+            max_length: tokens of prompt and output together; cut to what target and draft have positions for.
             prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
             threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8
                 follows while it decodes. `OMP_NUM_THREADS`, or another number than torch's own set before, is kept.
@@ -186,7 +186,8 @@ class LLM:
             del weights
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
             heads = read_heads(bundle / "heads.safetensors", spec) if manifest.heads is not None else None
-        max_length = min(max_length, spec.max_positions - RESERVED_LENGTH)
+        positions = min(spec.max_positions, draft.spec.decoder.max_positions)
+        max_length = min(max_length, positions - RESERVED_LENGTH)
         sizes: dict[str, Any] = {
             "precision": precision,
             "device": device,
@@ -199,7 +200,7 @@ class LLM:
         target_ranges = {name.removeprefix("target."): r for name, r in ranges.items() if name.startswith("target.")}
         if thread_count is not None:
             thread_count.follow()
-        scorer = load_scorer(bundle / "scorer.safetensors", draft.spec.decoder.hidden_size)
+        scorer = load_scorer(bundle / SCORER, draft.spec.decoder.hidden_size) if manifest.has_scorer else None
         engines = cls._cuda_engines(decoder, draft, scorer, sizes, say) or (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
@@ -231,7 +232,7 @@ class LLM:
 
     @staticmethod
     def _cuda_engines(
-        decoder: Decoder, draft: Draft, scorer: Scorer, sizes: Mapping[str, Any], say: Say
+        decoder: Decoder, draft: Draft, scorer: Scorer | None, sizes: Mapping[str, Any], say: Say
     ) -> tuple[Engine, Engine] | None:
         """Engines of compiled kernels, where there are kernels for the device, the precision and the pair."""
         if sizes["device"] == "cpu" or sizes["precision"] != "bf16":

@@ -28,6 +28,7 @@ from ssv.builder.tensorrt.lowering import NativeOps, NetworkOps, PluginOps
 from ssv.builder.tensorrt.network import add_profiles, build_draft, build_target
 from ssv.builder.tensorrt.spill import Spill
 from ssv.bundle.manifest import (
+    SCORER,
     EngineEntry,
     Manifest,
     digest,
@@ -42,9 +43,9 @@ from ssv.bundle.shapes import Limits
 from ssv.bundle.tensorrt_api import PACKAGES, EngineBuildError, load_tensorrt, local_capability, logger
 from ssv.model.checkpoint import checkpoint_files
 from ssv.model.decoder import Decoder
-from ssv.model.draft import Draft, load_draft
+from ssv.model.draft import Draft, DraftSpec, load_draft
 from ssv.model.quantized import precision_of
-from ssv.model.scorer import load_scorer
+from ssv.model.scorer import Scorer, load_scorer
 from ssv.model.unified import CONFIG_NAME, load_any
 from ssv.plugins.contract import OpError
 from ssv.support.environment import versions
@@ -69,7 +70,8 @@ def compile_engine(bundle: Path, config: EngineConfig, report: Report) -> tuple[
     trt = tensorrt_for(config)
     manifest = read_manifest(bundle)
     limits = limits_of(config, manifest)
-    check_length(config, manifest.target["max_positions"])
+    positions = manifest.target if config.role == "target" else manifest.draft["decoder"]
+    check_length(config, positions["max_positions"])
     name = config.name
 
     def on_progress(done: int, total: int, what: str) -> None:
@@ -285,12 +287,22 @@ def add_network(
         if config.role == "target":
             build_target(graph, decoder, limits, draft.tap, ops)
         else:
-            scorer = load_scorer(bundle / "scorer.safetensors", decoder.spec.hidden_size)
-            build_draft(graph, draft, limits, scorer, ops)
+            build_draft(graph, draft, limits, scorer_of(bundle, draft.spec), ops)
     except OpError as error:
         raise EngineBuildError(str(error)) from error
     graph.forget()
     return graph
+
+
+def scorer_of(bundle: Path, draft: DraftSpec) -> Scorer | None:
+    """The scorer of a bundle; None where it was built without one.
+
+    Raises:
+        BundleError, CheckpointError: the bundle is damaged.
+    """
+    if not read_manifest(bundle, verify=False).has_scorer:
+        return None
+    return load_scorer(bundle / SCORER, draft.decoder.hidden_size)
 
 
 def compute_capability(trt: ModuleType, name: str) -> Any:

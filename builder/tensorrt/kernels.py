@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from ssv.builder.config import KernelsConfig
+from ssv.builder.tensorrt.engine import scorer_of
 from ssv.bundle.manifest import read_manifest
 from ssv.bundle.tensorrt_api import EngineBuildError
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.draft import load_draft_head
-from ssv.model.scorer import load_scorer
-from ssv.plugins.contract import OpError
+from ssv.plugins.contract import NUM_CONFIDENCE, OpError
 from ssv.support.progress import Report
 
 
@@ -40,14 +40,15 @@ def write_kernels(bundle: Path, config: KernelsConfig, out: Path, report: Report
     manifest = read_manifest(bundle)
     target = DecoderSpec.from_dict(manifest.target)
     draft = load_draft_head(bundle / "draft" / "draft.safetensors").spec
-    scorer = load_scorer(bundle / "scorer.safetensors", draft.decoder.hidden_size)
+    scorer = scorer_of(bundle, draft)
+    num_features = len(scorer.weight_F) if scorer is not None else NUM_CONFIDENCE
     dtype = getattr(torch, config.dtype)
     specs = [
         ("target", aot.sparse_gather_spec(target.hidden_size, dtype, dtype, target.rms_norm_eps)),
         ("draft", aot.sparse_gather_spec(draft.decoder.hidden_size, dtype, dtype, draft.decoder.rms_norm_eps)),
         (
             "draft",
-            aot.score_spec(draft.decoder.hidden_size, draft.head_size, dtype, dtype, len(scorer.weight_F)),
+            aot.score_spec(draft.decoder.hidden_size, draft.head_size, dtype, dtype, num_features),
         ),
     ]
     jobs = [(role, spec, capability) for capability in config.compute_capability for role, spec in specs]

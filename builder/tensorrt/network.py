@@ -9,8 +9,9 @@ Inputs: `input_ids` int32 [B, T]; `first_slot` int32 [B], where in the cache eac
 looks at so much of the cache and no more, its cost follows the context, not max_length; `gather_rows` int32 [R]; for a
 conditioned draft `features` fp32 [B, T, F]; `keys_0`, `values_0`, ... [B, K, S, D], which share memory with the outputs
 `keys_0_out`, ....
-Outputs: `hidden` fp32 [R, H]; `logits` fp32 [R, V]; `token` int32 [R], its id in the vocabulary; of a target that has a
-tap, `features` fp32 [M, F]; of a draft, `token_prob` and, if it has a scorer, `reject_prob`, fp32 [R].
+Outputs: `hidden` fp32 [R, H] (of a draft, what `Draft.carried` gives); `logits` fp32 [R, V]; `token` int32 [R], its id
+in the vocabulary; of a target that has a tap, `features` fp32 [M, F]; of a draft, `token_prob` and, if it has a scorer,
+`reject_prob`, fp32 [R].
 
 What runs in which type. Products, cache and attention: the compute type, fp16 or bf16 (in FP8 engines products multiply
 FP8). fp32:
@@ -32,7 +33,7 @@ TensorRT.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -64,10 +65,8 @@ def build_target(
     x_MH = _embedded(graph, decoder, step)
     x_MH, tapped = _layers(graph, decoder, step, x_MH, tap.layers if tap is not None else ())
     if tap is not None:
-        scaled = graph.mul(graph.concat(tapped, axis=1), graph.scalar(1 / _TAP_SCALE, rank=2))
-        features = graph.linear(graph.cast(scaled, graph.dtype), tap.project)
-        graph.output("features", graph.mul(graph.cast(features, torch.float32), graph.scalar(_TAP_SCALE, rank=2)))
-    hidden_RH, logits_RV = _head(graph, decoder, step, x_MH, ops or NativeOps(graph))
+        graph.output("features", _features(graph, tap, tapped))
+    hidden_RH, _, logits_RV = _head(graph, decoder, step, x_MH, ops or NativeOps(graph))
     _, index_R1 = graph.top(logits_RV, 1)
     graph.output("hidden", hidden_RH)
     graph.output("logits", logits_RV)
@@ -85,18 +84,23 @@ def build_draft(
     ops = ops or NativeOps(graph)
     decoder = draft.decoder
     step = _Step(graph, decoder, limits)
-    x_MH = _embedded(graph, decoder, step)
+    x_MH, joined_MJ = _embedded(graph, decoder, step), None
     if draft.conditioned:
         hidden = decoder.spec.hidden_size
         features_MF = graph.reshape(graph.input("features", torch.float32, (-1, -1, hidden)), (-1, hidden))
-        joined = (rms_norm(graph, x_MH, draft.embed_norm), rms_norm(graph, features_MF, draft.feature_norm))
-        x_MH = graph.add(features_MF, graph.cast(graph.linear(graph.concat(joined, axis=1), draft.join), torch.float32))
-    x_MH, _ = _layers(graph, decoder, step, x_MH, ())
-    hidden_RH, logits_RV = _head(graph, decoder, step, x_MH, ops)
+        normed_MF = rms_norm(graph, features_MF, draft.feature_norm)
+        joined_MJ = graph.concat((rms_norm(graph, x_MH, draft.embed_norm), normed_MF), axis=1)
+        if draft.spec.eagle3 is None:
+            product_MH = graph.cast(graph.linear(joined_MJ, draft.join), torch.float32)
+            x_MH, joined_MJ = graph.add(features_MF, product_MH), None
+        else:
+            x_MH = graph.cast(normed_MF, torch.float32) if draft.norms_residual else features_MF
+    x_MH, _ = _layers(graph, decoder, step, x_MH, (), joined_MJ)
+    hidden_RH, normed_RH, logits_RV = _head(graph, decoder, step, x_MH, ops)
     weight_F = scorer.weight_F if scorer is not None else torch.zeros(NUM_CONFIDENCE)
     bias_1 = scorer.bias.reshape(1) if scorer is not None else torch.zeros(1)
     found = ops.score(hidden_RH, logits_RV, weight_F, bias_1)
-    graph.output("hidden", hidden_RH)
+    graph.output("hidden", graph.cast(normed_RH, torch.float32) if draft.carries_normed else hidden_RH)
     graph.output("logits", logits_RV)
     graph.output("token", graph.gather(graph.constant(draft.token_ids, torch.int32), found.token_R))
     graph.output("token_prob", found.prob_R)
@@ -166,20 +170,36 @@ def _embedded(graph: Graph, decoder: Decoder, step: _Step) -> Any:
     return graph.cast(rows_MH, torch.float32)
 
 
+def _features(graph: Graph, tap: FeatureTap, tapped: Sequence[Any]) -> Any:
+    """A target's features, fp32 [M, F], of the hidden states after the tapped layers."""
+    norms = cast(list[nn.RMSNorm], list(tap.norms))
+    if len(norms) == len(tapped) > 1:
+        normed = graph.concat([rms_norm(graph, x_MH, norm) for x_MH, norm in zip(tapped, norms, strict=True)], axis=1)
+        return graph.cast(graph.linear(normed, tap.project), torch.float32)
+    tapped_MX = graph.concat(tapped, axis=1)
+    if norms:
+        return graph.cast(graph.linear(rms_norm(graph, tapped_MX, norms[0]), tap.project), torch.float32)
+    scaled = graph.mul(tapped_MX, graph.scalar(1 / _TAP_SCALE, rank=2))
+    features = graph.linear(graph.cast(scaled, graph.dtype), tap.project)
+    return graph.mul(graph.cast(features, torch.float32), graph.scalar(_TAP_SCALE, rank=2))
+
+
 def _layers(
-    graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, tapped_layers: Sequence[int]
+    graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, tapped_layers: Sequence[int], joined_MJ: Any = None
 ) -> tuple[Any, list[Any]]:
     tapped = []
     for index, layer in enumerate(decoder.blocks()):
         with graph.scope(f"layers.{index}"):
-            x_MH = _layer(graph, layer, step, index, x_MH)
+            x_MH = _layer(graph, layer, step, index, x_MH, joined_MJ)
         if index in tapped_layers:
             tapped.append(x_MH)
     return x_MH, tapped
 
 
-def _layer(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any) -> Any:
-    attended = _attention(graph, layer, step, index, rms_norm(graph, x_MH, layer.attn_norm))
+def _layer(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any, joined_MJ: Any) -> Any:
+    """A layer; its query, key and value see the joined inputs where it has no norm for them."""
+    seen = joined_MJ if layer.attn_norm is None else rms_norm(graph, x_MH, layer.attn_norm)
+    attended = _attention(graph, layer, step, index, seen)
     x_MH = graph.add(x_MH, graph.cast(graph.linear(attended, layer.o), torch.float32))
     inner = layer.spec.intermediate_size
     gate_up = graph.linear(rms_norm(graph, x_MH, layer.mlp_norm), layer.gate_up)
@@ -188,11 +208,12 @@ def _layer(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any) -> An
     return graph.add(x_MH, graph.cast(graph.linear(gated, layer.down), torch.float32))
 
 
-def _attention(graph: Graph, layer: Layer, step: _Step, index: int, x_MH: Any) -> Any:
-    """Attended values, [M, N * D]; the step's keys and values are written into the cache."""
+def _attention(graph: Graph, layer: Layer, step: _Step, index: int, seen: Any) -> Any:
+    """Attended values, [M, N * D], for what query, key and value see; the step's keys and values are written into the
+    cache."""
     spec = layer.spec
     dim, query_heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
-    qkv_BXTD = graph.split_heads(graph.linear(x_MH, layer.qkv), step.shape_BT, query_heads + 2 * kv_heads, dim)
+    qkv_BXTD = graph.split_heads(graph.linear(seen, layer.qkv), step.shape_BT, query_heads + 2 * kv_heads, dim)
     turned_BXTD = rotated(graph, layer, graph.columns(qkv_BXTD, 0, query_heads + kv_heads), step)
     k_BKTD, v_BKTD = (
         graph.columns(x, query_heads + i * kv_heads, kv_heads) for i, x in enumerate((turned_BXTD, qkv_BXTD))
@@ -228,9 +249,10 @@ def rotated(graph: Graph, layer: Layer, qk_BXTD: Any, step: _Step) -> Any:
     return graph.cast(graph.mul(x, graph.constant(step.scale_1X11, torch.float32)), graph.dtype)
 
 
-def _head(graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, ops: NetworkOps) -> tuple[Any, Any]:
-    """The gathered rows' hidden states, and their logits: the LM head sees no others."""
+def _head(graph: Graph, decoder: Decoder, step: _Step, x_MH: Any, ops: NetworkOps) -> tuple[Any, Any, Any]:
+    """The gathered rows' hidden states, before and after the final norm, and their logits: the LM head sees no
+    others."""
     norm = decoder.norm
     assert norm.eps is not None
     hidden_RH, normed_RH = ops.sparse_gather(x_MH, step.gather_rows_R, norm.weight, norm.eps)
-    return hidden_RH, graph.cast(graph.linear(normed_RH, decoder.lm_head), torch.float32)
+    return hidden_RH, normed_RH, graph.cast(graph.linear(normed_RH, decoder.lm_head), torch.float32)

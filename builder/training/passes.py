@@ -29,14 +29,14 @@ class CausalAttend:
 
     def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         q, k, v = (x.view(self.batch_rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q_MND, k_MKD, v_MKD))
-        return self.attend(q, k, v).transpose(1, 2).reshape(q_MND.shape[0], -1)
+        return self.attend(layer, q, k, v).transpose(1, 2).reshape(q_MND.shape[0], -1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class PassAttend(CausalAttend):
-    """The same for the one layer of a conditioned draft, pass after pass.
+    """The same for the layers of a conditioned draft, pass after pass.
 
     Pass k's query at position i sees the keys of pass 0 up to i - k, and of each pass j in between the one at i - k +
     j.
@@ -44,19 +44,19 @@ class PassAttend(CausalAttend):
 
     def __init__(self, batch_rows: int) -> None:
         super().__init__(batch_rows)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self._seen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        depth = len(self.keys)
-        self.keys.append(k)
-        self.values.append(v)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen_k, seen_v = self._seen.setdefault(layer, ([], []))
+        depth = len(seen_k)
+        seen_k.append(k)
+        seen_v.append(v)
         if depth == 0:
-            return super().attend(q, k, v)
+            return super().attend(layer, q, k, v)
         mask = _pass_mask(q.shape[2], depth, q.device)
         groups = q.shape[1] // k.shape[1]
         # Repeated, not enable_gqa: with a mask that has no fused kernel on CUDA.
-        keys, values = (torch.cat(x, dim=2).repeat_interleave(groups, dim=1) for x in (self.keys, self.values))
+        keys, values = (torch.cat(x, dim=2).repeat_interleave(groups, dim=1) for x in (seen_k, seen_v))
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
@@ -136,13 +136,13 @@ def draft_passes(draft: Draft, tokens_BT: Tensor, view: TargetView, depth: int) 
     entries = length - 1
     input_M = tokens_BT[:, 1:].flatten()
     position_M = torch.arange(entries, device=tokens_BT.device).repeat(rows)
-    features_BTF = draft.tap.project(view.features_MX).view(rows, length, -1)[:, :entries]
+    features_BTF = draft.tap(view.features_MX).view(rows, length, -1)[:, :entries]
     attend = PassAttend(rows)
     for k in range(depth):
         hidden = draft.run_layers(input_M, features_BTF.flatten(0, 1), position_M, attend)
         hidden_BTH = hidden.view(rows, entries, -1)
         yield DraftPass(hidden_BTH, draft.logits(hidden).view(rows, entries, -1), shift=1, first=k)
-        features_BTF = F.pad(hidden_BTH[:, :-1], (0, 0, 1, 0))
+        features_BTF = F.pad(draft.carried(hidden_BTH[:, :-1]), (0, 0, 1, 0))
 
 
 def judged(step: DraftPass, view: TargetView, is_assistant_BT: Tensor) -> tuple[slice, Tensor]:

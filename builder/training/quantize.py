@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ssv.builder.training.passes import CausalAttend, draft_passes, view_target
 from ssv.model.checkpoint import CheckpointError, Weights, hf_config
-from ssv.model.decoder import Decoder, hf_names
+from ssv.model.decoder import Decoder, hf_names, hf_tensors
 from ssv.model.draft import Draft, write_draft
 from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.model.unified import CONFIG_NAME, quantization_document
@@ -83,7 +83,7 @@ def quantize_draft(
 ) -> Draft:
     """A quantized copy of a draft; arguments as for `quantize_target`.
 
-    Its LM head is the target's and stays as it is, and so does the tap, which runs with the target.
+    Its LM head stays as it is, the target's or its own, and so does the tap, which runs with the target.
     """
     student = copy.deepcopy(draft)
     view = view_target(target, draft, tokens_BT.to(target.embed.weight.device))
@@ -94,9 +94,11 @@ def quantize_draft(
 
     _replace(student, precision, group_size, run, skip=("decoder.lm_head", "tap.project"))
     _fold_layers(student.decoder)
-    if student.conditioned:
-        _fold(student, "join", [student.embed_norm, student.feature_norm])
-    student.decoder.embed = target.embed
+    if student.conditioned and not student.norms_residual:
+        parent, _, name = student.join_name.rpartition(".")
+        _fold(student.get_submodule(parent), name, [student.embed_norm, student.feature_norm])
+    if not draft.spec.own_embedding:
+        student.decoder.embed = target.embed
     student.share_target(target, draft.token_ids)
     return student
 
@@ -140,7 +142,7 @@ def save_quantized_draft(student: Draft, path: Path, dtype: torch.dtype) -> None
     layers = {name: part for name, part in student.named_modules() if isinstance(part, QuantizedLinear)}
     state = {
         name: value.to(dtype if value.is_floating_point() else torch.int32)
-        for name, value in student.trainable_state().items()
+        for name, value in student.own_state().items()
         if name.rpartition(".")[0] not in layers
     }
     for name, layer in layers.items():
@@ -164,9 +166,7 @@ def unified_weights(student: Decoder, dtype: torch.dtype) -> Weights:
             for (name, _), tensors in zip(parts, layer_tensors(layer, sizes, dtype), strict=True):
                 weights |= {f"{name}.{kind}": tensor for kind, tensor in tensors.items()}
             continue
-        for kind, tensor in layer.named_parameters():
-            for (name, _), piece in zip(parts, tensor.split(sizes), strict=True):
-                weights[f"{name}.{kind}"] = piece.to(dtype)
+        weights |= {name: tensor.to(dtype) for name, tensor in hf_tensors(layer, parts).items()}
     return {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
 
 
@@ -300,7 +300,8 @@ def _group_size(wanted: int | None, linears: dict[str, nn.Linear]) -> int:
 
 def _fold_layers(decoder: Decoder) -> None:
     for layer in decoder.blocks():
-        _fold(layer, "qkv", [layer.attn_norm])
+        if layer.attn_norm is not None:
+            _fold(layer, "qkv", [layer.attn_norm])
         _fold(layer, "gate_up", [layer.mlp_norm])
 
 

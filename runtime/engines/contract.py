@@ -51,7 +51,8 @@ class StepOutput:
     """What a step returns. All but the hidden states may be overwritten by the engine's next step.
 
     Attributes:
-        hidden_RH: hidden states of the gathered rows before the final norm.
+        hidden_RH: hidden states of the gathered rows before the final norm; of a conditioned draft, what it joins with
+            the token that it drafts after each (`Draft.carried`).
         logits_RV: fp32.
         features_BTF: features of all tokens, if they were asked for.
         reject_prob_R: draft with a scorer: probability that the target would reject the row's argmax; otherwise None.

@@ -128,7 +128,8 @@ class _FusedLayer:
         self.qkv, self.o, self.gate_up, self.down = (part.product for part in parts)
         self.down_bias_H = parts[3].bias_O
         self.qkv_bias, self.o_bias, self.gate_up_bias, self.down_bias = (_address(part.bias_O) for part in parts)
-        self.attn_norm, self.mlp_norm = _address(layer.attn_norm.weight), _address(layer.mlp_norm.weight)
+        self.attn_norm = _address(layer.attn_norm.weight) if layer.attn_norm is not None else 0
+        self.mlp_norm = _address(layer.mlp_norm.weight)
         self.q_norm = _address(layer.q_norm.weight) if layer.q_norm is not None else 0
         self.k_norm = _address(layer.k_norm.weight) if layer.k_norm is not None else 0
 
@@ -180,7 +181,7 @@ class Scaled:
     """A product whose rows are still to be multiplied with their scales.
 
     Attributes:
-        product_MH: fp32.
+        product_MH: fp32, [M, H] or as wide as another layer's outputs.
         scale_M: fp32.
     """
 
@@ -240,6 +241,7 @@ class FusedInt8Layers:
         values_LBKSD: Tensor,
         tapped_layers: tuple[int, ...] = (),
         joined: Scaled | None = None,
+        first_qkv: Scaled | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Decoder.run_layers`, over rows of a cache.
 
@@ -248,6 +250,7 @@ class FusedInt8Layers:
             places: of the tokens, and what they see.
             keys_LBKSD, values_LBKSD: fp32, the step's rows of the cache, each layer's contiguous.
             joined: what is still to be added to `x_MH` (see `FusedJoin`).
+            first_qkv: the first layer's product of query, key and value, where that does not see the norm of `x_MH`.
         """
         spec, max_length, num_tokens = self.decoder.spec, keys_LBKSD.shape[3], x_MH.shape[0]
         if num_tokens > len(self._scratch.scale_M) or max_length > self._scratch.weights_TGS.shape[2]:
@@ -271,16 +274,19 @@ class FusedInt8Layers:
             product, added_scale = joined.product_MH, joined.scale_M.data_ptr()
         tapped: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            _cpu.add_norm(
-                eps, x, _address(product), added_scale, bias, layer.attn_norm,
-                normed_at, scale, num_tokens, spec.hidden_size,
-            )  # fmt: skip
-            if index - 1 in tapped_layers:  # only now is that layer's last product added
-                tapped.append(x_MH.clone())
-            qkv = layer.qkv(normed)
+            if index == 0 and first_qkv is not None:
+                qkv, qkv_scale = first_qkv.product_MH, first_qkv.scale_M.data_ptr()
+            else:
+                _cpu.add_norm(
+                    eps, x, _address(product), added_scale, bias, layer.attn_norm,
+                    normed_at, scale, num_tokens, spec.hidden_size,
+                )  # fmt: skip
+                if index - 1 in tapped_layers:  # only now is that layer's last product added
+                    tapped.append(x_MH.clone())
+                qkv, qkv_scale = layer.qkv(normed), scale
             offset = index * layer_bytes
             _cpu.attend(
-                eps, qkv.data_ptr(), scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
+                eps, qkv.data_ptr(), qkv_scale, layer.qkv_bias, layer.q_norm, layer.k_norm, cos, sin,
                 queries_at, keys + offset, values + offset, *places.args, weights, attended_at, product_scale, *shape,
             )  # fmt: skip
             product, added_scale = layer.o(attended), product_scale
@@ -317,13 +323,14 @@ class FusedInt8Layers:
 
 
 class FusedJoin:
-    """The join of a conditioned draft whose linear layer is `Int8Linear`: what `Draft.join_features` computes."""
+    """The join of a conditioned draft whose linear layer is `Int8Linear`: what `Draft.join_features` computes, or with
+    EAGLE-3's the first layer's query, key and value."""
 
     def __init__(self, draft: Draft) -> None:
-        self.draft, self._product = draft, _int8(draft.join).product
+        self.draft, self._product = draft, _int8(draft.get_submodule(draft.join_name)).product
 
     def __call__(self, embedded_MH: Tensor, features_MH: Tensor) -> Scaled:
-        """What is to be added to the features; both fp32 and contiguous."""
+        """The product over the normed embedding and the normed features; both fp32 and contiguous."""
         rows, hidden = embedded_MH.shape
         joined, scale_M = torch.empty(rows, 2 * hidden), torch.empty(rows)
         _cpu.join(

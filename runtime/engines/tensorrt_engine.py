@@ -53,12 +53,14 @@ class TensorRTEngine:
         *,
         draft: DraftSpec | None = None,
         token_ids_V: Tensor | None = None,
+        has_scorer: bool = False,
         has_features_out: bool = False,
         max_batch: int | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
         """Args:
         draft, token_ids_V: of a draft: its spec, and the vocabulary id of each logit unless that is its index.
+        has_scorer: whether the plan is a draft's that was built with a scorer.
         has_features_out: whether the plan is a target's that was built with a tap.
         max_batch: rows of the cache; None for as many as the plan was built for.
         """
@@ -68,7 +70,7 @@ class TensorRTEngine:
                 f"the {entry.role} engine was built for {entry.max_batch} rows, not {self.max_batch}", "use fewer"
             )
         self.num_features = spec.hidden_size if draft is not None and draft.kind == "conditioned" else 0
-        self.has_scorer = draft is not None
+        self.has_scorer = has_scorer
         self.token_ids_V = token_ids_V
         self.vocab_size = draft.head_size if draft is not None else spec.vocab_size
         self.device = torch.device(device)
@@ -222,7 +224,15 @@ def load_engine(
         has_tap = bool(manifest.draft["feature_layers"])
         return TensorRTEngine(runner, entry, spec, has_features_out=has_tap, max_batch=max_batch)
     token_ids_V = draft.token_ids.cuda()
-    return TensorRTEngine(runner, entry, spec, draft=draft.spec, token_ids_V=token_ids_V, max_batch=max_batch)
+    return TensorRTEngine(
+        runner,
+        entry,
+        spec,
+        draft=draft.spec,
+        token_ids_V=token_ids_V,
+        has_scorer=manifest.has_scorer,
+        max_batch=max_batch,
+    )
 
 
 def choose_entry(bundle: Path, manifest: Manifest, role: str, precision: str | None) -> EngineEntry:

@@ -117,21 +117,27 @@ class TorchEngine:
                 ids_M = ids_M[kept_M]
                 features_MF = None if features_MF is None else features_MF[kept_M]
                 gather_rows_R = torch.searchsorted(kept_M, gather_rows_R)
-            x_MH, joined = self._embed(ids_M, features_MF)
+            x_MH, joined, first_qkv = self._fused_input(ids_M, features_MF)
             places = Places(first_slot_B, count_B, branches, kept_M)
-            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, places, keys, values, tapped_layers, joined)
+            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, places, keys, values, tapped_layers, joined, first_qkv)
         else:
-            x_MH, joined = self._embed(ids_M, features_MF)
+            x_MH, joined_MJ = self.decoder.embed(ids_M).to(self.dtype), None
+            if self.draft is not None and features_MF is not None:
+                x_MH, joined_MJ = self.draft.join_features(x_MH, features_MF)
             slot_BT = first_slot_B.to(self.device)[:, None] + torch.arange(tokens, device=self.device)
             mask_B1TS = visible(slot_BT, int(first_slot_B.max()) + tokens, branches)
             attend = CachedAttend(keys, values, slot_BT, mask_B1TS)
             position_BT = slot_BT if branches is None else branches.position_BT.to(self.device)
-            hidden_MH, tapped_MX = self.decoder.run_layers(x_MH, position_BT.flatten(), attend, tapped_layers)
+            hidden_MH, tapped_MX = self.decoder.run_layers(
+                x_MH, position_BT.flatten(), attend, tapped_layers, joined_MJ
+            )
         hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
         token_R, reject_prob_R = self._scored(hidden_RH, logits_RV)
+        if self.draft is not None:
+            hidden_RH = self.draft.carried(hidden_RH)
         features_BTF = None
         if tap is not None:
-            features_MF = tap.project(tapped_MX)
+            features_MF = tap(tapped_MX)
             if kept_M is not None:
                 features_MF = features_MF.new_zeros(batch * tokens, features_MF.shape[1]).index_copy_(
                     0, kept_M, features_MF
@@ -167,16 +173,21 @@ class TorchEngine:
         token_R = found.token_R.long() if self.token_ids_V is None else self.token_ids_V[found.token_R]
         return token_R, found.reject_prob_R
 
-    def _embed(self, input_ids_M: Tensor, features_MF: Tensor | None) -> tuple[Tensor, Scaled | None]:
-        """What goes into the first layer, and what that layer has still to add to it."""
+    def _fused_input(
+        self, input_ids_M: Tensor, features_MF: Tensor | None
+    ) -> tuple[Tensor, Scaled | None, Scaled | None]:
+        """What goes into the first fused layer, what that has still to add to it, and its query, key and value where
+        they come from elsewhere."""
         x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
-        if self.draft is None or features_MF is None:
-            return x_MH, None
-        if self._fused_join is None:
-            return self.draft.join_features(x_MH, features_MF), None
+        if self._fused_join is None or features_MF is None:
+            return x_MH, None, None
+        draft = self._fused_join.draft
         # A copy: the layers work in place, and these are the caller's.
         features_MF = features_MF.clone(memory_format=torch.contiguous_format)
-        return features_MF, self._fused_join(x_MH, features_MF)
+        product = self._fused_join(x_MH, features_MF)
+        if draft.spec.eagle3 is None:
+            return features_MF, product, None
+        return draft.residual(features_MF), None, product
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
@@ -239,9 +250,12 @@ def draft_engine(
 
     def smooth(copied: Draft) -> Iterator[nn.Module]:
         if ranges:
+            if copied.conditioned:  # before the layers, of which it may be a part, are packed
+                join = copied.get_submodule(copied.join_name)
+                assert isinstance(join, nn.Linear)
+                copied.part_norms()
+                smooth_join(join, [copied.embed_norm, copied.feature_norm], ranges[copied.join_name])
             yield from smoothed_parts(copied.decoder, ranges, prefix="decoder.")
-            if copied.conditioned:
-                smooth_join(copied.join, [copied.embed_norm, copied.feature_norm], ranges["join"])
 
     without_tap = copy.copy(draft)
     without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target

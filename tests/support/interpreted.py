@@ -76,19 +76,26 @@ def interpreted_target(decoder: Decoder, dtype: torch.dtype, draft: Draft | None
     runner = InterpretedRunner(network, keep)
     has_tap = draft is not None and draft.tap is not None
     engine = TensorRTEngine(runner, entry("target", dtype), decoder.spec, has_features_out=has_tap, device="cpu")
-    if dtype == torch.float32:  # no engine has it: with nothing rounded, a network can be compared to the last digits
-        engine.cache = KVCache(decoder.spec, engine.max_batch, engine.max_length, dtype, "cpu")
-    return engine
+    return _in_fp32(engine, decoder, dtype)
 
 
 def interpreted_draft(draft: Draft, dtype: torch.dtype, scorer: Scorer | None) -> TensorRTEngine:
     graph, network, keep = new_graph(dtype)
     build_draft(graph, draft, LIMITS, scorer)
-    return TensorRTEngine(
+    engine = TensorRTEngine(
         InterpretedRunner(network, keep),
         entry("draft", dtype),
         draft.decoder.spec,
         draft=draft.spec,
         token_ids_V=draft.token_ids,
+        has_scorer=scorer is not None,
         device="cpu",
     )
+    return _in_fp32(engine, draft.decoder, dtype)
+
+
+def _in_fp32(engine: TensorRTEngine, decoder: Decoder, dtype: torch.dtype) -> TensorRTEngine:
+    """No engine has fp32: with nothing rounded, a network can be compared to the last digits."""
+    if dtype == torch.float32:
+        engine.cache = KVCache(decoder.spec, engine.max_batch, engine.max_length, dtype, "cpu")
+    return engine

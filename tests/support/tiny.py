@@ -59,9 +59,16 @@ def tiny_decoder(seed: int = 0, **changes: Any) -> Decoder:
     return Decoder.from_weights(spec, tiny_weights(spec, seed))
 
 
-def random_draft(target: Decoder, kind: DraftKind, head_size: int | None = 48) -> Draft:
+def random_draft(
+    target: Decoder,
+    kind: DraftKind,
+    head_size: int | None = 48,
+    *,
+    layers: tuple[int, ...] = (0, 1),
+    eagle3: bool = False,
+) -> Draft:
     torch.manual_seed(5)
-    draft = Draft(draft_spec(target.spec, kind, (0, 1), head_size)).requires_grad_(False)
+    draft = Draft(draft_spec(target.spec, kind, layers, head_size, eagle3=eagle3)).requires_grad_(False)
     for name, parameter in draft.named_parameters():
         parameter.copy_(random_weight(name, tuple(parameter.shape)))
     draft.share_target(target, torch.randperm(target.spec.vocab_size)[: draft.spec.head_size])

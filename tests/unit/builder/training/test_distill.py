@@ -203,7 +203,7 @@ def test_training_goes_on_from_an_earlier_draft(tmp_path: Path) -> None:
     on = run(tmp_path / "on", start_from=earlier, seed=1).draft
     first = load_draft(earlier, tiny_decoder())
     assert torch.equal(on.token_ids, first.token_ids)
-    for name, value in first.trainable_state().items():
+    for name, value in first.own_state().items():
         assert torch.allclose(still.state_dict()[name], value, atol=1e-6), name
     assert not torch.allclose(on.join.weight, first.join.weight, atol=1e-4)
     assert torch.equal(on.decoder.embed.weight, tiny_decoder().embed.weight)

@@ -972,7 +972,7 @@ def test_logits_of_the_draft_are_those_of_its_token_ids() -> None:
     target, ids_BT = tiny_decoder(), tiny_ids(1, 6)
     draft, full = make_draft(target, "standalone", (0, 1)), make_draft(target, "standalone", (0, 1), None)
     full.share_target(target, torch.arange(112))
-    full.load_state_dict({k: v for k, v in draft.trainable_state().items() if k != "token_ids"}, strict=False)
+    full.load_state_dict({k: v for k, v in draft.own_state().items() if k != "token_ids"}, strict=False)
     some, every = make_draft_engine(draft), make_draft_engine(full)
     assert some.token_ids_V is not None and every.token_ids_V is None
     expected = step(every, ids_BT, [0]).logits_RV[:, some.token_ids_V]
