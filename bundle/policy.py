@@ -20,8 +20,8 @@ Count = Annotated[int, Field(ge=1)]
 
 class TypicalAcceptance(Strict):
     """Medusa's rule for sampled output (Cai et al. 2024, arXiv:2401.10774, section 2.3.1), with its authors' numbers: a
-    drafted token is kept if the target gives it a probability above min(posterior_threshold, posterior_alpha * exp(-H)),
-    H being the entropy of what the target says there, in nats.
+    drafted token is kept if the target gives it a probability above min(posterior_threshold, posterior_alpha *
+    exp(-H)), H being the entropy of what the target says there, in nats.
 
     Attributes:
         posterior_threshold: epsilon in the paper.

@@ -80,10 +80,12 @@ class Costs(Strict):
         target: a pass, by the tokens of all its rows together.
         draft: a draft step, by the tokens after which it guesses, with what the round does around it.
         text: of a draft step, for each token of a text that it only has to take in.
+        begin: of a draft beside its steps, where an engine grows trees by itself: `draft` is a level of them then.
         conditions: under which it was measured; None of costs that were kept before that was noted.
     """
 
     target: Curve
     draft: Curve
     text: NonNegativeFloat = 0.0
+    begin: NonNegativeFloat = 0.0
     conditions: Conditions | None = None

@@ -150,7 +150,7 @@ class LLM:
         checked = begun(check) if verify else dict
         try:
             loaded = cls._load_torch(
-                bundle, manifest, precision, device, max_batch, max_length, prefill_chunk, thread_count
+                bundle, manifest, precision, device, max_batch, max_length, prefill_chunk, thread_count, say
             )
         except Exception:
             checked()  # a damaged file is named, rather than what came of it
@@ -170,6 +170,7 @@ class LLM:
         max_length: int,
         prefill_chunk: int | None,
         thread_count: ThreadCount | None,
+        say: Say,
     ) -> LLM:
         import torch
 
@@ -201,7 +202,8 @@ class LLM:
         if thread_count is not None:
             thread_count.follow()
         scorer = load_scorer(bundle / SCORER, draft.spec.decoder.hidden_size) if manifest.has_scorer else None
-        engines = cls._cuda_engines(decoder, draft, scorer, sizes, say) or (
+        compiled = cls._cuda_engines(decoder, draft, scorer, sizes, say)
+        engines = compiled or (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
         )
@@ -212,7 +214,7 @@ class LLM:
         del decoder, draft, ranges, draft_ranges, target_ranges
         give_back()
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
-        key = place("torch", precision, device, threads)
+        key = place("torch" if compiled is None else "cuda", precision, device, threads)
         return cls(
             *engines,
             BundleTokenizer.load(bundle, manifest.eos_token_ids),

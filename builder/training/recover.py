@@ -184,6 +184,7 @@ def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _Trainable
             ("qkv", mine.attn_norm, theirs.attn_norm),
             ("gate_up", mine.mlp_norm, theirs.mlp_norm),
         ):
+            assert norm is not None and other is not None  # only drafts of others leave one out
             ratios[f"layers.{index}.{name}"] = norm.weight / other.weight.float()
     ratios["lm_head"] = trained.norm.weight / original.norm.weight.float()
     layers: dict[str, _TrainableAwq | _TrainableFp8] = {}

@@ -719,18 +719,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
         const int m = first + i, seen = step[SEEN + m];
-        if (warp_first + 32 > before && (i == 0 || has_paths)) {
-#pragma unroll
-            for (int k = 0; k < 32; k++) {
-                const int at = warp_first + k;
-                if (at < before) continue;
-                /* In a chain those that only later tokens see have weight 0 until then. */
-                const int slot = at < (has_paths ? seen : first_slot + num_new) ? SLOT_OF(m, at) : -1;
-                const u32 *from = (const u32 *)(slot >= first_slot ? new_values + (slot - first_slot) * HEAD_DIM : values + (size_t)max(slot, 0) * HEAD_DIM);
-#pragma unroll
-                for (int l = 0; l < LANE_PAIRS; l++) value[k][l] = slot >= 0 && lane + 32 * l < HALF ? from[lane + 32 * l] : 0;
-            }
-        }
         float sum[GROUP][LANE_PAIRS][2] = {};
 #pragma unroll
         for (int k = 0; k < 32; k++)
@@ -743,6 +731,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
                     sum[h][l][1] = fmaf(weight, high(value[k][l]), sum[h][l][1]);
                 }
             }
+        /* Of the text before these were added in their order, nothing of others; those of this step and of its paths follow. */
+#pragma unroll 4
+        for (int k = max(before - warp_first, 0); k < min(32, seen - warp_first); k++) {
+            const int slot = SLOT_OF(m, warp_first + k);
+            const u32 *from = (const u32 *)(slot >= first_slot ? new_values + (slot - first_slot) * HEAD_DIM : values + (size_t)slot * HEAD_DIM);
+#pragma unroll
+            for (int l = 0; l < LANE_PAIRS; l++) {
+                const u32 pair = lane + 32 * l < HALF ? from[lane + 32 * l] : 0;
+#pragma unroll
+                for (int h = 0; h < GROUP; h++) {
+                    const float weight = weights[(warp * num_queries + i * GROUP + h) * 32 + k];
+                    sum[h][l][0] = fmaf(weight, low(pair), sum[h][l][0]);
+                    sum[h][l][1] = fmaf(weight, high(pair), sum[h][l][1]);
+                }
+            }
+        }
 #pragma unroll
         for (int h = 0; h < GROUP; h++)
 #pragma unroll

@@ -18,7 +18,7 @@ import torch
 
 from ssv.bundle.profile import Conditions, Costs, Curve
 from ssv.runtime.decode.sampling import Sampling, ranked
-from ssv.runtime.engines.contract import Engine, StepOutput
+from ssv.runtime.engines.contract import Engine, GrowingEngine, StepOutput, TreeShape
 from ssv.runtime.threads import CpuTimes, read_cpu_times
 from ssv.support.environment import cpu_model
 
@@ -43,13 +43,19 @@ class Prices:
     num_rows: int
     sharing: int = 1
 
-    def _pass(self, nodes: int) -> float:
+    def _pass(self, nodes: float) -> float:
         """A row's part of a pass over root and nodes."""
         return self.costs.target.at(self.num_rows * (1 + nodes)) / self.num_rows
 
     def of_draft(self, width: float) -> float:
         """A row's part of a draft step of so many tokens of each."""
         return self.costs.draft.at(self.sharing * width) / self.sharing
+
+    def of_round(self, nodes: float, levels: int, width: int) -> float:
+        """A row's part of a round: levels of trees that an engine grows by itself, each of so many nodes a row, and a
+        pass over those that are kept; without levels of a pass alone."""
+        growth = self.costs.begin + levels * self.costs.draft.at(self.sharing * width) if levels else 0.0
+        return self._pass(nodes) + growth / self.sharing
 
     def worth_beginning(self, text_tokens: Sequence[int]) -> bool:
         """Whether rows shall draft at all: together, as the step that begins a draft costs little more for all than for
@@ -109,6 +115,9 @@ SIZES_AT_LOAD = (1, 4, 16)
 TEXT_SIZE = 16
 REPEATS = 3
 
+_GROWN, _GROWN_LEVELS = (8, 4), 6
+"""Beam and children of trees that are measured, and their levels."""
+
 _TEXT = 128
 """Tokens of a text before the steps that are measured."""
 
@@ -147,6 +156,14 @@ def measure(
     def takes_in(tokens: int) -> None:
         _step(draft, _text(draft), tokens, gathered=1)
 
+    def grows(levels: int) -> None:
+        assert isinstance(draft, GrowingEngine)
+        ids, at, one = torch.ones(1, 1, dtype=torch.long), torch.tensor([_text(draft)]), torch.ones(1)
+        features = torch.zeros(1, 1, draft.num_features) if draft.num_features else None
+        draft.grow(ids, at.int(), one.int(), features, TreeShape(levels, *_GROWN), ((0.0, 1.0),))
+
+    if isinstance(draft, GrowingEngine):
+        return _measured_growing(passes, grows, pass_sizes, draft_sizes, repeats, clock)
     runs = [*(partial(passes, n) for n in pass_sizes), *(partial(drafts, n) for n in draft_sizes)]
     before = read(True)  # also processes of a low priority, which do not give way in all
     repeated = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats, clock)
@@ -158,6 +175,25 @@ def measure(
         draft=_curve(draft_sizes, drafted),
         text=max(many - one, 0.0) / (TEXT_SIZE - 1),
         conditions=Conditions(missing_cores=missing, spread=median(median(each) / min(each) for each in repeated)),
+    )
+
+
+def _measured_growing(
+    passes: Callable[[int], None],
+    grows: Callable[[int], None],
+    pass_sizes: Sequence[int],
+    draft_sizes: Sequence[int],
+    repeats: int,
+    clock: Callable[[], float],
+) -> Costs:
+    """Of an engine that grows trees by itself: what a level costs, and the rest of a draft."""
+    runs = [*(partial(passes, n) for n in pass_sizes), partial(grows, 1), partial(grows, _GROWN_LEVELS)]
+    *passed, one, many = [min(each) for each in _measured(runs, 4 * repeats, clock)]
+    level = max(many - one, 1e-6) / (_GROWN_LEVELS - 1)
+    return Costs(
+        target=_curve(pass_sizes, passed),
+        draft=_curve(draft_sizes, [level] * len(draft_sizes)),
+        begin=max(one - level, 0.0),
     )
 
 

@@ -64,6 +64,7 @@ class Growth:
         self._max_depth = min(max_depth, policy.max_depth or max_depth)
         self._num_expanded = 0
         self._spent = 0.0
+        self._taken: list[int | None] = []
         self.candidates: list[Candidate] = []
         self.candidate_of: list[int] = []
         self.open: list[int] = [ROOT] if limit > 0 else []
@@ -91,6 +92,37 @@ class Growth:
                 for guess in children[: self.num_children(parent)]
             ]
         self.open = self._next(range(first, len(self.candidates)))
+
+    def take(self, guesses: Sequence[tuple[Guess, int]]) -> list[int | None]:
+        """Takes candidates that an engine has grown by itself, in its order; it grows no further here.
+
+        Args:
+            guesses: each with its parent, counted among all that were given, or ROOT.
+
+        Returns:
+            Which candidates they are. None: what follows the end of the output, or is too deep, or no token at all.
+        """
+        self.open, first = [], len(self._taken)
+        for guess, parent in guesses:
+            above = ROOT if parent == ROOT else self._taken[parent]
+            ends = above is None or (above != ROOT and self.candidates[above].guess.token in self._ends)
+            survival, depth = (1.0, 0) if above is None or above == ROOT else self._place(above)
+            if above is None or ends or depth >= self._max_depth or guess.token < 0:
+                self._taken.append(None)
+                continue
+            self._taken.append(len(self.candidates))
+            self.candidates.append(Candidate(guess, above, depth + 1, survival * guess.share))
+        return self._taken[first:]
+
+    def survival_by_depth(self) -> list[tuple[int, float]]:
+        """How many of the tree's nodes each depth has, and the sum of their survivals, from depth 1 on."""
+        found: list[tuple[int, float]] = []
+        for candidate in sorted((self.candidates[i] for i in self.candidate_of), key=lambda c: c.depth):
+            while len(found) < candidate.depth:
+                found.append((0, 0.0))
+            count, total = found[candidate.depth - 1]
+            found[candidate.depth - 1] = count + 1, total + candidate.survival
+        return found
 
     def _place(self, candidate: int) -> tuple[float, int]:
         found = self.candidates[candidate]

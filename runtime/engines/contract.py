@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -139,6 +139,80 @@ class Engine(Protocol):
 
     def write_cache(self, row: int, start: int, held: Tensor) -> None:
         """Puts what `read_cache` gave into a row, from position `start` on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """What an engine grows without asking: a tree of guesses that are chosen greedily.
+
+    Attributes:
+        levels: most tokens of a path.
+        beam: most nodes of a level that get children: those that survive most probably.
+        children: of each of them.
+    """
+
+    levels: int
+    beam: int
+    children: int
+
+    def opened(self, level: int) -> int:
+        """How many nodes of a level get children; of level 0 it is the root."""
+        return min(self.beam, self.children**level)
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Candidates of a row's tree, level by level; those of a level in the order of their parents.
+
+    Attributes:
+        tokens, parents: of each; -1 is a token that there is none of, and the parent of a token that follows the text.
+        shares: probability that the target chooses it, given that all before it is right; corrected.
+        risks: of the first child of a node, the scorer's; of the others 1 - share.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    shares: list[float]
+    risks: list[float]
+
+
+@runtime_checkable
+class GrowingEngine(Engine, Protocol):
+    """A draft's engine that grows trees by itself, without waiting for anybody between their levels.
+
+    Attributes:
+        most_growing: nodes of a level that get children, of all rows together.
+    """
+
+    most_growing: int
+
+    def grow(
+        self,
+        input_ids_BT: Tensor,
+        first_slot_B: Tensor,
+        count_B: Tensor,
+        features_in_BTF: Tensor | None,
+        shape: TreeShape,
+        corrections: Sequence[tuple[float, float]],
+    ) -> list[Grown | None]:
+        """Runs tokens of rows as `step` does, and grows a tree behind the last one of each row that has any.
+
+        A node's first guess has the share 1 - r, with the scorer's r, the others share what is left as their
+        probabilities do (without a scorer all have their probabilities); then the log odds of the k-th become
+        offset + slope * log odds. Nodes that get children take the slots behind the row's text, level by level, in the
+        order in which their children are listed.
+
+        Args:
+            count_B: 0 for rows whose trees do not grow.
+            corrections: (offset, slope) by rank; the last one is that of all further ranks. (0, 1) corrects nothing.
+
+        Returns:
+            Of each row; None where nothing grew.
+
+        Raises:
+            EngineError: see `step`; or a shape or a number of tokens that there is no room for.
+        """
         ...
 
 

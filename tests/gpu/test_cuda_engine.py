@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from drive import drive, flat, names
+from growing import grow_by_stepping
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
 from torch import Tensor
 from trees import branches, int32, path_to, random_parents, run
@@ -18,6 +19,7 @@ from trees import branches, int32, path_to, random_parents, run
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.scorer import Scorer
+from ssv.runtime.engines.contract import EngineError, GrowingEngine, TreeShape
 from ssv.runtime.engines.cuda.engine import CudaEngine
 from ssv.runtime.engines.torch_engine import draft_engine, target_engine
 
@@ -73,6 +75,58 @@ def test_draft_and_features(kind: str) -> None:
     on_cuda = drive(cuda(decoder, tap=draft.tap), features_out=with_tap)
     for name in names(with_tap):
         assert relative_error(flat(on_cuda, name).cpu(), flat(target, name)) < 2e-2
+
+
+GROWN = {
+    "chain": TreeShape(6, 1, 1),
+    "one of two": TreeShape(2, 1, 2),
+    "bushy": TreeShape(5, 8, 4),
+    "eagle": TreeShape(7, 10, 10),
+}
+
+
+@pytest.mark.parametrize("kind", ["conditioned", "standalone"])
+@pytest.mark.parametrize("shape", GROWN.values(), ids=GROWN)
+def test_trees_that_grow_are_those_of_steps(shape: TreeShape, kind: str) -> None:
+    """Alone, and in three rows of five whose texts go on by different numbers of tokens."""
+    draft: Draft = random_draft(tiny_decoder(hidden_size=96), kind).cuda()  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    weight = torch.randn(96 + 3) / 4
+    scorer = Scorer(weight, torch.tensor(0.1), True).to("cuda") if kind == "conditioned" else None
+    grower, stepper = (cuda(draft.decoder, max_batch=5, draft=draft, scorer=scorer) for _ in range(2))
+    assert isinstance(grower, GrowingEngine)
+    generator = torch.Generator().manual_seed(5)
+    starts = [3, 250, 40, 20, 255]
+    for engine in (grower, stepper):
+        for b, start in enumerate(starts):
+            features = torch.randn(1, start, 96, generator=torch.Generator().manual_seed(b))
+            given = features if kind == "conditioned" else None
+            engine.step(tiny_ids(1, start, seed=b), int32([0]), torch.arange(0), given, first_row=b)
+    corrections = ((0.2, 0.9), (-0.3, 1.1), (0.1, 1.0))
+    for counts in ([1, 0, 0, 0, 0], [0, 3, 0, 1, 2]):
+        ids_BT, features_BTF = tiny_ids(5, max(counts), seed=9), None
+        if kind == "conditioned":
+            features_BTF = torch.randn(5, max(counts), 96, generator=generator).cuda()
+        args = (ids_BT, int32(starts), int32(counts), features_BTF, shape, corrections)
+        found, expected = grower.grow(*args), grow_by_stepping(stepper, *args)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None and theirs is not None:
+                assert (mine.tokens, mine.parents) == (theirs.tokens, theirs.parents)
+                for name in ("shares", "risks"):
+                    assert torch.tensor(getattr(mine, name)).allclose(torch.tensor(getattr(theirs, name)), atol=1e-4)
+
+
+def test_trees_that_there_is_no_room_for_are_refused() -> None:
+    draft: Draft = random_draft(tiny_decoder(), "standalone").cuda()
+    engine = cuda(draft.decoder, draft=draft)
+    for shape, says in (
+        (TreeShape(17, 1, 1), "levels 17"),
+        (TreeShape(3, 30, 4), "beam 30"),
+        (TreeShape(8, 16, 16), "guesses"),
+    ):
+        with pytest.raises(EngineError, match=says):
+            engine.grow(tiny_ids(1, 1), int32([0]), int32([1]), None, shape, ((0.0, 1.0),))
 
 
 def bits(engine: CudaEngine, ids_BT: Tensor, first: list[int], **rest: Any) -> list[Tensor]:

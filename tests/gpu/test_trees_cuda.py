@@ -17,6 +17,8 @@ from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.model.scorer import Scorer
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
+from ssv.runtime.engines.contract import Engine
+from ssv.runtime.engines.cuda.make import cuda_engines
 from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, heads_engine, target_engine
 from ssv.runtime.methods import AUTOREGRESSIVE, MEDUSA
 from ssv.runtime.request import Request, SamplingParams
@@ -81,32 +83,38 @@ def test_heads(precision: Any, tolerance: float) -> None:
     assert relative_error(found.logits(hidden.to(DEVICE)).cpu(), heads.logits(hidden)) < tolerance
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 @pytest.mark.parametrize("kind", ["conditioned", "standalone"])
 @pytest.mark.parametrize("shape", TREES)
-def test_rounds_of_trees_give_the_text_of_plain_decoding(shape: str, kind: Any) -> None:
-    """Greedy and sampled, alone and side by side, in fp32."""
+def test_rounds_of_trees_give_the_text_of_plain_decoding(shape: str, kind: Any, compiled: bool) -> None:
+    """Greedy and sampled, alone and side by side, by PyTorch in fp32 and by compiled kernels in bf16."""
     params = [
         SamplingParams(max_tokens=24, temperature=t, top_p=p, seed=7, ignore_eos=True)
         for t, p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.9), (0.0, 1.0))
     ]
     requests = [Request((5, 6, 7 + b), "premium", each) for b, each in enumerate(params)]
-    plain, _ = decoded(requests, AUTOREGRESSIVE, kind)
-    together, accepted = decoded(requests, TREES[shape], kind)
+    plain, _ = decoded(requests, AUTOREGRESSIVE, kind, compiled)
+    together, accepted = decoded(requests, TREES[shape], kind, compiled)
     assert together == plain
     assert accepted > 0  # paths were kept, or this would show nothing
     for request, expected in zip(requests, plain, strict=True):
-        assert decoded([request], TREES[shape], kind)[0] == [expected]
+        assert decoded([request], TREES[shape], kind, compiled)[0] == [expected]
 
 
-def decoded(requests: list[Request], policy: Policy, kind: Any) -> tuple[list[tuple[int, ...]], int]:
+def decoded(requests: list[Request], policy: Policy, kind: Any, compiled: bool) -> tuple[list[tuple[int, ...]], int]:
     """The outputs' tokens, and how many of them were drafted ones."""
     decoder = tiny_decoder()
     draft = random_draft(decoder, kind, None)
     torch.manual_seed(3)
     scorer = Scorer(torch.randn(decoder.spec.hidden_size + 3) / 4, torch.tensor(0.1), True)
-    sizes: dict[str, Any] = {"precision": "fp32", "max_batch": 3, "max_length": 64 + 2 * MAX_PENDING, "device": DEVICE}
-    engines = target_engine(decoder, draft=draft, **sizes), draft_engine(draft, scorer=scorer, **sizes)
-    heads = heads_engine(random_heads(decoder), precision="fp32", device=DEVICE)
+    sizes: dict[str, Any] = {"max_batch": 3, "max_length": 64 + 2 * MAX_PENDING, "device": DEVICE}
+    precision: Any = "bf16" if compiled else "fp32"
+    if compiled:
+        engines: tuple[Engine, Engine] = cuda_engines(decoder, draft, scorer, **sizes)
+    else:
+        sizes["precision"] = precision
+        engines = target_engine(decoder, draft=draft, **sizes), draft_engine(draft, scorer=scorer, **sizes)
+    heads = heads_engine(random_heads(decoder), precision=precision, device=DEVICE)
     loop = DecodeLoop(DecodeBatch(*engines, [1], 64, heads=heads), frozenset([1]))
     for index, request in enumerate(requests):
         loop.submit(index, request, policy, None)

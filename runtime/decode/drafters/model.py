@@ -12,21 +12,25 @@ Shapes: B rows in use, T tokens of a step, R gathered rows, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import MAX_PENDING
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, choices, columns_of, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.growth import Growth, Guess
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
-from ssv.runtime.engines.contract import Engine, EngineError, StepOutput
+from ssv.runtime.engines.contract import Engine, EngineError, GrowingEngine, StepOutput, TreeShape
+
+MOST_LEVELS = 12
+"""Of trees that an engine grows by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class ModelDrafter(Drafter):
         # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
+        self._levels = Levels(MOST_LEVELS)
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
 
@@ -115,8 +120,11 @@ class ModelDrafter(Drafter):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
+        self._growing = {}
+        if isinstance(self.engine, GrowingEngine):
+            limits = self._grow(self.engine, rows, limits, prices)
         limits = self._without_those_that_wait(rows, limits, prices)
-        self._growing = {
+        stepped = {
             b: _Growing(
                 Growth(
                     row.policy,
@@ -129,7 +137,8 @@ class ModelDrafter(Drafter):
             for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
             if limit > 0
         }
-        drafting = [b for b, growing in self._growing.items() if growing.growth.open]
+        self._growing |= stepped
+        drafting = [b for b, growing in stepped.items() if growing.growth.open]
         out = self._step_text(rows, drafting) if drafting else None
         while out is not None:
             guesses = iter(enumerate(self._guesses(rows, drafting, out)))
@@ -144,6 +153,80 @@ class ModelDrafter(Drafter):
             out = self._step_level(rows, drafting, out) if drafting else None
         for b, growing in self._growing.items():
             rows[b].tree = growing.growth.tree()
+
+    def _grow(
+        self, engine: GrowingEngine, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
+    ) -> Sequence[int]:
+        """Has the engine grow what trees it can by itself: those that are chosen greedily, with one number of children.
+
+        Returns:
+            The limits of the rows that are left: 0 for one that has its tree, or whose steps one by one would not pay.
+        """
+        grown = [
+            b
+            for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
+            if limit > 0
+            and row.params.greedy
+            and row.output_index(0) >= row.params.min_tokens  # an early end is for the host to take away
+            and len(row.policy.children) == 1
+        ]
+        for shape in dict.fromkeys(_shape_of(rows[b].policy) for b in grown):
+            self._grow_alike(engine, rows, limits, [b for b in grown if _shape_of(rows[b].policy) == shape], prices)
+        return [
+            0 if b in self._growing or row.policy.pays else limit
+            for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
+        ]
+
+    def _grow_alike(
+        self,
+        engine: GrowingEngine,
+        rows: Sequence[Row],
+        limits: Sequence[int],
+        chosen: Sequence[int],
+        prices: Prices | None,
+    ) -> None:
+        """Grows trees of one shape in some rows, if it pays where it has to."""
+        policy = rows[chosen[0]].policy
+        beam = min(policy.beam, engine.most_growing // len(chosen))
+        depths = [min(rows[b].rest, policy.max_depth or limits[b], limits[b]) for b in chosen]
+        counts = [len(row.tokens) - self._offset - row.draft_length if b in chosen else 0 for b, row in enumerate(rows)]
+        levels = max(depths)
+        if policy.pays and prices is not None:
+            levels = self._levels.worth(replace(prices, sharing=len(chosen)), levels, beam)
+        levels = min(levels, MOST_LEVELS, 1 + (MAX_PENDING - 1) // max(beam, 1))
+        if levels < 1 or beam < 1 or sum(counts) > engine.most_growing:
+            return
+        shape = TreeShape(levels, beam, policy.children[0])
+        width = max(counts)
+        found = engine.grow(
+            torch.tensor([padded(row.tokens, row.draft_length + self._offset, width) for row in rows]),
+            torch.tensor(self._starts(rows, chosen), dtype=torch.int32),
+            torch.tensor(counts, dtype=torch.int32),
+            self._features_BTF[: len(rows), :width] if self._features_BTF is not None else None,
+            shape,
+            (self._survival.greedy if not policy.is_chain else ()) or ((0.0, 1.0),),
+        )
+        for b in chosen:
+            row, grown = rows[b], found[b]
+            assert grown is not None
+            row.draft_length += counts[b]
+            pays = prices if policy.pays else None
+            growth = Growth(policy, limits[b], row.rest, row.ends(self._eos_ids), pays)
+            self._growing[b] = growing = _Growing(growth, row.draft_length)
+            first = 0
+            for level in range(levels):
+                last = first + shape.opened(level) * shape.children
+                guesses = [
+                    (Guess(grown.tokens[i], grown.shares[i], grown.risks[i]), grown.parents[i])
+                    for i in range(first, last)
+                ]
+                growing.note_grown(growth.take(guesses), level, [parent for _, parent in guesses[:: shape.children]])
+                if self._asks(row, growth, limits[b]):
+                    break
+                first = last
+            row.tree = growth.tree()
+        if policy.pays:
+            self._levels.note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
 
     def _without_those_that_wait(
         self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
@@ -188,7 +271,7 @@ class ModelDrafter(Drafter):
     def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
         """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are
         padding."""
-        starts = [row.draft_length for row in rows]
+        starts = self._starts(rows, drafting)
         counts = [
             len(row.tokens) - self._offset - row.draft_length if b in drafting else 0 for b, row in enumerate(rows)
         ]
@@ -213,7 +296,7 @@ class ModelDrafter(Drafter):
             before: the step of their parents, whose hidden states they are joined with.
         """
         opened = [self._growing[b].growth.open if b in drafting else [] for b in range(len(rows))]
-        ends = [growing.end if (growing := self._growing.get(b)) else row.draft_length for b, row in enumerate(rows)]
+        ends = [self._end_of(b, row) for b, row in enumerate(rows)]
         width = max(map(len, opened))
         candidates = [self._growing[b].growth.candidates if b in self._growing else [] for b in range(len(rows))]
         ids = [padded([candidates[b][i].guess.token for i in opened[b]], 0, width) for b in range(len(rows))]
@@ -242,6 +325,15 @@ class ModelDrafter(Drafter):
             branches=None if is_chain else branches_of([row.draft_length for row in rows], paths, ends),
             count_B=torch.tensor([len(each) for each in opened], dtype=torch.int32),
         )
+
+    def _starts(self, rows: Sequence[Row], drafting: Sequence[int]) -> list[int]:
+        """The first slots of a step of texts; the padding of other rows goes behind the trees that have grown in
+        them."""
+        return [row.draft_length if b in drafting else self._end_of(b, row) for b, row in enumerate(rows)]
+
+    def _end_of(self, b: int, row: Row) -> int:
+        """The first slot of a row that is free: behind its tree, or its text."""
+        return growing.end if (growing := self._growing.get(b)) else row.draft_length
 
     def _guesses(self, rows: Sequence[Row], drafting: Sequence[int], out: StepOutput) -> list[list[Guess]]:
         """The likeliest next tokens of each gathered row."""
@@ -315,6 +407,7 @@ class _Growing:
     end: int = 0
     slots: dict[int, int] = field(default_factory=dict)
     step_rows: dict[int, int] = field(default_factory=dict)
+    _of_grown: list[int | None] = field(default_factory=list)
 
     def ancestors(self, candidate: int) -> list[int]:
         """Slots of the candidates before one, the text's left out."""
@@ -322,6 +415,21 @@ class _Growing:
         while (candidate := self.growth.candidates[candidate].parent) != ROOT:
             found.append(self.slots[candidate])
         return found[::-1]
+
+    def note_grown(self, taken: Sequence[int | None], level: int, parents: Sequence[int]) -> None:
+        """An engine has grown a level by itself.
+
+        Args:
+            taken: which candidates its guesses are.
+            parents: of the guesses of each node that got children, counted among all of its guesses: their slots follow
+                one another.
+        """
+        self._of_grown += taken
+        if level:
+            for parent in parents:
+                if (candidate := self._of_grown[parent]) is not None:
+                    self.slots[candidate] = self.end
+                self.end += 1
 
     def note_expanded(self, gathered: Sequence[int]) -> None:
         """The open candidates have been run, as those gathered rows of a step."""
@@ -337,6 +445,11 @@ class _Growing:
         return [self.slots[candidate] for candidate in takewhile(self.slots.__contains__, candidates)]
 
 
+def _shape_of(policy: Policy) -> tuple[object, ...]:
+    """What rows must have in common so that their trees grow together."""
+    return policy.children, policy.beam, policy.max_depth, policy.pays
+
+
 def _shared(
     tokens: Sequence[int], shares: Sequence[float], reject_prob: float | None, greedy: bool, survival: Survival
 ) -> list[Guess]:
@@ -344,8 +457,7 @@ def _shared(
     what is left.
 
     Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand. All are corrected
-        then by what came
-    true of such shares before.
+    then by what came true of such shares before.
     """
     first = 1 - reject_prob if reject_prob is not None and greedy else shares[0]
     left = (1 - first) / max(1 - shares[0], 1e-6)

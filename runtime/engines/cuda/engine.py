@@ -17,7 +17,9 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssv.model.decoder import Decoder, Layer
@@ -27,7 +29,7 @@ from ssv.model.spec import DecoderSpec
 from ssv.plugins.cuda.compiler import SOURCE, compile_source, version
 from ssv.plugins.cuda.driver import Kernel, Module
 from ssv.plugins.ops import on
-from ssv.runtime.engines.contract import Branches, EngineError, StepOutput, check_step
+from ssv.runtime.engines.contract import Branches, EngineError, Grown, StepOutput, TreeShape, check_step
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.packing import PAIR, TILE, interleave, pack
 from ssv.runtime.engines.kv_cache import KVCache
@@ -47,6 +49,13 @@ _OVERLAPPING = (9, 0)
 
 _NUM_IN_FLIGHT = 8
 """Steps whose numbers may still be on their way to the device when another's are written."""
+
+
+_MOST_CHILDREN = 16
+"""Of a node, most nodes of a level that get children, and most levels."""
+
+_MOST_FOUND = 1024
+"""Candidates of a row's tree: 16 levels of 4 children for 16 nodes each, or 7 of 9 for 16."""
 
 
 def misfit(spec: DecoderSpec, tap_width: int = 0) -> str | None:
@@ -72,6 +81,8 @@ class CudaEngine:
     Attributes:
         last_graph: what the last step replayed last.
     """
+
+    most_growing = places.TOKENS
 
     last_graph: torch.cuda.CUDAGraph
 
@@ -143,7 +154,7 @@ class CudaEngine:
             wanted = [r for r, row in enumerate(gathered) if row in at]
             numbers = next(self._numbers)
             numbers.wait()
-            width = next(width for width in _WIDTHS if block.num_tokens <= width)
+            width = _width(block.num_tokens)
             most_seen = places.write(
                 numbers.host, block, ids_BT, first_slots, first_row, [at[gathered[r]] for r in wanted], branches,
                 _group_tokens(self.spec, width),
@@ -188,12 +199,9 @@ class CudaEngine:
         has_paths: bool,
         features: bool,
     ) -> _Block:
-        key_blocks = 1 << (-(-most_seen // _KEYS) - 1).bit_length()
+        shape = _Shape(width, _key_blocks(most_seen), num_gathered > 0, features)
+        graph = self._graph(shape)
         numbers.send(self._buffers.step, has_paths)
-        shape = _Shape(width, key_blocks, num_gathered > 0, features)
-        graph = self._graphs.get(shape)
-        if graph is None:
-            graph = self._graphs[shape] = self._capture(shape)
         graph.replay()
         self.last_graph = graph
         b = self._buffers
@@ -236,13 +244,16 @@ class CudaEngine:
             features_BTF = features_MF.view(batch, tokens, -1)
         return StepOutput(found.hidden_RH.clone(), found.logits_RV, features_BTF, found.reject_prob_R, found.token_R)
 
-    def _capture(self, shape: _Shape) -> torch.cuda.CUDAGraph:
-        """Runs a shape once, so that everything is loaded, and captures it."""
+    def _graph(self, shape: _Shape) -> torch.cuda.CUDAGraph:
+        """The graph of a shape: run once without tokens, so that everything is loaded, and captured."""
+        if (graph := self._graphs.get(shape)) is not None:
+            return graph
+        self._buffers.step.zero_()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self._enqueue(shape)
         self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = self._graphs[shape] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             self._enqueue(shape)
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
@@ -286,17 +297,93 @@ class CudaEngine:
         if shape.has_head:
             launch.store(w.head, b.scaled_MH, b.logits_RV, eps=eps, normed=True, gathered=True)
             ids = 0 if self.token_ids_V is None else self.token_ids_V.data_ptr()
-            launch("largest", (shape.width, 1, 1), 1024, _Largest(
-                step, b.logits_RV.data_ptr(), ids, b.token_R.data_ptr(), self.vocab_size
-            ))  # fmt: skip
-            if self._scorer is not None:
+            if shape.grows is None:
+                launch("largest", (shape.width, 1, 1), 1024, _Largest(
+                    step, b.logits_RV.data_ptr(), ids, b.token_R.data_ptr(), self.vocab_size
+                ))  # fmt: skip
+            if (scorer := self._scorer) is not None:
                 rows = slice(0, shape.width)
-                scorer = self._scorer
-                self._scored[shape] = (
-                    on(self.device)
-                    .score(b.hidden_RH[rows], b.logits_RV[rows], scorer.weight_F, scorer.bias.view(1))
-                    .reject_prob_R
+                score = on(self.device).score(
+                    b.hidden_RH[rows], b.logits_RV[rows], scorer.weight_F, scorer.bias.view(1)
                 )
+                self._scored[shape] = score.reject_prob_R
+            if shape.grows is not None:
+                self._enqueue_growth(launch, shape, *shape.grows, ids)
+
+    def _enqueue_growth(self, launch: _Launcher, shape: _Shape, beam: int, children: int, ids: int) -> None:
+        """What makes candidates of a level's logits, and the step of the next level."""
+        b, step = self._buffers, self._buffers.step.data_ptr()
+        launch("best", (shape.width, 1, 1), 512, _Best(
+            step, b.logits_RV.data_ptr(), ids, b.best_token.data_ptr(), b.best_share.data_ptr(), self.vocab_size,
+            children,
+        ))  # fmt: skip
+        launch("grow", (places.TOKENS, 1, 1), 256, _Grow(
+            step, b.best_token.data_ptr(), b.best_share.data_ptr(), _address(self._scored.get(shape)),
+            b.hidden_RH.data_ptr(), b.features_in_MF.data_ptr() if self.num_features else 0, b.corrections.data_ptr(),
+            b.found.data_ptr(), b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(),
+            self.spec.hidden_size, beam, children, _MOST_FOUND, 1,
+        ))  # fmt: skip
+
+    @torch.inference_mode()
+    def grow(
+        self,
+        input_ids_BT: Tensor,
+        first_slot_B: Tensor,
+        count_B: Tensor,
+        features_in_BTF: Tensor | None,
+        shape: TreeShape,
+        corrections: Sequence[tuple[float, float]],
+    ) -> list[Grown | None]:
+        """See `GrowingEngine.grow`: a graph a level, one behind the other, and one answer at the end."""
+        counts, first_slots = count_B.tolist(), first_slot_B.tolist()
+        growing = [b for b, count in enumerate(counts) if count]
+        tokens = input_ids_BT.shape[1]
+        last_rows = [b * tokens + counts[b] - 1 for b in growing]
+        check_step(
+            self, input_ids_BT, first_slot_B, torch.tensor(last_rows), features_in_BTF, None, count_B, first_row=0
+        )
+        ends = [first_slots[b] + counts[b] for b in growing]
+        num_slots = sum(shape.opened(level) for level in range(1, shape.levels))
+        self._check_growth(shape, sum(counts), len(growing), max(ends) + num_slots)
+        (block,) = places.blocks(counts)
+        width = _width(block.num_tokens)
+        # The texts' step, and a graph for each level behind it, before anything is under way.
+        graphs = []
+        for level in range(shape.levels):
+            tokens_of_level = block.num_tokens if not level else len(growing) * shape.opened(level)
+            key_blocks = _key_blocks(max(ends) + level)
+            at = _Shape(_width(tokens_of_level), key_blocks, True, False, (shape.beam, shape.children))
+            graphs.append(self._graph(at))
+        self._buffers.correct(corrections)
+        numbers = next(self._numbers)
+        numbers.wait()
+        last = [run.first + run.stop - run.start - 1 for run in block.runs]
+        places.write(
+            numbers.host, block, input_ids_BT.numpy(), first_slots, 0, last, None, _group_tokens(self.spec, width)
+        )
+        places.write_growing(numbers.host, growing, ends)
+        if features_in_BTF is not None:
+            self._take_features(block, features_in_BTF)
+        numbers.send(self._buffers.step, has_paths=False)
+        for graph in graphs:
+            graph.replay()
+        num = sum(shape.opened(level) * shape.children for level in range(shape.levels))
+        found = iter(self._buffers.read_found(len(growing)))
+        return [_grown(next(found), num) if count else None for count in counts]
+
+    def _check_growth(self, shape: TreeShape, num_tokens: int, num_growing: int, num_slots: int) -> None:
+        if num_tokens > places.TOKENS or num_growing * shape.opened(shape.levels) > self.most_growing:
+            raise EngineError(
+                f"{num_growing} trees of {shape} behind {num_tokens} tokens: there is room for {places.TOKENS} tokens "
+                f"of texts and {self.most_growing} nodes of a level"
+            )
+        sizes = {"beam": shape.beam, "children": shape.children, "levels": shape.levels}
+        if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= _MOST_CHILDREN]:
+            raise EngineError(f"trees of {', '.join(wrong)}: 1 to {_MOST_CHILDREN} are possible")
+        if (num := sum(shape.opened(level) * shape.children for level in range(shape.levels))) > _MOST_FOUND:
+            raise EngineError(f"trees of {num} guesses: there is room for {_MOST_FOUND}")
+        if num_slots > self.max_length:
+            raise EngineError(f"trees reach slot {num_slots - 1}, the cache holds {self.max_length}")
 
 
 # --- shapes and what a block gives ------------------------------------------------------------------------------------
@@ -309,12 +396,14 @@ class _Shape:
     Attributes:
         width: tokens that it has room for.
         key_blocks: blocks of keys that its longest text may have.
+        grows: beam and children of trees that it makes a level of; None of a step.
     """
 
     width: int
     key_blocks: int
     has_head: bool
     features: bool
+    grows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +478,7 @@ class _LayerWeights:
     def __init__(self, layer: Layer) -> None:
         self.qkv, self.o, self.down = _Linear(layer.qkv), _Linear(layer.o), _Linear(layer.down)
         self.gate_up = _Linear(layer.gate_up, gated=True)
+        assert layer.attn_norm is not None
         self.attn_norm, self.mlp_norm = layer.attn_norm.weight.float(), layer.mlp_norm.weight.float()
         self.q_norm = layer.q_norm.weight.float() if layer.q_norm is not None else None
         self.k_norm = layer.k_norm.weight.float() if layer.k_norm is not None else None
@@ -427,9 +517,37 @@ class _Buffers:
         self.tapped_MX, self.features_MF = room(num_tapped * hidden, bf16), room(hidden)
         self.hidden_RH, self.logits_RV = room(hidden), room(vocab)
         self.token_R = torch.zeros(places.TOKENS, dtype=torch.int64, device=device)
+        # Of trees that grow.
+        self.best_token = torch.zeros(places.TOKENS, _MOST_CHILDREN, dtype=torch.int32, device=device)
+        self.best_share = room(_MOST_CHILDREN)
+        self.corrections = torch.zeros(_MOST_CHILDREN, 2, device=device)
+        self.found = torch.zeros(places.TOKENS, _MOST_FOUND, 4, dtype=torch.int32, device=device)
+        self.survival, self.candidate = room(_MOST_CHILDREN), room(_MOST_CHILDREN, torch.int32)
+        self.path = room(_MOST_CHILDREN * _MOST_CHILDREN, torch.int32)
+        self._found_host = torch.zeros(self.found.shape, dtype=torch.int32, pin_memory=True)
+        self._corrected_by: tuple[tuple[float, float], ...] = ()
         self.most_blocks = -(-max_length // _KEYS)
         self.partial = room(spec.num_heads * self.most_blocks * (spec.head_dim + 2))
         self.arrivals = torch.zeros(places.TOKENS, spec.num_kv_heads, dtype=torch.int32, device=device)
+
+    def correct(self, corrections: Sequence[tuple[float, float]]) -> None:
+        """Takes the corrections of shares by rank."""
+        if tuple(corrections) != self._corrected_by:
+            self._corrected_by = tuple(corrections)
+            table = [corrections[min(rank, len(corrections) - 1)] for rank in range(_MOST_CHILDREN)]
+            self.corrections.copy_(torch.tensor(table))
+
+    def read_found(self, num_rows: int) -> NDArray[np.int32]:
+        """Candidates of the rows that grew, once they are there."""
+        self._found_host[:num_rows].copy_(self.found[:num_rows], non_blocking=True)
+        torch.cuda.current_stream(self.found.device).synchronize()
+        return self._found_host[:num_rows].numpy()
+
+
+def _grown(found: NDArray[np.int32], num: int) -> Grown:
+    tokens, parents = found[:num, 0].tolist(), found[:num, 1].tolist()
+    shares, risks = (found[:num, at].copy().view(np.float32).tolist() for at in (2, 3))
+    return Grown(tokens, parents, shares, risks)
 
 
 # --- launching --------------------------------------------------------------------------------------------------------
@@ -451,6 +569,12 @@ _Product = _structure(
     "eps",
 )
 _Largest = _structure("_Largest", "step logits tokens token", "vocab")
+_Best = _structure("_Best", "step logits tokens token share", "vocab count")
+_Grow = _structure(
+    "_Grow",
+    "step token share risk hidden features corrections found survival candidate path",
+    "hidden_size beam children most_found group_tokens",
+)
 _Attention = _structure(
     "_Attention",
     "step qkv keys values cosine sine q_norm k_norm out partial arrivals",
@@ -516,6 +640,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _width(num_tokens: int) -> int:
+    """Of the graph that has room for so many."""
+    return next(width for width in _WIDTHS if num_tokens <= width)
+
+
+def _key_blocks(most_seen: int) -> int:
+    """Blocks of keys of the graph that has room for a text."""
+    return 1 << (-(-most_seen // _KEYS) - 1).bit_length()
+
+
 def _group_tokens(spec: DecoderSpec, width: int) -> int:
     """Tokens of a row that share a block of the attention kernel: few where that fills the GPU, else as many as read
     their keys together without running out of shared memory."""
@@ -533,7 +667,7 @@ def _attention_bytes(spec: DecoderSpec, width: int) -> int:
 # --- compiled code ----------------------------------------------------------------------------------------------------
 
 _PRODUCTS = ("store", "add", "gate")
-_OTHERS = ("embed", "join", "attend", "largest")
+_OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
 
 
 def macros(spec: DecoderSpec) -> dict[str, int]:

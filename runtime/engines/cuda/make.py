@@ -26,6 +26,8 @@ def why_not(decoder: Decoder, draft: Draft, device: str) -> str | None:
         return f"this GPU has compute capability {'.'.join(map(str, capability))}, the kernels need 8.0"
     if any(isinstance(part, QuantizedLinear) for model in (decoder, draft) for part in model.modules()):
         return "the checkpoint is quantized, and the kernels run bf16"
+    if draft.spec.eagle3 is not None:
+        return "its draft joins features as EAGLE-3 does"
     tap_width = draft.tap.project.in_features if draft.tap is not None else 0
     return misfit(decoder.spec, tap_width) or misfit(draft.spec.decoder)
 

@@ -76,7 +76,7 @@ def test_the_parts_of_a_step_are_where_the_kernels_look_for_them() -> None:
     assert f"#define TOKENS {TOKENS} " in SOURCE.read_text()
 
 
-@pytest.mark.parametrize("name", ["Embed", "Join", "Linear", "Attention", "Largest"])
+@pytest.mark.parametrize("name", ["Embed", "Join", "Linear", "Attention", "Largest", "Best", "Grow"])
 def test_arguments_are_laid_out_as_the_kernels_declare_them(name: str) -> None:
     (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", SOURCE.read_text(), re.DOTALL)
     declared = []
