@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ def grow_by_stepping(
     growing = [b for b in range(batch) if count_B[b]]
     rows_R = torch.tensor([b * tokens + int(count_B[b]) - 1 for b in growing])
     out = engine.step(input_ids_BT, first_slot_B, rows_R, features_in_BTF, count_B=count_B)
+    # Copies: the steps of the first tree overwrite them.
+    out = replace(out, logits_RV=out.logits_RV.clone(), reject_prob_R=_copied(out.reject_prob_R))
     found: list[Grown | None] = [None] * batch
     for r, b in enumerate(growing):
         reject = None if out.reject_prob_R is None else out.reject_prob_R[r : r + 1]
@@ -36,6 +39,10 @@ def grow_by_stepping(
             engine, b, end, out.hidden_RH[r : r + 1], out.logits_RV[r : r + 1], reject, shape, corrections
         )
     return found
+
+
+def _copied(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
 
 
 def _grown(
