@@ -20,8 +20,8 @@ Count = Annotated[int, Field(ge=1)]
 
 class TypicalAcceptance(Strict):
     """Medusa's rule for sampled output (Cai et al. 2024, arXiv:2401.10774, section 2.3.1), with its authors' numbers: a
-    drafted token is kept if the target gives it a probability above min(posterior_threshold, posterior_alpha * exp(-H)),
-    H being the entropy of what the target says there, in nats.
+    drafted token is kept if the target gives it a probability above min(posterior_threshold, posterior_alpha *
+    exp(-H)), H being the entropy of what the target says there, in nats.
 
     Attributes:
         posterior_threshold: epsilon in the paper.
@@ -95,6 +95,12 @@ class Policy(Strict):
         """Whether greedy output is, or sampled output."""
         keeps_others = self.accept_below > 0.0 or (self.typical is not None and not greedy)
         return not keeps_others or self.max_pending == 0
+
+    @property
+    def recalls(self) -> bool:
+        """Whether what followed the same words before is drafted beside what a draft model says, where that pays. It
+        needs branches, and has no score by which it could be trusted."""
+        return self.pays and self.lossless and self.drafter == "model" and not self.is_chain
 
     @property
     def is_chain(self) -> bool:

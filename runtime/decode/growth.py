@@ -6,6 +6,9 @@ arXiv:2406.16858). With `pays` the tree ends where more of it would cost more ti
 (`ssv.runtime.decode.costs`).
 
 Survival of a node is the probability that the target chooses it and all before it: the product of that along its path.
+
+A tree may begin with what was found in the text: candidates that took no step of the draft. They are kept where they
+survive more probably than what the draft offers, and the draft is asked for what they leave over.
 """
 
 from __future__ import annotations
@@ -46,25 +49,33 @@ class Growth:
     """Candidates of a row's tree, a level at a time.
 
     Attributes:
-        candidates: each after its parent.
+        candidates: each after its parent, what was found first.
         candidate_of: of each node of the tree, once it was made.
         open: those that get children next; [ROOT] in the beginning, none once it has ended.
     """
 
     def __init__(
-        self, policy: Policy, limit: int, max_depth: int, ends: Collection[int], prices: Prices | None = None
+        self,
+        policy: Policy,
+        limit: int,
+        max_depth: int,
+        ends: Collection[int],
+        prices: Prices | None = None,
+        found: Sequence[Candidate] = (),
     ) -> None:
         """Args:
         limit: most nodes of the tree.
         max_depth: most tokens of a path, if the policy does not say fewer.
         ends: tokens that end the output: they get no children.
         prices: what a policy that pays goes by.
+        found: candidates to begin with, no deeper than `max_depth`.
         """
         self._policy, self._limit, self._ends, self._prices = policy, limit, ends, prices
         self._max_depth = min(max_depth, policy.max_depth or max_depth)
         self._num_expanded = 0
         self._spent = 0.0
-        self.candidates: list[Candidate] = []
+        self._num_found = len(found)
+        self.candidates: list[Candidate] = list(found)
         self.candidate_of: list[int] = []
         self.open: list[int] = [ROOT] if limit > 0 else []
 
@@ -80,23 +91,60 @@ class Growth:
             guesses: for each open candidate, the likeliest first.
             sharing: rows that were drafted for in the same step.
         """
-        first = len(self.candidates)
         if self._prices is not None:
             self._prices = replace(self._prices, sharing=sharing)
             self._spent += self._prices.of_draft(len(self.open))
+        level: list[int] = []
         for parent, children in zip(self.open, guesses, strict=True):
-            survival, depth = (1.0, 0) if parent == ROOT else self._place(parent)
-            self.candidates += [
-                Candidate(guess, parent, depth + 1, survival * guess.share)
-                for guess in children[: self.num_children(parent)]
-            ]
-        self.open = self._next(range(first, len(self.candidates)))
+            known = self._weigh_found(parent, children)
+            level += known.values()
+            survival, depth = self._place(parent)
+            for guess in children[: self.num_children(parent)]:
+                if guess.token not in known:
+                    level.append(len(self.candidates))
+                    self.candidates.append(Candidate(guess, parent, depth + 1, survival * guess.share))
+        self.open = self._next(level)
+
+    def _weigh_found(self, parent: int, guesses: Sequence[Guess]) -> dict[int, int]:
+        """Corrects what was found behind a candidate by what the draft says of it; returns these candidates by token.
+
+        Where both say the same token first, the larger share stands. Another token of share t is right beside a first
+        guess of share q as if both erred by themselves: t (1 - q) / (1 - t q), or what the draft gives it, if that is
+        more.
+        """
+        found = {self.candidates[i].guess.token: i for i in self._found_behind(parent)}
+        if found:
+            said = {guess.token: guess.share for guess in guesses}
+            first = guesses[0]
+            for token, i in found.items():
+                share = self.candidates[i].guess.share
+                if token != first.token:
+                    share *= (1 - first.share) / (1 - share * first.share)
+                self._set_share(i, max(share, said.get(token, 0.0)))
+            for i in range(self._num_found):
+                each = self.candidates[i]
+                self.candidates[i] = replace(each, survival=self._place(each.parent)[0] * each.guess.share)
+        return found
+
+    def _set_share(self, i: int, share: float) -> None:
+        guess = replace(self.candidates[i].guess, share=share, risk=1 - share)
+        self.candidates[i] = replace(self.candidates[i], guess=guess)
+
+    def _found_behind(self, parent: int) -> list[int]:
+        return [i for i in range(self._num_found) if self.candidates[i].parent == parent]
+
+    def left_over(self, candidate: int) -> float:
+        """Probability that all up to a candidate is right, and nothing that was found behind it."""
+        found = sum(self.candidates[i].guess.share for i in self._found_behind(candidate))
+        return self._place(candidate)[0] * max(1 - found, 0.0)
 
     def _place(self, candidate: int) -> tuple[float, int]:
+        if candidate == ROOT:
+            return 1.0, 0
         found = self.candidates[candidate]
         return found.survival, found.depth
 
-    def _next(self, level: range) -> list[int]:
+    def _next(self, level: Sequence[int]) -> list[int]:
         """Those of the last level that get children."""
         policy, candidates = self._policy, self.candidates
         if not level or candidates[level[0]].depth >= self._max_depth:
@@ -104,10 +152,11 @@ class Growth:
         # Each takes a slot of the draft's cache.
         beam = min(policy.beam, MAX_PENDING - self._num_expanded)
         going = [i for i in level if candidates[i].guess.token not in self._ends]
-        best = sorted(going, key=lambda i: -candidates[i].survival)[:beam]
+        left = {i: self.left_over(i) for i in going}
+        best = sorted(going, key=lambda i: -left[i])[:beam]
         if self._prices is not None:
-            kept, survival = self._survival(self._kept()), self._survival(best)
-            best = best[: self._prices.worth_opening(kept, survival, self._spent) if kept else 0]
+            kept = self.kept_survival()
+            best = best[: self._prices.worth_opening(kept, [left[i] for i in best], self._spent) if kept else 0]
         self._num_expanded += len(best)
         return sorted(best)
 
@@ -115,10 +164,13 @@ class Growth:
         """The candidates that are kept: those that survive most probably, the best first. A parent does so more than
         its children."""
         best = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)[: self._limit]
-        return best if self._prices is None else best[: self._prices.worth_verifying(self._survival(best))]
+        if self._prices is None:
+            return best
+        return best[: self._prices.worth_verifying([self.candidates[i].survival for i in best])]
 
-    def _survival(self, candidates: Sequence[int]) -> list[float]:
-        return [self.candidates[i].survival for i in candidates]
+    def kept_survival(self) -> list[float]:
+        """Survival of the nodes that the tree has so far, the largest first."""
+        return [self.candidates[i].survival for i in self._kept()]
 
     def tree(self) -> Tree:
         """The tree of the candidates that are kept."""

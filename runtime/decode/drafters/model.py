@@ -23,6 +23,7 @@ from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, choices, columns_of, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.suffix import Suffix
 from ssv.runtime.decode.growth import Growth, Guess
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
@@ -55,7 +56,7 @@ class ModelDrafter(Drafter):
 
     has_cache = True
 
-    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival) -> None:
+    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival, recall: Suffix) -> None:
         """Args:
         engine: with as many rows as the target's.
         eos_ids: int64.
@@ -65,7 +66,7 @@ class ModelDrafter(Drafter):
             raise EngineError(
                 f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}", "make them the same"
             )
-        self._survival = survival
+        self._survival, self._recall = survival, recall
         self.engine, self.has_scores = engine, engine.has_scorer
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
@@ -98,6 +99,8 @@ class ModelDrafter(Drafter):
 
     def join(self, b: int, row: Row) -> None:
         row.draft_length = row.target_length - self._offset
+        if row.policy.recalls:
+            self._recall.join(b, row)
         if self._last_feature_11F is not None:
             self._hold(b, 0, self._last_feature_11F[0])
 
@@ -115,20 +118,12 @@ class ModelDrafter(Drafter):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
-        limits = self._without_those_that_wait(rows, limits, prices)
         self._growing = {
-            b: _Growing(
-                Growth(
-                    row.policy,
-                    limit,
-                    row.rest,
-                    row.ends(self._eos_ids),
-                    prices if row.policy.pays else None,
-                )
-            )
+            b: _Growing(self._growth(b, row, limit, prices), row.draft_length)
             for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
             if limit > 0
         }
+        self._let_wait(rows, prices)
         drafting = [b for b, growing in self._growing.items() if growing.growth.open]
         out = self._step_text(rows, drafting) if drafting else None
         while out is not None:
@@ -145,17 +140,24 @@ class ModelDrafter(Drafter):
         for b, growing in self._growing.items():
             rows[b].tree = growing.growth.tree()
 
-    def _without_those_that_wait(
-        self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
-    ) -> Sequence[int]:
-        """The limits, 0 for rows that draft what pays if nothing does."""
-        paying = [b for b, limit in enumerate(limits) if limit > 0 and rows[b].policy.pays]
+    def _growth(self, b: int, row: Row, limit: int, prices: Prices | None) -> Growth:
+        """What a row's tree begins with."""
+        found = self._recall.found(b, row, limit) if row.policy.recalls else ()
+        ends = row.ends(self._eos_ids)
+        return Growth(row.policy, limit, row.rest, ends, prices if row.policy.pays else None, found)
+
+    def _let_wait(self, rows: Sequence[Row], prices: Prices | None) -> None:
+        """Ends the trees of rows that draft what pays with what was found in their texts, if no step of the draft
+        does."""
+        paying = {b: growing.growth for b, growing in self._growing.items() if rows[b].policy.pays}
         if not paying or prices is None:
-            return limits
+            return
         unseen = [len(rows[b].tokens) - self._offset - rows[b].draft_length for b in paying]
-        if prices.worth_beginning(unseen):
-            return limits
-        return [0 if b in paying else limit for b, limit in enumerate(limits)]
+        kept = [growth.kept_survival() for growth in paying.values()]
+        left_over = [growth.left_over(ROOT) for growth in paying.values()]
+        if not prices.worth_beginning(unseen, kept, left_over):
+            for growth in paying.values():
+                growth.open = []
 
     def _asks(self, row: Row, growth: Growth, limit: int) -> bool:
         """Whether a row asks for its pass before its tree has its full shape."""
@@ -179,6 +181,8 @@ class ModelDrafter(Drafter):
 
     def move(self, source: int, dest: int, row: Row) -> None:
         self.engine.move_row(source, dest, row.draft_length)
+        if row.policy.recalls:
+            self._recall.move(source, dest, row)
         if self._features_BTF is not None:
             self._features_BTF[dest] = self._features_BTF[source]
 
@@ -312,7 +316,7 @@ class _Growing:
     """
 
     growth: Growth
-    end: int = 0
+    end: int
     slots: dict[int, int] = field(default_factory=dict)
     step_rows: dict[int, int] = field(default_factory=dict)
 
