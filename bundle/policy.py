@@ -97,6 +97,12 @@ class Policy(Strict):
         return not keeps_others or self.max_pending == 0
 
     @property
+    def recalls(self) -> bool:
+        """Whether what followed the same words before is drafted beside what a draft model says, where that pays. It
+        needs branches, and has no score by which it could be trusted."""
+        return self.pays and self.lossless and self.drafter == "model" and not self.is_chain
+
+    @property
     def is_chain(self) -> bool:
         """Whether what it drafts has no branches."""
         return max(self.children) == 1

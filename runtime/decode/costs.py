@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from statistics import median
 
 import torch
 
+from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.profile import Conditions, Costs, Curve
 from ssv.runtime.decode.sampling import Sampling, ranked
 from ssv.runtime.engines.contract import Engine, GrowingEngine, StepOutput, TreeShape
@@ -57,17 +58,28 @@ class Prices:
         growth = self.costs.begin + levels * self.costs.draft.at(self.sharing * width) if levels else 0.0
         return self._pass(nodes) + growth / self.sharing
 
-    def worth_beginning(self, text_tokens: Sequence[int]) -> bool:
-        """Whether rows shall draft at all: together, as the step that begins a draft costs little more for all than for
-        one.
+    def worth_beginning(
+        self, text_tokens: Sequence[int], kept: Sequence[Sequence[float]], left_over: Sequence[float]
+    ) -> bool:
+        """Whether rows shall have a draft at all: together, as the step that begins a draft costs little more for all
+        than for one.
 
         Args:
             text_tokens: of each of them, tokens of the text that the draft has not seen, which that step runs.
+            kept: of each, survival of the nodes that it has without a draft.
+            left_over: of each, probability that none of these is the next token.
         """
-        rate, further = 1 / self._pass(0), self._pass(1) - self._pass(0)
         taken_in = sum(min(count, MOST_TEXT) - 1 for count in text_tokens)
         step = self.costs.draft.at(len(text_tokens)) + self.costs.text * taken_in
-        return len(text_tokens) * _hoped(1.0, rate * further) > rate * step
+        saved = 0.0
+        for survival, left in zip(kept, left_over, strict=True):
+            rate = (1 + sum(survival)) / self._pass(len(survival))
+            saved += _hoped(left, rate * self._further(len(survival))) / rate
+        return saved > step
+
+    def _further(self, nodes: int) -> float:
+        """Seconds that a further node adds to a row's part of a pass over so many."""
+        return self._pass(nodes + 1) - self._pass(nodes)
 
     def worth_verifying(self, survival: Sequence[float]) -> int:
         """How many nodes are worth a place in the pass, once they have been drafted.
@@ -75,10 +87,11 @@ class Prices:
         Args:
             survival: of the nodes, the largest first.
         """
-        best, best_rate, gain = 0, 1 / self._pass(0), 1.0
+        passes = _passes(self.costs.target, self.num_rows)
+        best, best_rate, gain = 0, 1 / passes[0], 1.0
         for count, s in enumerate(survival, start=1):
             gain += s
-            if (rate := gain / self._pass(count)) > best_rate:
+            if (rate := gain / passes[count]) > best_rate:
                 best, best_rate = count, rate
         return best
 
@@ -87,18 +100,24 @@ class Prices:
 
         Args:
             kept: survival of the nodes that are worth verifying so far.
-            survival: of those that may get children, the largest first.
+            survival: of those that may get children, the largest first; less what was found behind them.
             spent: seconds of the draft steps so far.
         """
         nodes = len(kept)
         rate = (1 + sum(kept)) / (self._pass(nodes) + spent)
-        further = rate * (self._pass(nodes + 1) - self._pass(nodes))
+        further = rate * self._further(nodes)
         best, best_surplus, gain = 0, 0.0, 0.0
         for count, s in enumerate(survival, start=1):
             gain += _hoped(s, further)
             if (surplus := gain - rate * self.of_draft(count)) > best_surplus:
                 best, best_surplus = count, surplus
         return best
+
+
+@lru_cache(maxsize=64)
+def _passes(target: Curve, num_rows: int) -> tuple[float, ...]:
+    """A row's part of a pass over root and nodes, by their number: asked for some dozens of times a round."""
+    return tuple(target.at(num_rows * (1 + nodes)) / num_rows for nodes in range(MAX_PENDING + 1))
 
 
 def _hoped(survival: float, further: float) -> float:

@@ -6,6 +6,9 @@ arXiv:2406.16858). With `pays` the tree ends where more of it would cost more ti
 (`ssv.runtime.decode.costs`).
 
 Survival of a node is the probability that the target chooses it and all before it: the product of that along its path.
+
+A tree may begin with what was found in the text: candidates that took no step of the draft. They are kept where they
+survive more probably than what the draft offers, and the draft is asked for what they leave over.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.tree import ROOT, Tree
+from ssv.runtime.engines.contract import Grown, TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +52,34 @@ class Growth:
     """Candidates of a row's tree, a level at a time.
 
     Attributes:
-        candidates: each after its parent.
+        candidates: each after its parent, what was found first.
         candidate_of: of each node of the tree, once it was made.
         open: those that get children next; [ROOT] in the beginning, none once it has ended.
     """
 
     def __init__(
-        self, policy: Policy, limit: int, max_depth: int, ends: Collection[int], prices: Prices | None = None
+        self,
+        policy: Policy,
+        limit: int,
+        max_depth: int,
+        ends: Collection[int],
+        prices: Prices | None = None,
+        found: Sequence[Candidate] = (),
     ) -> None:
         """Args:
         limit: most nodes of the tree.
         max_depth: most tokens of a path, if the policy does not say fewer.
         ends: tokens that end the output: they get no children.
         prices: what a policy that pays goes by.
+        found: candidates to begin with, no deeper than `max_depth`.
         """
         self._policy, self._limit, self._ends, self._prices = policy, limit, ends, prices
         self._max_depth = min(max_depth, policy.max_depth or max_depth)
         self._num_expanded = 0
         self._spent = 0.0
-        self._taken: list[int | None] = []
-        self.candidates: list[Candidate] = []
+        self._num_found = len(found)
+        self._taken: dict[int, int] = {}
+        self.candidates: list[Candidate] = list(found)
         self.candidate_of: list[int] = []
         self.open: list[int] = [ROOT] if limit > 0 else []
 
@@ -81,38 +95,112 @@ class Growth:
             guesses: for each open candidate, the likeliest first.
             sharing: rows that were drafted for in the same step.
         """
-        first = len(self.candidates)
         if self._prices is not None:
             self._prices = replace(self._prices, sharing=sharing)
             self._spent += self._prices.of_draft(len(self.open))
+        level: list[int] = []
         for parent, children in zip(self.open, guesses, strict=True):
-            survival, depth = (1.0, 0) if parent == ROOT else self._place(parent)
-            self.candidates += [
-                Candidate(guess, parent, depth + 1, survival * guess.share)
-                for guess in children[: self.num_children(parent)]
-            ]
-        self.open = self._next(range(first, len(self.candidates)))
+            known = self._weigh_found(parent, children)
+            level += known.values()
+            survival, depth = self._place(parent)
+            for guess in children[: self.num_children(parent)]:
+                if guess.token not in known:
+                    level.append(len(self.candidates))
+                    self.candidates.append(Candidate(guess, parent, depth + 1, survival * guess.share))
+        self.open = self._next(level)
 
-    def take(self, guesses: Sequence[tuple[Guess, int]]) -> list[int | None]:
-        """Takes candidates that an engine has grown by itself, in its order; it grows no further here.
+    def take(self, groups: Sequence[tuple[int, Sequence[tuple[int, Guess]]]]) -> dict[int, int]:
+        """Takes candidates that an engine has grown by itself; the tree grows no further here.
 
         Args:
-            guesses: each with its parent, counted among all that were given, or ROOT.
+            groups: a parent, or ROOT, with its children, the likeliest first; all by their numbers there. Parents come
+                before their children.
 
         Returns:
-            Which candidates they are. None: what follows the end of the output, or is too deep, or no token at all.
+            Which candidates all that were taken are. What follows the end of the output, or is too deep, is left out.
         """
-        self.open, first = [], len(self._taken)
-        for guess, parent in guesses:
-            above = ROOT if parent == ROOT else self._taken[parent]
-            ends = above is None or (above != ROOT and self.candidates[above].guess.token in self._ends)
-            survival, depth = (1.0, 0) if above is None or above == ROOT else self._place(above)
-            if above is None or ends or depth >= self._max_depth or guess.token < 0:
-                self._taken.append(None)
+        self.open = []
+        for parent, children in groups:
+            above = ROOT if parent == ROOT else self._taken.get(parent)
+            if above is None or (above != ROOT and self.candidates[above].guess.token in self._ends):
                 continue
-            self._taken.append(len(self.candidates))
-            self.candidates.append(Candidate(guess, above, depth + 1, survival * guess.share))
-        return self._taken[first:]
+            survival, depth = self._place(above)
+            if depth >= self._max_depth:
+                continue
+            known = self._weigh_found(above, [guess for _, guess in children])
+            for number, guess in children:
+                if (i := known.get(guess.token)) is None:
+                    i = len(self.candidates)
+                    self.candidates.append(Candidate(guess, above, depth + 1, survival * guess.share))
+                self._taken[number] = i
+        return self._taken
+
+    def _weigh_found(self, parent: int, guesses: Sequence[Guess]) -> dict[int, int]:
+        """Corrects what was found behind a candidate by what the draft says of it; returns these candidates by token.
+
+        Where both say the same token first, the larger share stands. Another token of share t is right beside a first
+        guess of share q as if both erred by themselves: t (1 - q) / (1 - t q), or what the draft gives it, if that is
+        more.
+        """
+        found = {self.candidates[i].guess.token: i for i in self._found_behind(parent)}
+        if found:
+            said = {guess.token: guess.share for guess in guesses}
+            first = guesses[0]
+            for token, i in found.items():
+                share = self.candidates[i].guess.share
+                if token != first.token:
+                    share *= (1 - first.share) / (1 - share * first.share)
+                self._set_share(i, max(share, said.get(token, 0.0)))
+            for i in range(self._num_found):
+                each = self.candidates[i]
+                self.candidates[i] = replace(each, survival=self._place(each.parent)[0] * each.guess.share)
+        return found
+
+    def _set_share(self, i: int, share: float) -> None:
+        guess = replace(self.candidates[i].guess, share=share, risk=1 - share)
+        self.candidates[i] = replace(self.candidates[i], guess=guess)
+
+    def _found_behind(self, parent: int) -> list[int]:
+        return [i for i in range(self._num_found) if self.candidates[i].parent == parent]
+
+    def left_over(self, candidate: int) -> float:
+        """Probability that all up to a candidate is right, and nothing that was found behind it."""
+        found = sum(self.candidates[i].guess.share for i in self._found_behind(candidate))
+        return self._place(candidate)[0] * max(1 - found, 0.0)
+
+    def _place(self, candidate: int) -> tuple[float, int]:
+        if candidate == ROOT:
+            return 1.0, 0
+        found = self.candidates[candidate]
+        return found.survival, found.depth
+
+    def _next(self, level: Sequence[int]) -> list[int]:
+        """Those of the last level that get children."""
+        policy, candidates = self._policy, self.candidates
+        if not level or candidates[level[0]].depth >= self._max_depth:
+            return []
+        # Each takes a slot of the draft's cache.
+        beam = min(policy.beam, MAX_PENDING - self._num_expanded)
+        going = [i for i in level if candidates[i].guess.token not in self._ends]
+        left = {i: self.left_over(i) for i in going}
+        best = sorted(going, key=lambda i: -left[i])[:beam]
+        if self._prices is not None:
+            kept = self.kept_survival()
+            best = best[: self._prices.worth_opening(kept, [left[i] for i in best], self._spent) if kept else 0]
+        self._num_expanded += len(best)
+        return sorted(best)
+
+    def _kept(self) -> list[int]:
+        """The candidates that are kept: those that survive most probably, the best first. A parent does so more than
+        its children."""
+        best = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)[: self._limit]
+        if self._prices is None:
+            return best
+        return best[: self._prices.worth_verifying([self.candidates[i].survival for i in best])]
+
+    def kept_survival(self) -> list[float]:
+        """Survival of the nodes that the tree has so far, the largest first."""
+        return [self.candidates[i].survival for i in self._kept()]
 
     def survival_by_depth(self) -> list[tuple[int, float]]:
         """How many of the tree's nodes each depth has, and the sum of their survivals, from depth 1 on."""
@@ -124,34 +212,6 @@ class Growth:
             found[candidate.depth - 1] = count + 1, total + candidate.survival
         return found
 
-    def _place(self, candidate: int) -> tuple[float, int]:
-        found = self.candidates[candidate]
-        return found.survival, found.depth
-
-    def _next(self, level: range) -> list[int]:
-        """Those of the last level that get children."""
-        policy, candidates = self._policy, self.candidates
-        if not level or candidates[level[0]].depth >= self._max_depth:
-            return []
-        # Each takes a slot of the draft's cache.
-        beam = min(policy.beam, MAX_PENDING - self._num_expanded)
-        going = [i for i in level if candidates[i].guess.token not in self._ends]
-        best = sorted(going, key=lambda i: -candidates[i].survival)[:beam]
-        if self._prices is not None:
-            kept, survival = self._survival(self._kept()), self._survival(best)
-            best = best[: self._prices.worth_opening(kept, survival, self._spent) if kept else 0]
-        self._num_expanded += len(best)
-        return sorted(best)
-
-    def _kept(self) -> list[int]:
-        """The candidates that are kept: those that survive most probably, the best first. A parent does so more than
-        its children."""
-        best = sorted(range(len(self.candidates)), key=lambda i: -self.candidates[i].survival)[: self._limit]
-        return best if self._prices is None else best[: self._prices.worth_verifying(self._survival(best))]
-
-    def _survival(self, candidates: Sequence[int]) -> list[float]:
-        return [self.candidates[i].survival for i in candidates]
-
     def tree(self) -> Tree:
         """The tree of the candidates that are kept."""
         tree, node_of = Tree(), {ROOT: ROOT}
@@ -160,3 +220,47 @@ class Growth:
             guess, parent = self.candidates[i].guess, node_of[self.candidates[i].parent]
             node_of[i] = tree.add(guess.token, guess.risk, parent)
         return tree
+
+
+def likely_groups(
+    grown: Grown, shape: TreeShape, ends: Collection[int], most: int, max_depth: int
+) -> list[list[tuple[int, list[tuple[int, Guess]]]]]:
+    """Of what an engine has grown, the candidates that survive most probably, by level, each node's together.
+
+    A tree of an engine has some hundred candidates, of which a few dozen may be kept: the others are told apart before
+    they become objects.
+
+    Args:
+        ends: tokens that get no children.
+        most: candidates, beside all that follow the text.
+        max_depth: most tokens of a path.
+    """
+    survival_N = np.zeros(len(grown.tokens))
+    going_N = ~np.isin(grown.tokens, list(ends))
+    first, levels = 0, []
+    for level in range(min(shape.levels, max_depth)):
+        last = first + shape.opened(level) * shape.children
+        above = 1.0 if not level else survival_N[grown.parents[first:last]] * going_N[grown.parents[first:last]]
+        survival_N[first:last] = above * grown.shares[first:last] * (grown.tokens[first:last] >= 0)
+        levels.append((first, last))
+        first = last
+    kept_N = np.zeros(len(survival_N), dtype=bool)
+    kept_N[np.argsort(-survival_N, kind="stable")[:most]] = True
+    kept_N[: shape.children] = True
+    kept_N &= survival_N > 0
+    groups = []
+    for first, last in levels:
+        numbers = (first + np.flatnonzero(kept_N[first:last])).tolist()
+        columns = zip(
+            numbers,
+            grown.tokens[numbers].tolist(),
+            grown.parents[numbers].tolist(),
+            grown.shares[numbers].tolist(),
+            grown.risks[numbers].tolist(),
+            strict=True,
+        )
+        by_parent: dict[int, list[tuple[int, Guess]]] = {}
+        for number, token, parent, share, risk in columns:
+            by_parent.setdefault(parent, []).append((number, Guess(token, share, risk)))
+        groups.append(list(by_parent.items()))
+    return groups

@@ -1,4 +1,5 @@
-"""Typical acceptance: which drafted tokens a target might have said just as well.
+"""Typical acceptance: which drafted tokens a target might have said just as well
+(`ssv.bundle.policy.TypicalAcceptance`).
 
 Shapes: N nodes of a row's tree, J = N + 1 rows of the target, V vocab.
 """
@@ -13,8 +14,8 @@ from ssv.runtime.decode.tree import Tree
 
 
 def judge(x_JV: Tensor, tree: Tree, rule: TypicalAcceptance) -> tuple[list[bool], list[float]]:
-    """By a rule of `ssv.bundle.policy`: of each node, whether it is typical of what the target says behind its parent,
-    and the log of the probability that the target gives it.
+    """Of each node, whether it is typical of what the target says behind its parent, and the log of the probability
+    that the target gives it.
 
     Args:
         x_JV: logits over the temperature behind root and nodes, fp32, -inf for what top-k or top-p leaves out.

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssv.support.errors import UserError
@@ -166,15 +168,16 @@ class Grown:
     """Candidates of a row's tree, level by level; those of a level in the order of their parents.
 
     Attributes:
-        tokens, parents: of each; -1 is a token that there is none of, and the parent of a token that follows the text.
-        shares: probability that the target chooses it, given that all before it is right; corrected.
-        risks: of the first child of a node, the scorer's; of the others 1 - share.
+        tokens, parents: int32, of each; -1 is a token that there is none of, and the parent of one that follows the
+            text.
+        shares: fp32, probability that the target chooses it, given that all before it is right; corrected.
+        risks: fp32, of the first child of a node, the scorer's; of the others 1 - share.
     """
 
-    tokens: list[int]
-    parents: list[int]
-    shares: list[float]
-    risks: list[float]
+    tokens: NDArray[np.int32]
+    parents: NDArray[np.int32]
+    shares: NDArray[np.float32]
+    risks: NDArray[np.float32]
 
 
 @runtime_checkable

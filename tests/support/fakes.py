@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,6 +202,18 @@ class FakeTarget:
     def next_logits(self, tokens: Sequence[int]) -> Tensor:
         """What `step` must give for the token after these."""
         return self.logits_NV[self.state(tokens)]
+
+
+class RepeatingTarget(FakeTarget):
+    """What follows a token depends on that token alone: greedy text soon goes in a circle, sampled text repeats
+    often."""
+
+    def step(
+        self, input_ids_BT: Tensor, first_slot_B: Tensor, gather_rows_R: Tensor, *args: Any, **options: Any
+    ) -> Any:
+        out = super().step(input_ids_BT, first_slot_B, gather_rows_R, *args, **options)
+        states_R = input_ids_BT.flatten()[gather_rows_R]
+        return StepOutput(out.hidden_RH, 2 * self.logits_NV[states_R], out.features_BTF)
 
 
 class FakeDraft:

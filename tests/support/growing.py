@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,10 @@ def _grown(
     shape: TreeShape,
     corrections: Sequence[tuple[float, float]],
 ) -> Grown:
-    grown = Grown([], [], [], [])
+    tokens: list[int] = []
+    parents: list[int] = []
+    said: list[float] = []
+    risks: list[float] = []
     opened: list[tuple[int, float, list[int]]] = [(-1, 1.0, [])]  # candidate, survival, slots of its path
     end = start
     for level in range(shape.levels):
@@ -73,18 +77,18 @@ def _grown(
                 corrected = 1 / (1 + math.exp(-(offset + slope * log_odds(1 - reject if not rank else share * left))))
                 token = column if column < 0 or engine.token_ids_V is None else int(engine.token_ids_V[column])
                 own = survival * corrected if token >= 0 else 0.0
-                children.append((len(grown.tokens), own, path, r))
-                grown.tokens.append(token)
-                grown.parents.append(candidate)
-                grown.shares.append(corrected)
-                grown.risks.append(reject if not rank and reject_prob_R is not None else 1 - corrected)
+                children.append((len(tokens), own, path, r))
+                tokens.append(token)
+                parents.append(candidate)
+                said.append(corrected)
+                risks.append(reject if not rank and reject_prob_R is not None else 1 - corrected)
         if level == shape.levels - 1:
             break
         best = sorted(children, key=lambda child: -child[1])[: shape.opened(level + 1)]
         opened = [(i, survival, [*path, end + n]) for n, (i, survival, path, _) in enumerate(best)]
         width, rows = len(opened), b + 1
         ids_BT = torch.zeros(rows, width, dtype=torch.long)
-        ids_BT[b] = torch.tensor([max(grown.tokens[i], 0) for i, _, _ in opened])
+        ids_BT[b] = torch.tensor([max(tokens[i], 0) for i, _, _ in opened])
         features_BTF = None
         if engine.num_features:
             features_BTF = torch.zeros(rows, width, engine.num_features, device=hidden_RH.device)
@@ -102,7 +106,8 @@ def _grown(
         )
         hidden_RH, logits_RV, reject_prob_R = out.hidden_RH, out.logits_RV, out.reject_prob_R
         end += width
-    return grown
+    floats = (np.array(values, dtype=np.float32) for values in (said, risks))
+    return Grown(np.array(tokens, dtype=np.int32), np.array(parents, dtype=np.int32), *floats)
 
 
 class GrowingFakeDraft(FakeDraft):

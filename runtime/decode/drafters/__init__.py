@@ -25,7 +25,7 @@ def drafters(
         "lookahead": Lookahead(eos_set),
     }
     if draft is not None:
-        found["model"] = ModelDrafter(target, draft, eos_ids, survival)
+        found["model"] = ModelDrafter(target, draft, eos_ids, survival, Suffix(eos_set))
     if heads is not None:
         found["heads"] = HeadsDrafter(heads, eos_ids)  # `survival` is of the draft's shares
     return found

@@ -11,26 +11,29 @@ Shapes: B rows in use, T tokens of a step, R gathered rows, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, choices, columns_of, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.drafters.levels import Levels
-from ssv.runtime.decode.growth import Growth, Guess
+from ssv.runtime.decode.drafters.suffix import Suffix
+from ssv.runtime.decode.growth import Growth, Guess, likely_groups
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
 from ssv.runtime.engines.contract import Engine, EngineError, GrowingEngine, StepOutput, TreeShape
 
 MOST_LEVELS = 12
 """Of trees that an engine grows by itself."""
+
+NOT_CORRECTED = ((0.0, 1.0),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class ModelDrafter(Drafter):
 
     has_cache = True
 
-    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival) -> None:
+    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival, recall: Suffix) -> None:
         """Args:
         engine: with as many rows as the target's.
         eos_ids: int64.
@@ -69,7 +72,7 @@ class ModelDrafter(Drafter):
             raise EngineError(
                 f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}", "make them the same"
             )
-        self._survival = survival
+        self._survival, self._recall = survival, recall
         self.engine, self.has_scores = engine, engine.has_scorer
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
@@ -103,6 +106,8 @@ class ModelDrafter(Drafter):
 
     def join(self, b: int, row: Row) -> None:
         row.draft_length = row.target_length - self._offset
+        if row.policy.recalls:
+            self._recall.join(b, row)
         if self._last_feature_11F is not None:
             self._hold(b, 0, self._last_feature_11F[0])
 
@@ -120,25 +125,16 @@ class ModelDrafter(Drafter):
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
-        self._growing = {}
-        if isinstance(self.engine, GrowingEngine):
-            limits = self._grow(self.engine, rows, limits, prices)
-        limits = self._without_those_that_wait(rows, limits, prices)
-        stepped = {
-            b: _Growing(
-                Growth(
-                    row.policy,
-                    limit,
-                    row.rest,
-                    row.ends(self._eos_ids),
-                    prices if row.policy.pays else None,
-                )
-            )
+        self._growing = {
+            b: _Growing(self._growth(b, row, limit, prices), row.draft_length)
             for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
             if limit > 0
         }
-        self._growing |= stepped
-        drafting = [b for b, growing in stepped.items() if growing.growth.open]
+        if isinstance(self.engine, GrowingEngine):
+            self._grow(self.engine, rows, limits, prices)
+        else:
+            self._let_wait(rows, prices)
+        drafting = [b for b, growing in self._growing.items() if growing.growth.open]
         out = self._step_text(rows, drafting) if drafting else None
         while out is not None:
             guesses = iter(enumerate(self._guesses(rows, drafting, out)))
@@ -154,28 +150,27 @@ class ModelDrafter(Drafter):
         for b, growing in self._growing.items():
             rows[b].tree = growing.growth.tree()
 
-    def _grow(
-        self, engine: GrowingEngine, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
-    ) -> Sequence[int]:
-        """Has the engine grow what trees it can by itself: those that are chosen greedily, with one number of children.
+    def _growth(self, b: int, row: Row, limit: int, prices: Prices | None) -> Growth:
+        """What a row's tree begins with."""
+        found = self._recall.found(b, row, limit) if row.policy.recalls else ()
+        ends = row.ends(self._eos_ids)
+        return Growth(row.policy, limit, row.rest, ends, prices if row.policy.pays else None, found)
 
-        Returns:
-            The limits of the rows that are left: 0 for one that has its tree, or whose steps one by one would not pay.
-        """
-        grown = [
-            b
-            for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
-            if limit > 0
-            and row.params.greedy
-            and row.output_index(0) >= row.params.min_tokens  # an early end is for the host to take away
-            and len(row.policy.children) == 1
-        ]
-        for shape in dict.fromkeys(_shape_of(rows[b].policy) for b in grown):
-            self._grow_alike(engine, rows, limits, [b for b in grown if _shape_of(rows[b].policy) == shape], prices)
-        return [
-            0 if b in self._growing or row.policy.pays else limit
-            for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
-        ]
+    def _grow(self, engine: GrowingEngine, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None) -> None:
+        """Has the engine grow what trees it can by itself: those that are chosen greedily, with one number of children.
+        Rows that draft what pays have no others: a step at a time would not."""
+        self._levels.begin(len(rows), sum(len(row.tokens) for row in rows))
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for b, growing in self._growing.items():
+            params, policy = rows[b].params, rows[b].policy
+            # An end that comes too early is for the host to take away.
+            goes_on = rows[b].output_index(0) < params.min_tokens
+            if params.greedy and not goes_on and len(policy.children) == 1:
+                alike.setdefault((policy.children, policy.beam, policy.max_depth, policy.pays), []).append(b)
+            elif policy.pays:
+                growing.growth.open = []
+        for chosen in alike.values():
+            self._grow_alike(engine, rows, limits, chosen, prices)
 
     def _grow_alike(
         self,
@@ -188,57 +183,56 @@ class ModelDrafter(Drafter):
         """Grows trees of one shape in some rows, if it pays where it has to."""
         policy = rows[chosen[0]].policy
         beam = min(policy.beam, engine.most_growing // len(chosen))
-        depths = [min(rows[b].rest, policy.max_depth or limits[b], limits[b]) for b in chosen]
+        levels = max(min(rows[b].rest, policy.max_depth or limits[b], limits[b]) for b in chosen)
+        levels = min(levels, MOST_LEVELS, 1 + (MAX_PENDING - 1) // max(beam, 1))
         counts = [len(row.tokens) - self._offset - row.draft_length if b in chosen else 0 for b, row in enumerate(rows)]
-        levels = max(depths)
         if policy.pays and prices is not None:
             levels = self._levels.worth(replace(prices, sharing=len(chosen)), levels, beam)
-        levels = min(levels, MOST_LEVELS, 1 + (MAX_PENDING - 1) // max(beam, 1))
         if levels < 1 or beam < 1 or sum(counts) > engine.most_growing:
+            for b in chosen:
+                if policy.pays:
+                    self._growing[b].growth.open = []
             return
-        shape = TreeShape(levels, beam, policy.children[0])
-        width = max(counts)
+        shape, width = TreeShape(levels, beam, policy.children[0]), max(counts)
         found = engine.grow(
             torch.tensor([padded(row.tokens, row.draft_length + self._offset, width) for row in rows]),
             torch.tensor(self._starts(rows, chosen), dtype=torch.int32),
             torch.tensor(counts, dtype=torch.int32),
             self._features_BTF[: len(rows), :width] if self._features_BTF is not None else None,
             shape,
-            (self._survival.greedy if not policy.is_chain else ()) or ((0.0, 1.0),),
+            (self._survival.greedy if not policy.is_chain else ()) or NOT_CORRECTED,
         )
         for b in chosen:
-            row, grown = rows[b], found[b]
+            row, growing, grown = rows[b], self._growing[b], found[b]
             assert grown is not None
             row.draft_length += counts[b]
-            pays = prices if policy.pays else None
-            growth = Growth(policy, limits[b], row.rest, row.ends(self._eos_ids), pays)
-            self._growing[b] = growing = _Growing(growth, row.draft_length)
+            growing.end = row.draft_length
             first = 0
-            for level in range(levels):
+            ends = row.ends(self._eos_ids)
+            for level, groups in enumerate(likely_groups(grown, shape, ends, limits[b], row.rest)):
                 last = first + shape.opened(level) * shape.children
-                guesses = [
-                    (Guess(grown.tokens[i], grown.shares[i], grown.risks[i]), grown.parents[i])
-                    for i in range(first, last)
-                ]
-                growing.note_grown(growth.take(guesses), level, [parent for _, parent in guesses[:: shape.children]])
-                if self._asks(row, growth, limits[b]):
-                    break
+                taken = growing.growth.take(groups)
+                growing.note_grown(taken, level, grown.parents[first : last : shape.children].tolist())
                 first = last
-            row.tree = growth.tree()
+                if self._asks(row, growing.growth, limits[b]):
+                    break
         if policy.pays:
+            for b in chosen:
+                rows[b].tree = self._growing[b].growth.tree()
             self._levels.note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
 
-    def _without_those_that_wait(
-        self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
-    ) -> Sequence[int]:
-        """The limits, 0 for rows that draft what pays if nothing does."""
-        paying = [b for b, limit in enumerate(limits) if limit > 0 and rows[b].policy.pays]
+    def _let_wait(self, rows: Sequence[Row], prices: Prices | None) -> None:
+        """Ends the trees of rows that draft what pays with what was found in their texts, if no step of the draft
+        does."""
+        paying = {b: growing.growth for b, growing in self._growing.items() if rows[b].policy.pays}
         if not paying or prices is None:
-            return limits
+            return
         unseen = [len(rows[b].tokens) - self._offset - rows[b].draft_length for b in paying]
-        if prices.worth_beginning(unseen):
-            return limits
-        return [0 if b in paying else limit for b, limit in enumerate(limits)]
+        kept = [growth.kept_survival() for growth in paying.values()]
+        left_over = [growth.left_over(ROOT) for growth in paying.values()]
+        if not prices.worth_beginning(unseen, kept, left_over):
+            for growth in paying.values():
+                growth.open = []
 
     def _asks(self, row: Row, growth: Growth, limit: int) -> bool:
         """Whether a row asks for its pass before its tree has its full shape."""
@@ -262,6 +256,8 @@ class ModelDrafter(Drafter):
 
     def move(self, source: int, dest: int, row: Row) -> None:
         self.engine.move_row(source, dest, row.draft_length)
+        if row.policy.recalls:
+            self._recall.move(source, dest, row)
         if self._features_BTF is not None:
             self._features_BTF[dest] = self._features_BTF[source]
 
@@ -404,10 +400,9 @@ class _Growing:
     """
 
     growth: Growth
-    end: int = 0
+    end: int
     slots: dict[int, int] = field(default_factory=dict)
     step_rows: dict[int, int] = field(default_factory=dict)
-    _of_grown: list[int | None] = field(default_factory=list)
 
     def ancestors(self, candidate: int) -> list[int]:
         """Slots of the candidates before one, the text's left out."""
@@ -416,18 +411,16 @@ class _Growing:
             found.append(self.slots[candidate])
         return found[::-1]
 
-    def note_grown(self, taken: Sequence[int | None], level: int, parents: Sequence[int]) -> None:
+    def note_grown(self, taken: Mapping[int, int], level: int, parents: Sequence[int]) -> None:
         """An engine has grown a level by itself.
 
         Args:
-            taken: which candidates its guesses are.
-            parents: of the guesses of each node that got children, counted among all of its guesses: their slots follow
-                one another.
+            taken: which candidates those that it has grown so far are, by their numbers there.
+            parents: the numbers of those that got children: their slots follow one another.
         """
-        self._of_grown += taken
         if level:
             for parent in parents:
-                if (candidate := self._of_grown[parent]) is not None:
+                if (candidate := taken.get(parent)) is not None:
                     self.slots[candidate] = self.end
                 self.end += 1
 
@@ -445,11 +438,6 @@ class _Growing:
         return [self.slots[candidate] for candidate in takewhile(self.slots.__contains__, candidates)]
 
 
-def _shape_of(policy: Policy) -> tuple[object, ...]:
-    """What rows must have in common so that their trees grow together."""
-    return policy.children, policy.beam, policy.max_depth, policy.pays
-
-
 def _shared(
     tokens: Sequence[int], shares: Sequence[float], reject_prob: float | None, greedy: bool, survival: Survival
 ) -> list[Guess]:
@@ -457,7 +445,8 @@ def _shared(
     what is left.
 
     Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand. All are corrected
-    then by what came true of such shares before.
+        then by what came
+    true of such shares before.
     """
     first = 1 - reject_prob if reject_prob is not None and greedy else shares[0]
     left = (1 - first) / max(1 - shares[0], 1e-6)

@@ -17,6 +17,7 @@ from itertools import count
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.from_text import TextDrafter
 from ssv.runtime.decode.drafters.match_rates import MatchRates
+from ssv.runtime.decode.growth import Candidate, Guess
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT
 
@@ -36,6 +37,15 @@ class Suffix(TextDrafter["SuffixText"]):
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
         super().__init__(eos_ids, SuffixText)
+
+    def found(self, b: int, row: Row, limit: int) -> list[Candidate]:
+        """The same continuations of the text of row `b`, for a tree that others add to."""
+        text = self._texts[b]
+        text.extend(row.tokens)
+        return [
+            Candidate(Guess(node.token, node.share, 1 - node.share), node.parent, node.depth, node.survival)
+            for node in self._best(text, row, limit)
+        ]
 
     def draft(self, row: Row, text: SuffixText, limit: int, prices: Prices | None) -> None:
         nodes = self._best(text, row, limit)

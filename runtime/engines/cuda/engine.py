@@ -545,9 +545,8 @@ class _Buffers:
 
 
 def _grown(found: NDArray[np.int32], num: int) -> Grown:
-    tokens, parents = found[:num, 0].tolist(), found[:num, 1].tolist()
-    shares, risks = (found[:num, at].copy().view(np.float32).tolist() for at in (2, 3))
-    return Grown(tokens, parents, shares, risks)
+    tokens, parents, shares, risks = found[:num].T.copy()
+    return Grown(tokens, parents, shares.view(np.float32), risks.view(np.float32))
 
 
 # --- launching --------------------------------------------------------------------------------------------------------

@@ -48,20 +48,20 @@ def test_a_step_of_the_draft_must_bring_more_than_its_cost() -> None:
 def test_rows_begin_together() -> None:
     # One row: a rate of 1 and 0.1 for a place in the pass.
     worth = hoped(1.0, 0.1)
-    assert prices(0.1, worth - 0.01).worth_beginning([1])
-    assert not prices(0.1, worth + 0.01).worth_beginning([1])
+    assert prices(0.1, worth - 0.01).worth_beginning([1], [[]], [1.0])
+    assert not prices(0.1, worth + 0.01).worth_beginning([1], [[]], [1.0])
     # What has to be caught up with costs too, but not without end.
     dear = prices(0.1, worth - 0.05)
     dear = replace(dear, costs=dear.costs.model_copy(update={"text": 0.03}))
-    assert dear.worth_beginning([2]) and not dear.worth_beginning([3])
+    assert dear.worth_beginning([2], [[]], [1.0]) and not dear.worth_beginning([3], [[]], [1.0])
     cheap = prices(0.1, worth - 0.1)
-    assert replace(cheap, costs=cheap.costs.model_copy(update={"text": 0.03})).worth_beginning([50])
+    assert replace(cheap, costs=cheap.costs.model_copy(update={"text": 0.03})).worth_beginning([50], [[]], [1.0])
     # Eight rows: a pass over their roots takes 1.7 seconds and one over as many nodes more 2.5.
     rate, further = 8 / 1.7, 0.8 / 8
     gain = 8 * hoped(1.0, rate * further)
     step = 1 + 0.1 * 7  # in units of the draft's first token
-    assert prices(0.1, gain / rate / step * 0.99, 8).worth_beginning([2] * 8)
-    assert not prices(0.1, gain / rate / step * 1.01, 8).worth_beginning([2] * 8)
+    assert prices(0.1, gain / rate / step * 0.99, 8).worth_beginning([2] * 8, [[]] * 8, [1.0] * 8)
+    assert not prices(0.1, gain / rate / step * 1.01, 8).worth_beginning([2] * 8, [[]] * 8, [1.0] * 8)
 
 
 def test_a_step_is_shared_by_those_that_take_part() -> None:

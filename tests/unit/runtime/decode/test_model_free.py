@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 from drive import text_of
-from torch import Tensor
 
-from fakes import EOS, VOCAB_SIZE, FakeTarget, FakeTokenizer
+from fakes import EOS, VOCAB_SIZE, FakeTarget, FakeTokenizer, RepeatingTarget
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode import round as module
 from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import Verdict, walk
-from ssv.runtime.engines.contract import StepOutput
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import LOOKAHEAD, PROMPT_LOOKUP, SUFFIX
 from ssv.runtime.request import Output, Request, SamplingParams
@@ -41,18 +39,6 @@ def costs(passes: tuple[float, float], drafts: tuple[float, float]) -> Costs:
 
 CHEAP = costs((1.0, 1.5), (1.0, 1.0))
 DEAR = costs((1.0, 40.0), (1.0, 1.0))
-
-
-class RepeatingTarget(FakeTarget):
-    """What follows a token depends on that token alone: greedy text soon goes in a circle, sampled text repeats
-    often."""
-
-    def step(
-        self, input_ids_BT: Tensor, first_slot_B: Tensor, gather_rows_R: Tensor, *args: Any, **options: Any
-    ) -> Any:
-        out = super().step(input_ids_BT, first_slot_B, gather_rows_R, *args, **options)
-        states_R = input_ids_BT.flatten()[gather_rows_R]
-        return StepOutput(out.hidden_RH, 2 * self.logits_NV[states_R], out.features_BTF)
 
 
 def make_llm(target: type[FakeTarget], seed: int, **options: Any) -> LLM:

@@ -1,0 +1,95 @@
+"""How deep trees are grown at once: by what levels brought, and by what rounds really gave."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ssv.bundle.profile import Costs, Curve
+from ssv.runtime.decode.costs import Prices
+from ssv.runtime.decode.drafters.levels import RETRY, TRIALS, Levels
+from ssv.runtime.decode.growth import likely_groups
+from ssv.runtime.engines.contract import Grown, TreeShape
+
+
+def prices(level: float, begin: float = 0.1, further: float = 0.01, num_rows: int = 1) -> Prices:
+    """A pass of one token costs 1."""
+    target = Curve(tokens=(1, 101), seconds=(1.0, 1.0 + 100 * further))
+    costs = Costs(target=target, draft=Curve(tokens=(1, 2), seconds=(level, level)), begin=begin)
+    return Prices(costs, num_rows)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_cheap_levels_are_many_and_dear_ones_few() -> None:
+    assert Levels(8).worth(prices(0.001), 8, 4) == 8
+    assert Levels(8).worth(prices(0.001), 3, 4) == 3
+    # By hand: 1.8 / 1.47, 2.44 / 1.84, 2.95 / 2.21, 3.36 / 2.58 tokens a second.
+    assert Levels(8).worth(prices(0.35), 8, 4) == 3
+    assert Levels(8).worth(prices(1.0), 8, 4) == 0
+
+
+def test_levels_follow_what_the_last_ones_brought() -> None:
+    levels = Levels(8)
+    assert levels.worth(prices(0.05), 8, 4) >= 6
+    for _ in range(40):
+        levels.note(6, [[(2, 0.3), (1, 0.05), (1, 0.01)]])
+    assert levels.worth(prices(0.05), 8, 4) == 1
+    for _ in range(60):  # deeper ones are taken to follow
+        levels.note(1, [[(2, 0.9)]])
+    assert levels.worth(prices(0.05), 8, 4) >= 5
+
+
+def run(levels: Levels, clock: Clock, drafted: tuple[float, int], plain: float, rounds: int) -> list[int]:
+    """Rounds of one row: seconds and tokens with a draft, seconds without; returns the levels of each."""
+    found, tokens = [], 10
+    for _ in range(rounds):
+        levels.begin(1, tokens)
+        found.append(levels.worth(prices(0.01), 8, 4))
+        clock.now += drafted[0] if found[-1] else plain
+        tokens += drafted[1] if found[-1] else 1
+    return found
+
+
+def test_what_loses_by_the_clock_is_left_though_its_costs_said_otherwise() -> None:
+    """A draft gives two tokens a round, in three times the time: the host's, which nobody had measured."""
+    clock = Clock()
+    found = run(levels := Levels(8, clock), clock, (3.0, 2), 1.0, 300)
+    assert all(found[:TRIALS]) and sum(map(bool, found)) < 5 * (TRIALS + 2)
+    assert any(found[RETRY:])  # it is tried again
+    clock.now += 1000.0  # an interruption is not a round
+    found = run(levels, clock, (1.1, 3), 1.0, 2 * RETRY)
+    assert all(found[-RETRY // 2 :])  # and taken up where it has come to pay
+
+
+def test_what_wins_by_the_clock_stays() -> None:
+    clock = Clock()
+    assert all(run(Levels(8, clock), clock, (1.2, 3), 1.0, 100))
+
+
+def test_the_candidates_that_survive_most_probably_are_told_apart() -> None:
+    shape = TreeShape(levels=2, beam=2, children=2)
+    grown = Grown(
+        tokens=np.array([5, 6, 7, 8, 9, 3], dtype=np.int32),
+        parents=np.array([-1, -1, 0, 0, 1, 1], dtype=np.int32),
+        shares=np.array([0.6, 0.3, 0.5, 0.4, 0.9, 0.01], dtype=np.float32),
+        risks=np.array([0.4, 0.7, 0.5, 0.6, 0.1, 0.99], dtype=np.float32),
+    )
+
+    def numbers(ends: tuple[int, ...] = (), most: int = 6, max_depth: int = 9) -> list[list[tuple[int, list[int]]]]:
+        found = likely_groups(grown, shape, ends, most, max_depth)
+        return [[(parent, [number for number, _ in group]) for parent, group in level] for level in found]
+
+    assert numbers() == [[(-1, [0, 1])], [(0, [2, 3]), (1, [4, 5])]]
+    assert numbers(most=4) == [[(-1, [0, 1])], [(0, [2]), (1, [4])]]  # 0.3, 0.27; not 0.24
+    assert numbers(most=1) == [[(-1, [0, 1])], []]
+    assert numbers(ends=(5,)) == [[(-1, [0, 1])], [(1, [4, 5])]]
+    assert numbers(max_depth=1) == [[(-1, [0, 1])]]
+    (_, ((parent, ((number, guess), *_)), *_)) = likely_groups(grown, shape, (), 6, 9)
+    assert (parent, number, guess.token) == (0, 2, 7)
+    assert guess.share == pytest.approx(0.5) and guess.risk == pytest.approx(0.5)
