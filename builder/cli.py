@@ -85,9 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
     convert = command(
-        "convert-heads", _convert_heads, "make a safetensors file of Medusa's heads that their authors pickled"
+        "convert-heads", _convert_heads, "make a safetensors file of Medusa or EAGLE-3 heads that were pickled"
     )
-    convert.add_argument("file", type=Path, help="medusa_lm_head.pt")
+    convert.add_argument("file", type=Path, help="medusa_lm_head.pt, or an EAGLE-3 head's pytorch_model.bin")
     convert.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     scorer = recipe_command("scorer", _scorer, "fit the criticality scorer of a draft")
     scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
@@ -167,6 +167,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of states and logits (default: %(default)s)",
     )
     kernels.add_argument("--out", type=Path, required=True, help="folder to write")
+    export = command("export", _export, "write a bundle's draft as other engines load it")
+    export.add_argument("layout", choices=["speculators", "eagle3"], help="speculators for vLLM, eagle3 for SGLang")
+    export.add_argument("--bundle", type=Path, required=True, help="whose draft it is")
+    export.add_argument(
+        "--verifier",
+        help="name or path of the target, for who starts from the draft (default: the bundle's own, by its path)",
+    )
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
     profile = command("profile", _profile, "measure what steps cost here, for what is drafted by what pays")
     profile.add_argument("--bundle", type=Path, required=True, help="what to measure, and where the profile is kept")
     add_engine(profile)
@@ -224,7 +232,7 @@ def _distill_draft(recipe: Recipe, target: Target, out: Path, work: Path, device
     check_distillation(recipe, target)
     out.parent.mkdir(parents=True, exist_ok=True)
     with terminal_report() as report:
-        result = make_draft(target, recipe.draft.distill, work, device, report)
+        result = make_draft(target, recipe.draft.distilled(), work, device, report)
     save_draft(result.draft, out)
     return {
         "agreement_by_depth": [round(a, 4) for a in result.agreement],
@@ -261,6 +269,14 @@ def _convert_heads(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from ssv.builder.export import export_draft
+
+    export_draft(args.bundle, args.layout, args.out, args.verifier)
+    print(f"draft written to {args.out}", file=sys.stderr)
+    return 0
+
+
 def _scorer(args: argparse.Namespace) -> int:
     from ssv.builder.pair import make_scorer
     from ssv.builder.preflight import check_openings
@@ -270,10 +286,12 @@ def _scorer(args: argparse.Namespace) -> int:
 
     require_device(args.device)
     recipe = _recipe(args)
-    target = load_target(recipe.target.locate())
-    check_openings(recipe.draft.distill.openings_file, target)
+    if recipe.scorer is None:
+        raise RecipeError(f"{args.recipe}: scorer is null", "leave it out, or say how it is to be fitted")
+    target, openings = load_target(recipe.target.locate()), recipe.scorer_openings
+    check_openings(openings, target)
     with terminal_report() as report:
-        scorer, fitted = make_scorer(target, args.draft, recipe.scorer.fit, recipe.draft.distill, args.device, report)
+        scorer, fitted = make_scorer(target, args.draft, recipe.scorer.fit, openings, args.device, report)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_scorer(scorer, args.out)
     document = json.dumps(fitted.to_dict(), indent=1)

@@ -86,6 +86,8 @@ class DistillConfig(TrainingConfig):
     Attributes:
         layers: conditioned: target layers whose hidden states the draft sees; standalone: target layers it starts from.
         head_size: tokens that the draft's LM head covers; null for the whole vocabulary.
+        join: how a conditioned draft joins token and features: at its `input`, or in its first layer's query, key and
+            value, as an EAGLE-3 head does, which other engines load (`ssv-build export`).
         depth: own steps that a conditioned draft is trained deep.
         depth_decay: weight of each depth's loss, relative to the one before.
         start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative
@@ -95,6 +97,7 @@ class DistillConfig(TrainingConfig):
     kind: Literal["conditioned", "standalone"] = "conditioned"
     layers: Annotated[list[Layer], Field(min_length=1), AllDifferent]
     head_size: PositiveInt | None = 16384
+    join: Literal["input", "eagle3"] = "input"
     depth: PositiveInt = 5
     depth_decay: Share = 0.9
     start_from: Path | None = None
@@ -102,6 +105,12 @@ class DistillConfig(TrainingConfig):
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DistillConfig:
         return _deep_in_window(self)
+
+    @model_validator(mode="after")
+    def _joins_what_is_there(self) -> DistillConfig:
+        if self.kind == "standalone" and self.join != "input":
+            raise ValueError(f"join {self.join} is for a conditioned draft: a standalone one has no features")
+        return self
 
 
 class HeadsConfig(TrainingConfig):
@@ -171,14 +180,43 @@ class TargetConfig(_Strict):
 
 
 class DraftConfig(_Strict):
-    """The draft: how it is distilled, and a file to take instead if that has been done.
+    """The draft: how it is distilled, or what to take instead. Paths are relative to the recipe.
 
     Attributes:
-        file: a draft written by `ssv-build distill`, relative to the recipe; null to distill it.
+        file: a draft written by `ssv-build distill`, or the safetensors file of a published EAGLE-3 head, whose
+            config.json lies beside it.
+        folder: a published EAGLE-3 head.
+        checkpoint: a language model with the target's tokens, a Hugging Face folder or a GGUF file.
+        distill: how one is made; may be left out where one is given.
     """
 
     file: Path | None = None
-    distill: DistillConfig
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    distill: DistillConfig | None = None
+
+    @property
+    def is_given(self) -> bool:
+        return any(path is not None for path in (self.file, self.folder, self.checkpoint))
+
+    @model_validator(mode="after")
+    def _says_where_it_comes_from(self) -> DraftConfig:
+        given = [name for name in ("file", "folder", "checkpoint") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given: give one")
+        if not given and self.distill is None:
+            raise ValueError("give `distill`, how a draft is made, or one as `file`, `folder` or `checkpoint`")
+        return self
+
+    def distilled(self) -> DistillConfig:
+        """How a draft is made.
+
+        Raises:
+            RecipeError: the recipe does not say.
+        """
+        if self.distill is None:
+            raise RecipeError("draft.distill is left out: the draft is given", "say how one is to be made")
+        return self.distill
 
 
 class HeadsPart(_Strict):
@@ -202,6 +240,7 @@ class ScorerConfig(_Strict):
         label: what counts as rejected: `mismatch`, the target's argmax differs; `divergence`, by more than `margin`
             nats.
         use_hidden: whether the draft's hidden state is a feature beside the three confidence features.
+        openings_file: as `TrainingConfig.openings_file`; null for the draft's.
         held_out_share: share of the samples that the report is made on.
     """
 
@@ -211,6 +250,7 @@ class ScorerConfig(_Strict):
     label: Literal["mismatch", "divergence"] = "mismatch"
     margin: Annotated[float, Field(ge=0.0)] = 1.0
     use_hidden: bool = True
+    openings_file: Path | None = None
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-5
     held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     seed: Seed = 1
@@ -244,15 +284,19 @@ class CalibrationConfig(_Strict):
         max_tokens: of each output.
         families: settings tried of (verify_above, risk_budget, max_pending), for the lossy tiers.
         accept_below: thresholds tried with each.
-        limits: largest divergence of each lossy tier.
+        limits: largest divergence of each lossy tier; {} for none of them.
         confidence: that a tier's true divergence on such prompts is below its limit.
     """
 
     prompts_file: Path
     num_prompts: PositiveInt | None = None
     max_tokens: PositiveInt = 128
-    families: Annotated[list[tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent]
-    accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent]
+    families: Annotated[list[tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent] = Field(
+        default_factory=lambda: [(0.3, 0.5, 6), (0.4, 0.6, 10)]
+    )
+    accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent] = Field(
+        default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3]
+    )
     limits: Limits = Field(default_factory=_usual_limits)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
 
@@ -358,6 +402,7 @@ class Recipe(_Strict):
 
     Attributes:
         heads: Medusa's, for the method `medusa`; null for a bundle without them.
+        scorer: null for a bundle without one, which has no lossy tiers.
         precision: what the torch engine runs in on a CPU unless told otherwise.
     """
 
@@ -365,10 +410,26 @@ class Recipe(_Strict):
     target: TargetConfig
     draft: DraftConfig
     heads: HeadsPart | None = None
-    scorer: ScorerPart = ScorerPart()
+    scorer: ScorerPart | None = ScorerPart()
     calibration: CalibrationPart
     precision: TorchPrecision = "int8"
     engines: list[EngineConfig] = Field(default_factory=list)
+
+    @property
+    def scorer_openings(self) -> Path | None:
+        """Openings of the conversations that the scorer is fitted on."""
+        mine = self.scorer.fit.openings_file if self.scorer is not None else None
+        return mine or (self.draft.distill.openings_file if self.draft.distill is not None else None)
+
+    @model_validator(mode="after")
+    def _scores_what_it_trusts(self) -> Recipe:
+        if self.scorer is None and self.calibration.file is None and self.calibration.make.limits:
+            tiers = " and ".join(self.calibration.make.limits)
+            raise ValueError(
+                f"scorer is null, and {tiers} trust tokens by their score: leave `scorer` out to have one fitted, or "
+                "give `limits: {}` in calibration.make"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_each_engine_once(self) -> Recipe:
@@ -418,6 +479,7 @@ _PATHS = (
     ("start_from",),
     ("prompts_file",),
     ("draft", "file"),
+    ("draft", "folder"),
     ("heads", "file"),
     ("scorer", "file"),
     ("calibration", "file"),

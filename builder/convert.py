@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ssv.model.checkpoint import CheckpointError
+from ssv.model.eagle3 import is_eagle3
 from ssv.model.heads import from_published
 from ssv.support.files import save_whole
 
 
 def convert_heads(source: Path, out: Path) -> None:
-    """Makes a safetensors file, which `load_heads` reads, of a file of Medusa's heads that `torch.save` made.
+    """Makes a safetensors file of a file that `torch.save` made: of Medusa's heads, for `load_heads`, or of an EAGLE-3
+    head, for `read_eagle3`.
 
     torch reads it with its unpickler for weights alone, which makes tensors and containers of them and calls nothing
     else.
@@ -34,6 +36,7 @@ def convert_heads(source: Path, out: Path) -> None:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise CheckpointError(f"{source} is no table of tensors by name, as Medusa's heads are")
-    from_published(state, source)
+        raise CheckpointError(f"{source} is no table of tensors by name, as heads are")
+    if not is_eagle3(state):
+        from_published(state, source)
     save_whole({name: value.contiguous().clone() for name, value in state.items()}, out, metadata={"format": "pt"})

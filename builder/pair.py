@@ -27,6 +27,7 @@ from ssv.builder.config import (
     ScorerConfig,
     checked,
 )
+from ssv.builder.given import given_files, write_given
 from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
 from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
@@ -42,6 +43,7 @@ from ssv.builder.training.quantize_job import quantize
 from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
 from ssv.builder.training.work import training_source
 from ssv.bundle.manifest import (
+    SCORER,
     Manifest,
     TierEntry,
     digest,
@@ -86,9 +88,13 @@ def make_heads(target: Target, config: HeadsConfig, work: Path, device: str, rep
 
 
 def make_scorer(
-    target: Target, draft_path: Path, config: ScorerConfig, distilled: DistillConfig, device: str, report: Report
+    target: Target, draft_path: Path, config: ScorerConfig, openings: Path | None, device: str, report: Report
 ) -> tuple[Scorer, ScorerReport]:
-    """Lets the target write conversations greedily and fits a scorer to the draft's proposals along them."""
+    """Lets the target write conversations greedily and fits a scorer to the draft's proposals along them.
+
+    Args:
+        openings: file of those that users' turns begin with.
+    """
     decoder = target.on(device)
     draft = load_draft(draft_path, target.decoder).to(device)
     draft.share_target(decoder, draft.token_ids)
@@ -96,7 +102,7 @@ def make_scorer(
     conversations = write_conversations(
         decoder,
         chat_pieces(target.tokenizer),
-        openings_of(distilled.openings_file, target),
+        openings_of(openings, target),
         rows=config.rows,
         window=config.window,
         seed=config.seed,
@@ -160,7 +166,7 @@ def build_pair(
 
 
 def calibration_document(
-    calibration: Calibration, made_for: dict[str, str], config: CalibrationConfig
+    calibration: Calibration, made_for: dict[str, str | None], config: CalibrationConfig
 ) -> dict[str, Any]:
     """What calibration.json holds.
 
@@ -180,12 +186,13 @@ def calibration_document(
     }
 
 
-def made_for(bundle: Path, target_sha256: str) -> dict[str, str]:
-    """SHA-256 of what a calibration depends on."""
+def made_for(bundle: Path, target_sha256: str) -> dict[str, str | None]:
+    """SHA-256 of what a calibration depends on; None for a scorer that is not there."""
+    scorer = bundle / SCORER
     return {
         "target": target_sha256,
         "draft": file_entry(bundle / "draft" / "draft.safetensors").sha256,
-        "scorer": file_entry(bundle / "scorer.safetensors").sha256,
+        "scorer": file_entry(scorer).sha256 if scorer.is_file() else None,
     }
 
 
@@ -207,19 +214,19 @@ def _write_target(parts: Parts, target: Target) -> None:
 
 def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, report: Report) -> Draft:
     path = parts.stage.bundle / "draft" / "draft.safetensors"
-    given = recipe.draft.file
+    config = recipe.draft
     source: tuple[object, ...]
-    if given is not None:
-        source = (file_entry(given).sha256,)
+    if config.is_given:
+        source = tuple(file_entry(file).sha256 for file in given_files(config))
     else:
-        source = (training_source(recipe.draft.distill), target.text_sha256)
+        source = (training_source(config.distilled()), target.text_sha256)
     if not parts.reuse("draft", target.sha256, *source):
         path.parent.mkdir(exist_ok=True)
-        if given is not None:
-            shutil.copyfile(given, path)
+        if config.is_given:
+            write_given(config, target, path)
         else:
             work = _work_folder(parts)
-            save_draft(make_draft(target, recipe.draft.distill, work, device, report).draft, path)
+            save_draft(make_draft(target, config.distilled(), work, device, report).draft, path)
         parts.finish("draft")
     return load_draft(path, target.decoder)
 
@@ -249,19 +256,23 @@ def _work_folder(parts: Parts, part: str = "draft") -> Path:
 
 
 def _write_scorer(parts: Parts, recipe: Recipe, target: Target, device: str, hidden_size: int, report: Report) -> None:
-    path = parts.stage.bundle / "scorer.safetensors"
-    given, openings = recipe.scorer.file, recipe.draft.distill.openings_file
+    """The scorer, if the recipe has one."""
+    if recipe.scorer is None:
+        return
+    path = parts.stage.bundle / SCORER
+    given, openings = recipe.scorer.file, recipe.scorer_openings
     source: tuple[object, ...]
     if given is not None:
         source = (file_entry(given).sha256,)
     else:
-        source = (recipe.scorer.fit.model_dump(mode="json"), _content(openings), target.text_sha256)
+        settings = recipe.scorer.fit.model_dump(mode="json", exclude={"openings_file"})
+        source = (settings, _content(openings), target.text_sha256)
     if not parts.reuse("scorer", parts.sources["draft"], *source):
         if given is not None:
             shutil.copyfile(given, path)
         else:
             draft_path = parts.stage.bundle / "draft" / "draft.safetensors"
-            scorer, fitted = make_scorer(target, draft_path, recipe.scorer.fit, recipe.draft.distill, device, report)
+            scorer, fitted = make_scorer(target, draft_path, recipe.scorer.fit, openings, device, report)
             save_scorer(scorer, path)
             write_json(parts.stage.bundle / "scorer.json", fitted.to_dict())
         parts.finish("scorer")
@@ -295,7 +306,7 @@ def _write_calibration(
             parts.sources["ranges"],
             recipe.precision,
         )
-    if parts.reuse("calibration", parts.sources["scorer"], *source):
+    if parts.reuse("calibration", parts.sources.get("scorer", parts.sources["draft"]), *source):
         return
     mine = made_for(bundle, target.sha256)
     if given is not None:

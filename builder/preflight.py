@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
 from ssv.builder.config import CalibrationConfig, HeadsPart, Recipe, RecipeError
+from ssv.builder.given import check_given, made_as
 from ssv.builder.target import Target, openings_of
 from ssv.builder.tensorrt.engine import check_length, tensorrt_for
 from ssv.builder.training.corpus import chat_pieces
+from ssv.builder.training.distill import spec_to_distill
 from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, TierEntry, file_entry
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.bundle.survival import Survival
-from ssv.model.draft import Draft, draft_spec, load_draft
+from ssv.model.draft import load_draft
 from ssv.model.heads import heads_spec, load_heads
 from ssv.model.scorer import load_scorer
 from ssv.support.errors import UserError
@@ -33,16 +36,18 @@ def check_settings(recipe: Recipe) -> None:
     given = {
         "draft.file": recipe.draft.file,
         "heads.file": recipe.heads.file if recipe.heads is not None else None,
-        "scorer.file": recipe.scorer.file,
+        "scorer.file": recipe.scorer.file if recipe.scorer is not None else None,
         "calibration.file": recipe.calibration.file,
     }
-    if recipe.draft.file is None:
-        given["draft.distill.start_from"] = recipe.draft.distill.start_from
+    if not recipe.draft.is_given:
+        given["draft.distill.start_from"] = recipe.draft.distilled().start_from
     for key, path in given.items():
         if path is not None and not path.is_file():
             raise RecipeError(
                 f"{key}: {path} is not there", "give a file that exists, or leave the key out to have it made"
             )
+    if (folder := recipe.draft.folder) is not None and not folder.is_dir():
+        raise RecipeError(f"draft.folder: {folder} is not there", "give the folder of a published head")
     for index, engine in enumerate(recipe.engines):
         if engine.checkpoint is not None and not engine.checkpoint.exists():
             raise RecipeError(f"engines.{index}.checkpoint: {engine.checkpoint} is not there", "give one that exists")
@@ -87,28 +92,28 @@ def check_recipe(recipe: Recipe, target: Target) -> None:
     Raises:
         UserError: naming what is wrong.
     """
-    positions = target.spec.max_positions
-    distill, fit = recipe.draft.distill, recipe.scorer.fit
-    draft: Draft | None = None
-    if recipe.draft.file is not None:
-        draft = load_draft(recipe.draft.file, target.decoder)
+    draft = target.spec
+    if recipe.draft.is_given:
+        draft = check_given(recipe.draft, target).decoder
     else:
         check_distillation(recipe, target)
+    positions = min(target.spec.max_positions, draft.max_positions)
     if recipe.heads is not None:
         check_heads(recipe.heads, target)
-    hidden_size = target.spec.hidden_size if draft is None else draft.spec.decoder.hidden_size
-    if recipe.scorer.file is not None:
-        load_scorer(recipe.scorer.file, hidden_size)
+    if recipe.scorer is None:
+        pass
+    elif recipe.scorer.file is not None:
+        load_scorer(recipe.scorer.file, draft.hidden_size)
     else:
-        check_openings(distill.openings_file, target)
-        _require_positions("scorer.fit.window", fit.window, positions)
+        check_openings(recipe.scorer_openings, target)
+        _require_positions("scorer.fit.window", recipe.scorer.fit.window, positions)
         chat_pieces(target.tokenizer)
     if recipe.calibration.file is None:
-        check_lengths(recipe.calibration.make, target)
+        check_lengths(recipe.calibration.make, target, positions)
     else:
         _check_made_for(recipe, target)
     for engine in recipe.engines:
-        check_length(engine, positions)
+        check_length(engine, target.spec.max_positions if engine.role == "target" else draft.max_positions)
 
 
 def check_distillation(recipe: Recipe, target: Target) -> None:
@@ -117,8 +122,8 @@ def check_distillation(recipe: Recipe, target: Target) -> None:
     Raises:
         UserError: naming what is wrong.
     """
-    config = recipe.draft.distill
-    spec = draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
+    config = recipe.draft.distilled()
+    spec = spec_to_distill(target.spec, config)
     _require_positions("draft.distill.window", config.window, target.spec.max_positions)
     check_openings(config.openings_file, target)
     chat_pieces(target.tokenizer)
@@ -161,13 +166,16 @@ def check_openings(file: Path | None, target: Target) -> None:
         raise RecipeError(f"openings_file: {file} holds no openings", "give one a line, or leave the key out")
 
 
-def check_lengths(config: CalibrationConfig, target: Target) -> None:
+def check_lengths(config: CalibrationConfig, target: Target, positions: int | None = None) -> None:
     """Checks that every calibration prompt and its output fit the model.
+
+    Args:
+        positions: of target and draft; None for the target's.
 
     Raises:
         RecipeError: naming the first that does not.
     """
-    room = target.spec.max_positions - RESERVED_LENGTH
+    room = (positions or target.spec.max_positions) - RESERVED_LENGTH
     encoder = target.conversation_encoder()
     for number, prompt in enumerate(read_prompts(config.prompts_file)[: config.num_prompts], start=1):
         length = len(encoder.chat_ids([{"role": "user", "content": prompt}]))
@@ -216,20 +224,21 @@ def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
 def _check_made_for(recipe: Recipe, target: Target) -> None:
     """Refuses a calibration that was made for other files than those that the recipe gives."""
     assert recipe.calibration.file is not None
-    mine = {"target": target.sha256}
-    mine |= {
-        role: file_entry(file).sha256
-        for role, file in (("draft", recipe.draft.file), ("scorer", recipe.scorer.file))
-        if file is not None
-    }
+    mine: dict[str, str | None] = {"target": target.sha256}
+    if (draft := made_as(recipe.draft)) is not None:
+        mine["draft"] = file_entry(draft).sha256
+    if recipe.scorer is None:
+        mine["scorer"] = None
+    elif recipe.scorer.file is not None:
+        mine["scorer"] = file_entry(recipe.scorer.file).sha256
     refuse_other(recipe.calibration.file, mine)
 
 
-def refuse_other(calibration: Path, mine: dict[str, str]) -> None:
+def refuse_other(calibration: Path, mine: Mapping[str, str | None]) -> None:
     """Refuses a calibration that was made for something else.
 
     Args:
-        mine: SHA-256 of target, draft and scorer.
+        mine: SHA-256 of target, draft and scorer, None for a scorer that is not there.
 
     Raises:
         BundleError: naming what differs.

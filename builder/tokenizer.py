@@ -42,6 +42,45 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
     Raises:
         CheckpointError: it cannot be read, or lacks a chat template that works.
     """
+    source = folder or path
+    tokenizer = _read(path, folder)
+    tokenizer.chat_template = _one_template(source, tokenizer.chat_template)
+    _render(source, tokenizer, [{"role": "user", "content": _USER}], add_generation_prompt=True)
+    return tokenizer
+
+
+def check_same_tokens(path: Path, rows: int, target: Any, target_rows: int) -> None:
+    """Checks that a draft's tokens are its target's: what its embedding has beyond them is padding, for which llama.cpp
+    writes tokens called [PAD151669] and so on.
+
+    Args:
+        path: the draft's checkpoint.
+        rows, target_rows: of the embeddings of both.
+        target: the target's tokenizer.
+
+    Raises:
+        CheckpointError: naming the first token that differs, or that an embedding has no row for.
+    """
+    mine, theirs = (
+        {token: text for text, token in each.get_vocab().items() if text != f"[PAD{token}]"}
+        for each in (_read(path), target)
+    )
+    for token in sorted(mine.keys() | theirs.keys()):
+        if mine.get(token) != theirs.get(token):
+            said = [repr(vocab[token]) if token in vocab else "no token" for vocab in (mine, theirs)]
+            raise CheckpointError(
+                f"{path}: token {token} is {said[0]}, the target's is {said[1]}",
+                "a standalone draft needs the target's vocabulary: give a smaller model of its family",
+            )
+    if max(mine, default=0) >= min(rows, target_rows):
+        raise CheckpointError(
+            f"{path}: the tokenizer has token {max(mine)}, and the embeddings have {rows} and {target_rows} rows",
+            "give the files of one model",
+        )
+
+
+def _read(path: Path, folder: Path | None = None) -> Any:
+    """Reads a tokenizer, whatever its chat template is."""
     from transformers import AutoTokenizer
 
     is_gguf = folder is None and path.is_file()
@@ -76,8 +115,6 @@ def load_tokenizer(path: Path, folder: Path | None = None) -> Any:
     # A chat's prompt must not be cut or padded to the lengths of a training run.
     backend.no_truncation()
     backend.no_padding()
-    tokenizer.chat_template = _one_template(source, tokenizer.chat_template)
-    _render(source, tokenizer, [{"role": "user", "content": _USER}], add_generation_prompt=True)
     return tokenizer
 
 

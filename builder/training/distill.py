@@ -29,6 +29,7 @@ from ssv.builder.training.work import (
     training_source,
     write_corpus,
 )
+from ssv.model.checkpoint import DecoderSpec
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
 from ssv.support.errors import UserError
@@ -183,7 +184,8 @@ class _Trainer:
 
     def run(self, report: Report) -> None:
         self.step = restore_training(self.state_path, self.parameters, self.optimizers)
-        if self.step == 0 and self.draft.conditioned and self.config.start_from is None:
+        has_join = self.draft.conditioned and self.draft.spec.eagle3 is None
+        if self.step == 0 and has_join and self.config.start_from is None:
             left = fit_start(self.target, self.draft, self.windows.spread(_START_TOKENS // self.config.window))
             report("train", 0, self.num_steps, f"least-squares start, {left:.2f} of the features left")
         while self.step < self.num_steps:
@@ -228,8 +230,17 @@ class _Trainer:
         save_draft(self.draft, self.state_path.with_name("draft.safetensors"))
 
 
+def spec_to_distill(target: DecoderSpec, config: DistillConfig) -> DraftSpec:
+    """Spec of the draft that is asked for.
+
+    Raises:
+        UserError: see `draft_spec`.
+    """
+    return draft_spec(target, config.kind, tuple(config.layers), config.head_size, eagle3=config.join == "eagle3")
+
+
 def _spec(target: Decoder, config: DistillConfig) -> DraftSpec:
-    return draft_spec(target.spec, config.kind, tuple(config.layers), config.head_size)
+    return spec_to_distill(target.spec, config)
 
 
 def _earlier(target: Decoder, config: DistillConfig) -> Draft | None:

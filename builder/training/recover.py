@@ -180,6 +180,7 @@ def _make_trainable(original: Decoder, trained: Decoder) -> dict[str, _Trainable
     trained.requires_grad_(False)
     ratios: dict[str, Tensor] = {}
     for index, (mine, theirs) in enumerate(zip(trained.blocks(), original.blocks(), strict=True)):
+        assert mine.attn_norm is not None and theirs.attn_norm is not None  # as every layer of a target has
         for name, norm, other in (
             ("qkv", mine.attn_norm, theirs.attn_norm),
             ("gate_up", mine.mlp_norm, theirs.mlp_norm),

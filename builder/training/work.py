@@ -25,13 +25,16 @@ from ssv.support.files import save_whole, write_json
 from ssv.support.progress import Report
 
 _FILES = ("openings_file", "start_from")
+_USUAL = {"join": "input"}
 
 
 def training_source(config: TrainingConfig) -> dict[str, Any]:
     """The settings that change what is trained, with the content of files: equal ones train the same."""
     files = {name: getattr(config, name) for name in _FILES if name in type(config).model_fields}
+    # A setting that is newer than bundles counts where it is not what they were made with.
+    unsaid = {name for name, value in _USUAL.items() if getattr(config, name, value) == value}
     return {
-        **config.model_dump(mode="json", exclude={*files, "checkpoint_every"}),
+        **config.model_dump(mode="json", exclude={*files, *unsaid, "checkpoint_every"}),
         **{name: None if path is None else file_entry(path).sha256 for name, path in files.items()},
     }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -45,19 +47,27 @@ TEMPLATE = (
 )
 
 
-def write_recipe(base: Path, *, heads: bool = False) -> Path:
-    """Path of a recipe, with Medusa's heads or without, in a folder with its target and its prompts."""
-    folder = base / "target"
+WORDS = ["<s>", "<e>", "user", "assistant", "<<first>>", "<<second>>", "<<third>>", *(f"w{i}" for i in range(105))]
+
+
+def write_checkpoint(
+    folder: Path, seed: int = 0, words: Sequence[str] = WORDS, template: str | None = TEMPLATE, **changes: Any
+) -> None:
+    """A Hugging Face folder of a model at random."""
     folder.mkdir()
-    spec = tiny_spec()
-    weights = {name: weight.contiguous() for name, weight in tiny_weights(spec).items()}
+    spec = tiny_spec(**changes)
+    weights = {name: weight.contiguous() for name, weight in tiny_weights(spec, seed).items()}
     save_file(weights, folder / "model.safetensors")
-    words = ["<s>", "<e>", "user", "assistant", "<<first>>", "<<second>>", "<<third>>", *(f"w{i}" for i in range(105))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", chat_template=TEMPLATE)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", chat_template=template)
     fast.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(hf_config(spec, [1], torch.float32)))
+
+
+def write_recipe(base: Path, *, heads: bool = False) -> Path:
+    """Path of a recipe, with Medusa's heads or without, in a folder with its target and its prompts."""
+    write_checkpoint(base / "target")
     lines = [
         json.dumps({"id": str(i), "prompt": " ".join(f"w{(7 * i + j) % 105}" for j in range(20))})
         for i in range(MIN_PROMPTS)
@@ -85,7 +95,7 @@ class Calibrator:
             policy = Policy(accept_below=accept_below, verify_above=0.4, risk_budget=0.6, max_pending=6)
             return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 1.5, 1.0, 0.6)
 
-        tiers = {"premium": trial(0.0), "balanced": trial(0.1), "turbo": trial(0.1)}
+        tiers = {"premium": trial(0.0), **{name: trial(0.1) for name in config.limits}}
         survival = SurvivalFit(Survival(greedy=((0.1, 0.9),), sampled=((0.0, 0.8),)), [])
         return Calibration(list(tiers.values()), tiers, COSTS, survival)
 

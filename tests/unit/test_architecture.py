@@ -56,6 +56,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runtime/decode/round.py",
         "runtime/llm.py",
         "builder/config.py",
+        "builder/tokenizer.py",
         "builder/target.py",
         "builder/training",
         "builder/tensorrt",
