@@ -139,7 +139,9 @@ def full(server: Busy) -> Iterator[None]:
     with ExitStack() as stack:
         for _ in range(server.max_rows + server.max_waiting):
             stack.enter_context(Stream(server.grpc_address)).send(*endless())
-        wait_until(lambda: metric(server.metrics_url, "ssv_requests_waiting") == server.max_waiting, "the queue is full")
+        wait_until(
+            lambda: metric(server.metrics_url, "ssv_requests_waiting") == server.max_waiting, "the queue is full"
+        )
         yield
 
 
