@@ -17,14 +17,15 @@ def shown(events: list[int], parts: list[int], limit: float, alpha: float = 0.05
     return bool(is_below(events, parts, limit, most=MOST, alpha=alpha))
 
 
-def test_a_wager_of_one_unit() -> None:
-    """The first bet is by a variance of 1/4, and 0.99 of the capital at the most; 30 of 40 parts without events pay
-    limit * 3/4."""
-    bet = min(math.sqrt(2 * math.log(1 / 0.6) / 0.25), 0.99)
-    reached = (1 / 0.6 - 1) / bet / 0.75
-    assert reached < 1
-    assert upper_bound([0], [30], most=MOST, alpha=0.6) == pytest.approx(reached, abs=1e-8)
-    assert shown([0], [30], reached + 1e-6, 0.6) and not shown([0], [30], reached - 1e-6, 0.6)
+@pytest.mark.parametrize("alpha", [0.6, 0.99])
+def test_a_wager_of_one_unit(alpha: float) -> None:
+    """The first bet is by a variance of 1/4, as nothing has been seen, and 0.99 of the capital at the most; 30 of 40
+    parts without events pay limit * 3/4."""
+    bet = min(math.sqrt(2 * math.log(1 / alpha) / 0.25), 0.99)
+    reached = (1 / alpha - 1) / bet / 0.75
+    assert reached < 1 and (bet < 0.99) == (alpha > 0.9)
+    assert upper_bound([0], [30], most=MOST, alpha=alpha) == pytest.approx(reached, abs=1e-8)
+    assert shown([0], [30], reached + 1e-6, alpha) and not shown([0], [30], reached - 1e-6, alpha)
 
 
 def test_the_bound_is_the_least_limit_that_is_shown() -> None:
