@@ -334,7 +334,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _asked_of_calibration(config: CalibrationConfig, args: argparse.Namespace) -> CalibrationConfig:
     """The recipe's settings, with what the command line says instead."""
-    limits: dict[str, object] = {**config.limits}
+    limits: dict[str, object] = dict(config.limits.items())
     for given in args.max_divergence:
         tier, _, share = given.rpartition("=")
         limits[tier or "balanced"] = share
