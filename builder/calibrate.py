@@ -1,20 +1,26 @@
 """Finds the tiers' thresholds by decoding real prompts under a grid of policies.
 
 The divergence of a run is the share of emitted tokens that the target, given the same prefix, would not have chosen. A
-lossy tier gets the cheapest policy whose divergence is below its limit with confidence. Policies of one family are
-tested in rising order of the threshold and only until the first fails, which keeps the chance of any wrong acceptance
-at the stated level however many are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et al. 2021,
-arXiv:2110.01052); it is shared out evenly among the families.
+lossy tier gets the cheapest policy that is shown to diverge less than its limit. Policies of one family are tested in
+rising order of the threshold, from the safest on, and only until the first fails, which keeps the chance of any wrong
+acceptance at the stated level however many are tried (fixed-sequence testing, as in Learn then Test, Angelopoulos et
+al. 2021, arXiv:2110.01052); it is shared out evenly among the families.
+
+Each test is a wager over the prompts (`ssv.support.intervals`), which holds for any number of them, however they
+differ. Prompts weigh by the tokens that they emit, as divergence does wherever it is shown: the promise is of all
+tokens that are emitted, not of the average prompt, of which a short answer with one divergent token would be a large
+part.
 
 How to decode is the caller's: `run` is given a policy and returns what each prompt came to.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from ssv.builder.config import CalibrationConfig
 from ssv.builder.survival_fit import SurvivalFit
@@ -22,31 +28,56 @@ from ssv.bundle.policy import Policy
 from ssv.bundle.profile import Costs
 from ssv.runtime.methods import PREMIUM
 from ssv.support.errors import UserError
+from ssv.support.intervals import MOST_UNITS, units_needed, upper_bound
 from ssv.support.progress import Report
 
-BOUND_KIND: Literal["asymptotic"] = "asymptotic"
-"""What kind of bound `upper_bound` gives: one that holds ever better with more prompts.
+BOUND_KIND: Literal["finite-sample"] = "finite-sample"
+BOUND_METHOD = "learn then test, each test by betting; prompts as units, weighed by their tokens"
 
-In simulations at a limit of 2 %, a bound that is nominally wrong in 5 % of calibrations was wrong in 5 to 9 % with 224
-prompts, in 14 % with 48 and in 37 % with 20.
-"""
-
-MIN_PROMPTS = 200
-"""Fewer are refused: their bound does not mean what it says."""
+_ORDER_SEED = 0
 
 
 def check_num_prompts(num_prompts: int, config: CalibrationConfig) -> None:
-    """Refuses too few prompts.
+    """Refuses prompts that are too few to show anything of the tightest limit.
 
     Raises:
-        UserError: too few for the bound of a lossy tier to mean what it says.
+        UserError: it could not be shown to be kept even if nothing diverged; with the number that it takes.
     """
-    if config.limits and num_prompts < MIN_PROMPTS:
-        raise UserError(
-            f"{config.prompts_file}: {num_prompts} prompts are too few to bound the divergence of "
-            f"{' and '.join(config.limits)} (20 would be wrong in 37 % of cases that promise 5 %)",
-            f"give at least {MIN_PROMPTS}",
-        )
+    if not config.limits:
+        return
+    tier, limit = min(config.limits.items(), key=lambda item: item[1])
+    needed = prompts_needed(limit, config)
+    if needed is not None and num_prompts >= needed:
+        return
+    usual = prompts_needed(limit, config, divergence=limit / 2)
+    raise UserError(
+        f"{config.prompts_file}: {num_prompts} prompts are too few to show, with confidence {config.confidence:g}, "
+        f"that {tier} diverges in at most {limit:.2g} of its tokens",
+        f"raise the limit: more than {MOST_UNITS} would be needed"
+        if needed is None or usual is None
+        else f"give at least {needed}, which suffice if none diverges; where half of the limit does, it takes about "
+        f"{usual}",
+    )
+
+
+def prompts_needed(limit: float, config: CalibrationConfig, *, divergence: float = 0.0) -> int | None:
+    """How many prompts it takes to show a limit to be kept.
+
+    Args:
+        divergence: of prompts that all emit as many tokens as they may.
+
+    Returns:
+        None for more than `MOST_UNITS`.
+    """
+    most = config.max_tokens
+    # As evenly as can be with whole tokens.
+    events_N = np.diff(np.floor(np.arange(1001) * divergence * most + 1e-9).astype(np.int64))
+    return units_needed(limit, most=most, alpha=_alpha(config), events_N=events_N)
+
+
+def _alpha(config: CalibrationConfig) -> float:
+    """The chance of a wrong choice that each family has."""
+    return (1 - config.confidence) / len(config.families)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +102,8 @@ class Trial:
 
     Attributes:
         divergence, divergence_margin: shares of the emitted tokens.
-        divergence_bound: upper confidence bound of `divergence`, prompts being the unit that is drawn.
+        divergence_bound: upper confidence bound of `divergence`.
+        by_category: of the prompts' categories: prompts, emitted and divergent tokens.
         cost: of a token, in target passes of one token, at the costs measured and as if each drafted token took a draft
             step.
     """
@@ -84,6 +116,7 @@ class Trial:
     target_tokens_per_token: float
     drafted_per_token: float
     cost: float
+    by_category: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "policy": self.policy.model_dump()}
@@ -107,33 +140,37 @@ class Calibration:
 
 
 def calibrate(
-    run: Callable[[Policy], Sequence[PromptResult]], config: CalibrationConfig, costs: Costs, report: Report
+    run: Callable[[Policy], Sequence[PromptResult]],
+    config: CalibrationConfig,
+    costs: Costs,
+    report: Report,
+    categories: Sequence[str] = (),
 ) -> Calibration:
     """Tries the grid and chooses.
 
     Args:
+        categories: of the prompts, in their order, for a report by category; none for no such report.
         costs: of steps where the trials run: they decide which of the admissible policies is the cheapest, nothing
             else.
 
     Raises:
-        UserError: a lossy tier's limit is not met even by the smallest threshold, or there are fewer than `MIN_PROMPTS`
-            prompts.
+        UserError: a lossy tier's limit is not shown to be kept even by the smallest threshold, or there are too few
+            prompts (`check_num_prompts`).
     """
     families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
     num_runs = 1 + len(families) * len(config.accept_below)
     trials: list[Trial] = []
-    # The chance of a wrong choice is shared out among the families.
-    confidence = 1 - (1 - config.confidence) / len(families)
+    safest: Sequence[PromptResult] = ()
 
-    def tried(policy: Policy) -> Trial:
+    def tried(policy: Policy) -> tuple[Trial, Sequence[PromptResult]]:
         results = run(policy)
         check_num_prompts(len(results), config)
-        trial = _trial(policy, results, costs, confidence)
+        trial = _trial(policy, results, costs, config, categories)
         trials.append(trial)
         report("calibrate", len(trials), num_runs, f"divergence {trial.divergence:.4f}, cost {trial.cost:.3f}")
-        return trial
+        return trial, results
 
-    premium = tried(PREMIUM)
+    premium, _ = tried(PREMIUM)
     limits: dict[str, float] = dict(config.limits.items())
     passed: dict[str, list[Trial]] = {tier: [] for tier in limits}
     for family in families:
@@ -141,7 +178,8 @@ def calibrate(
         for threshold in sorted(config.accept_below):
             if not open_tiers:
                 break
-            trial = tried(family.model_copy(update={"accept_below": threshold}))
+            trial, results = tried(family.model_copy(update={"accept_below": threshold}))
+            safest = min((each for each in (safest, results) if each), key=_divergence)
             open_tiers = {tier for tier in open_tiers if trial.divergence_bound <= limits[tier]}
             for tier in open_tiers:
                 passed[tier].append(trial)
@@ -149,58 +187,74 @@ def calibrate(
     tiers = {"premium": premium}
     for tier, candidates in passed.items():
         if not candidates:
-            raise UserError(
-                f"tier {tier}: no threshold keeps divergence below {limits[tier]} with confidence {config.confidence}",
-                "add smaller thresholds or more prompts, or raise the limit",
-            )
+            raise _nothing_shown(tier, limits[tier], config, safest)
         tiers[tier] = min(candidates, key=lambda t: t.cost)
     return Calibration(trials, tiers, costs)
 
 
-def _trial(policy: Policy, results: Sequence[PromptResult], costs: Costs, confidence: float) -> Trial:
+def _nothing_shown(tier: str, limit: float, config: CalibrationConfig, safest: Sequence[PromptResult]) -> UserError:
+    """What to say of a tier for which no policy is shown to keep its limit.
+
+    Args:
+        safest: what prompts came to under the policy that diverged least.
+    """
+    ordered = _ordered(safest)
+    needed = units_needed(
+        limit,
+        most=config.max_tokens,
+        alpha=_alpha(config),
+        events_N=[r.divergent for r in ordered],
+        parts_N=[r.emitted for r in ordered],
+    )
+    more = f"about {needed} prompts like these" if needed is not None else "more prompts than one has"
+    return UserError(
+        f"tier {tier}: no threshold is shown, with confidence {config.confidence:g}, to keep divergence below "
+        f"{limit:g}; the least measured is {_divergence(safest):.4f} on {len(safest)} prompts, and to show that takes "
+        f"{more}",
+        "add prompts or smaller thresholds, or raise the limit",
+    )
+
+
+def _ordered(results: Sequence[PromptResult]) -> list[PromptResult]:
+    """In an order that the file of prompts has no part in: bets go by the prompts before, and where these are sorted
+    they would learn of one kind and be put on another."""
+    return [results[i] for i in np.random.default_rng(_ORDER_SEED).permutation(len(results))]
+
+
+def _divergence(results: Sequence[PromptResult]) -> float:
+    return sum(r.divergent for r in results) / sum(r.emitted for r in results)
+
+
+def _trial(
+    policy: Policy, results: Sequence[PromptResult], costs: Costs, config: CalibrationConfig, categories: Sequence[str]
+) -> Trial:
     emitted = sum(r.emitted for r in results)
     passes = sum(r.target_passes for r in results)
     drafted = sum(r.drafted for r in results)
     seconds = passes * costs.target.at(
         sum(r.target_tokens for r in results) / max(passes, 1)
     ) + drafted * costs.draft.at(1)
+    ordered = _ordered(results)
     return Trial(
         policy=policy,
-        divergence=sum(r.divergent for r in results) / emitted,
+        divergence=_divergence(results),
         divergence_margin=sum(r.divergent_margin for r in results) / emitted,
-        divergence_bound=upper_bound([(r.divergent, r.emitted) for r in results], confidence),
+        divergence_bound=upper_bound(
+            [r.divergent for r in ordered], [r.emitted for r in ordered], most=config.max_tokens, alpha=_alpha(config)
+        ),
         target_passes_per_token=passes / emitted,
         target_tokens_per_token=sum(r.target_tokens for r in results) / emitted,
         drafted_per_token=drafted / emitted,
         cost=seconds / costs.target.at(1) / emitted,
+        by_category=_by_category(results, categories),
     )
 
 
-def upper_bound(counts: Sequence[tuple[int, int]], confidence: float, num_draws: int = 4000, seed: int = 0) -> float:
-    """Upper bound of sum(events) / sum(total) by the bootstrap over prompts.
-
-    The tokens of a prompt are not independent of each other, prompts are. The bound is asymptotic (`BOUND_KIND`).
-    With few events the bootstrap says too little (with none, 0), so the result is never below the exact bound for a
-    Poisson count of independent events.
-
-    Args:
-        counts: (events, total) of each prompt.
-    """
-    rng = random.Random(seed)
-    num_events, num_tokens = (sum(column) for column in zip(*counts, strict=True))
-    shares = []
-    for _ in range(num_draws):
-        drawn = rng.choices(counts, k=len(counts))
-        shares.append(sum(events for events, _ in drawn) / max(1, sum(total for _, total in drawn)))
-    shares.sort()
-    return max(
-        shares[min(num_draws - 1, int(confidence * num_draws))], poisson_upper(num_events, confidence) / num_tokens
-    )
-
-
-def poisson_upper(num_events: int, confidence: float) -> float:
-    """Returns the mean under which at most `num_events` have a chance of 1 - confidence: a quantile of the gamma
-    distribution."""
-    from scipy.special import gammaincinv  # type: ignore[import-untyped]  # other commands do without
-
-    return float(gammaincinv(num_events + 1, confidence))
+def _by_category(results: Sequence[PromptResult], categories: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    found: dict[str, list[PromptResult]] = {}
+    for category, result in zip(categories, results, strict=bool(categories)):
+        found.setdefault(category, []).append(result)
+    return {
+        category: (len(each), sum(r.emitted for r in each), sum(r.divergent for r in each))
+        for category, each in sorted(found.items())
+    }

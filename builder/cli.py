@@ -93,6 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     scorer.add_argument("--draft", type=Path, required=True, help="draft.safetensors")
     calibrate = recipe_command("calibrate", _calibrate, "find the tiers' thresholds of a bundle")
     calibrate.add_argument("--bundle", type=Path, required=True, help="bundle to calibrate")
+    calibrate.add_argument(
+        "--prompts", type=Path, help="JSON lines to decode, all of them (default: the recipe's prompts)"
+    )
+    calibrate.add_argument(
+        "--max-divergence",
+        action="append",
+        default=[],
+        metavar="[TIER=]SHARE",
+        help="limit of a lossy tier, of `balanced` if none is named; repeatable (default: the recipe's limits)",
+    )
+    calibrate.add_argument(
+        "--confidence",
+        type=float,
+        help="that each limit is kept on such prompts (default: the recipe's, which is 0.95 unless it says another)",
+    )
     add_max_rows(calibrate, "prompts decoded side by side")
     add_precision(calibrate)
     add_threads(calibrate)
@@ -313,7 +328,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     require_device(args.device)
     recipe = _recipe(args)
-    config = recipe.calibration.make
+    config = _asked_of_calibration(recipe.calibration.make, args)
     check_prompts(config)
     target = load_target(recipe.target.locate())
     check_lengths(config, target)
@@ -330,8 +345,45 @@ def _calibrate(args: argparse.Namespace) -> int:
     document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, document)
+    _print_by_category(calibration)
     print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))
     return 0
+
+
+def _asked_of_calibration(config: CalibrationConfig, args: argparse.Namespace) -> CalibrationConfig:
+    """The recipe's settings, with what the command line says instead."""
+    limits: dict[str, object] = dict(config.limits.items())
+    for given in args.max_divergence:
+        tier, _, share = given.rpartition("=")
+        limits[tier or "balanced"] = share
+    asked: dict[str, object] = {"limits": limits}
+    if args.confidence is not None:
+        asked["confidence"] = args.confidence
+    if args.prompts is not None:
+        asked |= {"prompts_file": args.prompts, "num_prompts": None}
+    return checked(CalibrationConfig, **{**config.model_dump(), **asked})
+
+
+def _print_by_category(calibration: Calibration) -> None:
+    """Shows on stderr what kinds of prompts diverged how much, as a person wants to see it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lossy = {name: trial for name, trial in calibration.tiers.items() if not trial.policy.lossless}
+    kinds = sorted({kind for trial in lossy.values() for kind in trial.by_category})
+    if not any(kinds):
+        return
+    table = Table("category", "prompts", *lossy)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind in kinds:
+        counts = [trial.by_category[kind] for trial in lossy.values()]
+        shares = [f"{divergent / emitted:.2%}" for _, emitted, divergent in counts]
+        table.add_row(kind or "-", str(counts[0][0]), *shares)
+    whole = [f"{trial.divergence:.2%} (bound {trial.divergence_bound:.2%})" for trial in lossy.values()]
+    table.add_section()
+    table.add_row("all", str(sum(trial[0] for trial in next(iter(lossy.values())).by_category.values())), *whole)
+    Console(stderr=True).print(table)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -442,12 +494,13 @@ def calibrate_bundle(
     from ssv.runtime.decode.round import DecodeBatch
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
-    from ssv.support.prompts import read_prompts
+    from ssv.support.prompts import read_categorized
 
     with waiting(f"loading {bundle}") as say:
         llm = LLM.load(bundle, device=device, max_batch=batch, precision=precision, threads=threads, say=say)
     params = SamplingParams(max_tokens=config.max_tokens)
-    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(config.prompts_file)[: config.num_prompts]]
+    given = read_categorized(config.prompts_file)[: config.num_prompts]
+    prompts, categories = [llm.chat_ids(prompt.text) for prompt in given], [prompt.category for prompt in given]
 
     def run(policy: Policy) -> list[PromptResult]:
         requests = [Request(ids, "calibration", params, policy=policy) for ids in prompts]
@@ -481,7 +534,7 @@ def calibrate_bundle(
     report("survival", 2, 2, "done")
     costs = llm.costs = llm.measure_costs(repeats=PROFILE_REPEATS)
     llm.survival = fitted.survival
-    return replace(calibrate(run, config, costs, report), survival=fitted)
+    return replace(calibrate(run, config, costs, report, categories), survival=fitted)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -21,8 +21,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 MaxPending = Annotated[int, Field(ge=1, le=MAX_PENDING)]
 """What the runtime's caches have room for."""
-Limit = Annotated[float, Field(gt=0.0, le=1.0)]
-"""No number of prompts shows that a divergence is 0."""
+Limit = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""No number of prompts shows that a divergence is 0, and none has to show that it is at most 1."""
 
 
 class RecipeError(UserError):
@@ -279,13 +279,14 @@ class CalibrationConfig(_Strict):
 
     Attributes:
         prompts_file: JSON lines with a `prompt` each, used for nothing else.
-        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds,
-            and one that holds less often; lossy tiers need `ssv.builder.calibrate.MIN_PROMPTS`.
+        num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds;
+            too few are refused (`ssv.builder.calibrate.check_num_prompts`).
         max_tokens: of each output.
         families: settings tried of (verify_above, risk_budget, max_pending), for the lossy tiers.
         accept_below: thresholds tried with each.
         limits: largest divergence of each lossy tier; {} for none of them.
-        confidence: that a tier's true divergence on such prompts is below its limit.
+        confidence: that a tier's true divergence on such prompts is below its limit: of all calibrations a share of
+            1 - confidence may break their promise.
     """
 
     prompts_file: Path

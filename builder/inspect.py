@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ssv.bundle.manifest import Manifest, read_manifest
+from ssv.bundle.manifest import CalibrationEntry, Manifest, read_manifest
 from ssv.bundle.profile import Costs
 from ssv.support.waiting import waiting
 
@@ -40,6 +40,8 @@ def print_bundle(bundle: Path) -> None:
         of = "LM heads of their own" if h["own_lm_heads"] else "the target's LM head rows"
         console.print(f"heads: {h['num_heads']} of {h['num_layers']} ResBlocks, {of}, {h['head_size']} tokens")
     console.print(_tier_table(manifest))
+    if manifest.calibration is not None:
+        console.print(_calibration_line(manifest.calibration), markup=False)
     for place, costs in manifest.profiles.items():
         console.print(_profile_line(place, costs), markup=False)
     if manifest.engines:
@@ -61,6 +63,13 @@ def _network_line(role: str, spec: dict[str, Any]) -> str:
     return (
         f"{role}: {spec['family']}, {spec['num_layers']} layer{'s' if spec['num_layers'] > 1 else ''}, hidden "
         f"{spec['hidden_size']}, {spec['num_heads']}/{spec['num_kv_heads']} heads, vocabulary {spec['vocab_size']}"
+    )
+
+
+def _calibration_line(c: CalibrationEntry) -> str:
+    return (
+        f"calibrated on {c.num_prompts} prompts of {c.prompts}, {c.max_tokens} tokens each, "
+        f"{f'on {c.date}, ' if c.date else ''}confidence {c.confidence:.0%}, {c.bound_kind} bound: {c.bound_method}"
     )
 
 
@@ -98,7 +107,7 @@ def _tier_table(manifest: Manifest) -> Table:
         limit = (
             "-"
             if tier.divergence is None
-            else f"<= {tier.divergence:.1%} (asymptotic bound {tier.divergence_bound:.2%})"
+            else f"<= {tier.divergence:.1%} ({tier.bound_kind or 'asymptotic'} bound {tier.divergence_bound:.2%})"
         )
         numbers = (f"{p.accept_below:g}", f"{p.verify_above:g}", f"{p.risk_budget:g}", str(p.max_pending))
         table.add_row(name, *numbers, "yes" if tier.lossless else "no", limit)

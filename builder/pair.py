@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssv.builder.calibrate import BOUND_KIND, Calibration
+from ssv.builder.calibrate import BOUND_KIND, BOUND_METHOD, Calibration
 from ssv.builder.config import (
     CalibrationConfig,
     DistillConfig,
@@ -30,7 +31,7 @@ from ssv.builder.config import (
 from ssv.builder.given import given_files, write_given
 from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
-from ssv.builder.preflight import check_recipe, check_settings, read_calibration, refuse_other
+from ssv.builder.preflight import ReadCalibration, check_recipe, check_settings, read_calibration, refuse_other
 from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt.compile_job import compile_apart
@@ -55,7 +56,6 @@ from ssv.bundle.manifest import (
 )
 from ssv.bundle.policy import Policy
 from ssv.bundle.profile import Costs
-from ssv.bundle.survival import Survival
 from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.model.checkpoint import hf_config
 from ssv.model.draft import Draft, load_draft, save_draft
@@ -145,17 +145,17 @@ def build_pair(
         _write_scorer(parts, recipe, target, device, draft.spec.decoder.hidden_size, report)
         _write_ranges(parts, recipe, target, draft)
         _write_calibration(parts, recipe, target, draft, make_calibration, report)
-        tiers, survival = read_calibration(stage.bundle / "calibration.json")
-        manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
+        calibration = read_calibration(stage.bundle / "calibration.json")
+        manifest = _manifest(recipe, target, draft, parts, calibration, heads)
         for engine in recipe.engines:
             write_manifest(stage.bundle, manifest)
             _write_engine(parts, recipe, engine, target, device, report)
-            manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
+            manifest = _manifest(recipe, target, draft, parts, calibration, heads)
         parts.drop_unused()
         if out.is_dir():  # an engine that another process adds must not come between here and the exchange
             held.enter_context(manifest_lock(out))
         parts.carry_over_engines(manifest, bundle_at(out))  # with those that came while this was building
-        manifest = _manifest(recipe, target, draft, parts, tiers, survival, heads)
+        manifest = _manifest(recipe, target, draft, parts, calibration, heads)
         write_manifest(stage.bundle, manifest)
     for part in ("draft", "heads"):
         if part in parts.sources and (work := _work_folder(parts, part)).exists():
@@ -177,8 +177,13 @@ def calibration_document(
         "schema_version": 1,
         "made_for": made_for,
         "settings": config.model_dump(mode="json", exclude={"prompts_file"}),
-        "prompts": {"name": config.prompts_file.name, "sha256": file_entry(config.prompts_file).sha256},
-        "bound": {"kind": BOUND_KIND, "method": "bootstrap over prompts, at least the Poisson bound"},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "prompts": {
+            "name": config.prompts_file.name,
+            "sha256": file_entry(config.prompts_file).sha256,
+            "count": len(read_prompts(config.prompts_file)[: config.num_prompts]),
+        },
+        "bound": {"kind": BOUND_KIND, "method": BOUND_METHOD},
         "trials": [trial.to_dict() for trial in calibration.trials],
         "tiers": {name: trial.to_dict() for name, trial in calibration.tiers.items()},
         "costs": calibration.costs.model_dump(mode="json"),
@@ -313,8 +318,7 @@ def _write_calibration(
         refuse_other(given, mine)
         shutil.copyfile(given, path)
     else:
-        tiers = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
-        write_manifest(bundle, _manifest(recipe, target, draft, parts, tiers))
+        write_manifest(bundle, _manifest(recipe, target, draft, parts, None))
         document = calibration_document(make(bundle, config, report), mine, config)
         write_json(path, document)
     parts.finish("calibration")
@@ -360,10 +364,13 @@ def _manifest(
     target: Target,
     draft: Draft,
     parts: Parts,
-    tiers: dict[str, TierEntry],
-    survival: Survival | None = None,
+    calibration: ReadCalibration | None,
     heads: Heads | None = None,
 ) -> Manifest:
+    """Args:
+    calibration: None of a bundle that is to be calibrated, which decodes losslessly.
+    """
+    uncalibrated = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
     of_engines = {PACKAGES[engine.flavor]: engine.tensorrt for engine in parts.engines.values()}
     return Manifest(
         name=recipe.name,
@@ -372,10 +379,11 @@ def _manifest(
         heads=heads.spec.to_dict() if heads is not None else None,
         eos_token_ids=target.eos_token_ids,
         default_precision=recipe.precision,
-        tiers=tiers,
+        tiers=calibration.tiers if calibration is not None else uncalibrated,
         files=dict(sorted(parts.files.items())),
         engines=parts.engines,
-        survival=survival,
+        calibration=calibration.facts if calibration is not None else None,
+        survival=calibration.survival if calibration is not None else None,
         profiles=_profiles(parts.old, target, draft),
         sources=parts.sources,
         versions=versions("ssv", "torch", "transformers", "safetensors") | of_engines,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssv.builder.calibrate import BOUND_KIND, check_num_prompts, poisson_upper
+from ssv.builder.calibrate import check_num_prompts
 from ssv.builder.config import CalibrationConfig, HeadsPart, Recipe, RecipeError
 from ssv.builder.given import check_given, made_as
 from ssv.builder.target import Target, openings_of
@@ -15,7 +16,7 @@ from ssv.builder.tensorrt.engine import check_length, tensorrt_for
 from ssv.builder.training.corpus import chat_pieces
 from ssv.builder.training.distill import spec_to_distill
 from ssv.builder.training.quantize import QuantizeError
-from ssv.bundle.manifest import BundleError, TierEntry, file_entry
+from ssv.bundle.manifest import BundleError, CalibrationEntry, TierEntry, file_entry
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.bundle.survival import Survival
 from ssv.model.draft import load_draft
@@ -74,16 +75,6 @@ def check_prompts(config: CalibrationConfig) -> None:
             "add prompts, or give a smaller number",
         )
     check_num_prompts(config.num_prompts or found, config)
-    most = (config.num_prompts or found) * config.max_tokens
-    confidence = 1 - (1 - config.confidence) / len(config.families)
-    least = poisson_upper(0, confidence) / most
-    for tier, limit in config.limits.items():
-        if limit < least:
-            raise RecipeError(
-                f"calibration.make.limits.{tier}: {most} tokens without any divergence show no more than that it is "
-                f"below {least:.2g}, the limit is {limit:g}",
-                "add prompts or tokens, or raise the limit",
-            )
 
 
 def check_recipe(recipe: Recipe, target: Target) -> None:
@@ -187,26 +178,50 @@ def check_lengths(config: CalibrationConfig, target: Target, positions: int | No
             )
 
 
-def read_calibration(path: Path) -> tuple[dict[str, TierEntry], Survival | None]:
-    """The tiers of a calibration, and how far the draft's shares are to be trusted, if it says so.
+@dataclass(frozen=True, slots=True)
+class ReadCalibration:
+    """What a bundle takes from a calibration's file.
+
+    Attributes:
+        survival: how far the draft's shares are to be trusted; None where it does not say so.
+    """
+
+    tiers: dict[str, TierEntry]
+    facts: CalibrationEntry
+    survival: Survival | None
+
+
+def read_calibration(path: Path) -> ReadCalibration:
+    """Reads what `ssv-build calibrate` wrote.
 
     Raises:
         BundleError: it is none.
     """
     try:
         document = parse_json(path.read_text())
-        limits = document["settings"]["limits"]
-        tiers = {name: _tier(trial, limits.get(name)) for name, trial in document["tiers"].items()}
+        settings, bound, prompts = document["settings"], document["bound"], document["prompts"]
+        facts = CalibrationEntry(
+            prompts=prompts["name"],
+            prompts_sha256=prompts["sha256"],
+            num_prompts=prompts.get("count") or settings["num_prompts"],
+            max_tokens=settings["max_tokens"],
+            confidence=settings["confidence"],
+            bound_kind=bound["kind"],
+            bound_method=bound["method"],
+            date=document.get("date"),
+        )
+        limits = settings["limits"]
+        tiers = {name: _tier(trial, limits.get(name), facts) for name, trial in document["tiers"].items()}
         if "premium" not in tiers or not isinstance(document["made_for"], dict):
             raise KeyError("tiers.premium")
         found = document.get("survival")
         survival = None if found is None else Survival(greedy=found["greedy"], sampled=found["sampled"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is not a calibration ({error})", "make one with `ssv-build calibrate`") from error
-    return tiers, survival
+    return ReadCalibration(tiers, facts, survival)
 
 
-def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
+def _tier(trial: dict[str, Any], limit: float | None, facts: CalibrationEntry) -> TierEntry:
     policy = Policy.model_validate(trial["policy"])
     if policy.lossless:
         return TierEntry(policy=policy, lossless=True)
@@ -217,7 +232,7 @@ def _tier(trial: dict[str, Any], limit: float | None) -> TierEntry:
         lossless=False,
         divergence=limit,
         divergence_bound=trial["divergence_bound"],
-        bound_kind=BOUND_KIND,
+        bound_kind=facts.bound_kind,
     )
 
 

@@ -41,21 +41,47 @@ class FileEntry(Strict):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+BoundKind = Literal["finite-sample", "asymptotic"]
+
+
+class CalibrationEntry(Strict):
+    """What the bounds of the lossy tiers stand on.
+
+    Attributes:
+        prompts, prompts_sha256, num_prompts, max_tokens: what was decoded: the file, how many of its prompts, and
+            tokens of each output at the most.
+        confidence: with which a tier's divergence, on such prompts, is below its limit.
+        bound_kind: "finite-sample": of calibrations on that many prompts no more than 1 - confidence break their
+            promise. "asymptotic": of a bootstrap over prompts, which holds that often for very many of them, and less
+            often for few.
+        bound_method: in words.
+        date: YYYY-MM-DD, UTC; None of a calibration that was made before that was noted.
+    """
+
+    prompts: str
+    prompts_sha256: str
+    num_prompts: PositiveInt
+    max_tokens: PositiveInt
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    bound_kind: BoundKind
+    bound_method: str
+    date: str | None = None
+
+
 class TierEntry(Strict):
     """A tier: its policy, whether it is lossless, and, if not, what was measured when it was calibrated.
 
     Attributes:
         divergence: share of emitted tokens that the target would not have chosen, at most.
         divergence_bound: upper confidence bound of the divergence measured.
-        bound_kind: "asymptotic": of a bootstrap over prompts, which holds as often as it says for very many of them,
-            and less often for few; a bundle without it was made before this was said, by the same method.
+        bound_kind: see `CalibrationEntry`; a bundle without it has an asymptotic one.
     """
 
     policy: Policy
     lossless: bool
     divergence: float | None = None
     divergence_bound: float | None = None
-    bound_kind: Literal["asymptotic"] | None = None
+    bound_kind: BoundKind | None = None
 
     @model_validator(mode="after")
     def _says_what_its_policy_is(self) -> TierEntry:
@@ -106,6 +132,8 @@ class Manifest(Strict):
         eos_token_ids: tokens that end an output.
         default_precision: what the torch engine runs in on a CPU unless told otherwise.
         engines: TensorRT engines by name.
+        calibration: what the lossy tiers' bounds stand on; None for a bundle that is not calibrated, or was before
+            that was kept here.
         survival: how far the draft's shares are to be trusted; None for a bundle that was calibrated before that was
             known.
         profiles: what steps cost, by place (`ssv.runtime.decode.costs.place`); of places where somebody measured.
@@ -123,6 +151,7 @@ class Manifest(Strict):
     tiers: dict[str, TierEntry]
     files: dict[str, FileEntry]
     engines: dict[str, EngineEntry] = Field(default_factory=dict)
+    calibration: CalibrationEntry | None = None
     survival: Survival | None = None
     profiles: dict[str, Costs] = Field(default_factory=dict)
     sources: dict[str, str]

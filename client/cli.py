@@ -12,6 +12,7 @@ from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.errors import UserError
+from ssv.support.imports import collecting_later
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +94,8 @@ def _prompt(given: str) -> str:
 
 
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
-    from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
+    with collecting_later():
+        from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
     llm = load_for(args)
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)

@@ -28,12 +28,20 @@ HERE = Path(__file__).parent
 
 def disclosure(bundle: Path, manifest: Manifest) -> str:
     """What clients may learn of the tiers, as JSON: thresholds, whether each is lossless, its limit of divergence, and
-    the bound that was measured, with its confidence.
+    the bound that was measured, with its confidence and what it stands on.
     """
     tiers = {name: tier.model_dump() for name, tier in manifest.tiers.items()}
     path = bundle / "calibration.json"
     settings = json.loads(path.read_text())["settings"] if path.is_file() else {}
-    return json.dumps({"bundle": manifest.name, "tiers": tiers, "confidence": settings.get("confidence")})
+    calibration = manifest.calibration.model_dump() if manifest.calibration is not None else None
+    return json.dumps(
+        {
+            "bundle": manifest.name,
+            "tiers": tiers,
+            "confidence": settings.get("confidence"),
+            "calibration": calibration,
+        }
+    )
 
 
 def write_repository(

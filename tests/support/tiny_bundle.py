@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from ssv.builder import pair
-from ssv.builder.calibrate import MIN_PROMPTS, Calibration, Trial
+from ssv.builder.calibrate import Calibration, Trial
 from ssv.builder.config import CalibrationConfig, load_recipe
 from ssv.builder.survival_fit import SurvivalFit
 from ssv.bundle.manifest import Manifest, read_manifest
@@ -37,6 +37,9 @@ calibration:
   make: {prompts_file: prompts.jsonl, families: [[0.4, 0.6, 6]], accept_below: [0.1]}
 precision: fp32
 """
+NUM_PROMPTS = 200
+"""Enough for a limit of 2 %, of one family."""
+
 HEADS = """
 heads:
   distill: {num_heads: 3, head_size: 48, tokens: 800, rows: 16, window: 48, batch_rows: 8}
@@ -70,7 +73,7 @@ def write_recipe(base: Path, *, heads: bool = False) -> Path:
     write_checkpoint(base / "target")
     lines = [
         json.dumps({"id": str(i), "prompt": " ".join(f"w{(7 * i + j) % 105}" for j in range(20))})
-        for i in range(MIN_PROMPTS)
+        for i in range(NUM_PROMPTS)
     ]
     (base / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     path = base / "recipe.yaml"

@@ -166,7 +166,7 @@ def test_a_run_compares_tiers_and_apis(server: Server, tmp_path: Path, capsys: p
     arms = ["--a", f"premium={server.grpc_url}?method=premium", "--b", f"turbo={server.grpc_url}?method=turbo"]
     arms += ["--arm", f"api={server.openai_url}?model=smollm2-135m:premium"]
     options = ["--prompts", str(prompts), "--max-tokens", "8", "--margin", "0.1", "--concurrency", "1,2"]
-    options += ["--price-per-hour", "1", "--slo", "ttft_p95<20s", "--out", str(tmp_path / "run")]
+    options += ["--price-per-hour", "1", "--slo", "ttft_p95<600s", "--out", str(tmp_path / "run")]
     assert main(["run", *arms, *options]) == 0
     document = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {(row["arm"], row["concurrency"], row["requests"], row["failed"]) for row in document["figures"]} == {

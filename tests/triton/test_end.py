@@ -24,14 +24,15 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import tritonclient.grpc as grpcclient
-from triton_asks import free_ports, read_metrics, wait_until
+from triton_asks import free_ports, full, read_metrics, wait_until
 
 from ssv.client.triton import Client, ServerError, Settings
 from ssv.runtime.serving.metrics import ANSWERED, REQUESTS
 from ssv.triton_repo.supervisor import EXIT_DIED
 
 PROMPT = "Once upon a time"
-LONG_SECONDS = 120.0
+LONG_SECONDS = 600.0
+"""For what has to happen at all, on a machine of any speed."""
 
 
 class Server(Protocol):
@@ -178,12 +179,21 @@ def is_ready(server: Server) -> bool:
 
 
 def test_a_storm_is_counted_to_the_request(server: Server) -> None:
-    """Ten times what the server can take, through all doors at once."""
-    num = 10 * (server.max_rows + server.max_waiting)
+    """A few while the server is full, which are refused however fast it answers, and then ten times what it can take,
+    through all doors at once.
+    """
+    places = server.max_rows + server.max_waiting
+    asks = DOORS * 2
     before = counted(server)
-    found = storm(server, [DOORS[i % len(DOORS)] for i in range(num)], tokens=32)
-    assert found.total() == num and found.keys() <= {"answered", "refused"}
-    assert found["answered"] >= server.max_rows + server.max_waiting and found["refused"] > 0
+    with full(server):
+        assert storm(server, asks, tokens=32) == {"refused": len(asks)}
+        assert gained(server, before) == {"refused": len(asks), "running": places}
+    wait_until(lambda: counted(server)["running"] == 0, "all have left")
+    assert gained(server, before) == {"refused": len(asks), "failed": places}, "those that left count as cancelled"
+    before, asks = counted(server), tuple(DOORS[i % len(DOORS)] for i in range(10 * places))
+    found = storm(server, asks, tokens=32)
+    assert found.total() == len(asks) and found.keys() <= {"answered", "refused"}
+    assert found["answered"] >= places
     assert gained(server, before) == dict(found)
 
 
@@ -204,10 +214,10 @@ def test_times_are_of_answered_requests(server: Server) -> None:
 
 def test_draining(another_server: Another) -> None:
     """Readiness is false at every door while what runs is finished; what comes is refused and counted."""
-    with another_server("--drain-timeout", "120", max_rows=2, max_waiting=4) as server:
+    with another_server("--drain-timeout", "600", max_rows=2, max_waiting=4) as server:
         model, before = server_model(server), counted(server)
         long: list[str] = []
-        threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 600))) for ask in DOORS]
+        threads = [threading.Thread(target=lambda ask=ask: long.append(ask(server, 1000))) for ask in DOORS]
         for thread in threads:
             thread.start()
         wait_until(lambda: counted(server)["running"] == len(DOORS), "they run")
@@ -225,9 +235,9 @@ def test_draining(another_server: Another) -> None:
         body = {"model": model, "prompt": PROMPT, "max_tokens": 2}
         refused.append(outcome(post(f"{server.openai_url}/completions", body)))
         assert refused == ["refused"] * len(DOORS)
-        assert gained(server, before) == {"refused": len(DOORS), "running": len(DOORS)}, (
-            "it ended while it was looked at"
-        )
+        found = gained(server, before)
+        assert found.pop("refused") == len(DOORS)
+        assert found.keys() <= {"running", "answered"} and sum(found.values()) == len(DOORS), "none is lost"
         for thread in threads:
             thread.join()
         assert long == ["answered"] * len(DOORS)

@@ -880,11 +880,11 @@ def test_the_model_labels_responses_and_metrics_with_their_arm(shim: ModuleType,
     requests["twice"] = PbRequest("", {"text_input": text_tensor("Hi")}, text_input="Ho")
     requests["parameter"] = PbRequest("", {"ssv_user": text_tensor(user["a"])}, text_input="Hi")
     model.execute([*requests.values()])
-    assert all(request.ended.wait(10.0) for request in requests.values())
+    assert all(request.ended.wait(60.0) for request in requests.values())
     fall_back(routing.fallback_path, {"b": "slow"})
     requests["back"] = PbRequest("", requests["b"].tensors)
     model.execute([requests["back"]])
-    assert requests["back"].ended.wait(10.0)
+    assert requests["back"].ended.wait(60.0)
     model.finalize()
     assert not any(request.was_asked_too_late for request in requests.values()), "Triton 2.51 would crash"
     for key, says in (("misspelt", "'max_token' is unknown: use max_tokens"), ("twice", "text_input is given twice")):

@@ -75,11 +75,11 @@ PROMPT = json.dumps({"prompt": "w1 w2"})
             "accept_below: [0.1], num_prompts: 201",
             r"num_prompts: 201 are asked for .* holds 200: add",
         ),
-        ("accept_below: [0.1]", "accept_below: [0.1], num_prompts: 199", "199 prompts are too few .* at least 200"),
+        ("accept_below: [0.1]", "accept_below: [0.1], num_prompts: 99", "99 prompts are too few .*: give at least 1"),
         (
             "accept_below: [0.1]",
             "accept_below: [0.1], limits: {turbo: 0.0001}",
-            "limits.turbo: 25600 tokens without any",
+            r"200 prompts are too few to show, .* that turbo diverges in at most 0\.0001 .*: give at least 30955, ",
         ),
         ("precision: fp32", ENGINE.format("max_length: 1024"), "max_length 1024 exceeds the model's 512 positions"),
         ("precision: fp32", ENGINE.format("checkpoint: nowhere"), r"engines\.0\.checkpoint: .*nowhere is not there"),
@@ -99,7 +99,13 @@ def test_a_recipe_that_cannot_be_built_is_refused_first(
     (tmp_path / "half.jsonl").write_text(PROMPT + '\n{"prompt": "\\ud83d"}\n')
     (tmp_path / "long.jsonl").write_text(PROMPT + "\n" + (json.dumps({"prompt": "w3 " * 600}) + "\n") * 199)
     tiers = {"premium": {"policy": {"accept_below": 0, "verify_above": 0.5, "risk_budget": 0.5, "max_pending": 4}}}
-    document = {"made_for": {"target": "0" * 64}, "settings": {"limits": {}}, "tiers": tiers}
+    document = {
+        "made_for": {"target": "0" * 64},
+        "settings": {"limits": {}, "confidence": 0.95, "num_prompts": 1, "max_tokens": 8},
+        "prompts": {"name": "p", "sha256": "0" * 64},
+        "bound": {"kind": "asymptotic", "method": "m"},
+        "tiers": tiers,
+    }
     (tmp_path / "other.json").write_text(json.dumps(document))
     assert old in RECIPE
     recipe.write_text(RECIPE.replace(old, new, 1))

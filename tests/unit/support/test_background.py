@@ -11,7 +11,7 @@ from ssv.support.background import begun
 
 def test_the_result_is_waited_for() -> None:
     go = threading.Event()
-    finished = begun(lambda: go.wait(10) and 7)
+    finished = begun(lambda: go.wait(60) and 7)
     go.set()
     assert finished() == finished() == 7
 

@@ -13,12 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
 
-from ssv.runtime.decode.scheduler import QueueFull
-from ssv.runtime.llm import LLM
-from ssv.runtime.memory import keep_large_blocks
 from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Chunk, Request, RequestError
 from ssv.runtime.serving.config import ServerConfig
@@ -27,7 +23,15 @@ from ssv.runtime.serving.intake import Settings
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import DRAINING, Metrics, boards_folder
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
-from ssv.runtime.serving.service import Load, Service, ServiceError
+from ssv.support.imports import collecting_later
+
+with collecting_later():
+    import torch
+
+    from ssv.runtime.decode.scheduler import QueueFull
+    from ssv.runtime.llm import LLM
+    from ssv.runtime.memory import keep_large_blocks
+    from ssv.runtime.serving.service import Load, Service, ServiceError
 
 log = logging.getLogger("ssv.server")
 
