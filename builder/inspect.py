@@ -32,9 +32,15 @@ def print_bundle(bundle: Path) -> None:
     console.print(f"[bold]{manifest.name}[/bold]  ({bundle}, all {len(manifest.files)} files match their hashes)")
     console.print(_network_line("target", target))
     taps = f", sees target layers {draft['feature_layers']}" if draft["feature_layers"] else ""
+    kind = f"{draft['kind']} as EAGLE-3" if draft.get("eagle3") else draft["kind"]
+    own = [what for what in ("embedding", "lm_head") if draft.get(f"own_{what}")]
     console.print(
-        _network_line("draft", draft["decoder"]) + f", {draft['kind']}{taps}, head of {draft['head_size']} tokens"
+        _network_line("draft", draft["decoder"])
+        + f", {kind}{taps}, head of {draft['head_size']} tokens"
+        + (f", with {' and '.join(own)} of its own" if own else "")
     )
+    if not manifest.has_scorer:
+        console.print("scorer: none, the draft's own shares say how sure it is")
     if manifest.heads is not None:
         h = manifest.heads
         of = "LM heads of their own" if h["own_lm_heads"] else "the target's LM head rows"

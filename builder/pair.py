@@ -58,7 +58,7 @@ from ssv.bundle.policy import Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.tensorrt_api import PACKAGES, load_tensorrt
 from ssv.model.checkpoint import hf_config
-from ssv.model.draft import Draft, load_draft, save_draft
+from ssv.model.draft import Draft, DraftSpec, load_draft, save_draft
 from ssv.model.heads import Heads, load_heads, save_heads
 from ssv.model.scorer import Scorer, load_scorer, save_scorer
 from ssv.model.smoothing import activation_ranges
@@ -393,8 +393,9 @@ def _manifest(
 def _profiles(old: Manifest | None, target: Target, draft: Draft) -> dict[str, Costs]:
     """What steps cost is the networks' shapes' and the machine's: profiles of a bundle with the same shapes stay
     true."""
-    shapes = (target.spec.to_dict(), draft.spec.to_dict())
-    return old.profiles if old is not None and (old.target, old.draft) == shapes else {}
+    if old is None or old.target != target.spec.to_dict() or DraftSpec.from_dict(old.draft) != draft.spec:
+        return {}
+    return old.profiles
 
 
 def _content(file: Path | None) -> str | None:

@@ -43,7 +43,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "two layers": {"num_layers": 2},
     "another width": {"target_hidden": 96, "embedding": OWN_EMBEDDING},
 }
-HEADS, KV_HEADS, DIM, INNER, ROWS = 4, 2, 16, 80, 40
+HEADS, KV_HEADS, DIM, INNER, ROWS = 4, 2, 16, 96, 40
 LAYER = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -255,7 +255,7 @@ class ByHand:
         """Logits and token of each of `depth` drafted tokens.
 
         Args:
-            states: of each token of the text, its hidden state after 0, 1, 2, ... of the target's layers.
+            states: see `states_of`.
         """
         features = [self.features([after[run] for run in self.head.runs]) for after in states]
         tokens, drafted = text[1:], []
@@ -285,14 +285,18 @@ def loaded(head: Published, target: Decoder, folder: Path) -> Draft:
     return load_draft(folder / "draft.safetensors", target)
 
 
-def drafted_by_hand(head: Published, target: Decoder) -> Drafted:
-    """What the reimplementation drafts after the text."""
+def states_of(target: Decoder) -> list[list[Tensor]]:
+    """Of each token of the text, its hidden state after 0, 1, 2, ... of the target's layers."""
     ids_BT = torch.tensor([TEXT])
     _, _, after = whole_window(target, ids_BT, tuple(range(target.spec.num_layers)))
     assert after is not None
     embedded = target.embed(ids_BT[0])
-    states = [[embedded[t], *after[0, t].split(target.spec.hidden_size)] for t in range(len(TEXT))]
-    return ByHand(head, target.embed.weight, target.lm_head.weight).chain(TEXT, states, DEPTH)
+    return [[embedded[t], *after[0, t].split(target.spec.hidden_size)] for t in range(len(TEXT))]
+
+
+def drafted_by_hand(head: Published, target: Decoder) -> Drafted:
+    """What the reimplementation drafts after the text."""
+    return ByHand(head, target.embed.weight, target.lm_head.weight).chain(TEXT, states_of(target), DEPTH)
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from checkout import ROOT
 
 from ssv.builder import config
 from ssv.builder.config import EngineConfig, Recipe, RecipeError, TargetConfig, checked, load_recipe
@@ -267,3 +269,12 @@ def test_engine_out_of_range_is_named(changes: dict[str, object], named: str) ->
     settings: dict[str, object] = {"role": "target", "precision": "fp16", "compute_capability": ["8.9"]}
     with pytest.raises(RecipeError, match=named):
         checked(EngineConfig, **(settings | changes))
+
+
+def test_recipes_in_the_docs_are_recipes(tmp_path: Path) -> None:
+    found = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "building.md").read_text(), re.MULTILINE | re.DOTALL)
+    recipes = [load(tmp_path, text) for text in found]
+    assert [recipe.name for recipe in recipes] == ["llama-3.1-8b", "qwen3-8b"]
+    assert recipes[0].scorer is None and recipes[0].draft.folder == tmp_path / "EAGLE3-LLaMA3.1-Instruct-8B"
+    assert recipes[1].draft.checkpoint == tmp_path / "Qwen3-0.6B" and recipes[1].draft.distill is None
+    assert recipes[1].scorer_openings == tmp_path / "openings.txt"

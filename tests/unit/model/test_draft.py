@@ -222,6 +222,13 @@ def test_refused_specs(stored: Path) -> None:
         ("head_size", "all"),
         ("decoder", "small"),
         ("colour", "red"),
+        ("eagle3", {"target_hidden_size": 0}),
+        ("eagle3", {"target_hidden_size": 64, "tap_norm": "all"}),
+        ("eagle3", {"target_hidden_size": 64, "norm_output": "yes"}),
+        ("eagle3", {"target_hidden_size": 64, "depth": 2}),
+        ("eagle3", {}),
+        ("own_embedding", "yes"),
+        ("own_lm_head", None),
     ],
 )
 def test_malformed_specs(stored: Path, field: str, value: object) -> None:

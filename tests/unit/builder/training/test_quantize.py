@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from eagle3_heads import FORMS, loaded, published, target_for
 from safetensors import safe_open
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, whole_window
 from tiny_bundle import write_recipe
@@ -113,6 +114,25 @@ def test_draft_is_quantized_but_for_what_is_the_targets(kind: Any, precision: An
     )
     assert relative_error(found, expected) < 1e-5
     assert 1e-4 < relative_error(found, original) < TOLERANCE[precision]
+
+
+@any_precision
+@pytest.mark.parametrize("form", ["as in the paper", "EAGLE 3.1", "own embedding", "another width"])
+def test_a_published_head_keeps_what_is_its_own(form: str, precision: Any, tmp_path: Path) -> None:
+    """A norm whose output is the residual stream too takes no factor of the weights."""
+    target = target_for(form)
+    draft = loaded(published("eagle3", **FORMS[form]), target, tmp_path)
+    student = quantize_draft(draft, target, TEXT, precision)
+    save_quantized_draft(student, tmp_path / "quantized.safetensors", torch.float32)
+    again = load_draft(tmp_path / "quantized.safetensors", target)
+    assert isinstance(again.decoder.blocks()[0].qkv, QuantizedLinear)
+    ids, position = tiny_ids(12), torch.arange(12)
+    features = torch.randn(12, 64, generator=torch.Generator().manual_seed(4))
+    hidden = [d.run_layers(ids, features, position, CausalAttend(1)) for d in (again, student, draft)]
+    found, expected, original = (d.logits(h) for d, h in zip((again, student, draft), hidden, strict=True))
+    assert relative_error(found, expected) < 1e-5
+    assert 1e-4 < relative_error(found, original) < TOLERANCE[precision]
+    assert relative_error(again.carried(hidden[0]), draft.carried(hidden[2])) < TOLERANCE[precision]
 
 
 @any_precision

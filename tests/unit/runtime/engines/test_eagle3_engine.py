@@ -73,6 +73,21 @@ def test_int8_is_near_it_fused_or_not(
     assert relative_error(drafted_by_engines(*engines)[0][0], fused[0][0]) < 1e-3
 
 
+@pytest.mark.parametrize("form", ["normed output", "EAGLE 3.1", "norm before residual"])
+def test_int8_carries_on_what_fp32_does(form: str, tmp_path: Path) -> None:
+    """Smoothing scales what the LM head sees of the final norm, not what the next token is joined with."""
+    target = target_for(form)
+    draft = loaded(published("eagle3", **FORMS[form]), target, tmp_path)
+    draft.decoder.norm.weight.data[5] *= 20
+    steps = []
+    for precision, ranges in (("fp32", None), ("int8", ranges_of(draft, target))):
+        _, engine = engines_of(draft, target, precision, ranges)  # type: ignore[arg-type]
+        features_BTF = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(2))
+        first = torch.zeros(1, dtype=torch.int32)
+        steps.append(engine.step(torch.tensor([TEXT[:5]]), first, torch.tensor([4]), features_BTF).hidden_RH)
+    assert relative_error(steps[1], steps[0]) < 0.12
+
+
 def test_a_step_of_several_rows_with_padding(tmp_path: Path) -> None:
     """Rows of a fused step are what they are alone, bit for bit."""
     target = target_for("EAGLE 3.1")
