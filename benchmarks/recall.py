@@ -4,7 +4,7 @@ candidates of its trees (`Policy.recalls`), on prompts whose answers repeat them
     python benchmarks/recall.py --bundle bundles/smollm2-135m --out benchmarks/records/recall.json
 
 Both take turns on each prompt, and plain decoding with them. Texts have to be the same. What pays goes by the costs of
-the bundle's first profile of the precision, so that tokens per pass are counts, the same on a busy machine. Speeds are by
+the bundle's first profile of the precision, so that tokens per pass are the same on a busy machine. Speeds are by
 the processor's time of this process, in which other work on the machine shows less.
 """
 
