@@ -77,7 +77,7 @@ class MethodRow:
 def print_tables(rows: Sequence[MethodRow], *, priced: bool) -> None:
     """Prints the comparison, and below it which share of the passes kept how many drafted tokens."""
     # A narrow terminal must not cut the figures; in a log the width is unknown.
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(_comparison(rows, priced=priced))
     if any(row.kept_by_depth for row in rows):
         console.print(_kept(rows))
