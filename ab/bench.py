@@ -1,8 +1,9 @@
 """ssv-bench: compares ways to decode on a file of prompts.
 
 Methods take turns on each group of prompts, in a rotating order, so that a machine whose speed drifts slows all of them
-alike. All prompts are run again, in rounds, until the intervals of the speed-ups are narrow. No time is discarded:
-where rounds disagree, that is said.
+alike. So do rows of another precision, whose models are loaded beside the first ones, and rows with a cache of prompts,
+in which each prompt has been met once before it is timed. All prompts are run again, in rounds, until the intervals of
+the speed-ups are narrow. No time is discarded: where rounds disagree, that is said.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.bench_view import MethodRow, check_plot, plot, print_tables
+from ssv.ab.bench_ways import BASELINE, BESIDE, BESIDE_ALL, PROMPT_CACHE, Way, read_beside, ways
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import METHODS
-from ssv.runtime.request import Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Output, RequestError, SamplingParams
 from ssv.support.console import (
     add_device,
     add_engine,
@@ -33,14 +35,16 @@ from ssv.support.console import (
     run_command,
 )
 from ssv.support.environment import commit, machine, versions
+from ssv.support.files import read_text
 from ssv.support.progress import Report, terminal_report
 from ssv.support.prompts import read_prompts
 
 if TYPE_CHECKING:
     from ssv.ab.statistics import Interval
+    from ssv.runtime.decode.audit import Audit
     from ssv.runtime.llm import LLM
 
-BASELINE = "autoregressive"
+ALL = "all"
 
 
 @dataclass(slots=True)
@@ -72,8 +76,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-prompts", type=int, help="only the first so many (default: all)")
     parser.add_argument(
         "--methods",
-        help=f"comma-separated, of: {', '.join(METHODS)} (default: all that the bundle has; medusa-typical only where "
-        "something is sampled)",
+        help=f"comma-separated, of: {', '.join(METHODS)}; `{ALL}` for the table of everything: all of them, and "
+        "rows as of --also (default: all that the bundle has; medusa-typical only where something is sampled)",
+    )
+    parser.add_argument(
+        "--also",
+        metavar="LIST",
+        help=f"comma-separated, of: {', '.join(BESIDE)}: for each a row of {BASELINE} and one of premium, in that "
+        f"precision, or with prompts that have been met before (default: none; with --methods {ALL}: "
+        f"{', '.join(BESIDE_ALL)}, on a GPU only {PROMPT_CACHE})",
+    )
+    parser.add_argument(
+        "--system-prompt",
+        type=Path,
+        metavar="FILE",
+        help="text of a system message before each prompt: what a cache of prompts is for (default: none)",
     )
     parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
@@ -107,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    methods = None if args.methods is None else _methods(args.methods)
+    methods = None if args.methods in (None, ALL) else _methods(args.methods)
+    beside = _beside(args)
+    system = None if args.system_prompt is None else read_text(args.system_prompt)
     if args.price_per_hour is not None and not args.price_per_hour > 0:
         raise RequestError(f"--price-per-hour {args.price_per_hour} must be above 0")
     if args.num_prompts is not None and args.num_prompts < 1:
@@ -132,11 +151,16 @@ def _run(args: argparse.Namespace) -> int:
     from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
     llm = load_for(args, max_batch=args.max_rows)
+    compared = ways(
+        llm,
+        methods or _worth_a_row(llm.methods, params),
+        beside,
+        lambda precision: load_for(argparse.Namespace(**{**vars(args), "precision": precision}), args.max_rows),
+    )
     with terminal_report() as report:
         rows = compare(
-            llm,
-            prompts,
-            methods or _worth_a_row(llm.methods, params),
+            compared,
+            [llm.chat_ids(prompt, system) for prompt in prompts],
             params,
             batch=args.max_rows,
             rounds=args.rounds,
@@ -147,7 +171,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     print_tables(rows, priced=args.price_per_hour is not None)
     for row in rows:
-        for said in (rounds_disagree(row, args.half_width), broken_promise(row)):
+        for said in (rounds_disagree(row, args.half_width), broken_promise(row), nothing_cached(row, llm)):
             if said is not None:
                 print(said)
     if args.plot is not None:
@@ -157,9 +181,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def compare(
-    llm: LLM,
-    prompts: Sequence[str],
-    methods: Sequence[str],
+    compared: Sequence[Way],
+    prompts: Sequence[tuple[int, ...]],
     params: SamplingParams,
     *,
     batch: int,
@@ -169,58 +192,58 @@ def compare(
     price_per_hour: float | None,
     report: Report,
 ) -> list[MethodRow]:
-    """Decodes every prompt with every method, in rounds, and audits the outputs.
+    """Decodes every prompt in every way, in rounds, and has the baseline's target audit the outputs.
 
     Args:
-        methods: the baseline among them.
+        compared: the baseline among them.
         rounds: how often all prompts are run at most.
         half_width: no further round is run once the interval of each speed-up is as narrow, as a share of it.
     """
-    ids = [llm.chat_ids(prompt) for prompt in prompts]
-    groups = [ids[start : start + batch] for start in range(0, len(ids), batch)]
-    tallies = {method: Tally() for method in methods}
-
-    def decode(method: str, group: Sequence[tuple[int, ...]]) -> list[Output]:
-        return llm.generate([Request(prompt, method, params, num_draft_tokens) for prompt in group])
-
-    for method in methods:  # the first steps of each shape are slower
-        decode(method, groups[0][:1])
+    groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    tallies = {way.name: Tally() for way in compared}
+    for way in compared:  # the first steps of each shape are slower
+        way.prepare(groups[0][:1], params)
+        way.decode(groups[0][:1], params, num_draft_tokens)
     for number in range(rounds):
-        _run_round(number, groups, tallies, decode, report)
+        _run_round(number, groups, compared, tallies, params, num_draft_tokens, report)
         if all(is_narrow(speedup_of(tally, tallies[BASELINE]), half_width) for tally in tallies.values()):
             break
     rows = []
-    for number, method in enumerate(methods):
-        rows.append(_row(llm, method, ids, tallies[method], tallies[BASELINE], price_per_hour, params))
-        report("audit", number + 1, len(methods), method)
+    baseline = next(way for way in compared if way.name == BASELINE)
+    for number, way in enumerate(compared):
+        audits = _audits(baseline.llm, prompts, tallies[way.name], params)
+        rows.append(_row(way, audits, tallies[way.name], tallies[BASELINE], price_per_hour))
+        report("audit", number + 1, len(compared), way.name)
     return rows
 
 
 def _run_round(
     number: int,
     groups: Sequence[Sequence[tuple[int, ...]]],
+    compared: Sequence[Way],
     tallies: Mapping[str, Tally],
-    decode: Callable[[str, Sequence[tuple[int, ...]]], list[Output]],
+    params: SamplingParams,
+    num_draft_tokens: int,
     report: Report,
 ) -> None:
-    """Decodes every group with every method once, and adds that to the tallies."""
-    methods = list(tallies)
+    """Decodes every group in every way once, and adds that to the tallies."""
     for tally in tallies.values():
         tally.outputs.append([])
         tally.seconds.append([])
         tally.tokens.append([])
     for index, group in enumerate(groups):
-        for turn in range(len(methods)):
-            method = methods[(number + index + turn) % len(methods)]
+        for turn in range(len(compared)):
+            way = compared[(number + index + turn) % len(compared)]
+            way.prepare(group, params)
             start = time.perf_counter()
-            outputs = decode(method, group)
+            outputs = way.decode(group, params, num_draft_tokens)
             seconds, tokens = time.perf_counter() - start, sum(len(output.token_ids) for output in outputs)
-            tally = tallies[method]
+            tally = tallies[way.name]
             tally.outputs[-1].extend(outputs)
             tally.seconds[-1].append(seconds)
             tally.tokens[-1].append(tokens)
-            done, total = index * len(methods) + turn + 1, len(groups) * len(methods)
-            report(f"round {number + 1}", done, total, f"{method} {tokens / seconds:.0f} tokens/s")
+            done, total = index * len(compared) + turn + 1, len(groups) * len(compared)
+            report(f"round {number + 1}", done, total, f"{way.name} {tokens / seconds:.0f} tokens/s")
 
 
 def speedup_of(tally: Tally, baseline: Tally) -> Interval | None:
@@ -291,6 +314,16 @@ def broken_promise(row: MethodRow) -> str | None:
     )
 
 
+def nothing_cached(row: MethodRow, llm: LLM) -> str | None:
+    """What is to be said of a row with a cache of prompts in which nothing was found."""
+    if row.cached_tokens or not row.method.endswith(PROMPT_CACHE):
+        return None
+    return (
+        f"note: {row.method} found nothing in its cache: no prompt has more than the {llm.prefill_chunk} tokens of a "
+        "block. Try longer prompts, or a --system-prompt"
+    )
+
+
 def document(rows: Sequence[MethodRow], args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     """What the last line of stdout holds."""
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
@@ -302,6 +335,16 @@ def document(rows: Sequence[MethodRow], args: argparse.Namespace, llm: LLM) -> d
         "versions": versions("ssv", "torch", "transformers"),
         "commit": commit(),
     }
+
+
+def _beside(args: argparse.Namespace) -> Sequence[str]:
+    """What has rows beside those of the methods."""
+    if args.also is not None:
+        return read_beside(args.also)
+    if args.methods != ALL:
+        return ()
+    on_cpu = args.engine == "torch" and args.device == "cpu"
+    return BESIDE_ALL if on_cpu else (PROMPT_CACHE,)
 
 
 def _worth_a_row(methods: Sequence[str], params: SamplingParams) -> list[str]:
@@ -316,20 +359,16 @@ def _methods(text: str) -> list[str]:
     return methods if BASELINE in methods else [BASELINE, *methods]
 
 
-def _row(
-    llm: LLM,
-    method: str,
-    prompts: Sequence[tuple[int, ...]],
-    tally: Tally,
-    baseline: Tally,
-    price_per_hour: float | None,
-    params: SamplingParams,
-) -> MethodRow:
-    from ssv.runtime.decode.audit import audit
+def _audits(llm: LLM, prompts: Sequence[tuple[int, ...]], tally: Tally, params: SamplingParams) -> list[Audit]:
+    from ssv.runtime.decode.audit import audit  # torch takes a while, and `--help` does without
 
     outputs = tally.outputs[0]
+    return [audit(llm.target, p, o.token_ids, params) for p, o in zip(prompts, outputs, strict=True)]
+
+
+def _row(way: Way, audits: Sequence[Audit], tally: Tally, baseline: Tally, price_per_hour: float | None) -> MethodRow:
+    outputs = tally.outputs[0]
     counters = sum((output.counters for output in outputs), Counters(requests=0))
-    audits = [audit(llm.target, p, o.token_ids, params) for p, o in zip(prompts, outputs, strict=True)]
     divergence = _share([a.strict for a in audits], [len(o.token_ids) for o in outputs])
     speed = sum(map(sum, tally.tokens)) / sum(map(sum, tally.seconds))
     speedup = speedup_of(tally, baseline)
@@ -347,7 +386,8 @@ def _row(
         for output, base in zip(each, baseline.outputs[0], strict=True)
     ]
     return MethodRow(
-        method=method,
+        method=way.name,
+        precision=way.llm.precision,
         tokens_per_s=speed,
         speedup=_mean_ratio(tally.tokens, tally.seconds, baseline.tokens, baseline.seconds),
         speedup_low=1 + speedup.low if speedup is not None else None,
@@ -357,6 +397,7 @@ def _row(
         target_passes_per_token=counters.target_passes / emitted,
         target_tokens_per_token=counters.target_tokens / emitted,
         prompt_tokens=counters.prompt_tokens,
+        cached_tokens=counters.cached_tokens,
         emitted=emitted,
         drafted=counters.drafted,
         judged=counters.judged,
@@ -368,7 +409,7 @@ def _row(
         divergence=divergence.estimate,
         divergence_low=divergence.low if len(outputs) > 1 else None,
         divergence_high=divergence.high if len(outputs) > 1 else None,
-        divergence_promised=llm.limits.get(method),
+        divergence_promised=way.llm.limits.get(way.method),
         divergence_margin=sum(a.margin for a in audits) / emitted,
         kept_by_depth=counters.kept_by_depth,
         identical=sum(same) / len(same),

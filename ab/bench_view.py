@@ -1,4 +1,4 @@
-"""What ssv-bench shows: a row for each method, as tables for a terminal and as a picture."""
+"""What ssv-bench shows: a row for each way to decode, as tables for a terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """What a method came to. Counts are those of one round: the others do the same again.
+    """What a way to decode came to. Counts are those of one round: the others do the same again.
 
     Attributes:
+        method: with what is different of it, behind a comma.
+        precision: of target and draft.
+        cached_tokens: of the prompts' tokens, those that a cache of prompts had.
         tokens_per_s: emitted tokens per second of decoding, the prompts' included, over all rounds.
         speedup: geometric mean, over groups of prompts, of the ratio to the baseline's tokens per second in the same
             run.
@@ -30,8 +33,8 @@ class MethodRow:
         speedup_by_round: the same within each round.
         tokens_per_pass: emitted tokens per target pass (acceptance length).
         target_passes_per_token, target_tokens_per_token: fewer passes is not fewer tokens through the target.
-        divergence: share of emitted tokens that are not the target's choice given the same prefix and, of sampled
-            output, the same noise; `divergence_margin`: by more than 1 nat.
+        divergence: share of emitted tokens that are not the choice of the baseline's target given the same prefix and,
+            of sampled output, the same noise; `divergence_margin`: by more than 1 nat.
         divergence_low, divergence_high: its 95 % interval over prompts; null of a single prompt.
         divergence_promised: what the tier's calibration bounds it to; null for a lossless method.
         kept_by_depth: share of the passes that kept their first drafted token, their second, and so on.
@@ -41,6 +44,7 @@ class MethodRow:
     """
 
     method: str
+    precision: str
     tokens_per_s: float
     speedup: float
     speedup_low: float | None
@@ -50,6 +54,7 @@ class MethodRow:
     target_passes_per_token: float
     target_tokens_per_token: float
     prompt_tokens: int
+    cached_tokens: int
     emitted: int
     drafted: int
     judged: int
@@ -72,7 +77,7 @@ class MethodRow:
 def print_tables(rows: Sequence[MethodRow], *, priced: bool) -> None:
     """Prints the comparison, and below it which share of the passes kept how many drafted tokens."""
     # A narrow terminal must not cut the figures; in a log the width is unknown.
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(_comparison(rows, priced=priced))
     if any(row.kept_by_depth for row in rows):
         console.print(_kept(rows))
@@ -83,9 +88,10 @@ def _comparison(rows: Sequence[MethodRow], *, priced: bool) -> Table:
         "method", "tokens/s", "speed-up", "95 %", "tokens/pass", "passes/token", "target tokens/token",
         "drafted/accepted/emitted", "divergence", "identical",
     ]  # fmt: skip
+    has_hits = any(row.cached_tokens for row in rows)
     num_rounds = len(rows[0].speedup_by_round)
     title = f"ssv-bench, {num_rounds} {'round' if num_rounds == 1 else 'rounds'}"
-    table = Table(*headers, *(["cost/1M"] if priced else []), title=title)
+    table = Table(*headers, *(["TTFT ms"] if has_hits else []), *(["cost/1M"] if priced else []), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -95,6 +101,8 @@ def _comparison(rows: Sequence[MethodRow], *, priced: bool) -> Table:
             f"{row.tokens_per_pass:.2f}", f"{row.target_passes_per_token:.3f}", f"{row.target_tokens_per_token:.2f}",
             f"{row.drafted}/{row.accepted}/{row.emitted}", f"{row.divergence:.2%}", f"{row.identical:.0%}",
         ]  # fmt: skip
+        if has_hits:
+            cells.append(f"{row.ttft_ms:.0f}")
         table.add_row(*cells, *([f"{row.cost_per_1m_tokens:.2f}"] if row.cost_per_1m_tokens is not None else []))
     return table
 

@@ -3,9 +3,9 @@ candidates of its trees (`Policy.recalls`), on prompts whose answers repeat them
 
     python benchmarks/recall.py --bundle bundles/smollm2-135m --out benchmarks/records/recall.json
 
-Both take turns on each prompt, and plain decoding with them. Texts have to be the same. Tokens per pass are counts:
-they are the same wherever steps have the same costs. Speeds are by the processor's time of this process, in which other
-work on the machine shows less.
+Both take turns on each prompt, and plain decoding with them. Texts have to be the same. What pays goes by the costs of
+the bundle's first profile of the precision, so that tokens per pass are the same on a busy machine. Speeds are by
+the processor's time of this process, in which other work on the machine shows less.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ssv.ab.statistics import mean_ratio_interval
+from ssv.bundle.manifest import read_manifest
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.llm import LLM
@@ -49,6 +50,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a record (default: none)")
     args = parser.parse_args()
     llm = LLM.load(args.bundle, precision=args.precision, threads=args.threads)
+    profiles = read_manifest(args.bundle, verify=False).profiles
+    llm.costs = next(costs for place, costs in profiles.items() if place.startswith(f"torch {args.precision} "))
     premium = llm.tiers["premium"]
     policies = {
         "plain": AUTOREGRESSIVE,
@@ -61,7 +64,6 @@ def main() -> int:
         for temperature in map(float, args.temperature.split(",")):
             rows.append(compare(llm, policies, prompts, temperature, args) | {"prompts": name})
             print(rows[-1], file=sys.stderr, flush=True)
-    assert llm.costs is not None
     what = {"precision": args.precision, "threads": args.threads, "costs": llm.costs.model_dump(), "rows": rows}
     write_record(what, args.out, versions("torch", "transformers"))
     return 0 if all(row["same_text"] for row in rows) else 1

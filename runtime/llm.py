@@ -58,6 +58,7 @@ class LLM:
         limits: largest divergence that each lossy tier's calibration promises.
         max_length: tokens of prompt and output together.
         prefill_chunk: tokens of a prompt that a round runs.
+        precision: of target and draft.
         place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
         threads: that the engines have at the most.
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
@@ -77,6 +78,7 @@ class LLM:
         prefill_chunk: int = PREFILL_CHUNK,
         pass_tokens: int | None = None,
         limits: Mapping[str, float] | None = None,
+        precision: str = "",
         place: str = "",
         threads: int = 1,
         costs: Costs | None = None,
@@ -91,7 +93,8 @@ class LLM:
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
-        self.place, self.threads, self.costs, self.survival = place, threads, costs, survival
+        self.precision, self.place, self.threads = precision, place, threads
+        self.costs, self.survival = costs, survival
         self._measures_costs = measures_costs
         self._streaming = False
 
@@ -224,6 +227,7 @@ class LLM:
             max_length=max_length,
             prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
+            precision=precision,
             place=key,
             threads=threads if on_cpu else 1,
             costs=manifest.profiles.get(key),
@@ -274,6 +278,7 @@ class LLM:
             limits=manifest.divergence_limits,
             max_length=min(max_length, *(entry.max_length - RESERVED_LENGTH for entry in entries)),
             prefill_chunk=prefill_chunk or GPU_PREFILL_CHUNK,
+            precision=entries[0].precision,
             place=key,
             costs=manifest.profiles.get(key),
             measures_costs=True,
@@ -321,12 +326,23 @@ class LLM:
             threads=self.threads,
         )
 
-    def chat_ids(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of a user's message in the model's chat template, up to where the assistant answers."""
-        return self.tokenizer.chat_ids([{"role": "user", "content": prompt}])
+    def chat_ids(self, prompt: str, system: str | None = None) -> tuple[int, ...]:
+        """Token ids of a user's message in the model's chat template, behind a system message if there is one, up to
+        where the assistant answers."""
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        return self.tokenizer.chat_ids([*messages, {"role": "user", "content": prompt}])
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+    def prompt_cache(self, num_bytes: int) -> PromptCache[PromptBlock]:
+        """Memory for beginnings of prompts, for this LLM alone."""
+        return PromptCache[PromptBlock](self.prefill_chunk, num_bytes)
+
+    def stream(
+        self, requests: Sequence[Request], *, prompt_cache: PromptCache[PromptBlock] | None = None
+    ) -> Iterator[Chunk]:
         """Decodes requests side by side, as many at a time as the cache has rows; yields their output as it comes.
+
+        Args:
+            prompt_cache: what earlier requests have left of their prompts, and where these leave theirs.
 
         Raises:
             RequestError: one of them cannot be served, or another stream is not finished; raised before any is started.
@@ -338,13 +354,13 @@ class LLM:
             )
         self._streaming = True
         try:
-            yield from self._run(requests)
+            yield from self._run(requests, prompt_cache)
         finally:
             self._streaming = False
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+    def _run(self, requests: Sequence[Request], cache: PromptCache[PromptBlock] | None) -> Iterator[Chunk]:
         policies = [policy_of(request, self.tiers) for request in requests]
-        loop = self.loop(priced=any(policy.pays for policy in policies))
+        loop = self._loop(None, cache, priced=any(policy.pays for policy in policies))
         for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
             loop.batch.check(request.prompt_ids, request.params, policy)  # what is no token has no text either
             loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
@@ -359,7 +375,10 @@ class LLM:
             prompt_cache_bytes: memory for beginnings of prompts; 0 for none.
             priced: whether it may be given policies that draft what pays: without, costs need not be known.
         """
-        cache = PromptCache[PromptBlock](self.prefill_chunk, prompt_cache_bytes) if prompt_cache_bytes else None
+        cache = self.prompt_cache(prompt_cache_bytes) if prompt_cache_bytes else None
+        return self._loop(max_waiting, cache, priced=priced)
+
+    def _loop(self, max_waiting: int | None, cache: PromptCache[PromptBlock] | None, *, priced: bool) -> DecodeLoop:
         batch = DecodeBatch(
             self.target,
             self.draft,
@@ -374,12 +393,14 @@ class LLM:
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 
-    def generate(self, requests: Sequence[Request]) -> list[Output]:
-        """Decodes requests and returns their outputs, in their order."""
+    def generate(
+        self, requests: Sequence[Request], *, prompt_cache: PromptCache[PromptBlock] | None = None
+    ) -> list[Output]:
+        """Decodes requests and returns their outputs, in their order; see `stream`."""
         texts: list[list[str]] = [[] for _ in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         outputs: list[Output | None] = [None] * len(requests)
-        for chunk in self.stream(requests):
+        for chunk in self.stream(requests, prompt_cache=prompt_cache):
             texts[chunk.index].append(chunk.text)
             tokens[chunk.index].extend(chunk.token_ids)
             if chunk.finish_reason is not None:

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from tiny_bundle import build, write_recipe
 
 from ssv.ab import bench, bench_view
+from ssv.ab.bench_ways import ways
 from ssv.ab.statistics import mean_ratio_interval
 from ssv.client import cli
 from ssv.runtime.counters import Counters
@@ -149,9 +150,9 @@ def test_top_k_and_top_p_reach_the_requests(
     asked: list[SamplingParams] = []
     stream = LLM.stream
 
-    def recording(self: LLM, requests: Sequence[Request]) -> Iterator[Chunk]:
+    def recording(self: LLM, requests: Sequence[Request], **options: Any) -> Iterator[Chunk]:
         asked.extend(request.params for request in requests)
-        return stream(self, requests)
+        return stream(self, requests, **options)
 
     monkeypatch.setattr(LLM, "stream", recording)
     words = ("--methods", "premium", "--temperature", "5", "--num-prompts", "2", "--top-k", "3", "--top-p", "0.4")
@@ -177,6 +178,8 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("options", "named"),
     [
         (["--methods", "fast"], "unknown method 'fast'"),
+        (["--also", "int3"], "--also 'int3' is unknown; known: fp32, bf16, int8, int4, prompt-cache"),
+        (["--system-prompt", "/nowhere/system.txt"], "/nowhere/system.txt cannot be read"),
         (["--price-per-hour", "0"], "--price-per-hour 0.0 must be above 0"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
         (["--half-width", "0"], "--half-width 0.0 is a share of a speed-up: give a number between 0 and 1"),
@@ -289,9 +292,11 @@ class Decoder:
     """A model that is a list of what each method takes, by the clock that it turns."""
 
     limits: Mapping[str, float] = {}
+    methods = ("autoregressive", "premium", "turbo")
+    prefill_chunk = 64
     target = None
 
-    def __init__(self, seconds: Mapping[str, float], hiccups: Mapping[int, float]) -> None:
+    def __init__(self, seconds: Mapping[str, float], hiccups: Mapping[int, float], precision: str = "int8") -> None:
         """Sets the clock to zero.
 
         Args:
@@ -300,12 +305,20 @@ class Decoder:
         """
         self.now, self.seconds, self.hiccups = 0.0, seconds, hiccups
         self.asked: list[str] = []
+        self.precision, self.cached = precision, 0
 
-    def chat_ids(self, prompt: str) -> tuple[int, ...]:
-        return (len(prompt),)
+    def prompt_cache(self, num_bytes: int) -> set[tuple[int, ...]]:
+        assert num_bytes > 0
+        return set()
 
-    def generate(self, requests: Sequence[Request]) -> list[Output]:
+    def generate(
+        self, requests: Sequence[Request], *, prompt_cache: set[tuple[int, ...]] | None = None
+    ) -> list[Output]:
         for request in requests:
+            if prompt_cache is not None:
+                assert request.params.max_tokens == 1 or request.prompt_ids in prompt_cache, "it was not met before"
+                prompt_cache.add(request.prompt_ids)
+                self.cached += request.params.max_tokens == 1
             # No two prompts speed turbo up alike: there is always an interval.
             share = 1 + 0.01 * (request.prompt_ids[0] % 3 - 1) if request.method == "turbo" else 1.0
             self.now += self.seconds[request.method] * share
@@ -316,15 +329,18 @@ class Decoder:
         return [Output("w", (1, 2, 3, 4, 5), "length", counters) for _ in requests]
 
 
+def never(precision: str) -> LLM:
+    raise AssertionError(f"{precision} is not asked for")
+
+
 def compare(
     monkeypatch: pytest.MonkeyPatch, decoder: Decoder, *, rounds: int, half_width: float, batch: int = 1
 ) -> list[bench.MethodRow]:
     monkeypatch.setattr("ssv.ab.bench.time.perf_counter", lambda: decoder.now)
     monkeypatch.setattr("ssv.runtime.decode.audit.audit", lambda *_: Audit(0, 0))
     return bench.compare(
-        decoder,  # type: ignore[arg-type]
-        ["w" * length for length in range(1, 7)],
-        ["autoregressive", "turbo"],
+        ways(decoder, ["autoregressive", "turbo"], [], never),  # type: ignore[arg-type]
+        [(length,) for length in range(1, 7)],
         SamplingParams(),
         batch=batch,
         rounds=rounds,
@@ -415,3 +431,82 @@ def test_kept_tokens_by_depth_are_shown(monkeypatch: pytest.MonkeyPatch, capsys:
     assert rows[1].kept_by_depth == [1.0, 0.5]
     bench_view.print_tables(rows, priced=False)
     assert re.search(r"turbo +. 100% . +50%", capsys.readouterr().out)
+
+
+# --- rows beside the methods ----------------------------------------------------------------------------------------
+
+
+def test_rows_of_other_precisions_and_of_the_prompt_cache() -> None:
+    base, int4 = Decoder({}, {}), Decoder({}, {}, "int4")
+    loaded: list[str] = []
+
+    def load(precision: str) -> Decoder:
+        loaded.append(precision)
+        return int4
+
+    found = ways(base, ["autoregressive", "turbo"], ["int8", "int4", "prompt-cache"], load)  # type: ignore[arg-type]
+    assert [(way.name, way.method, way.llm) for way in found] == [
+        ("autoregressive", "autoregressive", base),
+        ("turbo", "turbo", base),
+        ("autoregressive, int4", "autoregressive", int4),
+        ("premium, int4", "premium", int4),
+        ("autoregressive, prompt-cache", "autoregressive", base),
+        ("premium, prompt-cache", "premium", base),
+    ]
+    assert loaded == ["int4"]  # int8 is what is there
+    assert [way.cache is not None for way in found] == [False] * 4 + [True] * 2
+    assert found[4].cache is not found[5].cache
+    base.methods = ("autoregressive",)
+    assert [way.name for way in ways(base, ["autoregressive"], ["prompt-cache"], never)] == [  # type: ignore[arg-type]
+        "autoregressive",
+        "autoregressive, prompt-cache",
+    ]
+
+
+def test_what_fills_the_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder({"autoregressive": 2.0, "premium": 1.0}, {})
+    monkeypatch.setattr("ssv.ab.bench.time.perf_counter", lambda: decoder.now)
+    monkeypatch.setattr("ssv.runtime.decode.audit.audit", lambda *_: Audit(0, 0))
+    compared = ways(decoder, ["autoregressive"], ["prompt-cache"], never)  # type: ignore[arg-type]
+    rows = bench.compare(
+        compared, [(1,), (2,), (3,)], SamplingParams(), batch=1, rounds=1, half_width=0.05, num_draft_tokens=5,
+        price_per_hour=None, report=silent,
+    )  # fmt: skip
+    assert [(row.method, row.speedup) for row in rows] == [
+        ("autoregressive", 1.0),
+        ("autoregressive, prompt-cache", 1.0),
+        ("premium, prompt-cache", 2.0),
+    ]
+    assert decoder.cached == 2 * (1 + 3)  # the warm-up's, and each prompt's
+
+
+def test_the_table_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(write_recipe(tmp_path, heads=True), tmp_path / "bundle")
+    (tmp_path / "system.txt").write_text(" ".join(f"w{i % 90}" for i in range(80)))
+    words = ("--methods", "all", "--num-prompts", "3", "--rounds", "1", "--system-prompt", str(tmp_path / "system.txt"))
+    assert run_bench(tmp_path, *words) == 0
+    out = capsys.readouterr().out
+    rows = {row["method"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
+    both = [
+        f"{method}, {name}" for name in ("int8", "int4", "prompt-cache") for method in ("autoregressive", "premium")
+    ]
+    assert list(rows) == [method for method in bench.METHODS if method != "medusa-typical"] + both
+    assert {name: row["precision"] for name, row in rows.items() if row["precision"] != "fp32"} == {
+        name: name.split(", ")[1] for name in both if "cache" not in name
+    }
+    for name, row in rows.items():
+        assert row["cached_tokens"] == (3 * 64 if "prompt-cache" in name else 0)
+        if "prompt-cache" in name:
+            assert row["identical"] == 1.0 and row["divergence"] == 0.0
+        if "int4" in name:
+            assert row["divergence"] > 0 and row["divergence_promised"] is None
+    assert rows["premium, int4"]["divergence"] == rows["autoregressive, int4"]["divergence"]
+    assert "TTFT ms" in out and "found nothing in its cache" not in out
+
+
+def test_a_cache_that_found_nothing_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--methods", "premium", "--also", "prompt-cache", "--num-prompts", "2", "--rounds", "1")
+    assert run_bench(folder, *options) == 0
+    said = capsys.readouterr().out
+    assert "note: premium, prompt-cache found nothing in its cache: no prompt has more than the 64 tokens" in said
+    assert "TTFT ms" not in said

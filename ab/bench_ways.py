@@ -1,0 +1,84 @@
+"""The rows of ssv-bench: a method each, and beside them what else is said to speed decoding up, other precisions and a
+cache of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ssv.runtime.request import Output, Request, RequestError, SamplingParams
+from ssv.support.precisions import TORCH_PRECISIONS
+
+if TYPE_CHECKING:
+    from ssv.runtime.decode.prompt_cache import PromptCache
+    from ssv.runtime.llm import LLM
+
+BASELINE = "autoregressive"
+
+PROMPT_CACHE = "prompt-cache"
+BESIDE = (*TORCH_PRECISIONS, PROMPT_CACHE)
+"""What may have rows of its own, one of the baseline and one of `premium`."""
+
+BESIDE_ALL = ("int8", "int4", PROMPT_CACHE)
+"""What has them in the table of everything, on a CPU."""
+
+PROMPT_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to decode.
+
+    Attributes:
+        name: its method, and what is different of it.
+        llm: of its own in another precision.
+        cache: of prompts, with what was computed of each of them before it is timed; None for none.
+    """
+
+    name: str
+    method: str
+    llm: LLM
+    cache: PromptCache[Any] | None = None
+
+    def prepare(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
+        """Puts prompts into the cache: when they are decoded next they have been met before."""
+        if self.cache is not None:
+            self.decode(prompts, replace(params, max_tokens=1, min_tokens=0), 1)
+
+    def decode(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, num_draft_tokens: int) -> list[Output]:
+        """Decodes prompts side by side."""
+        requests = [Request(prompt, self.method, params, num_draft_tokens) for prompt in prompts]
+        return self.llm.generate(requests, prompt_cache=self.cache)
+
+
+def ways(llm: LLM, methods: Sequence[str], beside: Sequence[str], load: Callable[[str], LLM]) -> list[Way]:
+    """A way for each method, and two for each of what stands beside them.
+
+    Args:
+        methods: the baseline first.
+        beside: of `BESIDE`; the precision of `llm` is no other one, and is left out.
+        load: loads the same bundle in another precision.
+    """
+    found = [Way(method, method, llm) for method in methods]
+    for name in beside:
+        if name == llm.precision:
+            continue
+        other = llm if name == PROMPT_CACHE else load(name)
+        for method in (BASELINE, "premium"):
+            if method in llm.methods:
+                cache = llm.prompt_cache(PROMPT_CACHE_BYTES) if name == PROMPT_CACHE else None
+                found.append(Way(f"{method}, {name}", method, other, cache))
+    return found
+
+
+def read_beside(text: str) -> list[str]:
+    """Names of what stands beside the methods.
+
+    Raises:
+        RequestError: one is unknown.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if unknown := [name for name in names if name not in BESIDE]:
+        raise RequestError(f"--also {unknown[0]!r} is unknown; known: {', '.join(BESIDE)}")
+    return names
