@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ssv.builder.config import Recipe
     from ssv.builder.target import Target
     from ssv.bundle.policy import Policy
+    from ssv.bundle.profile import Costs
     from ssv.support.progress import Report
 
 PROFILE_REPEATS = 40
@@ -458,13 +459,13 @@ def _profile(args: argparse.Namespace) -> int:
     for name, curve in (("target pass", costs.target), ("draft step", costs.draft)):
         sizes = ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in zip(curve.tokens, curve.seconds, strict=True))
         print(f"  {name}, milliseconds by tokens: {sizes}")
-    if costs.conditions is not None and (doubts := costs.conditions.doubts):
-        print(
-            f"warning: this machine was busy: {doubts}. The profile is kept and may be wrong: repeat this on an idle "
-            "machine",
-            file=sys.stderr,
-        )
+    _warn_if_busy(costs, "The profile is kept and may be wrong: repeat this on an idle machine")
     return 0
+
+
+def _warn_if_busy(costs: Costs, so: str) -> None:
+    if costs.conditions is not None and (doubts := costs.conditions.doubts):
+        print(f"warning: this machine was busy: {doubts}. {so}", file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -533,6 +534,7 @@ def calibrate_bundle(
     fitted = fit_survival(probe)
     report("survival", 2, 2, "done")
     costs = llm.costs = llm.measure_costs(repeats=PROFILE_REPEATS)
+    _warn_if_busy(costs, "Which of the policies that keep a limit is the cheapest may be told wrong; no limit is")
     llm.survival = fitted.survival
     return replace(calibrate(run, config, costs, report, categories), survival=fitted)
 

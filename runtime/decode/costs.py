@@ -181,38 +181,30 @@ def measure(
         features = torch.zeros(1, 1, draft.num_features) if draft.num_features else None
         draft.grow(ids, at.int(), one.int(), features, TreeShape(levels, *_GROWN), ((0.0, 1.0),))
 
-    if isinstance(draft, GrowingEngine):
-        return _measured_growing(passes, grows, pass_sizes, draft_sizes, repeats, clock)
-    runs = [*(partial(passes, n) for n in pass_sizes), *(partial(drafts, n) for n in draft_sizes)]
+    repeated: list[list[float]] = []
+
+    def least(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+        repeated.extend(_measured(runs, repeats, clock))
+        return [min(each) for each in repeated]
+
     before = read(True)  # also processes of a low priority, which do not give way in all
-    repeated = _measured([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats, clock)
+    if isinstance(draft, GrowingEngine):
+        # Of an engine that grows trees by itself: what a level costs, and the rest of a draft.
+        runs = [*(partial(passes, n) for n in pass_sizes), partial(grows, 1), partial(grows, _GROWN_LEVELS)]
+        *passed, one, many = least(runs, 4 * repeats)
+        level = max(many - one, 1e-6) / (_GROWN_LEVELS - 1)
+        drafted, further = [level] * len(draft_sizes), {"begin": max(one - level, 0.0)}
+    else:
+        runs = [*(partial(passes, n) for n in pass_sizes), *(partial(drafts, n) for n in draft_sizes)]
+        found = least([*runs, partial(takes_in, 1), partial(takes_in, TEXT_SIZE)], repeats)
+        passed, drafted, (one, many) = found[: len(pass_sizes)], found[len(pass_sizes) : -2], found[-2:]
+        further = {"text": max(many - one, 0.0) / (TEXT_SIZE - 1)}
     missing = _missing_cores(before, read(True), threads)
-    found = [min(each) for each in repeated]
-    passed, drafted, (one, many) = found[: len(pass_sizes)], found[len(pass_sizes) : -2], found[-2:]
     return Costs(
         target=_curve(pass_sizes, passed),
         draft=_curve(draft_sizes, drafted),
-        text=max(many - one, 0.0) / (TEXT_SIZE - 1),
         conditions=Conditions(missing_cores=missing, spread=median(median(each) / min(each) for each in repeated)),
-    )
-
-
-def _measured_growing(
-    passes: Callable[[int], None],
-    grows: Callable[[int], None],
-    pass_sizes: Sequence[int],
-    draft_sizes: Sequence[int],
-    repeats: int,
-    clock: Callable[[], float],
-) -> Costs:
-    """Of an engine that grows trees by itself: what a level costs, and the rest of a draft."""
-    runs = [*(partial(passes, n) for n in pass_sizes), partial(grows, 1), partial(grows, _GROWN_LEVELS)]
-    *passed, one, many = [min(each) for each in _measured(runs, 4 * repeats, clock)]
-    level = max(many - one, 1e-6) / (_GROWN_LEVELS - 1)
-    return Costs(
-        target=_curve(pass_sizes, passed),
-        draft=_curve(draft_sizes, [level] * len(draft_sizes)),
-        begin=max(one - level, 0.0),
+        **further,
     )
 
 

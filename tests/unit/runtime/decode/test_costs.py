@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from growing import GrowingFakeDraft
 
 from fakes import FakeDraft, FakeTarget
 from ssv.bundle.profile import Conditions, Costs, Curve
@@ -109,10 +110,11 @@ class Machine:
         return CpuTimes(cores=2, at=at, busy=2.0 * at, own=(2.0 - self._others) * at)
 
 
-def conditions(threads: int = 2, read: Any = None, **machine: float) -> Conditions:
-    """Of seven steps, an odd number, each is late every second time."""
+def conditions(threads: int = 2, read: Any = None, kind: type[FakeDraft] = FakeDraft, **machine: float) -> Conditions:
+    """Of seven steps, and of the five of an engine that grows trees itself, each is late every second time: these are
+    odd numbers."""
     target, told = FakeTarget(max_length=200, tap=True), Machine(**machine)
-    draft, sizes = FakeDraft(target, conditioned=True), {"pass_sizes": (1, 4, 16), "draft_sizes": (1, 4)}
+    draft, sizes = kind(target, conditioned=True), {"pass_sizes": (1, 4, 16), "draft_sizes": (1, 4)}
     found = measure(
         target, draft, **sizes, repeats=4, threads=threads, clock=told.clock, read=read or told.read
     ).conditions
@@ -130,6 +132,11 @@ def test_cores_that_others_took_are_told() -> None:
     found = conditions(others=0.9)
     assert found.spread == 1.0 and found.missing_cores == pytest.approx(0.9)
     assert found.doubts == "other processes took 0.9 of the cores that the engines have threads for"
+
+
+def test_engines_that_grow_trees_are_watched_as_well() -> None:
+    found = conditions(threads=1, others=1.4, jitter=2.0, kind=GrowingFakeDraft)
+    assert found.missing_cores == pytest.approx(0.4) and found.spread == pytest.approx(1.5)
 
 
 def test_cores_that_the_engines_do_not_want_may_be_taken() -> None:
