@@ -107,6 +107,7 @@ class Growth:
                 if guess.token not in known:
                     level.append(len(self.candidates))
                     self.candidates.append(Candidate(guess, parent, depth + 1, survival * guess.share))
+        self._value_found()
         self.open = self._next(level)
 
     def take(self, groups: Sequence[tuple[int, Sequence[tuple[int, Guess]]]]) -> dict[int, int]:
@@ -133,6 +134,7 @@ class Growth:
                     i = len(self.candidates)
                     self.candidates.append(Candidate(guess, above, depth + 1, survival * guess.share))
                 self._taken[number] = i
+        self._value_found()
         return self._taken
 
     def _weigh_found(self, parent: int, guesses: Sequence[Guess]) -> dict[int, int]:
@@ -150,15 +152,17 @@ class Growth:
                 share = self.candidates[i].guess.share
                 if token != first.token:
                     share *= (1 - first.share) / (1 - share * first.share)
-                self._set_share(i, max(share, said.get(token, 0.0)))
-            for i in range(self._num_found):
-                each = self.candidates[i]
-                self.candidates[i] = replace(each, survival=self._place(each.parent)[0] * each.guess.share)
+                share = max(share, said.get(token, 0.0))
+                self.candidates[i] = replace(self.candidates[i], guess=Guess(token, share, 1 - share))
         return found
 
-    def _set_share(self, i: int, share: float) -> None:
-        guess = replace(self.candidates[i].guess, share=share, risk=1 - share)
-        self.candidates[i] = replace(self.candidates[i], guess=guess)
+    def _value_found(self) -> None:
+        """Gives what was found the survivals that follow from its shares."""
+        for i in range(self._num_found):
+            each = self.candidates[i]
+            survival = self._place(each.parent)[0] * each.guess.share
+            if survival != each.survival:
+                self.candidates[i] = replace(each, survival=survival)
 
     def _found_behind(self, parent: int) -> list[int]:
         return [i for i in range(self._num_found) if self.candidates[i].parent == parent]
@@ -235,32 +239,24 @@ def likely_groups(
         most: candidates, beside all that follow the text.
         max_depth: most tokens of a path.
     """
-    survival_N = np.zeros(len(grown.tokens))
-    going_N = ~np.isin(grown.tokens, list(ends))
-    first, levels = 0, []
+    survival_N, going_N = np.zeros(len(grown.tokens)), np.ones(len(grown.tokens), dtype=bool)
+    for token in ends:
+        going_N &= grown.tokens != token
+    firsts = [0]
     for level in range(min(shape.levels, max_depth)):
-        last = first + shape.opened(level) * shape.children
-        above = 1.0 if not level else survival_N[grown.parents[first:last]] * going_N[grown.parents[first:last]]
-        survival_N[first:last] = above * grown.shares[first:last] * (grown.tokens[first:last] >= 0)
-        levels.append((first, last))
-        first = last
-    kept_N = np.zeros(len(survival_N), dtype=bool)
-    kept_N[np.argsort(-survival_N, kind="stable")[:most]] = True
-    kept_N[: shape.children] = True
-    kept_N &= survival_N > 0
-    groups = []
-    for first, last in levels:
-        numbers = (first + np.flatnonzero(kept_N[first:last])).tolist()
-        columns = zip(
-            numbers,
-            grown.tokens[numbers].tolist(),
-            grown.parents[numbers].tolist(),
-            grown.shares[numbers].tolist(),
-            grown.risks[numbers].tolist(),
-            strict=True,
-        )
-        by_parent: dict[int, list[tuple[int, Guess]]] = {}
-        for number, token, parent, share, risk in columns:
-            by_parent.setdefault(parent, []).append((number, Guess(token, share, risk)))
-        groups.append(list(by_parent.items()))
-    return groups
+        at = slice(firsts[-1], firsts[-1] + shape.opened(level) * shape.children)
+        parents = grown.parents[at]
+        survival_N[at] = grown.shares[at] if not level else survival_N[parents] * going_N[parents] * grown.shares[at]
+        firsts.append(at.stop)
+    survival_N[grown.tokens < 0] = 0.0
+    kept_N = survival_N > 0
+    best = np.argsort(-survival_N, kind="stable")
+    kept_N[best[most:]] = False
+    kept_N[: shape.children] = survival_N[: shape.children] > 0
+    numbers = np.flatnonzero(kept_N)
+    columns = (x[numbers].tolist() for x in (grown.tokens, grown.parents, grown.shares, grown.risks))
+    groups: list[dict[int, list[tuple[int, Guess]]]] = [{} for _ in firsts[1:]]
+    levels = np.searchsorted(firsts, numbers, side="right") - 1
+    for number, level, token, parent, share, risk in zip(numbers.tolist(), levels.tolist(), *columns, strict=True):
+        groups[level].setdefault(parent, []).append((number, Guess(token, share, risk)))
+    return [list(by_parent.items()) for by_parent in groups]

@@ -74,6 +74,7 @@ class ModelDrafter(Drafter):
             )
         self._survival, self._recall = survival, recall
         self.engine, self.has_scores = engine, engine.has_scorer
+        self._grower = engine if isinstance(engine, GrowingEngine) else None
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
         self._max_batch, self._eos_ids = target.max_batch, frozenset(eos_ids.tolist())
@@ -130,8 +131,8 @@ class ModelDrafter(Drafter):
             for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
             if limit > 0
         }
-        if isinstance(self.engine, GrowingEngine):
-            self._grow(self.engine, rows, limits, prices)
+        if self._grower is not None:
+            self._grow(self._grower, rows, limits, prices)
         else:
             self._let_wait(rows, prices)
         drafting = [b for b, growing in self._growing.items() if growing.growth.open]
