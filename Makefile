@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
 ROOMS := support plugins model bundle runtime builder client ab triton_repo
 
-.PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize lint setup clean
+.PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize sanitize-cpu lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,18 @@ sanitize:
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $$skip \
 	  $(PYTHON) -m pytest tests/gpu/test_kernels_cuda.py -k "not many_launches and not two_streams and not graph and not 4096" || exit; \
 	done
+
+# The compiled stages of the CPU with AddressSanitizer and UndefinedBehaviorSanitizer, from a copy of the package. What
+# Python itself does not free is no leak of theirs.
+SANITIZED := build/sanitized
+sanitize-cpu: setup
+	rm -rf $(SANITIZED)
+	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  $(BIN)/python setup.py -q build --build-base build/sanitized.tmp --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -p no:cacheprovider \
+	  tests/unit/runtime/engines/test_linear.py tests/unit/runtime/engines/test_torch_engine.py \
+	  tests/unit/runtime/engines/test_trees.py tests/unit/runtime/decode/test_sampling.py
 
 test-tensorrt:
 	$(PYTHON) -m pytest tests/gpu/test_tensorrt_gpu.py

@@ -10,7 +10,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../_processors.h"
@@ -447,48 +446,19 @@ static const struct {
 
 static LinearKernels in_use;
 
+#define PACK_ARGS 8
+
 /* Pointers arrive as integers; the caller owns the memory and has checked shapes. */
-static int read_longs(PyObject *const *objects, Py_ssize_t given, Py_ssize_t wanted, long long *numbers) {
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, given);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < given; i++) {
-        numbers[i] = PyLong_AsLongLong(objects[i]);
-        if (numbers[i] == -1 && PyErr_Occurred()) return -1;
-    }
-    return 0;
-}
-
-static Rows rows_at(const long long *a) {
-    return (Rows){(int8_t *)(intptr_t)a[0], (float *)(intptr_t)a[1], (float *)(intptr_t)a[2], (int32_t *)(intptr_t)a[3]};
-}
-
-static PyObject *py_quantize(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    long long a[8];
-    if (read_longs(objects, given, 8, a)) return NULL;
-    Rows rows = rows_at(a + 1);
-    long length = (long)a[6], blocks = (long)a[7];
-    for (long r = 0; r < a[5]; r++)
-        in_use.quantize((const float *)(intptr_t)a[0] + r * length, length, &rows, r, blocks, 0, blocks);
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_product(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    long long a[10];
-    if (read_longs(objects, given, 10, a)) return NULL;
-    Rows rows = rows_at(a + 1);
-    in_use.product((const Linear *)(intptr_t)a[0], &rows, (long)a[5], (float *)(intptr_t)a[6], (long)a[7], 0, (long)a[8],
-                   (long)a[9]);
-    Py_RETURN_NONE;
-}
-
 static PyObject *py_pack(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    long long a[8];
-    if (read_longs(objects, given, 8, a)) return NULL;
-    const void *p[8];
-    for (int i = 0; i < 8; i++) p[i] = (const void *)(intptr_t)a[i];
-    pack(p[0], (long)a[1], (long)a[2], p[3], p[4], p[5], p[6], (uint8_t *)(intptr_t)a[7]);
+    long number[PACK_ARGS];
+    void *pointer[PACK_ARGS];
+    if (given != PACK_ARGS) return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", PACK_ARGS, given);
+    for (int i = 0; i < PACK_ARGS; i++) {
+        number[i] = PyLong_AsLong(objects[i]);
+        pointer[i] = (void *)number[i];
+        if (number[i] == -1 && PyErr_Occurred()) return NULL;
+    }
+    pack(pointer[0], number[1], number[2], pointer[3], pointer[4], pointer[5], pointer[6], pointer[7]);
     Py_RETURN_NONE;
 }
 
@@ -516,10 +486,6 @@ static PyObject *py_use(PyObject *self, PyObject *wanted) {
 }
 
 static PyMethodDef methods[] = {
-    {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL,
-     "quantize(x, values, scale, offset, sum, rows, length, blocks)"},
-    {"product", (PyCFunction)(void (*)(void))py_product, METH_FASTCALL,
-     "product(linear, values, scale, offset, sum, rows, out, stride, first_tile, last_tile)"},
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_FASTCALL,
      "pack(weights, outputs, inputs, scale, least, scale_half, least_half, packed)"},
     {"processors", py_processors, METH_NOARGS, "processors() -> those whose kernels run here, the best first"},

@@ -31,10 +31,10 @@ _LEAST = 1e-30
 _ROWS = 512
 """Outputs that are packed at a time: in fp32 they stay in the processor's cache."""
 
-if importlib.util.find_spec("ssv.runtime.engines._linear") is not None:
-    from ssv.runtime.engines import _linear
+if importlib.util.find_spec("ssv.runtime.engines._cpu") is not None:
+    from ssv.runtime.engines import _cpu, _linear
 else:  # installed where there was no C compiler; one that is there and does not load is an error
-    _linear = None  # type: ignore[assignment]
+    _cpu = _linear = None  # type: ignore[assignment]
 
 
 # --- The definition -------------------------------------------------------------------------------------------------
@@ -220,11 +220,10 @@ class PackedLinear(nn.Module):
         x_MI = x_XI.reshape(-1, self.inputs).contiguous()
         if _linear is None:
             return self.by_definition(x_MI).view(*x_XI.shape[:-1], self.outputs)
-        num_rows, tiles = len(x_MI), len(self.packed_TGX)
-        rows, y_MO = Rows(num_rows, self.inputs), torch.empty(num_rows, self.outputs)
-        _linear.quantize(x_MI.data_ptr(), *rows.addresses, num_rows, self.inputs, rows.blocks)
-        address = ctypes.addressof(self.struct)
-        _linear.product(address, *rows.addresses, num_rows, y_MO.data_ptr(), self.outputs, 0, tiles)
+        rows, y_MO = Rows(len(x_MI), self.inputs), torch.empty(len(x_MI), self.outputs)
+        _cpu.linear(
+            ctypes.addressof(self.struct), *rows.addresses, x_MI.data_ptr(), self.inputs, len(x_MI), y_MO.data_ptr()
+        )
         return y_MO.view(*x_XI.shape[:-1], self.outputs)
 
     def by_definition(self, x_MI: Tensor) -> Tensor:

@@ -67,6 +67,19 @@ def test_kernels_are_the_definition_to_the_last_bit(kind: type[PackedLinear], ou
 
 
 @KINDS
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes(kind: type[PackedLinear], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs, inputs, num_rows = (int(torch.randint(1, most, (), generator=generator)) for most in (90, 150, 20))
+    layer = kind(weights(outputs, inputs, seed), torch.ones(outputs) if seed % 2 else None)
+    x_MI = rows(num_rows, inputs)
+    expected_MO = layer.by_definition(x_MI)
+    for processor in processors():
+        use_kernels(processor)
+        assert torch.equal(layer(x_MI), expected_MO), (processor, outputs, inputs, num_rows)
+
+
+@KINDS
 @pytest.mark.parametrize("num_rows", range(1, 33))
 def test_a_row_does_not_see_its_neighbours(kind: type[PackedLinear], num_rows: int) -> None:
     layer, x_MI = kind(weights(40, 70), None), rows(33, 70)
