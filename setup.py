@@ -101,8 +101,8 @@ setup(
     ext_modules=[
         Extension(
             "ssv.runtime.engines._cpu",
-            ["runtime/engines/_cpu.c"],
-            depends=["runtime/_processors.h", "runtime/engines/_linear.h"],
+            ["runtime/engines/_cpu.c", "runtime/engines/_crew.c"],
+            depends=["runtime/_processors.h", "runtime/engines/_crew.h", "runtime/engines/_linear.h"],
             extra_compile_args=["-O3", "-ffast-math"],
             libraries=["m"],  # brings the vector expf along
             optional=True,

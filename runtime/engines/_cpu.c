@@ -15,102 +15,15 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../_processors.h"
+#include "_crew.h"
 #include "_linear.h"
 
 static const LinearKernels *kernels;
-
-/* --- Threads ----------------------------------------------------------------------------------------------------------------- */
-
-/* The threads are those of the OpenMP runtime that torch has loaded: torch uses them between the steps, so they are awake,
- * and a runtime of our own would fight with them for the cores. Without one (see use_threads) a single thread does all. */
-typedef void (*Fork)(void (*)(void *), void *, unsigned, unsigned);
-typedef int (*Count)(void);
-static Fork fork_threads;
-static Count thread_number;
-static unsigned max_threads = 1;
-
-/* The work of a stage. Threads take pieces of it until none is left, and go on when all are done: a thread that the system has
- * stopped holds the others up only in the middle of a piece, and finds later that they have gone on without it. */
-typedef struct {
-    _Alignas(64) atomic_long next;
-    _Alignas(64) atomic_long done;
-} Stage;
-
-typedef struct {
-    Stage *stage; /* the next one */
-    long thread;
-} Worker;
-
-typedef void (*Part)(const void *context, long first, long last, long thread);
-
-#define SPINS 4000 /* some ten microseconds; then others may have the core */
-
-INLINE void rest(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-static void share(Worker *worker, Part part, const void *context, long items, long piece) {
-    Stage *stage = worker->stage++;
-    for (;;) {
-        long first = atomic_fetch_add_explicit(&stage->next, piece, memory_order_relaxed);
-        if (first >= items) break;
-        long last = first + piece < items ? first + piece : items;
-        part(context, first, last, worker->thread);
-        atomic_fetch_add_explicit(&stage->done, last - first, memory_order_acq_rel);
-    }
-    for (long spins = 0; atomic_load_explicit(&stage->done, memory_order_acquire) < items; spins++) {
-        if (spins < SPINS)
-            rest();
-        else
-            sched_yield();
-    }
-}
-
-/* Pieces of a stage: a few for each thread. */
-INLINE long piece_of(long items) {
-    long pieces = max_threads > 1 ? 4 * (long)max_threads : 1;
-    return items > pieces ? (items + pieces - 1) / pieces : 1;
-}
-
-typedef struct {
-    void (*work)(const void *context, Worker *worker);
-    const void *context;
-    Stage *stages;
-} Job;
-
-static void work_of_thread(void *data) {
-    const Job *job = data;
-    Worker worker = {job->stages, thread_number()};
-    job->work(job->context, &worker);
-}
-
-/* Has all threads go through `num_stages` calls of `share`, while Python goes on. Returns -1 and an exception without memory. */
-static int run_job(void (*work)(const void *, Worker *), const void *context, long num_stages) {
-    Stage *stages = NULL;
-    if (posix_memalign((void **)&stages, sizeof(Stage), (size_t)num_stages * sizeof(Stage))) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    memset(stages, 0, (size_t)num_stages * sizeof(Stage));
-    Job job = {work, context, stages};
-    Py_BEGIN_ALLOW_THREADS
-    if (fork_threads && max_threads > 1)
-        fork_threads(work_of_thread, &job, max_threads, 0);
-    else
-        work(context, &(Worker){stages, 0});
-    Py_END_ALLOW_THREADS
-    free(stages);
-    return 0;
-}
 
 /* --- Products ---------------------------------------------------------------------------------------------------------------- */
 
@@ -131,11 +44,11 @@ static void product_part(const void *context, long first, long last, long thread
     kernels->product(p->linear, p->rows, p->num_rows, p->out, p->stride, p->add, first, last);
 }
 
-static void share_product(Worker *worker, const Product *p) {
-    long tiles = (p->linear->outputs + TILE - 1) / TILE, piece = piece_of(tiles);
+static int share_product(Worker *worker, const Product *p) {
+    long tiles = (p->linear->outputs + TILE - 1) / TILE, piece = crew_piece(tiles);
     long most = TILES_BYTES / (p->linear->blocks * BLOCK * TILE);
     if (piece > most) piece = most > 0 ? most : 1;
-    share(worker, product_part, p, tiles, piece);
+    return share(worker, product_part, p, tiles, piece);
 }
 
 /* --- Layers ------------------------------------------------------------------------------------------------------------------ */
@@ -459,33 +372,39 @@ static void attend_part(const void *context, long first, long last, long thread)
 #define STAGES_A_LAYER 10
 #define OTHER_STAGES 5
 
-static void run_layers(const void *context, Worker *worker) {
-    const Context *given = context;
-    const Step *s = given->step;
-    Context c = *given;
-    long rows = s->rows, hidden = s->hidden, inner = s->inner;
-    long qkv = (s->heads + 2 * s->kv_heads) * s->dim;
-    if (s->join) {
-        share(worker, join_part, &c, rows, piece_of(rows));
-        share_product(worker, &(Product){s->join, &s->quantized, rows, s->x, hidden, 1});
-    }
+static int share_items(Worker *worker, Part part, const Context *c, long items) {
+    return share(worker, part, c, items, crew_piece(items));
+}
+
+static int run_layer(Worker *worker, const Context *c) {
+    const Step *s = c->step;
+    const Layer *layer = c->layer;
+    const Rows *x = &s->quantized;
+    long rows = s->rows, hidden = s->hidden, inner = s->inner, heads = s->heads + 2 * s->kv_heads;
+    return share_items(worker, attn_norm_part, c, rows) &&
+           share_product(worker, &(Product){layer->qkv, x, rows, s->product, heads * s->dim, 0}) &&
+           share_items(worker, store_part, c, rows * heads) && share_items(worker, attend_part, c, rows * s->heads) &&
+           share_items(worker, quantize_attended_part, c, rows) &&
+           share_product(worker, &(Product){layer->o, x, rows, s->x, hidden, 1}) &&
+           share_items(worker, mlp_norm_part, c, rows) &&
+           share_product(worker, &(Product){layer->gate_up, x, rows, s->product, 2 * inner, 0}) &&
+           share_items(worker, gate_part, c, rows * blocks_of(inner)) &&
+           share_product(worker, &(Product){layer->down, x, rows, s->x, hidden, 1});
+}
+
+static void run_step(const void *context, Worker *worker) {
+    Context c = *(const Context *)context;
+    const Step *s = c.step;
+    if (s->join && !(share_items(worker, join_part, &c, s->rows) &&
+                     share_product(worker, &(Product){s->join, &s->quantized, s->rows, s->x, s->hidden, 1})))
+        return;
     for (c.index = 0; c.index < s->num_layers; c.index++) {
-        const Layer *layer = c.layer = &s->layers[c.index];
-        share(worker, attn_norm_part, &c, rows, piece_of(rows));
-        share_product(worker, &(Product){layer->qkv, &s->quantized, rows, s->product, qkv, 0});
-        share(worker, store_part, &c, rows * qkv / s->dim, piece_of(rows * qkv / s->dim));
-        share(worker, attend_part, &c, rows * s->heads, piece_of(rows * s->heads));
-        share(worker, quantize_attended_part, &c, rows, piece_of(rows));
-        share_product(worker, &(Product){layer->o, &s->quantized, rows, s->x, hidden, 1});
-        share(worker, mlp_norm_part, &c, rows, piece_of(rows));
-        share_product(worker, &(Product){layer->gate_up, &s->quantized, rows, s->product, 2 * inner, 0});
-        share(worker, gate_part, &c, rows * blocks_of(inner), piece_of(rows * blocks_of(inner)));
-        share_product(worker, &(Product){layer->down, &s->quantized, rows, s->x, hidden, 1});
+        c.layer = &s->layers[c.index];
+        if (!run_layer(worker, &c)) return;
     }
-    if (s->num_tapped) share(worker, last_part, &c, rows, piece_of(rows));
-    if (!s->num_gathered) return;
-    share(worker, head_norm_part, &c, s->num_gathered, piece_of(s->num_gathered));
-    share_product(worker, &(Product){s->head, &s->quantized, s->num_gathered, s->logits, s->head->outputs, 0});
+    if (s->num_tapped && !share_items(worker, last_part, &c, s->rows)) return;
+    if (s->num_gathered && share_items(worker, head_norm_part, &c, s->num_gathered))
+        share_product(worker, &(Product){s->head, &s->quantized, s->num_gathered, s->logits, s->head->outputs, 0});
 }
 
 /* What token t of row b sees; it is row m of the step. */
@@ -507,9 +426,12 @@ static PyObject *py_run(PyObject *self, PyObject *address) {
     for (long b = 0; b < s->batch; b++)
         for (long t = 0; t < s->counts[b]; t++, m++) tokens[m] = token_of(s, b, t, m);
     Context c = {s, tokens, NULL, 0};
-    int failed = run_job(run_layers, &c, STAGES_A_LAYER * s->num_layers + OTHER_STAGES);
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = crew_run(run_step, &c, STAGES_A_LAYER * s->num_layers + OTHER_STAGES);
+    Py_END_ALLOW_THREADS
     free(tokens);
-    if (failed) return NULL;
+    if (!done) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -531,8 +453,8 @@ static void quantize_part(const void *context, long first, long last, long threa
 
 static void run_alone(const void *context, Worker *worker) {
     const Alone *a = context;
-    share(worker, quantize_part, a, a->product.num_rows, piece_of(a->product.num_rows));
-    share_product(worker, &a->product);
+    long rows = a->product.num_rows;
+    if (share(worker, quantize_part, a, rows, crew_piece(rows))) share_product(worker, &a->product);
 }
 
 /* --- The scorer --- */
@@ -621,16 +543,18 @@ static PyObject *py_linear(PyObject *self, PyObject *const *objects, Py_ssize_t 
     const Linear *linear = a.pointer[0];
     Rows rows = {a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4]};
     Alone alone = {a.pointer[5], a.number[6], {linear, &rows, a.number[7], a.pointer[8], linear->outputs, 0}};
-    if (run_job(run_alone, &alone, 2)) return NULL;
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = crew_run(run_alone, &alone, 2);
+    Py_END_ALLOW_THREADS
+    if (!done) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
-static PyObject *py_use_threads(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    if (read_args(objects, given, 3, &a)) return NULL;
-    fork_threads = (Fork)a.pointer[0];
-    thread_number = (Count)a.pointer[1];
-    max_threads = (unsigned)a.number[2];
+static PyObject *py_use_threads(PyObject *self, PyObject *threads) {
+    unsigned long number = PyLong_AsUnsignedLong(threads);
+    if (PyErr_Occurred()) return NULL;
+    crew_use((unsigned)number);
     Py_RETURN_NONE;
 }
 
@@ -640,8 +564,7 @@ static PyMethodDef methods[] = {
      "linear(linear, values, scale, offset, sum, x, inputs, rows, out)"},
     {"score", (PyCFunction)(void (*)(void))py_score, METH_FASTCALL,
      "score(bias, state, logits, weight, out, rows, hidden, vocab)"},
-    {"use_threads", (PyCFunction)(void (*)(void))py_use_threads, METH_FASTCALL,
-     "use_threads(GOMP_parallel, omp_get_thread_num, threads)"},
+    {"use_threads", py_use_threads, METH_O, "use_threads(threads)"},
     {NULL, NULL, 0, NULL},
 };
 

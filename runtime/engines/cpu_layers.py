@@ -14,7 +14,6 @@ import ctypes
 import importlib.util
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -225,26 +224,12 @@ class FusedScorer:
 
 
 @cache
-def _openmp() -> tuple[int, int] | None:
-    """GOMP_parallel and omp_get_thread_num of the OpenMP runtime that torch has loaded; None if it is not known."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    loaded = {line.split()[-1] for line in lines if "libgomp" in line}
-    if len(loaded) != 1:  # torch built with another OpenMP, or two of them: none is surely torch's
-        return None
-    library = ctypes.CDLL(loaded.pop())
-    functions = (library.GOMP_parallel, library.omp_get_thread_num)
-    fork, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-    return fork, number
-
-
-@cache
 def _most_threads() -> int:
     """Threads that there is room for. It is decided once: room outlives changes of torch's number of threads."""
-    return max(os.cpu_count() or 1, torch.get_num_threads()) if _openmp() is not None else 1
+    return max(os.cpu_count() or 1, torch.get_num_threads())
 
 
 def share_work(threads: int) -> None:
-    """Has the compiled stages share their work between so many of torch's threads."""
-    if _cpu is not None and (functions := _openmp()) is not None:
-        _cpu.use_threads(*functions, min(threads, _most_threads()))
+    """Has the compiled stages share their work between so many threads."""
+    if _cpu is not None:
+        _cpu.use_threads(min(threads, _most_threads()))

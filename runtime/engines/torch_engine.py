@@ -2,7 +2,7 @@
 
 int8 and int4 have kernels of their own on a CPU (`linear.py`, `cpu_layers.py`). On CUDA they run as bf16 with weights
 rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds quantized
-to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16. The LM head has 8 bits in int4 too.
+to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16. A target's LM head has 8 bits in int4 too.
 
 Shapes: see `contract.py`.
 """
@@ -343,11 +343,12 @@ def _prepare(module: M, precision: Precision, device: str, smooth: Callable[[M],
                 _replace(part, nn.Linear, replacement)
             _replace(module, nn.Linear, replacement)
     elif precision == "int4":
-        # As in GGUF files: with 4 bits the LM head alone would cost more quality than all layers.
-        heads = _lm_heads(module)
+        # As in GGUF files: with 4 bits a target's LM head alone would cost more quality than all its layers. A draft
+        # guesses as well with 4.
+        head = module.lm_head if isinstance(module, Decoder) else None
         eight, four = (_int8_linear, _int4_linear) if on_cpu else (_rounded_int8, _rounded_int4)
         with one_thread():
-            _replace(module, nn.Linear, lambda linear: (eight if linear in heads else four)(linear))
+            _replace(module, nn.Linear, lambda linear: (eight if linear is head else four)(linear))
     keeps_fp32 = precision == "fp32" or (on_cpu and precision in ("int8", "int4"))
     _convert(module, device, torch.float32 if keeps_fp32 else torch.bfloat16)
     return module
@@ -429,17 +430,6 @@ def _replace(module: nn.Module, kind: type[N], replacement: Callable[[N], nn.Mod
         for name, child in list(parent.named_children()):
             if isinstance(child, kind):
                 setattr(parent, name, replacement(child))
-
-
-def _lm_heads(module: nn.Module) -> set[nn.Module]:
-    """The LM heads of a decoder, or of Medusa's heads, in a module."""
-    found: set[nn.Module] = set()
-    for part in module.modules():
-        if isinstance(part, Decoder):
-            found.add(part.lm_head)
-        elif isinstance(part, Heads):
-            found.update(part.lm_heads)
-    return found
 
 
 def _convert(module: nn.Module, device: str, dtype: torch.dtype) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_decoder
+from torch import Tensor
 
 from ssv.runtime.engines import torch_engine
 from ssv.runtime.engines.contract import EngineError
-from ssv.runtime.engines.torch_engine import Precision, cpu_threads, target_engine
+from ssv.runtime.engines.torch_engine import Precision, TorchEngine, cpu_threads, target_engine
 from ssv.runtime.threads import (
     INTERVAL_SECONDS,
     CpuTimes,
@@ -222,3 +225,33 @@ def test_only_packed_weights_follow() -> None:
         sizes: dict[str, Any] = {"precision": precision, "max_batch": 1, "max_length": 64}
         engine = target_engine(tiny_decoder(), threads=count, **sizes)
         engine.step(torch.tensor([[1, 2]]), torch.tensor([0], dtype=torch.int32), torch.tensor([1]))
+
+
+@pytest.mark.usefixtures("torchs_threads")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    engine = target_engine(tiny_decoder(), precision="int4", max_batch=1, max_length=64)
+
+    def logits() -> bytes:
+        ids = torch.arange(16)[None]
+        return engine.step(ids, torch.zeros(1, dtype=torch.int32), torch.arange(16)).logits_RV.numpy().tobytes()
+
+    expected = logits()
+    child = os.fork()
+    if child == 0:  # no assertion here: the child must not go on with the tests
+        os._exit(0 if logits() == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert logits() == expected
+
+
+@pytest.mark.usefixtures("torchs_threads")
+def test_engines_step_in_several_threads_of_python() -> None:
+    engines = [target_engine(tiny_decoder(), precision="int8", max_batch=1, max_length=64) for _ in range(3)]
+
+    def logits(engine: TorchEngine) -> list[Tensor]:
+        zero = torch.zeros(1, dtype=torch.int32)
+        return [engine.step(torch.arange(9)[None] + at, zero, torch.arange(9)).logits_RV for at in range(20)]
+
+    expected = logits(engines[0])
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(logits, engines):
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
