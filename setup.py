@@ -104,10 +104,19 @@ setup(
     ext_modules=[
         Extension(
             "ssv.runtime.engines._cpu",
-            ["runtime/engines/_cpu.c"],
-            depends=["runtime/_processors.h"],
+            ["runtime/engines/_cpu.c", "runtime/engines/_crew.c"],
+            depends=["runtime/_processors.h", "runtime/engines/_crew.h", "runtime/engines/_linear.h"],
             extra_compile_args=["-O3", "-ffast-math"],
             libraries=["m"],  # brings the vector expf along
+            optional=True,
+        ),
+        # What is fused is said to be: every processor's kernels give the same bits.
+        Extension(
+            "ssv.runtime.engines._linear",
+            ["runtime/engines/_linear.c"],
+            depends=["runtime/_processors.h", "runtime/engines/_linear.h"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+            libraries=["m"],
             optional=True,
         ),
         # The same bits with and without fused multiply-adds; infinities and NaN are told apart.

@@ -22,8 +22,8 @@ from ssv.runtime.serving.tls import certificate_name
 from ssv.support.errors import UserError
 from ssv.support.precisions import TORCH_PRECISIONS
 
-_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625, "fp16": 2.0, "fp8": 1.0}
-_CACHE_BYTES = {"fp32": 4, "int8": 4}
+_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625, "fp16": 2.0, "fp8": 1.0}
+_CACHE_BYTES = {"fp32": 4, "int8": 4, "int4": 4}
 """Of a number in the cache on a CPU; 2 otherwise."""
 
 _LEAST_SHARED_MEMORY = 16 << 20

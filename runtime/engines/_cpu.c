@@ -1,14 +1,14 @@
-/* The work between the int8 matrix products of a decoder on the CPU, each stage one pass over a few rows.
+/* A decoder's step on the CPU: all its layers and its LM head in one call, and what a target and a draft have around them.
  *
- * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic. Three of
- * these stages replace some twenty of them a layer, the others what a target and a draft have around their layers.
- * What they compute is defined in PyTorch by `Decoder`, `Draft` and `Scorer` of ssv.model and by `quantize_rows` of
- * runtime/engines/cpu_int8.py, and the tests compare the two.
+ * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic, and starting and joining
+ * threads for each of them more than that. Here the threads go through the stages of a step side by side and share the work of each.
+ * What they compute is defined in PyTorch by `Decoder`, `Draft` and `Scorer` of ssv.model with the layers of runtime/engines/linear.py,
+ * and the tests compare the two. The products are _linear.c's.
  *
  * Every row is computed by itself, in an order that does not depend on the rows beside it: a token's result is the same to
  * the last bit whether it is decoded alone or verified among others.
  *
- * Pointers arrive as integers (tensor.data_ptr()); the caller owns the memory and has checked shapes and lengths.
+ * Pointers arrive as integers (tensor.data_ptr()) or in structures of ctypes; the caller owns the memory and has checked shapes and lengths.
  * All tensors are contiguous, rows first, and fp32 but for positions and counts, which are int32. M rows of the step.
  * Compiled with -ffast-math (vector expf), never linked with it (that would flush subnormals in the whole process).
  */
@@ -16,108 +16,448 @@
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "../_processors.h"
+#include "_crew.h"
+#include "_linear.h"
 
-/* Rows are shared between the threads of the OpenMP runtime that torch has loaded: its products have just used them, so they are awake,
- * and a runtime of our own would fight with them for the cores. Without one (see use_threads) a single thread does all. */
-typedef void (*Fork)(void (*)(void *), void *, unsigned, unsigned);
-typedef int (*Count)(void);
-static Fork fork_threads;
-static Count thread_number, num_threads;
-static unsigned max_threads = 1;
+static const LinearKernels *kernels;
 
-typedef void (*Part)(const void *context, long first, long last, long thread);
+/* --- Products ---------------------------------------------------------------------------------------------------------------- */
+
+#define TILES_BYTES (192 << 10) /* of weights that stay in the second cache */
 
 typedef struct {
-    Part part;
-    const void *context;
-    long rows;
-} Job;
+    const Linear *linear;
+    const Rows *rows;
+    long num_rows;
+    float *out;
+    long stride;
+    int add;
+} Product;
 
-static void run_part(void *data) {
-    const Job *job = data;
-    long thread = thread_number(), threads = num_threads();
-    job->part(job->context, job->rows * thread / threads, job->rows * (thread + 1) / threads, thread);
+static void product_part(const void *context, long first, long last, long thread) {
+    const Product *p = context;
+    (void)thread;
+    kernels->product(p->linear, p->rows, p->num_rows, p->out, p->stride, p->add, first, last);
 }
 
-static void share_rows(Part part, const void *context, long rows) {
-    Job job = {part, context, rows};
-    if (rows < 2 || max_threads < 2) {
-        part(context, 0, rows, 0);
-        return;
-    }
-    fork_threads(run_part, &job, rows < (long)max_threads ? (unsigned)rows : max_threads, 0);
+static int share_product(Worker *worker, const Product *p) {
+    long tiles = (p->linear->outputs + TILE - 1) / TILE, piece = crew_piece(tiles);
+    long most = TILES_BYTES / (p->linear->blocks * BLOCK * TILE);
+    if (piece > most) piece = most > 0 ? most : 1;
+    return share(worker, product_part, p, tiles, piece);
 }
 
-/* 7 bits, centred: the AVX2 int8 product adds pairs of u8 * s8 in 16 bits, which 8-bit activations would saturate. */
-#define LEVELS 63.0f
+/* --- Layers ------------------------------------------------------------------------------------------------------------------ */
 
-INLINE float largest_magnitude(const float *x, long n) {
-    float largest = 0.0f;
-    for (long i = 0; i < n; i++) {
-        float magnitude = fabsf(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest;
-}
+/* As `_Layer` of runtime/engines/cpu_layers.py. */
+typedef struct {
+    const Linear *qkv, *o, *gate_up, *down;
+    const float *attn_norm, *q_norm, *k_norm, *mlp_norm;
+} Layer;
 
-/* Scales a row so that its largest magnitude is LEVELS; returns what undoes it. */
-INLINE float scale_to_levels(float *x, long n) {
-    float largest = largest_magnitude(x, n);
-    if (largest == 0.0f) return 0.0f;
-    float factor = LEVELS / largest;
-    for (long i = 0; i < n; i++) x[i] *= factor;
-    return largest / LEVELS;
-}
+/* As `_Step` of runtime/engines/cpu_layers.py; what may be left out is NULL. */
+typedef struct {
+    double eps;
+    int64_t num_layers, hidden, inner, heads, kv_heads, dim;
+    const Layer *layers;
+    const float *cosine, *sine; /* [length, dim / 2], by position */
+    /* What a conditioned draft joins, normed side by side. Its product is added to x before the first layer; without `join` the first
+     * layer's query, key and value see it, and no norm of x (attn_norm is NULL). */
+    const Linear *join;
+    const float *embed_norm, *feature_norm, *embedded, *features;
+    /* The cache: [layers, batch, kv_heads, length, dim], the layers layer_size floats apart. */
+    float *keys, *values;
+    int64_t layer_size, length, batch;
+    /* Where the tokens of the step lie in the cache, and what they see of it: [batch]; counts: tokens of each row, one row after
+     * the other; prefix: [batch] and path: [rows, depth] of `Branches`, NULL for chains. */
+    const int32_t *first_slot, *counts, *prefix, *path;
+    int64_t depth;
+    float *x; /* [rows, hidden] */
+    int64_t rows;
+    /* Outputs of some layers, ascending: [rows, num_tapped * hidden]. */
+    const int64_t *tapped_layers;
+    int64_t num_tapped;
+    float *tapped;
+    /* The LM head, of some rows. */
+    const Linear *head;
+    const float *head_norm;
+    const int64_t *gathered;
+    int64_t num_gathered;
+    float *logits;
+    /* Room: for quantized rows of any product; product: [rows, the widest]; queries, attended: [rows, heads * dim]; own: own_size floats
+     * for each thread. */
+    Rows quantized;
+    float *product, *queries, *attended, *own;
+    int64_t own_size;
+} Step;
 
-/* x += product * product_scale + bias; out = x * weight scaled to LEVELS; out_scale undoes that and normalises. */
+/* Where a token lies, and the slots that it sees, in logical order: slot j up to whole, then path[j - whole]. */
+typedef struct {
+    long row, slot, seen, whole; /* row: of the cache */
+    const int32_t *path;
+} Token;
+
+typedef struct {
+    const Step *step;
+    const Token *tokens;
+    const Layer *layer;
+    long index; /* of the layer */
+} Context;
+
+INLINE long blocks_of(long inputs) { return (inputs + BLOCK - 1) / BLOCK; }
+
+INLINE float *own_room(const Step *s, long thread) { return s->own + thread * s->own_size; }
+
+/* out = norm(x) * weight. */
 MULTIVERSION
-static void add_norm_rows(float *x, const float *product, const float *product_scale, const float *bias,
-                          const float *weight, float eps, float *out, float *out_scale, long rows, long hidden) {
-    for (long m = 0; m < rows; m++) {
-        float *row = x + m * hidden, *result = out + m * hidden, squares = 0.0f;
-        if (product) {
-            const float *added = product + m * hidden;
-            float scale = product_scale[m];
-            for (long i = 0; i < hidden; i++) row[i] += added[i] * scale;
-        }
-        if (bias)
-            for (long i = 0; i < hidden; i++) row[i] += bias[i];
-        for (long i = 0; i < hidden; i++) {
-            squares += row[i] * row[i];
-            result[i] = row[i] * weight[i];
-        }
-        out_scale[m] = scale_to_levels(result, hidden) / sqrtf(squares / (float)hidden + eps);
+static void norm_row(const float *x, const float *weight, float eps, float *out, long hidden) {
+    float squares = 0.0f;
+    for (long i = 0; i < hidden; i++) squares += x[i] * x[i];
+    float factor = 1.0f / sqrtf(squares / (float)hidden + eps);
+    for (long i = 0; i < hidden; i++) out[i] = x[i] * factor * weight[i];
+}
+
+static void norm_and_quantize(const Step *s, const float *x, const float *weight, long row, long thread) {
+    float *normed = own_room(s, thread);
+    long blocks = blocks_of(s->hidden);
+    norm_row(x, weight, (float)s->eps, normed, s->hidden);
+    kernels->quantize(normed, s->hidden, &s->quantized, row, blocks, 0, blocks);
+}
+
+static void join_part(const void *context, long first, long last, long thread) {
+    const Step *s = ((const Context *)context)->step;
+    long hidden = s->hidden, blocks = blocks_of(2 * hidden);
+    float *both = own_room(s, thread);
+    for (long m = first; m < last; m++) {
+        norm_row(s->embedded + m * hidden, s->embed_norm, (float)s->eps, both, hidden);
+        norm_row(s->features + m * hidden, s->feature_norm, (float)s->eps, both + hidden, hidden);
+        kernels->quantize(both, 2 * hidden, &s->quantized, m, blocks, 0, blocks);
     }
 }
 
-/* out = x * factor scaled to LEVELS. */
-MULTIVERSION
-static void scale_rows(const float *x, const float *factor, float *out, float *out_scale, long rows, long inner) {
-    for (long m = 0; m < rows; m++) {
-        const float *row = x + m * inner;
-        float *result = out + m * inner;
-        for (long i = 0; i < inner; i++) result[i] = factor ? row[i] * factor[i] : row[i];
-        out_scale[m] = scale_to_levels(result, inner);
+/* Keeps what the layer before has made of some rows, if it is wanted. */
+static void keep_tapped(const Step *s, long layer, long first, long last) {
+    for (long i = 0; i < s->num_tapped; i++) {
+        if (s->tapped_layers[i] != layer) continue;
+        for (long m = first; m < last; m++)
+            memcpy(s->tapped + (m * s->num_tapped + i) * s->hidden, s->x + m * s->hidden,
+                   (size_t)s->hidden * sizeof(float));
     }
 }
 
-/* out = norm(embedded) * embed_weight beside norm(features) * feature_weight, scaled to LEVELS; [rows, 2 * hidden]. */
+static void attn_norm_part(const void *context, long first, long last, long thread) {
+    const Context *c = context;
+    const Step *s = c->step;
+    keep_tapped(s, c->index - 1, first, last);
+    for (long m = first; m < last; m++) norm_and_quantize(s, s->x + m * s->hidden, c->layer->attn_norm, m, thread);
+}
+
+static void mlp_norm_part(const void *context, long first, long last, long thread) {
+    const Context *c = context;
+    const Step *s = c->step;
+    for (long m = first; m < last; m++) norm_and_quantize(s, s->x + m * s->hidden, c->layer->mlp_norm, m, thread);
+}
+
+static void last_part(const void *context, long first, long last, long thread) {
+    const Step *s = ((const Context *)context)->step;
+    (void)thread;
+    keep_tapped(s, s->num_layers - 1, first, last);
+}
+
+static void head_norm_part(const void *context, long first, long last, long thread) {
+    const Step *s = ((const Context *)context)->step;
+    for (long r = first; r < last; r++) norm_and_quantize(s, s->x + s->gathered[r] * s->hidden, s->head_norm, r, thread);
+}
+
+/* out = silu(gate) * up, n of them. */
 MULTIVERSION
-static void join_rows(const float *embedded, const float *features, const float *embed_weight,
-                      const float *feature_weight, float eps, float *out, float *out_scale, long rows, long hidden) {
-    for (long m = 0; m < rows; m++) {
-        for (long part = 0; part < 2; part++) {
-            const float *row = (part ? features : embedded) + m * hidden, *weight = part ? feature_weight : embed_weight;
-            float *result = out + (2 * m + part) * hidden, squares = 0.0f;
-            for (long i = 0; i < hidden; i++) squares += row[i] * row[i];
-            float factor = 1.0f / sqrtf(squares / (float)hidden + eps);
-            for (long i = 0; i < hidden; i++) result[i] = row[i] * factor * weight[i];
-        }
-        out_scale[m] = scale_to_levels(out + 2 * m * hidden, 2 * hidden);
+static void gate(const float *gate, const float *up, float *out, long n) {
+    for (long i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+/* A part is one block of a row. */
+static void gate_part(const void *context, long first, long last, long thread) {
+    const Step *s = ((const Context *)context)->step;
+    long blocks = blocks_of(s->inner);
+    float *gated = own_room(s, thread);
+    while (first < last) {
+        long m = first / blocks, from = first % blocks, to = from + last - first < blocks ? from + last - first : blocks;
+        long start = from * BLOCK, stop = to * BLOCK < s->inner ? to * BLOCK : s->inner;
+        const float *row = s->product + m * 2 * s->inner;
+        gate(row + start, row + s->inner + start, gated + start, stop - start);
+        kernels->quantize(gated, s->inner, &s->quantized, m, blocks, from, to);
+        first += to - from;
     }
 }
+
+static void quantize_attended_part(const void *context, long first, long last, long thread) {
+    const Step *s = ((const Context *)context)->step;
+    long width = s->heads * s->dim, blocks = blocks_of(width);
+    (void)thread;
+    for (long m = first; m < last; m++)
+        kernels->quantize(s->attended + m * width, width, &s->quantized, m, blocks, 0, blocks);
+}
+
+/* One head of one token: RMSNorm if there is a weight, then rotation of pairs half a head apart. */
+MULTIVERSION
+static void norm_and_rotate(const float *in, const float *norm, float eps, const float *cosine, const float *sine, float *out,
+                            long dim) {
+    float head[dim];
+    for (long d = 0; d < dim; d++) head[d] = in[d];
+    if (norm) {
+        float squares = 0.0f;
+        for (long d = 0; d < dim; d++) squares += head[d] * head[d];
+        float factor = 1.0f / sqrtf(squares / (float)dim + eps);
+        for (long d = 0; d < dim; d++) head[d] *= factor * norm[d];
+    }
+    long half = dim / 2;
+    for (long p = 0; p < half; p++) {
+        out[p] = head[p] * cosine[p] - head[p + half] * sine[p];
+        out[p + half] = head[p + half] * cosine[p] + head[p] * sine[p];
+    }
+}
+
+INLINE long slot_of(const Token *v, long j) { return j < v->whole ? j : v->path[j - v->whole]; }
+
+/* Eight floats, anywhere in memory. Written out because left to itself the compiler spends most of an attention of some hundred
+ * keys outside its multiplications: on loop ends it does not know, and on sums it keeps in memory. */
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+#define EIGHT 8
+
+#ifdef __clang__
+#define LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Lanes __attribute__((vector_size(32)));
+#define LANES(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
+#endif
+
+/* Sums of the lanes of four vectors, each step halving two of them into one. */
+INLINE void sum_lanes(const Eight *s, float factor, float *out) {
+    Eight a = LANES(s[0], s[1], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[0], s[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    Eight b = LANES(s[2], s[3], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[2], s[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    Eight c = LANES(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + LANES(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; i++) out[i] = (c[i] + c[i + 4]) * factor;
+}
+
+/* The last n floats of a head, and zeros behind them. */
+INLINE Eight rest_of(const float *x, long n) {
+    Eight rest = {0};
+    for (long i = 0; i < n; i++) rest[i] = x[i];
+    return rest;
+}
+
+/* weights[j] = query . key j * root, for all keys seen. How a key's sum is made depends on j alone, not on the slot it lies in: a token
+ * has the same bits in a tree as in a chain. */
+INLINE void dot_keys(const float *query, const float *key, float root, float *weights, const Token *v, long dim) {
+    long j = 0, d, whole = dim - dim % EIGHT, seen = v->seen;
+    for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
+        const float *k0 = key + slot_of(v, j) * dim, *k1 = key + slot_of(v, j + 1) * dim;
+        const float *k2 = key + slot_of(v, j + 2) * dim, *k3 = key + slot_of(v, j + 3) * dim;
+        Eight s[4] = {{0}, {0}, {0}, {0}};
+        for (d = 0; d < whole; d += EIGHT) {
+            const Eight q = *(const Eight *)(query + d);
+            s[0] += q * *(const Eight *)(k0 + d);
+            s[1] += q * *(const Eight *)(k1 + d);
+            s[2] += q * *(const Eight *)(k2 + d);
+            s[3] += q * *(const Eight *)(k3 + d);
+        }
+        sum_lanes(s, root, weights + j);
+        for (; d < dim; d++) {
+            float q = query[d] * root;
+            weights[j] += q * k0[d];
+            weights[j + 1] += q * k1[d];
+            weights[j + 2] += q * k2[d];
+            weights[j + 3] += q * k3[d];
+        }
+    }
+    for (; j < seen; j++) {
+        const float *k = key + slot_of(v, j) * dim;
+        float dot = 0.0f;
+        for (d = 0; d < dim; d++) dot += query[d] * k[d];
+        weights[j] = dot * root;
+    }
+}
+
+/* out = weighted sum of the values seen * factor. */
+INLINE void mix_values(const float *weights, const float *value, float factor, float *out, const Token *v, long dim) {
+    long d = 0, seen = v->seen;
+    for (; d + 8 * EIGHT <= dim; d += 8 * EIGHT) { /* as many sums as registers hold */
+        Eight s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0};
+        for (long j = 0; j < seen; j++) {
+            const Eight *x = (const Eight *)(value + slot_of(v, j) * dim + d);
+            float w = weights[j];
+            s0 += w * x[0], s1 += w * x[1], s2 += w * x[2], s3 += w * x[3];
+            s4 += w * x[4], s5 += w * x[5], s6 += w * x[6], s7 += w * x[7];
+        }
+        Eight *result = (Eight *)(out + d);
+        result[0] = s0 * factor, result[1] = s1 * factor, result[2] = s2 * factor, result[3] = s3 * factor;
+        result[4] = s4 * factor, result[5] = s5 * factor, result[6] = s6 * factor, result[7] = s7 * factor;
+    }
+    for (; d + EIGHT <= dim; d += EIGHT) {
+        Eight sum = {0};
+        for (long j = 0; j < seen; j++) sum += weights[j] * *(const Eight *)(value + slot_of(v, j) * dim + d);
+        *(Eight *)(out + d) = sum * factor;
+    }
+    if (d < dim) {
+        Eight sum = {0};
+        for (long j = 0; j < seen; j++) sum += weights[j] * rest_of(value + slot_of(v, j) * dim + d, dim - d);
+        for (long i = 0; d + i < dim; i++) out[d + i] = sum[i] * factor;
+    }
+}
+
+/* Rotates queries and keys, and stores keys and values into the cache. A part is one head of a row. */
+static void store_part(const void *context, long first, long last, long thread) {
+    const Context *c = context;
+    const Step *s = c->step;
+    const Layer *layer = c->layer;
+    long width = s->heads + 2 * s->kv_heads, dim = s->dim;
+    (void)thread;
+    for (long item = first; item < last; item++) {
+        long m = item / width, n = item % width, k = n - s->heads;
+        const Token *token = &c->tokens[m];
+        const float *in = s->product + item * dim, *cosine = s->cosine + (token->seen - 1) * (dim / 2);
+        const float *sine = s->sine + (token->seen - 1) * (dim / 2);
+        if (k < 0) {
+            norm_and_rotate(in, layer->q_norm, (float)s->eps, cosine, sine, s->queries + (m * s->heads + n) * dim, dim);
+            continue;
+        }
+        int is_key = k < s->kv_heads;
+        if (!is_key) k -= s->kv_heads;
+        float *to = (is_key ? s->keys : s->values) + c->index * s->layer_size +
+                    ((token->row * s->kv_heads + k) * s->length + token->slot) * dim;
+        if (is_key)
+            norm_and_rotate(in, layer->k_norm, (float)s->eps, cosine, sine, to, dim);
+        else
+            memcpy(to, in, (size_t)dim * sizeof(float));
+    }
+}
+
+/* Attention of some query heads of one token, which share a key/value head; weights: room for as many numbers of each head as it sees. */
+MULTIVERSION
+static void attend_heads(const float *queries, const float *keys, const float *values, float *weights, float *out,
+                         const Token *v, long heads, long dim) {
+    float root = 1.0f / sqrtf((float)dim);
+    /* All heads over the keys, then all over the values: each is read from afar once. */
+    for (long n = 0; n < heads; n++) dot_keys(queries + n * dim, keys, root, weights + n * v->seen, v, dim);
+    for (long n = 0; n < heads; n++) {
+        float *weight = weights + n * v->seen, largest = -3.0e38f, sum = 0.0f;
+        for (long j = 0; j < v->seen; j++) largest = weight[j] > largest ? weight[j] : largest;
+        for (long j = 0; j < v->seen; j++) weight[j] = expf(weight[j] - largest);
+        for (long j = 0; j < v->seen; j++) sum += weight[j];
+        mix_values(weight, values, 1.0f / sum, out + n * dim, v, dim);
+    }
+}
+
+/* A part is one query head of a row. */
+static void attend_part(const void *context, long first, long last, long thread) {
+    const Context *c = context;
+    const Step *s = c->step;
+    long groups = s->heads / s->kv_heads, dim = s->dim;
+    while (first < last) {
+        long m = first / s->heads, k = first % s->heads / groups, end = m * s->heads + (k + 1) * groups;
+        const Token *token = &c->tokens[m];
+        long base = c->index * s->layer_size + (token->row * s->kv_heads + k) * s->length * dim;
+        if (end > last) end = last;
+        attend_heads(s->queries + first * dim, s->keys + base, s->values + base, own_room(s, thread), s->attended + first * dim,
+                     token, end - first, dim);
+        first = end;
+    }
+}
+
+/* --- A step ------------------------------------------------------------------------------------------------------------------ */
+
+#define STAGES_A_LAYER 10
+#define OTHER_STAGES 5
+
+static int share_items(Worker *worker, Part part, const Context *c, long items) {
+    return share(worker, part, c, items, crew_piece(items));
+}
+
+static int run_layer(Worker *worker, const Context *c) {
+    const Step *s = c->step;
+    const Layer *layer = c->layer;
+    const Rows *x = &s->quantized;
+    long rows = s->rows, hidden = s->hidden, inner = s->inner, heads = s->heads + 2 * s->kv_heads;
+    return (!layer->attn_norm || share_items(worker, attn_norm_part, c, rows)) &&
+           share_product(worker, &(Product){layer->qkv, x, rows, s->product, heads * s->dim, 0}) &&
+           share_items(worker, store_part, c, rows * heads) && share_items(worker, attend_part, c, rows * s->heads) &&
+           share_items(worker, quantize_attended_part, c, rows) &&
+           share_product(worker, &(Product){layer->o, x, rows, s->x, hidden, 1}) &&
+           share_items(worker, mlp_norm_part, c, rows) &&
+           share_product(worker, &(Product){layer->gate_up, x, rows, s->product, 2 * inner, 0}) &&
+           share_items(worker, gate_part, c, rows * blocks_of(inner)) &&
+           share_product(worker, &(Product){layer->down, x, rows, s->x, hidden, 1});
+}
+
+static void run_step(const void *context, Worker *worker) {
+    Context c = *(const Context *)context;
+    const Step *s = c.step;
+    if (s->embedded && !share_items(worker, join_part, &c, s->rows)) return;
+    if (s->join && !share_product(worker, &(Product){s->join, &s->quantized, s->rows, s->x, s->hidden, 1})) return;
+    for (c.index = 0; c.index < s->num_layers; c.index++) {
+        c.layer = &s->layers[c.index];
+        if (!run_layer(worker, &c)) return;
+    }
+    if (s->num_tapped && !share_items(worker, last_part, &c, s->rows)) return;
+    if (s->num_gathered && share_items(worker, head_norm_part, &c, s->num_gathered))
+        share_product(worker, &(Product){s->head, &s->quantized, s->num_gathered, s->logits, s->head->outputs, 0});
+}
+
+/* What token t of row b sees; it is row m of the step. */
+static Token token_of(const Step *s, long b, long t, long m) {
+    long slot = s->first_slot[b] + t;
+    if (!s->path) return (Token){b, slot, slot + 1, slot + 1, NULL};
+    const int32_t *path = s->path + m * s->depth;
+    long length = s->depth;
+    while (path[length - 1] < 0) length--; /* its own slot is always there */
+    return (Token){b, slot, s->prefix[b] + length, s->prefix[b], path};
+}
+
+static PyObject *py_run(PyObject *self, PyObject *address) {
+    const Step *s = PyLong_AsVoidPtr(address);
+    if (!s) return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no step");
+    Token *tokens = malloc((size_t)(s->rows ? s->rows : 1) * sizeof(Token));
+    if (!tokens) return PyErr_NoMemory();
+    long m = 0;
+    for (long b = 0; b < s->batch; b++)
+        for (long t = 0; t < s->counts[b]; t++, m++) tokens[m] = token_of(s, b, t, m);
+    Context c = {s, tokens, NULL, 0};
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = crew_run(run_step, &c, STAGES_A_LAYER * s->num_layers + OTHER_STAGES);
+    Py_END_ALLOW_THREADS
+    free(tokens);
+    if (!done) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+/* --- A linear layer by itself ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const float *x;
+    long inputs;
+    Product product;
+} Alone;
+
+static void quantize_part(const void *context, long first, long last, long thread) {
+    const Alone *a = context;
+    long blocks = a->product.linear->blocks;
+    (void)thread;
+    for (long m = first; m < last; m++)
+        kernels->quantize(a->x + m * a->inputs, a->inputs, a->product.rows, m, blocks, 0, blocks);
+}
+
+static void run_alone(const void *context, Worker *worker) {
+    const Alone *a = context;
+    long rows = a->product.num_rows;
+    if (share(worker, quantize_part, a, rows, crew_piece(rows))) share_product(worker, &a->product);
+}
+
+/* --- The scorer --- */
 
 /* The op `score` of plugins/reference.py: sigmoid(weight . features + bias) of each row; hidden = 0 leaves the state out.
    Logits have to be numbers: a row without a distribution is not told apart. */
@@ -154,221 +494,9 @@ static void score_rows(const float *state, const float *logits, const float *wei
     }
 }
 
-/* out = silu(gate) * up scaled to LEVELS, gate and up being the halves of the scaled product. */
-MULTIVERSION
-static void gated_rows(const float *product, const float *product_scale, const float *bias, float *out,
-                       float *out_scale, long rows, long inner) {
-    for (long m = 0; m < rows; m++) {
-        const float *gate = product + m * 2 * inner, *up = gate + inner;
-        float *result = out + m * inner, scale = product_scale[m];
-        if (bias) {
-            for (long i = 0; i < inner; i++) {
-                float g = gate[i] * scale + bias[i], u = up[i] * scale + bias[inner + i];
-                result[i] = g / (1.0f + expf(-g)) * u;
-            }
-        } else {
-            for (long i = 0; i < inner; i++) {
-                float g = gate[i] * scale, u = up[i] * scale;
-                result[i] = g / (1.0f + expf(-g)) * u;
-            }
-        }
-        out_scale[m] = scale_to_levels(result, inner);
-    }
-}
+/* --- What Python calls --- */
 
-/* One head of one token: RMSNorm if there is a weight, then rotation of pairs half a head apart. */
-INLINE void norm_and_rotate(const float *in, float scale, const float *bias, const float *norm, float eps,
-                                   const float *cosine, const float *sine, float *out, long dim) {
-    float head[dim];
-    for (long d = 0; d < dim; d++) head[d] = in[d] * scale + (bias ? bias[d] : 0.0f);
-    if (norm) {
-        float squares = 0.0f;
-        for (long d = 0; d < dim; d++) squares += head[d] * head[d];
-        float factor = 1.0f / sqrtf(squares / (float)dim + eps);
-        for (long d = 0; d < dim; d++) head[d] *= factor * norm[d];
-    }
-    long half = dim / 2;
-    for (long p = 0; p < half; p++) {
-        out[p] = head[p] * cosine[p] - head[p + half] * sine[p];
-        out[p + half] = head[p + half] * cosine[p] + head[p] * sine[p];
-    }
-}
-
-typedef struct {
-    long batch, heads, kv_heads, dim, length; /* length: S, slots of a cache row */
-} Shape;
-
-/* Where the tokens of a step lie in the cache, and what they see of it: first_slot: [batch]; counts: [batch], tokens of each row, one
- * row after the other; prefix: [batch] and path: [rows, depth] of `Branches`, NULL for chains. */
-typedef struct {
-    const int32_t *first_slot, *counts, *prefix, *path;
-    long depth;
-} Places;
-
-/* The slots that a token sees, in logical order: slot j up to whole, then path[j - whole]. */
-typedef struct {
-    long seen, whole;
-    const int32_t *path;
-} Seen;
-
-/* Of token t of row b, which is row m of the step. */
-INLINE Seen seen_by(const Places *p, long b, long t, long m) {
-    if (!p->path) {
-        long seen = p->first_slot[b] + t + 1;
-        return (Seen){seen, seen, NULL};
-    }
-    const int32_t *path = p->path + m * p->depth;
-    long length = p->depth;
-    while (path[length - 1] < 0) length--; /* its own slot is always there */
-    return (Seen){p->prefix[b] + length, p->prefix[b], path};
-}
-
-INLINE long slot_of(const Seen *v, long j) { return j < v->whole ? j : v->path[j - v->whole]; }
-
-/* Splits the scaled qkv product into heads, rotates queries and keys, stores keys and values into the cache.
- * cosine, sine: [length, dim / 2], by position; keys, values: [batch, kv_heads, length, dim]; queries out: [rows, heads, dim]. */
-MULTIVERSION
-static void store_rows(const float *qkv, const float *qkv_scale, const float *bias, const float *q_norm,
-                       const float *k_norm, float eps, const float *cosine, const float *sine, float *queries,
-                       float *keys, float *values, const Places *places, const Shape *s, long first_row,
-                       long last_row) {
-    long width = (s->heads + 2 * s->kv_heads) * s->dim, half = s->dim / 2, m = 0;
-    for (long b = 0; b < s->batch; b++) {
-        for (long t = 0; t < places->counts[b]; t++, m++) {
-            if (m < first_row || m >= last_row) continue;
-            long at = places->first_slot[b] + t, position = seen_by(places, b, t, m).seen - 1;
-            const float *row = qkv + m * width, *c = cosine + position * half, *sn = sine + position * half;
-            for (long n = 0; n < s->heads; n++)
-                norm_and_rotate(row + n * s->dim, qkv_scale[m], bias ? bias + n * s->dim : NULL, q_norm, eps, c, sn,
-                                queries + (m * s->heads + n) * s->dim, s->dim);
-            for (long k = 0; k < s->kv_heads; k++) {
-                long from = (s->heads + k) * s->dim, to = ((b * s->kv_heads + k) * s->length + at) * s->dim;
-                norm_and_rotate(row + from, qkv_scale[m], bias ? bias + from : NULL, k_norm, eps, c, sn, keys + to,
-                                s->dim);
-                from += s->kv_heads * s->dim;
-                for (long d = 0; d < s->dim; d++)
-                    values[to + d] = row[from + d] * qkv_scale[m] + (bias ? bias[from + d] : 0.0f);
-            }
-        }
-    }
-}
-
-/* Eight floats, anywhere in memory. Written out because left to itself the compiler spends most of an attention of some hundred
- * keys outside its multiplications: on loop ends it does not know, and on sums it keeps in memory. */
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-#define EIGHT 8
-
-#ifdef __clang__
-#define LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int Lanes __attribute__((vector_size(32)));
-#define LANES(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
-#endif
-
-/* Sums of the lanes of four vectors, each step halving two of them into one. */
-INLINE void sum_lanes(const Eight *s, float factor, float *out) {
-    Eight a = LANES(s[0], s[1], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[0], s[1], 2, 10, 3, 11, 6, 14, 7, 15);
-    Eight b = LANES(s[2], s[3], 0, 8, 1, 9, 4, 12, 5, 13) + LANES(s[2], s[3], 2, 10, 3, 11, 6, 14, 7, 15);
-    Eight c = LANES(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + LANES(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    for (int i = 0; i < 4; i++) out[i] = (c[i] + c[i + 4]) * factor;
-}
-
-/* The last n floats of a head, and zeros behind them. */
-INLINE Eight rest_of(const float *x, long n) {
-    Eight rest = {0};
-    for (long i = 0; i < n; i++) rest[i] = x[i];
-    return rest;
-}
-
-/* weights[j] = query . key j * root, for all keys seen. How a key's sum is made depends on j alone, not on the slot it lies in: a token
- * has the same bits in a tree as in a chain. */
-INLINE void dot_keys(const float *query, const float *key, float root, float *weights, const Seen *v, long dim) {
-    long j = 0, d, whole = dim - dim % EIGHT, seen = v->seen;
-    for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
-        const float *k0 = key + slot_of(v, j) * dim, *k1 = key + slot_of(v, j + 1) * dim;
-        const float *k2 = key + slot_of(v, j + 2) * dim, *k3 = key + slot_of(v, j + 3) * dim;
-        Eight s[4] = {{0}, {0}, {0}, {0}};
-        for (d = 0; d < whole; d += EIGHT) {
-            const Eight q = *(const Eight *)(query + d);
-            s[0] += q * *(const Eight *)(k0 + d);
-            s[1] += q * *(const Eight *)(k1 + d);
-            s[2] += q * *(const Eight *)(k2 + d);
-            s[3] += q * *(const Eight *)(k3 + d);
-        }
-        sum_lanes(s, root, weights + j);
-        for (; d < dim; d++) {
-            float q = query[d] * root;
-            weights[j] += q * k0[d];
-            weights[j + 1] += q * k1[d];
-            weights[j + 2] += q * k2[d];
-            weights[j + 3] += q * k3[d];
-        }
-    }
-    for (; j < seen; j++) {
-        const float *k = key + slot_of(v, j) * dim;
-        float dot = 0.0f;
-        for (d = 0; d < dim; d++) dot += query[d] * k[d];
-        weights[j] = dot * root;
-    }
-}
-
-/* out = weighted sum of the values seen * factor. */
-INLINE void mix_values(const float *weights, const float *value, float factor, float *out, const Seen *v, long dim) {
-    long d = 0, seen = v->seen;
-    for (; d + 8 * EIGHT <= dim; d += 8 * EIGHT) { /* as many sums as registers hold */
-        Eight s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0};
-        for (long j = 0; j < seen; j++) {
-            const Eight *x = (const Eight *)(value + slot_of(v, j) * dim + d);
-            float w = weights[j];
-            s0 += w * x[0], s1 += w * x[1], s2 += w * x[2], s3 += w * x[3];
-            s4 += w * x[4], s5 += w * x[5], s6 += w * x[6], s7 += w * x[7];
-        }
-        Eight *result = (Eight *)(out + d);
-        result[0] = s0 * factor, result[1] = s1 * factor, result[2] = s2 * factor, result[3] = s3 * factor;
-        result[4] = s4 * factor, result[5] = s5 * factor, result[6] = s6 * factor, result[7] = s7 * factor;
-    }
-    for (; d + EIGHT <= dim; d += EIGHT) {
-        Eight sum = {0};
-        for (long j = 0; j < seen; j++) sum += weights[j] * *(const Eight *)(value + slot_of(v, j) * dim + d);
-        *(Eight *)(out + d) = sum * factor;
-    }
-    if (d < dim) {
-        Eight sum = {0};
-        for (long j = 0; j < seen; j++) sum += weights[j] * rest_of(value + slot_of(v, j) * dim + d, dim - d);
-        for (long i = 0; d + i < dim; i++) out[d + i] = sum[i] * factor;
-    }
-}
-
-/* Attention of every query to the keys that it sees; out [rows, heads * dim] scaled to LEVELS.
- * weights: room for [heads / kv_heads, length]. Rows before first_row and from last_row on are left out. */
-MULTIVERSION
-static void attend_rows(const float *queries, const float *keys, const float *values, const Places *places,
-                        float *weights, float *out, float *out_scale, const Shape *s, long first_row, long last_row) {
-    long groups = s->heads / s->kv_heads, dim = s->dim, m = 0;
-    float root = 1.0f / sqrtf((float)dim);
-    for (long b = 0; b < s->batch; b++) {
-        for (long t = 0; t < places->counts[b]; t++, m++) {
-            if (m < first_row || m >= last_row) continue;
-            const Seen v = seen_by(places, b, t, m);
-            for (long k = 0; k < s->kv_heads; k++) {
-                long base = (b * s->kv_heads + k) * s->length * dim, first = (m * s->heads + k * groups) * dim;
-                /* All heads over the keys, then all over the values: each is read from afar once. */
-                for (long g = 0; g < groups; g++)
-                    dot_keys(queries + first + g * dim, keys + base, root, weights + g * s->length, &v, dim);
-                for (long g = 0; g < groups; g++) {
-                    float *weight = weights + g * s->length, largest = -3.0e38f, sum = 0.0f;
-                    for (long j = 0; j < v.seen; j++) largest = weight[j] > largest ? weight[j] : largest;
-                    for (long j = 0; j < v.seen; j++) weight[j] = expf(weight[j] - largest);
-                    for (long j = 0; j < v.seen; j++) sum += weight[j];
-                    mix_values(weight, values + base, 1.0f / sum, out + first + g * dim, &v, dim);
-                }
-            }
-            out_scale[m] = scale_to_levels(out + m * s->heads * dim, s->heads * dim);
-        }
-    }
-}
-
-#define MAX_ARGS 24
+#define MAX_ARGS 9
 
 typedef struct {
     void *pointer[MAX_ARGS];
@@ -400,24 +528,6 @@ static int read_float_and_args(PyObject *const *objects, Py_ssize_t given, Py_ss
     return read_args(objects + 1, given - 1, wanted, args);
 }
 
-static PyObject *py_add_norm(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    double eps;
-    if (read_float_and_args(objects, given, 9, &eps, &a)) return NULL;
-    add_norm_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4], (float)eps, a.pointer[5],
-                  a.pointer[6], a.number[7], a.number[8]);
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_join(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    double eps;
-    if (read_float_and_args(objects, given, 8, &eps, &a)) return NULL;
-    join_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], (float)eps, a.pointer[4], a.pointer[5],
-              a.number[6], a.number[7]);
-    Py_RETURN_NONE;
-}
-
 static PyObject *py_score(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
     double bias;
@@ -427,94 +537,42 @@ static PyObject *py_score(PyObject *self, PyObject *const *objects, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
-static PyObject *py_scale(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
+static PyObject *py_linear(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
     Args a;
-    if (read_args(objects, given, 6, &a)) return NULL;
-    scale_rows(a.pointer[0], a.pointer[1], a.pointer[2], a.pointer[3], a.number[4], a.number[5]);
+    if (read_args(objects, given, 9, &a)) return NULL;
+    const Linear *linear = a.pointer[0];
+    Rows rows = {a.pointer[1], a.pointer[2], a.pointer[3], a.pointer[4]};
+    Alone alone = {a.pointer[5], a.number[6], {linear, &rows, a.number[7], a.pointer[8], linear->outputs, 0}};
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = crew_run(run_alone, &alone, 2);
+    Py_END_ALLOW_THREADS
+    if (!done) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
-static void gated_part(const void *context, long first, long last, long thread) {
-    const Args *a = context;
-    long inner = a->number[6];
-    (void)thread;
-    gated_rows((float *)a->pointer[0] + 2 * first * inner, (float *)a->pointer[1] + first, a->pointer[2],
-               (float *)a->pointer[3] + first * inner, (float *)a->pointer[4] + first, last - first, inner);
-}
-
-static PyObject *py_gated(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    if (read_args(objects, given, 7, &a)) return NULL;
-    share_rows(gated_part, &a, a.number[5]);
-    Py_RETURN_NONE;
-}
-
-typedef struct {
-    const Args *args;
-    Places places;
-    Shape shape;
-    float eps;
-} Attention;
-
-static void store_part(const void *context, long first, long last, long thread) {
-    const Attention *c = context;
-    void *const *p = c->args->pointer;
-    (void)thread;
-    store_rows(p[0], p[1], p[2], p[3], p[4], c->eps, p[5], p[6], p[7], p[8], p[9], &c->places, &c->shape, first, last);
-}
-
-static void attend_part(const void *context, long first, long last, long thread) {
-    const Attention *c = context;
-    void *const *p = c->args->pointer;
-    float *weights = (float *)p[15] + thread * (c->shape.heads / c->shape.kv_heads) * c->shape.length;
-    attend_rows(p[7], p[8], p[9], &c->places, weights, p[16], p[17], &c->shape, first, last);
-}
-
-static PyObject *py_attend(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    double eps;
-    if (read_float_and_args(objects, given, 23, &eps, &a)) return NULL;
-    Attention c = {
-        &a,
-        {a.pointer[10], a.pointer[11], a.pointer[12], a.pointer[13], a.number[14]},
-        {a.number[18], a.number[19], a.number[20], a.number[21], a.number[22]},
-        (float)eps,
-    };
-    long rows = 0;
-    for (long b = 0; b < c.shape.batch; b++) rows += c.places.counts[b];
-    share_rows(store_part, &c, rows);
-    share_rows(attend_part, &c, rows);
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_use_threads(PyObject *self, PyObject *const *objects, Py_ssize_t given) {
-    Args a;
-    if (read_args(objects, given, 4, &a)) return NULL;
-    fork_threads = (Fork)a.pointer[0];
-    thread_number = (Count)a.pointer[1];
-    num_threads = (Count)a.pointer[2];
-    max_threads = (unsigned)a.number[3];
+static PyObject *py_use_threads(PyObject *self, PyObject *threads) {
+    unsigned long number = PyLong_AsUnsignedLong(threads);
+    if (PyErr_Occurred()) return NULL;
+    crew_use((unsigned)number);
     Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
-    {"add_norm", (PyCFunction)(void (*)(void))py_add_norm, METH_FASTCALL,
-     "add_norm(eps, x, product, product_scale, bias, weight, out, out_scale, rows, hidden)"},
-    {"scale", (PyCFunction)(void (*)(void))py_scale, METH_FASTCALL, "scale(x, factor, out, out_scale, rows, inner)"},
-    {"gated", (PyCFunction)(void (*)(void))py_gated, METH_FASTCALL,
-     "gated(product, product_scale, bias, out, out_scale, rows, inner)"},
-    {"attend", (PyCFunction)(void (*)(void))py_attend, METH_FASTCALL,
-     "attend(eps, qkv, qkv_scale, bias, q_norm, k_norm, cos, sin, queries, keys, values, first_slot, counts, prefix, path, "
-     "depth, weights, out, out_scale, batch, heads, kv_heads, dim, length)"},
-    {"join", (PyCFunction)(void (*)(void))py_join, METH_FASTCALL,
-     "join(eps, embedded, features, embed_weight, feature_weight, out, out_scale, rows, hidden)"},
+    {"run", py_run, METH_O, "run(step)"},
+    {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL,
+     "linear(linear, values, scale, offset, sum, x, inputs, rows, out)"},
     {"score", (PyCFunction)(void (*)(void))py_score, METH_FASTCALL,
      "score(bias, state, logits, weight, out, rows, hidden, vocab)"},
-    {"use_threads", (PyCFunction)(void (*)(void))py_use_threads, METH_FASTCALL,
-     "use_threads(GOMP_parallel, omp_get_thread_num, omp_get_num_threads, threads)"},
+    {"use_threads", py_use_threads, METH_O, "use_threads(threads)"},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu(void) {
+    PyObject *linear = PyImport_ImportModule("ssv.runtime.engines._linear"); /* PyCapsule_Import does not import modules of packages */
+    Py_XDECREF(linear);
+    kernels = linear ? PyCapsule_Import(LINEAR_KERNELS, 0) : NULL;
+    return kernels ? PyModule_Create(&module) : NULL;
+}

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import threading
 
-import torch
 from torch import Tensor
 
 from ssv.model.heads import HeadsParts
 from ssv.runtime.engines.contract import HeadsEngine
-from ssv.runtime.engines.torch_engine import Precision, check_int4_size, heads_engine, vocabulary_ids
+from ssv.runtime.engines.torch_engine import Precision, heads_engine, vocabulary_ids
 
 
 class HeadsOnDemand:
@@ -19,14 +18,9 @@ class HeadsOnDemand:
 
     def __init__(self, parts: HeadsParts, *, precision: Precision, device: str = "cpu") -> None:
         """Args:
-            precision, device: the target's engine's.
-
-        Raises:
-            EngineError: the precision is not to be had for heads of this size.
+        precision, device: the target's engine's.
         """
         spec = parts.file.spec
-        if precision == "int4" and torch.device(device).type == "cpu":
-            check_int4_size(spec.head_size)
         self.num_heads = spec.num_heads
         self.token_ids_V = vocabulary_ids(parts.file.token_ids_V, spec.vocab_size)
         self._precision, self._device = precision, device

@@ -1,9 +1,8 @@
 """The engine contract on PyTorch: CPU in fp32, bf16, int8 and int4, CUDA in fp32 and bf16.
 
-int8 is fused for the CPU (`cpu_int8.py`). int4 is weight-only, group-wise and asymmetric, with bf16 activations. On
-CUDA int8 and int4 run as bf16 with weights rounded to the same values: for measuring their quality, not for speed. So
-do layers that a checkpoint holds quantized to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or
-bf16.
+int8 and int4 have kernels of their own on a CPU (`linear.py`, `cpu_layers.py`). On CUDA they run as bf16 with weights
+rounded to the same values: for measuring their quality, not for speed. So do layers that a checkpoint holds quantized
+to FP8 or INT4 (`ssv.model.quantized`), on either device and in fp32 or bf16. A target's LM head has 8 bits in int4 too.
 
 Shapes: see `contract.py`.
 """
@@ -28,21 +27,21 @@ from ssv.model.scorer import Scorer
 from ssv.model.smoothing import Ranges, scaled_columns, smooth_join, smoothed_parts, smoothing_factor
 from ssv.plugins.ops import on
 from ssv.runtime.engines.contract import Branches, EngineError, StepOutput, check_step
-from ssv.runtime.engines.cpu_int8 import (
-    FusedInt8Layers,
-    FusedJoin,
-    FusedScorer,
-    Int8Linear,
-    Places,
-    Scaled,
-    int8_scale,
-    share_stages,
-)
+from ssv.runtime.engines.cpu_layers import FusedLayers, FusedScorer, Places, share_work
 from ssv.runtime.engines.kv_cache import CachedAttend, KVCache, visible
+from ssv.runtime.engines.linear import (
+    Int4Linear,
+    Int8Linear,
+    PackedLinear,
+    int4_scales,
+    int4_values,
+    int8_scale,
+    int8_values,
+    of_each_input,
+)
 from ssv.runtime.threads import MAX_THREADS, ThreadCount, chosen_by_operator, default_threads
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
-INT4_GROUP = 32
 
 
 class TorchEngine:
@@ -68,18 +67,17 @@ class TorchEngine:
         self.token_ids_V = None if draft is None else vocabulary_ids(draft.token_ids, decoder.spec.vocab_size)
         self.vocab_size = draft.spec.head_size if draft is not None else decoder.spec.vocab_size
         self.device = decoder.norm.weight.device
-        int8 = isinstance(decoder.lm_head, Int8Linear)
-        self.dtype = torch.float32 if int8 else decoder.norm.weight.dtype
+        packed = isinstance(decoder.lm_head, PackedLinear)
+        self.dtype = decoder.norm.weight.dtype
         self.cache = KVCache(decoder.spec, max_batch, max_length, self.dtype, self.device)
         # The bits of fp32 and bf16 products depend on the number of threads, and an output must not depend on the
         # machine's other work.
-        self._threads = threads if int8 and self.device.type == "cpu" else None
-        self.fused = FusedInt8Layers(decoder) if int8 and FusedInt8Layers.available() else None
-        self._fused_join = FusedJoin(draft) if self.fused and draft is not None and draft.conditioned else None
+        self._threads = threads if packed else None
+        self.fused = FusedLayers(decoder, draft) if packed and FusedLayers.available() else None
         self._score = FusedScorer(scorer) if self.fused and scorer is not None else scorer
-        if int8 and self.fused is None:
+        if packed and self.fused is None:
             warnings.warn(
-                "int8 runs without its compiled stages, which is slower: install a C compiler and ssv again",
+                "int8 and int4 run without their compiled stages, very slowly: install a C compiler and ssv again",
                 stacklevel=3,
             )
 
@@ -117,9 +115,10 @@ class TorchEngine:
                 ids_M = ids_M[kept_M]
                 features_MF = None if features_MF is None else features_MF[kept_M]
                 gather_rows_R = torch.searchsorted(kept_M, gather_rows_R)
-            x_MH, joined, first_qkv = self._fused_input(ids_M, features_MF)
+            x_MH, joins = self._fused_input(ids_M, features_MF)
             places = Places(first_slot_B, count_B, branches, kept_M)
-            hidden_MH, tapped_MX = self.fused.run_layers(x_MH, places, keys, values, tapped_layers, joined, first_qkv)
+            logits_RV, tapped_MX = self.fused.run(x_MH, places, keys, values, gather_rows_R, tapped_layers, joins)
+            hidden_RH = x_MH[gather_rows_R]
         else:
             x_MH, joined_MJ = self.decoder.embed(ids_M).to(self.dtype), None
             if self.draft is not None and features_MF is not None:
@@ -131,7 +130,7 @@ class TorchEngine:
             hidden_MH, tapped_MX = self.decoder.run_layers(
                 x_MH, position_BT.flatten(), attend, tapped_layers, joined_MJ
             )
-        hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
+            hidden_RH, logits_RV = self._head(hidden_MH, gather_rows_R)
         token_R, reject_prob_R = self._scored(hidden_RH, logits_RV)
         if self.draft is not None:
             hidden_RH = self.draft.carried(hidden_RH)
@@ -155,9 +154,6 @@ class TorchEngine:
         """The gathered rows' hidden states and their logits: the LM head sees no others."""
         if not len(gather_rows_R):  # filling the cache needs none
             return hidden_MH[:0], hidden_MH.new_empty(0, self.vocab_size, dtype=torch.float32)
-        if self.fused is not None:
-            hidden_RH = hidden_MH[gather_rows_R]
-            return hidden_RH, self.fused.logits(hidden_RH).float()
         norm, rows_R = self.decoder.norm, gather_rows_R.to(self.device, torch.int32)
         assert norm.eps is not None
         hidden_RH, normed_RH = on(self.device).sparse_gather(hidden_MH, rows_R, norm.weight, norm.eps)
@@ -175,19 +171,15 @@ class TorchEngine:
 
     def _fused_input(
         self, input_ids_M: Tensor, features_MF: Tensor | None
-    ) -> tuple[Tensor, Scaled | None, Scaled | None]:
-        """What goes into the first fused layer, what that has still to add to it, and its query, key and value where
-        they come from elsewhere."""
-        x_MH = self.decoder.embed(input_ids_M).to(self.dtype)
-        if self._fused_join is None or features_MF is None:
-            return x_MH, None, None
-        draft = self._fused_join.draft
-        # A copy: the layers work in place, and these are the caller's.
-        features_MF = features_MF.clone(memory_format=torch.contiguous_format)
-        product = self._fused_join(x_MH, features_MF)
-        if draft.spec.eagle3 is None:
-            return features_MF, product, None
-        return draft.residual(features_MF), None, product
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What the fused layers work on, in place, and what a conditioned draft joins."""
+        embedded_MH = self.decoder.embed(input_ids_M).to(self.dtype)
+        if self.draft is None or features_MF is None:
+            return embedded_MH, None
+        features_MF = features_MF.contiguous()
+        # A copy: these are the caller's.
+        x_MH = self.draft.residual(features_MF).clone(memory_format=torch.contiguous_format)
+        return x_MH, (embedded_MH, features_MF)
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
@@ -323,47 +315,7 @@ def cpu_threads(threads: int | None) -> ThreadCount | None:
 
 def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
-    share_stages(threads)
-
-
-class Int4Linear(nn.Module):
-    """Weight-only int4 on the CPU (aten::_weight_int4pack_mm_for_cpu): groups of INT4_GROUP input channels with a scale
-    and a zero point each, activations in bf16."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
-        check_int4_size(len(weight_OI))
-        values_OI, scale_OG, zero_OG = int4_groups(weight_OI)
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_OI, 1)
-        # The kernel computes (value - 8) * scale + zero.
-        pairs_OG2 = torch.stack((scale_OG, zero_OG + 8 * scale_OG), dim=-1)
-        self._scales_GO2 = pairs_OG2.transpose(0, 1).contiguous().to(torch.bfloat16)
-        self.bias_O = bias_O
-
-    def forward(self, x_MI: Tensor) -> Tensor:
-        rounded_MI = x_MI.to(torch.bfloat16).contiguous()
-        y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded_MI, self._packed, INT4_GROUP, self._scales_GO2)
-        y_MO = y_MO.to(x_MI.dtype)  # as any linear layer: states and features of an engine have one type
-        return y_MO if self.bias_O is None else y_MO + self.bias_O
-
-
-def check_int4_size(num_outputs: int) -> None:
-    """Raises EngineError for an output size that the CPU's int4 product does not have."""
-    if num_outputs % 16:
-        raise EngineError(f"precision int4 needs output sizes that are multiples of 16, got {num_outputs}")
-
-
-def int4_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds to 16 levels per group between the group's extremes (as Q4_1 does): int32 values [O, I], scale and zero
-    [O, G]."""
-    outputs, inputs = weight_OI.shape
-    if inputs % INT4_GROUP:
-        raise EngineError(f"precision int4 needs input sizes that are multiples of {INT4_GROUP}, got {inputs}")
-    groups = weight_OI.view(outputs, -1, INT4_GROUP)
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    scale = ((high - low) / 15).clamp(min=1e-8)
-    values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32)
-    return values.view(outputs, inputs), scale, low
+    share_work(threads)
 
 
 def _without_padding(count_B: Tensor, tokens: int) -> Tensor | None:
@@ -402,7 +354,12 @@ def prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], 
                 _replace(part, nn.Linear, replacement)
             _replace(module, nn.Linear, replacement)
     elif precision == "int4":
-        _replace(module, nn.Linear, _int4_linear if on_cpu else _rounded_int4)
+        # As in GGUF files: with 4 bits a target's LM head alone would cost more quality than all its layers. A draft
+        # guesses as well with 4.
+        head = module.lm_head if isinstance(module, Decoder) else None
+        eight, four = (_int8_linear, _int4_linear) if on_cpu else (_rounded_int8, _rounded_int4)
+        with one_thread():
+            _replace(module, nn.Linear, lambda linear: (eight if linear is head else four)(linear))
     keeps_fp32 = precision == "fp32" or (on_cpu and precision in ("int8", "int4"))
     _convert(module, device, torch.float32 if keeps_fp32 else torch.bfloat16)
     return module
@@ -435,23 +392,28 @@ def _is_cpu(device: str) -> bool:
 
 
 def _int8_linear(linear: nn.Linear) -> nn.Module:
-    return Int8Linear(linear.weight, linear.bias)
+    return Int8Linear(linear.weight, _fp32(linear.bias))
 
 
 def _int4_linear(linear: nn.Linear) -> nn.Module:
-    return Int4Linear(linear.weight.float(), linear.bias)
+    return Int4Linear(linear.weight, _fp32(linear.bias))
+
+
+def _fp32(bias_O: Tensor | None) -> Tensor | None:
+    return None if bias_O is None else bias_O.float()
 
 
 def _rounded_int4(linear: nn.Linear) -> nn.Module:
-    values, scale, low = int4_groups(linear.weight.float())
-    rounded = values.view(*scale.shape, -1) * scale[..., None] + low[..., None]
-    return _with_weight(linear, rounded.view_as(linear.weight))
+    weight_OI = linear.weight.float()
+    scale_OG, least_OG = int4_scales(weight_OI)
+    scale_OI, least_OI = (of_each_input(x_OG, weight_OI.shape[1]) for x_OG in (scale_OG, least_OG))
+    return _with_weight(linear, int4_values(weight_OI, scale_OG, least_OG).float() * scale_OI + least_OI)
 
 
 def _rounded_int8(linear: nn.Linear) -> nn.Module:
-    weight = linear.weight.float()
-    scale = int8_scale(weight)
-    return _with_weight(linear, (weight / scale).round() * scale)
+    weight_OI = linear.weight.float()
+    scale_O1 = int8_scale(weight_OI)
+    return _with_weight(linear, int8_values(weight_OI, scale_O1).float() * scale_O1)
 
 
 def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:

@@ -14,11 +14,9 @@ from tiny_bundle import COSTS, build, write_recipe
 from ssv.bundle.manifest import BundleError, read_manifest, write_manifest
 from ssv.bundle.profile import Conditions
 from ssv.model.checkpoint import CheckpointError
-from ssv.model.decoder import Decoder
-from ssv.model.heads import HeadsFile, HeadsParts, load_heads, read_heads, save_heads
+from ssv.model.heads import load_heads, read_heads, save_heads
 from ssv.runtime import llm as llm_module
 from ssv.runtime.engines import heads_on_demand
-from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import PREMIUM
@@ -146,16 +144,3 @@ def test_heads_on_demand_are_those_of_the_file(tmp_path: Path, tied: bool, made:
     assert len(made) == 1 and len(found) == 4
     assert all(torch.allclose(logits, expected.logits(hidden_RH), atol=1e-5) for logits in found)
     assert engine.num_heads == 3 and engine.token_ids_V is not None
-
-
-def test_heads_that_int4_does_not_have_are_refused_at_once() -> None:
-    target = tiny_decoder()
-    with pytest.raises(EngineError, match="multiples of 16, got 47"):
-        HeadsOnDemand(heads_file(target, 47), precision="int4")
-    HeadsOnDemand(heads_file(target, 47), precision="bf16")
-
-
-def heads_file(target: Decoder, head_size: int) -> HeadsParts:
-    """Heads whose LM head has so many rows."""
-    heads = random_heads(target, 1, head_size)
-    return HeadsFile(heads.spec, heads.token_ids, {}).of(target)

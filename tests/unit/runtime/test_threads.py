@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_decoder
+from torch import Tensor
 
 from ssv.runtime.engines import torch_engine
 from ssv.runtime.engines.contract import EngineError
-from ssv.runtime.engines.torch_engine import cpu_threads, target_engine
+from ssv.runtime.engines.torch_engine import Precision, TorchEngine, cpu_threads, target_engine
 from ssv.runtime.threads import (
     INTERVAL_SECONDS,
     CpuTimes,
@@ -195,14 +198,15 @@ def test_engines_of_a_process_follow_the_same_count() -> None:
 
 
 @pytest.mark.usefixtures("torchs_threads")
-def test_int8_gives_the_same_bits_while_the_number_of_threads_changes() -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_packed_weights_give_the_same_bits_while_the_number_of_threads_changes(precision: Precision) -> None:
     decoder = tiny_decoder()
     outputs = []
     for numbers in ([1], [2], [2, 1, 1, 2]):
         turns = iter(numbers * 8)
         count = ThreadCount(2, torch_engine._set_threads)
         count.follow = lambda turns=turns: torch_engine._set_threads(next(turns))  # type: ignore[method-assign]
-        engine = target_engine(decoder, precision="int8", max_batch=2, max_length=64, threads=count)
+        engine = target_engine(decoder, precision=precision, max_batch=2, max_length=64, threads=count)
         logits = []
         for at in range(0, 24, 6):
             ids = torch.arange(at, at + 12).view(2, 6) % decoder.spec.vocab_size
@@ -213,7 +217,7 @@ def test_int8_gives_the_same_bits_while_the_number_of_threads_changes() -> None:
 
 
 @pytest.mark.usefixtures("torchs_threads")
-def test_only_int8_follows() -> None:
+def test_only_packed_weights_follow() -> None:
     count = ThreadCount(2, lambda _: None)
     wrong = "the bits of these products depend on the number of threads"
     count.follow = lambda: pytest.fail(wrong)  # type: ignore[method-assign]
@@ -221,3 +225,33 @@ def test_only_int8_follows() -> None:
         sizes: dict[str, Any] = {"precision": precision, "max_batch": 1, "max_length": 64}
         engine = target_engine(tiny_decoder(), threads=count, **sizes)
         engine.step(torch.tensor([[1, 2]]), torch.tensor([0], dtype=torch.int32), torch.tensor([1]))
+
+
+@pytest.mark.usefixtures("torchs_threads")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    engine = target_engine(tiny_decoder(), precision="int4", max_batch=1, max_length=64)
+
+    def logits() -> bytes:
+        ids = torch.arange(16)[None]
+        return engine.step(ids, torch.zeros(1, dtype=torch.int32), torch.arange(16)).logits_RV.numpy().tobytes()
+
+    expected = logits()
+    child = os.fork()
+    if child == 0:  # no assertion here: the child must not go on with the tests
+        os._exit(0 if logits() == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert logits() == expected
+
+
+@pytest.mark.usefixtures("torchs_threads")
+def test_engines_step_in_several_threads_of_python() -> None:
+    engines = [target_engine(tiny_decoder(), precision="int8", max_batch=1, max_length=64) for _ in range(3)]
+
+    def logits(engine: TorchEngine) -> list[Tensor]:
+        zero = torch.zeros(1, dtype=torch.int32)
+        return [engine.step(torch.arange(9)[None] + at, zero, torch.arange(9)).logits_RV for at in range(20)]
+
+    expected = logits(engines[0])
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(logits, engines):
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))

@@ -15,7 +15,7 @@ from ssv.builder.training.passes import draft_passes, view_target
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.smoothing import Ranges, activation_ranges
-from ssv.runtime.engines.cpu_int8 import FusedInt8Layers
+from ssv.runtime.engines.cpu_layers import FusedLayers
 from ssv.runtime.engines.torch_engine import Precision, TorchEngine, draft_engine, target_engine
 
 SIZES: dict[str, Any] = {"max_batch": 2, "max_length": 32}
@@ -66,8 +66,8 @@ def test_int8_is_near_it_fused_or_not(
     wanted = drafted_by_hand(head, target)
     most = 0.12 if smoothed else 0.6
     assert relative_error(fused[0][0], wanted[0][0]) < most
-    monkeypatch.setattr(FusedInt8Layers, "available", staticmethod(lambda: False))
-    with pytest.warns(UserWarning, match="without its compiled stages"):
+    monkeypatch.setattr(FusedLayers, "available", staticmethod(lambda: False))
+    with pytest.warns(UserWarning, match="without their compiled stages"):
         engines = engines_of(draft, target, "int8", ranges)
     # The same products: what lies between them is rounded otherwise.
     assert relative_error(drafted_by_engines(*engines)[0][0], fused[0][0]) < 1e-3

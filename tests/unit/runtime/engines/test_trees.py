@@ -24,6 +24,10 @@ def int8_target(**shape: Any) -> Engine:
     return target_engine(tiny_decoder(**shape), precision="int8", **SIZES)
 
 
+def int4_target(**shape: Any) -> Engine:
+    return target_engine(tiny_decoder(**shape), precision="int4", **SIZES)
+
+
 def fp32_target(**shape: Any) -> Engine:
     return target_engine(tiny_decoder(**shape), precision="fp32", **SIZES)
 
@@ -34,6 +38,7 @@ def network_target(**shape: Any) -> Engine:
 
 ENGINES: dict[str, tuple[Callable[..., Engine], float]] = {
     "int8": (int8_target, 0.0),
+    "int4": (int4_target, 0.0),
     "fp32": (fp32_target, 1e-5),
     "network": (network_target, 1e-5),
 }
