@@ -335,7 +335,7 @@ class QuantizeConfig(_Strict):
     @model_validator(mode="after")
     def _asks_nothing_of_a_draft_that_is_the_targets(self) -> QuantizeConfig:
         if self.role == "draft" and (self.lm_head or self.recover_tokens):
-            raise ValueError("lm_head and recover_tokens are for the target: a draft has the target's LM head")
+            raise ValueError("lm_head and recover_tokens are for the target: a draft's LM head stays as it is")
         if self.precision == "fp8" and self.group_size is not None:
             raise ValueError("group_size is for int4")
         return self
