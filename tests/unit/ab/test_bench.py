@@ -463,6 +463,23 @@ def test_rows_of_other_precisions_and_of_the_prompt_cache() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ()),
+        (["--methods", "premium"], ()),
+        (["--methods", "all"], ("int8", "int4", "prompt-cache")),
+        (["--methods", "all", "--device", "cuda"], ("prompt-cache",)),
+        (["--methods", "all", "--engine", "tensorrt"], ("prompt-cache",)),
+        (["--methods", "all", "--also", "bf16"], ("bf16",)),
+        (["--also", "prompt-cache, int4,int4"], ("prompt-cache", "int4")),
+    ],
+)
+def test_what_has_rows_beside_the_methods(options: list[str], expected: tuple[str, ...]) -> None:
+    args = bench._parser().parse_args(["--bundle", "b", "--prompts", "p", *options])
+    assert tuple(bench._beside(args)) == expected
+
+
 def test_what_fills_the_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder({"autoregressive": 2.0, "premium": 1.0}, {})
     monkeypatch.setattr("ssv.ab.bench.time.perf_counter", lambda: decoder.now)

@@ -235,3 +235,16 @@ def test_a_row_brings_no_text_where_it_recalls_nothing() -> None:
     policies = [verify_all(3), PREMIUM, verify_all(4), PREMIUM]
     outputs = run(llm, [Request((1, 2), "own", p, policy=q) for p, q in zip(params, policies, strict=True)])
     assert [len(output.token_ids) for output in outputs] == [3, 12, 20, 7]
+
+
+def test_a_row_that_moves_takes_its_text_along() -> None:
+    """Its company ends early, and a later row takes the place that it had."""
+    llm = make_llm(RepeatingTarget, "conditioned", costs(0.001, 20.0), max_batch=2)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (24, 60, 40)]
+    prompts = [(5, 6, 4, 9) * 10, (1, 2, 3), (7, 8, 2)]
+    together = run(llm, [Request(ids, "premium", p) for ids, p in zip(prompts, params, strict=True)])
+    for ids, p, output in zip(prompts, params, together, strict=True):
+        (alone,) = run(llm, [Request(ids, "premium", p)])
+        assert text_of(output) == text_of(alone)
+        assert output.counters.target_passes <= alone.counters.target_passes + 1
+    assert together[1].counters.tokens_per_pass > 3
