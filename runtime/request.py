@@ -16,6 +16,13 @@ MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""
 
+MAX_PENALTY = 2.0
+"""OpenAI's, of presence and frequency."""
+
+MAX_REPETITION_PENALTY = 100.0
+MAX_BIAS = 100.0
+"""OpenAI's: nothing is chosen that has so much less, and nothing else that has so much more."""
+
 
 class RequestError(UserError):
     """A request that cannot be served; the message says which setting and what is possible."""
@@ -29,11 +36,20 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
+        min_p: leaves out tokens less probable than so much of the likeliest one's; 0 keeps all.
+        repetition_penalty: what the logits of tokens that prompt or output have are divided by, or multiplied with
+            where they are below 0; 1 changes nothing.
+        presence_penalty: what is taken from the logits of tokens that the output has.
+        frequency_penalty: the same, times how often it has them.
+        logit_bias: tokens, and what is added to their logits.
+        bad_token_ids: sequences of tokens that the output must not have; of words, see `BundleTokenizer.word_ids`.
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
-        min_tokens: end-of-sequence is not chosen before, and no stop string that these complete ends the output.
+        min_tokens: end-of-sequence and stop tokens are not chosen before, and no stop string that these complete ends
+            the output.
         stop: strings that end the output, which does not include them; one that is a special token's text is that
             token.
+        stop_token_ids: tokens that end the output as end-of-sequence does, of which its text has nothing.
         ignore_eos: go on after end-of-sequence, for benchmarks.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 
@@ -44,10 +60,17 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     max_tokens: int = 128
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     max_delay: float | None = None
 
@@ -61,6 +84,23 @@ class SamplingParams:
             raise RequestError(f"top_k {self.top_k} must be between 0 (keeps all tokens) and {MAX_COUNT}")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise RequestError(f"min_p {self.min_p} must be between 0 (keeps all tokens) and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= (value := getattr(self, name)) <= MAX_PENALTY:
+                raise RequestError(f"{name} {value} must be between {-MAX_PENALTY:g} and {MAX_PENALTY:g}")
+        if not 1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            raise RequestError(
+                f"repetition_penalty {self.repetition_penalty} must be between {1 / MAX_REPETITION_PENALTY:g} and "
+                f"{MAX_REPETITION_PENALTY:g}"
+            )
+        for token, bias in self.logit_bias:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise RequestError(f"logit_bias {bias} of token {token} must be between {-MAX_BIAS:g} and {MAX_BIAS:g}")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise RequestError("logit_bias has a token twice", "give each once")
+        if not all(self.bad_token_ids):
+            raise RequestError("bad_token_ids: an empty sequence is in every output")
         if not 1 <= self.max_tokens <= MAX_COUNT:
             raise RequestError(f"max_tokens {self.max_tokens} must be between 1 and {MAX_COUNT}")
         if not 0 <= self.min_tokens <= self.max_tokens:
@@ -75,6 +115,15 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def named_tokens(self) -> dict[str, tuple[int, ...]]:
+        """Token ids that it names, by the setting that does."""
+        return {
+            "logit_bias": tuple(token for token, _ in self.logit_bias),
+            "stop_token_ids": self.stop_token_ids,
+            "bad_words": tuple(token for ids in self.bad_token_ids for token in ids),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ssv.runtime.decode.sampling import without_tokens
+from ssv.runtime.decode.logits_processor import Columns, Edit, LogitsProcessor, processed
 from ssv.runtime.engines.contract import Engine
 
 
@@ -36,16 +36,14 @@ class RunningAudit:
         prompt_ids: Sequence[int],
         output_ids: Sequence[int],
         chunk: int,
-        *,
-        eos_ids: Sequence[int] = (),
-        min_tokens: int = 0,
+        processor: LogitsProcessor | None = None,
     ) -> None:
         """Args:
         chunk: tokens of a step.
-        eos_ids: what the target could not choose among the first `min_tokens` of the output.
+        processor: what the request changed of the target's logits, new.
         """
-        self._eos, self._banned = torch.tensor(list(eos_ids), dtype=torch.long), len(prompt_ids) - 1 + min_tokens
-        self.num_tokens = len(output_ids)
+        self.num_tokens, self._processor = len(output_ids), processor
+        self._prompt_ids, self._output_ids = list(prompt_ids), list(output_ids)
         self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
         self.restart()
 
@@ -59,15 +57,20 @@ class RunningAudit:
         rows_R = torch.arange(min(max(self._first, start), stop), stop)
         at = torch.tensor([start], dtype=torch.int32)
         out = target.step(self._tokens[None, start:stop], at, rows_R - start, first_row=row)
-        logits_RV = out.logits_RV
-        if len(rows_R) and start < self._banned and len(self._eos):
-            logits_RV = without_tokens(logits_RV, rows_R < self._banned, self._eos)
+        logits_RV = processed(out.logits_RV, self._edits(rows_R.tolist()), Columns())
         emitted_R1 = self._tokens[rows_R + 1, None].to(logits_RV.device)
         gap_R = logits_RV.amax(dim=1) - logits_RV.gather(1, emitted_R1)[:, 0] if len(rows_R) else torch.zeros(0)
         self._strict += int((gap_R > 0).sum())
         self._margin += int((gap_R > 1).sum())
         self._done = stop
         return Audit(self._strict, self._margin) if stop == len(self._tokens) - 1 else None
+
+    def _edits(self, rows: Sequence[int]) -> list[Edit | None]:
+        """What the request changed of the logits behind some of its tokens."""
+        if self._processor is None:
+            return []
+        ends = [row - self._first for row in rows]
+        return [self._processor.edit(self._prompt_ids, self._output_ids[:end], end) for end in ends]
 
 
 def audit(target: Engine, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Audit:

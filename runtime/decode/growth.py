@@ -96,6 +96,14 @@ class Growth:
         found = self.candidates[candidate]
         return found.survival, found.depth
 
+    def text(self, candidate: int) -> list[int]:
+        """The tokens of the path to a candidate, its own last; none for ROOT."""
+        tokens = []
+        while candidate != ROOT:
+            tokens.append(self.candidates[candidate].guess.token)
+            candidate = self.candidates[candidate].parent
+        return tokens[::-1]
+
     def _next(self, level: range) -> list[int]:
         """Those of the last level that get children."""
         policy, candidates = self._policy, self.candidates

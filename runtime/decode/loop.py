@@ -48,7 +48,7 @@ class Running:
             counters.emitted += 1
             counters.first_token_s = counters.first_token_s or time.monotonic() - self.arrived
             taken.append(token)
-            if token in eos_token_ids and not params.ignore_eos:
+            if (token in eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
                 self.finish_reason = "stop"
                 break
             unsaid.append(token)

@@ -30,6 +30,7 @@ from ssv.runtime.decode.choice import check_chosen, choices
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.logits_processor import Columns, processor_of
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
@@ -114,6 +115,7 @@ class DecodeBatch:
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
+        self._columns = Columns()
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
@@ -159,7 +161,12 @@ class DecodeBatch:
             features_out=any(drafter.needs_features for drafter in wanting),
         )
         ahead = [(b, rows[b].tree.depths[j - 1] if j else 0) for b, j in judged_at]
-        all_chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
+
+        def before(r: int) -> list[int]:
+            b, j = judged_at[r]
+            return rows[b].tree.text(j - 1)
+
+        all_chosen = iter(choices(rows, out.logits_RV, ahead, self._columns, out.token_R, before))
         chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
         verdicts = [walk(row.tree, judged[b], chosen[b]) for b, row in enumerate(rows)]
         check_chosen([verdict.next_token for verdict in verdicts])
@@ -231,6 +238,9 @@ class DecodeBatch:
             raise RequestError("the prompt is empty")
         if not all(0 <= token < self.target.vocab_size for token in prompt_ids):
             raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}")
+        for name, tokens in params.named_tokens.items():
+            if (token := next((t for t in tokens if not 0 <= t < self.target.vocab_size), None)) is not None:
+                raise RequestError(f"{name}: token {token} is outside the vocabulary of {self.target.vocab_size}")
         if prompt_length + params.max_tokens > self.max_length:
             raise RequestError(
                 f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
@@ -263,6 +273,7 @@ class DecodeBatch:
         assert self._joining is None, "one row joins at a time"
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
+        row.processor = processor_of(row.params, prompt_ids, self.eos_ids.tolist())
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self.drafter_of(row)) is not None:
             drafter.begin()
@@ -296,7 +307,7 @@ class DecodeBatch:
             return None
         self._joining = None
         self.rows.append(row)
-        (first,) = chosen = choices(self.rows, out.logits_RV, [(b, 0)], self.eos_ids)
+        (first,) = chosen = choices(self.rows, out.logits_RV, [(b, 0)], self._columns)
         check_chosen(chosen)
         row.tokens.append(first)
         if drafter is not None:

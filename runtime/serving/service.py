@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from ssv.runtime.decode.audit import Audit, RunningAudit
+from ssv.runtime.decode.logits_processor import processor_of
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
@@ -230,8 +231,7 @@ class Service:
                     client.request.prompt_ids,
                     client.output_ids,
                     self._llm.prefill_chunk,
-                    eos_ids=sorted(self._llm.eos_token_ids),
-                    min_tokens=client.request.params.min_tokens,
+                    processor_of(client.request.params, client.request.prompt_ids, self._llm.eos_token_ids),
                 )
                 self._audits.append((audit, client.request.method))
         client.call(client.sink.send, chunk)
