@@ -32,7 +32,7 @@ from ssv.runtime.engines.torch_engine import (
 )
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
-from ssv.runtime.request import Chunk, Output, Request, RequestError
+from ssv.runtime.request import Chunk, Output, Request, RequestError, TokenLogprobs
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.waiting import Say, say_nothing, waiting
 
@@ -286,13 +286,22 @@ class LLM:
         """Decodes requests and returns their outputs, in their order."""
         texts: list[list[str]] = [[] for _ in requests]
         tokens: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
+        prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
         outputs: list[Output | None] = [None] * len(requests)
         for chunk in self.stream(requests):
             texts[chunk.index].append(chunk.text)
             tokens[chunk.index].extend(chunk.token_ids)
+            logprobs[chunk.index].extend(chunk.logprobs)
+            prompt_logprobs[chunk.index].extend(chunk.prompt_logprobs)
             if chunk.finish_reason is not None:
                 outputs[chunk.index] = Output(
-                    "".join(texts[chunk.index]), tuple(tokens[chunk.index]), chunk.finish_reason, chunk.counters
+                    "".join(texts[chunk.index]),
+                    tuple(tokens[chunk.index]),
+                    chunk.finish_reason,
+                    chunk.counters,
+                    tuple(logprobs[chunk.index]),
+                    tuple(prompt_logprobs[chunk.index]),
                 )
         assert all(output is not None for output in outputs)
         return [output for output in outputs if output is not None]

@@ -20,6 +20,9 @@ MAX_PENALTY = 2.0
 """OpenAI's, of presence and frequency."""
 
 MAX_REPETITION_PENALTY = 100.0
+MAX_LOGPROBS = 20
+"""OpenAI's, of the likeliest tokens that stand beside each token."""
+
 MAX_BIAS = 100.0
 """OpenAI's: nothing is chosen that has so much less, and nothing else that has so much more."""
 
@@ -51,6 +54,9 @@ class SamplingParams:
             token.
         stop_token_ids: tokens that end the output as end-of-sequence does, of which its text has nothing.
         ignore_eos: go on after end-of-sequence, for benchmarks.
+        logprobs: the log-probability of each token of the output is wanted, and of so many of the likeliest tokens in
+            its place; None for none. A tier that trusts tokens computes theirs too, and keeps them until a pass.
+        prompt_logprobs: the same of the prompt's tokens but the first; none of them is taken from the prompt cache.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 
     Raises:
@@ -72,6 +78,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     max_delay: float | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +113,9 @@ class SamplingParams:
             raise RequestError(f"max_tokens {self.max_tokens} must be between 1 and {MAX_COUNT}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} must lie between 0 and max_tokens {self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise RequestError(f"{name} {value} must be between 0 and {MAX_LOGPROBS}")
         if isinstance(self.stop, str):
             raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
@@ -150,6 +161,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The log-probability of a token under the target, before anything that the request changes.
+
+    Attributes:
+        top: the likeliest tokens in its place and theirs, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a request's output.
 
@@ -159,6 +183,8 @@ class Chunk:
         token_ids: new tokens.
         counters: of the whole request so far.
         finish_reason: set in the last chunk of a request.
+        logprobs: of the new tokens, if they were asked for.
+        prompt_logprobs: of the prompt's tokens but the first, in the first chunk, if they were asked for.
     """
 
     index: int
@@ -166,13 +192,17 @@ class Chunk:
     token_ids: tuple[int, ...]
     counters: Counters
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The whole output of a request."""
+    """The whole output of a request; log-probabilities as in `Chunk`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     counters: Counters
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

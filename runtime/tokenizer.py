@@ -129,6 +129,20 @@ class BundleTokenizer:
             return frozenset()
         return frozenset(token for token, text in self._special().items() if text in wanted)
 
+    def word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words, as they are written at the beginning of a text and after a space: what an output must
+        not have (`SamplingParams.bad_token_ids`). A word may be written in yet other tokens, which nobody sees to.
+
+        Raises:
+            RequestError: one is no text.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            _check_text(word)
+            for text in (word, f" {word.lstrip()}"):
+                found[tuple(self.inner.encode(text, add_special_tokens=False))] = None
+        return tuple(ids for ids in found if ids)
+
     def context(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The end of a prompt that its continuation's text depends on.
 

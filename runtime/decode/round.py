@@ -31,6 +31,7 @@ from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.logits_processor import Columns, processor_of
+from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
@@ -141,6 +142,8 @@ class DecodeBatch:
         for row in self.rows:
             # The last token of the first path may have ended the output: the pass settles that.
             path, accept_below = row.tree.first_path[:-1], row.policy.accept_below
+            if row.params.logprobs is not None:
+                path = []  # the pass says how probable they are
             row.released = next((i for i, n in enumerate(path) if not row.tree.risks[n] < accept_below), len(path))
             released.append(row.first_path[: row.released])
         return released
@@ -151,11 +154,20 @@ class DecodeBatch:
         width = 1 + max(len(row.tree) for row in rows)
         judged = [judged_rows(row.tree, row.policy.accept_below) for row in rows]
         judged_at = [(b, j) for b, flags in enumerate(judged) for j, is_judged in enumerate(flags) if is_judged]
+        # Trusted tokens are not judged; their probabilities may be asked for all the same.
+        logged_at = [
+            (b, j)
+            for b, flags in enumerate(judged)
+            if rows[b].params.logprobs is not None
+            for j, is_judged in enumerate(flags)
+            if not is_judged
+        ]
+        gathered = judged_at + logged_at
         wanting = {drafter for row in rows if (drafter := self.drafter_of(row)) is not None}
         out = self.target.step(
             torch.tensor([row.unseen(width) for row in rows]),
             torch.tensor([row.target_length for row in rows], dtype=torch.int32),
-            torch.tensor([b * width + j for b, j in judged_at]),
+            torch.tensor([b * width + j for b, j in gathered]),
             branches=None if all(row.tree.is_chain for row in rows) else self._branches(),
             count_B=torch.tensor([len(row.tree) + 1 for row in rows], dtype=torch.int32),
             features_out=any(drafter.needs_features for drafter in wanting),
@@ -166,12 +178,17 @@ class DecodeBatch:
             b, j = judged_at[r]
             return rows[b].tree.text(j - 1)
 
-        all_chosen = iter(choices(rows, out.logits_RV, ahead, self._columns, out.token_R, before))
+        logits_RV, token_R = out.logits_RV, out.token_R
+        if logged_at:
+            logits_RV, token_R = logits_RV[: len(judged_at)], token_R[: len(judged_at)] if token_R is not None else None
+        all_chosen = iter(choices(rows, logits_RV, ahead, self._columns, token_R, before))
         chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
         verdicts = [walk(row.tree, judged[b], chosen[b]) for b, row in enumerate(rows)]
         check_chosen([verdict.next_token for verdict in verdicts])
         if any(drafter.needs_hidden for drafter in wanting):
-            self._show_hidden(verdicts, dict(zip(judged_at, out.hidden_RH, strict=True)))
+            self._show_hidden(verdicts, dict(zip(gathered, out.hidden_RH, strict=True)))
+        if any(row.params.logprobs is not None for row in rows):
+            self._log(verdicts, dict(zip(gathered, out.logits_RV, strict=True)))
         return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
 
     def _show_hidden(self, verdicts: Sequence[Verdict], hidden_at: Mapping[tuple[int, int], Tensor]) -> None:
@@ -183,6 +200,20 @@ class DecodeBatch:
         for b, verdict in enumerate(verdicts):
             if (drafter := self.drafter_of(self.rows[b])) is not None and drafter.needs_hidden:
                 drafter.see(b, hidden_at[b, verdict.last + 1])
+
+    def _log(self, verdicts: Sequence[Verdict], logits_at: Mapping[tuple[int, int], Tensor]) -> None:
+        """Notes how probable the tokens of the verdicts are, of rows that ask for it.
+
+        Args:
+            logits_at: of each gathered row of the target, by row in use and row of its pass.
+        """
+        for b, (row, verdict) in enumerate(zip(self.rows, verdicts, strict=True)):
+            if (num_top := row.params.logprobs) is not None:
+                places = (0, *(node + 1 for node in verdict.path))
+                tokens = (*(row.tree.tokens[node] for node in verdict.path), verdict.next_token)
+                row.logprobs += [
+                    logprobs_of(logits_at[b, j], token, num_top) for j, token in zip(places, tokens, strict=True)
+                ]
 
     def _branches(self) -> Branches:
         """What roots and nodes see: a root stands in the slot behind its text, node n in the n-th behind it."""
@@ -291,15 +322,21 @@ class DecodeBatch:
         row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
         drafter = self.drafter_of(row)
         start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
+        num_top = row.params.prompt_logprobs
         out = self.target.step(
             joining.ids_1T[:, start:stop],
             torch.tensor([start], dtype=torch.int32),
-            torch.tensor([stop - start - 1]),
+            torch.tensor([stop - start - 1] if num_top is None else list(range(stop - start))),
             features_out=drafter is not None and drafter.needs_features,
             first_row=b,
         )
         if drafter is not None:
             drafter.prefill(b, joining.ids_1T, start, stop, out.features_BTF)
+        if num_top is not None:
+            following = row.tokens[start + 1 : stop + 1]
+            row.prompt_logprobs += [
+                logprobs_of(logits_V, token, num_top) for logits_V, token in zip(out.logits_RV, following, strict=False)
+            ]
         joining.done = stop
         if stop - start == self.prefill_chunk:
             self._keep(joining, start, stop)
@@ -307,12 +344,14 @@ class DecodeBatch:
             return None
         self._joining = None
         self.rows.append(row)
-        (first,) = chosen = choices(self.rows, out.logits_RV, [(b, 0)], self._columns)
+        (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns)
         check_chosen(chosen)
+        if row.params.logprobs is not None:
+            row.logprobs.append(logprobs_of(out.logits_RV[-1], first, row.params.logprobs))
         row.tokens.append(first)
         if drafter is not None:
             if drafter.needs_hidden:
-                drafter.see(b, out.hidden_RH[0])
+                drafter.see(b, out.hidden_RH[-1])
             drafter.join(b, row)
         row.last_commit = time.monotonic()
         return first
@@ -338,7 +377,7 @@ class DecodeBatch:
     def _restore(self, joining: _Joining) -> None:
         """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to
         give logits."""
-        if self.prompt_cache is None:
+        if self.prompt_cache is None or joining.row.params.prompt_logprobs is not None:
             return
         b, drafter = len(self.rows), self._caching(joining.row)
         for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):

@@ -14,7 +14,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode.logits_processor import LogitsProcessor
 from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import asks_for_pass
-from ssv.runtime.request import SamplingParams
+from ssv.runtime.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -27,6 +27,8 @@ class Row:
             tree.
         tree: what is drafted behind it.
         processor: of its logits; None where its request changes none.
+        logprobs, prompt_logprobs: of the output's and of the prompt's tokens, where the request asks for them, until
+            they leave.
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
     """
@@ -38,6 +40,8 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     tree: Tree = field(default_factory=Tree)
     processor: LogitsProcessor | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     draft_length: int = 0
     released: int = 0
     last_commit: float = 0.0

@@ -24,7 +24,7 @@ class Piece:
 
     Attributes:
         key: of the answer; `number`: of the piece in it, from 0.
-        token_ids: new since the piece before.
+        token_ids: whose text is new since the piece before.
         stop: strings that end the text.
         fields: the other outputs of `ensemble`, by name.
         min_tokens, context: see `ssv.runtime.text.TextStream`; the context is the first piece's.
@@ -107,6 +107,8 @@ class Answer:
         fields = reply.outputs()
         del fields[_TEXT]
         params, context = self._settings.params, self._context if self._number == 0 else ()
+        if chunk.finish_reason == "stop" and token_ids and token_ids[-1] in params.stop_token_ids:
+            token_ids = token_ids[:-1]  # it ends the output, and is none of its text
         piece = Piece(self._key, self._number, token_ids, params.stop, is_last, fields, params.min_tokens, context)
         self._number += 1
         return piece
