@@ -111,6 +111,12 @@ class BundleTokenizer:
             token_ids = [token for token in token_ids if token not in self._special()]
         return self.inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for in a text, which may be part of a character; a special token's own name."""
+        if self._backend is None:
+            return str(self.inner.decode([token])).encode()
+        return bytes(self.inner.token_bytes(token))
+
     def text_stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> TextStream:
         """The text of a request's output."""
         return TextStream(

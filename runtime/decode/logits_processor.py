@@ -204,8 +204,8 @@ def processed(logits_RV: Tensor, edits: Sequence[Edit | None], columns: Columns)
 
     for r, edit in own:
         if len(edit.banned):
-            at = columns.of(edit.banned)
-            free_V = changed_RV[r].index_fill(0, torch.from_numpy(at[at >= 0]).to(flat.device), -torch.inf)
+            banned = columns.of(edit.banned)
+            free_V = changed_RV[r].index_fill(0, torch.from_numpy(banned[banned >= 0]).to(flat.device), -torch.inf)
             # Where nothing is left, what is not allowed is: a choice there has to be.
             changed_RV[r] = torch.where(free_V.amax() > -torch.inf, free_V, changed_RV[r])
         if edit.least > -math.inf:

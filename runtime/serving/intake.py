@@ -62,6 +62,8 @@ WHOLE_NUMBERS = (
     "random_seed",
     "end_id",
     "pad_id",
+    "ssv_top_logprobs",
+    "ssv_prompt_logprobs",
     "beam_width",
     "num_return_sequences",
 )
@@ -102,13 +104,14 @@ _ELSEWHERE = {
     "max_completion_tokens": "max_tokens",
     "tier": "ssv_tier",
     "timeout": "ssv_timeout",
+    "logprobs": "ssv_top_logprobs",
+    "prompt_logprobs": "ssv_prompt_logprobs",
 }
 # Settings that change the output and are not supported, and the value that changes nothing.
 _NEUTRAL: dict[str, Any] = {
     "length_penalty": 1.0,
     "beam_width": 1,
     "num_return_sequences": 1,
-    "return_log_probs": False,
     "return_context_logits": False,
     "return_generation_logits": False,
 }
@@ -120,11 +123,10 @@ _VLLM_NEUTRAL: dict[str, Any] = {
     "spaces_between_special_tokens": True,
     "include_stop_str_in_output": False,
     "detokenize": True,
-    "logprobs": 0,
-    "prompt_logprobs": 0,
 }
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", *_PENALTIES)
+_VLLM_NAMES = {"logprobs": "ssv_top_logprobs", "prompt_logprobs": "ssv_prompt_logprobs"}
 _VLLM_LISTS = ("stop", "bad_words", "stop_token_ids", "logit_bias")
 
 
@@ -253,6 +255,7 @@ class Intake:
         if seed is not None and not 0 <= seed <= LARGEST_SEED:
             raise RequestError(f"seed {seed} must be between 0 and {LARGEST_SEED}")
         top_k = fields.get("top_k", 0)
+        logprobs = fields.get("ssv_top_logprobs", 0 if fields.get("return_log_probs") else None)
         return SamplingParams(
             temperature=0.0 if 0 <= temperature < GREEDY_BELOW else temperature,
             top_k=0 if top_k == -1 else top_k,  # vLLM's "all"
@@ -269,6 +272,8 @@ class Intake:
             stop=_words(fields, "stop_words"),
             stop_token_ids=_stop_token_ids(fields),
             ignore_eos=bool(fields.get("ignore_eos", False)) or self._never_ends(fields.get("end_id")),
+            logprobs=logprobs,
+            prompt_logprobs=fields.get("ssv_prompt_logprobs"),
         )
 
     def _never_ends(self, end_id: int | None) -> bool:
@@ -436,13 +441,14 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
             continue
         if name in _VLLM_LISTS:
             target, value = _vllm_list(name, value)
+        elif name in _VLLM_NAMES:
+            target, value = _VLLM_NAMES[name], _cast("sampling_parameters", name, value, int)
         elif name in _VLLM:
             kind = bool if name in FLAGS else int if name in WHOLE_NUMBERS else float
             target, value = name, _cast("sampling_parameters", name, value, kind)
         else:
-            raise RequestError(
-                f"sampling_parameters: {name!r} is not supported; known: {', '.join((*_VLLM, *_VLLM_LISTS))}"
-            )
+            known = ", ".join((*_VLLM, *_VLLM_NAMES, *_VLLM_LISTS))
+            raise RequestError(f"sampling_parameters: {name!r} is not supported; known: {known}")
         if target in fields and fields[target] != value:
             raise RequestError(f"{name} is given twice, as {fields[target]!r} and in sampling_parameters as {value!r}")
         fields[target] = value

@@ -17,7 +17,9 @@ from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerE
 from triton_asks import SECONDS, Busy, full, wait_until
 
 from ssv.bundle.manifest import read_manifest
+from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
+from ssv.runtime.request import Request, SamplingParams
 
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
@@ -99,6 +101,75 @@ def test_lossless_tiers_say_the_same(client: OpenAI, model: str) -> None:
         for tier in ("premium", "autoregressive", "speculative")
     }
     assert len(texts) == 1
+
+
+STEERED: list[dict[str, Any]] = [
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"logit_bias": {"253": -100, "28": 3}, "extra_body": {"repetition_penalty": 1.3, "min_p": 0.1}},
+    {"extra_body": {"bad_words": ["the", "water"], "min_tokens": 20, "stop_token_ids": [30]}},
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("fields", STEERED, ids=["penalties", "bias", "words"])
+def test_what_changes_the_choice_is_lossless_too(
+    client: OpenAI, model: str, fields: dict[str, Any], temperature: float
+) -> None:
+    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 40, "temperature": temperature, "seed": 5}
+    said = {
+        tier: client.chat.completions.create(model=f"{model}:{tier}", **asked, **fields).choices[0].message.content
+        for tier in ("autoregressive", "premium", "eagle", "suffix")
+    }
+    assert len(set(said.values())) == 1
+    assert client.chat.completions.create(model=model, **asked).choices[0].message.content != said["premium"]
+    if "extra_body" in fields and "bad_words" in fields["extra_body"]:
+        assert not {" the ", " water "} & set(re.findall(r" \w+ ", str(said["premium"])))
+
+
+def test_choices_have_seeds_of_their_own(client: OpenAI, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "prompt": "The sea", "max_tokens": 12, "temperature": 1.0}
+    answer = client.completions.create(**asked, n=3, seed=7)
+    alone = [client.completions.create(**asked, seed=7 + k).choices[0].text for k in range(3)]
+    assert [choice.text for choice in answer.choices] == alone and len(set(alone)) == 3
+
+
+def test_a_prompt_of_token_ids_is_its_text(client: OpenAI, model: str, llm: LLM) -> None:
+    asked: dict[str, Any] = {"model": model, "max_tokens": 12, "temperature": 0}
+    texts = ["The sea is", "Once upon"]
+    ids = [list(llm.tokenizer.encode(text)) for text in texts]
+    said = client.completions.create(**asked, prompt=texts, echo=True)
+    assert [choice.text for choice in client.completions.create(**asked, prompt=ids, echo=True).choices] == [
+        choice.text for choice in said.choices
+    ]
+    assert all(choice.text.startswith(text) for choice, text in zip(said.choices, texts, strict=True))
+
+
+@pytest.mark.parametrize("tier", ["autoregressive", "premium", "turbo"])
+def test_log_probabilities_are_the_targets(client: OpenAI, model: str, llm: LLM, tier: str) -> None:
+    answer = client.completions.create(
+        model=f"{model}:{tier}", prompt="The sea is", max_tokens=12, temperature=0, logprobs=3, echo=True
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None and found.tokens is not None and found.token_logprobs is not None
+    assert found.top_logprobs is not None and found.text_offset is not None
+    assert "".join(found.tokens) == answer.choices[0].text
+    assert found.token_logprobs[0] is None
+    ids = llm.tokenizer.encode("".join(found.tokens))
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    expected = llm.generate([Request(ids, "autoregressive", params)])[0].prompt_logprobs
+    assert found.token_logprobs[1:] == pytest.approx([each.logprob for each in expected], abs=2e-3)
+    if tier != "turbo":
+        for top, logprob in zip(found.top_logprobs[3:], found.token_logprobs[3:], strict=True):
+            assert max(top.values()) == logprob  # greedy
+
+
+def test_log_probabilities_of_a_chat(client: OpenAI, model: str) -> None:
+    asked: Any = {"model": model, "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.content is not None
+    assert "".join(token.token for token in found.content) == answer.choices[0].message.content
+    assert all(token.top_logprobs[0].token == token.token for token in found.content)
 
 
 def test_a_chat_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:

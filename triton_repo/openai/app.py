@@ -10,10 +10,14 @@ What is left out, or null wherever it stands, is as OpenAI has it: temperature 1
 and 16 tokens for /v1/completions; /v1/chat/completions takes the server's default for max_tokens. A negative seed
 counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role "developer" is "system".
 
-Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the
-same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an
-answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the whole of it, or the last
-chunk with a choice.
+A completion's prompt may be token ids, or several of either; each has `n` choices, one after the other. Choice k of a
+prompt has the seed plus k, if there is one. Log-probabilities are the target's, before everything that the request
+changes, and of every token that it says, the last one included.
+
+Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
+ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout,
+seconds after which an answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the
+whole of it, or each choice's last chunk.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
@@ -32,7 +36,7 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +49,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.client.triton import Reply, ServerError, Settings, split_url
+from ssv.client.triton import Prompt, Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import Metrics, boards_folder
@@ -55,7 +59,7 @@ from ssv.support.errors import UserError
 from ssv.triton_repo.openai.access_log import Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
-from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, while_connected, whole
+from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, merged, while_connected, whole
 from ssv.triton_repo.openai.translation import Answer, Models
 
 log = logging.getLogger("ssv.openai")
@@ -74,7 +78,7 @@ class Backend(Protocol):
     """What answers requests."""
 
     def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+        self, prompt: Prompt, settings: Settings, *, request_id: str, stream: bool
     ) -> AsyncGenerator[Reply, None]:
         """Replies to a prompt, the last with a finish reason; closing the generator cancels the request.
 
@@ -97,7 +101,7 @@ class _Counted:
         self.is_ready, self.aclose = backend.is_ready, backend.aclose
 
     async def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+        self, prompt: Prompt, settings: Settings, *, request_id: str, stream: bool
     ) -> AsyncGenerator[Reply, None]:
         try:
             async with aclosing(
@@ -160,17 +164,23 @@ def create_app(
 
     async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         access, caller = Access.of(request.scope), body.caller()
-        settings = body.settings(models.tier_of(body))
-        answer = Answer(body.model, caller.is_chat, body.usage(), access)
+        asked = body.asked(models.tier_of(body))
+        answer = Answer(body, asked, access)
         stream = bool(body.stream)
-        access.begin(answer.id, settings.tier, stream)
+        access.begin(answer.id, asked[0][1].tier, stream)
 
         def meant(error: ServerError) -> ApiError:
             if (found := translated(error, caller)).status_code == 500:
                 log_event(log, "request failed", level=logging.ERROR, id=access.id, status=error.status, error=error)
             return found
 
-        replies = backend.stream(body.prompt(), settings, request_id=access.id, stream=stream)
+        ids = (access.id, *(f"{access.id}-{index}" for index in range(1, len(asked))))
+        replies = merged(
+            [
+                backend.stream(prompt, settings, request_id=each, stream=stream)
+                for (prompt, settings), each in zip(asked, ids, strict=True)
+            ]
+        )
         try:
             if not stream:
                 return await whole(answer, while_connected(request, replies))

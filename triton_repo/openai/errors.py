@@ -108,6 +108,7 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     names = {
         "ssv_messages": (prompt, prompt),
         "text_input": (prompt, prompt),
+        "input_ids": (prompt, prompt),
         "stop_words": ("stop", "stop texts"),
         "max_tokens": (caller.max_tokens, caller.max_tokens),
         **{name: (name, name) for name in _SAME_HERE},
@@ -121,7 +122,23 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     return ApiError(400, text, param, "invalid_value")
 
 
-_SAME_HERE = ("min_tokens", "temperature", "top_k", "top_p", "seed", "ssv_tier", "ssv_max_divergence", "ssv_timeout")
+_SAME_HERE = (
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "bad_words",
+    "stop_token_ids",
+    "seed",
+    "ssv_tier",
+    "ssv_max_divergence",
+    "ssv_timeout",
+)
 
 
 def invalid_body(errors: Sequence[Mapping[str, Any]], known: Collection[str]) -> ApiError:

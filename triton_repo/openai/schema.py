@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from ssv.client.triton import Settings
+from ssv.client.triton import Prompt, Settings
+from ssv.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_PENALTY
 from ssv.triton_repo.openai.errors import ApiError, Caller, field_name
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP = 64
 """Each is looked for at every token; OpenAI takes 4."""
+
+MAX_CHOICES = 128
+"""Of one request: each is a request of its own to the server."""
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -47,14 +53,20 @@ def _joined(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
-def _one_prompt(prompt: Any) -> Any:
-    if not isinstance(prompt, list):
-        return prompt
-    if any(isinstance(entry, (int, list)) for entry in prompt):
-        raise _refuse("token ids are not supported: give the prompt's text")
-    if len(prompt) != 1:
-        raise _refuse(f"{len(prompt)} prompts in one request are not supported: give one")
-    return prompt[0]
+def _prompts(prompt: Any) -> Any:
+    """A list of prompts, whatever was given."""
+    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int))
+    return [prompt] if is_one else prompt
+
+
+def _biases(given: Any) -> Any:
+    """Numbers by token, of an object whose names are the tokens."""
+    if not isinstance(given, dict):
+        return given
+    for token in given:
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10):
+            raise PydanticCustomError("token_id", "{token} is no token id", {"token": repr(token)[:40]})
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _listed(stop: Any) -> Any:
@@ -113,6 +125,11 @@ class _Message(_Strict):
     function_call: Annotated[Any, _only()] = None
 
 
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_TokenPrompt = Annotated[list[_Token], Field(min_length=1)]
+_Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+_NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _Int32 = Annotated[int, Field(lt=2**31)]
 _StopText = Annotated[str, Field(min_length=1)]
 _StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
@@ -128,7 +145,14 @@ class ApiRequest(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[_Int32, Field(ge=-1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[int, _Bias], BeforeValidator(_biases), Field(max_length=1024)] | None = None
     stop: _StopTexts | None = None
+    stop_token_ids: Annotated[list[_Token], Field(max_length=1024)] | None = None
+    bad_words: Annotated[list[str], BeforeValidator(_listed), Field(max_length=MAX_STOP)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -138,11 +162,8 @@ class ApiRequest(_Strict):
     ssv_tier: str | None = None
     ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
     ssv_timeout: Annotated[float, Field(gt=0)] | None = None
-    n: Annotated[Any, _only(1)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    repetition_penalty: Annotated[Any, _only(1)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[Any, _only(1)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -162,11 +183,46 @@ class ApiRequest(_Strict):
             temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias or None,
+            bad_words=self.bad_words or (),
+            logprobs=self.num_logprobs(),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=self.stop or (),
+            stop_token_ids=self.stop_token_ids or (),
             ignore_eos=self.ignore_eos,
             timeout=self.ssv_timeout,
         )
+
+    def asked(self, tier: str | None) -> list[tuple[Prompt, Settings]]:
+        """What is asked of the server for each choice: those of a prompt one after the other, each with the next seed
+        where there is one.
+
+        Raises:
+            ApiError: 400, they are too many.
+        """
+        settings, prompts, count = self.settings(tier), self.prompts(), self.n or 1
+        if len(prompts) * count > MAX_CHOICES:
+            what = f"{len(prompts)} prompts with n {count} are more than {MAX_CHOICES} choices: ask in several requests"
+            raise ApiError(400, what, "n", "invalid_value")
+        seed = settings.seed
+        seeded = [replace(settings, seed=None if seed is None else (seed + k) % 2**64) for k in range(count)]
+        return [(prompt, each) for prompt in prompts for each in seeded]
+
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that are answered."""
+        raise NotImplementedError
+
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens stand beside each token, with their log-probabilities; None for none of these."""
+        raise NotImplementedError
+
+    def echoes(self) -> bool:
+        """Whether the prompt stands before the text."""
+        return False
 
     def output_limit(self) -> int | None:
         """Tokens of the output, at most; None leaves it to the server."""
@@ -196,8 +252,8 @@ class ChatRequest(ApiRequest):
     metadata: dict[str, str] | None = None
     store: Annotated[Any, _only(False)] = None
     service_tier: Annotated[Any, _only("auto", "default")] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: _NumLogprobs | None = None
     modalities: Annotated[Any, _only(["text"])] = None
     response_format: Annotated[Any, _only({"type": "text"})] = None
     tools: Annotated[Any, _only([])] = None
@@ -206,9 +262,17 @@ class ChatRequest(ApiRequest):
     functions: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
 
-    def prompt(self) -> list[dict[str, str]]:
+    def prompts(self) -> Sequence[Prompt]:
         roles = {"developer": "system"}
-        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
+        return [[{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]]
+
+    def num_logprobs(self) -> int | None:
+        if not self.logprobs:
+            if self.top_logprobs:
+                what = "top_logprobs without logprobs: give logprobs true, or leave it out"
+                raise ApiError(400, what, "top_logprobs", "invalid_value")
+            return None
+        return self.top_logprobs or 0
 
     def output_limit(self) -> int | None:
         given = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -224,14 +288,28 @@ class ChatRequest(ApiRequest):
 class CompletionRequest(ApiRequest):
     """Body of /v1/completions."""
 
-    prompt_text: Annotated[str, BeforeValidator(_one_prompt), Field(alias="prompt")]
-    echo: Annotated[Any, _only(False)] = None
+    prompt_list: Annotated[
+        list[str] | list[_TokenPrompt], BeforeValidator(_prompts), Field(alias="prompt", min_length=1)
+    ]
+    echo: bool | None = None
     suffix: Annotated[Any, _only()] = None
-    best_of: Annotated[Any, _only(1)] = None
-    logprobs: Annotated[Any, _only()] = None
+    logprobs: _NumLogprobs | None = None
 
-    def prompt(self) -> str:
-        return self.prompt_text
+    def settings(self, tier: str | None) -> Settings:
+        settings = super().settings(tier)
+        if not self.echo or (self.logprobs is None and isinstance(self.prompt_list[0], str)):
+            return settings
+        # The prompt's text is that of its tokens, if it was given as these.
+        return replace(settings, prompt_logprobs=self.logprobs or 0)
+
+    def prompts(self) -> Sequence[Prompt]:
+        return self.prompt_list
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     def output_limit(self) -> int:
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,157 @@ def test_nothing_judged_is_an_acceptance_rate_of_0() -> None:
     assert chat(FakeBackend(reply("a", "stop", judged=0, accepted=0))).json()["ssv"]["acceptance_rate"] == 0.0
 
 
+# Several choices.
+
+
+class ManyBackend(FakeBackend):
+    """Says which call it answers, the later ones first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, Settings, str]] = []
+
+    async def stream(self, prompt: Any, settings: Settings, *, request_id: str, stream: bool) -> AsyncGenerator[Reply]:
+        number = len(self.asked)
+        self.asked.append((prompt, settings, request_id))
+        await asyncio.sleep(0.02 * (5 - number))
+        yield reply(f"<{number}", num_tokens=number)
+        yield reply(">", "length" if number % 2 else "stop", num_tokens=1)
+
+
+def test_choices_are_those_of_each_prompt_with_seeds_of_their_own() -> None:
+    backend = ManyBackend()
+    body = complete(backend, prompt=["a", "b"], n=2, seed=2**64 - 1, max_tokens=9).json()
+    assert [(prompt, settings.seed) for prompt, settings, _ in backend.asked] == [
+        ("a", 2**64 - 1),
+        ("a", 0),
+        ("b", 2**64 - 1),
+        ("b", 0),
+    ]
+    ids = [request_id for _, _, request_id in backend.asked]
+    assert ids == [ids[0], *(f"{ids[0]}-{index}" for index in (1, 2, 3))]
+    assert [(choice["index"], choice["text"], choice["finish_reason"]) for choice in body["choices"]] == [
+        (0, "<0>", "stop"),
+        (1, "<1>", "length"),
+        (2, "<2>", "stop"),
+        (3, "<3>", "length"),
+    ]
+    # Each prompt counts once, and each choice's tokens: 0, 1, 2, 3 and one more each.
+    usage = body["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (14, 10, 24)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 10
+    assert (body["ssv"]["unverified_tokens"], body["ssv"]["target_passes"]) == (4, 8)
+
+
+def test_without_a_seed_choices_have_none() -> None:
+    backend = ManyBackend()
+    assert len(chat(backend, n=3).json()["choices"]) == 3
+    assert [settings.seed for _, settings, _ in backend.asked] == [None] * 3
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_stream_has_its_choices_as_they_come(ask: Any) -> None:
+    found = events_of(ask(ManyBackend(), n=3, stream=True, stream_options={"include_usage": True}))
+    assert found.pop() == "[DONE]"
+    assert found.pop()["usage"]["completion_tokens"] == 6
+    texts, reasons = ["", "", ""], ["", "", ""]
+    for event in found:
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice["text"] if ask is complete else choice["delta"].get("content", "")
+        reasons[choice["index"]] += choice["finish_reason"] or ""
+        assert ("ssv" in event) == bool(choice["finish_reason"])
+    assert texts == ["<0>", "<1>", "<2>"] and reasons == ["stop", "length", "stop"]
+    assert found[0]["choices"][0]["index"] == 2  # the last one answers first
+
+
+def test_choices_that_are_too_many_are_refused() -> None:
+    backend = FakeBackend()
+    error = error_of(complete(backend, prompt=["a"] * 3, n=50), 400)
+    assert error["param"] == "n" and "3 prompts with n 50" in error["message"]
+    assert backend.num_calls == 0
+
+
+def test_a_choice_that_is_refused_ends_all() -> None:
+    class Refusing(ManyBackend):
+        async def stream(self, *given: Any, **more: Any) -> AsyncGenerator[Reply]:
+            if len(self.asked) == 1:
+                raise ServerError("full", "UNAVAILABLE")
+            async for each in super().stream(*given, **more):
+                yield each
+
+    for stream in (False, True):
+        assert error_of(complete(Refusing(), n=3, stream=stream), 503)["message"] == "full"
+
+
+# Log-probabilities.
+
+
+def logged(*tokens: tuple[int, str | bytes, float | None]) -> list[dict[str, Any]]:
+    made = [(i, list(text if isinstance(text, bytes) else text.encode()), logprob) for i, text, logprob in tokens]
+    top = [{"id": 99, "bytes": list(b"!"), "logprob": -0.5}]
+    return [
+        {"id": i, "bytes": data, "logprob": logprob, "top": [] if logprob is None else top} for i, data, logprob in made
+    ]
+
+
+def logging_backend() -> FakeBackend:
+    prompt = logged((1, "On", None), (2, "ce", -3.0))
+    return FakeBackend(
+        reply("é", logprobs=json.dumps({"prompt": prompt, "output": logged((3, b"\xc3", -1.0), (4, b"\xa9", -2.0))})),
+        reply("", logprobs=json.dumps({"output": logged((5, "!", -0.5))})),
+        reply("", "stop"),
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_chat(stream: bool) -> None:
+    backend = logging_backend()
+    response = chat(backend, logprobs=True, top_logprobs=1, stream=stream)
+    assert backend.settings.logprobs == 1 and backend.settings.prompt_logprobs is None
+    events = events_of(response)[:-1] if stream else [response.json()]
+    found = [entry for event in events for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [(entry["token"], entry["bytes"], entry["logprob"]) for entry in found] == [
+        ("bytes:\\xc3", [0xC3], -1.0),
+        ("bytes:\\xa9", [0xA9], -2.0),
+        ("!", [33], -0.5),
+    ]
+    assert all(entry["top_logprobs"] == [{"token": "!", "logprob": -0.5, "bytes": [33]}] for entry in found)
+
+
+def test_logprobs_of_a_chat_without_others() -> None:
+    backend = logging_backend()
+    chat(backend, logprobs=True)
+    assert backend.settings.logprobs == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_logprobs_of_a_completion(echo: bool, stream: bool) -> None:
+    backend = logging_backend()
+    response = complete(backend, logprobs=1, echo=echo, stream=stream)
+    assert (backend.settings.logprobs, backend.settings.prompt_logprobs) == (1, 1 if echo else None)
+    events = events_of(response)[:-1] if stream else [response.json()]
+    assert "".join(event["choices"][0]["text"] for event in events) == ("Onceé" if echo else "é")
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for event in events:
+        for name, values in (event["choices"][0]["logprobs"] or {}).items():
+            found[name] += values
+    assert found["tokens"] == [*(["On", "ce"] if echo else []), "bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert found["token_logprobs"] == [*([None, -3.0] if echo else []), -1.0, -2.0, -0.5]
+    assert found["top_logprobs"][-2:] == [{"bytes:\\xa9": -2.0, "!": -0.5}, {"!": -0.5}]
+    assert found["text_offset"] == [*([0, 2] if echo else []), *(len("Once") * echo + each for each in (0, 10, 20))]
+
+
+def test_echo_of_a_text_and_of_token_ids() -> None:
+    backend = FakeBackend()
+    assert complete(backend, echo=True).json()["choices"][0]["text"] == "OnceHello"
+    assert backend.settings.prompt_logprobs is None
+    backend = logging_backend()
+    body = complete(backend, prompt=[1, 2], echo=True).json()
+    assert body["choices"][0]["text"] == "Onceé" and body["choices"][0]["logprobs"] is None
+    assert backend.settings.prompt_logprobs == 0
+
+
 def test_events_hold_nothing_that_is_taken_for_the_end_of_a_line() -> None:
     text = "a\nb\r\u2028\u2029\x85\x0b\x00é😀"
     response = complete(FakeBackend(reply(text, "stop")), stream=True)
@@ -428,6 +580,25 @@ def test_settings_reach_the_server() -> None:
     assert backend.settings == expected
 
 
+def test_what_changes_the_choice_reaches_the_server() -> None:
+    given = {"min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.2}
+    given |= {"bad_words": ["a", "b"], "stop_token_ids": [3, 4]}
+    expected = Settings(chat=False, temperature=1.0, **given, logit_bias={5: -100, 7: 1.5})
+    backend = FakeBackend()
+    assert chat(backend, **given, logit_bias={"5": -100, "7": 1.5}).status_code == 200
+    assert backend.settings == expected
+    assert complete(backend, **given, logit_bias={"5": -100, "7": 1.5}, max_tokens=16).status_code == 200
+    assert backend.settings == replace(expected, max_tokens=16)
+
+
+def test_prompts_of_token_ids() -> None:
+    backend = FakeBackend()
+    complete(backend, prompt=[5, 6])
+    assert (backend.prompt, backend.num_calls) == ([5, 6], 1)
+    complete(backend, prompt=[[7]])
+    assert (backend.prompt, backend.num_calls) == ([7], 2)
+
+
 def test_a_seed_below_0_counts_modulo_2_to_the_64() -> None:
     backend = FakeBackend()
     chat(backend, seed=-1)
@@ -504,7 +675,8 @@ def test_values_that_change_nothing_are_taken() -> None:
     for tier in ("auto", "default"):
         backend = FakeBackend()
         assert chat(backend, **NEUTRAL, **NEUTRAL_CHAT, service_tier=tier).status_code == 200
-        assert backend.settings == Settings(chat=False, temperature=1.0)
+        penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+        assert backend.settings == Settings(chat=False, temperature=1.0, **penalties)
     assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
     assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
 
@@ -512,12 +684,21 @@ def test_values_that_change_nothing_are_taken() -> None:
 # What is refused.
 
 WRONG = [
-    ("n", 2),
+    ("n", 0),
+    ("n", 129),
     ("n", True),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("repetition_penalty", 1.1),
-    ("logit_bias", {"5": 1}),
+    ("best_of", 2),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", "1"),
+    ("repetition_penalty", 0),
+    ("min_p", 1.5),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"five": 1}),
+    ("logit_bias", {"-5": 1}),
+    ("logit_bias", [1]),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", 5),
+    ("bad_words", [5]),
     ("temperature", 2.5),
     ("temperature", -1),
     ("temperature", "0.5"),
@@ -551,8 +732,9 @@ WRONG = [
 ]
 WRONG_CHAT = [
     ("max_completion_tokens", 0),
-    ("logprobs", True),
+    ("logprobs", 1),
     ("top_logprobs", 1),
+    ("top_logprobs", 21),
     ("modalities", ["text", "audio"]),
     ("response_format", {"type": "json_object"}),
     ("tools", [{"type": "function"}]),
@@ -570,17 +752,18 @@ WRONG_CHAT = [
     ("prompt", "Hi"),
 ]
 WRONG_COMPLETION = [
-    ("echo", True),
+    ("echo", 1),
     ("suffix", "x"),
     ("suffix", ""),
-    ("best_of", 2),
-    ("logprobs", 0),
+    ("logprobs", 21),
     ("logprobs", False),
     ("prompt", None),
-    ("prompt", ["a", "b"]),
     ("prompt", []),
-    ("prompt", [1, 2]),
-    ("prompt", [[1, 2]]),
+    ("prompt", [[]]),
+    ("prompt", [1, "a"]),
+    ("prompt", ["a", [1]]),
+    ("prompt", [-1]),
+    ("prompt", [[1, 2**31]]),
     ("prompt", [None]),
     ("max_completion_tokens", 5),
     ("messages", MESSAGES),
@@ -648,7 +831,7 @@ def test_two_different_max_tokens_are_refused() -> None:
     ("name", "value", "code"),
     [
         ("unknown", 1, "unknown_parameter"),
-        ("n", 2, "unsupported_value"),
+        ("best_of", 2, "unsupported_value"),
         ("tools", [{"type": "function"}], "unsupported_value"),
         ("temperature", 3, "invalid_value"),
         ("temperature", "hot", "invalid_type"),
@@ -903,8 +1086,8 @@ def test_an_error_in_mid_stream_is_an_event_and_the_end() -> None:
 
 
 def test_the_openai_package_raises_its_errors() -> None:
-    with pytest.raises(BadRequestError, match="n is not supported but for 1"):
-        openai_of(FakeBackend()).completions.create(model="tiny", prompt="x", n=2)
+    with pytest.raises(BadRequestError, match="best_of is not supported but for 1"):
+        openai_of(FakeBackend()).completions.create(model="tiny", prompt="x", best_of=2)
     with pytest.raises(InternalServerError) as raised:
         openai_of(FakeBackend(ServerError("full", "UNAVAILABLE"))).completions.create(model="tiny", prompt="x")
     assert raised.value.status_code == 503
@@ -1004,7 +1187,7 @@ def test_a_request_id_that_is_none_is_refused(lines: list[dict[str, Any]], given
     ("fields", "status", "expected"),
     [
         ({"model": "huge"}, 404, {"code": "model_not_found", "param": "model"}),
-        ({"n": 2}, 400, {"code": "unsupported_value", "param": "n"}),
+        ({"best_of": 2}, 400, {"code": "unsupported_value", "param": "best_of"}),
         ({"ssv_tier": SECRET}, 400, {"code": "invalid_value", "param": "ssv_tier"}),
         ({"user": "half \ud800"}, 400, {"code": "invalid_value", "param": "user"}),
         ({"max_tokens": SECRET}, 400, {"code": "invalid_type", "param": "max_tokens"}),
@@ -1224,7 +1407,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs: dict[str, str | int | bool] = {"text_output": text, "finish_reason": reason, "num_input_tokens": 7}
     outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
     outputs |= {"ssv_unverified_tokens": 1, "ssv_target_passes": 2, "ssv_cached_tokens": 5}
-    outputs |= {"ssv_tier_used": "premium", "ssv_lossless": True}
+    outputs |= {"ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
         if isinstance(value, str):
