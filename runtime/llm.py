@@ -55,6 +55,7 @@ class LLM:
         place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         pass_tokens, costs, survival: see `DecodeBatch`.
+        grammars: over its vocabulary; None with a tokenizer that cannot say them.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class LLM:
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.place, self.costs, self.survival = place, costs, survival
+        self.grammars = tokenizer.grammars(target.vocab_size, eos_token_ids)
         self._streaming = False
 
     @classmethod
@@ -279,6 +281,7 @@ class LLM:
             costs=self.costs,
             survival=self.survival,
             heads=self.heads,
+            grammars=self.grammars,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

@@ -46,6 +46,7 @@ class SamplingParams:
         frequency_penalty: the same, times how often it has them.
         logit_bias: tokens, and what is added to their logits.
         bad_token_ids: sequences of tokens that the output must not have; of words, see `BundleTokenizer.word_ids`.
+        grammar: of the output, from `ssv.runtime.grammar.grammar_of`; None for any text.
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
         min_tokens: end-of-sequence and stop tokens are not chosen before, and no stop string that these complete ends
@@ -72,6 +73,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
     seed: int = 0
     max_tokens: int = 128
     min_tokens: int = 0
@@ -113,6 +115,8 @@ class SamplingParams:
             raise RequestError(f"max_tokens {self.max_tokens} must be between 1 and {MAX_COUNT}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} must lie between 0 and max_tokens {self.max_tokens}")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos goes on where an output of a given form has ended", "leave one of them out")
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
                 raise RequestError(f"{name} {value} must be between 0 and {MAX_LOGPROBS}")

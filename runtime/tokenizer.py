@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssv.model.control_tokens import ConversationEncoder, ConversationError, check_role
+from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.text import TextStream
 
@@ -116,6 +117,10 @@ class BundleTokenizer:
         if self._backend is None:
             return str(self.inner.decode([token])).encode()
         return bytes(self.inner.token_bytes(token))
+
+    def grammars(self, vocab_size: int, eos_ids: Sequence[int]) -> Grammars | None:
+        """Grammars of outputs; None of a tokenizer that is not the library's."""
+        return None if self._backend is None else Grammars(self._backend.to_str, vocab_size, eos_ids)
 
     def text_stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> TextStream:
         """The text of a request's output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,20 +36,20 @@ class RunningAudit:
         prompt_ids: Sequence[int],
         output_ids: Sequence[int],
         chunk: int,
-        processor: LogitsProcessor | None = None,
+        processor: Callable[[], LogitsProcessor | None] = lambda: None,
     ) -> None:
         """Args:
         chunk: tokens of a step.
-        processor: what the request changed of the target's logits, new.
+        processor: makes what the request changed of the target's logits, where nothing has been said.
         """
-        self.num_tokens, self._processor = len(output_ids), processor
-        self._prompt_ids, self._output_ids = list(prompt_ids), list(output_ids)
+        self.num_tokens, self._new_processor, self._num_prompt = len(output_ids), processor, len(prompt_ids)
         self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
         self.restart()
 
     def restart(self) -> None:
         """Begins again, in whatever row comes next."""
         self._done = self._strict = self._margin = 0
+        self._processor = self._new_processor()
 
     def step(self, target: Engine, row: int) -> Audit | None:
         """Runs the next chunk, in the row of the one before; returns what was found when that was the last."""
@@ -69,8 +69,8 @@ class RunningAudit:
         """What the request changed of the logits behind some of its tokens."""
         if self._processor is None:
             return []
-        ends = [row - self._first for row in rows]
-        return [self._processor.edit(self._prompt_ids, self._output_ids[:end], end) for end in ends]
+        tokens = self._tokens.tolist()
+        return [self._processor.edit(tokens[: row + 1], (), row + 1 - self._num_prompt) for row in rows]
 
 
 def audit(target: Engine, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Audit:

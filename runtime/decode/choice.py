@@ -65,6 +65,14 @@ def ranking(
     return found
 
 
+def check_ranked(rows: Sequence[Row], at: At, ranked: Sequence[tuple[list[int], list[float]]]) -> None:
+    """Raises EngineError where logits were no distribution to rank, of rows without a grammar: what that allows may
+    have no column among those of a draft."""
+    check_chosen(
+        [0, *(tokens[0] for (b, _), (tokens, _) in zip(at, ranked, strict=True) if not rows[b].params.grammar)]
+    )
+
+
 def check_chosen(tokens: Sequence[int]) -> None:
     """Raises EngineError where logits were no distribution to choose from."""
     if min(tokens) < 0:

@@ -6,8 +6,8 @@ every lossless method gives plain decoding's text. A draft's logits are changed 
 target may choose.
 
 The order is vLLM's: the bias; the penalty on repetition (Keskar et al. 2019, arXiv:1909.05858); those on frequency and
-presence, of the output alone; tokens that may not be chosen; min-p (Nguyen et al. 2024, arXiv:2407.01082), before top-k
-and top-p.
+presence, of the output alone; tokens that may not be chosen, by the output's grammar or by name; min-p (Nguyen et al.
+2024, arXiv:2407.01082), before top-k and top-p.
 
 Shapes: R rows of logits, V columns, P tokens that are penalised.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssv.runtime.grammar import GrammarState
 from ssv.runtime.request import SamplingParams
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -49,6 +50,10 @@ class Columns:
         known = ids < len(self._column)
         return np.where(known, self._column[np.where(known, ids, 0)], -1)
 
+    def part(self, of_vocabulary: Tensor) -> Tensor:
+        """Of something that is known of each token of the vocabulary, that of the columns."""
+        return of_vocabulary if self.ids_V is None else of_vocabulary[self.ids_V.cpu()]
+
 
 @dataclass(frozen=True, slots=True)
 class Edit:
@@ -59,6 +64,7 @@ class Edit:
         penalised_P: tokens that the text has.
         repetition: what their logits are divided by, or multiplied with where they are below 0.
         taken_P: what is taken from them then, fp32.
+        allowed_V: which tokens of the vocabulary can be chosen, bool; None for all.
         banned: tokens that cannot be chosen.
         least: the distance below the largest logit at which those begin that cannot be chosen either.
     """
@@ -68,6 +74,7 @@ class Edit:
     penalised_P: np.ndarray
     repetition: float
     taken_P: np.ndarray
+    allowed_V: np.ndarray | None
     banned: np.ndarray
     least: float
 
@@ -75,13 +82,20 @@ class Edit:
 class LogitsProcessor:
     """What one request changes, as its text grows."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], eos_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        eos_ids: Collection[int],
+        grammar: GrammarState | None = None,
+    ) -> None:
         """Begins an output.
 
         Args:
             eos_ids: which, like the request's own stop tokens, cannot be chosen before its `min_tokens`.
+            grammar: of the output, where nothing has been said; None for any text.
         """
-        self._params = params
+        self._params, self._grammar = params, grammar
         self._biased = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
         self._bias = np.array([bias for _, bias in params.logit_bias], dtype=np.float32)
         self._ends = np.array(sorted({*eos_ids, *params.stop_token_ids}), dtype=np.int64)
@@ -113,6 +127,10 @@ class LogitsProcessor:
                 without knowing what comes before it.
         """
         params, num_prompt = self._params, self._num_prompt
+        allowed_V = None
+        # A grammar says what follows a text, and nothing of what follows one that is not known.
+        if self._grammar is not None and num_output == len(tokens) - num_prompt + len(path):
+            allowed_V = self._grammar.allowed(tokens[num_prompt:], path)
         banned = self._banned
         if self._bad:
             banned = np.union1d(banned, self._completing([*tokens[num_prompt:], *path]))
@@ -124,10 +142,27 @@ class LogitsProcessor:
             taken_P = np.float32(params.frequency_penalty) * count_P + np.float32(params.presence_penalty) * (
                 count_P > 0
             )
-        if not (len(penalised_P) or len(banned) or len(self._biased) or self._least > -math.inf):
+        named = len(penalised_P) or len(banned) or len(self._biased)
+        if not named and allowed_V is None and self._least == -math.inf:
             return None
         repetition = params.repetition_penalty
-        return Edit(self._biased, self._bias, penalised_P, repetition, taken_P, banned, self._least)
+        return Edit(self._biased, self._bias, penalised_P, repetition, taken_P, allowed_V, banned, self._least)
+
+    def forced(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens behind the settled ones that the grammar leaves no choice for."""
+        return [] if self._grammar is None else self._grammar.forced(tokens[self._num_prompt :])
+
+    def allows(self, tokens: Sequence[int], path: Sequence[int], token: int) -> bool:
+        """Whether the grammar allows a token behind a path."""
+        if self._grammar is None:
+            return True
+        allowed_V = self._grammar.allowed(tokens[self._num_prompt :], path)
+        return allowed_V is not None and bool(allowed_V[token])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the output had to end before it had its form."""
+        return self._grammar is not None and self._grammar.has_failed
 
     def _completing(self, output: Sequence[int]) -> np.ndarray:
         """Tokens that would complete what the output may not have."""
@@ -161,10 +196,16 @@ class LogitsProcessor:
         )
 
 
-def processor_of(params: SamplingParams, prompt_ids: Sequence[int], eos_ids: Collection[int]) -> LogitsProcessor | None:
+def processor_of(
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    eos_ids: Collection[int],
+    grammar: GrammarState | None = None,
+) -> LogitsProcessor | None:
     """The processor of a request that begins; None of one that changes nothing."""
     changes = (
-        params.logit_bias
+        grammar is not None
+        or params.logit_bias
         or params.bad_token_ids
         or params.min_tokens
         or params.min_p
@@ -172,13 +213,14 @@ def processor_of(params: SamplingParams, prompt_ids: Sequence[int], eos_ids: Col
         or params.frequency_penalty
         or params.repetition_penalty != 1
     )
-    return LogitsProcessor(params, prompt_ids, eos_ids) if changes else None
+    return LogitsProcessor(params, prompt_ids, eos_ids, grammar) if changes else None
 
 
 def processed(logits_RV: Tensor, edits: Sequence[Edit | None], columns: Columns) -> Tensor:
     """Logits with their edits, fp32, or the same tensor where there are none.
 
-    A row of which nothing would be left keeps the tokens that it may not choose: there has to be one.
+    A row of which nothing would be left keeps the tokens that it may not choose by name: there has to be one. What a
+    grammar does not allow it does not keep, so that of a vocabulary's part there may be nothing left.
     """
     if not any(edit is not None for edit in edits):
         return logits_RV
@@ -203,6 +245,9 @@ def processed(logits_RV: Tensor, edits: Sequence[Edit | None], columns: Columns)
         flat[at] = torch.where(value > 0, value / repetition, value * repetition) - taken
 
     for r, edit in own:
+        if edit.allowed_V is not None:
+            allowed_V = columns.part(torch.from_numpy(edit.allowed_V))
+            changed_RV[r].masked_fill_(~allowed_V.to(flat.device), -torch.inf)
         if len(edit.banned):
             banned = columns.of(edit.banned)
             free_V = changed_RV[r].index_fill(0, torch.from_numpy(banned[banned >= 0]).to(flat.device), -torch.inf)

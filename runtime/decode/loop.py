@@ -49,7 +49,8 @@ class Running:
             counters.first_token_s = counters.first_token_s or time.monotonic() - self.arrived
             taken.append(token)
             if (token in eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
-                self.finish_reason = "stop"
+                has_failed = self.row.processor is not None and self.row.processor.has_failed
+                self.finish_reason = "length" if has_failed else "stop"
                 break
             unsaid.append(token)
             if params.stop and self.text is not None:

@@ -30,17 +30,21 @@ from ssv.runtime.decode.choice import check_chosen, choices
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
-from ssv.runtime.decode.logits_processor import Columns, processor_of
+from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
 from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk
 from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine
+from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
+
+MIN_JUMP = 3
+"""Tokens without a choice that are drafted by themselves. Fewer are left to the drafter, which goes on behind them."""
 
 _LACKING = {
     "model": ("this method needs a draft, and none is loaded",),
@@ -100,6 +104,7 @@ class DecodeBatch:
         costs: Costs | None = None,
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -110,13 +115,14 @@ class DecodeBatch:
         costs: of steps here, for policies that draft only what pays.
         survival: how far the draft's shares are to be trusted; None to take them as they are.
         heads: Medusa's, over the target's hidden states; None where none are loaded.
+        grammars: over the target's vocabulary; None where outputs cannot have one.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self._columns = Columns()
+        self._columns, self._grammars = Columns(), grammars
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
@@ -127,14 +133,25 @@ class DecodeBatch:
         """Drafts in every row until it asks for a target pass."""
         limits = [self._most_pending(row) for row in self.rows]
         prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
-        for row in self.rows:
+        for b, row in enumerate(self.rows):
             row.tree = Tree()
+            if row.processor is not None and self._jump(row, limits[b]):
+                limits[b] = 0
         for drafter in self.drafters.values():
             own = [
                 limit if self.drafter_of(row) is drafter else 0 for row, limit in zip(self.rows, limits, strict=True)
             ]
             if any(own):
                 drafter.propose(self.rows, own, prices)
+
+    def _jump(self, row: Row, limit: int) -> bool:
+        """Has a row draft what its grammar leaves no choice for, if that is worth a pass by itself."""
+        assert row.processor is not None
+        if limit < MIN_JUMP or len(forced := row.processor.forced(row.tokens)[: min(limit, row.rest)]) < MIN_JUMP:
+            return False
+        for token in forced:
+            row.tree.add(token)
+        return True
 
     def release(self) -> list[list[int]]:
         """Pending tokens that may leave before the pass, by row: trusted, like every one before them."""
@@ -269,6 +286,10 @@ class DecodeBatch:
             raise RequestError("the prompt is empty")
         if not all(0 <= token < self.target.vocab_size for token in prompt_ids):
             raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}")
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise RequestError("outputs cannot have a form here: no tokenizer's file is loaded")
+            self._grammars.prepare(params.grammar)
         for name, tokens in params.named_tokens.items():
             if (token := next((t for t in tokens if not 0 <= t < self.target.vocab_size), None)) is not None:
                 raise RequestError(f"{name}: token {token} is outside the vocabulary of {self.target.vocab_size}")
@@ -304,11 +325,19 @@ class DecodeBatch:
         assert self._joining is None, "one row joins at a time"
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
-        row.processor = processor_of(row.params, prompt_ids, self.eos_ids.tolist())
+        row.processor = self.processor(row.params, prompt_ids)
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self.drafter_of(row)) is not None:
             drafter.begin()
         self._restore(self._joining)
+
+    def processor(self, params: SamplingParams, prompt_ids: Sequence[int]) -> LogitsProcessor | None:
+        """What a request that begins changes of its logits; None of one that changes nothing."""
+        grammar = None
+        if params.grammar is not None:
+            assert self._grammars is not None
+            grammar = self._grammars.begin(params.grammar)
+        return processor_of(params, prompt_ids, self.eos_ids.tolist(), grammar)
 
     @property
     def num_prefilled(self) -> int:

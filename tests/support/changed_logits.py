@@ -32,13 +32,23 @@ LOSSLESS = (
 )
 
 
-def make_llm(*, seed: int = 0, max_batch: int = 3, heads: bool = True, **options: Any) -> LLM:
-    target = FakeTarget(seed=seed, eos_bias=-1.0, max_batch=max_batch, max_length=60 + MAX_PENDING)
+def make_llm(
+    *,
+    seed: int = 0,
+    max_batch: int = 3,
+    heads: bool = True,
+    tokenizer: BundleTokenizer | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    **options: Any,
+) -> LLM:
+    target = FakeTarget(
+        seed=seed, eos_bias=-1.0, max_batch=max_batch, max_length=60 + MAX_PENDING, vocab_size=vocab_size
+    )
     settings = {"agreement": 0.6, "noise": 0.5, "conditioned": bool(seed % 2)} | options
     return LLM(
         target,
         FakeDraft(target, seed=seed + 1000, **settings),
-        BundleTokenizer(FakeTokenizer()),
+        tokenizer or BundleTokenizer(FakeTokenizer()),
         eos_token_ids=[EOS],
         tiers=TIERS,
         max_length=60,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssv.bundle.profile import Curve
-from ssv.runtime.decode.choice import check_chosen, ranking
+from ssv.runtime.decode.choice import check_ranked, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.growth import Growth, Guess
@@ -57,9 +57,9 @@ class HeadsDrafter(Drafter):
         ahead = [(b, depth) for b in drafting for depth in depths]
         most = max(rows[b].policy.children_of(depth) for b, depth in ahead)
         ranked = ranking(rows, logits_RDV.flatten(0, 1), ahead, self._columns, most)
-        check_chosen([tokens[0] for tokens, _ in ranked])
+        check_ranked(rows, ahead, ranked)
         guesses = [
-            [Guess(token, share, 1 - share) for token, share in zip(tokens, shares, strict=True)]
+            [Guess(token, share, 1 - share) for token, share in zip(tokens, shares, strict=True) if token >= 0]
             for tokens, shares in ranked
         ]
         for r, b in enumerate(drafting):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.survival import Survival
-from ssv.runtime.decode.choice import check_chosen, choices, ranking
+from ssv.runtime.decode.choice import check_chosen, check_ranked, choices, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.growth import Growth, Guess
@@ -259,13 +259,16 @@ class ModelDrafter(Drafter):
         ranked = ranking(
             rows, out.logits_RV, ahead, self._columns, most, lambda r: growths[opened[r][0]].text(opened[r][1])
         )
-        check_chosen([tokens[0] for tokens, _ in ranked])
+        check_ranked(rows, opened, ranked)
         greedy = [rows[b].params.greedy for b, _ in opened]
         guesses = []
         for r, (tokens, shares) in enumerate(ranked):
             token, risk = scored[r] if scored is not None else (None, None)
             # The scorer speaks of the draft's likeliest token: of no other, where the request changes the logits.
             risk = risk if token in (None, tokens[0]) else None
+            if tokens[0] < 0:  # its head has none of the tokens that may be chosen
+                guesses.append([])
+                continue
             guesses.append(_shared(tokens, shares, risk, greedy[r], self._survival))
         return guesses
 
