@@ -55,6 +55,7 @@ class Settings:
         chat: whether a text is a user's message, or to be continued.
         logprobs, prompt_logprobs: how many of the likeliest tokens stand beside each token of the output, or of the
             prompt, with their log-probabilities; None for none of these.
+        guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
     """
 
@@ -72,6 +73,7 @@ class Settings:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] = ()
+    guide: tuple[str, str] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -109,6 +111,8 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("frequency_penalty", "FP32", settings.frequency_penalty),
         ("logit_bias", "BYTES", json.dumps(dict(bias)) if bias else None),
         ("bad_words", "BYTES", list(settings.bad_words) or None),
+        ("guided_decoding_guide_type", "BYTES", settings.guide[0] if settings.guide else None),
+        ("guided_decoding_guide", "BYTES", settings.guide[1] if settings.guide else None),
         ("seed", "UINT64", settings.seed),
         ("stop_words", "BYTES", list(settings.stop) or None),
         ("stop_token_ids", "INT32", list(settings.stop_token_ids) or None),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,35 @@ def grammar_of(kind: str, guide: str = "") -> str:
     if is_wrong:
         raise RequestError(f"the {kind} of the output is not supported: {' '.join(messages[0].split())[:400]}")
     return str(grammar)
+
+
+_VLLM_KINDS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "ebnf_grammar"}
+
+
+def guide_of(given: Mapping[str, Any]) -> tuple[str, str]:
+    """Kind and guide of a form as vLLM has it: an object with one of json (a schema, also as text), regex, choice,
+    grammar, or json_object true.
+
+    Raises:
+        RequestError: it has none of them, several, or anything else.
+    """
+    held = {name: value for name, value in given.items() if value is not None and value is not False}
+    known = (*_VLLM_KINDS, "json_object")
+    if len(held) != 1 or (name := next(iter(held))) not in known:
+        raise RequestError(
+            f"the form of the output is given by {', '.join(sorted(held)) or 'nothing'}",
+            f"give one of {', '.join(known)}",
+        )
+    value = held[name]
+    if name == "json_object":
+        if value is not True:
+            raise RequestError(f"the json_object of the output is {value!r}: give true, or leave it out")
+        return "json", ""
+    if name in ("json", "choice") and not isinstance(value, str):
+        return _VLLM_KINDS[name], json.dumps(value)
+    if not isinstance(value, str):
+        raise RequestError(f"the {name} of the output must be a text")
+    return _VLLM_KINDS[name], value
 
 
 def _library() -> Any:

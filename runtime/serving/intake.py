@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ssv.bundle.manifest import Manifest
+from ssv.runtime.grammar import grammar_of, guide_of
 from ssv.runtime.methods import METHODS, NEEDS_HEADS, baselines, policy_for
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
@@ -37,7 +38,15 @@ MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 256
 MAX_NAMED_TOKENS = 1024
 """Tokens that a request may name in each of its lists."""
 
-STRINGS = ("text_input", "ssv_messages", "sampling_parameters", "logit_bias", "ssv_tier")
+STRINGS = (
+    "text_input",
+    "ssv_messages",
+    "sampling_parameters",
+    "logit_bias",
+    "guided_decoding_guide_type",
+    "guided_decoding_guide",
+    "ssv_tier",
+)
 STRING_LISTS = ("stop_words", "bad_words")
 TOKEN_LISTS = ("input_ids", "stop_token_ids")
 FLAGS = (
@@ -104,6 +113,9 @@ _ELSEWHERE = {
     "max_completion_tokens": "max_tokens",
     "tier": "ssv_tier",
     "timeout": "ssv_timeout",
+    "response_format": "guided_decoding_guide_type",
+    "structured_outputs": "guided_decoding_guide_type",
+    "guided_json": "guided_decoding_guide",
     "logprobs": "ssv_top_logprobs",
     "prompt_logprobs": "ssv_prompt_logprobs",
 }
@@ -127,6 +139,7 @@ _VLLM_NEUTRAL: dict[str, Any] = {
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", *_PENALTIES)
 _VLLM_NAMES = {"logprobs": "ssv_top_logprobs", "prompt_logprobs": "ssv_prompt_logprobs"}
+_VLLM_GUIDES = ("structured_outputs", "guided_decoding")
 _VLLM_LISTS = ("stop", "bad_words", "stop_token_ids", "logit_bias")
 
 
@@ -265,6 +278,7 @@ class Intake:
             presence_penalty=fields.get("presence_penalty", 0.0),
             frequency_penalty=fields.get("frequency_penalty", 0.0),
             logit_bias=_biases(fields.get("logit_bias", "")),
+            grammar=_grammar(fields),
             bad_token_ids=self._tokenizer.word_ids(_words(fields, "bad_words")),
             seed=secrets.randbits(64) if seed is None else seed,
             max_tokens=max_tokens,
@@ -439,6 +453,9 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
             if _cast("sampling_parameters", name, value, type(neutral)) != neutral:
                 raise RequestError(f"sampling_parameters: {name} {value!r} is not supported", "leave it out")
             continue
+        if name in _VLLM_GUIDES:
+            _merge_guide(fields, name, value)
+            continue
         if name in _VLLM_LISTS:
             target, value = _vllm_list(name, value)
         elif name in _VLLM_NAMES:
@@ -447,11 +464,27 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
             kind = bool if name in FLAGS else int if name in WHOLE_NUMBERS else float
             target, value = name, _cast("sampling_parameters", name, value, kind)
         else:
-            known = ", ".join((*_VLLM, *_VLLM_NAMES, *_VLLM_LISTS))
+            known = ", ".join((*_VLLM, *_VLLM_NAMES, *_VLLM_LISTS, *_VLLM_GUIDES))
             raise RequestError(f"sampling_parameters: {name!r} is not supported; known: {known}")
         if target in fields and fields[target] != value:
             raise RequestError(f"{name} is given twice, as {fields[target]!r} and in sampling_parameters as {value!r}")
         fields[target] = value
+
+
+def _merge_guide(fields: dict[str, Any], name: str, value: Any) -> None:
+    """Puts a form of the output as vLLM has it where ours stands."""
+    if not isinstance(value, dict):
+        raise RequestError(f"sampling_parameters: {name} must be an object")
+    if "guided_decoding_guide_type" in fields:
+        raise RequestError(f"sampling_parameters: {name} and guided_decoding_guide_type are both given", "give one")
+    fields["guided_decoding_guide_type"], fields["guided_decoding_guide"] = guide_of(value)
+
+
+def _grammar(fields: Mapping[str, Any]) -> str | None:
+    kind, guide = fields.get("guided_decoding_guide_type", ""), fields.get("guided_decoding_guide", "")
+    if guide and not kind:
+        raise RequestError("guided_decoding_guide is given without its type", "give guided_decoding_guide_type")
+    return grammar_of(kind, guide) if kind else None
 
 
 def _vllm_list(name: str, value: Any) -> tuple[str, Any]:

@@ -126,6 +126,64 @@ def test_what_changes_the_choice_is_lossless_too(
         assert not {" the ", " water "} & set(re.findall(r" \w+ ", str(said["premium"])))
 
 
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "colours": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        "is_real": {"type": "boolean"},
+    },
+    "required": ["name", "colours", "is_real"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_json_of_a_schema_is_valid_and_lossless(client: OpenAI, model: str, temperature: float) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    asked: Any = {"messages": MESSAGES, "max_tokens": 80, "temperature": temperature, "seed": 3}
+    said: dict[str, str] = {}
+    for tier in ("autoregressive", "premium", "suffix", "medusa", "balanced", "turbo"):
+        answer = client.chat.completions.create(model=f"{model}:{tier}", **asked, response_format=form)
+        assert answer.choices[0].finish_reason == "stop"
+        said[tier] = str(answer.choices[0].message.content)
+        found = json.loads(said[tier])
+        assert list(found) == ["name", "colours", "is_real"] and len(found["name"]) <= 20
+        assert set(found["colours"]) <= {"red", "green", "blue"} and isinstance(found["is_real"], bool)
+    assert len({said[tier] for tier in ("autoregressive", "premium", "suffix", "medusa")}) == 1
+    stream = client.chat.completions.create(model=model, **asked, response_format=form, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said["premium"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_regex": r"[0-9]{3}-[a-z]{2}"}, r"[0-9]{3}-[a-z]{2}"),
+        ({"guided_choice": ["blue", "grey", "ultramarine"]}, "blue|grey|ultramarine"),
+        ({"structured_outputs": {"grammar": 'root ::= "(" root ")" | "sea"'}}, r"\(*sea\)*"),
+        ({"response_format": {"type": "json_object"}, "max_tokens": 200}, r"\{.*\}"),
+    ],
+    ids=["regex", "choice", "grammar", "object"],
+)
+def test_other_forms(client: OpenAI, model: str, fields: dict[str, Any], pattern: str) -> None:
+    body = {"max_tokens": 40, "temperature": 0, **fields}
+    said = {
+        tier: client.completions.create(model=f"{model}:{tier}", prompt="The sea is", extra_body=body).choices[0]
+        for tier in ("autoregressive", "premium")
+    }
+    assert said["premium"].text == said["autoregressive"].text
+    if said["premium"].finish_reason == "stop":
+        assert re.fullmatch(pattern, said["premium"].text)
+
+
+def test_a_schema_that_cannot_be_is_refused(client: OpenAI, model: str) -> None:
+    with pytest.raises(BadRequestError, match="Unimplemented keys") as raised:
+        client.chat.completions.create(
+            model=model, messages=MESSAGES, extra_body={"guided_json": {"not": {"type": "string"}}}
+        )
+    assert raised.value.param == "response_format"
+
+
 def test_choices_have_seeds_of_their_own(client: OpenAI, model: str) -> None:
     asked: dict[str, Any] = {"model": model, "prompt": "The sea", "max_tokens": 12, "temperature": 1.0}
     answer = client.completions.create(**asked, n=3, seed=7)

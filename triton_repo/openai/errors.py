@@ -26,6 +26,9 @@ _LONG_OUTPUT = re.compile(
     r"^max_tokens (\d+): at most (\d+) are possible with this prompt \(limits: (\d+) of output, (\d+) with the prompt\)"
 )
 
+# What `ssv.runtime.grammar` says of a form that it cannot give an output.
+_FORM = re.compile(r"of the output|^the (JSON schema|grammar|choice) |^outputs ")
+
 # Of pydantic's kinds of errors, what OpenAI calls them; others are of a value.
 _CODES = {
     "missing": "missing_required_parameter",
@@ -115,6 +118,8 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     }
     known = re.compile(rf"\b({'|'.join(names)})\b")
     first = known.search(message)
+    if first is None and _FORM.search(message):
+        return ApiError(400, message, "response_format", "invalid_value")
     param = names[first[1]][0] if first else prompt if "prompt" in message or "messages" in message else None
     text = known.sub(lambda found: names[found[1]][1], message)
     if caller.is_chat:

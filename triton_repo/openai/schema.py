@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from ssv.client.triton import Prompt, Settings
-from ssv.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_PENALTY
+from ssv.runtime.grammar import guide_of
+from ssv.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_PENALTY, RequestError
 from ssv.triton_repo.openai.errors import ApiError, Caller, field_name
 
 DEFAULT_TEMPERATURE = 1.0
@@ -113,6 +114,20 @@ class StreamOptions(_Strict):
     include_obfuscation: Annotated[Any, _only(False)] = None
 
 
+class _JsonSchema(_Strict):
+    """OpenAI's; whether it is strict changes nothing: the output always has the form."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_joined)]
@@ -162,6 +177,12 @@ class ApiRequest(_Strict):
     ssv_tier: str | None = None
     ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
     ssv_timeout: Annotated[float, Field(gt=0)] | None = None
+    response_format: _ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[Any, _only(1)] = None
 
@@ -189,6 +210,7 @@ class ApiRequest(_Strict):
             repetition_penalty=self.repetition_penalty,
             logit_bias=self.logit_bias or None,
             bad_words=self.bad_words or (),
+            guide=self.guide(),
             logprobs=self.num_logprobs(),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=self.stop or (),
@@ -211,6 +233,34 @@ class ApiRequest(_Strict):
         seed = settings.seed
         seeded = [replace(settings, seed=None if seed is None else (seed + k) % 2**64) for k in range(count)]
         return [(prompt, each) for prompt in prompts for each in seeded]
+
+    def guide(self) -> tuple[str, str] | None:
+        """The form of the output, as kind and guide.
+
+        Raises:
+            ApiError: 400, it is given twice, or is none.
+        """
+        guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+        forms: dict[str, Any] = {f"guided_{name}": {name: value} for name, value in guided.items() if value is not None}
+        if self.structured_outputs is not None:
+            forms["structured_outputs"] = self.structured_outputs
+        form = self.response_format
+        if form is not None and form.type != "text":
+            schema = form.json_schema.schema_ if form.json_schema is not None else None
+            if form.type == "json_schema" and schema is None:
+                what = "response_format of type json_schema lacks json_schema.schema: give it"
+                raise ApiError(400, what, "response_format", "invalid_value")
+            forms["response_format"] = {"json_object": True} if form.type == "json_object" else {"json": schema}
+        if len(forms) > 1:
+            what = f"{' and '.join(forms)} are both given: give one form of the output"
+            raise ApiError(400, what, next(iter(forms)), "invalid_value")
+        if not forms:
+            return None
+        ((name, given),) = forms.items()
+        try:
+            return guide_of(given)
+        except RequestError as error:
+            raise ApiError(400, f"{name}: {error}", name, "invalid_value") from error
 
     def prompts(self) -> Sequence[Prompt]:
         """The prompts that are answered."""
@@ -255,7 +305,6 @@ class ChatRequest(ApiRequest):
     logprobs: bool | None = None
     top_logprobs: _NumLogprobs | None = None
     modalities: Annotated[Any, _only(["text"])] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     tools: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     parallel_tool_calls: bool | None = None

@@ -13,6 +13,7 @@ import pytest
 
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
+from ssv.runtime.grammar import grammar_of
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.serving import intake as module
@@ -546,6 +547,39 @@ def test_biases_are_bounded() -> None:
         prepare(make(Limits(400, 100, 20_000)), logit_bias=biases)
 
 
+FORMS: list[dict[str, Any]] = [
+    {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": '{"type": "array"}'},
+    {"sampling_parameters": '{"structured_outputs": {"json": {"type": "array"}}}'},
+    {"sampling_parameters": '{"guided_decoding": {"json": "{\\"type\\": \\"array\\"}"}}'},
+]
+
+
+@pytest.mark.parametrize("given", FORMS)
+def test_forms_of_outputs(given: dict[str, Any]) -> None:
+    assert params(**given).grammar == grammar_of("json_schema", '{"type": "array"}')
+
+
+def test_any_json_object_has_no_guide() -> None:
+    assert params(guided_decoding_guide_type="json").grammar == grammar_of("json")
+    assert params(guided_decoding_guide_type="").grammar is None
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"guided_decoding_guide": "a"}, "guided_decoding_guide is given without its type"),
+        ({"guided_decoding_guide_type": "xml"}, "'xml' is no form of an output"),
+        ({"guided_decoding_guide_type": "regex", "guided_decoding_guide": "("}, "unclosed group"),
+        ({"guided_decoding_guide_type": "json", "ignore_eos": True}, "ignore_eos"),
+        ({"guided_decoding_guide_type": "json", "sampling_parameters": '{"structured_outputs": {}}'}, "both given"),
+        ({"sampling_parameters": '{"structured_outputs": 5}'}, "structured_outputs must be an object"),
+        ({"sampling_parameters": '{"structured_outputs": {}}'}, "the form of the output is given by nothing"),
+    ],
+)
+def test_forms_that_are_none(given: dict[str, Any], says: str) -> None:
+    refused(says, **given)
+
+
 def test_a_prompt_of_token_ids() -> None:
     assert prepare(text_input="", input_ids=[5, 299])[0] == (5, 299)
     assert make().prepare(tensors({"input_ids": [5]}))[0] == (5,)
@@ -694,7 +728,8 @@ def test_stop_words_are_bounded(given: dict[str, Any]) -> None:
 def test_settings_come_back_from_json() -> None:
     given = {"stop_words": ["é", '"', "\n"], "seed": LARGEST_SEED, "temperature": 0.1, "top_p": 0.3, "top_k": 4}
     given |= {"logit_bias": '{"3": 0.5}', "bad_words": ["é"], "stop_token_ids": [3], "ssv_top_logprobs": 2}
-    _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", ignore_eos=True, min_tokens=2, **given)
+    given |= {"guided_decoding_guide_type": "json"}
+    _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", min_tokens=2, **given)
     assert Settings.from_json(settings.to_json()) == settings
     assert Settings.from_json(prepare()[1].to_json()).timeout is None
 

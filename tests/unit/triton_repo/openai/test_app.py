@@ -555,7 +555,7 @@ def test_null_is_what_is_left_out_wherever_it_stands() -> None:
     backend = FakeBackend()
     parts = [{"type": "text", "text": "a", "cache_control": None}]
     messages = [{"role": "user", "content": parts, "name": None, "tool_call_id": None, "reasoning_content": None}]
-    fields = {"parallel_tool_calls": None, "reasoning_effort": None, "guided_json": None, "unknown": None}
+    fields = {"parallel_tool_calls": None, "reasoning_effort": None, "guided_decoding_backend": None, "unknown": None}
     fields |= {"stream_options": {"include_usage": None, "unknown": None}, "logit_bias": {"5": None}}
     response = chat(backend, messages=messages, metadata={"a": None}, stream=True, **fields)
     assert response.status_code == 200, response.text
@@ -589,6 +589,47 @@ def test_what_changes_the_choice_reaches_the_server() -> None:
     assert backend.settings == expected
     assert complete(backend, **given, logit_bias={"5": -100, "7": 1.5}, max_tokens=16).status_code == 200
     assert backend.settings == replace(expected, max_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "guide"),
+    [
+        ({"response_format": {"type": "json_object"}}, ("json", "")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "description": "d", "strict": True, "schema": {"type": "array"}},
+                }
+            },
+            ("json_schema", '{"type": "array"}'),
+        ),
+        ({"structured_outputs": {"json": {"type": "array"}}}, ("json_schema", '{"type": "array"}')),
+        ({"structured_outputs": {"json_object": True, "regex": None}}, ("json", "")),
+        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, ("ebnf_grammar", "root ::= 'a'")),
+        ({"guided_json": '{"type": "array"}'}, ("json_schema", '{"type": "array"}')),
+        ({"guided_regex": "a+"}, ("regex", "a+")),
+        ({"guided_choice": ["a", "b"]}, ("choice", '["a", "b"]')),
+        ({"guided_grammar": "start: x"}, ("ebnf_grammar", "start: x")),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_forms_of_outputs_reach_the_server(ask: Any, fields: dict[str, Any], guide: tuple[str, str] | None) -> None:
+    backend = FakeBackend()
+    assert ask(backend, **fields).status_code == 200
+    assert backend.settings.guide == guide
+
+
+def test_a_form_that_is_given_twice_is_refused() -> None:
+    error = error_of(chat(FakeBackend(), guided_regex="a", response_format={"type": "json_object"}), 400)
+    assert "guided_regex and response_format are both given" in error["message"]
+
+
+def test_a_form_that_the_server_refuses_is_the_response_formats() -> None:
+    what = 'the json_schema of the output is not supported: Unimplemented keys: ["not"]'
+    error = error_of(chat(FakeBackend(ServerError(what, "INVALID_ARGUMENT")), guided_json={}), 400)
+    assert (error["param"], error["message"]) == ("response_format", what)
 
 
 def test_prompts_of_token_ids() -> None:
@@ -736,7 +777,17 @@ WRONG_CHAT = [
     ("top_logprobs", 1),
     ("top_logprobs", 21),
     ("modalities", ["text", "audio"]),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "more": 1}}),
+    ("structured_outputs", {}),
+    ("structured_outputs", {"json": {}, "regex": "a"}),
+    ("structured_outputs", {"lark": "a"}),
+    ("structured_outputs", {"regex": 5}),
+    ("structured_outputs", {"json_object": "yes"}),
+    ("guided_regex", 5),
+    ("guided_choice", "a"),
     ("tools", [{"type": "function"}]),
     ("tool_choice", "required"),
     ("functions", [{}]),
