@@ -11,6 +11,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,6 +173,35 @@ class Grammars:
         return GrammarState(self.prepare(grammar).deep_copy(), self._vocab_size, frozenset(self._eos_ids))
 
 
+_BIAS_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
+).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """Which tokens may follow.
+
+    Attributes:
+        bits: uint8, a bit for each token of the vocabulary, the lowest of a byte first.
+        vocab_size: V.
+    """
+
+    bits: np.ndarray
+    vocab_size: int
+
+    def __contains__(self, token: int) -> bool:
+        return bool(self.bits[token >> 3] >> (token & 7) & 1)
+
+    def tokens(self) -> list[int]:
+        """All of them, in their order."""
+        return [int(token) for token in np.unpackbits(self.bits, bitorder="little")[: self.vocab_size].nonzero()[0]]
+
+    def bias(self) -> np.ndarray:
+        """What is to be added to logits, fp32 [V]: 0, or -inf for what may not follow."""
+        return _BIAS_OF_BYTE.take(self.bits, axis=0).reshape(-1)[: self.vocab_size]
+
+
 class GrammarState:
     """Where an output is in its grammar, and where it would be behind the paths of a tree.
 
@@ -184,7 +214,7 @@ class GrammarState:
         # Matchers and masks behind the settled tokens, by the tokens of a path; None where it is none of the grammar's.
         self._num_settled = 0
         self._places: dict[tuple[int, ...], LLMatcher | None] = {(): matcher}
-        self._masks: dict[tuple[int, ...], np.ndarray | None] = {}
+        self._masks: dict[tuple[int, ...], TokenMask | None] = {}
         self._has_failed = False
 
     @property
@@ -192,8 +222,8 @@ class GrammarState:
         """Whether the grammar was more than llguidance goes through at a token: nothing but an end is allowed then."""
         return self._has_failed
 
-    def allowed(self, output: Sequence[int], path: Sequence[int]) -> np.ndarray | None:
-        """Which tokens may follow, bool [V]; at least one.
+    def allowed(self, output: Sequence[int], path: Sequence[int]) -> TokenMask | None:
+        """Which tokens may follow; at least one.
 
         Args:
             output: tokens of the output that are settled; as many as before, or more.
@@ -237,8 +267,7 @@ class GrammarState:
             self._places[path[: end + 1]] = place
         return place
 
-    def _mask(self, place: LLMatcher) -> np.ndarray | None:
-        bits = np.unpackbits(np.frombuffer(place.compute_bitmask(), dtype=np.uint8), bitorder="little")
+    def _mask(self, place: LLMatcher) -> TokenMask | None:
+        bits = np.frombuffer(place.compute_bitmask(), dtype=np.uint8)
         self._note_failure()
-        allowed = bits[: self._vocab_size].astype(bool)
-        return allowed if allowed.any() else None
+        return TokenMask(bits, self._vocab_size) if bits.any() else None

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ssv.runtime.grammar import GrammarState
+from ssv.runtime.grammar import GrammarState, TokenMask
 from ssv.runtime.request import SamplingParams
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -50,10 +51,6 @@ class Columns:
         known = ids < len(self._column)
         return np.where(known, self._column[np.where(known, ids, 0)], -1)
 
-    def part(self, of_vocabulary: Tensor) -> Tensor:
-        """Of something that is known of each token of the vocabulary, that of the columns."""
-        return of_vocabulary if self.ids_V is None else of_vocabulary[self.ids_V.cpu()]
-
 
 @dataclass(frozen=True, slots=True)
 class Edit:
@@ -64,7 +61,7 @@ class Edit:
         penalised_P: tokens that the text has.
         repetition: what their logits are divided by, or multiplied with where they are below 0.
         taken_P: what is taken from them then, fp32.
-        allowed_V: which tokens of the vocabulary can be chosen, bool; None for all.
+        allowed: tokens that can be chosen; None for all.
         banned: tokens that cannot be chosen.
         least: the distance below the largest logit at which those begin that cannot be chosen either.
     """
@@ -74,7 +71,7 @@ class Edit:
     penalised_P: np.ndarray
     repetition: float
     taken_P: np.ndarray
-    allowed_V: np.ndarray | None
+    allowed: TokenMask | None
     banned: np.ndarray
     least: float
 
@@ -127,10 +124,10 @@ class LogitsProcessor:
                 without knowing what comes before it.
         """
         params, num_prompt = self._params, self._num_prompt
-        allowed_V = None
+        allowed = None
         # A grammar says what follows a text, and nothing of what follows one that is not known.
         if self._grammar is not None and num_output == len(tokens) - num_prompt + len(path):
-            allowed_V = self._grammar.allowed(tokens[num_prompt:], path)
+            allowed = self._grammar.allowed(tokens[num_prompt:], path)
         banned = self._banned
         if self._bad:
             banned = np.union1d(banned, self._completing([*tokens[num_prompt:], *path]))
@@ -143,10 +140,10 @@ class LogitsProcessor:
                 count_P > 0
             )
         named = len(penalised_P) or len(banned) or len(self._biased)
-        if not named and allowed_V is None and self._least == -math.inf:
+        if not named and allowed is None and self._least == -math.inf:
             return None
         repetition = params.repetition_penalty
-        return Edit(self._biased, self._bias, penalised_P, repetition, taken_P, allowed_V, banned, self._least)
+        return Edit(self._biased, self._bias, penalised_P, repetition, taken_P, allowed, banned, self._least)
 
     def forced(self, tokens: Sequence[int]) -> list[int]:
         """Tokens behind the settled ones that the grammar leaves no choice for."""
@@ -156,8 +153,8 @@ class LogitsProcessor:
         """Whether the grammar allows a token behind a path."""
         if self._grammar is None:
             return True
-        allowed_V = self._grammar.allowed(tokens[self._num_prompt :], path)
-        return allowed_V is not None and bool(allowed_V[token])
+        allowed = self._grammar.allowed(tokens[self._num_prompt :], path)
+        return allowed is not None and token in allowed
 
     @property
     def has_failed(self) -> bool:
@@ -245,16 +242,18 @@ def processed(logits_RV: Tensor, edits: Sequence[Edit | None], columns: Columns)
         flat[at] = torch.where(value > 0, value / repetition, value * repetition) - taken
 
     for r, edit in own:
-        if edit.allowed_V is not None:
-            allowed_V = columns.part(torch.from_numpy(edit.allowed_V))
-            changed_RV[r].masked_fill_(~allowed_V.to(flat.device), -torch.inf)
+        if edit.allowed is not None:
+            bias_V = torch.from_numpy(edit.allowed.bias())
+            changed_RV[r] += (bias_V if columns.ids_V is None else bias_V[columns.ids_V.cpu()]).to(flat.device)
         if len(edit.banned):
             banned = columns.of(edit.banned)
             free_V = changed_RV[r].index_fill(0, torch.from_numpy(banned[banned >= 0]).to(flat.device), -torch.inf)
             # Where nothing is left, what is not allowed is: a choice there has to be.
             changed_RV[r] = torch.where(free_V.amax() > -torch.inf, free_V, changed_RV[r])
         if edit.least > -math.inf:
-            changed_RV[r].masked_fill_(changed_RV[r] < changed_RV[r].amax() + edit.least, -torch.inf)
+            # What is at most the next lower number is below the least.
+            least = np.nextafter(np.float32(float(changed_RV[r].amax() + edit.least)), np.float32(-np.inf))
+            changed_RV[r] = functional.threshold(changed_RV[r], float(least), -torch.inf)
     return changed_RV
 
 

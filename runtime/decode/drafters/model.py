@@ -261,7 +261,7 @@ class ModelDrafter(Drafter):
         )
         check_ranked(rows, opened, ranked)
         greedy = [rows[b].params.greedy for b, _ in opened]
-        guesses = []
+        guesses: list[list[Guess]] = []
         for r, (tokens, shares) in enumerate(ranked):
             token, risk = scored[r] if scored is not None else (None, None)
             # The scorer speaks of the draft's likeliest token: of no other, where the request changes the logits.
