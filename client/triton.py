@@ -20,7 +20,7 @@ from ssv.support.errors import UserError
 
 MODEL = "ensemble"
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, the messages of a conversation, each with "role" and "content", or token ids."""
 
 # What Triton puts before a message, and what our models do.
@@ -55,6 +55,7 @@ class Settings:
         chat: whether a text is a user's message, or to be continued.
         logprobs, prompt_logprobs: how many of the likeliest tokens stand beside each token of the output, or of the
             prompt, with their log-probabilities; None for none of these.
+        tools: functions that the model may call, as OpenAI has them; of a conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
     """
@@ -73,6 +74,7 @@ class Settings:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
     guide: tuple[str, str] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
@@ -95,6 +97,7 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
     values: list[tuple[str, str, Any]] = [
         ("text_input", "BYTES", prompt if is_text else ""),
         ("ssv_messages", "BYTES", messages),
+        ("ssv_tools", "BYTES", json.dumps(list(settings.tools), ensure_ascii=False) if settings.tools else None),
         ("input_ids", "INT32", list(prompt) if is_ids else None),
         ("ssv_chat", "BOOL", settings.chat if is_text else None),
         ("stream", "BOOL", stream),

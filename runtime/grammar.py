@@ -26,7 +26,7 @@ KINDS = ("json", "json_schema", "regex", "ebnf_grammar", "choice")
 """Forms: any JSON object; JSON of a schema; a regular expression (of Rust's `regex`, without look-around); a grammar in
 Lark's form or llama.cpp's GBNF; one of a JSON list of texts."""
 
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as Python does it: where white space may be anything, small models write nothing else. A schema's own
 `x-guidance` can say otherwise."""
 
@@ -46,9 +46,9 @@ def grammar_of(kind: str, guide: str = "") -> str:
     """
     matcher = _library().LLMatcher
     if kind == "json":
-        grammar = matcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_STYLE)
+        grammar = matcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_STYLE)
     elif kind == "json_schema":
-        grammar = matcher.grammar_from_json_schema(_schema(guide), defaults=_JSON_STYLE)
+        grammar = matcher.grammar_from_json_schema(_schema(guide), defaults=JSON_STYLE)
     elif kind == "regex":
         grammar = matcher.grammar_from_regex(guide)
     elif kind == "choice":

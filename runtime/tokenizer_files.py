@@ -99,7 +99,11 @@ class FileTokenizer:
         return text.replace("\u2581", " ").encode()
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Text of a conversation.
 
@@ -110,7 +114,9 @@ class FileTokenizer:
             jinja2.TemplateError: it does not compile, or refuses the conversation.
         """
         assert not tokenize, "the text is to be encoded without special tokens"
-        return self._template.render(conversation, self.special_tokens, add_generation_prompt=add_generation_prompt)
+        return self._template.render(
+            conversation, self.special_tokens, add_generation_prompt=add_generation_prompt, tools=tools
+        )
 
     @cached_property
     def _byte_tokens(self) -> frozenset[int]:
@@ -172,6 +178,15 @@ def _whole_characters(tokens: Sequence[str]) -> list[str]:
                 break
         found += run
     return found
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder with a tokenizer; None if there is none.
+
+    Raises:
+        TokenizerFileError: a file is damaged.
+    """
+    return _read_template(folder, _read_config(folder / "tokenizer_config.json"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ MAX_NAMED_TOKENS = 1024
 STRINGS = (
     "text_input",
     "ssv_messages",
+    "ssv_tools",
     "sampling_parameters",
     "logit_bias",
     "guided_decoding_guide_type",
@@ -236,7 +237,9 @@ class Intake:
         if messages:
             if text:
                 raise RequestError("text_input and ssv_messages are both given", "give one of them")
-            return self._tokenizer.chat_ids(_messages(messages))
+            return self._tokenizer.chat_ids(_messages(messages), _tools(fields.get("ssv_tools", "")))
+        if fields.get("ssv_tools"):
+            raise RequestError("ssv_tools are of a conversation", "give it in ssv_messages, or leave them out")
         if "text_input" not in fields:
             raise RequestError(
                 "text_input is missing", "give a prompt there, or in input_ids, or a conversation in ssv_messages"
@@ -399,14 +402,42 @@ def _biases(text: str) -> tuple[tuple[int, float], ...]:
     return tuple(zip(tokens, biases, strict=True))
 
 
-def _messages(text: str) -> list[dict[str, str]]:
+def _messages(text: str) -> list[dict[str, Any]]:
     messages = _json("ssv_messages", text)
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and set(m) == {"role", "content"} and all(isinstance(v, str) for v in m.values())
-        for m in messages
-    ):
-        raise RequestError('ssv_messages must be a JSON list of {"role": text, "content": text}')
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise RequestError(
+            'ssv_messages must be a JSON list of {"role": text, "content": text}, to which an assistant\'s may have '
+            '"tool_calls", and a tool\'s "tool_call_id" and "name"'
+        )
     return messages
+
+
+_OF_TOOLS = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls",)}
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+        return False
+    more = set(message) - {"role", "content"}
+    calls = message.get("tool_calls", [])
+    return (
+        more <= set(_OF_TOOLS.get(message["role"], ()))
+        and all(isinstance(message[name], str) for name in more - {"tool_calls"})
+        and isinstance(calls, list)
+        and all(isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls)
+    )
+
+
+def _tools(text: str) -> list[dict[str, Any]] | None:
+    if not text:
+        return None
+    tools = _json("ssv_tools", text)
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(function := tool.get("function"), dict) and "name" in function
+        for tool in tools
+    ):
+        raise RequestError('ssv_tools must be a JSON list of {"type": "function", "function": {"name": ...}}')
+    return tools or None
 
 
 def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> None:

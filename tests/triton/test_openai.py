@@ -184,6 +184,54 @@ def test_a_schema_that_cannot_be_is_refused(client: OpenAI, model: str) -> None:
     assert raised.value.param == "response_format"
 
 
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Tells the weather of a town.",
+            "parameters": {
+                "type": "object",
+                "properties": {"town": {"enum": ["Oslo", "Rome", "Lima"]}, "days": {"type": "integer", "maximum": 9}},
+                "required": ["town", "days"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "additionalProperties": False}}},
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_functions_are_called(client: OpenAI, model: str, choice: Any) -> None:
+    """And the conversation goes on with what they said."""
+    asked: Any = {"messages": [{"role": "user", "content": "Is it cold in Oslo?"}], "tools": TOOLS, "temperature": 0}
+    said = []
+    for tier in ("autoregressive", "premium", "turbo"):
+        answer = client.chat.completions.create(
+            model=f"{model}:{tier}", **asked, max_tokens=120, tool_choice=choice, parallel_tool_calls=False
+        )
+        calls = answer.choices[0].message.tool_calls
+        assert answer.choices[0].finish_reason == "tool_calls" and calls is not None and len(calls) == 1
+        function: Any = calls[0]
+        arguments = json.loads(function.function.arguments)
+        if function.function.name == "weather":
+            assert arguments["town"] in ("Oslo", "Rome", "Lima") and arguments["days"] <= 9
+        said.append((function.function.name, arguments))
+    assert said[0] == said[1]
+    chunks = client.chat.completions.create(
+        model=model, **asked, max_tokens=120, tool_choice=choice, parallel_tool_calls=False, stream=True
+    )
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [(str(each.function and each.function.name)) for each in deltas] == [said[1][0]]
+    message: Any = answer.choices[0].message.model_dump(exclude_none=True)
+    heard = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "-5 degrees"}
+    answer = client.chat.completions.create(
+        model=model, messages=[*asked["messages"], message, heard], tools=TOOLS, temperature=0, max_tokens=16
+    )
+    assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+
+
 def test_choices_have_seeds_of_their_own(client: OpenAI, model: str) -> None:
     asked: dict[str, Any] = {"model": model, "prompt": "The sea", "max_tokens": 12, "temperature": 1.0}
     answer = client.completions.create(**asked, n=3, seed=7)

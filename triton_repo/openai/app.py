@@ -22,7 +22,7 @@ whole of it, or each choice's last chunk.
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
 `user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or
-"default", and where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing.
+"default", and a schema's or a function's `strict` are taken and change nothing.
 What is not supported is refused, whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and
@@ -164,8 +164,8 @@ def create_app(
 
     async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         access, caller = Access.of(request.scope), body.caller()
-        asked = body.asked(models.tier_of(body))
-        answer = Answer(body, asked, access)
+        asked = body.asked(models.tier_of(body), models.tool_form)
+        answer = Answer(body, asked, access, models.tool_form)
         stream = bool(body.stream)
         access.begin(answer.id, asked[0][1].tier, stream)
 

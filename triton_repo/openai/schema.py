@@ -13,12 +13,17 @@ from pydantic_core import PydanticCustomError
 from ssv.client.triton import Prompt, Settings
 from ssv.runtime.grammar import guide_of
 from ssv.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_PENALTY, RequestError
+from ssv.runtime.tools import MOST_CALLS, Form, call_grammar
+from ssv.support.json_text import parse_json
 from ssv.triton_repo.openai.errors import ApiError, Caller, field_name
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP = 64
 """Each is looked for at every token; OpenAI takes 4."""
+
+MAX_TOOLS = 128
+"""As OpenAI has it."""
 
 MAX_CHOICES = 128
 """Of one request: each is a request of its own to the server."""
@@ -41,8 +46,12 @@ def _only(*neutral: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _joined(content: Any) -> Any:
-    """The text of a message's parts."""
+def _joined(content: Any, info: ValidationInfo) -> Any:
+    """The text of a message's parts; none beside calls is an empty one."""
+    if content is None:
+        if info.data.get("tool_calls"):
+            return ""
+        raise PydanticCustomError("missing", "missing")
     if not isinstance(content, list):
         return content
     for part in content:
@@ -128,16 +137,70 @@ class _ResponseFormat(_Strict):
     json_schema: _JsonSchema | None = None
 
 
+class _CalledFunction(_Strict):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: _CalledFunction
+    index: int | None = None
+
+    def as_template_has_it(self) -> dict[str, Any]:
+        """With the arguments as an object: templates write them as JSON themselves."""
+        arguments: Any = self.function.arguments
+        try:
+            read = parse_json(arguments)
+        except ValueError:
+            read = None
+        arguments = read if isinstance(read, dict) else arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class _Function(_Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(_Strict):
+    type: Literal["function"]
+    function: _Function
+
+
+class _NamedFunction(_Strict):
+    name: str
+
+
+class _NamedTool(_Strict):
+    type: Literal["function"]
+    function: _NamedFunction
+
+
 class _Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    content: Annotated[str, BeforeValidator(_joined), Field(validate_default=True)] = None  # type: ignore[assignment]
     name: str | None = None
     # In what a client got as an answer and sends back.
     refusal: Annotated[Any, _only()] = None
     annotations: Annotated[Any, _only([])] = None
     audio: Annotated[Any, _only()] = None
-    tool_calls: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only()] = None
+
+    def as_template_has_it(self) -> dict[str, Any]:
+        """The message as the server takes it."""
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if self.role == "assistant" and self.tool_calls:
+            said["tool_calls"] = [call.as_template_has_it() for call in self.tool_calls]
+        if self.role == "tool":
+            more = {"tool_call_id": self.tool_call_id, "name": self.name}
+            said |= {name: value for name, value in more.items() if value is not None}
+        return said
 
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -194,7 +257,12 @@ class ApiRequest(_Strict):
         except RecursionError as error:
             raise ApiError(400, "the body is nested too deeply: send it flat") from error
 
-    def settings(self, tier: str | None) -> Settings:
+    def settings(self, tier: str | None, form: Form) -> Settings:
+        """What is asked of the server for one choice, but for its seed.
+
+        Args:
+            form: in which the model calls functions.
+        """
         return Settings(
             tier=tier,
             max_divergence=self.ssv_max_divergence,
@@ -219,14 +287,17 @@ class ApiRequest(_Strict):
             timeout=self.ssv_timeout,
         )
 
-    def asked(self, tier: str | None) -> list[tuple[Prompt, Settings]]:
+    def asked(self, tier: str | None, form: Form) -> list[tuple[Prompt, Settings]]:
         """What is asked of the server for each choice: those of a prompt one after the other, each with the next seed
         where there is one.
+
+        Args:
+            form: see `settings`.
 
         Raises:
             ApiError: 400, they are too many.
         """
-        settings, prompts, count = self.settings(tier), self.prompts(), self.n or 1
+        settings, prompts, count = self.settings(tier, form), self.prompts(), self.n or 1
         if len(prompts) * count > MAX_CHOICES:
             what = f"{len(prompts)} prompts with n {count} are more than {MAX_CHOICES} choices: ask in several requests"
             raise ApiError(400, what, "n", "invalid_value")
@@ -274,6 +345,10 @@ class ApiRequest(_Strict):
         """Whether the prompt stands before the text."""
         return False
 
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The functions that an answer may call."""
+        return []
+
     def output_limit(self) -> int | None:
         """Tokens of the output, at most; None leaves it to the server."""
         raise NotImplementedError
@@ -305,15 +380,46 @@ class ChatRequest(ApiRequest):
     logprobs: bool | None = None
     top_logprobs: _NumLogprobs | None = None
     modalities: Annotated[Any, _only(["text"])] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    tools: Annotated[list[_Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
 
     def prompts(self) -> Sequence[Prompt]:
-        roles = {"developer": "system"}
-        return [[{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]]
+        return [[message.as_template_has_it() for message in self.messages]]
+
+    def settings(self, tier: str | None, form: Form) -> Settings:
+        settings = super().settings(tier, form)
+        if not (tools := self.callable_tools()):
+            return settings
+        settings = replace(settings, tools=tools)
+        if self.tool_choice in (None, "auto"):
+            return settings
+        if settings.guide is not None:
+            what = "tool_choice asks for a call, and another field for an output of another form: give one of them"
+            raise ApiError(400, what, "tool_choice", "invalid_value")
+        if isinstance(self.tool_choice, _NamedTool):
+            tools = [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
+        is_one = isinstance(self.tool_choice, _NamedTool) or self.parallel_tool_calls is False
+        grammar = call_grammar(form, tools, most=1 if is_one else MOST_CALLS)
+        return replace(settings, guide=("ebnf_grammar", grammar))
+
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The functions that may be called, as OpenAI has them.
+
+        Raises:
+            ApiError: 400, `tool_choice` asks for one that is not there, or one is there twice.
+        """
+        tools, choice = self.tools or [], self.tool_choice
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ApiError(400, "tools: two functions have the same name", "tools", "invalid_value")
+        wanted = choice.function.name if isinstance(choice, _NamedTool) else None
+        if (wanted is not None and wanted not in names) or (choice == "required" and not names):
+            what = f"tool_choice asks for {wanted or 'a call'}, and tools have {', '.join(names) or 'none'}"
+            raise ApiError(400, what, "tool_choice", "invalid_value")
+        return [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools]
 
     def num_logprobs(self) -> int | None:
         if not self.logprobs:
@@ -344,8 +450,8 @@ class CompletionRequest(ApiRequest):
     suffix: Annotated[Any, _only()] = None
     logprobs: _NumLogprobs | None = None
 
-    def settings(self, tier: str | None) -> Settings:
-        settings = super().settings(tier)
+    def settings(self, tier: str | None, form: Form) -> Settings:
+        settings = super().settings(tier, form)
         if not self.echo or (self.logprobs is None and isinstance(self.prompt_list[0], str)):
             return settings
         # The prompt's text is that of its tokens, if it was given as these.

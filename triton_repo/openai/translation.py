@@ -5,6 +5,7 @@ and responses.
 from __future__ import annotations
 
 import secrets
+import string
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,14 @@ from typing import Any
 from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
 from ssv.client.triton import Prompt, Reply, Settings
 from ssv.runtime.methods import baselines
+from ssv.runtime.tokenizer_files import read_chat_template
+from ssv.runtime.tools import Call, CallParser, Form, form_of
 from ssv.triton_repo.openai.access_log import Access
 from ssv.triton_repo.openai.errors import ApiError
 from ssv.triton_repo.openai.logprobs import Token, chat_logprobs, completion_logprobs, tokens_of
 from ssv.triton_repo.openai.schema import ApiRequest
 
+_ID_LETTERS = string.ascii_letters + string.digits
 _FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
 
@@ -31,23 +35,27 @@ class Models:
         tiers: that it has.
         created: Unix time.
         has_heads: whether it can be decoded by Medusa's heads.
+        tool_form: in which the model calls functions.
     """
 
     name: str
     tiers: tuple[str, ...]
     created: int
     has_heads: bool = False
+    tool_form: Form = "smollm2"
 
     @classmethod
     def of_bundle(cls, bundle: Path) -> Models:
-        """Reads the manifest and nothing else.
+        """Reads the manifest and the chat template.
 
         Raises:
             BundleError: see `read_manifest`.
+            TokenizerFileError: see `read_chat_template`.
         """
         manifest = read_manifest(bundle, verify=False)
+        form = form_of(read_chat_template(bundle / "tokenizer"))
         created = int((bundle / MANIFEST_NAME).stat().st_mtime)
-        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None)
+        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None, form)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -97,6 +105,8 @@ class _Choice:
         echo: the prompt, if it stands before the text; None where the first reply's tokens are its text.
         text: so far.
         output_tokens: so far.
+        parser: tells calls of functions from text; None where none may be called.
+        calls: so far.
         tokens: with log-probabilities, so far.
         num_characters: of these tokens.
         reply: the latest.
@@ -105,6 +115,8 @@ class _Choice:
 
     index: int
     echo: str | None
+    parser: CallParser | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     output_tokens: int = 0
     tokens: list[Token] = field(default_factory=list)
@@ -121,11 +133,14 @@ class Answer:
         access: what the log will say.
     """
 
-    def __init__(self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access) -> None:
+    def __init__(
+        self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access, form: Form = "smollm2"
+    ) -> None:
         """Begins an answer.
 
         Args:
             asked: of the server, for each choice.
+            form: in which the model calls functions.
         """
         self.access, self._model, self._is_chat, self._usage = access, body.model, body.caller().is_chat, body.usage()
         self._created, self._num_of_prompt = int(time.time()), body.n or 1
@@ -133,7 +148,10 @@ class Answer:
         self._echoes = body.echoes()
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(16)}"
         echoes = [(prompt if isinstance(prompt, str) else None) if self._echoes else "" for prompt, _ in asked]
-        self._choices = [_Choice(index, echo) for index, echo in enumerate(echoes)]
+        names = [tool["function"]["name"] for tool in body.callable_tools()]
+        self._choices = [
+            _Choice(index, echo, CallParser(form, names) if names else None) for index, echo in enumerate(echoes)
+        ]
 
     def take(self, index: int, reply: Reply) -> list[dict[str, Any]]:
         """Takes the next reply for a choice; returns the chunks of a stream that it makes."""
@@ -147,6 +165,13 @@ class Answer:
             if echo is None:
                 echo = b"".join(token.data for token in prompt).decode(errors="replace")
             text = echo + text
+        calls: list[dict[str, Any]] = []
+        if choice.parser is not None:
+            text, found = choice.parser.push(text)
+            if reply.finish_reason:
+                rest, more = choice.parser.flush()
+                text, found = text + rest, found + more
+            calls = [_called(call) for call in found]
         offset = choice.num_characters
         choice.num_characters += sum(len(token.text) for token in new)
         choice.tokens += new
@@ -159,20 +184,25 @@ class Answer:
         if text or new:
             content = {"delta": {"content": text}} if self._is_chat else {"text": text}
             chunks.append(self._chunk(choice, content, logprobs=self._logged(new, offset)))
+        for call in calls:
+            delta = {"delta": {"tool_calls": [{"index": len(choice.calls), **call}]}}
+            chunks.append(self._chunk(choice, delta))
+            choice.calls.append(call)
         if reply.finish_reason:
             end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-            chunks.append(self._chunk(choice, end, _FINISH_REASONS[reply.finish_reason], ssv=_disclosure([reply])))
+            chunks.append(self._chunk(choice, end, _reason(choice), ssv=_disclosure([reply])))
         return chunks
 
     def whole(self) -> dict[str, Any]:
         """The response that is no stream."""
         choices = []
         for choice in self._choices:
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message |= {"content": choice.text or None, "tool_calls": choice.calls}
             content = {"message": message} if self._is_chat else {"text": choice.text}
-            reason = _FINISH_REASONS[choice.reply.finish_reason] if choice.reply is not None else None
             logged = self._logged(choice.tokens, 0)
-            choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": reason})
+            choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": _reason(choice)})
         kind = "chat.completion" if self._is_chat else "text_completion"
         replies = [choice.reply for choice in self._choices if choice.reply is not None]
         return {**self._head(kind), "choices": choices, "usage": self._counted(), "ssv": _disclosure(replies)}
@@ -221,6 +251,20 @@ class Answer:
             "total_tokens": num_input + num_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in asked)},
         }
+
+
+def _called(call: Call) -> dict[str, Any]:
+    # Nine letters and digits: the templates of Mistral's models take no other ids.
+    name = "".join(secrets.choice(_ID_LETTERS) for _ in range(9))
+    return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _reason(choice: _Choice) -> str | None:
+    """Why a choice ended, in OpenAI's words."""
+    if choice.reply is None:
+        return None
+    reason = _FINISH_REASONS[choice.reply.finish_reason]
+    return "tool_calls" if choice.calls and reason == "stop" else reason
 
 
 def _disclosure(replies: Sequence[Reply]) -> dict[str, Any]:

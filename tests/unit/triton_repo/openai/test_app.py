@@ -36,6 +36,7 @@ from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.request import RequestError
 from ssv.runtime.serving.intake import Intake, Limits
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.runtime.tools import call_grammar
 from ssv.triton_repo.openai import access_log
 from ssv.triton_repo.openai import app as openai_api
 from ssv.triton_repo.openai.app import create_app
@@ -237,6 +238,96 @@ def test_finish_reasons_are_openais(ours: str, theirs: str) -> None:
 
 def test_nothing_judged_is_an_acceptance_rate_of_0() -> None:
     assert chat(FakeBackend(reply("a", "stop", judged=0, accepted=0))).json()["ssv"]["acceptance_rate"] == 0.0
+
+
+# Tools.
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"town": {"type": "string"}}}},
+}
+CALL = '<tool_call>[{"name": "weather", "arguments": {"town": "Oslo"}}]</tool_call>'
+
+
+def calling_backend() -> FakeBackend:
+    return FakeBackend(reply("I look. "), reply(CALL[:20]), reply(CALL[20:]), reply("", "stop"))
+
+
+def test_calls_of_functions_are_openais() -> None:
+    backend = calling_backend()
+    body = chat(backend, tools=[WEATHER]).json()
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "I look. "
+    (call,) = choice["message"]["tool_calls"]
+    assert re.fullmatch("[A-Za-z0-9]{9}", call.pop("id"))
+    assert call == {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
+    assert backend.settings.tools == [WEATHER] and backend.settings.guide is None
+    assert chat(FakeBackend(reply(CALL, "stop")), tools=[WEATHER]).json()["choices"][0]["message"]["content"] is None
+
+
+def test_calls_in_a_stream_have_their_index() -> None:
+    two = CALL[:-13] + ', {"name": "weather", "arguments": {}}]</tool_call>'
+    events = events_of(chat(FakeBackend(reply(two[:30]), reply(two[30:], "stop")), tools=[WEATHER], stream=True))[:-1]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call["index"] for call in calls] == [0, 1]
+    assert [call["function"]["arguments"] for call in calls] == ['{"town": "Oslo"}', "{}"]
+    assert not any(delta.get("content") for delta in deltas)
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_the_openai_package_reads_calls() -> None:
+    client = openai_of(calling_backend())
+    tools: Any = [WEATHER]
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=tools)  # type: ignore[arg-type]
+    assert answer.choices[0].message.tool_calls is not None
+    assert answer.choices[0].message.tool_calls[0].function.name == "weather"
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "none"}, {"tools": []}])
+def test_without_tools_nothing_is_a_call(fields: dict[str, Any]) -> None:
+    backend = calling_backend()
+    message = chat(backend, **fields).json()["choices"][0]["message"]
+    assert message["content"] == "I look. " + CALL and "tool_calls" not in message
+    assert not backend.settings.tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({"tool_choice": "required"}, 8),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, 1),
+        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, 1),
+    ],
+)
+def test_a_call_that_has_to_be_is_a_form_of_the_output(fields: dict[str, Any], most: int) -> None:
+    backend = calling_backend()
+    other = {"type": "function", "function": {"name": "other"}}
+    assert chat(backend, tools=[other, WEATHER], **fields).status_code == 200
+    tools = [WEATHER] if isinstance(fields["tool_choice"], dict) else [other, WEATHER]
+    assert backend.settings.guide == ("ebnf_grammar", call_grammar("smollm2", tools, most=most))
+    assert backend.settings.tools == [other, WEATHER]
+    error = error_of(chat(backend, tools=[WEATHER], tool_choice="required", guided_regex="a"), 400)
+    assert error["param"] == "tool_choice"
+
+
+def test_conversations_with_calls_reach_the_server() -> None:
+    backend = FakeBackend()
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
+    odd = {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": "town"}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call, odd]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "cold"}]},
+    ]
+    assert chat(backend, messages=messages, tools=[WEATHER]).status_code == 200
+    read = {**call, "function": {"name": "weather", "arguments": {"town": "Oslo"}}}
+    assert backend.prompt == [
+        *MESSAGES,
+        {"role": "assistant", "content": "", "tool_calls": [read, odd]},
+        {"role": "tool", "content": "cold", "tool_call_id": "c1"},
+    ]
 
 
 # Several choices.
@@ -789,7 +880,12 @@ WRONG_CHAT = [
     ("guided_regex", 5),
     ("guided_choice", "a"),
     ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "function", "function": {"name": "f g"}}]),
+    ("tools", [{"type": "web_search"}]),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
     ("tool_choice", "required"),
+    ("tool_choice", "always"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("functions", [{}]),
     ("function_call", {"name": "f"}),
     ("store", True),
@@ -850,17 +946,14 @@ def test_a_completion_field_that_is_wrong_is_refused_by_name(name: str, value: A
 @pytest.mark.parametrize(
     ("message", "param", "words"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role", "'user'"),
+        ({"role": "robot", "content": "x"}, "messages[0].role", "'user'"),
         ({"role": "user"}, "messages[0].content", "missing"),
         ({"role": "user", "content": None}, "messages[0].content", "missing"),
         ({"role": "user", "content": "x", "name": 5}, "messages[0].name", "string"),
         ({"role": "user", "content": "x", "id": "m1"}, "messages[0].id", "not supported"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls", "not supported"),
-        (
-            {"role": "assistant", "content": "x", "tool_calls": [{}]},
-            "messages[0].tool_calls",
-            "tool_calls is not supported",
-        ),
+        ({"role": "assistant", "tool_calls": []}, "messages[0].content", "missing"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls[0].id", "missing"),
+        ({"role": "assistant", "content": "x", "tool_calls": 5}, "messages[0].tool_calls", "list"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content", "'image_url' is not supported"),
         ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[0].content", "must be"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}, "messages[0].content", "must be"),
@@ -883,7 +976,7 @@ def test_two_different_max_tokens_are_refused() -> None:
     [
         ("unknown", 1, "unknown_parameter"),
         ("best_of", 2, "unsupported_value"),
-        ("tools", [{"type": "function"}], "unsupported_value"),
+        ("store", True, "unsupported_value"),
         ("temperature", 3, "invalid_value"),
         ("temperature", "hot", "invalid_type"),
         ("messages", None, "missing_required_parameter"),
