@@ -6,14 +6,23 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
-from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from openai import (
+    APIStatusError,
+    AsyncOpenAI,
+    AuthenticationError,
+    BadRequestError,
+    InternalServerError,
+    NotFoundError,
+    OpenAI,
+)
 from triton_asks import SECONDS, Busy, full, wait_until
 
 from ssv.bundle.manifest import read_manifest
@@ -450,3 +459,36 @@ def test_a_full_queue_is_503_and_tells_when_to_come_again(server: Server, client
     assert raised.value.response.headers["retry-after"] == "1"
     assert raised.value.type == "server_error"
     wait_until(lambda: metric(server, "ssv_requests_decoding") == 0, "all have left")
+
+
+def test_texts_are_tokenized_as_the_server_does(client: OpenAI, url: str, llm: LLM) -> None:
+    root = url.removesuffix("/v1")
+    ids = list(llm.tokenizer.encode("The sea is wide."))
+    found = client.post(f"{root}/tokenize", body={"prompt": "The sea is wide."}, cast_to=object)
+    assert isinstance(found, dict) and (found["tokens"], found["max_model_len"]) == (ids, 2048)
+    assert client.post(f"{root}/detokenize", body={"tokens": ids}, cast_to=object) == {"prompt": "The sea is wide."}
+    found = client.post(f"{root}/tokenize", body={"messages": MESSAGES}, cast_to=object)
+    assert isinstance(found, dict) and found["tokens"] == list(llm.chat_ids(MESSAGES[0]["content"]))
+    with urlopen(f"{root}/metrics", timeout=SECONDS) as response:
+        assert b"ssv_target_passes" in response.read()
+
+
+def test_a_key_is_asked_for(another_server: Callable[..., AbstractContextManager[Server]], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    with another_server("--api-key-file", str(keys), "--allowed-origins", "https://a.example") as started:
+        base_url = started.openai_url
+        wait_until(lambda: health(base_url) == 200, "it answers without a key")
+        with OpenAI(base_url=base_url, api_key="two", max_retries=0) as known:
+            assert len(list(known.models.list())) > 1
+        unknown = OpenAI(base_url=base_url, api_key="three", max_retries=0)
+        with unknown, pytest.raises(AuthenticationError):
+            unknown.models.list()
+
+
+def health(url: str) -> int:
+    try:
+        with urlopen(f"{url.removesuffix('/v1')}/health", timeout=SECONDS) as response:
+            return int(response.status)
+    except OSError:
+        return 0

@@ -1,7 +1,9 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
-POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200
-when the server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
+POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; POST /tokenize and
+/detokenize, as vLLM has them; GET /version; GET /metrics: what the server's processes count; GET /health: 200 when the
+server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. With keys (`--api-key-file`) all but the
+last two ask for one.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
 for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
@@ -38,6 +40,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,20 +49,24 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ssv.client.triton import Prompt, Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
+from ssv.runtime.serving.access_keys import VARIABLE, access_keys
 from ssv.runtime.serving.log import log_event, log_to_stderr
-from ssv.runtime.serving.metrics import Metrics, boards_folder
+from ssv.runtime.serving.metrics import Metrics, Reader, boards_folder
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
 from ssv.support.errors import UserError
-from ssv.triton_repo.openai.access_log import Access, AccessLog
+from ssv.triton_repo.openai.access_key import AccessKey
+from ssv.triton_repo.openai.access_log import HEADER, Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
 from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, merged, while_connected, whole
+from ssv.triton_repo.openai.tokens import DetokenizeRequest, TokenizeRequest, Tokens
 from ssv.triton_repo.openai.translation import Answer, Models
 
 log = logging.getLogger("ssv.openai")
@@ -143,10 +150,18 @@ def create_app(
     num_connections: Callable[[], int] | None = None,
     max_connections: int | None = None,
     on_refusal: Callable[[], None] | None = None,
+    keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    tokens: Tokens | None = None,
+    reader: Reader | None = None,
 ) -> FastAPI:
     """The API; it closes the backend when it ends.
 
     Args:
+        keys: one of which every request has to have; none for no such check.
+        allowed_origins: whose pages browsers let ask; "*" for all.
+        tokens: answers /tokenize and /detokenize; None for neither.
+        reader: of the metrics; None for none.
         num_connections, max_connections, on_refusal: see `AccessLog`.
     """
 
@@ -157,6 +172,16 @@ def create_app(
 
     app = FastAPI(title="ssv", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
+    if keys:
+        app.add_middleware(AccessKey, keys=keys)
+    if allowed_origins:  # around the keys: a browser asks whether it may ask before it sends one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[HEADER],
+        )
     app.add_middleware(
         AccessLog, num_connections=num_connections, max_connections=max_connections, on_refusal=on_refusal
     )
@@ -207,6 +232,26 @@ def create_app(
         models.method_of(model)
         return models.entry(model)
 
+    @app.get("/version")
+    async def get_version() -> dict[str, str]:
+        return {"version": version("ssv")}
+
+    if tokens is not None:
+        # No coroutines: a long text would hold up all others.
+        @app.post("/tokenize")
+        def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+            return tokens.tokenize(body)
+
+        @app.post("/detokenize")
+        def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+            return tokens.detokenize(body)
+
+    if reader is not None:
+
+        @app.get("/metrics")
+        async def metrics() -> Response:
+            return Response(reader.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     @app.get("/live")
     async def live() -> Response:
         return Response(status_code=200)
@@ -224,9 +269,8 @@ def create_app(
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    known = {
-        field.alias or name for kind in (ChatRequest, CompletionRequest) for name, field in kind.model_fields.items()
-    }
+    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    known = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
@@ -263,6 +307,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs:// (default: no TLS)")
     parser.add_argument("--tls-key", type=Path, help="PEM of its key (default: no TLS)")
     parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help=f"has a key a line, of which a request needs one (default: the key of {VARIABLE}, or none is asked for)",
+    )
+    parser.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages browsers let ask, or * (default: none)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
+    )
+    parser.add_argument(
         "--max-body-bytes",
         type=int,
         default=DEFAULT_MAX_BODY_BYTES,
@@ -282,7 +341,7 @@ def _run(args: argparse.Namespace) -> int:
     _log_warnings_of_uvicorn()
     _check(args)
     name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
-    models = Models.of_bundle(args.bundle)
+    models = Models.of_bundle(args.bundle, args.max_length)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
 
@@ -300,7 +359,8 @@ def _check(args: argparse.Namespace) -> None:
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
     client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
-    metrics = Metrics(boards_folder(), "openai")
+    boards = boards_folder()
+    metrics = Metrics(boards, "openai")
     app = create_app(
         _Counted(client, metrics),
         models,
@@ -308,6 +368,10 @@ async def _serve(args: argparse.Namespace, models: Models, listener: socket.sock
         num_connections=lambda: len(server.server_state.connections),
         max_connections=args.max_connections,
         on_refusal=lambda: metrics.refused("full"),
+        keys=access_keys(args.api_key_file),
+        allowed_origins=args.allowed_origins,
+        tokens=Tokens(args.bundle, models.max_length),
+        reader=Reader(boards) if boards is not None else None,
     )
     config = uvicorn.Config(
         app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ def error_object(error: StarletteHTTPException) -> dict[str, Any]:
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
     return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+
+
+def error_bytes(error: StarletteHTTPException) -> bytes:
+    """The body of a response, as it is sent."""
+    return json.dumps(error_object(error), separators=(",", ":")).encode()
 
 
 def translated(error: ServerError, caller: Caller) -> ApiError:

@@ -166,7 +166,9 @@ class _Function(_Strict):
     strict: bool | None = None
 
 
-class _Tool(_Strict):
+class Tool(_Strict):
+    """A function that may be called."""
+
     type: Literal["function"]
     function: _Function
 
@@ -180,7 +182,9 @@ class _NamedTool(_Strict):
     function: _NamedFunction
 
 
-class _Message(_Strict):
+class Message(_Strict):
+    """A message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
@@ -203,8 +207,8 @@ class _Message(_Strict):
         return said
 
 
-_Token = Annotated[int, Field(ge=0, lt=2**31)]
-_TokenPrompt = Annotated[list[_Token], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
 _Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 _Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 _NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -213,7 +217,19 @@ _StopText = Annotated[str, Field(min_length=1)]
 _StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
 
 
-class ApiRequest(_Strict):
+class CleanBody(_Strict):
+    """A body in which null is as if it were left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        try:
+            return _cleaned(body)
+        except RecursionError as error:
+            raise ApiError(400, "the body is nested too deeply: send it flat") from error
+
+
+class ApiRequest(CleanBody):
     """What both kinds of requests have."""
 
     model: str
@@ -229,7 +245,7 @@ class ApiRequest(_Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[int, _Bias], BeforeValidator(_biases), Field(max_length=1024)] | None = None
     stop: _StopTexts | None = None
-    stop_token_ids: Annotated[list[_Token], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     bad_words: Annotated[list[str], BeforeValidator(_listed), Field(max_length=MAX_STOP)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -248,14 +264,6 @@ class ApiRequest(_Strict):
     guided_grammar: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[Any, _only(1)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        try:
-            return _cleaned(body)
-        except RecursionError as error:
-            raise ApiError(400, "the body is nested too deeply: send it flat") from error
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         """What is asked of the server for one choice, but for its seed.
@@ -372,7 +380,7 @@ class ApiRequest(_Strict):
 class ChatRequest(ApiRequest):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[_Int32, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
     store: Annotated[Any, _only(False)] = None
@@ -380,7 +388,7 @@ class ChatRequest(ApiRequest):
     logprobs: bool | None = None
     top_logprobs: _NumLogprobs | None = None
     modalities: Annotated[Any, _only(["text"])] = None
-    tools: Annotated[list[_Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, _only([])] = None

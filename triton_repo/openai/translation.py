@@ -7,7 +7,7 @@ from __future__ import annotations
 import secrets
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from ssv.triton_repo.openai.logprobs import Token, chat_logprobs, completion_log
 from ssv.triton_repo.openai.schema import ApiRequest
 
 _ID_LETTERS = string.ascii_letters + string.digits
+DEFAULT_TIER = "premium"
+"""What a model's name without a suffix stands for, and a request that says nothing."""
+
 _FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
 
@@ -36,6 +39,8 @@ class Models:
         created: Unix time.
         has_heads: whether it can be decoded by Medusa's heads.
         tool_form: in which the model calls functions.
+        bounds: largest divergence that each lossy tier is calibrated to; None where nobody measured it.
+        max_length: tokens of prompt and output together; None where nobody knows.
     """
 
     name: str
@@ -43,9 +48,11 @@ class Models:
     created: int
     has_heads: bool = False
     tool_form: Form = "smollm2"
+    bounds: Mapping[str, float | None] = field(default_factory=dict)
+    max_length: int | None = None
 
     @classmethod
-    def of_bundle(cls, bundle: Path) -> Models:
+    def of_bundle(cls, bundle: Path, max_length: int | None = None) -> Models:
         """Reads the manifest and the chat template.
 
         Raises:
@@ -55,7 +62,9 @@ class Models:
         manifest = read_manifest(bundle, verify=False)
         form = form_of(read_chat_template(bundle / "tokenizer"))
         created = int((bundle / MANIFEST_NAME).stat().st_mtime)
-        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None, form)
+        bounds = {name: entry.divergence_bound for name, entry in manifest.tiers.items() if not entry.lossless}
+        name, tiers, has_heads = manifest.name, tuple(manifest.tiers), manifest.heads is not None
+        return cls(name, tiers, created, has_heads, form, bounds, max_length)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -94,7 +103,10 @@ class Models:
         return [self.entry(name) for name in (self.name, *(f"{self.name}:{tier}" for tier in self.tiers))]
 
     def entry(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv"}
+        method = self.method_of(model) or DEFAULT_TIER
+        how = {"tier": method, "lossless": method not in self.bounds, "divergence_bound": self.bounds.get(method, 0.0)}
+        about = {"max_model_len": self.max_length, "ssv": how}
+        return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv", **about}
 
 
 @dataclass

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ import numpy as np
 import pytest
 from certificates import self_signed
 from cryptography.x509 import DNSName, GeneralName, IPAddress
-from openai import APIError, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from lettered import lettered
+from openai import APIError, AuthenticationError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from starlette.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
@@ -34,15 +36,18 @@ from ssv.bundle.policy import Policy
 from ssv.client.triton import Reply, ServerError, Settings, request_inputs
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.request import RequestError
+from ssv.runtime.serving.access_keys import AccessKeyError, access_keys
 from ssv.runtime.serving.intake import Intake, Limits
+from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.runtime.tools import call_grammar
 from ssv.triton_repo.openai import access_log
 from ssv.triton_repo.openai import app as openai_api
 from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.tokens import Tokens
 from ssv.triton_repo.openai.translation import Models
 
-MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
+MODELS = Models("tiny", ("premium", "turbo"), 1700000000, bounds={"turbo": 0.05}, max_length=512)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
@@ -516,9 +521,13 @@ def test_models_are_the_name_and_its_tiers() -> None:
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [entry["id"] for entry in listed["data"]] == ["tiny", "tiny:premium", "tiny:turbo"]
-    assert listed["data"][0] == {"id": "tiny", "object": "model", "created": 1700000000, "owned_by": "ssv"}
-    for name in ("tiny", "tiny:turbo", "tiny:speculative"):
-        assert client.get(f"/v1/models/{name}").json() == {**listed["data"][0], "id": name}
+    about = {"object": "model", "created": 1700000000, "owned_by": "ssv", "max_model_len": 512}
+    lossless = {"tier": "premium", "lossless": True, "divergence_bound": 0.0}
+    assert listed["data"][0] == {"id": "tiny", **about, "ssv": lossless}
+    lossy = {"tier": "turbo", "lossless": False, "divergence_bound": 0.05}
+    assert listed["data"][2] == {"id": "tiny:turbo", **about, "ssv": lossy}
+    for name, how in (("tiny", lossless), ("tiny:turbo", lossy), ("tiny:eagle", {**lossless, "tier": "eagle"})):
+        assert client.get(f"/v1/models/{name}").json() == {"id": name, **about, "ssv": how}
     assert error_of(client.get("/v1/models/huge"), 404)["code"] == "model_not_found"
     assert openai_of(FakeBackend()).models.retrieve("tiny:turbo").id == "tiny:turbo"
     assert [model.id for model in openai_of(FakeBackend()).models.list()] == ["tiny", "tiny:premium", "tiny:turbo"]
@@ -1854,3 +1863,120 @@ def test_the_process_speaks_tls_on_both_sides(bundle: Path, tmp_path: Path, name
         process.kill()
         process.communicate()
         server.stop()
+
+
+# Keys, browsers, token ids.
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/tokenize", "/metrics", "/version", "/other"])
+def test_a_key_is_asked_for(path: str, lines: list[dict[str, Any]]) -> None:
+    client = client_of(FakeBackend(), keys=["first", "second"])
+    for given in ("", "first", "Bearer", "Bearer firs", "Bearer first2", "Basic first", "Bearer \u00e9"):
+        headers = {"Authorization": given.encode("latin-1")} if given else {}
+        response = client.get(path, headers=headers)
+        error = error_of(response, 401)
+        assert (error["code"], response.headers["WWW-Authenticate"]) == ("invalid_api_key", "Bearer")
+        assert lines[-1]["status"] == 401 and lines[-1]["code"] == "invalid_api_key"
+    for key in ("first", "second"):
+        assert client.get(path, headers={"Authorization": f"bearer {key}"}).status_code != 401
+
+
+def test_who_watches_needs_no_key_and_the_openai_package_sends_its_own() -> None:
+    backend = FakeBackend()
+    http = client_of(backend, keys=["first"])
+    assert http.get("/health").status_code == http.get("/live").status_code == 200
+    asked: Any = {"model": "tiny", "messages": MESSAGES}
+    OpenAI(base_url="http://testserver/v1", api_key="first", http_client=http).chat.completions.create(**asked)
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url="http://testserver/v1", api_key="no", http_client=http).chat.completions.create(**asked)
+    assert backend.num_calls == 1
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    assert access_keys(file, {"SSV_API_KEY": "three"}) == ("one", "two")
+    assert access_keys(None, {"SSV_API_KEY": "three"}) == ("three",)
+    assert access_keys(None, {}) == access_keys(None, {"SSV_API_KEY": ""}) == ()
+    for text, says in (("", "has no key"), ("a b", "no client can send"), ("\u00e9", "no client can send")):
+        file.write_text(text)
+        with pytest.raises(AccessKeyError, match=says):
+            access_keys(file, {})
+    with pytest.raises(AccessKeyError, match="cannot be read"):
+        access_keys(tmp_path / "none", {})
+
+
+def test_browsers_are_told_whose_pages_may_ask() -> None:
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    ask["Access-Control-Request-Headers"] = "authorization,content-type"
+    client = client_of(FakeBackend(), keys=["key"], allowed_origins=["https://a.example"])
+    allowed = client.options("/v1/chat/completions", headers=ask)
+    assert allowed.status_code == 200
+    assert allowed.headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["Access-Control-Allow-Headers"].lower()
+    answer = client.get("/v1/models", headers={"Origin": "https://a.example", "Authorization": "Bearer key"})
+    assert answer.headers["Access-Control-Expose-Headers"] == "X-Request-Id"
+    refused = client.options("/v1/chat/completions", headers=ask | {"Origin": "https://b.example"})
+    assert refused.status_code == 400 and "Access-Control-Allow-Origin" not in refused.headers
+    assert "Access-Control-Allow-Origin" not in client_of(FakeBackend()).get("/v1/models", headers=ask).headers
+
+
+def test_the_version_is_told() -> None:
+    assert client_of(FakeBackend()).get("/version").json() == {"version": version("ssv")}
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    inner = lettered().inner
+    inner.backend.save(str(folder / "tokenizer.json"))
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    manifest = Manifest(
+        name="tiny",
+        target={"vocab_size": 20},
+        draft={},
+        eos_token_ids=[0],
+        default_precision="fp32",
+        tiers={},
+        files={},
+        sources={},
+        versions={},
+    )
+    write_manifest(tmp_path, manifest)
+    return Tokens(tmp_path, 512)
+
+
+def test_texts_become_token_ids_and_back(tokens: Tokens) -> None:
+    client = client_of(FakeBackend(), tokens=tokens)
+    expected = list(lettered().encode("ab: c"))
+    body = client.post("/tokenize", json={"model": "tiny", "prompt": "ab: c", "return_token_strs": True}).json()
+    assert body == {"count": len(expected), "max_model_len": 512, "tokens": expected, "token_strs": body["token_strs"]}
+    assert "".join(body["token_strs"]) == "ab: c"
+    assert client.post("/detokenize", json={"tokens": [*expected, 0]}).json() == {"prompt": "ab: c<end>"}
+    chat_ids = client.post("/tokenize", json={"messages": [{"role": "user", "content": "ab"}]}).json()["tokens"]
+    assert chat_ids == list(lettered().encode("ab:"))
+    assert client.post("/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
+        ("/tokenize", {"prompt": ""}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": " "}]}, "messages"),
+        ("/tokenize", {"prompt": "a", "unknown": 1}, "unknown"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused(tokens: Tokens, path: str, body: dict[str, Any], param: str) -> None:
+    assert error_of(client_of(FakeBackend(), tokens=tokens).post(path, json=body), 400)["param"] == param
+
+
+def test_metrics_are_those_of_all_processes(tmp_path: Path) -> None:
+    Metrics(tmp_path, "openai").refused("full")
+    text = client_of(FakeBackend(), reader=Reader(tmp_path)).get("/metrics").text
+    assert 'ssv_requests_refused{reason="full"} 1' in text
