@@ -44,22 +44,22 @@ def grammar_of(kind: str, guide: str = "") -> str:
     Raises:
         RequestError: it is of no such form, asks for what is not supported, or llguidance is not installed.
     """
-    matcher = _library().LLMatcher
-    if kind == "json":
-        grammar = matcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_STYLE)
-    elif kind == "json_schema":
-        grammar = matcher.grammar_from_json_schema(_schema(guide), defaults=JSON_STYLE)
-    elif kind == "regex":
-        grammar = matcher.grammar_from_regex(guide)
-    elif kind == "choice":
-        grammar = matcher.grammar_from_lark(f"start: {' | '.join(json.dumps(text) for text in _texts(guide))}")
-    elif kind == "ebnf_grammar":
-        try:
-            grammar = _library().grammar_from("grammar", guide)
-        except ValueError as error:
-            raise RequestError(f"the grammar cannot be read: {error}", "give Lark's form, or GBNF") from error
-    else:
+    if kind not in KINDS:
         raise RequestError(f"{kind!r} is no form of an output; known: {', '.join(KINDS)}")
+    matcher = _library().LLMatcher
+    try:
+        if kind == "json":
+            grammar = matcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_STYLE)
+        elif kind == "json_schema":
+            grammar = matcher.grammar_from_json_schema(_schema(guide), defaults=JSON_STYLE)
+        elif kind == "regex":
+            grammar = matcher.grammar_from_regex(guide)
+        elif kind == "choice":
+            grammar = matcher.grammar_from_lark(f"start: {' | '.join(json.dumps(text) for text in _texts(guide))}")
+        else:
+            grammar = _library().grammar_from("grammar", guide)
+    except ValueError as error:
+        raise RequestError(f"the {kind} of the output cannot be read: {' '.join(str(error).split())[:400]}") from error
     is_wrong, messages = matcher.validate_grammar_with_warnings(grammar)
     if is_wrong:
         raise RequestError(f"the {kind} of the output is not supported: {' '.join(messages[0].split())[:400]}")
@@ -219,7 +219,8 @@ class GrammarState:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the grammar was more than llguidance goes through at a token: nothing but an end is allowed then."""
+        """Whether the grammar was more than llguidance goes through at a token, or the vocabulary has no token that may
+        follow: nothing but an end is allowed then."""
         return self._has_failed
 
     def allowed(self, output: Sequence[int], path: Sequence[int]) -> TokenMask | None:
@@ -267,7 +268,12 @@ class GrammarState:
             self._places[path[: end + 1]] = place
         return place
 
-    def _mask(self, place: LLMatcher) -> TokenMask | None:
+    def _mask(self, place: LLMatcher) -> TokenMask:
         bits = np.frombuffer(place.compute_bitmask(), dtype=np.uint8)
+        if not bits.any():
+            bits = bits.copy()
+            for token in self._eos_ids:
+                bits[token >> 3] |= 1 << (token & 7)
+            self._has_failed = self._has_failed or place is self._places[()]
         self._note_failure()
-        return TokenMask(bits, self._vocab_size) if bits.any() else None
+        return TokenMask(bits, self._vocab_size)

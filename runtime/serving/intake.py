@@ -30,7 +30,6 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: clients that cannot send 0 send 1e-6."""
 
 LARGEST_SEED = 2**64 - 1
-DEFAULT_MAX_TOKENS = 256
 
 MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 256
 """Stop words, and bytes of each: they are looked for at every token."""
@@ -255,7 +254,7 @@ class Intake:
         if fields.get("exclude_input_in_output") is False:
             raise RequestError("exclude_input_in_output false is not supported: text_output never has the prompt")
         most = min(room, self._limits.max_tokens)
-        max_tokens = fields.get("max_tokens", min(DEFAULT_MAX_TOKENS, most))
+        max_tokens = fields.get("max_tokens", most)
         if max_tokens > most:
             raise RequestError(
                 f"max_tokens {max_tokens}: at most {most} are possible with this prompt "

@@ -9,7 +9,7 @@ A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:p
 for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
 
 What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows,
-and 16 tokens for /v1/completions; /v1/chat/completions takes the server's default for max_tokens. A negative seed
+and 16 tokens for /v1/completions; /v1/chat/completions takes as many as prompt and limits leave. A negative seed
 counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role "developer" is "system".
 
 A completion's prompt may be token ids, or several of either; each has `n` choices, one after the other. Choice k of a
@@ -19,7 +19,7 @@ changes, and of every token that it says, the last one included.
 Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
 ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout,
 seconds after which an answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the
-whole of it, or each choice's last chunk.
+whole of it, or each choice's last chunk. `divergence_bound` there is what the tier was calibrated to.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
@@ -190,7 +190,7 @@ def create_app(
     async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         access, caller = Access.of(request.scope), body.caller()
         asked = body.asked(models.tier_of(body), models.tool_form)
-        answer = Answer(body, asked, access, models.tool_form)
+        answer = Answer(body, asked, access, models)
         stream = bool(body.stream)
         access.begin(answer.id, asked[0][1].tier, stream)
 

@@ -146,14 +146,14 @@ class Answer:
     """
 
     def __init__(
-        self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access, form: Form = "smollm2"
+        self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access, models: Models
     ) -> None:
         """Begins an answer.
 
         Args:
             asked: of the server, for each choice.
-            form: in which the model calls functions.
         """
+        self._bounds = models.bounds
         self.access, self._model, self._is_chat, self._usage = access, body.model, body.caller().is_chat, body.usage()
         self._created, self._num_of_prompt = int(time.time()), body.n or 1
         self._logs = body.num_logprobs() is not None
@@ -162,7 +162,8 @@ class Answer:
         echoes = [(prompt if isinstance(prompt, str) else None) if self._echoes else "" for prompt, _ in asked]
         names = [tool["function"]["name"] for tool in body.callable_tools()]
         self._choices = [
-            _Choice(index, echo, CallParser(form, names) if names else None) for index, echo in enumerate(echoes)
+            _Choice(index, echo, CallParser(models.tool_form, names) if names else None)
+            for index, echo in enumerate(echoes)
         ]
 
     def take(self, index: int, reply: Reply) -> list[dict[str, Any]]:
@@ -202,7 +203,7 @@ class Answer:
             choice.calls.append(call)
         if reply.finish_reason:
             end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-            chunks.append(self._chunk(choice, end, _reason(choice), ssv=_disclosure([reply])))
+            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply])))
         return chunks
 
     def whole(self) -> dict[str, Any]:
@@ -217,13 +218,25 @@ class Answer:
             choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": _reason(choice)})
         kind = "chat.completion" if self._is_chat else "text_completion"
         replies = [choice.reply for choice in self._choices if choice.reply is not None]
-        return {**self._head(kind), "choices": choices, "usage": self._counted(), "ssv": _disclosure(replies)}
+        return {**self._head(kind), "choices": choices, "usage": self._counted(), "ssv": self._disclosure(replies)}
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks that a stream ends with, after those of its choices."""
         if not self._usage.include_usage:
             return []
         return [{**self._chunk_head(), "choices": [], "usage": self._counted()}]
+
+    def _disclosure(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """What was done for choices: they have one tier."""
+        judged = sum(reply.judged for reply in replies)
+        return {
+            "tier": replies[0].tier,
+            "lossless": all(reply.lossless for reply in replies),
+            "divergence_bound": 0.0 if replies[0].lossless else self._bounds.get(replies[0].tier),
+            "unverified_tokens": sum(reply.unverified for reply in replies),
+            "target_passes": sum(reply.target_passes for reply in replies),
+            "acceptance_rate": sum(reply.accepted for reply in replies) / judged if judged else 0.0,
+        }
 
     def _logged(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
         if not self._logs:
@@ -277,15 +290,3 @@ def _reason(choice: _Choice) -> str | None:
         return None
     reason = _FINISH_REASONS[choice.reply.finish_reason]
     return "tool_calls" if choice.calls and reason == "stop" else reason
-
-
-def _disclosure(replies: Sequence[Reply]) -> dict[str, Any]:
-    """What was done for choices: they have one tier."""
-    judged = sum(reply.judged for reply in replies)
-    return {
-        "tier": replies[0].tier,
-        "lossless": all(reply.lossless for reply in replies),
-        "unverified_tokens": sum(reply.unverified for reply in replies),
-        "target_passes": sum(reply.target_passes for reply in replies),
-        "acceptance_rate": sum(reply.accepted for reply in replies) / judged if judged else 0.0,
-    }

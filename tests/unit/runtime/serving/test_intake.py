@@ -19,7 +19,6 @@ from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.serving import intake as module
 from ssv.runtime.serving.intake import (
     _ELSEWHERE,
-    DEFAULT_MAX_TOKENS,
     LARGEST_SEED,
     Intake,
     Limits,
@@ -114,7 +113,7 @@ def test_defaults() -> None:
 
 def test_default_of_max_tokens_is_what_fits() -> None:
     roomy = Limits(max_length=4000, max_tokens=3000, max_prompt_bytes=1000)
-    assert prepare(make(roomy))[1].params.max_tokens == DEFAULT_MAX_TOKENS
+    assert prepare(make(roomy))[1].params.max_tokens == 3000
     assert prepare(make(Limits(40, 3000, 1000)))[1].params.max_tokens == 35
 
 

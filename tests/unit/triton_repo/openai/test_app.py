@@ -160,6 +160,7 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
         "ssv": {
             "tier": "turbo",
             "lossless": False,
+            "divergence_bound": 0.05,
             "unverified_tokens": 1,
             "target_passes": 2,
             "acceptance_rate": 0.75,
