@@ -19,7 +19,9 @@ def packages() -> list[str]:
 # Torch is asked for by version: without one, pip brings a build with several GB of CUDA packages along.
 TORCH = ["torch==2.13.0", "numpy<2", "safetensors"]
 TOKENIZER = ["transformers==5.23.0", "tokenizers", "jinja2"]
-SERVER = [*TORCH, *TOKENIZER, "tritonclient[grpc]", "psutil", "fastapi", "uvicorn", "aiohttp"]
+# Outputs of a given form; it brings nothing along.
+STRUCTURED = ["llguidance==1.9.1"]
+SERVER = [*TORCH, *TOKENIZER, *STRUCTURED, "tritonclient[grpc]", "psutil", "fastapi", "uvicorn", "aiohttp"]
 
 EXTRAS = {
     "runtime": [*TORCH, *TOKENIZER],
@@ -32,11 +34,13 @@ EXTRAS = {
     # What watches over a tritonserver that is there, and the OpenAI API before it; `serve` brings a tritonserver along.
     "server": SERVER,
     "serve": [*SERVER, "nvidia-pytriton==0.7.0"],
+    "structured": [*STRUCTURED],
     "plot": ["matplotlib"],
     # Comparisons need no torch: they ask servers.
     "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2", "prometheus-client"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
+        *STRUCTURED,
         "pytest",
         "pytest-xdist",
         "hypothesis",

@@ -20,6 +20,9 @@ from ssv.support.errors import UserError
 
 MODEL = "ensemble"
 
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A text, the messages of a conversation, each with "role" and "content", or token ids."""
+
 # What Triton puts before a message, and what our models do.
 _BEFORE = re.compile(r"^(in ensemble 'ensemble', |\[request id: [^\]]*\] )+")
 _STATUS = re.compile(r"^([A-Z_]+): (.*)$", re.DOTALL)
@@ -49,7 +52,11 @@ class Settings:
         tier: premium, balanced or turbo, or any other method of the bundle, for comparison: autoregressive, lookahead,
             prompt-lookup, suffix, medusa, specinfer, eagle or speculative.
         max_divergence: the fastest tier whose measured divergence stays below it, instead of `tier`.
-        chat: whether the prompt is a user's message, or a text to continue.
+        chat: whether a text is a user's message, or to be continued.
+        logprobs, prompt_logprobs: how many of the likeliest tokens stand beside each token of the output, or of the
+            prompt, with their log-probabilities; None for none of these.
+        tools: functions that the model may call, as OpenAI has them; of a conversation.
+        guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
     """
 
@@ -61,27 +68,37 @@ class Settings:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
+    guide: tuple[str, str] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool | None = None
     timeout: float | None = None
 
 
-def request_inputs(
-    prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, stream: bool
-) -> list[grpcclient.InferInput]:
+def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[grpcclient.InferInput]:
     """The tensors of a request.
-
-    Args:
-        prompt: a text, or the messages of a conversation, each with "role" and "content".
 
     Raises:
         UserError: a number that its type cannot hold.
     """
-    is_text = isinstance(prompt, str)
+    is_text, is_ids = isinstance(prompt, str), bool(prompt) and isinstance(prompt[0], int)
+    messages = None if is_text or is_ids else json.dumps(list(prompt), ensure_ascii=False)
+    bias = settings.logit_bias
     values: list[tuple[str, str, Any]] = [
         ("text_input", "BYTES", prompt if is_text else ""),
-        ("ssv_messages", "BYTES", None if is_text else json.dumps(list(prompt), ensure_ascii=False)),
+        ("ssv_messages", "BYTES", messages),
+        ("ssv_tools", "BYTES", json.dumps(list(settings.tools), ensure_ascii=False) if settings.tools else None),
+        ("input_ids", "INT32", list(prompt) if is_ids else None),
         ("ssv_chat", "BOOL", settings.chat if is_text else None),
         ("stream", "BOOL", stream),
         ("ssv_tier", "BYTES", settings.tier),
@@ -91,8 +108,19 @@ def request_inputs(
         ("temperature", "FP32", settings.temperature),
         ("top_k", "INT32", settings.top_k),
         ("top_p", "FP32", settings.top_p),
+        ("min_p", "FP32", settings.min_p),
+        ("repetition_penalty", "FP32", settings.repetition_penalty),
+        ("presence_penalty", "FP32", settings.presence_penalty),
+        ("frequency_penalty", "FP32", settings.frequency_penalty),
+        ("logit_bias", "BYTES", json.dumps(dict(bias)) if bias else None),
+        ("bad_words", "BYTES", list(settings.bad_words) or None),
+        ("guided_decoding_guide_type", "BYTES", settings.guide[0] if settings.guide else None),
+        ("guided_decoding_guide", "BYTES", settings.guide[1] if settings.guide else None),
         ("seed", "UINT64", settings.seed),
         ("stop_words", "BYTES", list(settings.stop) or None),
+        ("stop_token_ids", "INT32", list(settings.stop_token_ids) or None),
+        ("ssv_top_logprobs", "INT32", settings.logprobs),
+        ("ssv_prompt_logprobs", "INT32", settings.prompt_logprobs),
         ("ignore_eos", "BOOL", settings.ignore_eos),
         ("ssv_timeout", "FP32", settings.timeout),
     ]
@@ -155,7 +183,7 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         settings: Settings,
         *,
         request_id: str = "",
@@ -165,7 +193,6 @@ class Client:
         """Responses as they come; leaving the iteration cancels the request.
 
         Args:
-            prompt: see `request_inputs`.
             stream: False for one response, at the end.
             patience: seconds to wait for each response; None for as long as it takes.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,17 @@ import grpc
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from ssv.client.triton import MODEL, Reply, ServerError, Settings, read_reply, request_inputs, server_error, split_url
+from ssv.client.triton import (
+    MODEL,
+    Prompt,
+    Reply,
+    ServerError,
+    Settings,
+    read_reply,
+    request_inputs,
+    server_error,
+    split_url,
+)
 
 HEALTH_TIMEOUT = 2.0
 
@@ -41,7 +51,7 @@ class AsyncClient:
         )
 
     async def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+        self, prompt: Prompt, settings: Settings, *, request_id: str, stream: bool
     ) -> AsyncGenerator[Reply, None]:
         """Replies to a prompt, the last with a finish reason; closing the generator cancels the request.
 

@@ -182,18 +182,20 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         *,
         add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Text of a conversation; a `Said` if a message has some.
 
         Args:
             special_tokens: texts of those that have a name, such as "bos_token".
+            tools: descriptions of functions, as OpenAI has them.
 
         Raises:
             jinja2.TemplateError: it refuses the conversation.
         """
         return self._template.render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,

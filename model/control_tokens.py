@@ -57,11 +57,14 @@ class ConversationEncoder:
         self._ends = frozenset(end_tokens)
         self._variants: dict[tuple[Any, ...], Tokenizer] = {}
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content"; "tool_calls" and what else a template knows may be deeper.
+            tools: descriptions of functions for the template; None for none.
 
         Raises:
             ConversationError: a role is unknown, or a text cannot be written without a control token.
@@ -69,7 +72,16 @@ class ConversationEncoder:
         """
         for message in messages:
             check_role(message["role"])
-        return self.encode(self._render([_said(message) for message in messages], add_generation_prompt=True))
+        self._check_names([messages, tools])
+        more = {} if tools is None else {"tools": _said_by(tools, OTHERS)}
+        return self.encode(self._render([_said(message) for message in messages], add_generation_prompt=True, **more))
+
+    def _check_names(self, value: Any) -> None:
+        """Refuses control tokens in names of fields, which templates write where nobody follows them."""
+        for name in _names_in(value):
+            wrong = next((self._added[t].content for t in self._structure if self._added[t].content in name), None)
+            if wrong is not None:
+                raise ConversationError(f"a field's name has the control token {wrong!r}", "leave it out")
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of what a user says, without a template around it.
@@ -112,10 +124,14 @@ class ConversationEncoder:
     def _forbidden(self) -> dict[int, frozenset[int]]:
         """Tokens that must not arise where something was written, by who wrote it."""
         special = {token for token, entry in self._added.items() if entry.special or token in self._ends}
-        structure = structure_ids(self._added) | special
+        structure = self._structure
         around = (special | self._around_turns()) & structure
         inside = {token for token in structure if self._added[token].content in self._template}
         return {TEMPLATE: frozenset(), ASSISTANT: frozenset(around), OTHERS: frozenset(around | inside)}
+
+    @cached_property
+    def _structure(self) -> set[int]:
+        return structure_ids(self._added) | (self._ends & self._added.keys())
 
     @cached_property
     def _unknown(self) -> int | None:
@@ -225,10 +241,26 @@ def check_role(role: str) -> None:
         raise ConversationError(f"role {role!r} is unknown", f"give one of {', '.join(ROLES)}")
 
 
-def _said(message: Mapping[str, str]) -> dict[str, str]:
+def _said(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose texts know that a message said them; its role counts as the template's."""
     origin = ASSISTANT if message["role"] == "assistant" else OTHERS
-    return {key: str(value) if key == "role" else Said(value, origin) for key, value in message.items()}
+    return {key: str(value) if key == "role" else _said_by(value, origin) for key, value in message.items()}
+
+
+def _said_by(value: Any, origin: int) -> Any:
+    """The same value, whose texts know their origin."""
+    if isinstance(value, str):
+        return Said(value, origin)
+    if isinstance(value, Mapping):
+        return {key: _said_by(each, origin) for key, each in value.items()}
+    return [_said_by(each, origin) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _names_in(value: Any) -> set[str]:
+    """Names of all fields of a value."""
+    if isinstance(value, Mapping):
+        return {*value, *_names_in(list(value.values()))}
+    return set[str]().union(*map(_names_in, value)) if isinstance(value, list | tuple) else set()
 
 
 def structure_ids(added: Mapping[int, Any]) -> set[int]:

@@ -34,7 +34,7 @@ from ssv.runtime.engines.torch_engine import (
 )
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
-from ssv.runtime.request import Chunk, Output, Request, RequestError
+from ssv.runtime.request import Chunk, Output, Request, RequestError, TokenLogprobs
 from ssv.runtime.threads import ThreadCount
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.background import begun
@@ -64,6 +64,7 @@ class LLM:
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         costs: of steps here; None as long as nobody knows them (`know_costs`).
         pass_tokens, survival: see `DecodeBatch`.
+        grammars: over its vocabulary; None with a tokenizer that cannot say them.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class LLM:
         self.precision, self.place, self.threads = precision, place, threads
         self.costs, self.survival = costs, survival
         self._measures_costs = measures_costs
+        self.grammars = tokenizer.grammars(target.vocab_size, eos_token_ids)
         self._streaming = False
 
     @classmethod
@@ -390,6 +392,7 @@ class LLM:
             costs=self.know_costs() if priced else self.costs,
             survival=self.survival,
             heads=self.heads,
+            grammars=self.grammars,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 
@@ -399,13 +402,22 @@ class LLM:
         """Decodes requests and returns their outputs, in their order; see `stream`."""
         texts: list[list[str]] = [[] for _ in requests]
         tokens: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
+        prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
         outputs: list[Output | None] = [None] * len(requests)
         for chunk in self.stream(requests, prompt_cache=prompt_cache):
             texts[chunk.index].append(chunk.text)
             tokens[chunk.index].extend(chunk.token_ids)
+            logprobs[chunk.index].extend(chunk.logprobs)
+            prompt_logprobs[chunk.index].extend(chunk.prompt_logprobs)
             if chunk.finish_reason is not None:
                 outputs[chunk.index] = Output(
-                    "".join(texts[chunk.index]), tuple(tokens[chunk.index]), chunk.finish_reason, chunk.counters
+                    "".join(texts[chunk.index]),
+                    tuple(tokens[chunk.index]),
+                    chunk.finish_reason,
+                    chunk.counters,
+                    tuple(logprobs[chunk.index]),
+                    tuple(prompt_logprobs[chunk.index]),
                 )
         assert all(output is not None for output in outputs)
         return [output for output in outputs if output is not None]

@@ -16,6 +16,16 @@ MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
 """What is asked for becomes tensors of limited types."""
 
+MAX_PENALTY = 2.0
+"""OpenAI's, of presence and frequency."""
+
+MAX_REPETITION_PENALTY = 100.0
+MAX_LOGPROBS = 20
+"""OpenAI's, of the likeliest tokens that stand beside each token."""
+
+MAX_BIAS = 100.0
+"""OpenAI's: nothing is chosen that has so much less, and nothing else that has so much more."""
+
 
 class RequestError(UserError):
     """A request that cannot be served; the message says which setting and what is possible."""
@@ -29,12 +39,25 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
+        min_p: leaves out tokens less probable than so much of the likeliest one's; 0 keeps all.
+        repetition_penalty: what the logits of tokens that prompt or output have are divided by, or multiplied with
+            where they are below 0; 1 changes nothing.
+        presence_penalty: what is taken from the logits of tokens that the output has.
+        frequency_penalty: the same, times how often it has them.
+        logit_bias: tokens, and what is added to their logits.
+        bad_token_ids: sequences of tokens that the output must not have; of words, see `BundleTokenizer.word_ids`.
+        grammar: of the output, from `ssv.runtime.grammar.grammar_of`; None for any text.
         seed: of the request's own random numbers; the same request gives the same output whatever it is batched with.
         max_tokens: of the output.
-        min_tokens: end-of-sequence is not chosen before, and no stop string that these complete ends the output.
+        min_tokens: end-of-sequence and stop tokens are not chosen before, and no stop string that these complete ends
+            the output.
         stop: strings that end the output, which does not include them; one that is a special token's text is that
             token.
+        stop_token_ids: tokens that end the output as end-of-sequence does, of which its text has nothing.
         ignore_eos: go on after end-of-sequence, for benchmarks.
+        logprobs: the log-probability of each token of the output is wanted, and of so many of the likeliest tokens in
+            its place; None for none. A tier that trusts tokens computes theirs too, and keeps them until a pass.
+        prompt_logprobs: the same of the prompt's tokens but the first; none of them is taken from the prompt cache.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 
     Raises:
@@ -44,11 +67,21 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
     seed: int = 0
     max_tokens: int = 128
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     max_delay: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,10 +94,32 @@ class SamplingParams:
             raise RequestError(f"top_k {self.top_k} must be between 0 (keeps all tokens) and {MAX_COUNT}")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise RequestError(f"min_p {self.min_p} must be between 0 (keeps all tokens) and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= (value := getattr(self, name)) <= MAX_PENALTY:
+                raise RequestError(f"{name} {value} must be between {-MAX_PENALTY:g} and {MAX_PENALTY:g}")
+        if not 1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            raise RequestError(
+                f"repetition_penalty {self.repetition_penalty} must be between {1 / MAX_REPETITION_PENALTY:g} and "
+                f"{MAX_REPETITION_PENALTY:g}"
+            )
+        for token, bias in self.logit_bias:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise RequestError(f"logit_bias {bias} of token {token} must be between {-MAX_BIAS:g} and {MAX_BIAS:g}")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise RequestError("logit_bias has a token twice", "give each once")
+        if not all(self.bad_token_ids):
+            raise RequestError("bad_token_ids: an empty sequence is in every output")
         if not 1 <= self.max_tokens <= MAX_COUNT:
             raise RequestError(f"max_tokens {self.max_tokens} must be between 1 and {MAX_COUNT}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} must lie between 0 and max_tokens {self.max_tokens}")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos goes on where an output of a given form has ended", "leave one of them out")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise RequestError(f"{name} {value} must be between 0 and {MAX_LOGPROBS}")
         if isinstance(self.stop, str):
             raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
@@ -75,6 +130,15 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def named_tokens(self) -> dict[str, tuple[int, ...]]:
+        """Token ids that it names, by the setting that does."""
+        return {
+            "logit_bias": tuple(token for token, _ in self.logit_bias),
+            "stop_token_ids": self.stop_token_ids,
+            "bad_words": tuple(token for ids in self.bad_token_ids for token in ids),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +165,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The log-probability of a token under the target, before anything that the request changes.
+
+    Attributes:
+        top: the likeliest tokens in its place and theirs, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a request's output.
 
@@ -110,6 +187,8 @@ class Chunk:
         token_ids: new tokens.
         counters: of the whole request so far.
         finish_reason: set in the last chunk of a request.
+        logprobs: of the new tokens, if they were asked for.
+        prompt_logprobs: of the prompt's tokens but the first, in the first chunk, if they were asked for.
     """
 
     index: int
@@ -117,13 +196,17 @@ class Chunk:
     token_ids: tuple[int, ...]
     counters: Counters
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The whole output of a request."""
+    """The whole output of a request; log-probabilities as in `Chunk`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     counters: Counters
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

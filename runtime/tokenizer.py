@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssv.model.control_tokens import ConversationEncoder, ConversationError, check_role
+from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.text import TextStream
+from ssv.runtime.tools import knows_tools, told_in_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,30 +79,36 @@ class BundleTokenizer:
         before: list[int] = next((whole[:n] for n in range(added + 1) if whole[n : n + len(own)] == own), [])
         return tuple(own if own[: len(before)] == before else [*before, *own])
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, up to where the assistant answers.
 
         The control tokens are the template's alone: written in a message, in whatever way, they are text; which tokens
         those are, says `ssv.model.control_tokens`.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content"; an assistant's may have "tool_calls".
+            tools: descriptions of functions, as OpenAI has them. A template that knows none is told in the messages'
+                texts (`ssv.runtime.tools`).
 
         Raises:
             RequestError: there is none, the last is empty, one is no text, a role is unknown, or the template refuses
                 them.
         """
-        if not messages or not messages[-1]["content"].strip():
+        last = messages[-1] if messages else {}
+        if not (last and (last["content"].strip() or last.get("tool_calls") or last["role"] == "tool")):
             raise RequestError("the prompt is empty")
-        for message in messages:
-            for value in message.values():
-                _check_text(value)
+        _check_texts([list(messages), tools])
+        template = getattr(self.inner, "chat_template", None)
+        if (tools or any("tool_calls" in message for message in messages)) and not knows_tools(template):
+            messages, tools = told_in_texts(messages, tools), None
         try:
             if self._encoder is None:
                 for message in messages:
                     check_role(message["role"])
                 return tuple(self.inner.encode(self._render(messages), add_special_tokens=False))
-            return tuple(self._encoder.chat_ids(messages))
+            return tuple(self._encoder.chat_ids(messages, tools))
         except ConversationError as error:
             raise RequestError(error.what, error.cure) from error
 
@@ -110,6 +118,16 @@ class BundleTokenizer:
             # The library leaves out what is marked as special.
             token_ids = [token for token in token_ids if token not in self._special()]
         return self.inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for in a text, which may be part of a character; a special token's own name."""
+        if self._backend is None:
+            return str(self.inner.decode([token])).encode()
+        return bytes(self.inner.token_bytes(token))
+
+    def grammars(self, vocab_size: int, eos_ids: Sequence[int]) -> Grammars | None:
+        """Grammars of outputs; None of a tokenizer that is not the library's."""
+        return None if self._backend is None else Grammars(self._backend.to_str, vocab_size, eos_ids)
 
     def text_stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> TextStream:
         """The text of a request's output."""
@@ -129,6 +147,20 @@ class BundleTokenizer:
             return frozenset()
         return frozenset(token for token, text in self._special().items() if text in wanted)
 
+    def word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words, as they are written at the beginning of a text and after a space: what an output must
+        not have (`SamplingParams.bad_token_ids`). A word may be written in yet other tokens, which nobody sees to.
+
+        Raises:
+            RequestError: one is no text.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            _check_text(word)
+            for text in (word, f" {word.lstrip()}"):
+                found[tuple(self.inner.encode(text, add_special_tokens=False))] = None
+        return tuple(ids for ids in found if ids)
+
     def context(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The end of a prompt that its continuation's text depends on.
 
@@ -145,11 +177,11 @@ class BundleTokenizer:
 
     # --- control tokens ---------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **more: Any) -> str:
         try:
             return str(
                 self.inner.apply_chat_template(
-                    list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+                    list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **more
                 )
             )
         except Exception as error:  # whatever the template's author lets it raise
@@ -176,6 +208,17 @@ class BundleTokenizer:
             except RequestError:
                 self._answer_begins = ()
         return self._answer_begins
+
+
+def _check_texts(value: Any) -> None:
+    """Checks all texts of a value, wherever they stand."""
+    if isinstance(value, str):
+        _check_text(value)
+    elif isinstance(value, Mapping):
+        _check_texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_texts(each)
 
 
 def _check_text(text: str) -> None:

@@ -85,8 +85,25 @@ class FileTokenizer:
         texts = [text for text in map(self.backend.id_to_token, kept) if text is not None]
         return str(self.backend.decoder.decode(_whole_characters(texts)))
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for: its bytes in a text, a special token's own; nothing of one that is not known."""
+        text = self.backend.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._added_ids:
+            return text.encode()
+        if self._is_byte_level:
+            return b"".join(_BYTE_OF[char] if char in _BYTE_OF else char.encode() for char in text)
+        if (match := _BYTE.fullmatch(text)) is not None and token in self._byte_tokens:
+            return bytes([int(match[1], 16)])
+        return text.replace("\u2581", " ").encode()
+
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, tokenize: bool = False
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Text of a conversation.
 
@@ -97,7 +114,9 @@ class FileTokenizer:
             jinja2.TemplateError: it does not compile, or refuses the conversation.
         """
         assert not tokenize, "the text is to be encoded without special tokens"
-        return self._template.render(conversation, self.special_tokens, add_generation_prompt=add_generation_prompt)
+        return self._template.render(
+            conversation, self.special_tokens, add_generation_prompt=add_generation_prompt, tools=tools
+        )
 
     @cached_property
     def _byte_tokens(self) -> frozenset[int]:
@@ -107,6 +126,15 @@ class FileTokenizer:
             return frozenset()
         ids = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         return frozenset(token for token in ids if token is not None)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = self.backend.decoder
+        return decoder is not None and "ByteLevel" in decoder.__getstate__().decode()
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -122,6 +150,16 @@ class FileTokenizer:
         return ChatTemplate(self.chat_template)
 
 
+def _byte_characters() -> dict[str, bytes]:
+    """The characters that byte-level tokenizers write bytes as: printable ones as themselves, the others from U+0100 on
+    (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    codes = {byte: byte for byte in printable} | {byte: 256 + n for n, byte in enumerate(others)}
+    return {chr(code): bytes([byte]) for byte, code in codes.items()}
+
+
+_BYTE_OF = _byte_characters()
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -140,6 +178,15 @@ def _whole_characters(tokens: Sequence[str]) -> list[str]:
                 break
         found += run
     return found
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder with a tokenizer; None if there is none.
+
+    Raises:
+        TokenizerFileError: a file is damaged.
+    """
+    return _read_template(folder, _read_config(folder / "tokenizer_config.json"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

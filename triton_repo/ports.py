@@ -48,7 +48,7 @@ class Port:
 
 def _asked() -> tuple[Port, ...]:
     """What a client may send. Nothing is required of Triton: `preprocessing` says what lacks."""
-    sizes = dict.fromkeys(intake.STRING_LISTS, -1)
+    sizes = dict.fromkeys((*intake.STRING_LISTS, *intake.TOKEN_LISTS), -1)
     return tuple(Port(name, intake.input_type(name), sizes.get(name, 1), "", True) for name in intake.declared_inputs())
 
 

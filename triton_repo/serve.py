@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from ssv.bundle.manifest import read_manifest, unused_files, verify_files
 from ssv.bundle.policy import Policy
 from ssv.runtime.methods import policy_for
+from ssv.runtime.serving.access_keys import access_keys
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.log import log_to_stderr
 from ssv.support.background import begun
@@ -78,6 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-port", type=int, default=8002, help="of what Prometheus reads (default: 8002)")
     parser.add_argument("--openai-port", type=int, help="of the OpenAI API (default: it is not served)")
     parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="has a key a line; the OpenAI API asks for one of them (default: the key of SSV_API_KEY, or none is asked "
+        "for)",
+    )
+    parser.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages browsers let ask the OpenAI API, or * (default: none)",
+    )
+    parser.add_argument(
         "--ab",
         type=Path,
         metavar="FILE.yaml",
@@ -131,6 +146,7 @@ def _run(args: argparse.Namespace) -> int:
     from ssv.triton_repo.supervisor import Place, Supervisor
 
     check_tls(args.tls_cert, args.tls_key)
+    access_keys(args.api_key_file)
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
@@ -138,6 +154,7 @@ def _run(args: argparse.Namespace) -> int:
         place.boards.mkdir()
         config = _config(args)
         check_machine(config, manifest)
+        args.max_model_len = config.limits(manifest).max_length
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
         sockets = listen(args.host, args.tls_cert is not None, args)
         with waiting(f"checking {args.bundle}"):

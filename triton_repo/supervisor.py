@@ -210,6 +210,11 @@ class Supervisor:
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
         command = [sys.executable, "-m", "ssv.triton_repo.openai.app", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
+        command += ["--max-length", str(args.max_model_len)]
+        if args.api_key_file is not None:
+            command += ["--api-key-file", str(args.api_key_file)]
+        if args.allowed_origins:
+            command += ["--allowed-origins", *args.allowed_origins]
         environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}
         self._openai = subprocess.Popen(bound(command), env=environment, start_new_session=True)  # noqa: S603
 

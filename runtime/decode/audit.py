@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ssv.runtime.decode.sampling import Sampling, choose, scores, without_tokens
+from ssv.runtime.decode.logits_processor import Columns, Edit, LogitsProcessor, processed
+from ssv.runtime.decode.sampling import Sampling, choose, scores
 from ssv.runtime.engines.contract import Engine
 from ssv.runtime.request import SamplingParams
 
@@ -43,22 +44,22 @@ class RunningAudit:
         chunk: int,
         *,
         params: SamplingParams = _GREEDY,
-        eos_ids: Sequence[int] = (),
+        processor: Callable[[], LogitsProcessor | None] = lambda: None,
     ) -> None:
         """Args:
         chunk: tokens of a step.
         params: what the output was asked for with.
-        eos_ids: what the target could not choose among the first `min_tokens` of the output.
+        processor: makes what the request changed of the target's logits, where nothing has been said.
         """
-        self._params, self._eos = params, torch.tensor(list(eos_ids), dtype=torch.long)
-        self._banned = len(prompt_ids) - 1 + params.min_tokens
-        self.num_tokens = len(output_ids)
+        self._params, self._new_processor = params, processor
+        self.num_tokens, self._num_prompt = len(output_ids), len(prompt_ids)
         self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
         self.restart()
 
     def restart(self) -> None:
         """Begins again, in whatever row comes next."""
         self._done = self._strict = self._margin = 0
+        self._processor = self._new_processor()
 
     def step(self, target: Engine, row: int) -> Audit | None:
         """Runs the next chunk, in the row of the one before; returns what was found when that was the last."""
@@ -66,13 +67,17 @@ class RunningAudit:
         rows_R = torch.arange(min(max(self._first, start), stop), stop)
         at = torch.tensor([start], dtype=torch.int32)
         out = target.step(self._tokens[None, start:stop], at, rows_R - start, first_row=row)
-        logits_RV = out.logits_RV
-        if len(rows_R) and start < self._banned and len(self._eos):
-            logits_RV = without_tokens(logits_RV, rows_R < self._banned, self._eos)
         if len(rows_R):
-            self._compare(logits_RV, rows_R + 1)
+            self._compare(processed(out.logits_RV, self._edits(rows_R.tolist()), Columns()), rows_R + 1)
         self._done = stop
         return Audit(self._strict, self._margin) if stop == len(self._tokens) - 1 else None
+
+    def _edits(self, rows: Sequence[int]) -> list[Edit | None]:
+        """What the request changed of the logits behind some of its tokens."""
+        if self._processor is None:
+            return []
+        tokens = self._tokens.tolist()
+        return [self._processor.edit(tokens[: row + 1], (), row + 1 - self._num_prompt) for row in rows]
 
     def _compare(self, logits_RV: Tensor, position_R: Tensor) -> None:
         """Counts the tokens, at some places of the text, that are not what the logits choose there."""

@@ -145,7 +145,7 @@ class Growth:
         more.
         """
         found = {self.candidates[i].guess.token: i for i in self._found_behind(parent)}
-        if found:
+        if found and guesses:  # a grammar may leave a draft none
             said = {guess.token: guess.share for guess in guesses}
             first = guesses[0]
             for token, i in found.items():
@@ -177,6 +177,14 @@ class Growth:
             return 1.0, 0
         found = self.candidates[candidate]
         return found.survival, found.depth
+
+    def text(self, candidate: int) -> list[int]:
+        """The tokens of the path to a candidate, its own last; none for ROOT."""
+        tokens = []
+        while candidate != ROOT:
+            tokens.append(self.candidates[candidate].guess.token)
+            candidate = self.candidates[candidate].parent
+        return tokens[::-1]
 
     def _next(self, level: Sequence[int]) -> list[int]:
         """Those of the last level that get children."""

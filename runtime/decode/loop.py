@@ -48,8 +48,9 @@ class Running:
             counters.emitted += 1
             counters.first_token_s = counters.first_token_s or time.monotonic() - self.arrived
             taken.append(token)
-            if token in eos_token_ids and not params.ignore_eos:
-                self.finish_reason = "stop"
+            if (token in eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+                has_failed = self.row.processor is not None and self.row.processor.has_failed
+                self.finish_reason = "length" if has_failed else "stop"
                 break
             unsaid.append(token)
             if params.stop and self.text is not None:
@@ -65,7 +66,7 @@ class Running:
             texts.append(self.text.push(*unsaid))
         if self.finish_reason is not None:
             return self._last(texts, taken)
-        return Chunk(self.index, "".join(texts), tuple(taken), self.row.counters) if taken else None
+        return self._chunk(texts, taken) if taken else None
 
     def end(self, reason: FinishReason) -> Chunk:
         """Ends the request where it is."""
@@ -78,7 +79,15 @@ class Running:
             if self.text.stopped:  # a stop string before half a character shows only now
                 self.finish_reason = "stop"
         self.row.counters.total_s = time.monotonic() - self.arrived
-        return Chunk(self.index, "".join(texts), tuple(taken), self.row.counters, self.finish_reason)
+        return self._chunk(texts, taken)
+
+    def _chunk(self, texts: Sequence[str], taken: Sequence[int]) -> Chunk:
+        row = self.row
+        logprobs, prompt_logprobs = tuple(row.logprobs[: len(taken)]), tuple(row.prompt_logprobs)
+        del row.logprobs[: len(taken)], row.prompt_logprobs[:]
+        return Chunk(
+            self.index, "".join(texts), tuple(taken), row.counters, self.finish_reason, logprobs, prompt_logprobs
+        )
 
 
 class DecodeLoop:

@@ -30,16 +30,22 @@ from ssv.runtime.decode.choice import check_chosen, choices, scaled
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
+from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
-from ssv.runtime.decode.tree import Tree, branches_of
+from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.typical import judge
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk, walk_typical
 from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine
+from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
+
+MIN_JUMP = 3
+"""Tokens without a choice that are drafted by themselves. Fewer are left to the drafter, which goes on behind them."""
 
 _LACKING = {
     "model": ("this method needs a draft, and none is loaded",),
@@ -99,6 +105,7 @@ class DecodeBatch:
         costs: Costs | None = None,
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -109,12 +116,14 @@ class DecodeBatch:
         costs: of steps here, for policies that draft only what pays.
         survival: how far the draft's shares are to be trusted; None to take them as they are.
         heads: Medusa's, over the target's hidden states; None where none are loaded.
+        grammars: over the target's vocabulary; None where outputs cannot have one.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
+        self._columns, self._grammars = Columns(), grammars
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
@@ -125,8 +134,10 @@ class DecodeBatch:
         """Drafts in every row until it asks for a target pass."""
         limits = [self._most_pending(row) for row in self.rows]
         prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
-        for row in self.rows:
+        for b, row in enumerate(self.rows):
             row.tree = Tree()
+            if row.processor is not None and self._jump(row, limits[b]):
+                limits[b] = 0
         for drafter in self.drafters.values():
             own = [
                 limit if self.drafter_of(row) is drafter else 0 for row, limit in zip(self.rows, limits, strict=True)
@@ -134,12 +145,23 @@ class DecodeBatch:
             if any(own):
                 drafter.propose(self.rows, own, prices)
 
+    def _jump(self, row: Row, limit: int) -> bool:
+        """Has a row draft what its grammar leaves no choice for, if that is worth a pass by itself."""
+        assert row.processor is not None
+        if limit < MIN_JUMP or len(forced := row.processor.forced(row.tokens)[: min(limit, row.rest)]) < MIN_JUMP:
+            return False
+        for token in forced:
+            row.tree.add(token)
+        return True
+
     def release(self) -> list[list[int]]:
         """Pending tokens that may leave before the pass, by row: trusted, like every one before them."""
         released = []
         for row in self.rows:
             # The last token of the first path may have ended the output: the pass settles that.
             path, accept_below = row.tree.first_path[:-1], row.policy.accept_below
+            if row.params.logprobs is not None:
+                path = []  # the pass says how probable they are
             row.released = next((i for i, n in enumerate(path) if not row.tree.risks[n] < accept_below), len(path))
             released.append(row.first_path[: row.released])
         return released
@@ -150,22 +172,41 @@ class DecodeBatch:
         width = 1 + max(len(row.tree) for row in rows)
         judged = [judged_rows(row.tree, row.policy.accept_below) for row in rows]
         judged_at = [(b, j) for b, flags in enumerate(judged) for j, is_judged in enumerate(flags) if is_judged]
+        # Trusted tokens are not judged; their probabilities may be asked for all the same.
+        logged_at = [
+            (b, j)
+            for b, flags in enumerate(judged)
+            if rows[b].params.logprobs is not None
+            for j, is_judged in enumerate(flags)
+            if not is_judged
+        ]
+        gathered = judged_at + logged_at
         wanting = {drafter for row in rows if (drafter := self.drafter_of(row)) is not None}
         out = self.target.step(
             torch.tensor([row.unseen(width) for row in rows]),
             torch.tensor([row.target_length for row in rows], dtype=torch.int32),
-            torch.tensor([b * width + j for b, j in judged_at]),
+            torch.tensor([b * width + j for b, j in gathered]),
             branches=None if all(row.tree.is_chain for row in rows) else self._branches(),
             count_B=torch.tensor([len(row.tree) + 1 for row in rows], dtype=torch.int32),
             features_out=any(drafter.needs_features for drafter in wanting),
         )
         ahead = [(b, rows[b].tree.depths[j - 1] if j else 0) for b, j in judged_at]
-        all_chosen = iter(choices(rows, out.logits_RV, ahead, self.eos_ids, out.token_R))
+
+        def before(r: int) -> list[int]:
+            b, j = judged_at[r]
+            return rows[b].tree.text(j - 1)
+
+        logits_RV, token_R = out.logits_RV, out.token_R
+        if logged_at:
+            logits_RV, token_R = logits_RV[: len(judged_at)], token_R[: len(judged_at)] if token_R is not None else None
+        all_chosen = iter(choices(rows, logits_RV, ahead, self._columns, token_R, before))
         chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
-        verdicts = self._verdicts(judged, chosen, out.logits_RV)
+        verdicts = self._verdicts(judged, chosen, logits_RV)
         check_chosen([verdict.next_token for verdict in verdicts])
         if any(drafter.needs_hidden for drafter in wanting):
-            self._show_hidden(verdicts, dict(zip(judged_at, out.hidden_RH, strict=True)))
+            self._show_hidden(verdicts, dict(zip(gathered, out.hidden_RH, strict=True)))
+        if any(row.params.logprobs is not None for row in rows):
+            self._log(verdicts, dict(zip(gathered, out.logits_RV, strict=True)))
         return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
 
     def _verdicts(
@@ -178,7 +219,9 @@ class DecodeBatch:
             if rule is None or row.params.greedy:
                 verdicts.append(walk(tree, judged[b], chosen[b]))
             else:
-                x_JV = scaled(self.rows, logits_RV[at], [(b, depth) for depth in (0, *tree.depths)], self.eos_ids)
+                ahead = [(b, depth) for depth in (0, *tree.depths)]
+                before = [tree.text(node) for node in range(ROOT, len(tree))]
+                x_JV = scaled(self.rows, logits_RV[at], ahead, self._columns, before.__getitem__)
                 verdicts.append(walk_typical(tree, *judge(x_JV, tree, rule), chosen[b]))
             start = at.stop
         return verdicts
@@ -192,6 +235,20 @@ class DecodeBatch:
         for b, verdict in enumerate(verdicts):
             if (drafter := self.drafter_of(self.rows[b])) is not None and drafter.needs_hidden:
                 drafter.see(b, hidden_at[b, verdict.last + 1])
+
+    def _log(self, verdicts: Sequence[Verdict], logits_at: Mapping[tuple[int, int], Tensor]) -> None:
+        """Notes how probable the tokens of the verdicts are, of rows that ask for it.
+
+        Args:
+            logits_at: of each gathered row of the target, by row in use and row of its pass.
+        """
+        for b, (row, verdict) in enumerate(zip(self.rows, verdicts, strict=True)):
+            if (num_top := row.params.logprobs) is not None:
+                places = (0, *(node + 1 for node in verdict.path))
+                tokens = (*(row.tree.tokens[node] for node in verdict.path), verdict.next_token)
+                row.logprobs += [
+                    logprobs_of(logits_at[b, j], token, num_top) for j, token in zip(places, tokens, strict=True)
+                ]
 
     def _branches(self) -> Branches:
         """What roots and nodes see: a root stands in the slot behind its text, node n in the n-th behind it."""
@@ -248,6 +305,13 @@ class DecodeBatch:
             raise RequestError("the prompt is empty")
         if not all(0 <= token < self.target.vocab_size for token in prompt_ids):
             raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}")
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise RequestError("outputs cannot have a form here: no tokenizer's file is loaded")
+            self._grammars.prepare(params.grammar)
+        for name, tokens in params.named_tokens.items():
+            if (token := next((t for t in tokens if not 0 <= t < self.target.vocab_size), None)) is not None:
+                raise RequestError(f"{name}: token {token} is outside the vocabulary of {self.target.vocab_size}")
         if prompt_length + params.max_tokens > self.max_length:
             raise RequestError(
                 f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
@@ -280,10 +344,19 @@ class DecodeBatch:
         assert self._joining is None, "one row joins at a time"
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
+        row.processor = self.processor(row.params, prompt_ids)
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self.drafter_of(row)) is not None:
             drafter.begin()
         self._restore(self._joining)
+
+    def processor(self, params: SamplingParams, prompt_ids: Sequence[int]) -> LogitsProcessor | None:
+        """What a request that begins changes of its logits; None of one that changes nothing."""
+        grammar = None
+        if params.grammar is not None:
+            assert self._grammars is not None
+            grammar = self._grammars.begin(params.grammar)
+        return processor_of(params, prompt_ids, self.eos_ids.tolist(), grammar)
 
     @property
     def num_prefilled(self) -> int:
@@ -297,15 +370,21 @@ class DecodeBatch:
         row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
         drafter = self.drafter_of(row)
         start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
+        num_top = row.params.prompt_logprobs
         out = self.target.step(
             joining.ids_1T[:, start:stop],
             torch.tensor([start], dtype=torch.int32),
-            torch.tensor([stop - start - 1]),
+            torch.tensor([stop - start - 1] if num_top is None else list(range(stop - start))),
             features_out=drafter is not None and drafter.needs_features,
             first_row=b,
         )
         if drafter is not None:
             drafter.prefill(b, joining.ids_1T, start, stop, out.features_BTF)
+        if num_top is not None:
+            following = row.tokens[start + 1 : stop + 1]
+            row.prompt_logprobs += [
+                logprobs_of(logits_V, token, num_top) for logits_V, token in zip(out.logits_RV, following, strict=False)
+            ]
         joining.done = stop
         if stop - start == self.prefill_chunk:
             self._keep(joining, start, stop)
@@ -313,12 +392,14 @@ class DecodeBatch:
             return None
         self._joining = None
         self.rows.append(row)
-        (first,) = chosen = choices(self.rows, out.logits_RV, [(b, 0)], self.eos_ids)
+        (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns)
         check_chosen(chosen)
+        if row.params.logprobs is not None:
+            row.logprobs.append(logprobs_of(out.logits_RV[-1], first, row.params.logprobs))
         row.tokens.append(first)
         if drafter is not None:
             if drafter.needs_hidden:
-                drafter.see(b, out.hidden_RH[0])
+                drafter.see(b, out.hidden_RH[-1])
             drafter.join(b, row)
         row.last_commit = time.monotonic()
         return first
@@ -344,7 +425,7 @@ class DecodeBatch:
     def _restore(self, joining: _Joining) -> None:
         """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to
         give logits."""
-        if self.prompt_cache is None:
+        if self.prompt_cache is None or joining.row.params.prompt_logprobs is not None:
             return
         b, drafter = len(self.rows), self._caching(joining.row)
         for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):

@@ -11,9 +11,10 @@ import torch
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
+from ssv.runtime.decode.logits_processor import LogitsProcessor
 from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import asks_for_pass
-from ssv.runtime.request import SamplingParams
+from ssv.runtime.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -25,6 +26,9 @@ class Row:
         tokens: the text, prompt and output: those the target has seen, and one more that it has not, the root of the
             tree.
         tree: what is drafted behind it.
+        processor: of its logits; None where its request changes none.
+        logprobs, prompt_logprobs: of the output's and of the prompt's tokens, where the request asks for them, until
+            they leave.
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
     """
@@ -35,6 +39,9 @@ class Row:
     counters: Counters
     tokens: list[int] = field(default_factory=list)
     tree: Tree = field(default_factory=Tree)
+    processor: LogitsProcessor | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     draft_length: int = 0
     released: int = 0
     last_commit: float = 0.0
@@ -75,7 +82,8 @@ class Row:
 
     def ends(self, eos_ids: frozenset[int]) -> frozenset[int]:
         """The tokens that the output ends with."""
-        return frozenset() if self.params.ignore_eos else eos_ids
+        eos_ids = frozenset() if self.params.ignore_eos else eos_ids
+        return eos_ids.union(self.params.stop_token_ids) if self.params.stop_token_ids else eos_ids
 
     def asks_for_pass(self, limit: int, eos_ids: frozenset[int]) -> bool:
         """Whether it asks for a target pass now: by its policy, because its draft came to an end, or because its caller

@@ -217,11 +217,3 @@ def _selected(logits_RV: Tensor, x_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor)
     kept_RC = above_RC | (equal_RC & (token_RC <= last_R1))
     kept_x_RC = x_RV.gather(1, token_RC).where(kept_RC, -torch.inf)
     return torch.full_like(x_RV, -torch.inf).scatter_(1, token_RC, kept_x_RC)
-
-
-def without_tokens(logits_RV: Tensor, is_banned_R: Tensor, token_ids: Tensor) -> Tensor:
-    """Logits of which some rows, bool [R] on the CPU, cannot choose some tokens (columns, int64)."""
-    columns_V = torch.zeros(logits_RV.shape[1], dtype=torch.bool)
-    columns_V[token_ids] = True
-    banned_RV = is_banned_R[:, None] & columns_V
-    return logits_RV.masked_fill(banned_RV.to(logits_RV.device), -torch.inf)

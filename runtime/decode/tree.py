@@ -63,6 +63,10 @@ class Tree:
             node = self.parents[node]
         return path[::-1]
 
+    def text(self, node: int) -> list[int]:
+        """The tokens of the path to a node, its own last; none for ROOT."""
+        return [self.tokens[each] for each in self.path(node)]
+
     def child(self, node: int, token: int) -> int | None:
         """The child of a node (or of ROOT) that is a token."""
         for child in range(node + 1, len(self.tokens)):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ssv.bundle.manifest import Manifest
+from ssv.runtime.grammar import grammar_of, guide_of
 from ssv.runtime.methods import METHODS, NEEDS_HEADS, baselines, policy_for
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
@@ -29,13 +30,25 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: clients that cannot send 0 send 1e-6."""
 
 LARGEST_SEED = 2**64 - 1
-DEFAULT_MAX_TOKENS = 256
 
 MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 256
 """Stop words, and bytes of each: they are looked for at every token."""
 
-STRINGS = ("text_input", "ssv_messages", "sampling_parameters", "ssv_tier")
+MAX_NAMED_TOKENS = 1024
+"""Tokens that a request may name in each of its lists."""
+
+STRINGS = (
+    "text_input",
+    "ssv_messages",
+    "ssv_tools",
+    "sampling_parameters",
+    "logit_bias",
+    "guided_decoding_guide_type",
+    "guided_decoding_guide",
+    "ssv_tier",
+)
 STRING_LISTS = ("stop_words", "bad_words")
+TOKEN_LISTS = ("input_ids", "stop_token_ids")
 FLAGS = (
     "stream",
     "ignore_eos",
@@ -58,12 +71,15 @@ WHOLE_NUMBERS = (
     "random_seed",
     "end_id",
     "pad_id",
+    "ssv_top_logprobs",
+    "ssv_prompt_logprobs",
     "beam_width",
     "num_return_sequences",
 )
 NUMBERS = (
     "temperature",
     "top_p",
+    "min_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -71,8 +87,8 @@ NUMBERS = (
     "ssv_max_divergence",
     "ssv_timeout",
 )
-"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`: UINT64) and
-FP32 [1].
+"""Inputs of `ensemble`, by type: STRING [1], STRING [-1], INT32 [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`:
+UINT64) and FP32 [1].
 """
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -90,21 +106,24 @@ _ELSEWHERE = {
     "n": "num_return_sequences",
     "best_of": "num_return_sequences",
     "prompt": "text_input",
+    "prompt_token_ids": "input_ids",
     "inputs": "text_input",
     "messages": "ssv_messages",
     "stop": "stop_words",
     "max_completion_tokens": "max_tokens",
     "tier": "ssv_tier",
     "timeout": "ssv_timeout",
+    "response_format": "guided_decoding_guide_type",
+    "structured_outputs": "guided_decoding_guide_type",
+    "guided_json": "guided_decoding_guide",
+    "logprobs": "ssv_top_logprobs",
+    "prompt_logprobs": "ssv_prompt_logprobs",
 }
 # Settings that change the output and are not supported, and the value that changes nothing.
-_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _NEUTRAL: dict[str, Any] = {
-    **_PENALTIES,
     "length_penalty": 1.0,
     "beam_width": 1,
     "num_return_sequences": 1,
-    "return_log_probs": False,
     "return_context_logits": False,
     "return_generation_logits": False,
 }
@@ -112,15 +131,16 @@ _NEUTRAL: dict[str, Any] = {
 _VLLM_NEUTRAL: dict[str, Any] = {
     "n": 1,
     "best_of": 1,
-    "min_p": 0.0,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "include_stop_str_in_output": False,
     "detokenize": True,
-    "logprobs": 0,
-    "prompt_logprobs": 0,
 }
-_VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", *_PENALTIES)
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_VLLM = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", *_PENALTIES)
+_VLLM_NAMES = {"logprobs": "ssv_top_logprobs", "prompt_logprobs": "ssv_prompt_logprobs"}
+_VLLM_GUIDES = ("structured_outputs", "guided_decoding")
+_VLLM_LISTS = ("stop", "bad_words", "stop_token_ids", "logit_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +180,9 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         fields = json.loads(text)
         params = fields.pop("params")
-        return cls(params=SamplingParams(**{**params, "stop": tuple(params["stop"])}), **fields)
+        params |= {name: tuple(params[name]) for name in ("stop", "stop_token_ids")}
+        params |= {name: tuple(map(tuple, params[name])) for name in ("logit_bias", "bad_token_ids")}
+        return cls(params=SamplingParams(**params), **fields)
 
 
 class Intake:
@@ -204,12 +226,23 @@ class Intake:
 
     def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
+        if ids := fields.get("input_ids"):
+            if text or messages:
+                given = "text_input" if text else "ssv_messages"
+                raise RequestError(f"input_ids and {given} are both given", "give one of them")
+            if (token := next((t for t in ids if not 0 <= t < self._vocab_size), None)) is not None:
+                raise RequestError(f"input_ids: token {token} is outside the vocabulary of {self._vocab_size}")
+            return tuple(ids)
         if messages:
             if text:
                 raise RequestError("text_input and ssv_messages are both given", "give one of them")
-            return self._tokenizer.chat_ids(_messages(messages))
+            return self._tokenizer.chat_ids(_messages(messages), _tools(fields.get("ssv_tools", "")))
+        if fields.get("ssv_tools"):
+            raise RequestError("ssv_tools are of a conversation", "give it in ssv_messages, or leave them out")
         if "text_input" not in fields:
-            raise RequestError("text_input is missing", "give a prompt there, or a conversation in ssv_messages")
+            raise RequestError(
+                "text_input is missing", "give a prompt there, or in input_ids, or a conversation in ssv_messages"
+            )
         if fields.get("ssv_chat"):
             return self._tokenizer.chat_ids([{"role": "user", "content": text}])
         return self._tokenizer.encode(text)
@@ -218,12 +251,10 @@ class Intake:
         for name, neutral in _NEUTRAL.items():
             if fields.get(name, neutral) != neutral:
                 raise RequestError(f"{name} {fields[name]} is not supported", f"leave it out, or give {neutral}")
-        if any(fields.get("bad_words", ())):
-            raise RequestError("bad_words are not supported", "leave them out")
         if fields.get("exclude_input_in_output") is False:
             raise RequestError("exclude_input_in_output false is not supported: text_output never has the prompt")
         most = min(room, self._limits.max_tokens)
-        max_tokens = fields.get("max_tokens", min(DEFAULT_MAX_TOKENS, most))
+        max_tokens = fields.get("max_tokens", most)
         if max_tokens > most:
             raise RequestError(
                 f"max_tokens {max_tokens}: at most {most} are possible with this prompt "
@@ -236,25 +267,29 @@ class Intake:
         seed = fields.get("seed", fields.get("random_seed"))
         if seed != fields.get("random_seed", seed):
             raise RequestError(f"seed {seed} and random_seed {fields['random_seed']} are the same setting", "give one")
-        stop = tuple(word for word in fields.get("stop_words", ()) if word)
-        longest = max((len(word.encode()) for word in stop), default=0)
-        if len(stop) > MAX_STOP_WORDS or longest > MAX_STOP_BYTES:
-            raise RequestError(
-                f"{len(stop)} stop_words, the longest of {longest} bytes: at most {MAX_STOP_WORDS} of {MAX_STOP_BYTES} "
-                "bytes are taken"
-            )
         if seed is not None and not 0 <= seed <= LARGEST_SEED:
             raise RequestError(f"seed {seed} must be between 0 and {LARGEST_SEED}")
         top_k = fields.get("top_k", 0)
+        logprobs = fields.get("ssv_top_logprobs", 0 if fields.get("return_log_probs") else None)
         return SamplingParams(
             temperature=0.0 if 0 <= temperature < GREEDY_BELOW else temperature,
             top_k=0 if top_k == -1 else top_k,  # vLLM's "all"
             top_p=fields.get("top_p", 1.0),
+            min_p=fields.get("min_p", 0.0),
+            repetition_penalty=fields.get("repetition_penalty", 1.0),
+            presence_penalty=fields.get("presence_penalty", 0.0),
+            frequency_penalty=fields.get("frequency_penalty", 0.0),
+            logit_bias=_biases(fields.get("logit_bias", "")),
+            grammar=_grammar(fields),
+            bad_token_ids=self._tokenizer.word_ids(_words(fields, "bad_words")),
             seed=secrets.randbits(64) if seed is None else seed,
             max_tokens=max_tokens,
             min_tokens=min_tokens or min_length or 0,
-            stop=stop,
+            stop=_words(fields, "stop_words"),
+            stop_token_ids=_stop_token_ids(fields),
             ignore_eos=bool(fields.get("ignore_eos", False)) or self._never_ends(fields.get("end_id")),
+            logprobs=logprobs,
+            prompt_logprobs=fields.get("ssv_prompt_logprobs"),
         )
 
     def _never_ends(self, end_id: int | None) -> bool:
@@ -311,6 +346,8 @@ def _plain(name: str, tensor: np.ndarray) -> Any:
         if name in STRING_LISTS:
             return texts
         values = texts
+    if name in TOKEN_LISTS:
+        return values
     if len(values) != 1:
         raise RequestError(f"{name} has {len(values)} values, one is wanted")
     if name in NUMBERS:
@@ -335,14 +372,75 @@ def _text(name: str, value: bytes | str) -> str:
         raise RequestError(f"{name} is not valid UTF-8: byte {error.start} is {value[error.start]:#04x}") from error
 
 
-def _messages(text: str) -> list[dict[str, str]]:
+def _words(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Words of a list, without those that are empty."""
+    words = tuple(word for word in fields.get(name, ()) if word)
+    longest = max((len(word.encode()) for word in words), default=0)
+    if len(words) > MAX_STOP_WORDS or longest > MAX_STOP_BYTES:
+        raise RequestError(
+            f"{len(words)} {name}, the longest of {longest} bytes: at most {MAX_STOP_WORDS} of {MAX_STOP_BYTES} "
+            "bytes are taken"
+        )
+    return words
+
+
+def _stop_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    tokens = tuple(dict.fromkeys(fields.get("stop_token_ids", ())))
+    if len(tokens) > MAX_NAMED_TOKENS:
+        raise RequestError(f"{len(tokens)} stop_token_ids: at most {MAX_NAMED_TOKENS} are taken")
+    return tokens
+
+
+def _biases(text: str) -> tuple[tuple[int, float], ...]:
+    """What `logit_bias` says: a JSON object of token ids as texts, and numbers."""
+    if not text:
+        return ()
+    given = _json("logit_bias", text)
+    if not isinstance(given, dict):
+        raise RequestError('logit_bias must be a JSON object of token ids and numbers, as {"42": -1.5}')
+    if len(given) > MAX_NAMED_TOKENS:
+        raise RequestError(f"logit_bias of {len(given)} tokens: at most {MAX_NAMED_TOKENS} are taken")
+    tokens = (_cast("logit_bias", "token", token, int) for token in given)
+    biases = (_cast("logit_bias", "bias", bias, float) for bias in given.values())
+    return tuple(zip(tokens, biases, strict=True))
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
     messages = _json("ssv_messages", text)
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and set(m) == {"role", "content"} and all(isinstance(v, str) for v in m.values())
-        for m in messages
-    ):
-        raise RequestError('ssv_messages must be a JSON list of {"role": text, "content": text}')
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise RequestError(
+            'ssv_messages must be a JSON list of {"role": text, "content": text}, to which an assistant\'s may have '
+            '"tool_calls", and a tool\'s "tool_call_id" and "name"'
+        )
     return messages
+
+
+_OF_TOOLS = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls",)}
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+        return False
+    more = set(message) - {"role", "content"}
+    calls = message.get("tool_calls", [])
+    return (
+        more <= set(_OF_TOOLS.get(message["role"], ()))
+        and all(isinstance(message[name], str) for name in more - {"tool_calls"})
+        and isinstance(calls, list)
+        and all(isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls)
+    )
+
+
+def _tools(text: str) -> list[dict[str, Any]] | None:
+    if not text:
+        return None
+    tools = _json("ssv_tools", text)
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(function := tool.get("function"), dict) and "name" in function
+        for tool in tools
+    ):
+        raise RequestError('ssv_tools must be a JSON list of {"type": "function", "function": {"name": ...}}')
+    return tools or None
 
 
 def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> None:
@@ -360,6 +458,8 @@ def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> 
             raise RequestError(f"{name[:64]!r} is unknown", cure)
         if name in STRING_LISTS:
             value = [str(value)]
+        elif name in TOKEN_LISTS:
+            value = [_cast("parameters", name, value, int)]
         elif name in STRINGS:
             value = str(value)
         else:
@@ -387,18 +487,52 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
             if _cast("sampling_parameters", name, value, type(neutral)) != neutral:
                 raise RequestError(f"sampling_parameters: {name} {value!r} is not supported", "leave it out")
             continue
-        if name == "stop":
-            target, value = "stop_words", [value] if isinstance(value, str) else value
-            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-                raise RequestError("sampling_parameters: stop must be a text or a list of texts")
+        if name in _VLLM_GUIDES:
+            _merge_guide(fields, name, value)
+            continue
+        if name in _VLLM_LISTS:
+            target, value = _vllm_list(name, value)
+        elif name in _VLLM_NAMES:
+            target, value = _VLLM_NAMES[name], _cast("sampling_parameters", name, value, int)
         elif name in _VLLM:
             kind = bool if name in FLAGS else int if name in WHOLE_NUMBERS else float
             target, value = name, _cast("sampling_parameters", name, value, kind)
         else:
-            raise RequestError(f"sampling_parameters: {name!r} is not supported; known: {', '.join((*_VLLM, 'stop'))}")
+            known = ", ".join((*_VLLM, *_VLLM_NAMES, *_VLLM_LISTS, *_VLLM_GUIDES))
+            raise RequestError(f"sampling_parameters: {name!r} is not supported; known: {known}")
         if target in fields and fields[target] != value:
             raise RequestError(f"{name} is given twice, as {fields[target]!r} and in sampling_parameters as {value!r}")
         fields[target] = value
+
+
+def _merge_guide(fields: dict[str, Any], name: str, value: Any) -> None:
+    """Puts a form of the output as vLLM has it where ours stands."""
+    if not isinstance(value, dict):
+        raise RequestError(f"sampling_parameters: {name} must be an object")
+    if "guided_decoding_guide_type" in fields:
+        raise RequestError(f"sampling_parameters: {name} and guided_decoding_guide_type are both given", "give one")
+    fields["guided_decoding_guide_type"], fields["guided_decoding_guide"] = guide_of(value)
+
+
+def _grammar(fields: Mapping[str, Any]) -> str | None:
+    kind, guide = fields.get("guided_decoding_guide_type", ""), fields.get("guided_decoding_guide", "")
+    if guide and not kind:
+        raise RequestError("guided_decoding_guide is given without its type", "give guided_decoding_guide_type")
+    return grammar_of(kind, guide) if kind else None
+
+
+def _vllm_list(name: str, value: Any) -> tuple[str, Any]:
+    """A setting of vLLM's that is no number, as the field that says the same."""
+    if name == "logit_bias":
+        return name, json.dumps(value)
+    if name == "stop_token_ids":
+        if not isinstance(value, list):
+            raise RequestError("sampling_parameters: stop_token_ids must be a list of token ids")
+        return name, [_cast("sampling_parameters", name, token, int) for token in value]
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise RequestError(f"sampling_parameters: {name} must be a text or a list of texts")
+    return "stop_words" if name == "stop" else name, value
 
 
 def _cast(where: str, name: str, value: Any, kind: type) -> Any:
@@ -448,6 +582,7 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if name in (*STRINGS, *STRING_LISTS):
             tensors[name] = np.array([[(value if name in STRINGS else value[0]).encode()]], dtype=np.object_)
             continue
+        value = value[0] if name in TOKEN_LISTS else value
         dtype = _DTYPES[input_type(name)]
         if issubclass(dtype, np.integer) and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
             raise RequestError(f"{name} {value} is too large", f"give at most {np.iinfo(dtype).max}")
@@ -457,11 +592,13 @@ def parameter_tensors(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def declared_inputs() -> Sequence[str]:
     """All names that a client may send."""
-    return (*STRINGS, *STRING_LISTS, *FLAGS, *WHOLE_NUMBERS, *NUMBERS)
+    return (*STRINGS, *STRING_LISTS, *TOKEN_LISTS, *FLAGS, *WHOLE_NUMBERS, *NUMBERS)
 
 
 def input_type(name: str) -> str:
     """Returns what Triton calls the type of an input's elements."""
+    if name in TOKEN_LISTS:
+        return "INT32"
     if name in WHOLE_NUMBERS:
         return "UINT64" if name in ("seed", "random_seed") else "INT32"
     return "BOOL" if name in FLAGS else "FP32" if name in NUMBERS else "STRING"

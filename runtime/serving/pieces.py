@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ssv.runtime.reply import Reply, outputs
-from ssv.runtime.request import Chunk
+from ssv.runtime.request import Chunk, TokenLogprobs
 from ssv.runtime.serving.intake import Settings
 
-_TEXT = next(output.name for output in outputs() if output.attribute == "text")
+_TEXT, _LOGPROBS = (
+    next(output.name for output in outputs() if output.attribute == name) for name in ("text", "logprobs")
+)
+
+Logged = tuple[tuple[int, float | None, tuple[tuple[int, float], ...]], ...]
+"""Tokens with their log-probabilities, and the likeliest ones in their places with theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +29,12 @@ class Piece:
 
     Attributes:
         key: of the answer; `number`: of the piece in it, from 0.
-        token_ids: new since the piece before.
+        token_ids: whose text is new since the piece before.
         stop: strings that end the text.
         fields: the other outputs of `ensemble`, by name.
         min_tokens, context: see `ssv.runtime.text.TextStream`; the context is the first piece's.
+        logprobs, prompt_logprobs: of the tokens that are new, and in the first piece of the prompt's, if they were
+            asked for; the prompt's first token has none.
     """
 
     key: str
@@ -38,15 +45,24 @@ class Piece:
     fields: dict[str, Any]
     min_tokens: int = 0
     context: tuple[int, ...] = ()
+    logprobs: Logged = ()
+    prompt_logprobs: Logged = ()
 
     @property
     def is_probe(self) -> bool:
         """Whether it has no response: `postprocessing` only learns by it whether anybody still waits."""
         return not self.fields
 
-    def outputs(self, text: str) -> dict[str, Any]:
-        """All outputs of `ensemble`, with the text that was made of the piece."""
-        return {_TEXT: text, **self.fields}
+    def outputs(self, text: str, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+        """All outputs of `ensemble`.
+
+        Args:
+            text: that was made of the piece.
+            token_bytes: see `BundleTokenizer.token_bytes`.
+        """
+        named = {"prompt": self.prompt_logprobs, "output": self.logprobs}
+        logged = {name: [_entry(*each, token_bytes) for each in held] for name, held in named.items() if held}
+        return {_TEXT: text, _LOGPROBS: json.dumps(logged) if logged else "", **self.fields}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -54,18 +70,38 @@ class Piece:
     @classmethod
     def from_json(cls, text: str | bytes) -> Piece:
         given = json.loads(text)
-        return cls(**{**given, **{name: tuple(given[name]) for name in ("token_ids", "stop", "context")}})
+        given |= {name: tuple(given[name]) for name in ("token_ids", "stop", "context")}
+        for name in ("logprobs", "prompt_logprobs"):
+            given[name] = tuple((token, logprob, tuple(map(tuple, top))) for token, logprob, top in given[name])
+        return cls(**given)
+
+
+def _entry(
+    token: int, logprob: float | None, top: Sequence[tuple[int, float]], token_bytes: Callable[[int], bytes]
+) -> dict[str, Any]:
+    likeliest = [{"id": each, "bytes": list(token_bytes(each)), "logprob": its} for each, its in top]
+    return {"id": token, "bytes": list(token_bytes(token)), "logprob": logprob, "top": likeliest}
+
+
+def _logged(found: Sequence[TokenLogprobs]) -> Logged:
+    return tuple((each.token, each.logprob, each.top) for each in found)
 
 
 class Answer:
     """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
-    def __init__(self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = (), first_token: int = -1
+    ) -> None:
         """Begins an answer of which nothing has come.
 
         Args:
             context: the end of the prompt, if the output's text goes on with its text.
+            first_token: of the prompt.
         """
+        self._first_token = first_token
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._key, self._settings, self._lossless = key, settings, lossless
         self._context = tuple(context)
         self._number = 0
@@ -85,6 +121,8 @@ class Answer:
                 worth.
         """
         self._held.extend(chunk.token_ids)
+        self._logprobs.extend(chunk.logprobs)
+        self._prompt_logprobs += chunk.prompt_logprobs
         is_last = chunk.finish_reason is not None
         if not (is_last or (self._settings.stream and now - self._sent_at >= interval)):
             return None
@@ -106,10 +144,27 @@ class Answer:
             lossless=self._lossless,
         )
         fields = reply.outputs()
-        del fields[_TEXT]
+        del fields[_TEXT], fields[_LOGPROBS]
         params, context = self._settings.params, self._context if self._number == 0 else ()
-        piece = Piece(self._key, self._number, token_ids, params.stop, is_last, fields, params.min_tokens, context)
+        if chunk.finish_reason == "stop" and token_ids and token_ids[-1] in params.stop_token_ids:
+            token_ids = token_ids[:-1]  # it ends the output, and is none of its text
+        prompt = _logged(self._prompt_logprobs)
+        if params.prompt_logprobs is not None and self._number == 0:
+            prompt = ((self._first_token, None, ()), *prompt)
+        piece = Piece(
+            self._key,
+            self._number,
+            token_ids,
+            params.stop,
+            is_last,
+            fields,
+            params.min_tokens,
+            context,
+            _logged(self._logprobs),
+            prompt,
+        )
         self._number += 1
+        self._logprobs, self._prompt_logprobs = [], ()
         return piece
 
 

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 from ssv.runtime.decode.audit import Audit, RunningAudit
@@ -134,6 +135,12 @@ class Service:
             ServiceError: the service is being drained, or its engine has failed.
             QueueFull: too many wait.
         """
+        if request.params.grammar is not None and self._llm.grammars is not None:
+            try:  # here, as it may take long: in the other thread everybody would wait
+                self._llm.grammars.prepare(request.params.grammar)
+            except RequestError as error:
+                sink.fail(error)
+                return
         with self._changed:
             if self._refuses is not None:
                 raise ServiceError(self._refuses)
@@ -231,8 +238,8 @@ class Service:
                     client.request.prompt_ids,
                     client.output_ids,
                     self._llm.prefill_chunk,
-                    eos_ids=sorted(self._llm.eos_token_ids),
                     params=client.request.params,
+                    processor=partial(self._loop.batch.processor, client.request.params, client.request.prompt_ids),
                 )
                 self._audits.append((audit, client.request.method))
         client.call(client.sink.send, chunk)

@@ -6,18 +6,29 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
-from openai import APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from openai import (
+    APIStatusError,
+    AsyncOpenAI,
+    AuthenticationError,
+    BadRequestError,
+    InternalServerError,
+    NotFoundError,
+    OpenAI,
+)
 from triton_asks import SECONDS, Busy, full, wait_until
 
 from ssv.bundle.manifest import read_manifest
+from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
+from ssv.runtime.request import Request, SamplingParams
 
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
@@ -99,6 +110,181 @@ def test_lossless_tiers_say_the_same(client: OpenAI, model: str) -> None:
         for tier in ("premium", "autoregressive", "speculative")
     }
     assert len(texts) == 1
+
+
+STEERED: list[dict[str, Any]] = [
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"logit_bias": {"253": -100, "28": 3}, "extra_body": {"repetition_penalty": 1.3, "min_p": 0.1}},
+    {"extra_body": {"bad_words": ["the", "water"], "min_tokens": 20, "stop_token_ids": [30]}},
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("fields", STEERED, ids=["penalties", "bias", "words"])
+def test_what_changes_the_choice_is_lossless_too(
+    client: OpenAI, model: str, fields: dict[str, Any], temperature: float
+) -> None:
+    asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 40, "temperature": temperature, "seed": 5}
+    said = {
+        tier: client.chat.completions.create(model=f"{model}:{tier}", **asked, **fields).choices[0].message.content
+        for tier in ("autoregressive", "premium", "eagle", "suffix")
+    }
+    assert len(set(said.values())) == 1
+    assert client.chat.completions.create(model=model, **asked).choices[0].message.content != said["premium"]
+    if "extra_body" in fields and "bad_words" in fields["extra_body"]:
+        assert not {" the ", " water "} & set(re.findall(r" \w+ ", str(said["premium"])))
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "colours": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        "is_real": {"type": "boolean"},
+    },
+    "required": ["name", "colours", "is_real"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_json_of_a_schema_is_valid_and_lossless(client: OpenAI, model: str, temperature: float) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    asked: Any = {"messages": MESSAGES, "max_tokens": 80, "temperature": temperature, "seed": 3}
+    said: dict[str, str] = {}
+    for tier in ("autoregressive", "premium", "suffix", "medusa", "balanced", "turbo"):
+        answer = client.chat.completions.create(model=f"{model}:{tier}", **asked, response_format=form)
+        assert answer.choices[0].finish_reason == "stop"
+        said[tier] = str(answer.choices[0].message.content)
+        found = json.loads(said[tier])
+        assert list(found) == ["name", "colours", "is_real"] and len(found["name"]) <= 20
+        assert set(found["colours"]) <= {"red", "green", "blue"} and isinstance(found["is_real"], bool)
+    assert len({said[tier] for tier in ("autoregressive", "premium", "suffix", "medusa")}) == 1
+    stream = client.chat.completions.create(model=model, **asked, response_format=form, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said["premium"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_regex": r"[0-9]{3}-[a-z]{2}"}, r"[0-9]{3}-[a-z]{2}"),
+        ({"guided_choice": ["blue", "grey", "ultramarine"]}, "blue|grey|ultramarine"),
+        ({"structured_outputs": {"grammar": 'root ::= "(" root ")" | "sea"'}}, r"\(*sea\)*"),
+        ({"response_format": {"type": "json_object"}, "max_tokens": 200}, r"\{.*\}"),
+    ],
+    ids=["regex", "choice", "grammar", "object"],
+)
+def test_other_forms(client: OpenAI, model: str, fields: dict[str, Any], pattern: str) -> None:
+    body = {"max_tokens": 40, "temperature": 0, **fields}
+    said = {
+        tier: client.completions.create(model=f"{model}:{tier}", prompt="The sea is", extra_body=body).choices[0]
+        for tier in ("autoregressive", "premium")
+    }
+    assert said["premium"].text == said["autoregressive"].text
+    if said["premium"].finish_reason == "stop":
+        assert re.fullmatch(pattern, said["premium"].text)
+
+
+def test_a_schema_that_cannot_be_is_refused(client: OpenAI, model: str) -> None:
+    with pytest.raises(BadRequestError, match="Unimplemented keys") as raised:
+        client.chat.completions.create(
+            model=model, messages=MESSAGES, extra_body={"guided_json": {"not": {"type": "string"}}}
+        )
+    assert raised.value.param == "response_format"
+
+
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Tells the weather of a town.",
+            "parameters": {
+                "type": "object",
+                "properties": {"town": {"enum": ["Oslo", "Rome", "Lima"]}, "days": {"type": "integer", "maximum": 9}},
+                "required": ["town", "days"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "additionalProperties": False}}},
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_functions_are_called(client: OpenAI, model: str, choice: Any) -> None:
+    """And the conversation goes on with what they said."""
+    asked: Any = {"messages": [{"role": "user", "content": "Is it cold in Oslo?"}], "tools": TOOLS, "temperature": 0}
+    said = []
+    for tier in ("autoregressive", "premium", "turbo"):
+        answer = client.chat.completions.create(
+            model=f"{model}:{tier}", **asked, max_tokens=120, tool_choice=choice, parallel_tool_calls=False
+        )
+        calls = answer.choices[0].message.tool_calls
+        assert answer.choices[0].finish_reason == "tool_calls" and calls is not None and len(calls) == 1
+        function: Any = calls[0]
+        arguments = json.loads(function.function.arguments)
+        if function.function.name == "weather":
+            assert arguments["town"] in ("Oslo", "Rome", "Lima") and arguments["days"] <= 9
+        said.append((function.function.name, arguments))
+    assert said[0] == said[1]
+    chunks = client.chat.completions.create(
+        model=model, **asked, max_tokens=120, tool_choice=choice, parallel_tool_calls=False, stream=True
+    )
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [(str(each.function and each.function.name)) for each in deltas] == [said[1][0]]
+    message: Any = answer.choices[0].message.model_dump(exclude_none=True)
+    heard = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "-5 degrees"}
+    answer = client.chat.completions.create(
+        model=model, messages=[*asked["messages"], message, heard], tools=TOOLS, temperature=0, max_tokens=16
+    )
+    assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+
+
+def test_choices_have_seeds_of_their_own(client: OpenAI, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "prompt": "The sea", "max_tokens": 12, "temperature": 1.0}
+    answer = client.completions.create(**asked, n=3, seed=7)
+    alone = [client.completions.create(**asked, seed=7 + k).choices[0].text for k in range(3)]
+    assert [choice.text for choice in answer.choices] == alone and len(set(alone)) == 3
+
+
+def test_a_prompt_of_token_ids_is_its_text(client: OpenAI, model: str, llm: LLM) -> None:
+    asked: dict[str, Any] = {"model": model, "max_tokens": 12, "temperature": 0}
+    texts = ["The sea is", "Once upon"]
+    ids = [list(llm.tokenizer.encode(text)) for text in texts]
+    said = client.completions.create(**asked, prompt=texts, echo=True)
+    assert [choice.text for choice in client.completions.create(**asked, prompt=ids, echo=True).choices] == [
+        choice.text for choice in said.choices
+    ]
+    assert all(choice.text.startswith(text) for choice, text in zip(said.choices, texts, strict=True))
+
+
+@pytest.mark.parametrize("tier", ["autoregressive", "premium", "turbo"])
+def test_log_probabilities_are_the_targets(client: OpenAI, model: str, llm: LLM, tier: str) -> None:
+    answer = client.completions.create(
+        model=f"{model}:{tier}", prompt="The sea is", max_tokens=12, temperature=0, logprobs=3, echo=True
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None and found.tokens is not None and found.token_logprobs is not None
+    assert found.top_logprobs is not None and found.text_offset is not None
+    assert "".join(found.tokens) == answer.choices[0].text
+    assert found.token_logprobs[0] is None
+    ids = llm.tokenizer.encode("".join(found.tokens))
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    expected = llm.generate([Request(ids, "autoregressive", params)])[0].prompt_logprobs
+    assert found.token_logprobs[1:] == pytest.approx([each.logprob for each in expected], abs=2e-3)
+    if tier != "turbo":
+        for top, logprob in zip(found.top_logprobs[3:], found.token_logprobs[3:], strict=True):
+            assert max(top.values()) == logprob  # greedy
+
+
+def test_log_probabilities_of_a_chat(client: OpenAI, model: str) -> None:
+    asked: Any = {"model": model, "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.content is not None
+    assert "".join(token.token for token in found.content) == answer.choices[0].message.content
+    assert all(token.top_logprobs[0].token == token.token for token in found.content)
 
 
 def test_a_chat_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
@@ -274,3 +460,36 @@ def test_a_full_queue_is_503_and_tells_when_to_come_again(server: Server, client
     assert raised.value.response.headers["retry-after"] == "1"
     assert raised.value.type == "server_error"
     wait_until(lambda: metric(server, "ssv_requests_decoding") == 0, "all have left")
+
+
+def test_texts_are_tokenized_as_the_server_does(client: OpenAI, url: str, llm: LLM) -> None:
+    root = url.removesuffix("/v1")
+    ids = list(llm.tokenizer.encode("The sea is wide."))
+    found = client.post(f"{root}/tokenize", body={"prompt": "The sea is wide."}, cast_to=object)
+    assert isinstance(found, dict) and (found["tokens"], found["max_model_len"]) == (ids, 2048)
+    assert client.post(f"{root}/detokenize", body={"tokens": ids}, cast_to=object) == {"prompt": "The sea is wide."}
+    found = client.post(f"{root}/tokenize", body={"messages": MESSAGES}, cast_to=object)
+    assert isinstance(found, dict) and found["tokens"] == list(llm.chat_ids(MESSAGES[0]["content"]))
+    with urlopen(f"{root}/metrics", timeout=SECONDS) as response:
+        assert b"ssv_target_passes" in response.read()
+
+
+def test_a_key_is_asked_for(another_server: Callable[..., AbstractContextManager[Server]], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    with another_server("--api-key-file", str(keys), "--allowed-origins", "https://a.example") as started:
+        base_url = started.openai_url
+        wait_until(lambda: health(base_url) == 200, "it answers without a key")
+        with OpenAI(base_url=base_url, api_key="two", max_retries=0) as known:
+            assert len(list(known.models.list())) > 1
+        unknown = OpenAI(base_url=base_url, api_key="three", max_retries=0)
+        with unknown, pytest.raises(AuthenticationError):
+            unknown.models.list()
+
+
+def health(url: str) -> int:
+    try:
+        with urlopen(f"{url.removesuffix('/v1')}/health", timeout=SECONDS) as response:
+            return int(response.status)
+    except OSError:
+        return 0

@@ -10,7 +10,6 @@ one.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ssv.client.triton import Reply
 from ssv.runtime.serving.log import log_event
-from ssv.triton_repo.openai.errors import ApiError, error_object
+from ssv.triton_repo.openai.errors import ApiError, error_bytes
 
 log = logging.getLogger("ssv.openai")
 
@@ -152,8 +151,7 @@ class AccessLog:
 
 async def _respond(error: ApiError, access: Access, scope: Scope, receive: Receive, send: Send) -> None:
     access.fail(error)
-    body = json.dumps(error_object(error), separators=(",", ":"))
-    await Response(body, error.status_code, error.headers, "application/json")(scope, receive, send)
+    await Response(error_bytes(error), error.status_code, error.headers, "application/json")(scope, receive, send)
 
 
 def _write(scope: Scope, access: Access) -> None:

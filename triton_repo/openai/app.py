@@ -1,24 +1,30 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
-POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; GET /health: 200
-when the server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. No API key is asked for.
+POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; POST /tokenize and
+/detokenize, as vLLM has them; GET /version; GET /metrics: what the server's processes count; GET /health: 200 when the
+server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. With keys (`--api-key-file`) all but the
+last two ask for one.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
 for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
 
 What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows,
-and 16 tokens for /v1/completions; /v1/chat/completions takes the server's default for max_tokens. A negative seed
+and 16 tokens for /v1/completions; /v1/chat/completions takes as many as prompt and limits leave. A negative seed
 counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role "developer" is "system".
 
-Beyond OpenAI: top_k, min_tokens, ignore_eos and repetition_penalty (1 only), named as in vLLM; ssv_tier, which says the
-same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout, seconds after which an
-answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the whole of it, or the last
-chunk with a choice.
+A completion's prompt may be token ids, or several of either; each has `n` choices, one after the other. Choice k of a
+prompt has the seed plus k, if there is one. Log-probabilities are the target's, before everything that the request
+changes, and of every token that it says, the last one included.
+
+Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
+ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout,
+seconds after which an answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the
+whole of it, or each choice's last chunk. `divergence_bound` there is what the tier was calibrated to.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
 `user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or
-"default", and where there are no tools `parallel_tool_calls` and `tool_choice` "auto" are taken and change nothing.
+"default", and a schema's or a function's `strict` are taken and change nothing.
 What is not supported is refused, whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and
@@ -32,8 +38,9 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,20 +49,24 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ssv.client.triton import Reply, ServerError, Settings, split_url
+from ssv.client.triton import Prompt, Reply, ServerError, Settings, split_url
 from ssv.client.triton_aio import AsyncClient
+from ssv.runtime.serving.access_keys import VARIABLE, access_keys
 from ssv.runtime.serving.log import log_event, log_to_stderr
-from ssv.runtime.serving.metrics import Metrics, boards_folder
+from ssv.runtime.serving.metrics import Metrics, Reader, boards_folder
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
 from ssv.support.errors import UserError
-from ssv.triton_repo.openai.access_log import Access, AccessLog
+from ssv.triton_repo.openai.access_key import AccessKey
+from ssv.triton_repo.openai.access_log import HEADER, Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
-from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, while_connected, whole
+from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, merged, while_connected, whole
+from ssv.triton_repo.openai.tokens import DetokenizeRequest, TokenizeRequest, Tokens
 from ssv.triton_repo.openai.translation import Answer, Models
 
 log = logging.getLogger("ssv.openai")
@@ -74,7 +85,7 @@ class Backend(Protocol):
     """What answers requests."""
 
     def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+        self, prompt: Prompt, settings: Settings, *, request_id: str, stream: bool
     ) -> AsyncGenerator[Reply, None]:
         """Replies to a prompt, the last with a finish reason; closing the generator cancels the request.
 
@@ -97,7 +108,7 @@ class _Counted:
         self.is_ready, self.aclose = backend.is_ready, backend.aclose
 
     async def stream(
-        self, prompt: str | Sequence[Mapping[str, str]], settings: Settings, *, request_id: str, stream: bool
+        self, prompt: Prompt, settings: Settings, *, request_id: str, stream: bool
     ) -> AsyncGenerator[Reply, None]:
         try:
             async with aclosing(
@@ -139,10 +150,18 @@ def create_app(
     num_connections: Callable[[], int] | None = None,
     max_connections: int | None = None,
     on_refusal: Callable[[], None] | None = None,
+    keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    tokens: Tokens | None = None,
+    reader: Reader | None = None,
 ) -> FastAPI:
     """The API; it closes the backend when it ends.
 
     Args:
+        keys: one of which every request has to have; none for no such check.
+        allowed_origins: whose pages browsers let ask; "*" for all.
+        tokens: answers /tokenize and /detokenize; None for neither.
+        reader: of the metrics; None for none.
         num_connections, max_connections, on_refusal: see `AccessLog`.
     """
 
@@ -153,6 +172,16 @@ def create_app(
 
     app = FastAPI(title="ssv", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
+    if keys:
+        app.add_middleware(AccessKey, keys=keys)
+    if allowed_origins:  # around the keys: a browser asks whether it may ask before it sends one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[HEADER],
+        )
     app.add_middleware(
         AccessLog, num_connections=num_connections, max_connections=max_connections, on_refusal=on_refusal
     )
@@ -160,17 +189,23 @@ def create_app(
 
     async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         access, caller = Access.of(request.scope), body.caller()
-        settings = body.settings(models.tier_of(body))
-        answer = Answer(body.model, caller.is_chat, body.usage(), access)
+        asked = body.asked(models.tier_of(body), models.tool_form)
+        answer = Answer(body, asked, access, models)
         stream = bool(body.stream)
-        access.begin(answer.id, settings.tier, stream)
+        access.begin(answer.id, asked[0][1].tier, stream)
 
         def meant(error: ServerError) -> ApiError:
             if (found := translated(error, caller)).status_code == 500:
                 log_event(log, "request failed", level=logging.ERROR, id=access.id, status=error.status, error=error)
             return found
 
-        replies = backend.stream(body.prompt(), settings, request_id=access.id, stream=stream)
+        ids = (access.id, *(f"{access.id}-{index}" for index in range(1, len(asked))))
+        replies = merged(
+            [
+                backend.stream(prompt, settings, request_id=each, stream=stream)
+                for (prompt, settings), each in zip(asked, ids, strict=True)
+            ]
+        )
         try:
             if not stream:
                 return await whole(answer, while_connected(request, replies))
@@ -197,6 +232,26 @@ def create_app(
         models.method_of(model)
         return models.entry(model)
 
+    @app.get("/version")
+    async def get_version() -> dict[str, str]:
+        return {"version": version("ssv")}
+
+    if tokens is not None:
+        # No coroutines: a long text would hold up all others.
+        @app.post("/tokenize")
+        def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+            return tokens.tokenize(body)
+
+        @app.post("/detokenize")
+        def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+            return tokens.detokenize(body)
+
+    if reader is not None:
+
+        @app.get("/metrics")
+        async def metrics() -> Response:
+            return Response(reader.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     @app.get("/live")
     async def live() -> Response:
         return Response(status_code=200)
@@ -214,9 +269,8 @@ def create_app(
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    known = {
-        field.alias or name for kind in (ChatRequest, CompletionRequest) for name, field in kind.model_fields.items()
-    }
+    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    known = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
@@ -253,6 +307,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tls-cert", type=Path, help="PEM; also of the server at grpcs:// (default: no TLS)")
     parser.add_argument("--tls-key", type=Path, help="PEM of its key (default: no TLS)")
     parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help=f"has a key a line, of which a request needs one (default: the key of {VARIABLE}, or none is asked for)",
+    )
+    parser.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages browsers let ask, or * (default: none)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
+    )
+    parser.add_argument(
         "--max-body-bytes",
         type=int,
         default=DEFAULT_MAX_BODY_BYTES,
@@ -272,7 +341,7 @@ def _run(args: argparse.Namespace) -> int:
     _log_warnings_of_uvicorn()
     _check(args)
     name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
-    models = Models.of_bundle(args.bundle)
+    models = Models.of_bundle(args.bundle, args.max_length)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
 
@@ -290,7 +359,8 @@ def _check(args: argparse.Namespace) -> None:
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
     client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
-    metrics = Metrics(boards_folder(), "openai")
+    boards = boards_folder()
+    metrics = Metrics(boards, "openai")
     app = create_app(
         _Counted(client, metrics),
         models,
@@ -298,6 +368,10 @@ async def _serve(args: argparse.Namespace, models: Models, listener: socket.sock
         num_connections=lambda: len(server.server_state.connections),
         max_connections=args.max_connections,
         on_refusal=lambda: metrics.refused("full"),
+        keys=access_keys(args.api_key_file),
+        allowed_origins=args.allowed_origins,
+        tokens=Tokens(args.bundle, models.max_length),
+        reader=Reader(boards) if boards is not None else None,
     )
     config = uvicorn.Config(
         app,

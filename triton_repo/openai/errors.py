@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _MANY_BYTES = re.compile(r"^(?:text_input|ssv_messages) has (\d+) bytes, at most
 _LONG_OUTPUT = re.compile(
     r"^max_tokens (\d+): at most (\d+) are possible with this prompt \(limits: (\d+) of output, (\d+) with the prompt\)"
 )
+
+# What `ssv.runtime.grammar` says of a form that it cannot give an output.
+_FORM = re.compile(r"of the output|^the (JSON schema|grammar|choice) |^outputs ")
 
 # Of pydantic's kinds of errors, what OpenAI calls them; others are of a value.
 _CODES = {
@@ -71,6 +75,11 @@ def error_object(error: StarletteHTTPException) -> dict[str, Any]:
     return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
 
 
+def error_bytes(error: StarletteHTTPException) -> bytes:
+    """The body of a response, as it is sent."""
+    return json.dumps(error_object(error), separators=(",", ":")).encode()
+
+
 def translated(error: ServerError, caller: Caller) -> ApiError:
     """What the server said, as an answer to who asked over this API."""
     if error.status == "INVALID_ARGUMENT":
@@ -108,12 +117,15 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     names = {
         "ssv_messages": (prompt, prompt),
         "text_input": (prompt, prompt),
+        "input_ids": (prompt, prompt),
         "stop_words": ("stop", "stop texts"),
         "max_tokens": (caller.max_tokens, caller.max_tokens),
         **{name: (name, name) for name in _SAME_HERE},
     }
     known = re.compile(rf"\b({'|'.join(names)})\b")
     first = known.search(message)
+    if first is None and _FORM.search(message):
+        return ApiError(400, message, "response_format", "invalid_value")
     param = names[first[1]][0] if first else prompt if "prompt" in message or "messages" in message else None
     text = known.sub(lambda found: names[found[1]][1], message)
     if caller.is_chat:
@@ -121,7 +133,23 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     return ApiError(400, text, param, "invalid_value")
 
 
-_SAME_HERE = ("min_tokens", "temperature", "top_k", "top_p", "seed", "ssv_tier", "ssv_max_divergence", "ssv_timeout")
+_SAME_HERE = (
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "bad_words",
+    "stop_token_ids",
+    "seed",
+    "ssv_tier",
+    "ssv_max_divergence",
+    "ssv_timeout",
+)
 
 
 def invalid_body(errors: Sequence[Mapping[str, Any]], known: Collection[str]) -> ApiError:

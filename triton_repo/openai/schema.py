@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from ssv.client.triton import Settings
+from ssv.client.triton import Prompt, Settings
+from ssv.runtime.grammar import guide_of
+from ssv.runtime.request import MAX_BIAS, MAX_LOGPROBS, MAX_PENALTY, RequestError
+from ssv.runtime.tools import MOST_CALLS, Form, call_grammar
+from ssv.support.json_text import parse_json
 from ssv.triton_repo.openai.errors import ApiError, Caller, field_name
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP = 64
 """Each is looked for at every token; OpenAI takes 4."""
+
+MAX_TOOLS = 128
+"""As OpenAI has it."""
+
+MAX_CHOICES = 128
+"""Of one request: each is a request of its own to the server."""
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -34,8 +46,12 @@ def _only(*neutral: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _joined(content: Any) -> Any:
-    """The text of a message's parts."""
+def _joined(content: Any, info: ValidationInfo) -> Any:
+    """The text of a message's parts; none beside calls is an empty one."""
+    if content is None:
+        if info.data.get("tool_calls"):
+            return ""
+        raise PydanticCustomError("missing", "missing")
     if not isinstance(content, list):
         return content
     for part in content:
@@ -47,14 +63,20 @@ def _joined(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
-def _one_prompt(prompt: Any) -> Any:
-    if not isinstance(prompt, list):
-        return prompt
-    if any(isinstance(entry, (int, list)) for entry in prompt):
-        raise _refuse("token ids are not supported: give the prompt's text")
-    if len(prompt) != 1:
-        raise _refuse(f"{len(prompt)} prompts in one request are not supported: give one")
-    return prompt[0]
+def _prompts(prompt: Any) -> Any:
+    """A list of prompts, whatever was given."""
+    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int))
+    return [prompt] if is_one else prompt
+
+
+def _biases(given: Any) -> Any:
+    """Numbers by token, of an object whose names are the tokens."""
+    if not isinstance(given, dict):
+        return given
+    for token in given:
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10):
+            raise PydanticCustomError("token_id", "{token} is no token id", {"token": repr(token)[:40]})
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _listed(stop: Any) -> Any:
@@ -101,48 +123,102 @@ class StreamOptions(_Strict):
     include_obfuscation: Annotated[Any, _only(False)] = None
 
 
-class _Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+class _JsonSchema(_Strict):
+    """OpenAI's; whether it is strict changes nothing: the output always has the form."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
+class _CalledFunction(_Strict):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: _CalledFunction
+    index: int | None = None
+
+    def as_template_has_it(self) -> dict[str, Any]:
+        """With the arguments as an object: templates write them as JSON themselves."""
+        arguments: Any = self.function.arguments
+        try:
+            read = parse_json(arguments)
+        except ValueError:
+            read = None
+        arguments = read if isinstance(read, dict) else arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class _Function(_Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    """A function that may be called."""
+
+    type: Literal["function"]
+    function: _Function
+
+
+class _NamedFunction(_Strict):
+    name: str
+
+
+class _NamedTool(_Strict):
+    type: Literal["function"]
+    function: _NamedFunction
+
+
+class Message(_Strict):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    content: Annotated[str, BeforeValidator(_joined), Field(validate_default=True)] = None  # type: ignore[assignment]
     name: str | None = None
     # In what a client got as an answer and sends back.
     refusal: Annotated[Any, _only()] = None
     annotations: Annotated[Any, _only([])] = None
     audio: Annotated[Any, _only()] = None
-    tool_calls: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only()] = None
 
+    def as_template_has_it(self) -> dict[str, Any]:
+        """The message as the server takes it."""
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if self.role == "assistant" and self.tool_calls:
+            said["tool_calls"] = [call.as_template_has_it() for call in self.tool_calls]
+        if self.role == "tool":
+            more = {"tool_call_id": self.tool_call_id, "name": self.name}
+            said |= {name: value for name, value in more.items() if value is not None}
+        return said
 
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
+_Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+_NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _Int32 = Annotated[int, Field(lt=2**31)]
 _StopText = Annotated[str, Field(min_length=1)]
 _StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
 
 
-class ApiRequest(_Strict):
-    """What both kinds of requests have."""
-
-    model: str
-    max_tokens: Annotated[_Int32, Field(ge=1)] | None = None
-    min_tokens: Annotated[_Int32, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[_Int32, Field(ge=-1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: _StopTexts | None = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    ssv_tier: str | None = None
-    ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
-    ssv_timeout: Annotated[float, Field(gt=0)] | None = None
-    n: Annotated[Any, _only(1)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    repetition_penalty: Annotated[Any, _only(1)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+class CleanBody(_Strict):
+    """A body in which null is as if it were left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -152,7 +228,49 @@ class ApiRequest(_Strict):
         except RecursionError as error:
             raise ApiError(400, "the body is nested too deeply: send it flat") from error
 
-    def settings(self, tier: str | None) -> Settings:
+
+class ApiRequest(CleanBody):
+    """What both kinds of requests have."""
+
+    model: str
+    max_tokens: Annotated[_Int32, Field(ge=1)] | None = None
+    min_tokens: Annotated[_Int32, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[_Int32, Field(ge=-1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[int, _Bias], BeforeValidator(_biases), Field(max_length=1024)] | None = None
+    stop: _StopTexts | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    bad_words: Annotated[list[str], BeforeValidator(_listed), Field(max_length=MAX_STOP)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    ssv_tier: str | None = None
+    ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
+    ssv_timeout: Annotated[float, Field(gt=0)] | None = None
+    response_format: _ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[Any, _only(1)] = None
+
+    def settings(self, tier: str | None, form: Form) -> Settings:
+        """What is asked of the server for one choice, but for its seed.
+
+        Args:
+            form: in which the model calls functions.
+        """
         return Settings(
             tier=tier,
             max_divergence=self.ssv_max_divergence,
@@ -162,11 +280,82 @@ class ApiRequest(_Strict):
             temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias or None,
+            bad_words=self.bad_words or (),
+            guide=self.guide(),
+            logprobs=self.num_logprobs(),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=self.stop or (),
+            stop_token_ids=self.stop_token_ids or (),
             ignore_eos=self.ignore_eos,
             timeout=self.ssv_timeout,
         )
+
+    def asked(self, tier: str | None, form: Form) -> list[tuple[Prompt, Settings]]:
+        """What is asked of the server for each choice: those of a prompt one after the other, each with the next seed
+        where there is one.
+
+        Args:
+            form: see `settings`.
+
+        Raises:
+            ApiError: 400, they are too many.
+        """
+        settings, prompts, count = self.settings(tier, form), self.prompts(), self.n or 1
+        if len(prompts) * count > MAX_CHOICES:
+            what = f"{len(prompts)} prompts with n {count} are more than {MAX_CHOICES} choices: ask in several requests"
+            raise ApiError(400, what, "n", "invalid_value")
+        seed = settings.seed
+        seeded = [replace(settings, seed=None if seed is None else (seed + k) % 2**64) for k in range(count)]
+        return [(prompt, each) for prompt in prompts for each in seeded]
+
+    def guide(self) -> tuple[str, str] | None:
+        """The form of the output, as kind and guide.
+
+        Raises:
+            ApiError: 400, it is given twice, or is none.
+        """
+        guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+        forms: dict[str, Any] = {f"guided_{name}": {name: value} for name, value in guided.items() if value is not None}
+        if self.structured_outputs is not None:
+            forms["structured_outputs"] = self.structured_outputs
+        form = self.response_format
+        if form is not None and form.type != "text":
+            schema = form.json_schema.schema_ if form.json_schema is not None else None
+            if form.type == "json_schema" and schema is None:
+                what = "response_format of type json_schema lacks json_schema.schema: give it"
+                raise ApiError(400, what, "response_format", "invalid_value")
+            forms["response_format"] = {"json_object": True} if form.type == "json_object" else {"json": schema}
+        if len(forms) > 1:
+            what = f"{' and '.join(forms)} are both given: give one form of the output"
+            raise ApiError(400, what, next(iter(forms)), "invalid_value")
+        if not forms:
+            return None
+        ((name, given),) = forms.items()
+        try:
+            return guide_of(given)
+        except RequestError as error:
+            raise ApiError(400, f"{name}: {error}", name, "invalid_value") from error
+
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts that are answered."""
+        raise NotImplementedError
+
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens stand beside each token, with their log-probabilities; None for none of these."""
+        raise NotImplementedError
+
+    def echoes(self) -> bool:
+        """Whether the prompt stands before the text."""
+        return False
+
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The functions that an answer may call."""
+        return []
 
     def output_limit(self) -> int | None:
         """Tokens of the output, at most; None leaves it to the server."""
@@ -191,24 +380,62 @@ class ApiRequest(_Strict):
 class ChatRequest(ApiRequest):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[_Int32, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
     store: Annotated[Any, _only(False)] = None
     service_tier: Annotated[Any, _only("auto", "default")] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: _NumLogprobs | None = None
     modalities: Annotated[Any, _only(["text"])] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
 
-    def prompt(self) -> list[dict[str, str]]:
-        roles = {"developer": "system"}
-        return [{"role": roles.get(one.role, one.role), "content": one.content} for one in self.messages]
+    def prompts(self) -> Sequence[Prompt]:
+        return [[message.as_template_has_it() for message in self.messages]]
+
+    def settings(self, tier: str | None, form: Form) -> Settings:
+        settings = super().settings(tier, form)
+        if not (tools := self.callable_tools()):
+            return settings
+        settings = replace(settings, tools=tools)
+        if self.tool_choice in (None, "auto"):
+            return settings
+        if settings.guide is not None:
+            what = "tool_choice asks for a call, and another field for an output of another form: give one of them"
+            raise ApiError(400, what, "tool_choice", "invalid_value")
+        if isinstance(self.tool_choice, _NamedTool):
+            tools = [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
+        is_one = isinstance(self.tool_choice, _NamedTool) or self.parallel_tool_calls is False
+        grammar = call_grammar(form, tools, most=1 if is_one else MOST_CALLS)
+        return replace(settings, guide=("ebnf_grammar", grammar))
+
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The functions that may be called, as OpenAI has them.
+
+        Raises:
+            ApiError: 400, `tool_choice` asks for one that is not there, or one is there twice.
+        """
+        tools, choice = self.tools or [], self.tool_choice
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ApiError(400, "tools: two functions have the same name", "tools", "invalid_value")
+        wanted = choice.function.name if isinstance(choice, _NamedTool) else None
+        if (wanted is not None and wanted not in names) or (choice == "required" and not names):
+            what = f"tool_choice asks for {wanted or 'a call'}, and tools have {', '.join(names) or 'none'}"
+            raise ApiError(400, what, "tool_choice", "invalid_value")
+        return [] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools]
+
+    def num_logprobs(self) -> int | None:
+        if not self.logprobs:
+            if self.top_logprobs:
+                what = "top_logprobs without logprobs: give logprobs true, or leave it out"
+                raise ApiError(400, what, "top_logprobs", "invalid_value")
+            return None
+        return self.top_logprobs or 0
 
     def output_limit(self) -> int | None:
         given = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -224,14 +451,28 @@ class ChatRequest(ApiRequest):
 class CompletionRequest(ApiRequest):
     """Body of /v1/completions."""
 
-    prompt_text: Annotated[str, BeforeValidator(_one_prompt), Field(alias="prompt")]
-    echo: Annotated[Any, _only(False)] = None
+    prompt_list: Annotated[
+        list[str] | list[_TokenPrompt], BeforeValidator(_prompts), Field(alias="prompt", min_length=1)
+    ]
+    echo: bool | None = None
     suffix: Annotated[Any, _only()] = None
-    best_of: Annotated[Any, _only(1)] = None
-    logprobs: Annotated[Any, _only()] = None
+    logprobs: _NumLogprobs | None = None
 
-    def prompt(self) -> str:
-        return self.prompt_text
+    def settings(self, tier: str | None, form: Form) -> Settings:
+        settings = super().settings(tier, form)
+        if not self.echo or (self.logprobs is None and isinstance(self.prompt_list[0], str)):
+            return settings
+        # The prompt's text is that of its tokens, if it was given as these.
+        return replace(settings, prompt_logprobs=self.logprobs or 0)
+
+    def prompts(self) -> Sequence[Prompt]:
+        return self.prompt_list
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     def output_limit(self) -> int:
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
@@ -15,6 +15,11 @@ from starlette.types import Receive, Scope, Send
 from ssv.client.triton import Reply, ServerError
 from ssv.triton_repo.openai.errors import ApiError, error_object
 from ssv.triton_repo.openai.translation import Answer
+
+T = TypeVar("T")
+
+Replies = AsyncGenerator[tuple[int, Reply], None]
+"""Of a request's choices, each with the choice's index."""
 
 _END = b"data: [DONE]\n\n"
 
@@ -29,7 +34,7 @@ def _event(content: object) -> bytes:
     return b"data: " + json_bytes(content) + b"\n\n"
 
 
-async def while_connected(request: Request, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
+async def while_connected(request: Request, replies: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """Replies as they come, closed at once when the client leaves.
 
     Raises:
@@ -40,7 +45,7 @@ async def while_connected(request: Request, replies: AsyncGenerator[Reply, None]
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    async def next_reply() -> Reply | None:
+    async def next_reply() -> T | None:
         return await anext(replies, None)
 
     gone = asyncio.create_task(disconnected())
@@ -65,22 +70,60 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def whole(answer: Answer, replies: AsyncGenerator[Reply, None]) -> Response:
+async def merged(streams: Sequence[AsyncGenerator[Reply, None]]) -> AsyncGenerator[tuple[int, Reply], None]:
+    """Replies of several streams as they come, each with the number of its stream; the first that fails ends all.
+
+    Raises:
+        ServerError: one has failed.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for each in only:
+                yield 0, each
+        return
+    held: asyncio.Queue[tuple[int, Reply | Exception | None]] = asyncio.Queue(len(streams))
+
+    async def take(number: int, replies: AsyncGenerator[Reply, None]) -> None:
+        try:
+            async with aclosing(replies):
+                async for reply in replies:
+                    await held.put((number, reply))
+        except Exception as error:
+            await held.put((number, error))
+        else:
+            await held.put((number, None))
+
+    takers = [asyncio.create_task(take(number, replies)) for number, replies in enumerate(streams)]
+    try:
+        num_open = len(streams)
+        while num_open:
+            number, reply = await held.get()
+            if isinstance(reply, Exception):
+                raise reply
+            if reply is None:
+                num_open -= 1
+            else:
+                yield number, reply
+    finally:
+        for taker in takers:
+            taker.cancel()
+        await asyncio.gather(*takers, return_exceptions=True)
+
+
+async def whole(answer: Answer, replies: Replies) -> Response:
     """The response that is no stream, once all of it has come.
 
     Raises:
         ClientDisconnect, ServerError: as the replies do.
     """
-    texts = []
     async with aclosing(replies):
-        async for reply in replies:
-            texts.append(reply.text)
-            answer.take(reply)
-    return Response(json_bytes(answer.whole("".join(texts))), media_type="application/json")
+        async for index, reply in replies:
+            answer.take(index, reply)
+    return Response(json_bytes(answer.whole()), media_type="application/json")
 
 
 async def events(
-    answer: Answer, replies: AsyncGenerator[Reply, None], meant: Callable[[ServerError], ApiError]
+    answer: Answer, replies: Replies, meant: Callable[[ServerError], ApiError]
 ) -> AsyncGenerator[bytes, None]:
     """A stream's events; an error before the first is raised, a later one is an event.
 
@@ -90,12 +133,8 @@ async def events(
     has_begun = False
     try:
         async with aclosing(replies):
-            async for reply in replies:
-                answer.take(reply)
-                chunks = [] if has_begun else answer.opening()
-                if reply.text:
-                    chunks.append(answer.piece(reply.text))
-                for chunk in chunks:
+            async for index, reply in replies:
+                for chunk in answer.take(index, reply):
                     has_begun = True
                     yield _event(chunk)
         for chunk in answer.closing():

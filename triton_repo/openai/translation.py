@@ -5,17 +5,26 @@ and responses.
 from __future__ import annotations
 
 import secrets
+import string
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssv.bundle.manifest import MANIFEST_NAME, read_manifest
-from ssv.client.triton import Reply
+from ssv.client.triton import Prompt, Reply, Settings
 from ssv.runtime.methods import baselines
+from ssv.runtime.tokenizer_files import read_chat_template
+from ssv.runtime.tools import Call, CallParser, Form, form_of
 from ssv.triton_repo.openai.access_log import Access
 from ssv.triton_repo.openai.errors import ApiError
-from ssv.triton_repo.openai.schema import ApiRequest, StreamOptions
+from ssv.triton_repo.openai.logprobs import Token, chat_logprobs, completion_logprobs, tokens_of
+from ssv.triton_repo.openai.schema import ApiRequest
+
+_ID_LETTERS = string.ascii_letters + string.digits
+DEFAULT_TIER = "premium"
+"""What a model's name without a suffix stands for, and a request that says nothing."""
 
 _FINISH_REASONS = {"stop": "stop", "length": "length", "deadline": "length"}
 
@@ -29,23 +38,33 @@ class Models:
         tiers: that it has.
         created: Unix time.
         has_heads: whether it can be decoded by Medusa's heads.
+        tool_form: in which the model calls functions.
+        bounds: largest divergence that each lossy tier is calibrated to; None where nobody measured it.
+        max_length: tokens of prompt and output together; None where nobody knows.
     """
 
     name: str
     tiers: tuple[str, ...]
     created: int
     has_heads: bool = False
+    tool_form: Form = "smollm2"
+    bounds: Mapping[str, float | None] = field(default_factory=dict)
+    max_length: int | None = None
 
     @classmethod
-    def of_bundle(cls, bundle: Path) -> Models:
-        """Reads the manifest and nothing else.
+    def of_bundle(cls, bundle: Path, max_length: int | None = None) -> Models:
+        """Reads the manifest and the chat template.
 
         Raises:
             BundleError: see `read_manifest`.
+            TokenizerFileError: see `read_chat_template`.
         """
         manifest = read_manifest(bundle, verify=False)
+        form = form_of(read_chat_template(bundle / "tokenizer"))
         created = int((bundle / MANIFEST_NAME).stat().st_mtime)
-        return cls(manifest.name, tuple(manifest.tiers), created, manifest.heads is not None)
+        bounds = {name: entry.divergence_bound for name, entry in manifest.tiers.items() if not entry.lossless}
+        name, tiers, has_heads = manifest.name, tuple(manifest.tiers), manifest.heads is not None
+        return cls(name, tiers, created, has_heads, form, bounds, max_length)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -84,98 +103,191 @@ class Models:
         return [self.entry(name) for name in (self.name, *(f"{self.name}:{tier}" for tier in self.tiers))]
 
     def entry(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv"}
+        method = self.method_of(model) or DEFAULT_TIER
+        how = {"tier": method, "lossless": method not in self.bounds, "divergence_bound": self.bounds.get(method, 0.0)}
+        about = {"max_model_len": self.max_length, "ssv": how}
+        return {"id": model, "object": "model", "created": self.created, "owned_by": "ssv", **about}
 
 
 @dataclass
+class _Choice:
+    """One of an answer's choices in the making.
+
+    Attributes:
+        echo: the prompt, if it stands before the text; None where the first reply's tokens are its text.
+        text: so far.
+        output_tokens: so far.
+        parser: tells calls of functions from text; None where none may be called.
+        calls: so far.
+        tokens: with log-probabilities, so far.
+        num_characters: of these tokens.
+        reply: the latest.
+        has_begun: whether something of a stream has been sent.
+    """
+
+    index: int
+    echo: str | None
+    parser: CallParser | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    text: str = ""
+    output_tokens: int = 0
+    tokens: list[Token] = field(default_factory=list)
+    num_characters: int = 0
+    reply: Reply | None = None
+    has_begun: bool = False
+
+
 class Answer:
     """An answer in the making, in the shape of what was asked.
 
     Attributes:
-        is_chat: else it is a completion.
-        usage: which of a stream's chunks have it.
+        id: of the response.
         access: what the log will say.
-        output_tokens: so far.
-        reply: the latest.
     """
 
-    model: str
-    is_chat: bool
-    usage: StreamOptions
-    access: Access
-    id: str = field(init=False)
-    created: int = field(default_factory=lambda: int(time.time()), init=False)
-    output_tokens: int = field(default=0, init=False)
-    reply: Reply = field(init=False)
+    def __init__(
+        self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access, models: Models
+    ) -> None:
+        """Begins an answer.
 
-    def __post_init__(self) -> None:
-        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(16)}"
+        Args:
+            asked: of the server, for each choice.
+        """
+        self._bounds = models.bounds
+        self.access, self._model, self._is_chat, self._usage = access, body.model, body.caller().is_chat, body.usage()
+        self._created, self._num_of_prompt = int(time.time()), body.n or 1
+        self._logs = body.num_logprobs() is not None
+        self._echoes = body.echoes()
+        self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(16)}"
+        echoes = [(prompt if isinstance(prompt, str) else None) if self._echoes else "" for prompt, _ in asked]
+        names = [tool["function"]["name"] for tool in body.callable_tools()]
+        self._choices = [
+            _Choice(index, echo, CallParser(models.tool_form, names) if names else None)
+            for index, echo in enumerate(echoes)
+        ]
 
-    def take(self, reply: Reply) -> None:
-        self.output_tokens += reply.num_output_tokens
-        self.reply = reply
+    def take(self, index: int, reply: Reply) -> list[dict[str, Any]]:
+        """Takes the next reply for a choice; returns the chunks of a stream that it makes."""
+        choice = self._choices[index]
         self.access.take(reply)
-
-    def whole(self, text: str) -> dict[str, Any]:
-        """The response that is no stream."""
-        content = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
-        )
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._finish_reason()}
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": self._counted(), "ssv": self._disclosure()}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The chunks that a stream begins with."""
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}}, num_tokens=0)] if self.is_chat else []
-
-    def piece(self, text: str) -> dict[str, Any]:
-        """A chunk of a stream."""
-        return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text})
-
-    def closing(self) -> list[dict[str, Any]]:
-        """The chunks that a stream ends with."""
-        content: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
-        chunks = [self._chunk(content, self._finish_reason(), ssv=self._disclosure())]
-        if self.usage.include_usage:
-            chunks.append({**self._chunk_head(), "choices": [], "usage": self._counted()})
+        prompt, output = tokens_of(reply)
+        new = [*(prompt if self._echoes else ()), *output] if self._logs else []
+        text = reply.text
+        if choice.reply is None and self._echoes:
+            echo = choice.echo
+            if echo is None:
+                echo = b"".join(token.data for token in prompt).decode(errors="replace")
+            text = echo + text
+        calls: list[dict[str, Any]] = []
+        if choice.parser is not None:
+            text, found = choice.parser.push(text)
+            if reply.finish_reason:
+                rest, more = choice.parser.flush()
+                text, found = text + rest, found + more
+            calls = [_called(call) for call in found]
+        offset = choice.num_characters
+        choice.num_characters += sum(len(token.text) for token in new)
+        choice.tokens += new
+        choice.text, choice.reply = choice.text + text, reply
+        choice.output_tokens += reply.num_output_tokens
+        chunks = []
+        if not choice.has_begun and self._is_chat:
+            chunks.append(self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}, num_tokens=0))
+        choice.has_begun = True
+        if text or new:
+            content = {"delta": {"content": text}} if self._is_chat else {"text": text}
+            chunks.append(self._chunk(choice, content, logprobs=self._logged(new, offset)))
+        for call in calls:
+            delta = {"delta": {"tool_calls": [{"index": len(choice.calls), **call}]}}
+            chunks.append(self._chunk(choice, delta))
+            choice.calls.append(call)
+        if reply.finish_reason:
+            end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
+            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply])))
         return chunks
 
+    def whole(self) -> dict[str, Any]:
+        """The response that is no stream."""
+        choices = []
+        for choice in self._choices:
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message |= {"content": choice.text or None, "tool_calls": choice.calls}
+            content = {"message": message} if self._is_chat else {"text": choice.text}
+            logged = self._logged(choice.tokens, 0)
+            choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": _reason(choice)})
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        replies = [choice.reply for choice in self._choices if choice.reply is not None]
+        return {**self._head(kind), "choices": choices, "usage": self._counted(), "ssv": self._disclosure(replies)}
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The chunks that a stream ends with, after those of its choices."""
+        if not self._usage.include_usage:
+            return []
+        return [{**self._chunk_head(), "choices": [], "usage": self._counted()}]
+
+    def _disclosure(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """What was done for choices: they have one tier."""
+        judged = sum(reply.judged for reply in replies)
+        return {
+            "tier": replies[0].tier,
+            "lossless": all(reply.lossless for reply in replies),
+            "divergence_bound": 0.0 if replies[0].lossless else self._bounds.get(replies[0].tier),
+            "unverified_tokens": sum(reply.unverified for reply in replies),
+            "typical_tokens": sum(reply.typical for reply in replies),
+            "target_passes": sum(reply.target_passes for reply in replies),
+            "acceptance_rate": sum(reply.accepted for reply in replies) / judged if judged else 0.0,
+        }
+
+    def _logged(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+        if not self._logs:
+            return None
+        return chat_logprobs(tokens) if self._is_chat else completion_logprobs(tokens, offset)
+
     def _chunk(
-        self, content: dict[str, Any], reason: str | None = None, num_tokens: int | None = None, **extra: Any
+        self,
+        choice: _Choice,
+        content: dict[str, Any],
+        reason: str | None = None,
+        num_tokens: int | None = None,
+        logprobs: dict[str, Any] | None = None,
+        **extra: Any,
     ) -> dict[str, Any]:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-        usage: dict[str, Any] = {"usage": None} if self.usage.include_usage else {}
-        if self.usage.continuous_usage_stats:
+        entry = {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": reason}
+        usage: dict[str, Any] = {"usage": None} if self._usage.include_usage else {}
+        if self._usage.continuous_usage_stats:
             usage = {"usage": self._counted(num_tokens)}
-        return {**self._chunk_head(), "choices": [choice], **usage, **extra}
+        return {**self._chunk_head(), "choices": [entry], **usage, **extra}
 
     def _chunk_head(self) -> dict[str, Any]:
-        return self._head("chat.completion.chunk" if self.is_chat else "text_completion")
+        return self._head("chat.completion.chunk" if self._is_chat else "text_completion")
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _finish_reason(self) -> str:
-        return _FINISH_REASONS[self.reply.finish_reason]
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
     def _counted(self, num_tokens: int | None = None) -> dict[str, Any]:
-        """Usage after so many tokens of the output; None for all that have come."""
-        num_tokens = self.output_tokens if num_tokens is None else num_tokens
+        """Usage after so many tokens of the output; None for all that have come. A prompt counts once."""
+        if num_tokens is None:
+            num_tokens = sum(choice.output_tokens for choice in self._choices)
+        asked = [choice.reply for choice in self._choices[:: self._num_of_prompt] if choice.reply is not None]
+        num_input = sum(reply.num_input_tokens for reply in asked)
         return {
-            "prompt_tokens": self.reply.num_input_tokens,
+            "prompt_tokens": num_input,
             "completion_tokens": num_tokens,
-            "total_tokens": self.reply.num_input_tokens + num_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.reply.cached_tokens},
+            "total_tokens": num_input + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in asked)},
         }
 
-    def _disclosure(self) -> dict[str, Any]:
-        reply = self.reply
-        return {
-            "tier": reply.tier,
-            "lossless": reply.lossless,
-            "unverified_tokens": reply.unverified,
-            "typical_tokens": reply.typical,
-            "target_passes": reply.target_passes,
-            "acceptance_rate": reply.acceptance_rate,
-        }
+
+def _called(call: Call) -> dict[str, Any]:
+    # Nine letters and digits: the templates of Mistral's models take no other ids.
+    name = "".join(secrets.choice(_ID_LETTERS) for _ in range(9))
+    return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _reason(choice: _Choice) -> str | None:
+    """Why a choice ended, in OpenAI's words."""
+    if choice.reply is None:
+        return None
+    reason = _FINISH_REASONS[choice.reply.finish_reason]
+    return "tool_calls" if choice.calls and reason == "stop" else reason

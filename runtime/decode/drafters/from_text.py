@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.tree import ROOT, Tree
 
 
 class Text(Protocol):
@@ -42,6 +43,8 @@ class TextDrafter(Drafter, Generic[T]):
             if limit > 0:
                 self._texts[b].extend(row.tokens)
                 self.draft(row, self._texts[b], limit, prices if row.policy.pays else None)
+                if row.params.grammar is not None:
+                    row.tree = _grammatical(row)
 
     def draft(self, row: Row, text: T, limit: int, prices: Prices | None) -> None:
         """Gives a row its tree of at most `limit` nodes.
@@ -50,3 +53,14 @@ class TextDrafter(Drafter, Generic[T]):
             prices: None where the row's policy does not ask what pays, or nobody knows.
         """
         raise NotImplementedError
+
+
+def _grammatical(row: Row) -> Tree:
+    """A row's tree without the nodes that its grammar does not allow, and what is behind them."""
+    tree, node_of = Tree(), {ROOT: ROOT}
+    assert row.processor is not None
+    for node, (token, parent) in enumerate(zip(row.tree.tokens, row.tree.parents, strict=True)):
+        above = node_of.get(parent)
+        if above is not None and row.processor.allows(row.tokens, tree.text(above), token):
+            node_of[node] = tree.add(token, row.tree.risks[node], above)
+    return tree

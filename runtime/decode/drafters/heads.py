@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ssv.bundle.profile import Curve
-from ssv.runtime.decode.choice import check_chosen, columns_of, ranking
+from ssv.runtime.decode.choice import check_ranked, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.growth import Growth, Guess
+from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import HeadsEngine
 
@@ -38,7 +39,7 @@ class HeadsDrafter(Drafter):
         eos_ids: int64.
         """
         self._heads, self._eos_ids = heads, frozenset(eos_ids.tolist())
-        self._eos_columns = columns_of(eos_ids, heads.token_ids_V)
+        self._columns = Columns(heads.token_ids_V)
         # Of each row, what the target's last choice was made of.
         self._hidden: dict[int, Tensor] = {}
 
@@ -55,10 +56,10 @@ class HeadsDrafter(Drafter):
         logits_RDV = self._heads.logits(torch.stack([self._hidden[b] for b in drafting]))
         ahead = [(b, depth) for b in drafting for depth in depths]
         most = max(rows[b].policy.children_of(depth) for b, depth in ahead)
-        ranked = ranking(rows, logits_RDV.flatten(0, 1), ahead, self._eos_columns, most, self._heads.token_ids_V)
-        check_chosen([tokens[0] for tokens, _ in ranked])
+        ranked = ranking(rows, logits_RDV.flatten(0, 1), ahead, self._columns, most)
+        check_ranked(rows, ahead, ranked)
         guesses = [
-            [Guess(token, share, 1 - share) for token, share in zip(tokens, shares, strict=True)]
+            [Guess(token, share, 1 - share) for token, share in zip(tokens, shares, strict=True) if token >= 0]
             for tokens, shares in ranked
         ]
         for r, b in enumerate(drafting):

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.survival import Survival
-from ssv.runtime.decode.choice import check_chosen, choices, columns_of, ranking
+from ssv.runtime.decode.choice import check_chosen, check_ranked, choices, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.drafters.suffix import Suffix
 from ssv.runtime.decode.growth import Growth, Guess, likely_groups
+from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
 from ssv.runtime.engines.contract import Engine, EngineError, GrowingEngine, StepOutput, TreeShape
@@ -78,7 +79,7 @@ class ModelDrafter(Drafter):
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
         self._max_batch, self._eos_ids = target.max_batch, frozenset(eos_ids.tolist())
-        self._eos_columns = columns_of(eos_ids, engine.token_ids_V)
+        self._columns = Columns(engine.token_ids_V)
         # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
@@ -164,9 +165,8 @@ class ModelDrafter(Drafter):
         alike: dict[tuple[object, ...], list[int]] = {}
         for b, growing in self._growing.items():
             params, policy = rows[b].params, rows[b].policy
-            # An end that comes too early is for the host to take away.
-            goes_on = rows[b].output_index(0) < params.min_tokens
-            if params.greedy and not goes_on and len(policy.children) == 1:
+            # What a request changes of its logits is the host's to change.
+            if params.greedy and rows[b].processor is None and len(policy.children) == 1:
                 alike.setdefault((policy.children, policy.beam, policy.max_depth, policy.pays), []).append(b)
             elif policy.pays:
                 growing.growth.open = []
@@ -335,21 +335,47 @@ class ModelDrafter(Drafter):
     def _guesses(self, rows: Sequence[Row], drafting: Sequence[int], out: StepOutput) -> list[list[Guess]]:
         """The likeliest next tokens of each gathered row."""
         growths = {b: self._growing[b].growth for b in drafting}
-        ahead = [(b, 0 if i == ROOT else growths[b].candidates[i].depth) for b in drafting for i in growths[b].open]
-        most = max(growths[b].num_children(i) for b in drafting for i in growths[b].open)
-        scored = out.reject_prob_R.tolist() if out.reject_prob_R is not None else None
-        if most == 1 and scored is not None and not any(rows[b].policy.pays for b in drafting):
-            tokens = choices(rows, out.logits_RV, ahead, self._eos_columns, out.token_R, self.engine.token_ids_V)
+        opened = [(b, i) for b in drafting for i in growths[b].open]
+        ahead = [(b, 0 if i == ROOT else growths[b].candidates[i].depth) for b, i in opened]
+        most = max(growths[b].num_children(i) for b, i in opened)
+        scored = self._scored(rows, [b for b, _ in opened], out)
+        if most == 1 and scored is not None and not any(rows[b].policy.pays or rows[b].processor for b in drafting):
+            tokens = choices(rows, out.logits_RV, ahead, self._columns, out.token_R)
             check_chosen(tokens)
             # Nothing is chosen by these shares: a chain goes by its risks.
-            return [[Guess(token, 1 - r, r)] for token, r in zip(tokens, scored, strict=True)]
-        ranked = ranking(rows, out.logits_RV, ahead, self._eos_columns, most, self.engine.token_ids_V)
-        check_chosen([tokens[0] for tokens, _ in ranked])
-        greedy = [rows[b].params.greedy for b, _ in ahead]
-        return [
-            _shared(tokens, shares, scored[r] if scored is not None else None, greedy[r], self._survival)
-            for r, (tokens, shares) in enumerate(ranked)
-        ]
+            return [[Guess(token, 1 - r, r)] for token, (_, r) in zip(tokens, scored, strict=True)]
+        ranked = ranking(
+            rows, out.logits_RV, ahead, self._columns, most, lambda r: growths[opened[r][0]].text(opened[r][1])
+        )
+        check_ranked(rows, opened, ranked)
+        greedy = [rows[b].params.greedy for b, _ in opened]
+        guesses: list[list[Guess]] = []
+        for r, (tokens, shares) in enumerate(ranked):
+            token, risk = scored[r] if scored is not None else (None, None)
+            # The scorer speaks of the draft's likeliest token: of no other, where the request changes the logits.
+            risk = risk if token in (None, tokens[0]) else None
+            if tokens[0] < 0:  # its head has none of the tokens that may be chosen
+                guesses.append([])
+                continue
+            guesses.append(_shared(tokens, shares, risk, greedy[r], self._survival))
+        return guesses
+
+    def _scored(
+        self, rows: Sequence[Row], row_R: Sequence[int], out: StepOutput
+    ) -> list[tuple[int | None, float]] | None:
+        """The scorer's risk of each gathered row, and the token that it is of, for rows whose requests change the
+        logits; None without a scorer."""
+        if out.reject_prob_R is None:
+            return None
+        risks = out.reject_prob_R.tolist()
+        own = [r for r, b in enumerate(row_R) if rows[b].processor is not None]
+        tokens: list[int | None] = [None] * len(risks)
+        if own:
+            index = out.logits_RV[own].argmax(dim=1)
+            ids_V = self._columns.ids_V
+            for r, token in zip(own, (index if ids_V is None else ids_V[index]).tolist(), strict=True):
+                tokens[r] = token
+        return list(zip(tokens, risks, strict=True))
 
     def guess_of(self, b: int, node: int) -> tuple[int, float]:
         """Which guess for its place a node of row `b`'s tree was, the first being 0, and the share that it was

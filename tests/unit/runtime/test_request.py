@@ -29,6 +29,15 @@ INVALID: list[dict[str, Any]] = [
     {"max_tokens": -3},
     {"min_tokens": -1},
     {"min_tokens": 11, "max_tokens": 10},
+    {"min_p": -0.1},
+    {"min_p": 1.1},
+    {"min_p": math.nan},
+    {"presence_penalty": 2.1},
+    {"presence_penalty": math.nan},
+    {"frequency_penalty": -2.1},
+    {"repetition_penalty": 0.0},
+    {"repetition_penalty": 101.0},
+    {"repetition_penalty": math.inf},
     {"stop": ("a", "")},
     {"max_delay": 0.0},
     {"max_delay": -1.0},
@@ -43,6 +52,20 @@ def test_invalid_setting_is_refused_by_name(settings: dict[str, Any]) -> None:
         SamplingParams(**settings)
     if name != "stop":
         assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"logit_bias": ((7, 101.0),)}, "logit_bias 101.0 of token 7"),
+        ({"logit_bias": ((7, math.nan),)}, "logit_bias nan"),
+        ({"logit_bias": ((7, 1.0), (7, 2.0))}, "a token twice"),
+        ({"bad_token_ids": ((1, 2), ())}, "an empty sequence"),
+    ],
+)
+def test_tokens_that_are_named_wrongly(settings: dict[str, Any], what: str) -> None:
+    with pytest.raises(RequestError, match=what):
+        SamplingParams(**settings)
 
 
 @pytest.mark.parametrize(

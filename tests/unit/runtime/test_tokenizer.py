@@ -296,3 +296,26 @@ def test_the_server_ends_texts_where_decoding_did() -> None:
     texts = Detokenizer(FakeTokenizer().decode, 4)
     assert texts.push("a", 0, [1, 1], ("a",), False, min_tokens=2) == "aa"
     assert texts.push("a", 1, [2, 1, 2], ("a",), True) == "b"
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_bytes_of_tokens_are_those_of_their_text(make: Callable[[], BundleTokenizer]) -> None:
+    tokenizer = make()
+    text = "naïve 日本 🙂 a"
+    ids = tokenizer.inner.encode(text, add_special_tokens=False)
+    assert b"".join(tokenizer.token_bytes(token) for token in ids).decode().strip() == text
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_bytes_of_a_special_token_are_its_name() -> None:
+    tokenizer = byte_level()
+    assert tokenizer.token_bytes(tokenizer.inner.backend.token_to_id("<|im_end|>")) == b"<|im_end|>"
+
+
+def test_words_are_written_at_the_beginning_and_after_a_space() -> None:
+    tokenizer = byte_level()
+    alone, spaced = (tuple(tokenizer.inner.encode(text)) for text in ("abc", " abc"))
+    assert tokenizer.word_ids(["abc"]) == (alone, spaced)
+    assert tokenizer.word_ids([" abc", "abc"]) == (spaced, alone)
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        tokenizer.word_ids(["\ud800"])

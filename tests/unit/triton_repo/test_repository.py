@@ -32,6 +32,8 @@ def wanted_type(name: str) -> tuple[int, list[int]]:
         return pb.TYPE_STRING, [1]
     if name in intake.STRING_LISTS:
         return pb.TYPE_STRING, [-1]
+    if name in intake.TOKEN_LISTS:
+        return pb.TYPE_INT32, [-1]
     if name in intake.FLAGS:
         return pb.TYPE_BOOL, [1]
     if name in ("seed", "random_seed"):
@@ -104,7 +106,7 @@ def test_outputs_are_the_fields_of_a_piece() -> None:
     piece = answer.piece(Chunk(0, "", (1,), Counters()), 0.0, 0.0)
     assert piece is not None
     types = {str: pb.TYPE_STRING, bool: pb.TYPE_BOOL, int: pb.TYPE_INT32, float: pb.TYPE_FP32}
-    wanted = {name: (types[type(value)], [1]) for name, value in {"text_output": "", **piece.fields}.items()}
+    wanted = {name: (types[type(value)], [1]) for name, value in piece.outputs("", lambda _: b"").items()}
     assert ports(read("postprocessing"), "output") == wanted
 
 

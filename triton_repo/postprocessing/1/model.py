@@ -23,7 +23,8 @@ class TritonPythonModel:
         self._control = ControlSender(os.getppid())
         # Streams that were broken off stay until others have come in their place.
         ends = read_manifest(config.bundle, verify=False).eos_token_ids  # `ssv` verifies it
-        self._texts = Detokenizer(BundleTokenizer.load(config.bundle, ends).decode, 4 * config.max_rows)
+        self._tokenizer = BundleTokenizer.load(config.bundle, ends)
+        self._texts = Detokenizer(self._tokenizer.decode, 4 * config.max_rows)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -53,7 +54,8 @@ class TritonPythonModel:
         except StreamError as error:
             text = error_text("UNAVAILABLE", error)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE))
-        return pb_utils.InferenceResponse([_tensor(name, value) for name, value in piece.outputs(text).items()])
+        outputs = piece.outputs(text, self._tokenizer.token_bytes)
+        return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
 
 
 def _tensor(name: str, value: str | bool | int | float) -> Any:

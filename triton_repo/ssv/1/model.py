@@ -154,7 +154,8 @@ class _Sink:
             tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline, arrived=arrived
         )
         lossless = policy_for(settings.method, llm.tiers).lossless_for(greedy=settings.params.greedy)
-        self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(self.request.prompt_ids))
+        ids = self.request.prompt_ids
+        self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(ids), ids[0])
 
     def is_cancelled(self) -> bool:
         if time.monotonic() - self._sent_at > PROBE_SECONDS:

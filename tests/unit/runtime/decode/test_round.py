@@ -619,7 +619,10 @@ def slow_twin(
         asks = False
         while len(pending) < min(policy.max_pending, rest - 1) and not asks:
             logits_V, risk = draft.next(tokens + pending)
-            pending.append(ids[argmax(logits_V, draft_eos, tokens + pending)])
+            best = argmax(logits_V, draft_eos, tokens + pending)
+            if best != int(logits_V.argmax()):  # the scorer speaks of another token
+                risk = 1 - float(logits_V.index_fill(0, torch.tensor([draft_eos]), -torch.inf).softmax(0)[best])
+            pending.append(ids[best])
             risks.append(risk)
             if risk >= policy.accept_below:
                 safe *= 1 - risk

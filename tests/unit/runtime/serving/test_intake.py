@@ -13,12 +13,12 @@ import pytest
 
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
+from ssv.runtime.grammar import grammar_of
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.serving import intake as module
 from ssv.runtime.serving.intake import (
     _ELSEWHERE,
-    DEFAULT_MAX_TOKENS,
     LARGEST_SEED,
     Intake,
     Limits,
@@ -73,7 +73,7 @@ def tensors(given: dict[str, Any]) -> dict[str, np.ndarray]:
     """As Triton hands them over: [1, n], texts as bytes."""
     dtypes: dict[str, Any] = {name: np.object_ for name in module.STRINGS + module.STRING_LISTS}
     dtypes |= {name: np.bool_ for name in module.FLAGS} | {name: np.float32 for name in module.NUMBERS}
-    dtypes |= {name: np.int32 for name in module.WHOLE_NUMBERS} | {"seed": np.uint64}
+    dtypes |= {name: np.int32 for name in module.WHOLE_NUMBERS + module.TOKEN_LISTS} | {"seed": np.uint64}
     made = {}
     for name, value in given.items():
         values = value if isinstance(value, list) else [value]
@@ -113,7 +113,7 @@ def test_defaults() -> None:
 
 def test_default_of_max_tokens_is_what_fits() -> None:
     roomy = Limits(max_length=4000, max_tokens=3000, max_prompt_bytes=1000)
-    assert prepare(make(roomy))[1].params.max_tokens == DEFAULT_MAX_TOKENS
+    assert prepare(make(roomy))[1].params.max_tokens == 3000
     assert prepare(make(Limits(40, 3000, 1000)))[1].params.max_tokens == 35
 
 
@@ -136,19 +136,34 @@ def test_all_that_is_supported_arrives() -> None:
         return_num_output_tokens=False,
         return_finish_reason=True,
         pad_id=0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias='{"5": -1.5, "7": 2}',
+        bad_words=["x", "", " y"],
+        stop_token_ids=[9, 8, 9],
+        ssv_top_logprobs=3,
+        ssv_prompt_logprobs=0,
     )
     wanted = SamplingParams(
         temperature=0.5,
         top_k=40,
         top_p=0.75,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias=((5, -1.5), (7, 2.0)),
+        bad_token_ids=((ord("x") + 10,), (ord(" ") + 10, ord("x") + 10), (ord(" ") + 10, ord("y") + 10)),
         seed=LARGEST_SEED,
         max_tokens=50,
         min_tokens=3,
         stop=("one", "two"),
+        stop_token_ids=(9, 8),
         ignore_eos=True,
+        logprobs=3,
+        prompt_logprobs=0,
     )
     assert settings == Settings("turbo", wanted, stream=True, timeout=2.5)
 
@@ -212,11 +227,23 @@ def test_without_a_seed_each_request_has_another() -> None:
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"top_k": -2}, "top_k -2"),
-        ({"repetition_penalty": 1.5}, "repetition_penalty 1.5 is not supported: leave it out, or give 1.0"),
-        ({"presence_penalty": 0.5}, "presence_penalty 0.5 is not supported"),
-        ({"frequency_penalty": -0.5}, "frequency_penalty -0.5 is not supported"),
-        ({"bad_words": ["x"]}, "bad_words are not supported"),
-        ({"bad_words": ["", "x"]}, "bad_words are not supported"),
+        ({"min_p": 1.5}, "min_p 1.5 must be between 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be between 0.01 and 100"),
+        ({"presence_penalty": 2.5}, "presence_penalty 2.5 must be between -2 and 2"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty -2.5 must be between -2 and 2"),
+        ({"bad_words": ["x"] * 65}, "65 bad_words, the longest of 1 bytes: at most 64"),
+        ({"stop_token_ids": list(range(1025))}, "1025 stop_token_ids: at most 1024"),
+        ({"logit_bias": "[1]"}, "logit_bias must be a JSON object"),
+        ({"logit_bias": "{"}, "logit_bias is not valid JSON"),
+        ({"logit_bias": '{"x": 1}'}, "token 'x' is not a number"),
+        ({"logit_bias": '{"1": "x"}'}, "bias 'x' is not a number"),
+        ({"logit_bias": '{"1": 101}'}, "logit_bias 101.0 of token 1 must be between -100 and 100"),
+        ({"logit_bias": '{"1": 1, "01": 1}'}, "logit_bias has a token twice"),
+        ({"logit_bias": json.dumps({str(i): 1 for i in range(1025)})}, "logit_bias has 10165 bytes, at most 1000"),
+        ({"ssv_top_logprobs": 21}, "logprobs 21 must be between 0 and 20"),
+        ({"ssv_prompt_logprobs": -1}, "prompt_logprobs -1 must be between 0 and 20"),
+        ({"input_ids": [1, 2]}, "input_ids and text_input are both given"),
+        ({"input_ids": [1, 300], "text_input": ""}, "token 300 is outside the vocabulary of 300"),
         ({"exclude_input_in_output": False}, "exclude_input_in_output false is not supported"),
         ({"ssv_timeout": 0.0}, "ssv_timeout 0.0 must be above 0"),
         ({"ssv_timeout": -1.0}, "ssv_timeout -1.0 must be above 0"),
@@ -511,13 +538,65 @@ def test_sampling_parameters_of_numbers_and_of_texts() -> None:
     assert vllm({name: float(value) for name, value in numbers.items()}) == wanted
 
 
+def test_sampling_parameters_of_lists() -> None:
+    found = vllm({"stop_token_ids": [5, "6"], "bad_words": "x", "logit_bias": {"5": 1}, "logprobs": 2, "min_p": "0.5"})
+    assert (found.stop_token_ids, found.logit_bias, found.logprobs, found.min_p) == ((5, 6), ((5, 1.0),), 2, 0.5)
+    assert found.bad_token_ids[0] == (ord("x") + 10,)
+    assert vllm({"prompt_logprobs": 1}).prompt_logprobs == 1
+    assert vllm({}, return_log_probs=True).logprobs == 0
+
+
+def test_biases_are_bounded() -> None:
+    biases = json.dumps({str(i): 1 for i in range(1025)})
+    with pytest.raises(RequestError, match="logit_bias of 1025 tokens: at most 1024"):
+        prepare(make(Limits(400, 100, 20_000)), logit_bias=biases)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": '{"type": "array"}'},
+    {"sampling_parameters": '{"structured_outputs": {"json": {"type": "array"}}}'},
+    {"sampling_parameters": '{"guided_decoding": {"json": "{\\"type\\": \\"array\\"}"}}'},
+]
+
+
+@pytest.mark.parametrize("given", FORMS)
+def test_forms_of_outputs(given: dict[str, Any]) -> None:
+    assert params(**given).grammar == grammar_of("json_schema", '{"type": "array"}')
+
+
+def test_any_json_object_has_no_guide() -> None:
+    assert params(guided_decoding_guide_type="json").grammar == grammar_of("json")
+    assert params(guided_decoding_guide_type="").grammar is None
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"guided_decoding_guide": "a"}, "guided_decoding_guide is given without its type"),
+        ({"guided_decoding_guide_type": "xml"}, "'xml' is no form of an output"),
+        ({"guided_decoding_guide_type": "regex", "guided_decoding_guide": "("}, "unclosed group"),
+        ({"guided_decoding_guide_type": "json", "ignore_eos": True}, "ignore_eos"),
+        ({"guided_decoding_guide_type": "json", "sampling_parameters": '{"structured_outputs": {}}'}, "both given"),
+        ({"sampling_parameters": '{"structured_outputs": 5}'}, "structured_outputs must be an object"),
+        ({"sampling_parameters": '{"structured_outputs": {}}'}, "the form of the output is given by nothing"),
+    ],
+)
+def test_forms_that_are_none(given: dict[str, Any], says: str) -> None:
+    refused(says, **given)
+
+
+def test_a_prompt_of_token_ids() -> None:
+    assert prepare(text_input="", input_ids=[5, 299])[0] == (5, 299)
+    assert make().prepare(tensors({"input_ids": [5]}))[0] == (5,)
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"temperature": null, "stop": null}', " {} "])
 def test_sampling_parameters_that_say_nothing(text: str) -> None:
     assert vllm(text, seed=1) == params(seed=1)
 
 
 def test_neutral_sampling_parameters() -> None:
-    given = {"n": 1, "best_of": "1", "min_p": 0, "logprobs": 0, "prompt_logprobs": None, "detokenize": True}
+    given = {"n": 1, "best_of": "1", "min_p": 0, "logprobs": None, "prompt_logprobs": None, "detokenize": True}
     given |= {"skip_special_tokens": "true", "include_stop_str_in_output": "False", "repetition_penalty": "1.0"}
     given |= {"presence_penalty": 0, "frequency_penalty": 0.0, "spaces_between_special_tokens": True}
     assert vllm(given, seed=1) == params(seed=1)
@@ -529,11 +608,16 @@ def test_neutral_sampling_parameters() -> None:
         ({"n": 2}, "n 2 is not supported"),
         ({"n": "2"}, "n '2' is not supported"),
         ({"best_of": 3}, "best_of"),
-        ({"min_p": 0.1}, "min_p"),
-        ({"logprobs": 5}, "logprobs"),
+        ({"min_p": 1.1}, "min_p 1.1 must be"),
+        ({"logprobs": 25}, "logprobs 25 must be"),
+        ({"logprobs": "all"}, "logprobs 'all' is not a number"),
+        ({"bad_words": [1]}, "bad_words must be a text or a list of texts"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids 1.5 is not a number"),
+        ({"logit_bias": [5]}, "logit_bias must be a JSON object"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
-        ({"repetition_penalty": "1.2"}, "repetition_penalty 1.2 is not supported"),
+        ({"repetition_penalty": "0"}, "repetition_penalty 0.0 must be"),
         ({"lora_name": "x"}, "'lora_name' is not supported; known: max_tokens"),
         ({"": 1}, "'' is not supported"),
         ({"max_token": 1}, "'max_token' is not supported"),
@@ -648,7 +732,9 @@ def test_stop_words_are_bounded(given: dict[str, Any]) -> None:
 
 def test_settings_come_back_from_json() -> None:
     given = {"stop_words": ["é", '"', "\n"], "seed": LARGEST_SEED, "temperature": 0.1, "top_p": 0.3, "top_k": 4}
-    _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", ignore_eos=True, min_tokens=2, **given)
+    given |= {"logit_bias": '{"3": 0.5}', "bad_words": ["é"], "stop_token_ids": [3], "ssv_top_logprobs": 2}
+    given |= {"guided_decoding_guide_type": "json"}
+    _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", min_tokens=2, **given)
     assert Settings.from_json(settings.to_json()) == settings
     assert Settings.from_json(prepare()[1].to_json()).timeout is None
 
@@ -684,12 +770,12 @@ def random_tensors(rng: random.Random) -> dict[str, np.ndarray]:
     given: dict[str, Any] = {}
     for name in names:
         length = 1 if rng.random() < 0.97 else rng.choice([0, 2])
-        if name in module.STRING_LISTS:
+        if name in module.STRING_LISTS + module.TOKEN_LISTS:
             length = rng.randrange(4)
         values: list[Any] = []
         for _ in range(length):
             if name == "sampling_parameters":
-                keys = [*module._VLLM, *module._VLLM_NEUTRAL, "stop", "other"]
+                keys = [*module._VLLM, *module._VLLM_NEUTRAL, *module._VLLM_NAMES, *module._VLLM_LISTS, "other"]
                 held = {rng.choice(keys): random_json(rng) for _ in range(rng.randrange(4))}
                 text = json.dumps(held if rng.random() < 0.9 else random_json(rng))
                 values.append(text if rng.random() < 0.9 else text[: rng.randrange(len(text) + 1)])
@@ -704,7 +790,11 @@ def random_tensors(rng: random.Random) -> dict[str, np.ndarray]:
                 values.append(rng.random() < 0.7)
             elif name == "seed":
                 values.append(rng.choice([0, 1, LARGEST_SEED, rng.getrandbits(64)]))
-            elif name in module.WHOLE_NUMBERS:
+            elif name == "logit_bias":
+                values.append(
+                    json.dumps({rng.choice(["1", "-2", "x"]): random_json(rng)} if rng.random() < 0.5 else {})
+                )
+            elif name in module.WHOLE_NUMBERS + module.TOKEN_LISTS:
                 values.append(rng.choice([-(2**31), -1, 0, 1, 2, 7, 100, 101, 2**31 - 1, rng.randrange(100)]))
             else:
                 values.append(rng.choice([0.0, -0.0, 0.02, 0.5, 1.0, -1.0, 1e-45, 3e38, math.nan, math.inf]))

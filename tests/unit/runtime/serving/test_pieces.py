@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ssv.runtime.counters import Counters
-from ssv.runtime.request import Chunk, FinishReason, SamplingParams
+from ssv.runtime.request import Chunk, FinishReason, SamplingParams, TokenLogprobs
 from ssv.runtime.serving.intake import Settings
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
 
@@ -82,6 +82,39 @@ def test_fields() -> None:
         "ssv_target_passes": 2,
         "ssv_cached_tokens": 4,
     }
+
+
+def test_a_stop_token_counts_and_is_no_text() -> None:
+    settings = Settings("premium", SamplingParams(stop_token_ids=(3,)), False, None)
+    for reason, ids in (("stop", (1, 2)), ("length", (1, 2, 3))):
+        (piece,) = pieces(Answer("key", settings, True), chunk(1, 2), chunk(3, reason=reason))
+        assert (piece.token_ids, piece.fields["num_output_tokens"]) == (ids, 3)
+
+
+def test_log_probabilities_travel_with_their_tokens() -> None:
+    first, second = TokenLogprobs(1, -0.5, ((1, -0.5), (7, -2.0))), TokenLogprobs(2, -1.0)
+    settings = Settings("premium", SamplingParams(logprobs=2, prompt_logprobs=0), True, None)
+    answer = Answer("key", settings, True, first_token=5)
+    found = pieces(
+        answer,
+        Chunk(0, "", (1,), COUNTERS, None, (first,), (TokenLogprobs(6, -3.0),)),
+        Chunk(0, "", (2,), COUNTERS, "stop", (second,)),
+    )
+    assert [piece.logprobs for piece in found] == [((1, -0.5, ((1, -0.5), (7, -2.0))),), ((2, -1.0, ()),)]
+    assert [piece.prompt_logprobs for piece in found] == [((5, None, ()), (6, -3.0, ())), ()]
+    assert [Piece.from_json(piece.to_json()) for piece in found] == found
+    told = [json.loads(piece.outputs("x", lambda token: bytes([token]))["ssv_logprobs"]) for piece in found]
+    assert told[0]["prompt"] == [
+        {"id": 5, "bytes": [5], "logprob": None, "top": []},
+        {"id": 6, "bytes": [6], "logprob": -3.0, "top": []},
+    ]
+    assert told[0]["output"][0]["top"][1] == {"id": 7, "bytes": [7], "logprob": -2.0}
+    assert told[1] == {"output": [{"id": 2, "bytes": [2], "logprob": -1.0, "top": []}]}
+
+
+def test_without_them_there_is_nothing_of_them() -> None:
+    (piece,) = pieces(make(stream=True), chunk(1))
+    assert piece.outputs("x", lambda _: b"")["ssv_logprobs"] == ""
 
 
 def test_types_of_fields_survive_json() -> None:

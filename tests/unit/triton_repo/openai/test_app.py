@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ import numpy as np
 import pytest
 from certificates import self_signed
 from cryptography.x509 import DNSName, GeneralName, IPAddress
-from openai import APIError, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from lettered import lettered
+from openai import APIError, AuthenticationError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from starlette.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
@@ -33,14 +36,18 @@ from ssv.bundle.policy import Policy
 from ssv.client.triton import Reply, ServerError, Settings, request_inputs
 from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.request import RequestError
+from ssv.runtime.serving.access_keys import AccessKeyError, access_keys
 from ssv.runtime.serving.intake import Intake, Limits
+from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.runtime.tools import call_grammar
 from ssv.triton_repo.openai import access_log
 from ssv.triton_repo.openai import app as openai_api
 from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.tokens import Tokens
 from ssv.triton_repo.openai.translation import Models
 
-MODELS = Models("tiny", ("premium", "turbo"), 1700000000)
+MODELS = Models("tiny", ("premium", "turbo"), 1700000000, bounds={"turbo": 0.05}, max_length=512)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
@@ -154,6 +161,7 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
         "ssv": {
             "tier": "turbo",
             "lossless": False,
+            "divergence_bound": 0.05,
             "unverified_tokens": 1,
             "typical_tokens": 2,
             "target_passes": 2,
@@ -240,6 +248,247 @@ def test_nothing_judged_is_an_acceptance_rate_of_0() -> None:
     assert chat(FakeBackend(reply("a", "stop", judged=0, accepted=0))).json()["ssv"]["acceptance_rate"] == 0.0
 
 
+# Tools.
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"town": {"type": "string"}}}},
+}
+CALL = '<tool_call>[{"name": "weather", "arguments": {"town": "Oslo"}}]</tool_call>'
+
+
+def calling_backend() -> FakeBackend:
+    return FakeBackend(reply("I look. "), reply(CALL[:20]), reply(CALL[20:]), reply("", "stop"))
+
+
+def test_calls_of_functions_are_openais() -> None:
+    backend = calling_backend()
+    body = chat(backend, tools=[WEATHER]).json()
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "I look. "
+    (call,) = choice["message"]["tool_calls"]
+    assert re.fullmatch("[A-Za-z0-9]{9}", call.pop("id"))
+    assert call == {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
+    assert backend.settings.tools == [WEATHER] and backend.settings.guide is None
+    assert chat(FakeBackend(reply(CALL, "stop")), tools=[WEATHER]).json()["choices"][0]["message"]["content"] is None
+
+
+def test_calls_in_a_stream_have_their_index() -> None:
+    two = CALL[:-13] + ', {"name": "weather", "arguments": {}}]</tool_call>'
+    events = events_of(chat(FakeBackend(reply(two[:30]), reply(two[30:], "stop")), tools=[WEATHER], stream=True))[:-1]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call["index"] for call in calls] == [0, 1]
+    assert [call["function"]["arguments"] for call in calls] == ['{"town": "Oslo"}', "{}"]
+    assert not any(delta.get("content") for delta in deltas)
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_the_openai_package_reads_calls() -> None:
+    client = openai_of(calling_backend())
+    tools: Any = [WEATHER]
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, tools=tools)  # type: ignore[arg-type]
+    assert answer.choices[0].message.tool_calls is not None
+    assert answer.choices[0].message.tool_calls[0].function.name == "weather"
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "none"}, {"tools": []}])
+def test_without_tools_nothing_is_a_call(fields: dict[str, Any]) -> None:
+    backend = calling_backend()
+    message = chat(backend, **fields).json()["choices"][0]["message"]
+    assert message["content"] == "I look. " + CALL and "tool_calls" not in message
+    assert not backend.settings.tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({"tool_choice": "required"}, 8),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, 1),
+        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, 1),
+    ],
+)
+def test_a_call_that_has_to_be_is_a_form_of_the_output(fields: dict[str, Any], most: int) -> None:
+    backend = calling_backend()
+    other = {"type": "function", "function": {"name": "other"}}
+    assert chat(backend, tools=[other, WEATHER], **fields).status_code == 200
+    tools = [WEATHER] if isinstance(fields["tool_choice"], dict) else [other, WEATHER]
+    assert backend.settings.guide == ("ebnf_grammar", call_grammar("smollm2", tools, most=most))
+    assert backend.settings.tools == [other, WEATHER]
+    error = error_of(chat(backend, tools=[WEATHER], tool_choice="required", guided_regex="a"), 400)
+    assert error["param"] == "tool_choice"
+
+
+def test_conversations_with_calls_reach_the_server() -> None:
+    backend = FakeBackend()
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
+    odd = {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": "town"}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call, odd]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "cold"}]},
+    ]
+    assert chat(backend, messages=messages, tools=[WEATHER]).status_code == 200
+    read = {**call, "function": {"name": "weather", "arguments": {"town": "Oslo"}}}
+    assert backend.prompt == [
+        *MESSAGES,
+        {"role": "assistant", "content": "", "tool_calls": [read, odd]},
+        {"role": "tool", "content": "cold", "tool_call_id": "c1"},
+    ]
+
+
+# Several choices.
+
+
+class ManyBackend(FakeBackend):
+    """Says which call it answers, the later ones first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, Settings, str]] = []
+
+    async def stream(self, prompt: Any, settings: Settings, *, request_id: str, stream: bool) -> AsyncGenerator[Reply]:
+        number = len(self.asked)
+        self.asked.append((prompt, settings, request_id))
+        await asyncio.sleep(0.02 * (5 - number))
+        yield reply(f"<{number}", num_tokens=number)
+        yield reply(">", "length" if number % 2 else "stop", num_tokens=1)
+
+
+def test_choices_are_those_of_each_prompt_with_seeds_of_their_own() -> None:
+    backend = ManyBackend()
+    body = complete(backend, prompt=["a", "b"], n=2, seed=2**64 - 1, max_tokens=9).json()
+    assert [(prompt, settings.seed) for prompt, settings, _ in backend.asked] == [
+        ("a", 2**64 - 1),
+        ("a", 0),
+        ("b", 2**64 - 1),
+        ("b", 0),
+    ]
+    ids = [request_id for _, _, request_id in backend.asked]
+    assert ids == [ids[0], *(f"{ids[0]}-{index}" for index in (1, 2, 3))]
+    assert [(choice["index"], choice["text"], choice["finish_reason"]) for choice in body["choices"]] == [
+        (0, "<0>", "stop"),
+        (1, "<1>", "length"),
+        (2, "<2>", "stop"),
+        (3, "<3>", "length"),
+    ]
+    # Each prompt counts once, and each choice's tokens: 0, 1, 2, 3 and one more each.
+    usage = body["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (14, 10, 24)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 10
+    assert (body["ssv"]["unverified_tokens"], body["ssv"]["target_passes"]) == (4, 8)
+
+
+def test_without_a_seed_choices_have_none() -> None:
+    backend = ManyBackend()
+    assert len(chat(backend, n=3).json()["choices"]) == 3
+    assert [settings.seed for _, settings, _ in backend.asked] == [None] * 3
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_stream_has_its_choices_as_they_come(ask: Any) -> None:
+    found = events_of(ask(ManyBackend(), n=3, stream=True, stream_options={"include_usage": True}))
+    assert found.pop() == "[DONE]"
+    assert found.pop()["usage"]["completion_tokens"] == 6
+    texts, reasons = ["", "", ""], ["", "", ""]
+    for event in found:
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice["text"] if ask is complete else choice["delta"].get("content", "")
+        reasons[choice["index"]] += choice["finish_reason"] or ""
+        assert ("ssv" in event) == bool(choice["finish_reason"])
+    assert texts == ["<0>", "<1>", "<2>"] and reasons == ["stop", "length", "stop"]
+    assert found[0]["choices"][0]["index"] == 2  # the last one answers first
+
+
+def test_choices_that_are_too_many_are_refused() -> None:
+    backend = FakeBackend()
+    error = error_of(complete(backend, prompt=["a"] * 3, n=50), 400)
+    assert error["param"] == "n" and "3 prompts with n 50" in error["message"]
+    assert backend.num_calls == 0
+
+
+def test_a_choice_that_is_refused_ends_all() -> None:
+    class Refusing(ManyBackend):
+        async def stream(self, *given: Any, **more: Any) -> AsyncGenerator[Reply]:
+            if len(self.asked) == 1:
+                raise ServerError("full", "UNAVAILABLE")
+            async for each in super().stream(*given, **more):
+                yield each
+
+    for stream in (False, True):
+        assert error_of(complete(Refusing(), n=3, stream=stream), 503)["message"] == "full"
+
+
+# Log-probabilities.
+
+
+def logged(*tokens: tuple[int, str | bytes, float | None]) -> list[dict[str, Any]]:
+    made = [(i, list(text if isinstance(text, bytes) else text.encode()), logprob) for i, text, logprob in tokens]
+    top = [{"id": 99, "bytes": list(b"!"), "logprob": -0.5}]
+    return [
+        {"id": i, "bytes": data, "logprob": logprob, "top": [] if logprob is None else top} for i, data, logprob in made
+    ]
+
+
+def logging_backend() -> FakeBackend:
+    prompt = logged((1, "On", None), (2, "ce", -3.0))
+    return FakeBackend(
+        reply("é", logprobs=json.dumps({"prompt": prompt, "output": logged((3, b"\xc3", -1.0), (4, b"\xa9", -2.0))})),
+        reply("", logprobs=json.dumps({"output": logged((5, "!", -0.5))})),
+        reply("", "stop"),
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_chat(stream: bool) -> None:
+    backend = logging_backend()
+    response = chat(backend, logprobs=True, top_logprobs=1, stream=stream)
+    assert backend.settings.logprobs == 1 and backend.settings.prompt_logprobs is None
+    events = events_of(response)[:-1] if stream else [response.json()]
+    found = [entry for event in events for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [(entry["token"], entry["bytes"], entry["logprob"]) for entry in found] == [
+        ("bytes:\\xc3", [0xC3], -1.0),
+        ("bytes:\\xa9", [0xA9], -2.0),
+        ("!", [33], -0.5),
+    ]
+    assert all(entry["top_logprobs"] == [{"token": "!", "logprob": -0.5, "bytes": [33]}] for entry in found)
+
+
+def test_logprobs_of_a_chat_without_others() -> None:
+    backend = logging_backend()
+    chat(backend, logprobs=True)
+    assert backend.settings.logprobs == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_logprobs_of_a_completion(echo: bool, stream: bool) -> None:
+    backend = logging_backend()
+    response = complete(backend, logprobs=1, echo=echo, stream=stream)
+    assert (backend.settings.logprobs, backend.settings.prompt_logprobs) == (1, 1 if echo else None)
+    events = events_of(response)[:-1] if stream else [response.json()]
+    assert "".join(event["choices"][0]["text"] for event in events) == ("Onceé" if echo else "é")
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for event in events:
+        for name, values in (event["choices"][0]["logprobs"] or {}).items():
+            found[name] += values
+    assert found["tokens"] == [*(["On", "ce"] if echo else []), "bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert found["token_logprobs"] == [*([None, -3.0] if echo else []), -1.0, -2.0, -0.5]
+    assert found["top_logprobs"][-2:] == [{"bytes:\\xa9": -2.0, "!": -0.5}, {"!": -0.5}]
+    assert found["text_offset"] == [*([0, 2] if echo else []), *(len("Once") * echo + each for each in (0, 10, 20))]
+
+
+def test_echo_of_a_text_and_of_token_ids() -> None:
+    backend = FakeBackend()
+    assert complete(backend, echo=True).json()["choices"][0]["text"] == "OnceHello"
+    assert backend.settings.prompt_logprobs is None
+    backend = logging_backend()
+    body = complete(backend, prompt=[1, 2], echo=True).json()
+    assert body["choices"][0]["text"] == "Onceé" and body["choices"][0]["logprobs"] is None
+    assert backend.settings.prompt_logprobs == 0
+
+
 def test_events_hold_nothing_that_is_taken_for_the_end_of_a_line() -> None:
     text = "a\nb\r\u2028\u2029\x85\x0b\x00é😀"
     response = complete(FakeBackend(reply(text, "stop")), stream=True)
@@ -275,9 +524,13 @@ def test_models_are_the_name_and_its_tiers() -> None:
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [entry["id"] for entry in listed["data"]] == ["tiny", "tiny:premium", "tiny:turbo"]
-    assert listed["data"][0] == {"id": "tiny", "object": "model", "created": 1700000000, "owned_by": "ssv"}
-    for name in ("tiny", "tiny:turbo", "tiny:speculative"):
-        assert client.get(f"/v1/models/{name}").json() == {**listed["data"][0], "id": name}
+    about = {"object": "model", "created": 1700000000, "owned_by": "ssv", "max_model_len": 512}
+    lossless = {"tier": "premium", "lossless": True, "divergence_bound": 0.0}
+    assert listed["data"][0] == {"id": "tiny", **about, "ssv": lossless}
+    lossy = {"tier": "turbo", "lossless": False, "divergence_bound": 0.05}
+    assert listed["data"][2] == {"id": "tiny:turbo", **about, "ssv": lossy}
+    for name, how in (("tiny", lossless), ("tiny:turbo", lossy), ("tiny:eagle", {**lossless, "tier": "eagle"})):
+        assert client.get(f"/v1/models/{name}").json() == {"id": name, **about, "ssv": how}
     assert error_of(client.get("/v1/models/huge"), 404)["code"] == "model_not_found"
     assert openai_of(FakeBackend()).models.retrieve("tiny:turbo").id == "tiny:turbo"
     assert [model.id for model in openai_of(FakeBackend()).models.list()] == ["tiny", "tiny:premium", "tiny:turbo"]
@@ -405,7 +658,7 @@ def test_null_is_what_is_left_out_wherever_it_stands() -> None:
     backend = FakeBackend()
     parts = [{"type": "text", "text": "a", "cache_control": None}]
     messages = [{"role": "user", "content": parts, "name": None, "tool_call_id": None, "reasoning_content": None}]
-    fields = {"parallel_tool_calls": None, "reasoning_effort": None, "guided_json": None, "unknown": None}
+    fields = {"parallel_tool_calls": None, "reasoning_effort": None, "guided_decoding_backend": None, "unknown": None}
     fields |= {"stream_options": {"include_usage": None, "unknown": None}, "logit_bias": {"5": None}}
     response = chat(backend, messages=messages, metadata={"a": None}, stream=True, **fields)
     assert response.status_code == 200, response.text
@@ -428,6 +681,66 @@ def test_settings_reach_the_server() -> None:
     assert backend.settings == expected
     complete(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5)
     assert backend.settings == expected
+
+
+def test_what_changes_the_choice_reaches_the_server() -> None:
+    given = {"min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.2}
+    given |= {"bad_words": ["a", "b"], "stop_token_ids": [3, 4]}
+    expected = Settings(chat=False, temperature=1.0, **given, logit_bias={5: -100, 7: 1.5})
+    backend = FakeBackend()
+    assert chat(backend, **given, logit_bias={"5": -100, "7": 1.5}).status_code == 200
+    assert backend.settings == expected
+    assert complete(backend, **given, logit_bias={"5": -100, "7": 1.5}, max_tokens=16).status_code == 200
+    assert backend.settings == replace(expected, max_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "guide"),
+    [
+        ({"response_format": {"type": "json_object"}}, ("json", "")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "description": "d", "strict": True, "schema": {"type": "array"}},
+                }
+            },
+            ("json_schema", '{"type": "array"}'),
+        ),
+        ({"structured_outputs": {"json": {"type": "array"}}}, ("json_schema", '{"type": "array"}')),
+        ({"structured_outputs": {"json_object": True, "regex": None}}, ("json", "")),
+        ({"structured_outputs": {"grammar": "root ::= 'a'"}}, ("ebnf_grammar", "root ::= 'a'")),
+        ({"guided_json": '{"type": "array"}'}, ("json_schema", '{"type": "array"}')),
+        ({"guided_regex": "a+"}, ("regex", "a+")),
+        ({"guided_choice": ["a", "b"]}, ("choice", '["a", "b"]')),
+        ({"guided_grammar": "start: x"}, ("ebnf_grammar", "start: x")),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_forms_of_outputs_reach_the_server(ask: Any, fields: dict[str, Any], guide: tuple[str, str] | None) -> None:
+    backend = FakeBackend()
+    assert ask(backend, **fields).status_code == 200
+    assert backend.settings.guide == guide
+
+
+def test_a_form_that_is_given_twice_is_refused() -> None:
+    error = error_of(chat(FakeBackend(), guided_regex="a", response_format={"type": "json_object"}), 400)
+    assert "guided_regex and response_format are both given" in error["message"]
+
+
+def test_a_form_that_the_server_refuses_is_the_response_formats() -> None:
+    what = 'the json_schema of the output is not supported: Unimplemented keys: ["not"]'
+    error = error_of(chat(FakeBackend(ServerError(what, "INVALID_ARGUMENT")), guided_json={}), 400)
+    assert (error["param"], error["message"]) == ("response_format", what)
+
+
+def test_prompts_of_token_ids() -> None:
+    backend = FakeBackend()
+    complete(backend, prompt=[5, 6])
+    assert (backend.prompt, backend.num_calls) == ([5, 6], 1)
+    complete(backend, prompt=[[7]])
+    assert (backend.prompt, backend.num_calls) == ([7], 2)
 
 
 def test_a_seed_below_0_counts_modulo_2_to_the_64() -> None:
@@ -506,7 +819,8 @@ def test_values_that_change_nothing_are_taken() -> None:
     for tier in ("auto", "default"):
         backend = FakeBackend()
         assert chat(backend, **NEUTRAL, **NEUTRAL_CHAT, service_tier=tier).status_code == 200
-        assert backend.settings == Settings(chat=False, temperature=1.0)
+        penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+        assert backend.settings == Settings(chat=False, temperature=1.0, **penalties)
     assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
     assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
 
@@ -514,12 +828,21 @@ def test_values_that_change_nothing_are_taken() -> None:
 # What is refused.
 
 WRONG = [
-    ("n", 2),
+    ("n", 0),
+    ("n", 129),
     ("n", True),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("repetition_penalty", 1.1),
-    ("logit_bias", {"5": 1}),
+    ("best_of", 2),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", "1"),
+    ("repetition_penalty", 0),
+    ("min_p", 1.5),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"five": 1}),
+    ("logit_bias", {"-5": 1}),
+    ("logit_bias", [1]),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", 5),
+    ("bad_words", [5]),
     ("temperature", 2.5),
     ("temperature", -1),
     ("temperature", "0.5"),
@@ -553,12 +876,28 @@ WRONG = [
 ]
 WRONG_CHAT = [
     ("max_completion_tokens", 0),
-    ("logprobs", True),
+    ("logprobs", 1),
     ("top_logprobs", 1),
+    ("top_logprobs", 21),
     ("modalities", ["text", "audio"]),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "more": 1}}),
+    ("structured_outputs", {}),
+    ("structured_outputs", {"json": {}, "regex": "a"}),
+    ("structured_outputs", {"lark": "a"}),
+    ("structured_outputs", {"regex": 5}),
+    ("structured_outputs", {"json_object": "yes"}),
+    ("guided_regex", 5),
+    ("guided_choice", "a"),
     ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "function", "function": {"name": "f g"}}]),
+    ("tools", [{"type": "web_search"}]),
+    ("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
     ("tool_choice", "required"),
+    ("tool_choice", "always"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("functions", [{}]),
     ("function_call", {"name": "f"}),
     ("store", True),
@@ -572,17 +911,18 @@ WRONG_CHAT = [
     ("prompt", "Hi"),
 ]
 WRONG_COMPLETION = [
-    ("echo", True),
+    ("echo", 1),
     ("suffix", "x"),
     ("suffix", ""),
-    ("best_of", 2),
-    ("logprobs", 0),
+    ("logprobs", 21),
     ("logprobs", False),
     ("prompt", None),
-    ("prompt", ["a", "b"]),
     ("prompt", []),
-    ("prompt", [1, 2]),
-    ("prompt", [[1, 2]]),
+    ("prompt", [[]]),
+    ("prompt", [1, "a"]),
+    ("prompt", ["a", [1]]),
+    ("prompt", [-1]),
+    ("prompt", [[1, 2**31]]),
     ("prompt", [None]),
     ("max_completion_tokens", 5),
     ("messages", MESSAGES),
@@ -618,17 +958,14 @@ def test_a_completion_field_that_is_wrong_is_refused_by_name(name: str, value: A
 @pytest.mark.parametrize(
     ("message", "param", "words"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role", "'user'"),
+        ({"role": "robot", "content": "x"}, "messages[0].role", "'user'"),
         ({"role": "user"}, "messages[0].content", "missing"),
         ({"role": "user", "content": None}, "messages[0].content", "missing"),
         ({"role": "user", "content": "x", "name": 5}, "messages[0].name", "string"),
         ({"role": "user", "content": "x", "id": "m1"}, "messages[0].id", "not supported"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls", "not supported"),
-        (
-            {"role": "assistant", "content": "x", "tool_calls": [{}]},
-            "messages[0].tool_calls",
-            "tool_calls is not supported",
-        ),
+        ({"role": "assistant", "tool_calls": []}, "messages[0].content", "missing"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls[0].id", "missing"),
+        ({"role": "assistant", "content": "x", "tool_calls": 5}, "messages[0].tool_calls", "list"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content", "'image_url' is not supported"),
         ({"role": "user", "content": [{"type": "text", "text": 1}]}, "messages[0].content", "must be"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}, "messages[0].content", "must be"),
@@ -650,8 +987,8 @@ def test_two_different_max_tokens_are_refused() -> None:
     ("name", "value", "code"),
     [
         ("unknown", 1, "unknown_parameter"),
-        ("n", 2, "unsupported_value"),
-        ("tools", [{"type": "function"}], "unsupported_value"),
+        ("best_of", 2, "unsupported_value"),
+        ("store", True, "unsupported_value"),
         ("temperature", 3, "invalid_value"),
         ("temperature", "hot", "invalid_type"),
         ("messages", None, "missing_required_parameter"),
@@ -905,8 +1242,8 @@ def test_an_error_in_mid_stream_is_an_event_and_the_end() -> None:
 
 
 def test_the_openai_package_raises_its_errors() -> None:
-    with pytest.raises(BadRequestError, match="n is not supported but for 1"):
-        openai_of(FakeBackend()).completions.create(model="tiny", prompt="x", n=2)
+    with pytest.raises(BadRequestError, match="best_of is not supported but for 1"):
+        openai_of(FakeBackend()).completions.create(model="tiny", prompt="x", best_of=2)
     with pytest.raises(InternalServerError) as raised:
         openai_of(FakeBackend(ServerError("full", "UNAVAILABLE"))).completions.create(model="tiny", prompt="x")
     assert raised.value.status_code == 503
@@ -1006,7 +1343,7 @@ def test_a_request_id_that_is_none_is_refused(lines: list[dict[str, Any]], given
     ("fields", "status", "expected"),
     [
         ({"model": "huge"}, 404, {"code": "model_not_found", "param": "model"}),
-        ({"n": 2}, 400, {"code": "unsupported_value", "param": "n"}),
+        ({"best_of": 2}, 400, {"code": "unsupported_value", "param": "best_of"}),
         ({"ssv_tier": SECRET}, 400, {"code": "invalid_value", "param": "ssv_tier"}),
         ({"user": "half \ud800"}, 400, {"code": "invalid_value", "param": "user"}),
         ({"max_tokens": SECRET}, 400, {"code": "invalid_type", "param": "max_tokens"}),
@@ -1226,8 +1563,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs: dict[str, str | int | bool] = {"text_output": text, "finish_reason": reason, "num_input_tokens": 7}
     outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
-    outputs |= {"ssv_cached_tokens": 5}
-    outputs |= {"ssv_tier_used": "premium", "ssv_lossless": True}
+    outputs |= {"ssv_cached_tokens": 5, "ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
         if isinstance(value, str):
@@ -1530,3 +1866,120 @@ def test_the_process_speaks_tls_on_both_sides(bundle: Path, tmp_path: Path, name
         process.kill()
         process.communicate()
         server.stop()
+
+
+# Keys, browsers, token ids.
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/tokenize", "/metrics", "/version", "/other"])
+def test_a_key_is_asked_for(path: str, lines: list[dict[str, Any]]) -> None:
+    client = client_of(FakeBackend(), keys=["first", "second"])
+    for given in ("", "first", "Bearer", "Bearer firs", "Bearer first2", "Basic first", "Bearer \u00e9"):
+        headers = {"Authorization": given.encode("latin-1")} if given else {}
+        response = client.get(path, headers=headers)
+        error = error_of(response, 401)
+        assert (error["code"], response.headers["WWW-Authenticate"]) == ("invalid_api_key", "Bearer")
+        assert lines[-1]["status"] == 401 and lines[-1]["code"] == "invalid_api_key"
+    for key in ("first", "second"):
+        assert client.get(path, headers={"Authorization": f"bearer {key}"}).status_code != 401
+
+
+def test_who_watches_needs_no_key_and_the_openai_package_sends_its_own() -> None:
+    backend = FakeBackend()
+    http = client_of(backend, keys=["first"])
+    assert http.get("/health").status_code == http.get("/live").status_code == 200
+    asked: Any = {"model": "tiny", "messages": MESSAGES}
+    OpenAI(base_url="http://testserver/v1", api_key="first", http_client=http).chat.completions.create(**asked)
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url="http://testserver/v1", api_key="no", http_client=http).chat.completions.create(**asked)
+    assert backend.num_calls == 1
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    assert access_keys(file, {"SSV_API_KEY": "three"}) == ("one", "two")
+    assert access_keys(None, {"SSV_API_KEY": "three"}) == ("three",)
+    assert access_keys(None, {}) == access_keys(None, {"SSV_API_KEY": ""}) == ()
+    for text, says in (("", "has no key"), ("a b", "no client can send"), ("\u00e9", "no client can send")):
+        file.write_text(text)
+        with pytest.raises(AccessKeyError, match=says):
+            access_keys(file, {})
+    with pytest.raises(AccessKeyError, match="cannot be read"):
+        access_keys(tmp_path / "none", {})
+
+
+def test_browsers_are_told_whose_pages_may_ask() -> None:
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    ask["Access-Control-Request-Headers"] = "authorization,content-type"
+    client = client_of(FakeBackend(), keys=["key"], allowed_origins=["https://a.example"])
+    allowed = client.options("/v1/chat/completions", headers=ask)
+    assert allowed.status_code == 200
+    assert allowed.headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["Access-Control-Allow-Headers"].lower()
+    answer = client.get("/v1/models", headers={"Origin": "https://a.example", "Authorization": "Bearer key"})
+    assert answer.headers["Access-Control-Expose-Headers"] == "X-Request-Id"
+    refused = client.options("/v1/chat/completions", headers=ask | {"Origin": "https://b.example"})
+    assert refused.status_code == 400 and "Access-Control-Allow-Origin" not in refused.headers
+    assert "Access-Control-Allow-Origin" not in client_of(FakeBackend()).get("/v1/models", headers=ask).headers
+
+
+def test_the_version_is_told() -> None:
+    assert client_of(FakeBackend()).get("/version").json() == {"version": version("ssv")}
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Tokens:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    inner = lettered().inner
+    inner.backend.save(str(folder / "tokenizer.json"))
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    manifest = Manifest(
+        name="tiny",
+        target={"vocab_size": 20},
+        draft={},
+        eos_token_ids=[0],
+        default_precision="fp32",
+        tiers={},
+        files={},
+        sources={},
+        versions={},
+    )
+    write_manifest(tmp_path, manifest)
+    return Tokens(tmp_path, 512)
+
+
+def test_texts_become_token_ids_and_back(tokens: Tokens) -> None:
+    client = client_of(FakeBackend(), tokens=tokens)
+    expected = list(lettered().encode("ab: c"))
+    body = client.post("/tokenize", json={"model": "tiny", "prompt": "ab: c", "return_token_strs": True}).json()
+    assert body == {"count": len(expected), "max_model_len": 512, "tokens": expected, "token_strs": body["token_strs"]}
+    assert "".join(body["token_strs"]) == "ab: c"
+    assert client.post("/detokenize", json={"tokens": [*expected, 0]}).json() == {"prompt": "ab: c<end>"}
+    chat_ids = client.post("/tokenize", json={"messages": [{"role": "user", "content": "ab"}]}).json()["tokens"]
+    assert chat_ids == list(lettered().encode("ab:"))
+    assert client.post("/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
+        ("/tokenize", {"prompt": ""}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": " "}]}, "messages"),
+        ("/tokenize", {"prompt": "a", "unknown": 1}, "unknown"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused(tokens: Tokens, path: str, body: dict[str, Any], param: str) -> None:
+    assert error_of(client_of(FakeBackend(), tokens=tokens).post(path, json=body), 400)["param"] == param
+
+
+def test_metrics_are_those_of_all_processes(tmp_path: Path) -> None:
+    Metrics(tmp_path, "openai").refused("full")
+    text = client_of(FakeBackend(), reader=Reader(tmp_path)).get("/metrics").text
+    assert 'ssv_requests_refused{reason="full"} 1' in text

@@ -16,6 +16,7 @@ from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.drafters.heads import HeadsDrafter
+from ssv.runtime.decode.logits_processor import processor_of
 from ssv.runtime.decode.row import Row
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import MEDUSA
@@ -175,6 +176,7 @@ def tree_of(policy: Policy, **params: Any) -> list[tuple[tuple[int, ...], float]
     """Paths of the nodes that the table's heads propose, as tokens, and each node's risk."""
     drafter = HeadsDrafter(_Table(TABLE), torch.tensor([EOS]))
     row = Row(SamplingParams(**{"max_tokens": 20} | params), policy, lambda ids: False, Counters(), [7, 8])
+    row.processor = processor_of(row.params, row.tokens, [EOS])
     drafter.see(0, torch.zeros(1))
     drafter.propose([row], [policy.max_pending])
     tree = row.tree

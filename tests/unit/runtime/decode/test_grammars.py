@@ -1,0 +1,129 @@
+"""Outputs of a given form: always valid where they end by themselves, and with every lossless method those of plain
+decoding under the same masks."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from changed_logits import LOSSLESS, make_llm, random_params, run
+from drive import text_of
+from lettered import NUM_TOKENS, lettered
+
+from ssv.runtime.decode.round import MIN_JUMP, DecodeBatch
+from ssv.runtime.grammar import GrammarState, grammar_of
+from ssv.runtime.llm import LLM
+from ssv.runtime.request import Request, RequestError, SamplingParams
+
+FORMS: dict[str, tuple[str, str]] = {
+    "object": ("json", ""),
+    "schema": (
+        "json_schema",
+        '{"type": "object", "properties": {"abc": {"enum": [0, 1, "a"]}, "b": {"type": "array", "maxItems": 2, '
+        '"items": {"enum": ["ab", "c"]}}}, "required": ["abc", "b"], "additionalProperties": false}',
+    ),
+    "regex": ("regex", "(ab|c){2,5}[01]{1,3}"),
+    "nested": ("ebnf_grammar", 'root ::= "a" root "b" | "c"'),
+    "choice": ("choice", '["abab", "abc", "cab01"]'),
+}
+HALF = [0, 3, 5, 7, 9, 10, 11, 13, 14, 16]
+
+
+def lettered_llm(seed: int, **options: Any) -> LLM:
+    return make_llm(seed=seed, tokenizer=lettered(), vocab_size=NUM_TOKENS, **options)
+
+
+def is_valid(form: str, text: str) -> bool:
+    if form in ("object", "schema"):
+        found = json.loads(text)
+        return isinstance(found, dict) and (form == "object" or (found["abc"] in (0, 1, "a") and len(found["b"]) <= 2))
+    if form == "nested":
+        return re.fullmatch("a*cb*", text) is not None and text.count("a") == text.count("b")
+    if form == "regex":
+        return re.fullmatch(FORMS["regex"][1], text) is not None
+    return text in json.loads(FORMS["choice"][1])
+
+
+def requests_of(form: str, rng: random.Random, count: int) -> list[Request]:
+    """With settings that change logits as well, and some that have no form beside them."""
+    found = []
+    for i in range(count):
+        params = replace(random_params(rng), ignore_eos=False, stop_token_ids=(), max_tokens=40)
+        params = params if i % 4 == 3 else replace(params, grammar=grammar_of(*FORMS[form]))
+        found.append(Request(tuple(rng.randrange(NUM_TOKENS) for _ in range(4)), "autoregressive", params))
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("half", [False, True], ids=["whole_head", "half_head"])
+def test_every_method_gives_the_text_of_plain_decoding(form: str, half: bool) -> None:
+    """Also where the draft's head has no token that may come next."""
+    rng, ended = random.Random(f"{form} {half}"), 0
+    options: dict[str, Any] = {"seed": rng.randrange(100), "token_ids": HALF if half else None}
+    plain_requests = requests_of(form, rng, 12)
+    plain = run(lettered_llm(**options), plain_requests)
+    llm = lettered_llm(**options)
+    for method in (*LOSSLESS, "turbo"):
+        outputs = run(llm, [replace(request, method=method) for request in plain_requests])
+        for request, output, expected in zip(plain_requests, outputs, plain, strict=True):
+            if method != "turbo":
+                assert text_of(output) == text_of(expected), (method, request)
+            if request.params.grammar is not None and output.finish_reason == "stop":
+                assert is_valid(form, output.text), (method, output.text)
+                ended += 1
+    assert ended > 5
+
+
+def test_a_mask_that_forgets_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = GrammarState.allowed
+    monkeypatch.setattr(GrammarState, "allowed", lambda self, output, path: allowed(self, output, ()))
+    with pytest.raises(AssertionError):
+        test_every_method_gives_the_text_of_plain_decoding("schema", False)
+
+
+def test_what_has_no_choice_is_drafted_without_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is always kept."""
+    jumps: list[int] = []
+    jump = DecodeBatch._jump
+
+    def noted(self: DecodeBatch, row: Any, limit: int) -> bool:
+        if jumped := jump(self, row, limit):
+            jumps.append(len(row.tree))
+        return jumped
+
+    monkeypatch.setattr(DecodeBatch, "_jump", noted)
+    params = SamplingParams(grammar=grammar_of("choice", '["abc01abc01abc01", "b"]'), logit_bias=((11, 9.0),))
+    outputs = {}
+    for method in ("autoregressive", "prompt-lookup", "premium", "turbo"):
+        jumps.clear()
+        output = run(lettered_llm(3), [Request((1, 2, 3), method, replace(params, max_tokens=30))])[0]
+        outputs[method] = output.text
+        assert bool(jumps) == (method != "autoregressive")
+        assert all(length >= MIN_JUMP for length in jumps)
+        if method == "prompt-lookup":
+            assert output.counters.rolled_back == 0
+            assert output.counters.target_passes < len(output.token_ids) / 2
+    assert len(set(outputs.values())) == 1
+
+
+def test_a_form_that_ends_early_outweighs_min_tokens() -> None:
+    params = SamplingParams(grammar=grammar_of("choice", '["ab"]'), min_tokens=20, max_tokens=30)
+    output = run(lettered_llm(0), [Request((1,), "premium", params)])[0]
+    assert (output.text, output.finish_reason) == ("ab", "stop")
+
+
+def test_a_grammar_that_is_too_much_ends_the_output_as_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library allows nothing but an end once its limits are exceeded."""
+    monkeypatch.setattr(GrammarState, "has_failed", True)
+    params = SamplingParams(grammar=grammar_of("choice", '["ab"]'), max_tokens=30)
+    output = run(lettered_llm(0), [Request((1,), "premium", params)])[0]
+    assert (output.text, output.finish_reason) == ("ab", "length")
+
+
+def test_without_a_tokenizers_file_there_are_no_forms() -> None:
+    with pytest.raises(RequestError, match="outputs cannot have a form here"):
+        run(make_llm(), [Request((1,), "premium", SamplingParams(grammar=grammar_of("json")))])
