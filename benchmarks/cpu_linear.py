@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--threads", default="1,2", help="(default: 1,2)")
     parser.add_argument("--layers", type=int, default=60, help="(default: 60)")
     parser.add_argument("--repeats", type=int, default=15, help="(default: 15)")
-    parser.add_argument("--out", help="record to write")
+    parser.add_argument("--out", type=Path, help="record to write")
     args = parser.parse_args()
     torch.manual_seed(0)
     weight_OI = torch.randn(OUTPUTS, INPUTS) / INPUTS**0.5

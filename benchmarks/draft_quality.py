@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--num-draft-tokens", type=int, default=5)
-    parser.add_argument("--precisions", default="fp32,int8", help="of the perplexity")
+    parser.add_argument("--precisions", default="fp32,int8,int4", help="of the perplexity (default: fp32,int8,int4)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
