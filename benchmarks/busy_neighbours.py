@@ -112,24 +112,17 @@ def main() -> int:
 @contextmanager
 def _askers(args: argparse.Namespace, cores: int) -> Iterator[dict[str, Callable[[str, int], float]]]:
     """What answers, by name, with tokens/s."""
-    settings: dict[str, tuple[int | None, dict[str, str]]] = {
-        "follows": (None, {}),
-        f"threads {cores}": (cores, {}),
-        "threads 1": (1, {}),
-        "OMP_WAIT_POLICY=PASSIVE": (cores, {"OMP_WAIT_POLICY": "PASSIVE"}),
-        **{f"GOMP_SPINCOUNT={n}": (cores, {"GOMP_SPINCOUNT": str(n)}) for n in (1_000, 10_000, 100_000)},
-    }
+    settings: dict[str, int | None] = {"follows": None, f"threads {cores}": cores, "threads 1": 1}
     if args.settings is not None:
         settings = {name: settings[name] for name in args.settings.split(",")}
     workers = []
     askers: dict[str, Callable[[str, int], float]] = {}
-    for name, (threads, variables) in settings.items():
+    for name, threads in settings.items():
         worker = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **variables},
         )
         workers.append(worker)
         start = {"bundle": str(args.bundle.resolve()), "threads": threads, "prompt": PROMPT}

@@ -1,10 +1,11 @@
 """What quantizing a target costs in quality: perplexity and argmax agreement of its quantized checkpoints against bf16,
-on held-out text.
+and of the CPU engine's precisions against fp32, on held-out text.
 
 Two texts: the held-out prompts as their authors wrote them, and the answers to them that the unquantized target gives.
 The torch engine runs all of them, quantized inputs and weights included; no TensorRT is needed.
 
     python benchmarks/quantized_quality.py --bundle bundles/smollm2-135m --quantized fp8=DIR --quantized int4=DIR
+    python benchmarks/quantized_quality.py --bundle bundles/smollm2-135m --precision int8 --precision int4
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ssv.model.decoder import Decoder
 from ssv.model.unified import load_any, quantization_of
+from ssv.runtime.engines.contract import Engine
 from ssv.runtime.engines.torch_engine import TorchEngine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
@@ -40,7 +42,8 @@ class Text:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--quantized", action="append", required=True, metavar="NAME=DIR", help="quantized checkpoint")
+    parser.add_argument("--quantized", action="append", default=[], metavar="NAME=DIR", help="quantized checkpoint")
+    parser.add_argument("--precision", action="append", default=[], help="of the bundle's own target, on a CPU")
     parser.add_argument("--prompts", type=Path, default=Path("benchmarks/prompts/heldout.jsonl"))
     parser.add_argument("--num-prompts", type=int)
     parser.add_argument("--max-tokens", type=int, default=128, help="of each answer")
@@ -48,12 +51,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="record to write")
     args = parser.parse_args()
     texts = _texts(args.bundle, read_prompts(args.prompts)[: args.num_prompts], args.max_tokens)
-    reference = _engine(args.bundle / "target", args.device)
-    found = {}
+    found: dict[str, dict[str, object]] = {}
+    reference = _engine(args.bundle / "target", args.device) if args.quantized else None
     for given in args.quantized:
+        assert reference is not None
         name, _, folder = given.partition("=")
         found[name] = _compare(reference, _engine(Path(folder), args.device), texts)
         found[name]["precision"] = quantization_of(Path(folder))
+        print(name, found[name], file=sys.stderr)
+    exact = LLM.load(args.bundle, precision="fp32", verify=False).target if args.precision else None
+    for name in args.precision:
+        assert exact is not None
+        found[name] = _compare(exact, LLM.load(args.bundle, precision=name, verify=False).target, texts)
         print(name, found[name], file=sys.stderr)
     figures = {"texts": len(texts), "tokens": sum(len(text.ids) for text in texts), "quantized": found}
     write_record(figures, args.out, versions("torch", "nvidia-modelopt"), args.device)
@@ -61,7 +70,7 @@ def main() -> int:
 
 
 def _texts(bundle: Path, prompts: list[str], max_tokens: int) -> list[Text]:
-    llm = LLM.load(bundle, max_batch=8)
+    llm = LLM.load(bundle, precision="fp32", max_batch=8)
     requests = [
         Request(llm.chat_ids(prompt), "autoregressive", SamplingParams(max_tokens=max_tokens)) for prompt in prompts
     ]
@@ -77,7 +86,7 @@ def _engine(folder: Path, device: str) -> TorchEngine:
     return target_engine(decoder, precision="bf16", max_batch=1, max_length=_MAX_LENGTH, device=device)
 
 
-def _compare(reference: TorchEngine, quantized: TorchEngine, texts: list[Text]) -> dict[str, object]:
+def _compare(reference: Engine, quantized: Engine, texts: list[Text]) -> dict[str, object]:
     """Perplexities and their ratio, share of equal argmaxes, and mean KL divergence in nats, on prompts, on answers,
     and on both.
     """
@@ -100,14 +109,14 @@ def _figures(count: float, loss: float, reference_loss: float, equal: float, div
     return {
         "tokens": count,
         "perplexity": round(math.exp(loss / count), 4),
-        "perplexity_bf16": round(math.exp(reference_loss / count), 4),
+        "perplexity_unquantized": round(math.exp(reference_loss / count), 4),
         "perplexity_ratio": round(math.exp((loss - reference_loss) / count), 5),
         "argmax_agreement": round(equal / count, 4),
         "kl_nats": round(divergence / count, 5),
     }
 
 
-def _log_probabilities(engine: TorchEngine, ids_1T: Tensor) -> Tensor:
+def _log_probabilities(engine: Engine, ids_1T: Tensor) -> Tensor:
     """[T, V], float64 on the CPU."""
     rows = torch.arange(ids_1T.shape[1])
     logits_TV = engine.step(ids_1T, torch.zeros(1, dtype=torch.int32), rows).logits_RV

@@ -126,7 +126,8 @@ class LLM:
             max_length: tokens of prompt and output together; cut to what target and draft have positions for.
             prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
             threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8
-                follows while it decodes. `OMP_NUM_THREADS`, or another number than torch's own set before, is kept.
+                and int4 follow while they decode. `OMP_NUM_THREADS`, or another number than torch's own set before, is
+                kept.
             verify: check the hash of every file that is loaded first.
             verified: files that another process has checked (see `verify_files`): those not touched since are not
                 hashed again.

@@ -1,9 +1,10 @@
 """Threads of a CPU engine: as many as there are cores that nobody else uses.
 
-The threads of a product meet at its end, some hundred times a token. If one of them has to wait for its core, all of
-them wait: beside one busy process two threads on two cores decode at a quarter to two fifths of the speed of one. No
-way of waiting cures that, neither spinning nor sleeping (`benchmarks/busy_neighbours.py`), so the number of threads
-follows what the machine gives.
+The threads of torch meet at the end of each product, some hundred times a token. If one of them has to wait for its
+core, all of them wait: beside one busy process two threads on two cores decoded at a quarter to two fifths of the speed
+of one, whether they spun or slept (`benchmarks/records/busy_neighbours.json`). The threads of int8 and int4
+(`engines/_crew.c`) wait for each other only in the middle of a piece of work, and lose far less; but two of them beside
+a busy process are no faster than one and take time from it. So the number of threads follows what the machine gives.
 """
 
 from __future__ import annotations

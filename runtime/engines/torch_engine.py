@@ -215,7 +215,7 @@ def target_engine(
         decoder: in fp32, or as it is stored, which gives the same and takes less memory; left as it is.
         draft: the draft whose features the target shall return, if it is a conditioned one.
         ranges: activation ranges of the target, and of the draft's tap under "tap."; int8 smooths with them if given.
-        threads: which int8 on the CPU follows from step to step; None leaves torch's number alone.
+        threads: which int8 and int4 on the CPU follow from step to step; None leaves torch's number alone.
 
     Raises:
         EngineError: precision unknown, or not to be had on this device.
