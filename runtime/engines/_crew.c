@@ -49,7 +49,8 @@ struct Worker {
 };
 
 static Helper helpers[MOST_THREADS];
-static unsigned num_helpers, max_threads = 1;
+static unsigned num_helpers;
+static atomic_uint max_threads = 1;
 static pthread_mutex_t one_step = PTHREAD_MUTEX_INITIALIZER;
 
 static struct {
@@ -148,10 +149,12 @@ static void start_helpers(unsigned wanted) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-void crew_use(unsigned threads) { max_threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads; }
+void crew_use(unsigned threads) {
+    atomic_store(&max_threads, threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads);
+}
 
 long crew_piece(long items) {
-    long pieces = max_threads > 1 ? 4 * (long)max_threads : 1;
+    long threads = (long)atomic_load_explicit(&max_threads, memory_order_relaxed), pieces = threads > 1 ? 4 * threads : 1;
     return items > pieces ? (items + pieces - 1) / pieces : 1;
 }
 
@@ -191,8 +194,9 @@ int crew_run(Work work, const void *context, long num_stages) {
         atomic_store_explicit(&current.stages[i].done, 0, memory_order_relaxed);
     }
     current.work = work, current.context = context;
-    start_helpers(max_threads - 1);
-    unsigned invited = max_threads - 1 < num_helpers ? max_threads - 1 : num_helpers;
+    unsigned wanted = atomic_load(&max_threads) - 1;
+    start_helpers(wanted);
+    unsigned invited = wanted < num_helpers ? wanted : num_helpers;
     uint32_t step = atomic_load(&step_number) + 1;
     if (invited) {
         for (unsigned i = 0; i < invited; i++) atomic_store(&helpers[i].state, state_of(step, INVITED));
