@@ -375,7 +375,7 @@ def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, model: str) -> N
         ({"prompt": ""}, "the prompt is empty"),
         ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens 6"),
         ({"prompt": "x " * 50_000}, "shorten it"),
-        ({"n": 2}, "n is not supported"),
+        ({"best_of": 2}, "best_of is not supported"),
         ({"extra_body": {"top": 5}}, "top is unknown"),
         ({"extra_body": {"ssv_tier": "turbo", "ssv_max_divergence": 0.001}}, "exceeds ssv_max_divergence"),
     ],
