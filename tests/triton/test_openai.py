@@ -409,7 +409,11 @@ def test_requests_answered_and_refused_are_found_in_the_log_by_their_id(
         except APIStatusError as error:
             return str(error.response.headers["x-request-id"])
 
-    given = {"test-answered": {}, "test-refused-here": {"best_of": 2}, "test-refused-there": {"max_tokens": 5000}}
+    given: dict[str, dict[str, Any]] = {
+        "test-answered": {},
+        "test-refused-here": {"extra_body": {"best_of": 2}},
+        "test-refused-there": {"max_tokens": 5000},
+    }
     assert [ask(id, **fields) for id, fields in given.items()] == list(given)
     found: dict[str, dict[str, Any]] = {}
 
