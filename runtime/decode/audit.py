@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssv.runtime.decode.logits_processor import Columns, Edit, LogitsProcessor, processed
+from ssv.runtime.decode.logits_processor import Columns, Edit, LogitsProcessor, processed, processor_of
 from ssv.runtime.decode.sampling import Sampling, choose, scores
 from ssv.runtime.engines.contract import Engine
 from ssv.runtime.request import SamplingParams
@@ -51,8 +51,8 @@ class RunningAudit:
         params: what the output was asked for with.
         processor: makes what the request changed of the target's logits, where nothing has been said.
         """
-        self._params, self._new_processor = params, processor
-        self.num_tokens, self._num_prompt = len(output_ids), len(prompt_ids)
+        self._params, self._new_processor, self._num_prompt = params, processor, len(prompt_ids)
+        self.num_tokens = len(output_ids)
         self._tokens, self._first, self._chunk = torch.tensor([*prompt_ids, *output_ids]), len(prompt_ids) - 1, chunk
         self.restart()
 
@@ -100,6 +100,9 @@ def audit(
 ) -> Audit:
     """Audits at once, in cache row 0, which is overwritten."""
     chunk = len(prompt_ids) + len(output_ids)
-    found = RunningAudit(prompt_ids, output_ids, chunk, params=params).step(target, 0)
+    running = RunningAudit(
+        prompt_ids, output_ids, chunk, params=params, processor=lambda: processor_of(params, prompt_ids, ())
+    )
+    found = running.step(target, 0)
     assert found is not None
     return found

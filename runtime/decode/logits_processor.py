@@ -145,6 +145,12 @@ class LogitsProcessor:
         repetition = params.repetition_penalty
         return Edit(self._biased, self._bias, penalised_P, repetition, taken_P, allowed, banned, self._least)
 
+    def is_idle(self, num_output: int) -> bool:
+        """Whether it changes nothing from so many tokens of the output on."""
+        params = self._params
+        lasting = len(self._biased) or len(self._banned) or self._bad or self._penalises or self._grammar is not None
+        return not lasting and self._least == -math.inf and num_output >= params.min_tokens
+
     def forced(self, tokens: Sequence[int]) -> list[int]:
         """Tokens behind the settled ones that the grammar leaves no choice for."""
         return [] if self._grammar is None else self._grammar.forced(tokens[self._num_prompt :])

@@ -291,11 +291,23 @@ def test_documented_curl_of_a_stream(server: Server) -> None:
     assert "".join(json.loads(event.removeprefix("data: "))["text_output"] for event in events) == whole
 
 
-def test_curl_with_bad_words_is_told_that_they_are_not_supported(server: Server) -> None:
-    data = '{"text_input": "What is ML?", "max_tokens": 20, "bad_words": ["intelligence", "model"]}'
-    status, body = curl(server, "generate", data)
-    assert status == 400
-    assert "bad_words are not supported" in body["error"]
+def test_curl_with_bad_words_gets_an_answer_without_them(server: Server) -> None:
+    asked = {"text_input": "What is ML?", "max_tokens": 20}
+    texts = [
+        curl(server, "generate", json.dumps(asked | fields))[1]["text_output"]
+        for fields in ({}, {"bad_words": ["learning", "a", "the"]})
+    ]
+    assert texts[0] != texts[1] and not {"learning", "a", "the"} & set(texts[1].split())
+
+
+def test_curl_with_a_schema_gets_json_of_it(server: Server) -> None:
+    """As clients of TensorRT-LLM's backend ask for it."""
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    schema["additionalProperties"] = False
+    guide = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(schema)}
+    status, body = curl(server, "generate", json.dumps({"text_input": "Is it?", "max_tokens": 20, **guide}))
+    assert status == 200
+    assert list(json.loads(body["text_output"])) == ["yes"]
 
 
 def test_no_stream_asked_for_over_generate_stream(server: Server) -> None:
@@ -309,8 +321,8 @@ def test_no_stream_asked_for_over_generate_stream(server: Server) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (("repetition_penalty", "FP32", 1.1), "repetition_penalty .* is not supported"),
-        (("presence_penalty", "FP32", 0.5), "presence_penalty .* is not supported"),
+        (("repetition_penalty", "FP32", 0.0), "repetition_penalty 0.0 must be between"),
+        (("presence_penalty", "FP32", 2.5), "presence_penalty 2.5 must be between"),
         (("ssv_tier", "BYTES", "gold"), "ssv_tier 'gold' is unknown"),
         (("max_tokens", "INT32", 100000), "max_tokens 100000"),
         (("temperature", "FP32", -1.0), "temperature -1.0"),
@@ -410,7 +422,7 @@ def test_messages_are_a_prompt(server: Server, model: str) -> None:
         ("nonsense", "x", "'nonsense' is unknown: leave it out"),
         ("stop", "END", "'stop' is unknown: use stop_words"),
         ("stop", ["END"], "stop"),
-        ("logit_bias", {"5": 1}, "logit_bias"),
+        ("lora", {"5": 1}, "lora"),
     ],
 )
 def test_unknown_fields_are_refused_by_name(server: Server, path: str, field: str, given: Any, says: str) -> None:

@@ -375,7 +375,7 @@ def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, model: str) -> N
         ({"prompt": ""}, "the prompt is empty"),
         ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens 6"),
         ({"prompt": "x " * 50_000}, "shorten it"),
-        ({"n": 2}, "n is not supported"),
+        ({"best_of": 2}, "best_of is not supported"),
         ({"extra_body": {"top": 5}}, "top is unknown"),
         ({"extra_body": {"ssv_tier": "turbo", "ssv_max_divergence": 0.001}}, "exceeds ssv_max_divergence"),
     ],
@@ -409,7 +409,11 @@ def test_requests_answered_and_refused_are_found_in_the_log_by_their_id(
         except APIStatusError as error:
             return str(error.response.headers["x-request-id"])
 
-    given = {"test-answered": {}, "test-refused-here": {"n": 2}, "test-refused-there": {"max_tokens": 5000}}
+    given: dict[str, dict[str, Any]] = {
+        "test-answered": {},
+        "test-refused-here": {"extra_body": {"best_of": 2}},
+        "test-refused-there": {"max_tokens": 5000},
+    }
     assert [ask(id, **fields) for id, fields in given.items()] == list(given)
     found: dict[str, dict[str, Any]] = {}
 

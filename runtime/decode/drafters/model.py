@@ -154,7 +154,9 @@ class ModelDrafter(Drafter):
 
     def _growth(self, b: int, row: Row, limit: int, prices: Prices | None) -> Growth:
         """What a row's tree begins with."""
-        found = self._recall.found(b, row, limit) if row.policy.recalls else ()
+        # A text knows nothing of a grammar.
+        recalls = row.policy.recalls and row.params.grammar is None
+        found = self._recall.found(b, row, limit) if recalls else ()
         ends = row.ends(self._eos_ids)
         return Growth(row.policy, limit, row.rest, ends, prices if row.policy.pays else None, found)
 
@@ -165,8 +167,10 @@ class ModelDrafter(Drafter):
         alike: dict[tuple[object, ...], list[int]] = {}
         for b, growing in self._growing.items():
             params, policy = rows[b].params, rows[b].policy
-            # What a request changes of its logits is the host's to change.
-            if params.greedy and rows[b].processor is None and len(policy.children) == 1:
+            # What a request changes of its logits, such as an end that comes too early, is the host's to change.
+            processor = rows[b].processor
+            is_plain = processor is None or processor.is_idle(rows[b].output_index(0))
+            if params.greedy and is_plain and len(policy.children) == 1:
                 alike.setdefault((policy.children, policy.beam, policy.max_depth, policy.pays), []).append(b)
             elif policy.pays:
                 growing.growth.open = []

@@ -196,6 +196,8 @@ def test_what_changes_nothing_costs_nothing() -> None:
     assert processed(logits_RV, edits, Columns()) is logits_RV
     late = LogitsProcessor(SamplingParams(min_tokens=2), [1], [EOS])
     assert late.edit([1, 5, 6], (), 2) is None and late.edit([1, 5], (), 1) is not None
+    assert late.is_idle(2) and not late.is_idle(1)
+    assert not LogitsProcessor(SamplingParams(presence_penalty=1.0), [1], [EOS]).is_idle(9)
 
 
 @pytest.mark.parametrize(
