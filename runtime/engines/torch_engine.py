@@ -100,6 +100,26 @@ class TorchEngine:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
         if self._threads is not None:
             self._threads.follow()
+        step = (input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, features_out, first_row)
+        if self.fused is None:
+            return self._run(*step)
+        # What is left for torch are copies of some rows. With threads of its own for them it would keep the cores that
+        # the compiled step needs: they go on spinning for milliseconds.
+        with one_thread():
+            return self._run(*step)
+
+    def _run(
+        self,
+        input_ids_BT: Tensor,
+        first_slot_B: Tensor,
+        gather_rows_R: Tensor,
+        features_in_BTF: Tensor | None,
+        branches: Branches | None,
+        count_B: Tensor | None,
+        features_out: bool,
+        first_row: int,
+    ) -> StepOutput:
+        """A step that has been checked."""
         batch, tokens = input_ids_BT.shape
         rows = slice(first_row, first_row + batch)
         keys, values = self.cache.keys[:, rows], self.cache.values[:, rows]
