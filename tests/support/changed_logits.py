@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Output, Request, SamplingParams
+from ssv.runtime.request import SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 COSTS = Costs(target=Curve(tokens=(1, 64), seconds=(1.0, 3.0)), draft=Curve(tokens=(1, 64), seconds=(0.05, 0.3)))
@@ -87,10 +86,3 @@ def asked(rng: random.Random, count: int) -> list[tuple[tuple[int, ...], Samplin
     return [
         (tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))), random_params(rng)) for _ in range(count)
     ]
-
-
-def run(llm: LLM, requests: Sequence[Request]) -> list[Output]:
-    outputs = llm.generate(requests)
-    assert isinstance(llm.draft, FakeDraft)
-    assert llm.draft.wrong_features == 0
-    return outputs

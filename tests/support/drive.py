@@ -9,10 +9,12 @@ import torch
 from tiny import tiny_ids
 from torch import Tensor
 
+from fakes import FakeDraft
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import Engine, StepOutput
-from ssv.runtime.request import Output
+from ssv.runtime.llm import LLM
+from ssv.runtime.request import Output, Request
 
 
 def drive(engine: Engine, features_out: bool = False) -> list[StepOutput]:
@@ -61,3 +63,11 @@ def start(batch: DecodeBatch, prompt_ids: Sequence[int], row: Row) -> int:
 def text_of(output: Output) -> tuple[tuple[int, ...], str, str]:
     """All that a caller may compare, costs aside."""
     return output.token_ids, output.text, output.finish_reason
+
+
+def run(llm: LLM, requests: Sequence[Request]) -> list[Output]:
+    """Decodes requests over a fake draft, which must have had the target's features."""
+    outputs = llm.generate(requests)
+    assert isinstance(llm.draft, FakeDraft)
+    assert llm.draft.wrong_features == 0
+    return outputs

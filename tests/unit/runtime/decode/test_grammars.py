@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from changed_logits import LOSSLESS, make_llm, random_params, run
-from drive import text_of
+from changed_logits import LOSSLESS, make_llm, random_params
+from drive import run, text_of
 from lettered import NUM_TOKENS, lettered
 
 from ssv.runtime.decode.round import MIN_JUMP, DecodeBatch

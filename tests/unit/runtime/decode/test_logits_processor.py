@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from changed_logits import LOSSLESS, asked, make_llm, random_params, run
-from drive import text_of
+from changed_logits import LOSSLESS, asked, make_llm, random_params
+from drive import run, text_of
 from torch import Tensor
 
 from fakes import EOS, VOCAB_SIZE, FakeTarget, FakeTokenizer

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from changed_logits import LOSSLESS, asked, make_llm, run
+from changed_logits import LOSSLESS, asked, make_llm
+from drive import run
 
 from fakes import VOCAB_SIZE, FakeTarget
 from ssv.runtime.decode.logprobs import MIN_LOGPROB, logprobs_of

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from drive import text_of
+from drive import run, text_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from ssv.runtime.decode.growth import Candidate, Growth, Guess
 from ssv.runtime.decode.tree import ROOT
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import PREMIUM
-from ssv.runtime.request import Output, Request, SamplingParams
+from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 
@@ -146,13 +146,6 @@ def make_llm(
         prefill_chunk=4,
         costs=price,
     )
-
-
-def run(llm: LLM, requests: Sequence[Request]) -> list[Output]:
-    outputs = llm.generate(requests)
-    assert isinstance(llm.draft, FakeDraft)
-    assert llm.draft.wrong_features == 0
-    return outputs
 
 
 @given(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from chi_square import p_value
-from drive import text_of
+from drive import run, text_of
 from growing import GrowingFakeDraft
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeTarget, FakeTokenizer
@@ -20,7 +19,7 @@ from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, walk
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Output, Request, SamplingParams
+from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
 SHAPES = {
@@ -61,13 +60,6 @@ def make_llm(policy: Policy, kind: str, *, seed: int = 0, max_batch: int = 1, **
         prefill_chunk=4,
         costs=COSTS,
     )
-
-
-def run(llm: LLM, requests: Sequence[Request]) -> list[Output]:
-    outputs = llm.generate(requests)
-    assert isinstance(llm.draft, FakeDraft)
-    assert llm.draft.wrong_features == 0
-    return outputs
 
 
 def random_params(rng: random.Random) -> SamplingParams:
