@@ -329,6 +329,16 @@ extern "C" __global__ void join(const Join p) {
 
 /* --- the likeliest token --------------------------------------------------------------------------------------------- */
 
+/* Of the lanes of a warp, all of them learn the largest value, and the first column that has it. */
+__device__ __forceinline__ void largest_of_warp(float &most, int &column) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) {
+        const float other = __shfl_xor_sync(~0u, most, step);
+        const int its = __shfl_xor_sync(~0u, column, step);
+        if (other > most || (other == most && its < column)) most = other, column = its;
+    }
+}
+
 struct Largest {
     const int *step;
     const float *logits;     /* [rows, V] */
@@ -368,18 +378,11 @@ extern "C" __global__ void __launch_bounds__(1024) largest(const Largest p) {
         }
     }
     is_number = __syncthreads_and(is_number);
-    for (int part = 0; part < 2; part++) { /* lanes, then warps */
-#pragma unroll
-        for (int step = 16; step; step >>= 1) {
-            const float other = __shfl_xor_sync(~0u, most, step);
-            const int its = __shfl_xor_sync(~0u, column, step);
-            if (other > most || (other == most && its < column)) most = other, column = its;
-        }
-        if (part) break;
-        if (!lane) values[warp] = most, columns[warp] = column;
-        __syncthreads();
-        most = values[lane], column = columns[lane];
-    }
+    largest_of_warp(most, column);
+    if (!lane) values[warp] = most, columns[warp] = column;
+    __syncthreads();
+    most = values[lane], column = columns[lane];
+    largest_of_warp(most, column);
     if (!threadIdx.x) p.token[r] = !is_number || column >= p.vocab || most > 3.0e38f ? -1 : p.tokens ? p.tokens[column] : column;
 }
 
@@ -415,18 +418,11 @@ extern "C" __global__ void __launch_bounds__(512) best(const Best p) {
     for (int k = 0; k < p.count; k++) {
         float most = own;
         int at = column;
-        for (int part = 0; part < 2; part++) { /* lanes, then warps */
-#pragma unroll
-            for (int step = 16; step; step >>= 1) {
-                const float other = __shfl_xor_sync(~0u, most, step);
-                const int its = __shfl_xor_sync(~0u, at, step);
-                if (other > most || (other == most && its < at)) most = other, at = its;
-            }
-            if (part) break;
-            if (!lane) values[warp] = most, columns[warp] = at;
-            __syncthreads();
-            most = lane < 16 ? values[lane] : lowest, at = lane < 16 ? columns[lane] : p.vocab;
-        }
+        largest_of_warp(most, at);
+        if (!lane) values[warp] = most, columns[warp] = at;
+        __syncthreads();
+        most = lane < 16 ? values[lane] : lowest, at = lane < 16 ? columns[lane] : p.vocab;
+        largest_of_warp(most, at);
         if (!k) {
             top = most;
 #pragma unroll 8

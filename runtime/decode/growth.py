@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -250,12 +251,10 @@ def likely_groups(
     survival_N, going_N = np.zeros(len(grown.tokens)), np.ones(len(grown.tokens), dtype=bool)
     for token in ends:
         going_N &= grown.tokens != token
-    firsts = [0]
-    for level in range(min(shape.levels, max_depth)):
-        at = slice(firsts[-1], firsts[-1] + shape.opened(level) * shape.children)
-        parents = grown.parents[at]
-        survival_N[at] = grown.shares[at] if not level else survival_N[parents] * going_N[parents] * grown.shares[at]
-        firsts.append(at.stop)
+    firsts = shape.firsts[: max_depth + 1]
+    for first, last in pairwise(firsts):
+        at, parents = slice(first, last), grown.parents[first:last]
+        survival_N[at] = grown.shares[at] if not first else survival_N[parents] * going_N[parents] * grown.shares[at]
     survival_N[grown.tokens < 0] = 0.0
     kept_N = survival_N > 0
     best = np.argsort(-survival_N, kind="stable")

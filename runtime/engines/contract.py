@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -161,6 +161,11 @@ class TreeShape:
     def opened(self, level: int) -> int:
         """How many nodes of a level get children; of level 0 it is the root."""
         return min(self.beam, self.children**level)
+
+    @property
+    def firsts(self) -> list[int]:
+        """The number of each level's first guess, counted through all levels; at last, how many guesses there are."""
+        return list(accumulate((self.opened(level) * self.children for level in range(self.levels)), initial=0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ class FusedLayers:
     join, if it is a conditioned draft's."""
 
     def __init__(self, decoder: Decoder, draft: Draft | None = None) -> None:
-        self.decoder, self._draft = decoder, draft
+        self.decoder = decoder
         spec = decoder.spec
         layers = [_layer_struct(layer) for layer in decoder.blocks()]
         self._layers = (_Layer * len(layers))(*layers)

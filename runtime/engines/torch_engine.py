@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -100,13 +100,12 @@ class TorchEngine:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
         if self._threads is not None:
             self._threads.follow()
-        step = (input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, features_out, first_row)
-        if self.fused is None:
-            return self._run(*step)
-        # What is left for torch are copies of some rows. With threads of its own for them it would keep the cores that
-        # the compiled step needs: they go on spinning for milliseconds.
-        with one_thread():
-            return self._run(*step)
+        # Beside a compiled step torch has copies of some rows to make. With threads of its own for them it would keep
+        # the cores that the step needs: they go on spinning for milliseconds.
+        with one_thread() if self.fused is not None else nullcontext():
+            return self._run(
+                input_ids_BT, first_slot_B, gather_rows_R, features_in_BTF, branches, count_B, features_out, first_row
+            )
 
     def _run(
         self,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -132,8 +132,9 @@ class ModelDrafter(Drafter):
             for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
             if limit > 0
         }
+        grown: set[int] = set()
         if self._grower is not None:
-            self._grow(self._grower, rows, limits, prices)
+            grown = self._grow(self._grower, rows, limits, prices)
         else:
             self._let_wait(rows, prices)
         drafting = [b for b, growing in self._growing.items() if growing.growth.open]
@@ -149,8 +150,8 @@ class ModelDrafter(Drafter):
                     growing.growth.open = []
             drafting = [b for b in drafting if self._growing[b].growth.open]
             out = self._step_level(rows, drafting, out) if drafting else None
-        for b, growing in self._growing.items():
-            rows[b].tree = growing.growth.tree()
+        for b in self._growing.keys() - grown:
+            rows[b].tree = self._growing[b].growth.tree()
 
     def _growth(self, b: int, row: Row, limit: int, prices: Prices | None) -> Growth:
         """What a row's tree begins with."""
@@ -160,9 +161,15 @@ class ModelDrafter(Drafter):
         ends = row.ends(self._eos_ids)
         return Growth(row.policy, limit, row.rest, ends, prices if row.policy.pays else None, found)
 
-    def _grow(self, engine: GrowingEngine, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None) -> None:
+    def _grow(
+        self, engine: GrowingEngine, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None
+    ) -> set[int]:
         """Has the engine grow what trees it can by itself: those that are chosen greedily, with one number of children.
-        Rows that draft what pays have no others: a step at a time would not."""
+        Rows that draft what pays have no others: a step at a time would not.
+
+        Returns:
+            The rows that have their trees.
+        """
         self._levels.begin(len(rows), sum(len(row.tokens) for row in rows))
         alike: dict[tuple[object, ...], list[int]] = {}
         for b, growing in self._growing.items():
@@ -174,8 +181,9 @@ class ModelDrafter(Drafter):
                 alike.setdefault((policy.children, policy.beam, policy.max_depth, policy.pays), []).append(b)
             elif policy.pays:
                 growing.growth.open = []
-        for chosen in alike.values():
-            self._grow_alike(engine, rows, limits, chosen, prices)
+        return {
+            b for chosen in alike.values() if self._grow_alike(engine, rows, limits, chosen, prices) for b in chosen
+        }
 
     def _grow_alike(
         self,
@@ -184,8 +192,8 @@ class ModelDrafter(Drafter):
         limits: Sequence[int],
         chosen: Sequence[int],
         prices: Prices | None,
-    ) -> None:
-        """Grows trees of one shape in some rows, if it pays where it has to."""
+    ) -> bool:
+        """Grows trees of one shape in some rows, if there is room, and it pays where it has to; tells whether."""
         policy = rows[chosen[0]].policy
         beam = min(policy.beam, engine.most_growing // len(chosen))
         levels = max(min(rows[b].rest, policy.max_depth or limits[b], limits[b]) for b in chosen)
@@ -197,7 +205,7 @@ class ModelDrafter(Drafter):
             for b in chosen:
                 if policy.pays:
                     self._growing[b].growth.open = []
-            return
+            return False
         shape, width = TreeShape(levels, beam, policy.children[0]), max(counts)
         found = engine.grow(
             torch.tensor([padded(row.tokens, row.draft_length + self._offset, width) for row in rows]),
@@ -212,19 +220,18 @@ class ModelDrafter(Drafter):
             assert grown is not None
             row.draft_length += counts[b]
             growing.end = row.draft_length
-            first = 0
-            ends = row.ends(self._eos_ids)
-            for level, groups in enumerate(likely_groups(grown, shape, ends, limits[b], row.rest)):
-                last = first + shape.opened(level) * shape.children
-                taken = growing.growth.take(groups)
-                growing.note_grown(taken, level, grown.parents[first : last : shape.children].tolist())
-                first = last
+            groups = likely_groups(grown, shape, row.ends(self._eos_ids), limits[b], row.rest)
+            for (first, last), of_level in zip(pairwise(shape.firsts), groups, strict=False):
+                taken = growing.growth.take(of_level)
+                if first:
+                    growing.note_grown(taken, grown.parents[first : last : shape.children].tolist())
                 if self._asks(row, growing.growth, limits[b]):
                     break
+            if not policy.is_chain:  # that of a chain was made when it was asked for
+                row.tree = growing.growth.tree()
         if policy.pays:
-            for b in chosen:
-                rows[b].tree = self._growing[b].growth.tree()
             self._levels.note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
+        return True
 
     def _let_wait(self, rows: Sequence[Row], prices: Prices | None) -> None:
         """Ends the trees of rows that draft what pays with what was found in their texts, if no step of the draft
@@ -442,18 +449,17 @@ class _Growing:
             found.append(self.slots[candidate])
         return found[::-1]
 
-    def note_grown(self, taken: Mapping[int, int], level: int, parents: Sequence[int]) -> None:
-        """An engine has grown a level by itself.
+    def note_grown(self, taken: Mapping[int, int], parents: Sequence[int]) -> None:
+        """An engine has grown a level by itself, behind the first.
 
         Args:
             taken: which candidates those that it has grown so far are, by their numbers there.
             parents: the numbers of those that got children: their slots follow one another.
         """
-        if level:
-            for parent in parents:
-                if (candidate := taken.get(parent)) is not None:
-                    self.slots[candidate] = self.end
-                self.end += 1
+        for parent in parents:
+            if (candidate := taken.get(parent)) is not None:
+                self.slots[candidate] = self.end
+            self.end += 1
 
     def note_expanded(self, gathered: Sequence[int]) -> None:
         """The open candidates have been run, as those gathered rows of a step."""

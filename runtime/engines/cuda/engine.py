@@ -33,6 +33,7 @@ from ssv.runtime.engines.contract import Branches, EngineError, Grown, StepOutpu
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.packing import PAIR, TILE, interleave, pack
 from ssv.runtime.engines.kv_cache import KVCache
+from ssv.runtime.engines.torch_engine import vocabulary_ids
 from ssv.support.files import write_whole
 
 _KEYS = 256
@@ -108,11 +109,11 @@ class CudaEngine:
         if reason := misfit(spec, tap.project.in_features if tap is not None else 0):
             raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
         self.max_batch, self.max_length, self.spec = max_batch, max_length, spec
-        self.device, self.dtype = decoder.embed.weight.device, torch.bfloat16
+        self.device = decoder.embed.weight.device
         self.has_scorer, self._scorer = scorer is not None, scorer
         conditioned = draft is not None and draft.conditioned
         self.num_features = spec.hidden_size if conditioned else 0
-        self.token_ids_V = None if draft is None else draft.token_ids
+        self.token_ids_V = None if draft is None else vocabulary_ids(draft.token_ids, spec.vocab_size)
         self.vocab_size = spec.vocab_size if draft is None else draft.spec.head_size
         self.cache = KVCache(spec, max_batch, max_length, torch.bfloat16, self.device)
         self._tapped = tap.layers if tap is not None else ()
@@ -152,18 +153,9 @@ class CudaEngine:
                 run.b * tokens + t: run.first + t - run.start for run in block.runs for t in range(run.start, run.stop)
             }
             wanted = [r for r, row in enumerate(gathered) if row in at]
-            numbers = next(self._numbers)
-            numbers.wait()
-            width = _width(block.num_tokens)
-            most_seen = places.write(
-                numbers.host, block, ids_BT, first_slots, first_row, [at[gathered[r]] for r in wanted], branches,
-                _group_tokens(self.spec, width),
-            )  # fmt: skip
-            if features_in_BTF is not None:
-                self._take_features(block, features_in_BTF)
-            found = self._replay(
-                numbers, block.num_tokens, width, len(wanted), most_seen, branches is not None, features_out
-            )
+            rows = [at[gathered[r]] for r in wanted]
+            numbers, most_seen = self._write(block, ids_BT, first_slots, first_row, rows, branches, features_in_BTF)
+            found = self._replay(numbers, block.num_tokens, len(wanted), most_seen, branches is not None, features_out)
             parts.append((found.kept() if len(blocks) > 1 else found, wanted))
         return self._joined(parts, blocks, len(gathered), batch, tokens, features_out)
 
@@ -183,23 +175,38 @@ class CudaEngine:
         """See `Engine.write_cache`."""
         self.cache.write(row, start, held)
 
-    def _take_features(self, block: places.Block, features_BTF: Tensor) -> None:
-        for run in block.runs:
-            self._buffers.features_in_MF[run.first : run.first + run.stop - run.start].copy_(
-                features_BTF[run.b, run.start : run.stop], non_blocking=True
-            )
+    def _write(
+        self,
+        block: places.Block,
+        ids_BT: NDArray[np.int64],
+        first_slots: Sequence[int],
+        first_row: int,
+        gathered: Sequence[int],
+        branches: Branches | None,
+        features_BTF: Tensor | None,
+    ) -> tuple[_Numbers, int]:
+        """Writes a block's numbers, which are still to be sent, and hands on its features; see `places.write`."""
+        numbers = next(self._numbers)
+        numbers.wait()
+        group_tokens = _group_tokens(self.spec, _width(block.num_tokens))
+        most_seen = places.write(numbers.host, block, ids_BT, first_slots, first_row, gathered, branches, group_tokens)
+        if features_BTF is not None:
+            for run in block.runs:
+                self._buffers.features_in_MF[run.first : run.first + run.stop - run.start].copy_(
+                    features_BTF[run.b, run.start : run.stop], non_blocking=True
+                )
+        return numbers, most_seen
 
     def _replay(
         self,
         numbers: _Numbers,
         num_tokens: int,
-        width: int,
         num_gathered: int,
         most_seen: int,
         has_paths: bool,
         features: bool,
     ) -> _Block:
-        shape = _Shape(width, _key_blocks(most_seen), num_gathered > 0, features)
+        shape = _Shape(_width(num_tokens), _key_blocks(most_seen), num_gathered > 0, features)
         graph = self._graph(shape)
         numbers.send(self._buffers.step, has_paths)
         graph.replay()
@@ -296,7 +303,7 @@ class CudaEngine:
             launch.store(w.tap, b.tapped_MX, b.features_MF)
         if shape.has_head:
             launch.store(w.head, b.scaled_MH, b.logits_RV, eps=eps, normed=True, gathered=True)
-            ids = 0 if self.token_ids_V is None else self.token_ids_V.data_ptr()
+            ids = _address(self.token_ids_V)
             if shape.grows is None:
                 launch("largest", (shape.width, 1, 1), 1024, _Largest(
                     step, b.logits_RV.data_ptr(), ids, b.token_R.data_ptr(), self.vocab_size
@@ -346,7 +353,6 @@ class CudaEngine:
         num_slots = sum(shape.opened(level) for level in range(1, shape.levels))
         self._check_growth(shape, sum(counts), len(growing), max(ends) + num_slots)
         (block,) = places.blocks(counts)
-        width = _width(block.num_tokens)
         # The texts' step, and a graph for each level behind it, before anything is under way.
         graphs = []
         for level in range(shape.levels):
@@ -355,19 +361,13 @@ class CudaEngine:
             at = _Shape(_width(tokens_of_level), key_blocks, True, False, (shape.beam, shape.children))
             graphs.append(self._graph(at))
         self._buffers.correct(corrections)
-        numbers = next(self._numbers)
-        numbers.wait()
         last = [run.first + run.stop - run.start - 1 for run in block.runs]
-        places.write(
-            numbers.host, block, input_ids_BT.numpy(), first_slots, 0, last, None, _group_tokens(self.spec, width)
-        )
+        numbers, _ = self._write(block, input_ids_BT.numpy(), first_slots, 0, last, None, features_in_BTF)
         places.write_growing(numbers.host, growing, ends)
-        if features_in_BTF is not None:
-            self._take_features(block, features_in_BTF)
         numbers.send(self._buffers.step, has_paths=False)
         for graph in graphs:
             graph.replay()
-        num = sum(shape.opened(level) * shape.children for level in range(shape.levels))
+        num = shape.firsts[-1]
         found = iter(self._buffers.read_found(len(growing)))
         return [_grown(next(found), num) if count else None for count in counts]
 
@@ -380,7 +380,7 @@ class CudaEngine:
         sizes = {"beam": shape.beam, "children": shape.children, "levels": shape.levels}
         if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= _MOST_CHILDREN]:
             raise EngineError(f"trees of {', '.join(wrong)}: 1 to {_MOST_CHILDREN} are possible")
-        if (num := sum(shape.opened(level) * shape.children for level in range(shape.levels))) > _MOST_FOUND:
+        if (num := shape.firsts[-1]) > _MOST_FOUND:
             raise EngineError(f"trees of {num} guesses: there is room for {_MOST_FOUND}")
         if num_slots > self.max_length:
             raise EngineError(f"trees reach slot {num_slots - 1}, the cache holds {self.max_length}")
