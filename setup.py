@@ -99,7 +99,7 @@ setup(
     package_dir={"ssv": "package", **{f"ssv.{room}": room for room in ROOMS}},
     package_data={
         "": ["py.typed"],
-        "ssv.plugins.cuda": ["*.cu"],
+        "ssv.plugins.cuda": ["*.cu", "*.cuh"],
         "ssv.builder": ["presets/**/*"],
         "ssv.triton_repo": ["*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
         "ssv.ab": ["report.html.jinja"],

@@ -22,7 +22,7 @@ from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SIZES_AT_
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
-from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine
+from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, RoundsEngine
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
@@ -86,12 +86,15 @@ class LLM:
         measures_costs: bool = False,
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
+        rounds: RoundsEngine | None = None,
     ) -> None:
         """Args:
         measures_costs: whether costs that are not given are measured when a request needs them.
+        rounds: the same engines, where they run rounds by themselves.
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
+        self._rounds = rounds
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.precision, self.place, self.threads = precision, place, threads
@@ -212,6 +215,7 @@ class LLM:
         engines = compiled or (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
+            None,
         )
         on_demand = None
         if heads is not None:
@@ -222,7 +226,8 @@ class LLM:
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
         key = place("torch" if compiled is None else "cuda", precision, device, threads)
         return cls(
-            *engines,
+            engines[0],
+            engines[1],
             BundleTokenizer.load(bundle, manifest.eos_token_ids),
             eos_token_ids=manifest.eos_token_ids,
             tiers=manifest.policies,
@@ -237,23 +242,27 @@ class LLM:
             measures_costs=True,
             survival=manifest.survival,
             heads=on_demand,
+            rounds=engines[2],
         )
 
     @staticmethod
     def _cuda_engines(
         decoder: Decoder, draft: Draft, scorer: Scorer | None, sizes: Mapping[str, Any], say: Say
-    ) -> tuple[Engine, Engine] | None:
-        """Engines of compiled kernels, where there are kernels for the device, the precision and the pair."""
+    ) -> tuple[Engine, Engine, RoundsEngine] | None:
+        """Engines of compiled kernels, and the same as what runs rounds, where there are kernels for the device, the
+        precision and the pair."""
         if sizes["device"] == "cpu" or sizes["precision"] != "bf16":
             return None
         from ssv.runtime.engines.cuda.make import cuda_engines, why_not
+        from ssv.runtime.engines.cuda.rounds import CudaRounds
 
         if (reason := why_not(decoder, draft, sizes["device"])) is not None:
             say(f"decoding by PyTorch's own operations, many times slower than by compiled kernels: {reason}")
             return None
         say("compiling kernels for this GPU and model, unless they are kept from before")
         chosen = {name: sizes[name] for name in ("device", "max_batch", "max_length")}
-        return cuda_engines(decoder, draft, scorer, **chosen)
+        target, drafting = cuda_engines(decoder, draft, scorer, **chosen)
+        return target, drafting, CudaRounds(target, drafting)
 
     @classmethod
     def _load_tensorrt(
@@ -394,6 +403,7 @@ class LLM:
             survival=self.survival,
             heads=self.heads,
             grammars=self.grammars,
+            rounds=self._rounds,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

@@ -8,10 +8,16 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "decoder.cu"
+_FOLDER = Path(__file__).parent
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 """Of the GPUs that the kernels are written for."""
+
+
+def source_of(name: str) -> str:
+    """The source of the kernels `decoder` or `rounds`, with what they share before it."""
+    parts = ("step.cuh", f"{name}.cu")
+    return "".join(f'#line 1 "{part}"\n{(_FOLDER / part).read_text()}' for part in parts)
 
 
 class CompileError(RuntimeError):
@@ -30,7 +36,7 @@ def compile_source(source: str, capability: str, macros: Mapping[str, int]) -> b
     """
     library = _nvrtc()
     program = ctypes.c_void_p()
-    _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decoder.cu", 0, None, None), "create")
+    _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), "create")
     try:
         words = [f"--gpu-architecture=sm_{capability.replace('.', '')}", "--std=c++17"]
         words += [f"-D{name}={value}" for name, value in macros.items()]

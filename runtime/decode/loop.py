@@ -74,6 +74,7 @@ class Running:
         return self._last([], [])
 
     def _last(self, texts: list[str], taken: list[int]) -> Chunk:
+        self.row.ended = True
         if self.text is not None:
             texts.append(self.text.flush())
             if self.text.stopped:  # a stop string before half a character shows only now
@@ -132,18 +133,23 @@ class DecodeLoop:
         """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""
         yield from self._leave()
         yield from self._join()
-        rows = self.scheduler.rows
-        if rows:
-            self.batch.draft()
-            for gained in (self.batch.release, self.batch.verify):
-                for running, tokens in zip(rows, gained(), strict=True):
-                    if (chunk := running.push(tokens, self.eos_token_ids)) is not None:
-                        yield chunk
-            self._drop_finished()
+        if self.scheduler.rows:
+            for gained in self.batch.run():
+                yield from self._push(gained)
+            yield from self._drop_finished()
 
-    def _join(self) -> list[Chunk]:
+    def _push(self, gained: Sequence[Sequence[int]]) -> Iterator[Chunk]:
+        """Hands each row's tokens to its request."""
+        for running, tokens in zip(self.scheduler.rows, gained, strict=True):
+            if (chunk := running.push(tokens, self.eos_token_ids)) is not None:
+                yield chunk
+
+    def _join(self) -> Iterator[Chunk]:
         """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts."""
-        scheduler, chunks, budget = self.scheduler, [], self.batch.prefill_chunk
+        scheduler, budget = self.scheduler, self.batch.prefill_chunk
+        if scheduler.joining is not None or scheduler.can_admit:
+            yield from self._push(self.batch.settle())
+            yield from self._drop_finished()
         while budget > 0:
             if (running := scheduler.admit()) is not None:
                 running.row.counters.queue_s = time.monotonic() - running.arrived
@@ -157,11 +163,10 @@ class DecodeLoop:
             budget -= len(running.request.prompt_ids) - before
             scheduler.joined()
             if (chunk := running.push([first], self.eos_token_ids)) is not None:
-                chunks.append(chunk)
-            self._drop_finished()
-        return chunks
+                yield chunk
+            yield from self._drop_finished()
 
-    def _leave(self) -> list[Chunk]:
+    def _leave(self) -> Iterator[Chunk]:
         """Ends requests that were cancelled or whose time is over."""
         now = time.monotonic()
 
@@ -181,11 +186,15 @@ class DecodeLoop:
             scheduler.abandon()
             self.batch.abandon()
         ended += [(running, why) for running in scheduler.rows if (why := reason(running)) is not None]
-        chunks = [running.end(why) for running, why in ended]
-        self._drop_finished()
-        return chunks
+        for running, why in ended:
+            yield running.end(why)
+        yield from self._drop_finished()
 
-    def _drop_finished(self) -> None:
-        for row in range(len(self.scheduler.rows) - 1, -1, -1):
-            if self.scheduler.rows[row].finish_reason is not None:
+    def _drop_finished(self) -> Iterator[Chunk]:
+        """Takes the rows of requests that have ended out of the batch; the others may gain something first."""
+        rows = self.scheduler.rows
+        if any(running.finish_reason is not None for running in rows):
+            yield from self._push(self.batch.settle())
+        for row in range(len(rows) - 1, -1, -1):
+            if rows[row].finish_reason is not None:
                 self.batch.remove(row, self.scheduler.finish(row))

@@ -15,7 +15,7 @@ Shapes: B rows in use, T tokens of a step, R gathered rows, V vocab, F features.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,10 +26,12 @@ from torch import Tensor
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
+from ssv.runtime.decode.ahead import Ahead
 from ssv.runtime.decode.choice import check_chosen, choices, scaled
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
 from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.prompt_cache import PromptCache
@@ -37,7 +39,7 @@ from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.typical import judge
 from ssv.runtime.decode.verify import Verdict, judged_rows, walk, walk_typical
-from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine
+from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine, RoundsEngine
 from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams
 
@@ -106,6 +108,7 @@ class DecodeBatch:
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
         grammars: Grammars | None = None,
+        rounds: RoundsEngine | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -117,6 +120,7 @@ class DecodeBatch:
         survival: how far the draft's shares are to be trusted; None to take them as they are.
         heads: Medusa's, over the target's hidden states; None where none are loaded.
         grammars: over the target's vocabulary; None where outputs cannot have one.
+        rounds: the same engines, where they run rounds by themselves.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
@@ -127,6 +131,25 @@ class DecodeBatch:
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
+        model = self.drafters.get("model")
+        assert model is None or isinstance(model, ModelDrafter)
+        self._ahead = Ahead(rounds, model, frozenset(eos_ids)) if rounds is not None else None
+
+    def run(self) -> Iterator[list[list[int]]]:
+        """One round over all rows, by the engines themselves where they can; yields what each row gains as it comes:
+        trusted tokens before the pass."""
+        if self._ahead is not None and self._joining is None:
+            prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
+            if (gained := self._ahead.step(self.rows, prices)) is not None:
+                yield gained
+                return
+        self.draft()
+        yield self.release()
+        yield self.verify()
+
+    def settle(self) -> list[list[int]]:
+        """Ends what the engines do by themselves, before rows come or go; returns what each row has gained by it."""
+        return self._ahead.settle(self.rows) if self._ahead is not None else [[] for _ in self.rows]
 
     # --- the round --------------------------------------------------------------------------------------------------
 

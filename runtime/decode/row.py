@@ -31,6 +31,7 @@ class Row:
             they leave.
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
+        ended: its output has come to its end, though it is still in use.
     """
 
     params: SamplingParams
@@ -44,6 +45,7 @@ class Row:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     draft_length: int = 0
     released: int = 0
+    ended: bool = False
     last_commit: float = 0.0
 
     def __post_init__(self) -> None:

@@ -44,6 +44,11 @@ class Scheduler(Generic[T]):
     def has_work(self) -> bool:
         return bool(self.rows or self.waiting) or self.joining is not None
 
+    @property
+    def can_admit(self) -> bool:
+        """Whether somebody waits whom `admit` would let join."""
+        return self.joining is None and bool(self.waiting) and len(self.rows) < self.max_rows
+
     def submit(self, item: T) -> None:
         """Raises QueueFull."""
         free = self.max_rows - len(self.rows) - (self.joining is not None)
@@ -53,7 +58,7 @@ class Scheduler(Generic[T]):
 
     def admit(self) -> T | None:
         """Lets the first of those that wait join, if none does and a row is free; returns it."""
-        if self.joining is None and self.waiting and len(self.rows) < self.max_rows:
+        if self.can_admit:
             self.joining = self.waiting.popleft()
             self.num_admitted += 1
             return self.joining

@@ -224,6 +224,133 @@ class GrowingEngine(Engine, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RoundShape:
+    """What the engines draft and verify in a round that they run by themselves.
+
+    Attributes:
+        tree: None of plain decoding.
+        nodes: most nodes of a row's tree that are verified: those that survive most probably. Of a chain, the first
+            ones, up to the one at which its policy asks for a pass.
+    """
+
+    tree: TreeShape | None
+    nodes: int
+
+    @property
+    def depth(self) -> int:
+        """Most drafted tokens that a row can gain."""
+        return min(self.tree.levels, self.nodes) if self.tree is not None else 0
+
+    @property
+    def is_chain(self) -> bool:
+        return self.tree is None or self.tree.children == 1
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRow:
+    """A row as it is when such rounds begin.
+
+    Attributes:
+        length: tokens of its text that the target has seen.
+        root: the token behind them.
+        rest: tokens that a draft may add to the output.
+        limit: most nodes of its tree.
+        accept_below, verify_above, risk_budget: see `Policy`; of chains.
+        ends: tokens that end its output, at most `MOST_ENDS`.
+        draft_length: entries of the draft's cache.
+        pending: tokens of the text that have none yet, the root last; none in rows that do not draft.
+    """
+
+    length: int
+    root: int
+    rest: int
+    limit: int = 0
+    accept_below: float = 0.0
+    verify_above: float = 1.0
+    risk_budget: float = 1.0
+    ends: Sequence[int] = ()
+    draft_length: int = 0
+    pending: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """What a round gave a row.
+
+    Attributes:
+        tokens: those of the tree that are kept, and the target's own choice behind them, or -1 where the logits are no
+            distribution.
+        num_nodes: of its tree.
+        num_judged_rows: of the pass, the root's among them.
+        num_judged: kept nodes that were judged.
+        survival_by_depth: of the tree's nodes, how many there are and the sum of their survivals, from depth 1 on.
+    """
+
+    tokens: Sequence[int]
+    num_nodes: int
+    num_judged_rows: int
+    num_judged: int
+    survival_by_depth: Sequence[tuple[int, float]]
+
+
+class RoundsEngine(Protocol):
+    """A target and a draft that run greedy rounds by themselves, each behind the one before: the host hears of them
+    while the next one runs.
+
+    Between `begin` and `end` nobody else may step the two engines.
+
+    Attributes:
+        most_tokens: of a pass, all rows together, and of a step of the draft.
+        most_pending: tokens of a row's text that may wait for a draft.
+        in_flight: rounds that were run and not taken.
+    """
+
+    most_tokens: int
+    most_pending: int
+    in_flight: int
+
+    def begin(
+        self,
+        rows: Sequence[RoundRow],
+        features_BTF: Tensor | None,
+        corrections: Sequence[tuple[float, float]],
+    ) -> None:
+        """Takes over rows, the first ones of the caches.
+
+        Args:
+            features_BTF: of their pending tokens; None if no row drafts.
+            corrections: see `GrowingEngine.grow`.
+        """
+        ...
+
+    def run(self, shape: RoundShape) -> None:
+        """Puts another round behind those in flight; at most `MOST_IN_FLIGHT` may be.
+
+        Shapes with a tree and without must not follow one another between `begin` and `end`.
+
+        Raises:
+            EngineError: a shape that there is no room for.
+        """
+        ...
+
+    def take(self) -> list[RoundResult]:
+        """What the oldest round in flight gave, of each row; waits for it."""
+        ...
+
+    def end(self) -> Sequence[tuple[int, Tensor | None]]:
+        """Gives the rows back once all rounds have been taken: of each the entries of the draft's cache, and the
+        features of the text's tokens behind them."""
+        ...
+
+
+MOST_ENDS = 8
+"""Tokens that may end the output of a row in rounds that engines run by themselves."""
+
+MOST_IN_FLIGHT = 3
+"""Of such rounds."""
+
+
 class HeadsEngine(Protocol):
     """Medusa's heads (`ssv.model.heads`), which guess several next tokens from one hidden state of the target.
 

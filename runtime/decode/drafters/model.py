@@ -18,7 +18,7 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import MAX_PENDING
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.choice import check_chosen, check_ranked, choices, ranking
 from ssv.runtime.decode.costs import Prices
@@ -59,6 +59,9 @@ class ModelDrafter(Drafter):
     """A draft engine over the rows of a batch.
 
     A conditioned draft's entry i joins token i + 1 with the features of token i, so its cache runs one token behind.
+
+    Attributes:
+        levels: how deep trees are worth growing, where an engine grows them by itself.
     """
 
     has_cache = True
@@ -83,7 +86,7 @@ class ModelDrafter(Drafter):
         # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
-        self._levels = Levels(MOST_LEVELS)
+        self.levels = Levels(MOST_LEVELS)
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
 
@@ -170,7 +173,7 @@ class ModelDrafter(Drafter):
         Returns:
             The rows that have their trees.
         """
-        self._levels.begin(len(rows), sum(len(row.tokens) for row in rows))
+        self.levels.begin(len(rows), sum(len(row.tokens) for row in rows))
         alike: dict[tuple[object, ...], list[int]] = {}
         for b, growing in self._growing.items():
             params, policy = rows[b].params, rows[b].policy
@@ -200,7 +203,7 @@ class ModelDrafter(Drafter):
         levels = min(levels, MOST_LEVELS, 1 + (MAX_PENDING - 1) // max(beam, 1))
         counts = [len(row.tokens) - self._offset - row.draft_length if b in chosen else 0 for b, row in enumerate(rows)]
         if policy.pays and prices is not None:
-            levels = self._levels.worth(replace(prices, sharing=len(chosen)), levels, beam)
+            levels = self.levels.worth(replace(prices, sharing=len(chosen)), levels, beam)
         if levels < 1 or beam < 1 or sum(counts) > engine.most_growing:
             for b in chosen:
                 if policy.pays:
@@ -213,7 +216,7 @@ class ModelDrafter(Drafter):
             torch.tensor(counts, dtype=torch.int32),
             self._features_BTF[: len(rows), :width] if self._features_BTF is not None else None,
             shape,
-            (self._survival.greedy if not policy.is_chain else ()) or NOT_CORRECTED,
+            self.corrections(policy),
         )
         for b in chosen:
             row, growing, grown = rows[b], self._growing[b], found[b]
@@ -230,7 +233,7 @@ class ModelDrafter(Drafter):
             if not policy.is_chain:  # that of a chain was made when it was asked for
                 row.tree = growing.growth.tree()
         if policy.pays:
-            self._levels.note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
+            self.levels.note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
         return True
 
     def _let_wait(self, rows: Sequence[Row], prices: Prices | None) -> None:
@@ -275,6 +278,37 @@ class ModelDrafter(Drafter):
 
     def move_joining(self, source: int, dest: int, done: int) -> None:
         self.engine.move_row(source, dest, max(done - self._offset, 0))
+
+    # --- rows in the engines' own hands (`ssv.runtime.decode.ahead`) ------------------------------------------------
+
+    def unseen(self, row: Row) -> list[int]:
+        """Tokens of a row's text that the draft has no entry for, the root last."""
+        return row.tokens[row.draft_length + self._offset :]
+
+    def features(self, num_rows: int) -> Tensor | None:
+        """Of the unseen tokens of the first rows, [B, T, F]."""
+        return self._features_BTF[:num_rows] if self._features_BTF is not None else None
+
+    def corrections(self, policy: Policy) -> tuple[tuple[float, float], ...]:
+        """By which shares of greedy guesses are corrected, by rank. A chain goes by its risks."""
+        return (self._survival.greedy if not policy.is_chain else ()) or NOT_CORRECTED
+
+    def catch_up(self, b: int, row: Row) -> None:
+        """Makes the entries of all tokens of a row but the root."""
+        if len(self.unseen(row)) > 1:
+            self._fill(b, row, row.tokens[:-1])
+
+    def take_back(self, b: int, row: Row, draft_length: int, features_TF: Tensor) -> None:
+        """Takes a row back whose rounds somebody else has run.
+
+        Args:
+            draft_length: entries that its cache has now.
+            features_TF: of the tokens behind them.
+        """
+        row.draft_length = draft_length
+        self._hold(b, 0, features_TF)
+        if len(features_TF) > MAX_PENDING // 2:
+            self.catch_up(b, row)
 
     def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
         """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are

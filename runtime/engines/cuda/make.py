@@ -35,7 +35,7 @@ def why_not(decoder: Decoder, draft: Draft, device: str) -> str | None:
 def cuda_engines(
     decoder: Decoder, draft: Draft, scorer: Scorer | None, *, device: str, max_batch: int, max_length: int
 ) -> tuple[CudaEngine, CudaEngine]:
-    """A target with its draft's tap, and the draft; the models are left as they are.
+    """A target with its draft's tap, and the draft; the models are left as they are. `CudaRounds` runs rounds of both.
 
     Raises:
         EngineError: the kernels cannot run them (`why_not`).

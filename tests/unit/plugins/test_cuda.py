@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ssv.plugins.cuda.compiler import CAPABILITIES, SOURCE, CompileError, compile_source
+from ssv.plugins.cuda.compiler import CAPABILITIES, CompileError, compile_source, source_of
 
 PARTS: dict[str, dict[str, int]] = {
     "products of 8 tokens": {"TILES": 1},
@@ -15,7 +15,7 @@ PARTS: dict[str, dict[str, int]] = {
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_capability(capability: str) -> None:
-    cubin = compile_source(SOURCE.read_text(), capability, PARTS["products of 8 tokens"])
+    cubin = compile_source(source_of("decoder"), capability, PARTS["products of 8 tokens"])
     assert cubin[:4] == b"\x7fELF"
     assert all(name in cubin for name in (b"store", b"add", b"gate"))
 
@@ -26,7 +26,7 @@ def test_every_capability(capability: str) -> None:
     ids=str,
 )
 def test_every_part(macros: dict[str, int]) -> None:
-    assert compile_source(SOURCE.read_text(), "9.0", macros)[:4] == b"\x7fELF"
+    assert compile_source(source_of("decoder"), "9.0", macros)[:4] == b"\x7fELF"
 
 
 def test_what_the_compiler_says_is_in_the_error() -> None:

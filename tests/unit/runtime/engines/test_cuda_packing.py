@@ -11,9 +11,9 @@ import torch
 from tiny import tiny_spec
 from trees import branches, random_parents
 
-from ssv.plugins.cuda.compiler import SOURCE
+from ssv.plugins.cuda.compiler import source_of
 from ssv.runtime.engines.contract import EngineError
-from ssv.runtime.engines.cuda import engine, places
+from ssv.runtime.engines.cuda import engine, launching, places
 from ssv.runtime.engines.cuda.packing import interleave, pack
 from ssv.runtime.engines.cuda.places import TOKENS, blocks, write
 
@@ -68,17 +68,17 @@ def named(source: str) -> dict[str, int]:
     return found
 
 
-AT = named(SOURCE.read_text())
+AT = named(source_of("decoder"))
 
 
 def test_the_parts_of_a_step_are_where_the_kernels_look_for_them() -> None:
     assert AT["DEPTH"] == places.DEPTH and AT["PATH"] == places.SIZE_OF_CHAINS
-    assert f"#define TOKENS {TOKENS} " in SOURCE.read_text()
+    assert f"#define TOKENS {TOKENS} " in source_of("decoder")
 
 
 @pytest.mark.parametrize("name", ["Embed", "Join", "Linear", "Attention", "Largest", "Best", "Grow"])
 def test_arguments_are_laid_out_as_the_kernels_declare_them(name: str) -> None:
-    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", SOURCE.read_text(), re.DOTALL)
+    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", source_of("decoder"), re.DOTALL)
     declared = []
     for statement in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).split(";"):
         kind = ctypes.c_float if statement.split()[:1] == ["float"] else ctypes.c_int
@@ -86,7 +86,7 @@ def test_arguments_are_laid_out_as_the_kernels_declare_them(name: str) -> None:
             if words := re.findall(r"\w+", part):
                 is_pointer = "*" in part or "*" in statement.split(",")[0]
                 declared.append((words[-1], ctypes.c_void_p if is_pointer else kind))
-    structure = {"Linear": engine._Product}.get(name) or getattr(engine, f"_{name}")
+    structure = {"Linear": launching.Product}.get(name) or getattr(launching, name)
     assert [(field.rstrip("_"), kind) for field, kind in structure._fields_] == declared
 
 

@@ -1,0 +1,353 @@
+/* Rounds of speculative decoding that run without the host: what stands between the draft's levels (`grow` of decoder.cu), the
+ * target's pass and the next round's draft.
+ *
+ *   plant    chooses the nodes of each row's tree among the candidates that grew
+ *   lay      writes the numbers of the pass: roots and nodes of all rows
+ *   settle   walks from each root along the target's own choices, moves the row's text on, writes the numbers of the draft's next
+ *            step and tells the host
+ *   compact  moves the entries of the kept paths together in the target's cache, and hands the draft the features of their tokens
+ *
+ * What they decide is defined by `ssv.runtime.decode.verify` and `growth`; `ssv.runtime.engines.cuda.rounds` drives them.
+ */
+#define LEVELS 16 /* most tokens of a path */
+#define NODES 64  /* room of a tree */
+#define ENDS 8    /* most tokens that end an output */
+#define FOUND 1024 /* most candidates of a row */
+
+/* Of the header. */
+enum { NUM_ROWS, ROUND };
+
+/* What a round knows of a row. */
+enum {
+    R_ROW,          /* of the caches */
+    R_LENGTH,       /* tokens that the target has seen: the slot of the root */
+    R_ROOT,         /* the token behind them */
+    R_REST,         /* tokens that a draft may add to the output */
+    R_LIMIT,        /* most nodes of its tree */
+    R_DRAFT_LENGTH, /* entries of the draft's cache */
+    R_PENDING,      /* tokens of its text that follow them */
+    R_ACCEPT_BELOW, R_VERIFY_ABOVE, R_RISK_BUDGET, /* floats, see Policy */
+    R_ENDS = 12,    /* -1: none */
+    R_SIZE = R_ENDS + ENDS
+};
+
+/* A row's tree, and what became of it. */
+enum {
+    T_COUNT,
+    T_FIRST, /* which token of the pass its root is */
+    T_START, /* the slot of its first node */
+    T_KEPT,  /* nodes of the path */
+    T_DEST,  /* where the features of its tokens go, from the root's on */
+    T_PATH = 8,
+    T_TOKEN = T_PATH + LEVELS,
+    T_PARENT = T_TOKEN + NODES, /* -1: the root */
+    T_DEPTH = T_PARENT + NODES,
+    T_RISK = T_DEPTH + NODES,
+    T_SURVIVAL = T_RISK + NODES,
+    T_SIZE = T_SURVIVAL + NODES
+};
+
+/* What the host is told of a row. */
+enum {
+    O_NODES, O_KEPT,
+    O_JUDGED_ROWS, /* rows of the pass that were judged */
+    O_JUDGED,      /* kept nodes that were */
+    O_TOKENS,      /* the kept nodes', and the one behind them; -1 where the logits are no distribution */
+    O_COUNTS = O_TOKENS + LEVELS + 1, /* by depth: nodes, and the sum of their survivals */
+    O_SURVIVALS = O_COUNTS + LEVELS,
+    O_SIZE = O_SURVIVALS + LEVELS
+};
+
+#define WHOLE (1 << 30) /* the prefix of a token of a chain */
+
+__device__ __forceinline__ bool is_end(const int *row, int token) {
+    bool found = false;
+    for (int i = 0; i < ENDS; i++) found |= row[R_ENDS + i] == token;
+    return found;
+}
+
+struct Plant {
+    const int *header, *rows, *found; /* found: [rows, FOUND, 4] of Grow */
+    int *trees;
+    int levels, beam, children, nodes;
+};
+
+/* One block of 256 threads a row. */
+extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
+    __shared__ float survival[FOUND];
+    __shared__ short number[FOUND];
+    __shared__ int total;
+    const int g = blockIdx.x, t = threadIdx.x;
+    release_next();
+    wait_for_previous();
+    if (g >= p.header[NUM_ROWS]) return;
+    const int *row = p.rows + g * R_SIZE;
+    int *tree = p.trees + g * T_SIZE;
+    const int4 *found = (const int4 *)p.found + (size_t)g * FOUND; /* token, parent, share, risk */
+    const int rest = row[R_REST], most = min(p.nodes, rest > 0 ? row[R_LIMIT] : 0);
+    if (p.children == 1) {
+        if (t) return;
+        const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]), verify_above = __int_as_float(row[R_VERIFY_ABOVE]);
+        const double budget = __int_as_float(row[R_RISK_BUDGET]);
+        double all_right = 1.0; /* in double, as the host has it: texts of lossy tiers must not depend on who drafts */
+        float survives = 1.0f;
+        int count = 0;
+        while (count < min(min(p.levels, most), rest)) {
+            const int4 it = found[count];
+            if (it.x < 0) break;
+            const float risk = __int_as_float(it.w);
+            survives *= __int_as_float(it.z);
+            tree[T_TOKEN + count] = it.x, tree[T_PARENT + count] = count - 1, tree[T_DEPTH + count] = count + 1;
+            tree[T_RISK + count] = it.w, tree[T_SURVIVAL + count] = __float_as_int(survives);
+            count++;
+            const bool is_judged = !(risk < accept_below);
+            if (is_judged) all_right = __dmul_rn(all_right, __dsub_rn(1.0, (double)risk));
+            if ((is_judged && risk > verify_above) || __dsub_rn(1.0, all_right) > budget || is_end(row, it.x)) break;
+        }
+        tree[T_COUNT] = count;
+        return;
+    }
+    int first = 0, last = 0;
+    for (int level = 0, open = 1; level < p.levels; level++, open = min(p.beam, open * p.children)) {
+        first = last, last = first + open * p.children;
+        for (int c = first + t; c < last; c += 256) {
+            const int4 it = found[c];
+            float above = 1.0f;
+            if (it.y >= 0) above = is_end(row, found[it.y].x) ? 0.0f : survival[it.y];
+            survival[c] = it.x < 0 || level >= rest ? 0.0f : above * __int_as_float(it.z);
+        }
+        __syncthreads();
+    }
+    for (int c = t; c < last; c += 256) {
+        int place = 0;
+        for (int u = 0; u < last; u++) place += survival[u] > survival[c] || (survival[u] == survival[c] && u < c);
+        number[c] = place < most && survival[c] > 0.0f;
+    }
+    __syncthreads();
+    int own[FOUND / 256];
+    for (int i = 0; i < FOUND / 256; i++) {
+        const int c = t + 256 * i;
+        own[i] = -1;
+        if (c >= last || !number[c]) continue;
+        own[i] = 0;
+        for (int u = 0; u < c; u++) own[i] += number[u];
+    }
+    if (!t) {
+        total = 0;
+        for (int c = 0; c < last; c++) total += number[c];
+        tree[T_COUNT] = total;
+    }
+    __syncthreads();
+    for (int i = 0; i < FOUND / 256; i++)
+        if (t + 256 * i < last) number[t + 256 * i] = own[i];
+    __syncthreads();
+    for (int i = 0; i < FOUND / 256; i++) {
+        const int c = t + 256 * i, node = own[i];
+        if (node < 0) continue;
+        int depth = 1;
+        for (int up = found[c].y; up >= 0; up = found[up].y) depth++;
+        const int4 it = found[c];
+        tree[T_TOKEN + node] = it.x, tree[T_PARENT + node] = it.y < 0 ? -1 : number[it.y], tree[T_DEPTH + node] = depth;
+        tree[T_RISK + node] = it.w, tree[T_SURVIVAL + node] = __float_as_int(survival[c]);
+    }
+}
+
+struct Lay {
+    const int *header, *rows;
+    int *trees, *step;
+    int has_paths, group_tokens, plain; /* plain: no trees */
+};
+
+/* One block of 1,024 threads, a warp a row. */
+extern "C" __global__ void __launch_bounds__(1024) lay(const Lay p) {
+    __shared__ int count[TOKENS], first[TOKENS], groups[TOKENS];
+    const int num = p.header[NUM_ROWS], t = threadIdx.x, lane = t & 31;
+    release_next();
+    wait_for_previous();
+    if (!num) return;
+    if (t < num) count[t] = 1 + (p.plain ? 0 : p.trees[t * T_SIZE + T_COUNT]);
+    __syncthreads();
+    if (!t) {
+        int tokens = 0, all_groups = 0;
+        for (int g = 0; g < num; g++) {
+            first[g] = tokens, groups[g] = all_groups;
+            tokens += count[g], all_groups += (count[g] + p.group_tokens - 1) / p.group_tokens;
+        }
+        p.step[NUM_TOKENS] = p.step[NUM_GATHERED] = tokens;
+        p.step[NUM_GROUPS] = all_groups, p.step[HAS_PATHS] = p.has_paths, p.step[NUM_GROWING] = 0;
+    }
+    __syncthreads();
+    for (int g = t >> 5; g < num; g += 32) {
+        const int *row = p.rows + g * R_SIZE, length = row[R_LENGTH];
+        int *tree = p.trees + g * T_SIZE;
+        if (!lane) tree[T_FIRST] = first[g], tree[T_START] = length + 1, tree[T_COUNT] = count[g] - 1;
+        for (int i = lane; i < count[g]; i += 32) {
+            const int m = first[g] + i, depth = i ? tree[T_DEPTH + i - 1] : 0;
+            p.step[ID + m] = i ? tree[T_TOKEN + i - 1] : max(row[R_ROOT], 0);
+            p.step[ROW + m] = row[R_ROW];
+            p.step[SLOT + m] = length + i;
+            p.step[SEEN + m] = length + 1 + depth;
+            p.step[PREFIX + m] = p.has_paths ? length : WHOLE;
+            p.step[GATHER + m] = m;
+            if (p.has_paths) {
+                int *path = p.step + PATH + m * DEPTH;
+                for (int at = depth, node = i - 1; node >= 0; node = tree[T_PARENT + node]) path[at--] = length + 1 + node;
+                path[0] = length;
+            }
+        }
+        for (int i = lane; i * p.group_tokens < count[g]; i += 32) {
+            const int n = groups[g] + i, from = i * p.group_tokens;
+            p.step[GROUP_FIRST + n] = first[g] + from;
+            p.step[GROUP_COUNT + n] = min(p.group_tokens, count[g] - from);
+            p.step[GROUP_NEW + n] = first[g];
+            p.step[GROUP_NUM_NEW + n] = count[g];
+        }
+    }
+}
+
+struct Settle {
+    int *header, *rows, *trees;
+    const long long *chosen; /* by the target behind each token of the pass */
+    int *step;               /* of the draft, where it takes part in every round; NULL: features are held */
+    int *results;            /* [ring, TOKENS, O_SIZE], the host's memory */
+    int is_chain, group_tokens, held, ring;
+};
+
+/* One block of 1,024 threads, a warp a row. */
+extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
+    __shared__ int gained[TOKENS], first[TOKENS], groups[TOKENS], path_token[32][LEVELS + 1];
+    const int num = p.header[NUM_ROWS], t = threadIdx.x, warp = t >> 5, lane = t & 31;
+    release_next();
+    wait_for_previous();
+    if (!num) return;
+    int *results = p.results + (size_t)(p.header[ROUND] % p.ring) * TOKENS * O_SIZE;
+    for (int base = 0; base < num; base += 32) {
+        const int g = base + warp;
+        if (g < num) {
+            int *row = p.rows + g * R_SIZE, *tree = p.trees + g * T_SIZE, *out = results + g * O_SIZE;
+            const int count = tree[T_COUNT];
+            const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]);
+            int parent[2], token[2], depth[2];
+            float survival[2];
+            bool is_trusted[2];
+            int num_trusted = 0;
+            for (int i = 0; i < 2; i++) {
+                const int n = lane + 32 * i;
+                const bool is_there = n < count;
+                parent[i] = is_there ? tree[T_PARENT + n] : -2, token[i] = is_there ? tree[T_TOKEN + n] : -2;
+                depth[i] = is_there ? tree[T_DEPTH + n] : 0, survival[i] = is_there ? __int_as_float(tree[T_SURVIVAL + n]) : 0.0f;
+                is_trusted[i] = is_there && p.is_chain && __int_as_float(tree[T_RISK + n]) < accept_below;
+                num_trusted += __popc(__ballot_sync(~0u, is_trusted[i]));
+            }
+            int node = -1, kept = 0, judged = 0, choice;
+            for (;;) {
+                choice = (int)p.chosen[tree[T_FIRST] + node + 1];
+                int child = -1;
+                bool trusted = false;
+                for (int i = 1; i >= 0; i--) { /* the first child that is it */
+                    const u32 trusts = __ballot_sync(~0u, is_trusted[i] && parent[i] == node);
+                    const u32 is_it = __ballot_sync(~0u, parent[i] == node && token[i] == choice);
+                    if (trusts | is_it) child = 32 * i + __ffs(trusts ? trusts : is_it) - 1, trusted = trusts;
+                }
+                if (child < 0 || kept == LEVELS) break;
+                judged += !trusted;
+                if (!lane) tree[T_PATH + kept] = child, path_token[warp][kept] = tree[T_TOKEN + child];
+                kept++, node = child;
+            }
+            if (!lane) path_token[warp][kept] = choice;
+            __syncwarp();
+            for (int d = 1; d <= LEVELS; d++) {
+                const int here = __popc(__ballot_sync(~0u, depth[0] == d)) + __popc(__ballot_sync(~0u, depth[1] == d));
+                float sum = (depth[0] == d ? survival[0] : 0.0f) + (depth[1] == d ? survival[1] : 0.0f);
+                for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+                if (!lane) out[O_COUNTS + d - 1] = here, out[O_SURVIVALS + d - 1] = __float_as_int(sum);
+            }
+            if (lane <= kept) out[O_TOKENS + lane] = path_token[warp][lane];
+            if (!lane) {
+                out[O_NODES] = count, out[O_KEPT] = kept, out[O_JUDGED_ROWS] = 1 + count - num_trusted, out[O_JUDGED] = judged;
+                gained[g] = kept + 1;
+                tree[T_KEPT] = kept;
+                tree[T_DEST] = g * p.held + row[R_PENDING]; /* where features are held */
+                row[R_LENGTH] += kept + 1, row[R_ROOT] = choice, row[R_REST] -= kept + 1;
+                if (p.step) row[R_DRAFT_LENGTH] += row[R_PENDING], row[R_PENDING] = kept + 1;
+                else row[R_PENDING] += kept + 1;
+            }
+        }
+        __syncthreads(); /* rows of all warps are settled */
+        /* The draft's next step: each row's new tokens. The offset of a row is what those before it have gained. */
+        if (g < num && p.step) {
+            int from = 0, from_group = 0;
+            for (int i = 0; i < g; i++) from += gained[i], from_group += (gained[i] + p.group_tokens - 1) / p.group_tokens;
+            if (!lane) first[g] = from, groups[g] = from_group;
+            __syncwarp();
+            const int *row = p.rows + g * R_SIZE, count = gained[g], length = row[R_DRAFT_LENGTH];
+            if (lane < count) {
+                const int m = from + lane;
+                p.step[ID + m] = max(path_token[warp][lane], 0);
+                p.step[ROW + m] = row[R_ROW];
+                p.step[SLOT + m] = length + lane;
+                p.step[SEEN + m] = length + lane + 1;
+                p.step[PREFIX + m] = WHOLE;
+            }
+            for (int i = lane; i * p.group_tokens < count; i += 32) {
+                const int n = from_group + i, at = i * p.group_tokens;
+                p.step[GROUP_FIRST + n] = from + at;
+                p.step[GROUP_COUNT + n] = min(p.group_tokens, count - at);
+                p.step[GROUP_NEW + n] = from;
+                p.step[GROUP_NUM_NEW + n] = count;
+            }
+            if (!lane) {
+                p.trees[g * T_SIZE + T_DEST] = from;
+                p.step[GATHER + g] = from + count - 1;
+                p.step[GROW_ROW + g] = row[R_ROW];
+                p.step[GROW_START + g] = p.step[GROW_END + g] = length + count;
+                p.step[GROW_LEVEL + g] = p.step[GROW_FOUND + g] = 0;
+            }
+        }
+        __syncthreads();
+    }
+    if (t) return;
+    p.header[ROUND]++;
+    if (p.step) {
+        p.step[NUM_TOKENS] = first[num - 1] + gained[num - 1];
+        p.step[NUM_GATHERED] = p.step[NUM_GROWING] = num;
+        p.step[NUM_GROUPS] = groups[num - 1] + (gained[num - 1] + p.group_tokens - 1) / p.group_tokens;
+        p.step[HAS_PATHS] = 0;
+    }
+}
+
+struct Compact {
+    const int *header, *rows, *trees;
+    u16 *keys, *values;         /* [layers, batch, kv_heads, slots, dim] of the target */
+    const float *features;      /* [TOKENS, hidden] of the pass; NULL: none are wanted */
+    float *dest;
+    int layers, batch, kv_heads, slots, dim, hidden;
+};
+
+/* Of each row a block a layer, and one for its features; without layers that alone. */
+extern "C" __global__ void __launch_bounds__(128) compact(const Compact p) {
+    const int g = blockIdx.y, layer = blockIdx.x, t = threadIdx.x;
+    release_next();
+    wait_for_previous();
+    if (g >= p.header[NUM_ROWS]) return;
+    const int *tree = p.trees + g * T_SIZE, kept = tree[T_KEPT], start = tree[T_START];
+    if (layer < p.layers) {
+        const int pieces = p.dim / 8; /* of 16 bytes */
+        const size_t row = ((size_t)layer * p.batch + p.rows[g * R_SIZE + R_ROW]) * p.kv_heads;
+        for (int at = t; at < 2 * p.kv_heads * pieces; at += 128) {
+            const int piece = at % pieces, head = at / pieces % p.kv_heads;
+            uint4 *cache = (uint4 *)((at < p.kv_heads * pieces ? p.keys : p.values) + (row + head) * p.slots * p.dim) + piece;
+            for (int i = 0; i < kept; i++) { /* nodes ascend along a path: none is overwritten before it has moved */
+                const int node = tree[T_PATH + i];
+                if (node != i) cache[(size_t)(start + i) * pieces] = cache[(size_t)(start + node) * pieces];
+            }
+        }
+        return;
+    }
+    if (!p.features) return;
+    const int from = tree[T_FIRST], to = tree[T_DEST];
+    for (int i = 0; i <= kept; i++) {
+        const float *source = p.features + (size_t)(from + (i ? tree[T_PATH + i - 1] + 1 : 0)) * p.hidden;
+        for (int h = t; h < p.hidden; h += 128) p.dest[(size_t)(to + i) * p.hidden + h] = source[h];
+    }
+}

@@ -1,0 +1,42 @@
+/* What the kernels of a step share with those that write its numbers: where these lie, and how kernels follow one another. It stands
+ * before each source that is compiled.
+ */
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define TOKENS 64 /* most tokens of a step */
+
+/* Where the numbers of a step lie; `ssv.runtime.engines.cuda.places` writes them. */
+enum {
+    NUM_TOKENS, NUM_GATHERED, NUM_GROUPS, HAS_PATHS, NUM_GROWING,
+    ID = 8,
+    ROW = ID + TOKENS,
+    SLOT = ROW + TOKENS,
+    SEEN = SLOT + TOKENS,     /* keys that a token sees, its own among them */
+    PREFIX = SEEN + TOKENS,   /* of them, those that lie in the slots of their positions */
+    GATHER = PREFIX + TOKENS, /* tokens that get logits */
+    GROUP_FIRST = GATHER + TOKENS, /* groups: some tokens of one row */
+    GROUP_COUNT = GROUP_FIRST + TOKENS,
+    GROUP_NEW = GROUP_COUNT + TOKENS, /* first of the row's tokens in this step, and how many they are */
+    GROUP_NUM_NEW = GROUP_NEW + TOKENS,
+    /* Of rows whose trees grow, and rewritten with every level of them. */
+    GROW_ROW = GROUP_NUM_NEW + TOKENS,
+    GROW_START = GROW_ROW + TOKENS,  /* slots of the row's text */
+    GROW_LEVEL = GROW_START + TOKENS,
+    GROW_END = GROW_LEVEL + TOKENS,  /* the first slot that is free */
+    GROW_FOUND = GROW_END + TOKENS,  /* candidates so far */
+    PATH = GROW_FOUND + TOKENS, /* [TOKENS][DEPTH] slots behind the prefix */
+    DEPTH = 80
+};
+
+/* Before compute capability 9.0 a kernel begins when the one before it has ended. */
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

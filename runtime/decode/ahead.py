@@ -1,0 +1,205 @@
+"""Greedy rounds that the engines run by themselves (`RoundsEngine`): the host hands its rows over, reads what a round
+gave while the next one runs, and takes the rows back before any of them comes or goes.
+
+What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampling, changed logits, rows of
+several policies side by side, what was found in the text. Lossless text is the same either way, and so is that of lossy
+chains: they are cut by the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ssv.bundle.policy import MAX_PENDING
+from ssv.runtime.decode.choice import check_chosen
+from ssv.runtime.decode.costs import Prices
+from ssv.runtime.decode.drafters.levels import beam_for
+from ssv.runtime.decode.drafters.model import ModelDrafter
+from ssv.runtime.decode.row import Row
+from ssv.runtime.engines.contract import MOST_ENDS, RoundResult, RoundRow, RoundsEngine, RoundShape, TreeShape
+
+IN_FLIGHT = 2
+"""Rounds under way while the host waits for the first of them."""
+
+MOST_DEPTH = 16
+"""Tokens of a path."""
+
+MOST_GUESSES = 1024
+"""Candidates of a tree."""
+
+
+class Ahead:
+    """Rows of one policy in the hands of the engines.
+
+    Attributes:
+        is_under_way: whether they are.
+    """
+
+    def __init__(self, rounds: RoundsEngine, drafter: ModelDrafter | None, eos_ids: frozenset[int]) -> None:
+        """Args:
+        drafter: over the same draft; None where there is none.
+        """
+        self._rounds, self._drafter, self._eos_ids = rounds, drafter, eos_ids
+        self.is_under_way = False
+        self._drafts = False
+        self._shapes: list[RoundShape] = []
+        self._waiting = 0
+
+    def step(self, rows: Sequence[Row], prices: Prices | None) -> list[list[int]] | None:
+        """Keeps rounds under way; returns the tokens that each row has gained by the oldest one, or by all of them if
+        the rows go back to the host. None where it has none of them, and the host has to run the round.
+
+        Args:
+            prices: what policies that pay go by.
+
+        Raises:
+            EngineError: logits that were no distribution.
+        """
+        shape = self._shape(rows, prices)
+        if self.is_under_way and (shape is None or (shape.tree is not None) != self._drafts or self._is_full):
+            return self.settle(rows)
+        if shape is None:
+            return None
+        if not self.is_under_way:
+            self._begin(rows, shape)
+        while self._rounds.in_flight < IN_FLIGHT and (not self._rounds.in_flight or self._goes_on(rows)):
+            self._rounds.run(shape)
+            self._shapes.append(shape)
+        return self._take(rows)
+
+    def settle(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Takes the rows back; returns what they have gained since."""
+        gained: list[list[int]] = [[] for _ in rows]
+        if not self.is_under_way:
+            return gained
+        while self._rounds.in_flight:
+            for tokens, more in zip(gained, self._take(rows), strict=True):
+                tokens += more
+        self.is_under_way = False
+        for b, (row, (draft_length, features)) in enumerate(zip(rows, self._rounds.end(), strict=True)):
+            if features is not None:
+                assert self._drafter is not None
+                self._drafter.take_back(b, row, draft_length, features)
+        return gained
+
+    def _begin(self, rows: Sequence[Row], shape: RoundShape) -> None:
+        drafter = self._drafter if rows[0].policy.max_pending else None
+        features_BTF = None
+        if drafter is not None:
+            if shape.tree is not None and sum(len(drafter.unseen(row)) for row in rows) > self._rounds.most_tokens:
+                for b, row in enumerate(rows):
+                    drafter.catch_up(b, row)
+            features_BTF = drafter.features(len(rows))
+        corrections = drafter.corrections(rows[0].policy) if drafter is not None else ()
+        self._rounds.begin([self._handed_over(row, drafter) for row in rows], features_BTF, corrections)
+        self._drafts, self.is_under_way = shape.tree is not None, True
+        self._waiting = max(len(drafter.unseen(row)) for row in rows) if drafter is not None else 0
+
+    def _handed_over(self, row: Row, drafter: ModelDrafter | None) -> RoundRow:
+        policy = row.policy
+        mine = RoundRow(row.target_length, row.tokens[-1], row.rest, ends=sorted(row.ends(self._eos_ids)))
+        if drafter is None:
+            return mine
+        return replace(
+            mine,
+            limit=policy.max_pending,
+            accept_below=policy.accept_below,
+            verify_above=policy.verify_above,
+            risk_budget=policy.risk_budget,
+            draft_length=row.draft_length,
+            pending=drafter.unseen(row),
+        )
+
+    def _take(self, rows: Sequence[Row]) -> list[list[int]]:
+        """What the oldest round gave."""
+        results = self._rounds.take()
+        shape = self._shapes.pop(0)
+        check_chosen([result.tokens[-1] for result in results])
+        now = time.monotonic()
+        gained: list[list[int]] = []
+        for row, result in zip(rows, results, strict=True):
+            if row.ended:  # while the round was under way
+                gained.append([])
+                continue
+            _count(row, result)
+            row.tokens += result.tokens
+            row.last_commit = now
+            gained.append(list(result.tokens))
+        if not self._drafts:
+            self._waiting += 1
+        elif rows[0].policy.pays:
+            assert self._drafter is not None and shape.tree is not None
+            self._drafter.levels.note(shape.tree.levels, [result.survival_by_depth for result in results], shape.nodes)
+        return gained
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as many tokens wait for a draft that does not draft as may."""
+        return not self._drafts and self._waiting + self._rounds.in_flight >= MAX_PENDING
+
+    def _goes_on(self, rows: Sequence[Row]) -> bool:
+        """Whether some row goes on after the rounds under way, however much they give, if no token ends it."""
+        most = sum(1 + shape.depth for shape in self._shapes)
+        return any(row.params.max_tokens - row.counters.emitted > most for row in rows)
+
+    # --- what is drafted --------------------------------------------------------------------------------------------
+
+    def _shape(self, rows: Sequence[Row], prices: Prices | None) -> RoundShape | None:
+        """Of the next round; None where the host has to run it."""
+        policy, num = rows[0].policy, len(rows)
+        if not self.is_under_way and not all(self._suits(row) and row.policy == policy for row in rows):
+            return None
+        most = self._rounds.most_tokens // num - 1
+        if most < 0:
+            return None
+        if not policy.max_pending:
+            return RoundShape(None, 0)
+        children = policy.children[0]
+        if not policy.pays:
+            levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
+            nodes, beam = levels if policy.is_chain else policy.max_pending, policy.beam
+        else:
+            if prices is None:
+                return None
+            assert self._drafter is not None
+            self._drafter.levels.begin(num, sum(len(row.tokens) for row in rows))
+            most_levels = min(policy.max_depth or MOST_DEPTH, MOST_DEPTH)
+            levels, nodes = self._drafter.levels.worth_nodes(
+                replace(prices, sharing=num), most_levels, min(policy.max_pending, most)
+            )
+            if not levels:
+                return RoundShape(None, 0)
+            beam, children = min(policy.beam, beam_for(nodes)), min(children, nodes)
+        tree = TreeShape(levels, beam, children)
+        if nodes > most or num * tree.opened(levels) > self._rounds.most_tokens or tree.firsts[-1] > MOST_GUESSES:
+            return None
+        return RoundShape(tree, nodes)
+
+    def _suits(self, row: Row) -> bool:
+        """Whether a row asks for nothing that the host alone can do."""
+        params, policy, processor = row.params, row.policy, row.processor
+        by_model = policy.drafter == "model" and self._drafter is not None and self._drafter.needs_features
+        return (
+            params.greedy
+            and params.logprobs is None
+            and params.max_delay is None
+            and (processor is None or processor.is_idle(row.output_index(0)))
+            and len(row.ends(self._eos_ids)) <= MOST_ENDS
+            and (by_model or not policy.max_pending)
+            and len(policy.children) == 1
+            and (policy.is_chain or policy.accept_below == 0)
+        )
+
+
+def _count(row: Row, result: RoundResult) -> None:
+    counters, kept, nodes = row.counters, len(result.tokens) - 1, result.num_nodes
+    counters.judged += result.num_judged_rows - 1  # one of them is the bonus
+    counters.drafted += nodes
+    counters.accepted += result.num_judged
+    counters.trusted += kept - result.num_judged
+    counters.rolled_back += nodes - kept
+    counters.target_passes += 1
+    counters.target_tokens += nodes + 1
+    counters.passes_by_kept[kept] += 1

@@ -1,0 +1,189 @@
+"""The kernels of `ssv.plugins.cuda`: compiled for a GPU and a model, and launched."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssv.model.spec import DecoderSpec
+from ssv.plugins.cuda.compiler import compile_source, source_of, version
+from ssv.plugins.cuda.driver import Kernel, Module
+from ssv.runtime.engines.cuda.weights import KEYS, Buffers, Linear
+from ssv.support.files import write_whole
+
+_WIDTHS = (8, 16, 32, 64)
+"""Tokens that graphs have room for."""
+
+OVERLAPPING = (9, 0)
+"""Compute capability from which a kernel may begin while the one before it runs."""
+
+PRODUCTS = ("store", "add", "gate")
+OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def structure(name: str, pointers: str, ints: str, floats: str = "") -> type[ctypes.Structure]:
+    """A kernel's argument as decoder.cu declares it: pointers first, then integers and floats."""
+    kinds: tuple[tuple[str, type], ...] = ((pointers, ctypes.c_void_p), (ints, ctypes.c_int), (floats, ctypes.c_float))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Embed = structure("Embed", "step table norm x scaled squares", "hidden")
+Join = structure("Join", "step table features embed_norm feature_norm x joined", "hidden", "eps")
+Product = structure(
+    "Product",
+    "step weight x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
+    "pairs share outputs num_squares tapped_width gathered",
+    "eps",
+)
+Largest = structure("Largest", "step logits tokens token", "vocab")
+Best = structure("Best", "step logits tokens token share", "vocab count")
+Grow = structure(
+    "Grow",
+    "step token share risk hidden features corrections found survival candidate path",
+    "hidden_size beam children most_found group_tokens",
+)
+Attention = structure(
+    "Attention",
+    "step qkv keys values cosine sine q_norm k_norm out partial arrivals",
+    "heads kv_heads slots most_blocks group_tokens",
+    "eps",
+)
+
+
+# Of rounds.cu.
+Plant = structure("Plant", "header rows found trees", "levels beam children nodes")
+Lay = structure("Lay", "header rows trees step", "has_paths group_tokens plain")
+Settle = structure("Settle", "header rows trees chosen step results", "is_chain group_tokens held ring")
+Compact = structure("Compact", "header rows trees keys values features dest", "layers batch kv_heads slots dim hidden")
+
+
+# --- launching ------------------------------------------------------------------------------------------------------
+
+
+class Launcher:
+    """Puts kernels on a stream, each overlapping the one before it."""
+
+    def __init__(self, kernels: dict[str, Kernel], stream: int, tiles: int, buffers: Buffers, overlaps: bool) -> None:
+        self._kernels, self._stream, self._tiles, self._buffers = kernels, stream, tiles, buffers
+        self._overlaps, self._is_first = overlaps, True
+
+    def __call__(
+        self, name: str, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, shared: int = 0
+    ) -> None:
+        kernel = self._kernels[name]
+        kernel.launch(
+            argument, grid, threads, self._stream, shared=shared, overlaps=self._overlaps and not self._is_first
+        )
+        self._is_first = False
+
+    def store(
+        self, linear: Linear, x: Tensor, out: Tensor, *, eps: float = 0.0, normed: bool = False, gathered: bool = False
+    ) -> None:
+        """out = the product, of x or of x over its root mean square; of the gathered tokens only, whose residuals are
+        copied, or of all."""
+        b = self._buffers
+        self._product("store", linear, x, eps, normed, out=out.data_ptr(), gathered=int(gathered),
+                      from_=b.x_MH.data_ptr() if gathered else 0, copied=b.hidden_RH.data_ptr())  # fmt: skip
+
+    def add(self, linear: Linear, x: Tensor, next_norm: Tensor, tapped: int | None = None) -> None:
+        """Adds the product to the residuals; `tapped`: the place of a copy among the tapped layers."""
+        b = self._buffers
+        width = b.tapped_MX.shape[1]
+        at = 0 if tapped is None else b.tapped_MX.data_ptr() + tapped * linear.outputs * b.tapped_MX.element_size()
+        self._product("add", linear, x, out=b.x_MH.data_ptr(), out_bf16=b.scaled_MH.data_ptr(),
+                      out_squares=b.squares_MH.data_ptr(), next_norm=next_norm.data_ptr(), tapped=at,
+                      tapped_width=width)  # fmt: skip
+
+    def gate(self, linear: Linear, x: Tensor, out: Tensor, eps: float) -> None:
+        """out = silu(gate) * up of x over its root mean square."""
+        self._product("gate", linear, x, eps, True, out_bf16=out.data_ptr())
+
+    def _product(
+        self, kind: str, linear: Linear, x: Tensor, eps: float = 0.0, normed: bool = False, **rest: int
+    ) -> None:
+        b = self._buffers
+        argument = Product(
+            step=b.step.data_ptr(), weight=linear.packed.data_ptr(), x=x.data_ptr(), bias=address(linear.bias_N),
+            squares=b.squares_MH.data_ptr() if normed else 0, num_squares=b.squares_MH.shape[1], pairs=linear.pairs,
+            share=linear.share, outputs=linear.outputs, eps=eps, **rest,
+        )  # fmt: skip
+        shared = linear.warps * self._tiles * 32 * 16
+        # A warp finishes a tile of tokens.
+        threads = 32 * max(linear.warps, self._tiles)
+        self(kind, (linear.tiles, 1, 1), threads, argument, shared)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def width_for(num_tokens: int) -> int:
+    """Of the graph that has room for so many."""
+    return next(width for width in _WIDTHS if num_tokens <= width)
+
+
+def key_blocks_for(most_seen: int) -> int:
+    """Blocks of keys of the graph that has room for a text."""
+    return 1 << (-(-most_seen // KEYS) - 1).bit_length()
+
+
+def group_tokens_for(spec: DecoderSpec, width: int) -> int:
+    """Tokens of a row that share a block of the attention kernel: few where that fills the GPU, else as many as read
+    their keys together without running out of shared memory."""
+    most = max(16 * spec.num_kv_heads // spec.num_heads, 1)
+    return min(max(width // 16, 1), 4, most)
+
+
+def attention_bytes(spec: DecoderSpec, width: int) -> int:
+    """Shared memory of an attention block."""
+    queries, warps, dim = group_tokens_for(spec, width) * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
+    floats = queries * (dim + warps * (32 + dim + 2))
+    return 4 * floats + 2 * width * (2 * dim + 8)
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------------
+
+
+def macros(spec: DecoderSpec) -> dict[str, int]:
+    """What the kernels that are no products are specialised to."""
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "GROUP": spec.num_heads // spec.num_kv_heads,
+        "QK_NORM": int(spec.qk_norm),
+    }
+
+
+@cache
+def kernels_of(device: torch.device, source: str, names: tuple[str, ...], **chosen: int) -> dict[str, Kernel]:
+    """Kernels of a source of `ssv.plugins.cuda`, specialised to what is chosen."""
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    with torch.cuda.device(device):
+        module = Module(_cubin(source, capability, chosen))
+        return {name: module.kernel(name) for name in names}
+
+
+def _cubin(name: str, capability: str, chosen: Mapping[str, int]) -> bytes:
+    """Compiled for this GPU and model, once for all processes of a user."""
+    source = source_of(name)
+    key = hashlib.sha256(repr((source, capability, sorted(chosen.items()), version())).encode()).hexdigest()
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_home / "ssv" / f"{name}-{key[:32]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    cubin = compile_source(source, capability, chosen)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, cubin)
+    except OSError:  # a read-only home: compiled in every process
+        pass
+    return cubin

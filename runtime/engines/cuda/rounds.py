@@ -1,0 +1,325 @@
+"""Rounds that the CUDA engines run without the host: a draft's levels, the choice of nodes, the target's pass, the
+walk, and the next round's numbers are one graph, and the host reads what came of it while the next one runs.
+
+`rounds.cu` has the kernels that stand between the two engines' own. Rows are the first ones of both caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssv.runtime.engines.contract import (
+    MOST_ENDS,
+    MOST_IN_FLIGHT,
+    EngineError,
+    RoundResult,
+    RoundRow,
+    RoundShape,
+    TreeShape,
+)
+from ssv.runtime.engines.cuda import places
+from ssv.runtime.engines.cuda.engine import CudaEngine, Shape
+from ssv.runtime.engines.cuda.launching import (
+    Compact,
+    Lay,
+    Plant,
+    Settle,
+    address,
+    group_tokens_for,
+    kernels_of,
+    key_blocks_for,
+    width_for,
+)
+from ssv.runtime.engines.cuda.weights import MOST_FOUND
+
+KERNELS = ("plant", "lay", "settle", "compact")
+
+LEVELS, NODES = 16, 64
+"""Most tokens of a path, and room of a row's tree."""
+
+_RING = MOST_IN_FLIGHT + 1
+
+(
+    _R_ROW, _R_LENGTH, _R_ROOT, _R_REST, _R_LIMIT, _R_DRAFT_LENGTH, _R_PENDING,
+    _R_ACCEPT_BELOW, _R_VERIFY_ABOVE, _R_RISK_BUDGET,
+) = range(10)  # fmt: skip
+_R_ENDS = 12
+R_SIZE = _R_ENDS + MOST_ENDS
+T_SIZE = 8 + LEVELS + 5 * NODES
+_O_NODES, _O_KEPT, _O_JUDGED_ROWS, _O_JUDGED, _O_TOKENS = range(5)
+_O_COUNTS = _O_TOKENS + LEVELS + 1
+_O_SURVIVALS = _O_COUNTS + LEVELS
+O_SIZE = _O_SURVIVALS + LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What a graph of a round is captured for.
+
+    Attributes:
+        text_width: tokens of the draft's first step that it has room for.
+        next_width: of the next round's; 0 without a draft.
+        pass_width: of the target's pass.
+        level_widths: of the draft's further steps.
+        features: whether the pass gives them.
+    """
+
+    shape: RoundShape
+    text_width: int
+    level_widths: tuple[int, ...]
+    pass_width: int
+    next_width: int
+    key_blocks: int
+    features: bool
+
+
+class CudaRounds:
+    """See `RoundsEngine`."""
+
+    most_tokens = places.TOKENS
+    most_pending = 2 * NODES
+
+    def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
+        self._target, self._draft, device = target, draft, target.device
+        self.in_flight = 0
+        self._kernels = kernels_of(device, "rounds", KERNELS)
+        ints = torch.int32
+        self._header = torch.zeros(2, dtype=ints, device=device)
+        self._rows = torch.zeros(places.TOKENS, R_SIZE, dtype=ints, device=device)
+        self._trees = torch.zeros(places.TOKENS, T_SIZE, dtype=ints, device=device)
+        self._results = torch.zeros(_RING, places.TOKENS, O_SIZE, dtype=ints, pin_memory=True)
+        self._held = torch.zeros(places.TOKENS, self.most_pending, target.spec.hidden_size, device=device)
+        self._done = [torch.cuda.Event() for _ in range(_RING)]
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
+        self._num_rows = self._num_run = self._most_length = self._text_width = 0
+        self._drafts = False
+        self._ahead: list[int] = []
+        self._state: list[list[int]] = []
+        # Loaded before anything is captured: without rows they do nothing.
+        for shape in (RoundShape(None, 0), RoundShape(TreeShape(1, 1, 1), 1)):
+            self._enqueue_between(_Key(shape, 8, (), 8, 8, 1, True))
+            self._enqueue_after(_Key(shape, 8, (), 8, 8, 1, True))
+        torch.cuda.current_stream(device).synchronize()
+
+    @torch.inference_mode()
+    def begin(
+        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: Sequence[tuple[float, float]]
+    ) -> None:
+        """See `RoundsEngine.begin`."""
+        assert not self.in_flight, "rounds of the rows before are still to be taken"
+        state = np.full((len(rows), R_SIZE), -1, dtype=np.int32)
+        floats = state.view(np.float32)
+        for b, row in enumerate(rows):
+            state[b, : _R_PENDING + 1] = (
+                b, row.length, row.root, row.rest, row.limit, row.draft_length, len(row.pending)
+            )  # fmt: skip
+            floats[b, _R_ACCEPT_BELOW : _R_RISK_BUDGET + 1] = row.accept_below, row.verify_above, row.risk_budget
+            state[b, _R_ENDS : _R_ENDS + len(row.ends)] = row.ends
+        self._rows[: len(rows)].copy_(torch.from_numpy(state))
+        self._header.copy_(torch.tensor([len(rows), self._num_run % _RING]))
+        self._num_run %= _RING
+        self._num_rows, self._most_length = len(rows), max(row.length for row in rows)
+        self._state = [[row.draft_length, len(row.pending)] for row in rows]
+        self._drafts = features_BTF is not None
+        self._text_width = 0
+        if features_BTF is not None:
+            self._begin_draft(rows, features_BTF, corrections)
+
+    def _begin_draft(
+        self, rows: Sequence[RoundRow], features_BTF: Tensor, corrections: Sequence[tuple[float, float]]
+    ) -> None:
+        """Writes the draft's first step, and holds the features of what waits for it."""
+        counts = [len(row.pending) for row in rows]
+        for b, count in enumerate(counts):
+            self._held[b, :count].copy_(features_BTF[b, :count])
+        if sum(counts) > self.most_tokens:
+            return  # for rounds that do not draft
+        draft, width = self._draft, max(counts)
+        ids_BT = np.zeros((len(rows), width), dtype=np.int64)
+        for b, row in enumerate(rows):
+            ids_BT[b, : counts[b]] = row.pending
+        (block,) = places.blocks(counts)
+        last = [run.first + run.stop - run.start - 1 for run in block.runs]
+        starts = [row.draft_length for row in rows]
+        numbers, _ = draft.write(block, ids_BT, starts, 0, last, None, features_BTF)
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        places.write_growing(numbers.host, range(len(rows)), ends)
+        numbers.send(draft.buffers.step, has_paths=False)
+        draft.buffers.correct(corrections)
+        self._text_width = width_for(sum(counts))
+
+    @torch.inference_mode()
+    def run(self, shape: RoundShape) -> None:
+        """See `RoundsEngine.run`."""
+        assert self.in_flight < MOST_IN_FLIGHT
+        key = self._key(shape)
+        graph = self._graphs.get(key) or self._capture(key)
+        graph.replay()
+        self._done[self._num_run % _RING].record(torch.cuda.current_stream(self._target.device))
+        self._num_run += 1
+        self.in_flight += 1
+        self._ahead.append(1 + shape.depth)
+        self._text_width = key.next_width
+
+    def take(self) -> list[RoundResult]:
+        """See `RoundsEngine.take`."""
+        slot = (self._num_run - self.in_flight) % _RING
+        self._done[slot].synchronize()
+        self.in_flight -= 1
+        self._ahead.pop(0)
+        told = self._results[slot, : self._num_rows].numpy()
+        results = [_result(row.tolist(), row.view(np.float32)) for row in told]
+        for state, result in zip(self._state, results, strict=True):
+            gained = len(result.tokens)
+            if self._text_width:  # the draft has run what was pending
+                state[0], state[1] = state[0] + state[1], gained
+            else:
+                state[1] += gained
+        self._most_length += max(len(result.tokens) for result in results)
+        return results
+
+    def end(self) -> list[tuple[int, Tensor | None]]:
+        """See `RoundsEngine.end`."""
+        assert not self.in_flight, "rounds are still to be taken"
+        found: list[tuple[int, Tensor | None]] = []
+        start = 0
+        for b, (draft_length, pending) in enumerate(self._state):
+            if not self._drafts:
+                found.append((draft_length, None))
+            elif self._text_width:
+                found.append((draft_length, self._draft.buffers.features_in_MF[start : start + pending]))
+            else:
+                found.append((draft_length, self._held[b, :pending]))
+            start += pending
+        self._num_rows = 0
+        return found
+
+    def _key(self, shape: RoundShape) -> _Key:
+        """The graph that has room for a round.
+
+        Raises:
+            EngineError: there can be none.
+        """
+        num, tree = self._num_rows, shape.tree
+        num_tokens, next_tokens = num * (1 + shape.nodes), num * (1 + shape.depth)
+        if shape.nodes >= NODES or max(num_tokens, next_tokens) > self.most_tokens:
+            raise EngineError(f"a pass over {num} trees of {shape.nodes} nodes: there is room for {self.most_tokens}")
+        level_widths: tuple[int, ...] = ()
+        if tree is not None:
+            if not self._text_width:
+                raise EngineError("a round with a draft behind rounds without: end them first")
+            if (
+                num * tree.opened(tree.levels) > self.most_tokens
+                or tree.firsts[-1] > MOST_FOUND
+                or tree.levels > LEVELS
+            ):
+                raise EngineError(f"{num} trees of {tree}: there is no room for their levels")
+            level_widths = tuple(width_for(num * tree.opened(level)) for level in range(1, tree.levels))
+        most_seen = self._most_length + sum(self._ahead) + 1 + shape.depth
+        return _Key(
+            shape,
+            self._text_width if tree is not None else 0,
+            level_widths,
+            width_for(num_tokens),
+            width_for(next_tokens) if tree is not None else 0,
+            key_blocks_for(most_seen),
+            self._drafts,
+        )
+
+    # --- graphs -----------------------------------------------------------------------------------------------------
+
+    def _capture(self, key: _Key) -> torch.cuda.CUDAGraph:
+        """Captures a round, while others may be in flight: what their kernels have left for the next one is put
+        back."""
+        draft, device = self._draft, self._target.device
+        left = draft.buffers.step.clone()
+        for shape in self._draft_shapes(key):
+            draft.warm(shape)
+        self._target.warm(self._pass_shape(key))
+        graph = self._graphs[key] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            for shape in self._draft_shapes(key):
+                draft.enqueue(shape)
+            self._enqueue_between(key)
+            self._target.enqueue(self._pass_shape(key))
+            self._enqueue_after(key)
+        torch.cuda.current_stream(device).wait_stream(self._stream)
+        draft.buffers.step.copy_(left)
+        return graph
+
+    def _draft_shapes(self, key: _Key) -> list[Shape]:
+        """The draft's steps of a round."""
+        if (tree := key.shape.tree) is None:
+            return []
+        widths = (key.text_width, *key.level_widths)
+        return [Shape(width, key.key_blocks, True, False, (tree.beam, tree.children)) for width in widths]
+
+    def _pass_shape(self, key: _Key) -> Shape:
+        return Shape(key.pass_width, key.key_blocks, True, key.features)
+
+    def _enqueue_between(self, key: _Key) -> None:
+        """Puts what makes a pass of the draft's candidates on the current stream."""
+        tree, shape, target = key.shape.tree, key.shape, self._target
+        header, rows, trees = (x.data_ptr() for x in (self._header, self._rows, self._trees))
+        if tree is not None:
+            argument = Plant(
+                header, rows, self._draft.buffers.found.data_ptr(), trees,
+                tree.levels, tree.beam, tree.children, shape.nodes,
+            )  # fmt: skip
+            self._launch("plant", (places.TOKENS, 1, 1), 256, argument, overlaps=True)
+        groups = group_tokens_for(target.spec, key.pass_width)
+        argument = Lay(
+            header, rows, trees, target.buffers.step.data_ptr(), int(not shape.is_chain), groups, int(tree is None)
+        )
+        self._launch("lay", (1, 1, 1), 1024, argument, overlaps=tree is not None)
+
+    def _enqueue_after(self, key: _Key) -> None:
+        """Puts the walk and what it leaves for the next round on the current stream."""
+        target, draft, drafts = self._target, self._draft, key.shape.tree is not None
+        header, rows, trees = (x.data_ptr() for x in (self._header, self._rows, self._trees))
+        argument = Settle(
+            header, rows, trees, target.buffers.token_R.data_ptr(), draft.buffers.step.data_ptr() if drafts else 0,
+            self._results.data_ptr(), int(key.shape.is_chain),
+            group_tokens_for(draft.spec, key.next_width) if drafts else 1, self.most_pending, _RING,
+        )  # fmt: skip
+        self._launch("settle", (1, 1, 1), 1024, argument, overlaps=True)
+        num_layers = 0 if key.shape.is_chain else target.spec.num_layers
+        if not num_layers and not key.features:
+            return
+        cache = target.cache
+        argument = Compact(
+            header, rows, trees, cache.keys.data_ptr(), cache.values.data_ptr(),
+            address(target.buffers.features_MF if key.features else None),
+            (draft.buffers.features_in_MF if drafts else self._held).data_ptr(),
+            num_layers, cache.keys.shape[1], target.spec.num_kv_heads, target.max_length, target.spec.head_dim,
+            target.spec.hidden_size,
+        )  # fmt: skip
+        self._launch("compact", (num_layers + 1, places.TOKENS, 1), 128, argument, overlaps=True)
+
+    def _launch(
+        self, name: str, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, overlaps: bool
+    ) -> None:
+        stream = torch.cuda.current_stream(self._target.device).cuda_stream
+        self._kernels[name].launch(argument, grid, threads, stream, overlaps=overlaps and self._target.overlaps)
+
+
+def _result(told: Sequence[int], floats: NDArray[np.float32]) -> RoundResult:
+    kept = told[_O_KEPT]
+    counts = told[_O_COUNTS : _O_COUNTS + LEVELS]
+    sums = floats[_O_SURVIVALS : _O_SURVIVALS + LEVELS].tolist()
+    depth = next((d for d, count in enumerate(counts) if not count), LEVELS)
+    return RoundResult(
+        tuple(told[_O_TOKENS : _O_TOKENS + kept + 1]),
+        told[_O_NODES],
+        told[_O_JUDGED_ROWS],
+        told[_O_JUDGED],
+        list(zip(counts[:depth], sums[:depth], strict=True)),
+    )
