@@ -105,7 +105,7 @@ def test_chains_are_the_hosts(pair: tuple[Any, Any], name: str, count: int) -> N
     found, counted_here = decoded(pair, requests(count), policies, rounds)
     assert found == expected
     assert [facts(c) for c in counted_here] == [facts(c) for c in counted]
-    assert rounds.num > 10
+    assert rounds.num > 5
     if name == "lossy":
         assert sum(c.trusted for c in counted) > 0
 
@@ -117,7 +117,7 @@ def test_trees_give_plain_text(pair: tuple[Any, Any], name: str, count: int) -> 
     rounds = Counted(*pair)
     found, counted = decoded(pair, requests(count), [TREES[name]] * count, rounds)
     assert found == expected
-    assert rounds.num > 10 and sum(c.accepted for c in counted) > 0
+    assert rounds.num > 5 and sum(c.accepted for c in counted) > 0
     _, by_host = decoded(pair, requests(count), [TREES[name]] * count, None)
     # Ties aside, the same nodes are kept.
     accepted, of_host = (sum(c.accepted for c in each) for each in (counted, by_host))
