@@ -311,6 +311,8 @@ class LLM:
         Returns:
             None where the costs were not given, nor are to be measured.
         """
+        if self._rounds is not None:
+            self._rounds.measure()
         if self.costs is None and self._measures_costs:
             log.info("the bundle has no profile of %s, `ssv-build profile` gives it one", self.place)
             self.costs = self.measure_costs(pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD)

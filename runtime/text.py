@@ -46,6 +46,8 @@ class TextStream:
         known = prefix and not prefix.endswith(_HALF_CHARACTER)
         self._ids: list[int] = list(context) if known else []
         self._done = len(self._ids)
+        # Of the first `_done` ids, where it is known: decoding costs more than all else here.
+        self._before: str | None = None
         self._pushed = 0
         self._held = ""
         self.stopped = False
@@ -69,7 +71,7 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._decode(self._ids)[len(self._decode(self._ids[: self._done])) :]
-        self._done = len(self._ids)
+        self._done, self._before = len(self._ids), None
         self._held = ""
         # A stop string before half a character has not been seen by `push`.
         found = self._first_stop(text) if self._pushed > self.min_tokens else None
@@ -86,7 +88,8 @@ class TextStream:
         return any(stop in text for stop in self._stop)
 
     def _take(self, token_ids: Sequence[int]) -> str:
-        before = self._decode(self._ids[: self._done])
+        before = self._decode(self._ids[: self._done]) if self._before is None else self._before
+        self._before = before
         self._ids.extend(token_ids)
         after = self._decode(self._ids)
         if after.endswith(_HALF_CHARACTER):
@@ -95,15 +98,20 @@ class TextStream:
             # Whole characters before the half one leave all the same.
             del self._ids[-len(token_ids) :]
             return "".join([self._take([token]) for token in token_ids])
+        self._before = None
         if len(after) == len(before) and not self._decode([*token_ids, *token_ids]):
             # They are left out of every text, and must not push what the next one is decoded with out of sight.
             del self._ids[-len(token_ids) :]
-        elif self._decode(self._ids[self._done :]):
-            self._ids = self._ids[self._done :]
+        elif text := self._decode(self._ids[self._done :]):
+            self._ids, self._before = self._ids[self._done :], text
+        else:
+            self._before = after
         self._done = len(self._ids)
         return self._release(after[len(before) :])
 
     def _release(self, piece: str) -> str:
+        if not self._stop:
+            return piece
         text = self._held + piece
         found = self._first_stop(text) if self._pushed > self.min_tokens else None
         if found is not None:

@@ -116,7 +116,9 @@ class BundleTokenizer:
         """Text of tokens, without special ones and end tokens that were added to the vocabulary."""
         if self._backend is not None:
             # The library leaves out what is marked as special.
-            token_ids = [token for token in token_ids if token not in self._special()]
+            special = self._special()
+            if not special.keys().isdisjoint(token_ids):
+                token_ids = [token for token in token_ids if token not in special]
         return self.inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_bytes(self, token: int) -> bytes:

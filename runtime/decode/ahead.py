@@ -12,9 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ssv.bundle.policy import MAX_PENDING
+from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.choice import check_chosen
-from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.levels import beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.row import Row
@@ -25,6 +24,9 @@ IN_FLIGHT = 2
 
 MOST_DEPTH = 16
 """Tokens of a path."""
+
+ROUNDS_OF_A_CHOICE = 8
+"""Rounds that trees keep their shape for: choosing one takes the host a good part of a round."""
 
 MOST_GUESSES = 1024
 """Candidates of a tree."""
@@ -45,19 +47,18 @@ class Ahead:
         self.is_under_way = False
         self._drafts = False
         self._shapes: list[RoundShape] = []
+        self._chosen: RoundShape | None = None
+        self._rounds_until_choice = 0
         self._waiting = 0
 
-    def step(self, rows: Sequence[Row], prices: Prices | None) -> list[list[int]] | None:
+    def step(self, rows: Sequence[Row]) -> list[list[int]] | None:
         """Keeps rounds under way; returns the tokens that each row has gained by the oldest one, or by all of them if
         the rows go back to the host. None where it has none of them, and the host has to run the round.
-
-        Args:
-            prices: what policies that pay go by.
 
         Raises:
             EngineError: logits that were no distribution.
         """
-        shape = self._shape(rows, prices)
+        shape = self._shape(rows)
         if self.is_under_way and (shape is None or (shape.tree is not None) != self._drafts or self._is_full):
             return self.settle(rows)
         if shape is None:
@@ -146,7 +147,7 @@ class Ahead:
 
     # --- what is drafted --------------------------------------------------------------------------------------------
 
-    def _shape(self, rows: Sequence[Row], prices: Prices | None) -> RoundShape | None:
+    def _shape(self, rows: Sequence[Row]) -> RoundShape | None:
         """Of the next round; None where the host has to run it."""
         policy, num = rows[0].policy, len(rows)
         if not self.is_under_way and not all(self._suits(row) and row.policy == policy for row in rows):
@@ -156,26 +157,49 @@ class Ahead:
             return None
         if not policy.max_pending:
             return RoundShape(None, 0)
-        children = policy.children[0]
-        if not policy.pays:
-            levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
-            nodes, beam = levels if policy.is_chain else policy.max_pending, policy.beam
-        else:
-            if prices is None:
-                return None
-            assert self._drafter is not None
-            self._drafter.levels.begin(num, sum(len(row.tokens) for row in rows))
-            most_levels = min(policy.max_depth or MOST_DEPTH, MOST_DEPTH)
-            levels, nodes = self._drafter.levels.worth_nodes(
-                replace(prices, sharing=num), most_levels, min(policy.max_pending, most)
-            )
-            if not levels:
-                return RoundShape(None, 0)
-            beam, children = min(policy.beam, beam_for(nodes)), min(children, nodes)
-        tree = TreeShape(levels, beam, children)
+        if policy.pays:
+            return self._what_pays(policy, num, sum(len(row.tokens) for row in rows), most)
+        levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
+        nodes = levels if policy.is_chain else policy.max_pending
+        if policy.lossless and policy.is_chain:  # its text is the same however long it is
+            nodes = levels = min(levels, most)
+        if not nodes:
+            return RoundShape(None, 0)
+        tree = TreeShape(levels, policy.beam, policy.children[0])
         if nodes > most or num * tree.opened(levels) > self._rounds.most_tokens or tree.firsts[-1] > MOST_GUESSES:
             return None
         return RoundShape(tree, nodes)
+
+    def _what_pays(self, policy: Policy, num_rows: int, num_tokens: int, most_nodes: int) -> RoundShape:
+        """The shape with the most tokens per second, of all that a policy allows.
+
+        Args:
+            num_tokens: of all rows' texts.
+            most_nodes: that there is room for in each.
+        """
+        assert self._drafter is not None
+        measured = self._drafter.levels
+        measured.begin(num_rows, num_tokens)
+        self._rounds_until_choice -= 1
+        if self._chosen is not None and self.is_under_way and self._rounds_until_choice > 0:
+            if self._chosen.tree is not None:
+                measured.note_drafting()
+            return self._chosen
+
+        def shape(levels: int, nodes: int) -> RoundShape:
+            if not levels:
+                return RoundShape(None, 0)
+            beam = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows)
+            return RoundShape(TreeShape(levels, beam, min(policy.children[0], nodes)), nodes)
+
+        levels, nodes = measured.worth_nodes(
+            num_rows,
+            lambda levels, nodes: self._rounds.seconds(num_rows, shape(levels, nodes)),
+            min(policy.max_depth or MOST_DEPTH, MOST_DEPTH),
+            min(policy.max_pending, most_nodes),
+        )
+        self._chosen, self._rounds_until_choice = shape(levels, nodes), ROUNDS_OF_A_CHOICE if levels else 1
+        return self._chosen
 
     def _suits(self, row: Row) -> bool:
         """Whether a row asks for nothing that the host alone can do."""

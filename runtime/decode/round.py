@@ -138,11 +138,10 @@ class DecodeBatch:
     def run(self) -> Iterator[list[list[int]]]:
         """One round over all rows, by the engines themselves where they can; yields what each row gains as it comes:
         trusted tokens before the pass."""
-        if self._ahead is not None and self._joining is None:
-            prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
-            if (gained := self._ahead.step(self.rows, prices)) is not None:
-                yield gained
-                return
+        gained = self._ahead.step(self.rows) if self._ahead is not None and self._joining is None else None
+        if gained is not None:
+            yield gained
+            return
         self.draft()
         yield self.release()
         yield self.verify()

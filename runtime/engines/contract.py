@@ -310,6 +310,15 @@ class RoundsEngine(Protocol):
     most_pending: int
     in_flight: int
 
+    def seconds(self, num_rows: int, shape: RoundShape) -> float:
+        """What such a round takes while the next one waits for it. Measured when it is asked for first, or by
+        `measure`."""
+        ...
+
+    def measure(self) -> None:
+        """Measures what rounds take, if they were not. The engines must be idle, and what their caches hold is lost."""
+        ...
+
     def begin(
         self,
         rows: Sequence[RoundRow],

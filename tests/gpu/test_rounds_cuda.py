@@ -117,7 +117,7 @@ def test_trees_give_plain_text(pair: tuple[Any, Any], name: str, count: int) -> 
     rounds = Counted(*pair)
     found, counted = decoded(pair, requests(count), [TREES[name]] * count, rounds)
     assert found == expected
-    assert rounds.num > 5 and sum(c.accepted for c in counted) > 0
+    assert rounds.num > 5 and (count == 1 or sum(c.accepted for c in counted) > 0)
     _, by_host = decoded(pair, requests(count), [TREES[name]] * count, None)
     # Ties aside, the same nodes are kept.
     accepted, of_host = (sum(c.accepted for c in each) for each in (counted, by_host))

@@ -114,49 +114,60 @@ class Levels:
             nodes, gain = nodes + self._nodes[level], gain + self._survival[level]
             if (rate := gain / prices.of_round(nodes, level + 1, width)) > best_rate:
                 best, best_rate = level + 1, rate
-        return max(best, 1) if most and self._is_tried(prices, bool(best)) else 0
+        plain = 1 / prices.of_round(0, 0, 1)
+        return max(best, 1) if most and self._is_tried(prices.num_rows, plain, bool(best)) else 0
 
-    def worth_nodes(self, prices: Prices, most: int, most_nodes: int) -> tuple[int, int]:
+    def worth_nodes(
+        self, num_rows: int, seconds: Callable[[int, int], float], most: int, most_nodes: int
+    ) -> tuple[int, int]:
         """Levels and nodes of the trees with the most tokens per second, where as many nodes are verified as a pass has
         room for, whatever they promise; (0, 0) where plain decoding has more.
 
         Args:
-            prices: `sharing` being the rows whose trees grow.
+            seconds: of a round over trees of so many levels and nodes; of plain decoding with none.
             most: levels that are possible.
             most_nodes: of a row's tree.
         """
-        best, best_rate = (0, 0), 1 / prices.of_round(0, 0, 1)
+        plain = 1 / seconds(0, 0)
+        best, best_rate = (0, 0), plain
         for nodes in (size for size in SIZES if size <= most_nodes):
             gain, part = 1.0, _worth_of(nodes) / _worth_of(self._size)
             for level in range(min(most, self._most, nodes)):
                 gain += part * self._survival[level]
-                if (rate := gain / prices.of_round(nodes, level + 1, beam_for(nodes))) > best_rate:
+                if (rate := gain / seconds(level + 1, nodes)) > best_rate:
                     best, best_rate = (level + 1, nodes), rate
-        if not most or not most_nodes or not self._is_tried(prices, bool(best[0])):
+        if not most or not most_nodes or not self._is_tried(num_rows, num_rows * plain, bool(best[0])):
             return 0, 0
         return best if best[0] else (1, 1)
 
-    def _is_tried(self, prices: Prices, pays: bool) -> bool:
-        """Whether a round drafts: where it pays by costs and by the clock, and now and then where it did not."""
-        if not pays or self._loses(prices):
+    def _is_tried(self, num_rows: int, plain: float, pays: bool) -> bool:
+        """Whether a round drafts: where it pays by costs and by the clock, and now and then where it did not.
+
+        Args:
+            plain: tokens per second of plain decoding, by costs.
+        """
+        if not pays or self._loses(num_rows, plain):
             self._waited += 1
             if self._waited < RETRY:
                 return False
             self._waited = 0
-            self._rates.pop((prices.num_rows, True), None)
+            self._rates.pop((num_rows, True), None)
+        self.note_drafting()
+        return True
+
+    def note_drafting(self) -> None:
+        """The round that has begun drafts."""
         if self._last is not None:
             rows, tokens, _, then = self._last
             self._last = rows, tokens, True, then
-        return True
 
-    def _loses(self, prices: Prices) -> bool:
+    def _loses(self, num_rows: int, plain: float) -> bool:
         """Whether rounds with a draft had fewer tokens per second than those without, or than a pass alone has."""
-        drafted = self._rates.get((prices.num_rows, True))
+        drafted = self._rates.get((num_rows, True))
         if drafted is None or drafted.count < TRIALS:
             return False
-        plain = self._rates.get((prices.num_rows, False))
-        known = plain.per_second if plain is not None and plain.count >= TRIALS else 1 / prices.of_round(0, 0, 1)
-        return drafted.per_second < known
+        rate = self._rates.get((num_rows, False))
+        return drafted.per_second < (rate.per_second if rate is not None and rate.count >= TRIALS else plain)
 
     def note(self, levels: int, kept: Sequence[Sequence[tuple[int, float]]], size: int = FIRST_SIZE) -> None:
         """What trees of so many levels kept: nodes and the sum of their survivals by depth, from 1 on.

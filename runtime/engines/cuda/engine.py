@@ -201,7 +201,7 @@ class CudaEngine:
         features: bool,
     ) -> _Block:
         shape = Shape(width_for(num_tokens), key_blocks_for(most_seen), num_gathered > 0, features)
-        graph = self._graph(shape)
+        graph = self.graph(shape)
         numbers.send(self.buffers.step, has_paths)
         graph.replay()
         self.last_graph = graph
@@ -245,7 +245,7 @@ class CudaEngine:
             features_BTF = features_MF.view(batch, tokens, -1)
         return StepOutput(found.hidden_RH.clone(), found.logits_RV, features_BTF, found.reject_prob_R, found.token_R)
 
-    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
+    def graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
         """The graph of a shape."""
         if (graph := self._graphs.get(shape)) is not None:
             return graph
@@ -361,7 +361,7 @@ class CudaEngine:
             tokens_of_level = block.num_tokens if not level else len(growing) * shape.opened(level)
             key_blocks = key_blocks_for(max(ends) + level)
             at = Shape(width_for(tokens_of_level), key_blocks, True, False, (shape.beam, shape.children))
-            graphs.append(self._graph(at))
+            graphs.append(self.graph(at))
         self.buffers.correct(corrections)
         last = [run.first + run.stop - run.start - 1 for run in block.runs]
         numbers, _ = self.write(block, input_ids_BT.numpy(), first_slots, 0, last, None, features_in_BTF)

@@ -18,7 +18,7 @@ from ssv.plugins.cuda.driver import Kernel, Module
 from ssv.runtime.engines.cuda.weights import KEYS, Buffers, Linear
 from ssv.support.files import write_whole
 
-_WIDTHS = (8, 16, 32, 64)
+WIDTHS = (8, 16, 32, 64)
 """Tokens that graphs have room for."""
 
 OVERLAPPING = (9, 0)
@@ -129,7 +129,7 @@ def address(tensor: Tensor | None) -> int:
 
 def width_for(num_tokens: int) -> int:
     """Of the graph that has room for so many."""
-    return next(width for width in _WIDTHS if num_tokens <= width)
+    return next(width for width in WIDTHS if num_tokens <= width)
 
 
 def key_blocks_for(most_seen: int) -> int:

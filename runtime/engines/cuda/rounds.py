@@ -7,7 +7,8 @@ walk, and the next round's numbers are one graph, and the host reads what came o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from ssv.runtime.engines.contract import (
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.engine import CudaEngine, Shape
 from ssv.runtime.engines.cuda.launching import (
+    WIDTHS,
     Compact,
     Lay,
     Plant,
@@ -102,12 +104,71 @@ class CudaRounds:
         self._num_rows = self._num_run = self._most_length = self._text_width = 0
         self._drafts = False
         self._ahead: list[int] = []
+        # By width; between a round's steps, without a draft and with one.
+        self._pass_s: dict[int, float] = {}
+        self._level_s: dict[int, float] = {}
+        self._between_s: list[float] = []
+        self._seconds: dict[tuple[int, RoundShape], float] = {}
         self._state: list[list[int]] = []
         # Loaded before anything is captured: without rows they do nothing.
         for shape in (RoundShape(None, 0), RoundShape(TreeShape(1, 1, 1), 1)):
             self._enqueue_between(_Key(shape, 8, (), 8, 8, 1, True))
             self._enqueue_after(_Key(shape, 8, (), 8, 8, 1, True))
         torch.cuda.current_stream(device).synchronize()
+
+    def seconds(self, num_rows: int, shape: RoundShape) -> float:
+        """See `RoundsEngine.seconds`: the sum of its steps, each by the width of its graph."""
+        if (known := self._seconds.get((num_rows, shape))) is None:
+            known = self._seconds[num_rows, shape] = self._sum_of_steps(num_rows, shape)
+        return known
+
+    def _sum_of_steps(self, num_rows: int, shape: RoundShape) -> float:
+        self.measure()
+        tree, pass_width = shape.tree, width_for(num_rows * (1 + shape.nodes))
+        if tree is None:
+            return self._pass_s[pass_width] + self._between_s[0]
+        levels = [num_rows * tree.opened(level) for level in range(tree.levels)]
+        return self._pass_s[pass_width] + self._between_s[1] + sum(self._level_s[width_for(each)] for each in levels)
+
+    @torch.inference_mode()
+    def measure(self) -> None:
+        """See `RoundsEngine.measure`."""
+        if self._pass_s:
+            return
+        drafts = self._draft.num_features > 0
+        for width in WIDTHS:
+            self._pass_s[width] = self._seconds_of_step(self._target, Shape(width, 1, True, drafts))
+            if drafts:
+                self._level_s[width] = self._seconds_of_step(self._draft, Shape(width, 1, True, False, (1, 1)))
+        row = RoundRow(64, 0, 1 << 20, limit=1, draft_length=63, pending=[0])
+        features_BTF = torch.zeros(1, 1, self._target.spec.hidden_size, device=self._target.device)
+        shapes = [RoundShape(None, 0), *([RoundShape(TreeShape(1, 1, 1), 1)] if drafts else [])]
+        for shape in shapes:
+            self.begin([row], features_BTF if drafts else None, ((0.0, 1.0),))
+            seconds = self._seconds_of_round(shape)
+            self.end()
+            self._between_s.append(seconds - self._pass_s[WIDTHS[0]] - (self._level_s[WIDTHS[0]] if shape.tree else 0))
+
+    def _seconds_of_step(self, engine: CudaEngine, shape: Shape) -> float:
+        """Of a step that fills its graph."""
+        count = shape.width
+        (block,) = places.blocks([count])
+        numbers, _ = engine.write(block, np.zeros((1, count), dtype=np.int64), [64], 0, range(count), None, None)
+        places.write_growing(numbers.host, [], [])
+        graph = engine.graph(shape)
+        numbers.send(engine.buffers.step, has_paths=False)
+        return _seconds_of(graph.replay)
+
+    def _seconds_of_round(self, shape: RoundShape) -> float:
+        def run() -> None:
+            if self.in_flight == MOST_IN_FLIGHT:
+                self.take()
+            self.run(shape)
+
+        seconds = _seconds_of(run)
+        while self.in_flight:
+            self.take()
+        return seconds
 
     @torch.inference_mode()
     def begin(
@@ -309,6 +370,21 @@ class CudaRounds:
     ) -> None:
         stream = torch.cuda.current_stream(self._target.device).cuda_stream
         self._kernels[name].launch(argument, grid, threads, stream, overlaps=overlaps and self._target.overlaps)
+
+
+def _seconds_of(run: Callable[[], None], repeats: int = 20) -> float:
+    """Of a run on the device, one behind the other; the median of some such series."""
+    found = []
+    for _ in range(3):
+        run()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        for _ in range(repeats):
+            run()
+        events[1].record()
+        events[1].synchronize()
+        found.append(events[0].elapsed_time(events[1]) / repeats / 1e3)
+    return statistics.median(found)
 
 
 def _result(told: Sequence[int], floats: NDArray[np.float32]) -> RoundResult:

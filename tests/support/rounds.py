@@ -1,0 +1,194 @@
+"""Rounds that engines run by themselves, as they are defined: by the host, over any engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from growing import grow_by_stepping
+from torch import Tensor
+
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.runtime.decode.growth import Growth, likely_groups
+from ssv.runtime.decode.tree import ROOT, Tree, branches_of
+from ssv.runtime.decode.verify import asks_for_pass, judged_rows, walk
+from ssv.runtime.engines.contract import (
+    MOST_ENDS,
+    MOST_IN_FLIGHT,
+    Engine,
+    Grown,
+    RoundResult,
+    RoundRow,
+    RoundShape,
+)
+
+
+@dataclass(slots=True)
+class _State:
+    row: RoundRow
+    length: int
+    root: int
+    rest: int
+    draft_length: int
+    pending: list[int]
+    features_TF: Tensor | None
+
+
+class FakeRounds:
+    """See `RoundsEngine`: each round is run when it is put behind the others, and kept until it is taken.
+
+    Attributes:
+        shapes: of the rounds that were run.
+        num_begun: how often rows were taken over.
+        spoils: changes what a round gave, to see that it is noticed.
+    """
+
+    most_tokens = 64
+    most_pending = 2 * MAX_PENDING
+
+    def __init__(self, target: Engine, draft: Engine, seconds: Callable[[int, RoundShape], float]) -> None:
+        self._target, self._draft, self._seconds = target, draft, seconds
+        self._given: list[list[RoundResult]] = []
+        self._states: list[_State] = []
+        self._corrections: Sequence[tuple[float, float]] = ()
+        self.shapes: list[RoundShape] = []
+        self.num_begun = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._given)
+
+    def seconds(self, num_rows: int, shape: RoundShape) -> float:
+        return self._seconds(num_rows, shape)
+
+    def measure(self) -> None:
+        pass
+
+    def begin(
+        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: Sequence[tuple[float, float]]
+    ) -> None:
+        assert not self._states and not self._given
+        assert all(len(row.ends) <= MOST_ENDS and len(row.pending) <= self.most_pending for row in rows)
+        self._states = [
+            _State(
+                row,
+                row.length,
+                row.root,
+                row.rest,
+                row.draft_length,
+                list(row.pending),
+                features_BTF[b, : len(row.pending)].clone() if features_BTF is not None else None,
+            )
+            for b, row in enumerate(rows)
+        ]
+        self._corrections = corrections
+        self.num_begun += 1
+
+    def run(self, shape: RoundShape) -> None:
+        assert self.in_flight < MOST_IN_FLIGHT
+        assert not self.shapes or not self._given or (self.shapes[-1].tree is None) == (shape.tree is None)
+        assert len(self._states) * (1 + shape.nodes) <= self.most_tokens
+        self.shapes.append(shape)
+        trees = self._trees(shape)
+        width = 1 + max(map(len, trees))
+        starts = [state.length for state in self._states]
+        paths = [
+            [[start], *([start, *(start + 1 + n for n in tree.path(node))] for node in range(len(tree)))]
+            for tree, start in zip(trees, starts, strict=True)
+        ]
+        ids = [
+            [max(state.root, 0), *tree.tokens, *[0] * (width - 1 - len(tree))]
+            for state, tree in zip(self._states, trees, strict=True)
+        ]
+        out = self._target.step(
+            torch.tensor(ids),
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor([b * width + j for b, tree in enumerate(trees) for j in range(len(tree) + 1)]),
+            branches=None if shape.is_chain else branches_of(starts, paths, starts),
+            count_B=torch.tensor([len(tree) + 1 for tree in trees], dtype=torch.int32),
+            features_out=self._states[0].features_TF is not None,
+        )
+        chosen = iter(out.logits_RV.argmax(dim=1).tolist())
+        self._given.append(
+            [
+                self._settled(b, tree, [next(chosen) for _ in range(len(tree) + 1)], shape, out.features_BTF)
+                for b, tree in enumerate(trees)
+            ]
+        )
+
+    def _trees(self, shape: RoundShape) -> list[Tree]:
+        states, tree = self._states, shape.tree
+        if tree is None:
+            return [Tree() for _ in states]
+        counts = [len(state.pending) for state in states]
+        assert sum(counts) <= self.most_tokens
+        width = max(counts)
+        features = [state.features_TF for state in states]
+        found = grow_by_stepping(
+            self._draft,
+            torch.tensor([[*state.pending, *[0] * (width - len(state.pending))] for state in states]),
+            torch.tensor([state.draft_length for state in states], dtype=torch.int32),
+            torch.tensor(counts, dtype=torch.int32),
+            torch.stack([torch.cat((x, x.new_zeros(width - len(x), x.shape[1]))) for x in features if x is not None]),
+            tree,
+            self._corrections,
+        )
+        return [self._chosen(state, grown, shape) for state, grown in zip(states, found, strict=True)]
+
+    def _chosen(self, state: _State, grown: Grown | None, shape: RoundShape) -> Tree:
+        """The nodes of a row's tree."""
+        assert grown is not None and shape.tree is not None
+        row, ends = state.row, frozenset(state.row.ends)
+        most = min(shape.nodes, row.limit if state.rest > 0 else 0)
+        policy = Policy(
+            accept_below=row.accept_below,
+            verify_above=row.verify_above,
+            risk_budget=row.risk_budget,
+            max_pending=most,
+            children=(shape.tree.children,),
+            beam=shape.tree.beam,
+        )
+        growth = Growth(policy, most, max(state.rest, 0), ends)
+        for group in likely_groups(grown, shape.tree, ends, most, max(state.rest, 0)):
+            growth.take(group)
+            made = growth.tree()
+            if shape.is_chain and (asks_for_pass(made.risks, policy, most) or made.tokens[-1] in ends):
+                return made
+        return growth.tree()
+
+    def _settled(
+        self, b: int, tree: Tree, chosen: Sequence[int], shape: RoundShape, features_BTF: Tensor | None
+    ) -> RoundResult:
+        state, accept_below = self._states[b], self._states[b].row.accept_below if shape.is_chain else 0.0
+        judged = judged_rows(tree, accept_below)
+        verdict = walk(tree, judged, [token for token, is_judged in zip(chosen, judged, strict=True) if is_judged])
+        self._target.keep(b, state.length + 1, [state.length + 1 + node for node in verdict.path])
+        gained = [*(tree.tokens[node] for node in verdict.path), verdict.next_token]
+        if features_BTF is not None:
+            kept_TF = features_BTF[b, [0, *(node + 1 for node in verdict.path)]].clone()
+            if shape.tree is None:
+                assert state.features_TF is not None
+                state.pending, state.features_TF = state.pending + gained, torch.cat((state.features_TF, kept_TF))
+            else:
+                state.draft_length += len(state.pending)
+                state.pending, state.features_TF = gained, kept_TF
+        state.length, state.root, state.rest = state.length + len(gained), gained[-1], state.rest - len(gained)
+        depths = range(1, max(tree.depths, default=0) + 1)
+        survival = {ROOT: 1.0}
+        for node, (parent, risk) in enumerate(zip(tree.parents, tree.risks, strict=True)):
+            survival[node] = survival[parent] * (1 - risk)
+        by_depth = [
+            (tree.depths.count(d), sum(survival[n] for n, depth in enumerate(tree.depths) if depth == d))
+            for d in depths
+        ]
+        return RoundResult(tuple(gained), len(tree), sum(judged), verdict.num_judged, by_depth)
+
+    def take(self) -> list[RoundResult]:
+        return self._given.pop(0)
+
+    def end(self) -> list[tuple[int, Tensor | None]]:
+        assert not self._given
+        found = [(state.draft_length, state.features_TF) for state in self._states]
+        self._states = []
+        return found

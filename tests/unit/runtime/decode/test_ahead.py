@@ -1,0 +1,191 @@
+"""Rounds that the engines run by themselves, one ahead of the host, give what the host's own rounds give, whoever comes
+and goes meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from growing import GrowingFakeDraft
+from rounds import FakeRounds
+
+from fakes import EOS, FakeTarget
+from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
+from ssv.bundle.profile import Costs
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.round import DecodeBatch
+from ssv.runtime.engines.contract import EngineError, RoundShape
+from ssv.runtime.methods import AUTOREGRESSIVE, PREMIUM
+from ssv.runtime.request import Request, SamplingParams
+
+LENGTH = 160
+
+CHAINS = {
+    "plain": AUTOREGRESSIVE,
+    "chain of 5": verify_all(5),
+    "lossy": Policy(accept_below=0.2, verify_above=0.6, risk_budget=0.8, max_pending=6),
+    "hasty": Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.7, max_pending=8),
+}
+TREES = {
+    "bushy": verify_all(12, children=(4,), beam=3, max_depth=3),
+    "deep": verify_all(15, children=(2,), beam=2, max_depth=9),
+}
+
+
+def cheap(num_rows: int, shape: RoundShape) -> float:
+    """Trees pay."""
+    return 1.0 + 0.02 * shape.depth
+
+
+def dear(num_rows: int, shape: RoundShape) -> float:
+    """They never do."""
+    return 1.0 + 10.0 * shape.depth
+
+
+class Setup:
+    """Engines, and what runs rounds of them."""
+
+    def __init__(self, rows: int = 3, seconds: Any = cheap, **draft: Any) -> None:
+        self.target = FakeTarget(max_batch=rows, max_length=LENGTH + 2 * MAX_PENDING, eos_bias=-1.0)
+        self.draft = GrowingFakeDraft(self.target, conditioned=True, **draft)
+        self.rounds = FakeRounds(self.target, self.draft, seconds)
+
+    def decoded(
+        self, requests: Sequence[Request], policies: Sequence[Policy], *, by_engines: bool, max_steps: int | None = None
+    ) -> tuple[list[tuple[int, ...]], list[Counters]]:
+        """The outputs' tokens, and what was counted."""
+        costs = Costs.model_validate(
+            {
+                "target": {"tokens": [1, 64], "seconds": [1.0, 1.2]},
+                "draft": {"tokens": [1, 64], "seconds": [0.02, 0.02]},
+            }
+        )
+        batch = DecodeBatch(
+            self.target,
+            self.draft,
+            [EOS],
+            LENGTH,
+            prefill_chunk=16,
+            costs=costs,
+            rounds=self.rounds if by_engines else None,
+        )
+        loop = DecodeLoop(batch, frozenset([EOS]))
+        for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
+            loop.submit(index, request, policy, None)
+        tokens: dict[int, tuple[int, ...]] = {}
+        counters: dict[int, Counters] = {}
+        steps = 0
+        while loop.has_work and (max_steps is None or steps < max_steps):
+            steps += 1
+            for chunk in loop.step():
+                tokens[chunk.index] = tokens.get(chunk.index, ()) + chunk.token_ids
+                counters[chunk.index] = chunk.counters
+        assert self.draft.wrong_features == 0
+        return [tokens[i] for i in sorted(tokens)], [counters[i] for i in sorted(counters)]
+
+
+def requests(count: int, **params: Any) -> list[Request]:
+    """Prompts and outputs of many lengths; every third ends where it ends."""
+    return [
+        Request(
+            tuple(1 + (7 * b + 3 * i) % 8 for i in range(3 + 13 * b % 40)),
+            "premium",
+            SamplingParams(max_tokens=30 + 17 * b % 40, ignore_eos=b % 3 != 2, **params),
+        )
+        for b in range(count)
+    ]
+
+
+def facts(counters: Counters) -> list[Any]:
+    c = counters
+    return [c.drafted, c.accepted, c.trusted, c.judged, c.rolled_back, c.target_passes, dict(c.passes_by_kept)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_are_the_hosts(name: str, count: int) -> None:
+    setup, policies = Setup(), [CHAINS[name]] * count
+    expected, counted = setup.decoded(requests(count), policies, by_engines=False)
+    found, counted_here = setup.decoded(requests(count), policies, by_engines=True)
+    assert found == expected
+    assert [facts(c) for c in counted_here] == [facts(c) for c in counted]
+    assert len(setup.rounds.shapes) > 5
+    if name == "lossy":
+        assert sum(c.trusted for c in counted) > 0
+
+
+@pytest.mark.parametrize("seconds", [cheap, dear])
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("name", ["premium", *TREES])
+def test_trees_give_plain_text(name: str, count: int, seconds: Any) -> None:
+    setup, policy = Setup(seconds=seconds, noise=0.3), TREES.get(name, PREMIUM)
+    expected, _ = setup.decoded(requests(count), [AUTOREGRESSIVE] * count, by_engines=False)
+    found, counted = setup.decoded(requests(count), [policy] * count, by_engines=True)
+    assert found == expected
+    shapes = setup.rounds.shapes[-20:]
+    drafts = policy != PREMIUM or seconds is cheap
+    assert all((shape.tree is not None) == drafts for shape in shapes)
+    assert not drafts or sum(c.accepted for c in counted) > 0
+
+
+def test_what_never_pays_is_tried_now_and_then_and_the_draft_has_kept_up() -> None:
+    """A phase without drafts is longer than what may wait for one: the draft catches up, and trees go on behind."""
+    turns = iter([dear] * 3000 + [cheap] * 10_000_000)
+    setup = Setup(1, seconds=lambda num, shape: next(turns)(num, shape))
+    many = [Request((1, 2, 3), "premium", SamplingParams(max_tokens=150, ignore_eos=True))]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE], by_engines=False)
+    found, _ = setup.decoded(many, [PREMIUM], by_engines=True)
+    assert found == expected
+    kinds = [shape.tree is not None for shape in setup.rounds.shapes]
+    assert kinds[-1] and sum(not kind for kind in kinds) > 64
+
+
+def test_rows_that_come_and_go_and_change_hands() -> None:
+    """Sampled rows, logprobs and other policies between them: the host's rounds and the engines' own take turns."""
+    setup = Setup(3)
+    many = requests(12)
+    many[4] = Request(many[4].prompt_ids, "premium", SamplingParams(max_tokens=30, temperature=0.8, seed=5))
+    many[7] = Request(many[7].prompt_ids, "premium", SamplingParams(max_tokens=20, logprobs=1))
+    many[8] = Request(many[8].prompt_ids, "premium", SamplingParams(max_tokens=20, repetition_penalty=1.3))
+    policies = [CHAINS["chain of 5"], TREES["bushy"], AUTOREGRESSIVE] * 4
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 12, by_engines=False)
+    assert setup.decoded(many, policies, by_engines=True)[0] == expected
+    before = len(setup.rounds.shapes)
+    assert setup.decoded(many, [CHAINS["chain of 5"]] * 12, by_engines=True)[0] == expected
+    assert len(setup.rounds.shapes) > before and setup.rounds.num_begun > 3
+
+
+def test_rounds_in_vain_are_not_counted() -> None:
+    """The round that was under way when an output ended gave it nothing."""
+    setup = Setup(1)
+    (request,) = [Request((1, 2, 3), "premium", SamplingParams(max_tokens=40, stop_token_ids=(5,), ignore_eos=True))]
+    _, (by_host,) = setup.decoded([request], [AUTOREGRESSIVE], by_engines=False)
+    _, (by_engines,) = setup.decoded([request], [AUTOREGRESSIVE], by_engines=True)
+    assert by_host.emitted < 40, "the stop token has to come"
+    assert by_engines.target_passes == by_host.target_passes
+    assert len(setup.rounds.shapes) == by_host.target_passes + 1
+
+
+def test_fixed_chains_are_cut_where_many_rows_share_a_pass() -> None:
+    setup = Setup(16)
+    many = [Request((1, 2, 3 + b % 4), "premium", SamplingParams(max_tokens=30, ignore_eos=True)) for b in range(16)]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 16, by_engines=False)
+    assert setup.decoded(many, [verify_all(8)] * 16, by_engines=True)[0] == expected
+    assert min(shape.nodes for shape in setup.rounds.shapes) == 3
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    setup = Setup(1)
+    real = setup.rounds.take
+
+    def spoilt() -> Any:
+        (result,) = real()
+        return [type(result)((*result.tokens[:-1], -1), result.num_nodes, 1, 0, result.survival_by_depth)]
+
+    setup.rounds.take = spoilt  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="not numbers"):
+        setup.decoded(requests(1), [AUTOREGRESSIVE], by_engines=True)
+    assert torch.is_inference_mode_enabled() is False
