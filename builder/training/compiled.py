@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -14,11 +15,16 @@ _MOST_SHAPES = 64
 """Shapes and modes that one function is compiled for: the writer's, the trainer's, with and without gradients."""
 
 
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
+    return torch.compile(Layer.project, dynamic=False), torch.compile(Layer.finish, dynamic=False)
+
+
 @contextmanager
 def compile_layers(*decoders: Decoder) -> Iterator[None]:
     """Within, the layers' arithmetic before and after attention is compiled: once for all layers of a shape."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
-    project, finish = torch.compile(Layer.project, dynamic=False), torch.compile(Layer.finish, dynamic=False)
+    project, finish = _compiled()
     layers = [layer for decoder in decoders for layer in decoder.blocks()]
     for layer in layers:
         # In the instance's own dictionary, before the class's: `Layer.forward` calls them.
