@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the recipe's draft, or its heads (default: draft)",
     )
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
+    distill.add_argument(
+        "--minutes", type=float, help="train a draft at most so long, whatever the recipe asks for (default: no limit)"
+    )
     convert = command(
         "convert-heads", _convert_heads, "make a safetensors file of Medusa or EAGLE-3 heads that were pickled"
     )
@@ -234,12 +237,18 @@ def _distill(args: argparse.Namespace) -> int:
         )
     target = load_target(recipe.target.locate())
     work = args.work or args.out.with_suffix(".work")
-    distil = _distill_draft if args.kind == "draft" else _distill_heads
-    print(json.dumps(distil(recipe, target, args.out, work, args.device)))
+    if args.kind == "draft":
+        print(json.dumps(_distill_draft(recipe, target, args.out, work, args.device, args.minutes)))
+    elif args.minutes is not None:
+        raise RecipeError("--minutes is for a draft", "leave it out: a recipe's `heads` say how long they are trained")
+    else:
+        print(json.dumps(_distill_heads(recipe, target, args.out, work, args.device)))
     return 0
 
 
-def _distill_draft(recipe: Recipe, target: Target, out: Path, work: Path, device: str) -> dict[str, object]:
+def _distill_draft(
+    recipe: Recipe, target: Target, out: Path, work: Path, device: str, minutes: float | None
+) -> dict[str, object]:
     from ssv.builder.pair import make_draft
     from ssv.builder.preflight import check_distillation
     from ssv.model.draft import save_draft
@@ -248,10 +257,16 @@ def _distill_draft(recipe: Recipe, target: Target, out: Path, work: Path, device
     check_distillation(recipe, target)
     out.parent.mkdir(parents=True, exist_ok=True)
     with terminal_report() as report:
-        result = make_draft(target, recipe.draft.distilled(), work, device, report)
-    save_draft(result.draft, out)
+        result = make_draft(target, recipe.draft.distilled(), work, device, report, minutes=minutes)
+    save_draft(result.draft, out, storage=recipe.draft.distilled().storage)
+    measured = (
+        {}
+        if result.tokens_per_pass is None
+        else {"tokens_per_pass": dict(zip(("chain_5", "tree_32"), result.tokens_per_pass, strict=True))}
+    )
     return {
         "agreement_by_depth": [round(a, 4) for a in result.agreement],
+        **measured,
         "tokens_written": result.tokens_written,
         "tokens_trained": result.tokens_trained,
     }

@@ -67,6 +67,11 @@ class TrainingConfig(_Strict):
         rows, window: conversations written side by side, and the length of each.
         openings_file: text file, one opening of a user's turn a line (backslash-n for a line break), relative to the
             recipe.
+        prompts_file: YAML file of templates that whole turns of users are made of (`ssv.builder.training.templates`),
+            relative to the recipe.
+        num_prompts: turns that are made of them.
+        prompt_share: share of the user turns that are whole ones, where there are templates.
+        greedy_share: share of the conversations whose answers are greedy; the others' temperature rises from 0 to 1.
     """
 
     tokens: PositiveInt = 100_000_000
@@ -78,6 +83,10 @@ class TrainingConfig(_Strict):
     checkpoint_every: PositiveInt = 500
     seed: Seed = 0
     openings_file: Path | None = None
+    prompts_file: Path | None = None
+    num_prompts: PositiveInt = 50_000
+    prompt_share: Share = 0.5
+    greedy_share: Share = 0.0
 
 
 class DistillConfig(TrainingConfig):
@@ -90,8 +99,17 @@ class DistillConfig(TrainingConfig):
             value, as an EAGLE-3 head does, which other engines load (`ssv-build export`).
         depth: own steps that a conditioned draft is trained deep.
         depth_decay: weight of each depth's loss, relative to the one before.
-        start_from: an earlier draft of the same shape to train further (on another `seed`, hence other text), relative
-            to the recipe.
+        tv_share: share of total variation in the loss, which is what a draft loses of being accepted; the rest is
+            cross-entropy.
+        loss_mean: whether the loss is the mean over all tokens of a step, or of the means of its conversations.
+        num_layers: of a conditioned draft.
+        head_rank: of a trained correction of the LM head's rows, which are the target's; 0 for none.
+        storage: how the draft is written: matrices in bf16, or in half the room as int8.
+        kept_rows: conversations that the target writes greedily, from templates kept for it where there are any, to
+            choose among the checkpoints: the one with the most tokens per target pass is taken, of a chain and a tree
+            together. 0 takes the last.
+        start_from: an earlier draft to train further (on another `seed`, hence other text), relative to the recipe. It
+            may lack layers of its own, layers of the target that it sees, and the correction of its LM head.
     """
 
     kind: Literal["conditioned", "standalone"] = "conditioned"
@@ -100,6 +118,12 @@ class DistillConfig(TrainingConfig):
     join: Literal["input", "eagle3"] = "input"
     depth: PositiveInt = 5
     depth_decay: Share = 0.9
+    tv_share: Share = 0.0
+    loss_mean: Literal["token", "conversation"] = "token"
+    num_layers: PositiveInt = 1
+    head_rank: Annotated[int, Field(ge=0)] = 0
+    storage: Literal["plain", "int8"] = "plain"
+    kept_rows: Annotated[int, Field(ge=0)] = 0
     start_from: Path | None = None
 
     @model_validator(mode="after")
@@ -110,6 +134,12 @@ class DistillConfig(TrainingConfig):
     def _joins_what_is_there(self) -> DistillConfig:
         if self.kind == "standalone" and self.join != "input":
             raise ValueError(f"join {self.join} is for a conditioned draft: a standalone one has no features")
+        if self.kind == "standalone" and self.num_layers != 1:
+            raise ValueError("num_layers is for a conditioned draft: a standalone one has as many as it names")
+        if self.join == "eagle3" and (self.num_layers != 1 or self.head_rank):
+            raise ValueError("num_layers and head_rank are for join input: an EAGLE-3 head has neither")
+        if self.kind == "standalone" and self.kept_rows:
+            raise ValueError("kept_rows is for a conditioned draft")
         return self
 
 

@@ -42,6 +42,7 @@ from ssv.builder.training.heads import HeadsResult, distill_heads
 from ssv.builder.training.passes import draft_passes, view_target
 from ssv.builder.training.quantize_job import quantize
 from ssv.builder.training.scorer_fit import ScorerReport, collect_samples, fit_scorer
+from ssv.builder.training.turns import turns_of
 from ssv.builder.training.work import training_source
 from ssv.bundle.manifest import (
     SCORER,
@@ -75,16 +76,36 @@ MakeCalibration = Callable[[Path, CalibrationConfig, Report], Calibration]
 UNCALIBRATED = Policy(accept_below=0.0, verify_above=0.6, risk_budget=0.8, max_pending=8)
 
 
-def make_draft(target: Target, config: DistillConfig, work: Path, device: str, report: Report) -> DistillResult:
+def make_draft(
+    target: Target,
+    config: DistillConfig,
+    work: Path,
+    device: str,
+    report: Report,
+    *,
+    minutes: float | None = None,
+    compiled: bool = True,
+) -> DistillResult:
     """Distils a draft for a target (see `distill`)."""
-    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
-    return distill(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
+    pieces, (turns, kept) = chat_pieces(target.tokenizer), turns_of(config, target, config.kept_rows)
+    return distill(
+        target.on(device),
+        pieces,
+        turns,
+        config,
+        work,
+        report,
+        weights_sha256=target.sha256,
+        kept=kept,
+        minutes=minutes,
+        compiled=compiled,
+    )
 
 
 def make_heads(target: Target, config: HeadsConfig, work: Path, device: str, report: Report) -> HeadsResult:
     """Trains Medusa's heads for a target (see `distill_heads`)."""
-    pieces, openings = chat_pieces(target.tokenizer), openings_of(config.openings_file, target)
-    return distill_heads(target.on(device), pieces, openings, config, work, report, weights_sha256=target.sha256)
+    pieces, (turns, _) = chat_pieces(target.tokenizer), turns_of(config, target)
+    return distill_heads(target.on(device), pieces, turns, config, work, report, weights_sha256=target.sha256)
 
 
 def make_scorer(
@@ -231,7 +252,8 @@ def _write_draft(parts: Parts, recipe: Recipe, target: Target, device: str, repo
             write_given(config, target, path)
         else:
             work = _work_folder(parts)
-            save_draft(make_draft(target, config.distilled(), work, device, report).draft, path)
+            draft = make_draft(target, config.distilled(), work, device, report).draft
+            save_draft(draft, path, storage=config.distilled().storage)
         parts.finish("draft")
     return load_draft(path, target.decoder)
 

@@ -19,7 +19,7 @@ from ssv.builder.training.quantize import QuantizeError
 from ssv.bundle.manifest import BundleError, CalibrationEntry, TierEntry, file_entry
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.bundle.survival import Survival
-from ssv.model.draft import load_draft
+from ssv.model.draft import grow_draft, load_draft
 from ssv.model.heads import heads_spec, load_heads
 from ssv.model.scorer import load_scorer
 from ssv.support.errors import UserError
@@ -119,12 +119,12 @@ def check_distillation(recipe: Recipe, target: Target) -> None:
     check_openings(config.openings_file, target)
     chat_pieces(target.tokenizer)
     if config.start_from is not None:
-        found = load_draft(config.start_from, target.decoder).spec.to_dict()
-        if differ := [name for name, value in spec.to_dict().items() if value != found[name]]:
-            raise RecipeError(
-                f"draft.distill.start_from: {config.start_from} has another {' and '.join(differ)} than the recipe "
-                "asks for"
-            )
+        found = load_draft(config.start_from, target.decoder, for_training=True)
+        if found.spec != spec:
+            try:
+                grow_draft(found, spec, target.decoder)
+            except UserError as error:
+                raise RecipeError(f"draft.distill.start_from: {config.start_from}: {error.what}", error.cure) from error
 
 
 def check_heads(part: HeadsPart, target: Target) -> None:

@@ -71,19 +71,27 @@ class Layer(nn.Module):
     def forward(
         self, index: int, x_MH: Tensor, rotate: Rotation, attend: Attend, joined_MJ: Tensor | None = None
     ) -> Tensor:
+        return self.finish(x_MH, attend(index, *self.project(x_MH, rotate, joined_MJ)))
+
+    def project(self, x_MH: Tensor, rotate: Rotation, joined_MJ: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [M, N, D] and keys [M, K, D], and values [M, K, D]."""
         spec = self.spec
         seen = joined_MJ if self.attn_norm is None else self.attn_norm(x_MH)
         qkv = self.qkv(seen).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         v_MKD = qkv[:, spec.num_heads + spec.num_kv_heads :]
         if self.q_norm is None or self.k_norm is None:
             qk = rotate(qkv[:, : spec.num_heads + spec.num_kv_heads])
-            q_MND, k_MKD = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
-        else:
-            q_MND = rotate(self.q_norm(qkv[:, : spec.num_heads]))
-            k_MKD = rotate(self.k_norm(qkv[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]))
-        x_MH = x_MH + self.o(attend(index, q_MND, k_MKD, v_MKD))
+            return qk[:, : spec.num_heads], qk[:, spec.num_heads :], v_MKD
+        q_MND = rotate(self.q_norm(qkv[:, : spec.num_heads]))
+        k_MKD = rotate(self.k_norm(qkv[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]))
+        return q_MND, k_MKD, v_MKD
+
+    def finish(self, x_MH: Tensor, attended_MX: Tensor) -> Tensor:
+        """The residual stream after the layer, from what was before it and what its queries saw, [M, N * D]."""
+        x_MH = x_MH + self.o(attended_MX)
         gate, up = self.gate_up(self.mlp_norm(x_MH)).chunk(2, dim=-1)
-        return x_MH + self.down(F.silu(gate) * up)
+        residual_MH: Tensor = x_MH + self.down(F.silu(gate) * up)
+        return residual_MH
 
 
 class Decoder(nn.Module):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssv.model.checkpoint import (
@@ -31,13 +32,14 @@ from ssv.model.checkpoint import (
     read_safetensors,
     safetensors_metadata,
 )
-from ssv.model.decoder import Attend, Decoder, replace_quantized
+from ssv.model.decoder import Attend, Decoder, Layer, replace_quantized
 from ssv.model.quantized import SCALES, is_quantized
 from ssv.support.errors import UserError
 from ssv.support.files import save_whole
 from ssv.support.json_text import parse_json
 
 DraftKind = Literal["conditioned", "standalone"]
+DraftStorage = Literal["plain", "int8"]
 TapNorm = Literal["none", "each", "joined"]
 
 
@@ -88,6 +90,8 @@ class DraftSpec:
         eagle3: how it joins token and features, if as EAGLE-3 does.
         own_embedding, own_lm_head: whether it has these, and does not share the target's. With an embedding of its own
             and `decoder.tie_embeddings`, its LM head is rows of that.
+        head_rank: of what is added to the target's LM head rows, a product of two matrices that are trained; 0 for
+            nothing. Only a draft that is stored or trained has it: `load_draft` adds it up.
     """
 
     kind: DraftKind
@@ -97,6 +101,7 @@ class DraftSpec:
     eagle3: Eagle3 | None = None
     own_embedding: bool = False
     own_lm_head: bool = False
+    head_rank: int = 0
 
     @property
     def ties_own(self) -> bool:
@@ -104,7 +109,9 @@ class DraftSpec:
         return self.own_embedding and not self.own_lm_head and self.decoder.tie_embeddings
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "decoder": self.decoder.to_dict()}
+        facts = {**asdict(self), "decoder": self.decoder.to_dict()}
+        # Not in drafts without it, so that they are what they were.
+        return facts if self.head_rank else {name: value for name, value in facts.items() if name != "head_rank"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DraftSpec:
@@ -128,7 +135,13 @@ class DraftSpec:
             own = {name: data.get(name, False) for name in ("own_embedding", "own_lm_head")}
             for name, value in own.items():
                 _require_bool(name, value)
-            return cls(data["kind"], decoder, tuple(layers), head_size, eagle3, **own)
+            rank = data.get("head_rank", 0)
+            if type(rank) is not int or not 0 <= rank <= decoder.hidden_size or (rank and any(own.values())):
+                raise CheckpointError(
+                    f"draft head_rank {rank!r} must lie between 0 and {decoder.hidden_size}, and is for one whose LM "
+                    "head is rows of the target's"
+                )
+            return cls(data["kind"], decoder, tuple(layers), head_size, eagle3, **own, head_rank=rank)
         except KeyError as error:
             raise CheckpointError(f"draft spec lacks {error.args[0]}") from error
         except (AttributeError, TypeError) as error:
@@ -141,7 +154,14 @@ def _require_bool(name: str, value: object) -> None:
 
 
 def draft_spec(
-    target: DecoderSpec, kind: DraftKind, layers: tuple[int, ...], head_size: int | None, *, eagle3: bool = False
+    target: DecoderSpec,
+    kind: DraftKind,
+    layers: tuple[int, ...],
+    head_size: int | None,
+    *,
+    eagle3: bool = False,
+    num_layers: int = 1,
+    head_rank: int = 0,
 ) -> DraftSpec:
     """Spec of a draft for a target.
 
@@ -150,9 +170,11 @@ def draft_spec(
         head_size: LM head rows, None for the whole vocabulary.
         eagle3: of a conditioned draft: whether it joins token and features as EAGLE-3 does, in a layer of Llama's form
             whatever the target's is, so that others load it.
+        num_layers: of a conditioned draft.
+        head_rank: see `DraftSpec`.
 
     Raises:
-        UserError: layers outside the target, or a head larger than its vocabulary.
+        UserError: layers outside the target, a head larger than its vocabulary, or a rank above its hidden size.
     """
     if not layers or not all(0 <= layer < target.num_layers for layer in layers):
         raise UserError(
@@ -161,8 +183,10 @@ def draft_spec(
     head_size = head_size or target.vocab_size
     if head_size > target.vocab_size:
         raise UserError(f"head_size {head_size} exceeds the target's vocab_size {target.vocab_size}")
+    if head_rank > target.hidden_size:
+        raise UserError(f"head_rank {head_rank} exceeds the target's hidden_size {target.hidden_size}")
     conditioned = kind == "conditioned"
-    decoder = replace(target, num_layers=1 if conditioned else len(layers), tie_embeddings=False)
+    decoder = replace(target, num_layers=num_layers if conditioned else len(layers), tie_embeddings=False)
     if eagle3:
         decoder = replace(
             decoder, family="llama", qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False
@@ -173,6 +197,7 @@ def draft_spec(
         feature_layers=tuple(sorted(layers)) if conditioned else (),
         head_size=head_size,
         eagle3=Eagle3(target.hidden_size) if eagle3 else None,
+        head_rank=head_rank,
     )
 
 
@@ -212,9 +237,12 @@ class Draft(nn.Module):
         token_ids: int64 [V], the vocabulary id of each LM head row, most frequent first.
         tap: the feature projection that runs with the target; None for a standalone draft.
         residual_norm, carried_norm: see `part_norms`.
+        head_in, head_out: what is added to the LM head's rows is the latter's weight times the former's; None without.
     """
 
     token_ids: Tensor
+    head_in: nn.Linear | None
+    head_out: nn.Linear | None
 
     def __init__(self, spec: DraftSpec) -> None:
         super().__init__()
@@ -234,6 +262,8 @@ class Draft(nn.Module):
                 self.tap = FeatureTap(spec.feature_layers, eagle3.target_hidden_size, hidden, eagle3.tap_norm, eps)
             self.embed_norm = nn.RMSNorm(hidden, eps)
             self.feature_norm = nn.RMSNorm(hidden, eps)
+        self.head_in = nn.Linear(hidden, spec.head_rank, bias=False) if spec.head_rank else None
+        self.head_out = nn.Linear(spec.head_rank, spec.head_size, bias=False) if spec.head_rank else None
 
     def run_layers(self, input_ids_M: Tensor, features_MF: Tensor | None, position_M: Tensor, attend: Attend) -> Tensor:
         """Hidden states [M, H] before the final norm; `carried` makes the next token's features of them."""
@@ -289,7 +319,21 @@ class Draft(nn.Module):
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """Logits over `token_ids`, [R, V]."""
-        return self.decoder.logits(hidden_RH)
+        if self.head_in is None or self.head_out is None:
+            return self.decoder.logits(hidden_RH)
+        normed_RH = self.decoder.norm(hidden_RH)
+        added_RV: Tensor = self.head_out(self.head_in(normed_RH))
+        return added_RV + self.decoder.lm_head(normed_RH)
+
+    def merge_head(self) -> None:
+        """Adds up the LM head, which is its own from then on."""
+        if self.head_in is None or self.head_out is None:
+            return
+        rows_VH = self.decoder.lm_head.weight
+        added_VH = self.head_out.weight.float() @ self.head_in.weight.float()
+        self.decoder.lm_head.weight = nn.Parameter((rows_VH.float() + added_VH).to(rows_VH.dtype), requires_grad=False)
+        self.head_in = self.head_out = None
+        self.spec = replace(self.spec, own_lm_head=True, head_rank=0)
 
     def own_state(self) -> dict[str, Tensor]:
         """Everything but what is shared with the target, or is rows of the embedding."""
@@ -319,9 +363,8 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
     """
     draft = Draft(spec).to(target.embed.weight.device)
     conditioned = draft.tap is not None
-    for mine, source in zip(
-        draft.decoder.layers, (target.spec.num_layers - 1,) if conditioned else layers, strict=True
-    ):
+    last = (target.spec.num_layers - 1,) * spec.decoder.num_layers
+    for index, (mine, source) in enumerate(zip(draft.decoder.layers, last if conditioned else layers, strict=True)):
         state = target.layers[source].state_dict()
         if spec.eagle3 is not None:
             draft.feature_norm.load_state_dict({"weight": state.pop("attn_norm.weight")})
@@ -329,6 +372,8 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
             state["qkv.weight"] = torch.cat((torch.zeros_like(qkv), qkv), dim=1)
             state = {name: value for name, value in state.items() if name in mine.state_dict()}
         mine.load_state_dict(state)
+        if conditioned and index:
+            leave_out_at_first(mine)
     draft.decoder.norm.load_state_dict(target.norm.state_dict())
     if draft.tap is not None:
         if spec.eagle3 is None:
@@ -336,16 +381,108 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
         nn.init.zeros_(draft.tap.project.weight)
         hidden = spec.decoder.hidden_size
         draft.tap.project.weight.data[:, -hidden:] = torch.eye(hidden)
+    if draft.head_out is not None:
+        nn.init.zeros_(draft.head_out.weight)
     draft.share_target(target, token_ids)
     return draft
 
 
-def save_draft(draft: Draft, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes one safetensors file; its metadata carries the spec."""
-    state = {
-        name: value.to(dtype if value.is_floating_point() else torch.int32) for name, value in draft.own_state().items()
-    }
+def leave_out_at_first(layer: Layer) -> None:
+    """Lets a layer add nothing to the residual stream until it is trained."""
+    for linear in (layer.o, layer.down):
+        for parameter in linear.parameters():
+            nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def grow_draft(earlier: Draft, spec: DraftSpec, target: Decoder) -> Draft:
+    """A draft of a larger shape that computes what an earlier one does, to be trained further.
+
+    It may see further layers of the target, have further layers of its own and a correction of its LM head.
+
+    Args:
+        earlier: as `load_draft` reads it for training.
+
+    Raises:
+        UserError: the shapes differ in something else.
+    """
+    mine, theirs = spec.to_dict(), earlier.spec.to_dict()
+    grown = {"head_rank", "feature_layers", "decoder"}
+    differ = [name for name, value in mine.items() if name not in grown and value != theirs.get(name)]
+    layers = {"num_layers": 0}
+    if {**mine["decoder"], **layers} != {**theirs["decoder"], **layers}:
+        differ.append("decoder")
+    if earlier.spec.decoder.num_layers > spec.decoder.num_layers:
+        differ.append("num_layers")
+    if not set(earlier.spec.feature_layers) <= set(spec.feature_layers):
+        differ.append("feature_layers")
+    if earlier.spec.head_rank not in (0, spec.head_rank):
+        differ.append("head_rank")
+    if differ:
+        raise UserError(
+            f"the draft to start from has another {' and '.join(differ)} than the recipe asks for",
+            "add layers, taps or a head_rank to what it has, or start from another",
+        )
+    draft = start_from_target(spec, target, spec.feature_layers, earlier.token_ids).to(torch.float32)
+    draft.share_target(target, earlier.token_ids)
+    state = {name: value for name, value in earlier.own_state().items() if name != "tap.project.weight"}
+    draft.load_state_dict({name: value.to(torch.float32) for name, value in state.items()}, strict=False)
+    if draft.tap is not None and earlier.tap is not None:
+        width = earlier.tap.project.in_features // len(earlier.spec.feature_layers)
+        draft.tap.project.weight.zero_()
+        for index, layer in enumerate(earlier.spec.feature_layers):
+            at = spec.feature_layers.index(layer)
+            part = earlier.tap.project.weight[:, index * width : (index + 1) * width]
+            draft.tap.project.weight[:, at * width : (at + 1) * width] = part
+    return draft
+
+
+def save_draft(
+    draft: Draft, path: Path, dtype: torch.dtype = torch.bfloat16, *, storage: DraftStorage = "plain"
+) -> None:
+    """Writes one safetensors file; its metadata carries the spec.
+
+    Args:
+        dtype: of what is not stored as int8.
+        storage: `int8` takes half the room: matrices are rounded, groups of 64 columns of a row sharing a scale. It is
+            how the file is written, not how the draft computes: who reads it gets the numbers that were rounded.
+    """
+    state = {}
+    for name, value in draft.own_state().items():
+        if storage == "int8" and value.is_floating_point() and value.dim() == 2:
+            state[name], state[name + _GROUP_SCALE] = _rounded(value)
+        else:
+            state[name] = value.to(dtype if value.is_floating_point() else torch.int32)
     write_draft(draft.spec, state, path)
+
+
+_GROUP_SCALE = ".group_scale"
+_GROUP = 64
+
+
+def _rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as int8 [O, I], and its scales, bf16 [O, ceil(I / 64)]."""
+    outputs, inputs = weight_OI.shape
+    padded = F.pad(weight_OI.detach().float(), (0, -inputs % _GROUP)).view(outputs, -1, _GROUP)
+    scale_OG = (padded.abs().amax(dim=-1) / 127).clamp(min=1e-12).to(torch.bfloat16)
+    rounded = (padded / scale_OG.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return rounded.view(outputs, -1)[:, :inputs].contiguous(), scale_OG
+
+
+def _unrounded(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A stored draft's tensors, those that were stored as int8 in fp32."""
+    scales = {name: state.pop(name) for name in list(state) if name.endswith(_GROUP_SCALE)}
+    for scale_name, scale_OG in scales.items():
+        name = scale_name.removesuffix(_GROUP_SCALE)
+        weight_OI = state.get(name)
+        if weight_OI is None or weight_OI.dtype != torch.int8 or weight_OI.dim() != 2:
+            raise CheckpointError(f"{path}: {scale_name} has no int8 matrix")
+        expected = (weight_OI.shape[0], -(-weight_OI.shape[1] // _GROUP))
+        if tuple(scale_OG.shape) != expected:
+            raise CheckpointError(f"{path}: weight {scale_name} has shape {tuple(scale_OG.shape)}, expected {expected}")
+        scale_OI = scale_OG.float().repeat_interleave(_GROUP, dim=1)[:, : weight_OI.shape[1]]
+        state[name] = weight_OI.float() * scale_OI
+    return state
 
 
 def write_draft(spec: DraftSpec, state: dict[str, Tensor], path: Path) -> None:
@@ -366,11 +503,14 @@ class StoredDraft:
     state: dict[str, Tensor]
 
 
-def load_draft(path: Path, target: Decoder, dtype: torch.dtype | None = torch.float32) -> Draft:
+def load_draft(
+    path: Path, target: Decoder, dtype: torch.dtype | None = torch.float32, *, for_training: bool = False
+) -> Draft:
     """Reads a draft, quantized or not, and joins it to its target.
 
     Args:
         dtype: of what is not quantized; None for the types that the file has.
+        for_training: leaves the correction of its LM head apart from the target's rows.
 
     Raises:
         CheckpointError: damaged file, weights that do not fit the spec, or a draft made for another target.
@@ -392,6 +532,8 @@ def load_draft(path: Path, target: Decoder, dtype: torch.dtype | None = torch.fl
     plain = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items() if name not in quantized}
     draft.load_state_dict(plain, assign=True, strict=False)
     draft.share_target(target, token_ids)
+    if not for_training:
+        draft.merge_head()
     return draft.requires_grad_(False)
 
 
@@ -454,7 +596,7 @@ def _read_draft(path: Path) -> tuple[DraftSpec, dict[str, Tensor]]:
         facts = parse_json(metadata["ssv_draft"])
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata is not JSON ({error})") from error
-    return DraftSpec.from_dict(facts), state
+    return DraftSpec.from_dict(facts), _unrounded(state, path)
 
 
 def _checked_token_ids(spec: DraftSpec, token_ids: Tensor, path: Path) -> Tensor:

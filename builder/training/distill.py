@@ -8,7 +8,10 @@ Shapes: B rows, T tokens of a training window, M = B * T, H hidden, V head rows 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ssv.builder.config import DistillConfig
-from ssv.builder.training.corpus import ChatPieces, Conversations
-from ssv.builder.training.passes import CausalAttend, draft_passes, judged, share_agreed, view_target
+from ssv.builder.training.acceptance import CHAIN, TREE, tokens_per_pass
+from ssv.builder.training.compiled import compile_layers
+from ssv.builder.training.corpus import ChatPieces, Conversations, Turns, Writer, Writing
+from ssv.builder.training.head_loss import HeadLoss
+from ssv.builder.training.labels import Labeller
+from ssv.builder.training.passes import CausalAttend, draft_passes, hidden_passes, judged, share_agreed, view_target
 from ssv.builder.training.work import (
     Windows,
     claim,
@@ -26,12 +33,15 @@ from ssv.builder.training.work import (
     require_room,
     restore_training,
     save_training,
+    seconds_trained,
+    set_learning_rate,
+    text_source,
     training_source,
     write_corpus,
 )
 from ssv.model.checkpoint import DecoderSpec
 from ssv.model.decoder import Decoder
-from ssv.model.draft import Draft, DraftSpec, draft_spec, load_draft, save_draft, start_from_target
+from ssv.model.draft import Draft, DraftSpec, draft_spec, grow_draft, load_draft, save_draft, start_from_target
 from ssv.support.errors import UserError
 from ssv.support.progress import Report
 
@@ -43,23 +53,28 @@ class DistillResult:
     Attributes:
         agreement: per depth, the share of the assistant's tokens where the draft's argmax is the target's.
         tokens_written, tokens_trained: sizes, in tokens.
+        tokens_per_pass: of a chain and a tree on the kept conversations; None without such.
     """
 
     draft: Draft
     agreement: list[float]
     tokens_written: int
     tokens_trained: int
+    tokens_per_pass: tuple[float, float] | None = None
 
 
 def distill(
     target: Decoder,
     pieces: ChatPieces,
-    openings: list[list[int]],
+    turns: Turns,
     config: DistillConfig,
     work: Path,
     report: Report,
     *,
     weights_sha256: str,
+    kept: Turns | None = None,
+    minutes: float | None = None,
+    compiled: bool = True,
 ) -> DistillResult:
     """Writes a corpus, trains a draft on it and measures it.
 
@@ -68,9 +83,13 @@ def distill(
 
     Args:
         target: the target's network on the device to train on; in bf16 on CUDA.
-        openings: token ids that user turns begin with.
+        turns: what the turns of users are made of.
         work: folder for the corpus shards and the training state.
         weights_sha256: of the target's checkpoint: state that was made from another is not gone on from.
+        kept: turns of the conversations that checkpoints are chosen by; None for `turns`.
+        minutes: that training takes at most, whatever `config` asks for; the learning rate falls with them. None for
+            no limit.
+        compiled: on CUDA, whether torch.compile and graphs are used.
 
     Raises:
         UserError: `work` holds the state of another distillation, or the draft to start from has another shape.
@@ -79,17 +98,24 @@ def distill(
     """
     start = _earlier(target, config)  # before anything is written
     work.mkdir(parents=True, exist_ok=True)
-    claim(work, {"target": weights_sha256, "text": [asdict(pieces), openings], **training_source(config)})
+    claim(work, {"target": weights_sha256, "text": text_source(pieces, turns), **training_source(config)})
     require_room(work, config)
-    shards = write_corpus(target, pieces, openings, config, work, report)
+    shards = write_corpus(target, pieces, turns, config, work, report)
     held_out = shards.pop()
-    trainer = _Trainer(target, config, shards, work, start)
+    kept_path = None
+    if config.kept_rows:
+        kept_path = work / "kept.safetensors"
+        if not kept_path.exists():
+            how = Writing(config.kept_rows, config.window, greedy=True, prompt_share=1.0)
+            Writer(target, pieces, kept or turns, how, compiled=False).write(config.seed + 7).save(kept_path)
+    trainer = Trainer(target, config, shards, work, start, kept_path, minutes=minutes, compiled=compiled)
     trainer.run(report)
     return DistillResult(
         draft=trainer.draft,
         agreement=measure_agreement(target, trainer.draft, Conversations.load(held_out), config),
         tokens_written=config.rows * config.window * len(shards),
-        tokens_trained=trainer.num_steps * config.batch_rows * config.window,
+        tokens_trained=trainer.step * config.batch_rows * config.window,
+        tokens_per_pass=trainer.best,
     )
 
 
@@ -165,59 +191,120 @@ def fit_start(target: Decoder, draft: Draft, tokens_BT: Tensor, rows: int = 16, 
     return float((left_H / square_H.clamp(min=1e-9)).mean())
 
 
-class _Trainer:
+class Trainer:
+    """Trains a draft on a corpus, with everything that a restart needs in a folder.
+
+    Attributes:
+        draft: the one trained; once it is, the best checkpoint.
+        step: steps done.
+        best: tokens per pass of a chain and of a tree, of the best checkpoint; None where none was measured.
+        deadline: when to stop for now, by `time.monotonic`, with everything saved that going on needs.
+    """
+
     def __init__(
-        self, target: Decoder, config: DistillConfig, shards: list[Path], work: Path, start: Draft | None
+        self,
+        target: Decoder,
+        config: DistillConfig,
+        shards: list[Path],
+        work: Path,
+        start: Draft | None,
+        kept: Path | None = None,
+        *,
+        minutes: float | None = None,
+        compiled: bool = True,
     ) -> None:
         self.target, self.config = target, config
         self.windows = Windows(shards, config)
         self.state_path = work / "train.safetensors"
+        self._best_path = work / "best.safetensors"
         device = target.embed.weight.device
         self.draft = start if start is not None else _untrained(target, config, self.windows)
         self.draft.share_target(target, self.draft.token_ids)
-        self.is_covered = torch.zeros(target.spec.vocab_size, dtype=torch.bool, device=device)
-        self.is_covered[self.draft.token_ids] = True
         self.parameters = {n: p for n, p in self.draft.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.draft, config.learning_rate)
         self.num_steps = self.windows.num_steps
         self.step = 0
+        self.best: tuple[float, float] | None = None
+        self.deadline = math.inf
+        self._kept = None if kept is None else Conversations.load(kept)
+        self._seconds = 0.0 if minutes is None else 60 * minutes
+        self._before = 0.0
+        self._begin = time.monotonic()
+        self._compiled = compiled and device.type == "cuda"
+        self._labeller = Labeller(target, self.draft)
+
+    @property
+    def seconds(self) -> float:
+        """That training has taken, those before a restart included."""
+        return self._before + time.monotonic() - self._begin
+
+    @property
+    def _spent(self) -> float:
+        """Share of the time that there is; 0 where it has no limit."""
+        return self.seconds / self._seconds if self._seconds else 0.0
 
     def run(self, report: Report) -> None:
         self.step = restore_training(self.state_path, self.parameters, self.optimizers)
+        self._before, self._begin = seconds_trained(self.state_path), time.monotonic()
+        if self._best_path.exists():
+            self.best = self._measure(_reloaded(self._best_path, self.target))
         has_join = self.draft.conditioned and self.draft.spec.eagle3 is None
         if self.step == 0 and has_join and self.config.start_from is None:
             left = fit_start(self.target, self.draft, self.windows.spread(_START_TOKENS // self.config.window))
             report("train", 0, self.num_steps, f"least-squares start, {left:.2f} of the features left")
-        while self.step < self.num_steps:
+        with compile_layers(self.target, self.draft.decoder) if self._compiled else nullcontext():
+            self._train(report)
+        if self._kept is not None and self._best_path.exists():
+            self.draft = _reloaded(self._best_path, self.target)
+
+    def _train(self, report: Report) -> None:
+        config = self.config
+        shown_step, shown_at = self.step, time.monotonic()
+        over = self._is_over()
+        while not over:
             loss, agreement = self._train_step()
             self.step += 1
-            if self.step % self.config.checkpoint_every == 0 or self.step == self.num_steps:
-                self._save()
-            if self.step % 50 == 0 or self.step == self.num_steps:
+            over = self._is_over()
+            if self.step % config.checkpoint_every == 0 or over:
+                report("train", self.step, self.num_steps, self._save())
+            if self.step % 50 == 0 or over:
                 shown = " ".join(f"{a:.3f}" for a in agreement.tolist())
-                report("train", self.step, self.num_steps, f"loss {loss.item():.3f}, agreement by depth {shown}")
+                now = time.monotonic()
+                rate = (self.step - shown_step) * config.batch_rows * config.window / (now - shown_at) / 1e3
+                shown_step, shown_at = self.step, now
+                report(
+                    "train",
+                    self.step,
+                    self.num_steps,
+                    f"loss {loss.item():.3f}, agreement by depth {shown}, {rate:.0f} k tokens/s",
+                )
+
+    def _is_over(self) -> bool:
+        return self.step >= self.num_steps or self._spent >= 1 or time.monotonic() >= self.deadline
 
     def _train_step(self) -> tuple[Tensor, Tensor]:
-        config, device = self.config, self.target.embed.weight.device
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, self.step, self.num_steps)
-        tokens_BT, is_assistant_BT = (x.to(device) for x in self.windows.batch(self.step))
-        tokens_BT = tokens_BT.long()
-        view = view_target(self.target, self.draft, tokens_BT)
-        # The label is made once; every pass of a conditioned draft is about the same rows of the target.
-        label_BTV = view.logits_BTU[:, :, self.draft.token_ids].softmax(-1)
-        covered_BT = self.is_covered[view.argmax_BT]
+        config, device, draft = self.config, self.target.embed.weight.device, self.draft
+        set_learning_rate(self.optimizers, learning_rate(config, self.step, self.num_steps, self._spent))
+        tokens_BT, is_assistant_BT = self.windows.batch(self.step)
+        tokens_BT = tokens_BT.to(device, non_blocking=True).long()
+        # The labels are made once; every pass of a conditioned draft is about the same places.
+        labels = self._labeller.labels(tokens_BT, is_assistant_BT)
         agreement, total = [], torch.zeros((), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for k, step in enumerate(draft_passes(self.draft, tokens_BT, view, config.depth)):
-                rows, counts = judged(step, view, is_assistant_BT)
-                # A token that the head does not cover cannot be learned.
-                weight_BT = (counts & covered_BT[:, rows]).float()
-                loss_BT = SoftCrossEntropy.apply(step.logits_BTV, label_BTV[:, rows])
-                loss = (loss_BT * weight_BT).sum() / weight_BT.sum().clamp(min=1)
+            for k, hidden_BTH in enumerate(hidden_passes(draft, tokens_BT, labels.features_MX, config.depth)):
+                x_NX = draft.decoder.norm(hidden_BTH.flatten(0, 1)[labels.place_N])
+                if draft.head_in is not None:
+                    x_NX = torch.cat((x_NX, draft.head_in(x_NX)), dim=1)
+                loss, agrees_N = HeadLoss.apply(
+                    x_NX,
+                    draft.decoder.lm_head.weight,
+                    None if draft.head_out is None else draft.head_out.weight,
+                    labels.logits_NV,
+                    labels.weights(k, len(tokens_BT), config.loss_mean),
+                    config.tv_share,
+                )
                 total = total + config.depth_decay**k * loss
-                agreement.append(share_agreed(self.draft, step, view, rows, counts))
+                agreement.append(labels.agreement(agrees_N, k))
         total.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for optimizer in self.optimizers:
@@ -225,9 +312,38 @@ class _Trainer:
             optimizer.zero_grad(set_to_none=True)
         return total.detach(), torch.stack(agreement)
 
-    def _save(self) -> None:
-        save_training(self.state_path, self.parameters, self.optimizers, self.step, token_ids=self.draft.token_ids)
-        save_draft(self.draft, self.state_path.with_name("draft.safetensors"))
+    def _save(self) -> str:
+        """Writes what a restart goes on from; says how good the draft is, if that is measured."""
+        save_training(
+            self.state_path,
+            self.parameters,
+            self.optimizers,
+            self.step,
+            token_ids=self.draft.token_ids,
+            seconds=torch.tensor(self.seconds),
+        )
+        path = self.state_path.with_name("draft.safetensors")
+        save_draft(self.draft, path, storage=self.config.storage)
+        if self._kept is None:
+            return "saved"
+        found = self._measure(self.draft)
+        if self.best is None or sum(found) >= sum(self.best):
+            self.best = found
+            save_draft(self.draft, self._best_path, torch.float32)
+        return f"saved, tokens per pass {found[0]:.3f} as a chain of 5, {found[1]:.3f} as a tree of 32"
+
+    def _measure(self, draft: Draft) -> tuple[float, float]:
+        assert self._kept is not None
+        torch.compiler.set_stance("force_eager")  # its shapes are used once
+        try:
+            chain, tree = tokens_per_pass(self.target, draft, self._kept, (CHAIN, TREE))
+        finally:
+            torch.compiler.set_stance("default")
+        return chain, tree
+
+
+def _reloaded(path: Path, target: Decoder) -> Draft:
+    return load_draft(path, target, for_training=True).to(target.embed.weight.device)
 
 
 def spec_to_distill(target: DecoderSpec, config: DistillConfig) -> DraftSpec:
@@ -236,7 +352,15 @@ def spec_to_distill(target: DecoderSpec, config: DistillConfig) -> DraftSpec:
     Raises:
         UserError: see `draft_spec`.
     """
-    return draft_spec(target, config.kind, tuple(config.layers), config.head_size, eagle3=config.join == "eagle3")
+    return draft_spec(
+        target,
+        config.kind,
+        tuple(config.layers),
+        config.head_size,
+        eagle3=config.join == "eagle3",
+        num_layers=config.num_layers,
+        head_rank=config.head_rank,
+    )
 
 
 def _spec(target: Decoder, config: DistillConfig) -> DraftSpec:
@@ -247,10 +371,15 @@ def _earlier(target: Decoder, config: DistillConfig) -> Draft | None:
     """The draft to train further, in fp32 on the target's device."""
     if config.start_from is None:
         return None
-    draft, wanted = load_draft(config.start_from, target), _spec(target, config).to_dict()
-    if differ := [name for name, value in draft.spec.to_dict().items() if value != wanted[name]]:
-        raise UserError(f"{config.start_from} has another {' and '.join(differ)} than the recipe asks for")
-    return draft.to(target.embed.weight.device).requires_grad_()
+    draft, wanted = load_draft(config.start_from, target, for_training=True), _spec(target, config)
+    if draft.spec != wanted:
+        try:
+            draft = grow_draft(draft, wanted, target)
+        except UserError as error:
+            raise UserError(f"{config.start_from}: {error.what}", error.cure) from error
+    draft = draft.to(target.embed.weight.device).requires_grad_()
+    draft.share_target(target, draft.token_ids)
+    return draft
 
 
 def _untrained(target: Decoder, config: DistillConfig, windows: Windows) -> Draft:

@@ -9,14 +9,14 @@ Shapes: B rows, T tokens of a training window, M = B * T, H hidden, U vocabulary
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ssv.builder.config import HeadsConfig
-from ssv.builder.training.corpus import ChatPieces, Conversations
+from ssv.builder.training.corpus import ChatPieces, Conversations, Turns
 from ssv.builder.training.distill import SoftCrossEntropy
 from ssv.builder.training.passes import CausalAttend
 from ssv.builder.training.work import (
@@ -27,6 +27,8 @@ from ssv.builder.training.work import (
     require_room,
     restore_training,
     save_training,
+    set_learning_rate,
+    text_source,
     training_source,
     write_corpus,
 )
@@ -56,7 +58,7 @@ class HeadsResult:
 def distill_heads(
     target: Decoder,
     pieces: ChatPieces,
-    openings: list[list[int]],
+    turns: Turns,
     config: HeadsConfig,
     work: Path,
     report: Report,
@@ -68,10 +70,10 @@ def distill_heads(
     Arguments, what is kept in `work`, and errors are those of `distill`.
     """
     work.mkdir(parents=True, exist_ok=True)
-    source = {"heads": True, "target": weights_sha256, "text": [asdict(pieces), openings], **training_source(config)}
+    source = {"heads": True, "target": weights_sha256, "text": text_source(pieces, turns), **training_source(config)}
     claim(work, source)
     require_room(work, config)
-    shards = write_corpus(target, pieces, openings, config, work, report)
+    shards = write_corpus(target, pieces, turns, config, work, report)
     held_out = shards.pop()
     trainer = _Trainer(target, config, shards, work)
     trainer.run(report)
@@ -114,9 +116,7 @@ class _Trainer:
     def _train_step(self) -> Tensor:
         """Losses of the heads."""
         device = self.target.embed.weight.device
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, self.step, self.windows.num_steps)
+        set_learning_rate(self.optimizers, learning_rate(self.config, self.step, self.windows.num_steps))
         tokens_BT, is_assistant_BT = (x.to(device) for x in self.windows.batch(self.step))
         normed_BTH, logits_BTU = _view(self.target, tokens_BT.long())
         label_BTV = logits_BTU[:, :, self.heads.token_ids].softmax(-1)

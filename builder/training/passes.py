@@ -125,23 +125,39 @@ def draft_passes(draft: Draft, tokens_BT: Tensor, view: TargetView, depth: int) 
 
     The head of this module says why.
     """
+    shift = entry_shift(draft)
+    for k, hidden_BTH in enumerate(hidden_passes(draft, tokens_BT, view.features_MX, depth)):
+        logits_BTV = draft.logits(hidden_BTH.flatten(0, 1)).unflatten(0, hidden_BTH.shape[:2])
+        yield DraftPass(hidden_BTH, logits_BTV, shift=shift, first=k)
+
+
+def entry_shift(draft: Draft) -> int:
+    """A row at t of the draft's is about the token after t + this one."""
+    return 0 if draft.tap is None else 1
+
+
+def hidden_passes(draft: Draft, tokens_BT: Tensor, features_MX: Tensor | None, depth: int) -> Iterator[Tensor]:
+    """The hidden states of each of `draft_passes`, [B, T - shift, H].
+
+    Args:
+        features_MX: the tapped hidden states joined, not yet projected; None for a standalone draft.
+    """
     rows, length = tokens_BT.shape
     if draft.tap is None:
         position_M = torch.arange(length, device=tokens_BT.device).repeat(rows)
-        hidden = draft.run_layers(tokens_BT.flatten(), None, position_M, CausalAttend(rows))
-        yield DraftPass(hidden.view(rows, length, -1), draft.logits(hidden).view(rows, length, -1), shift=0, first=0)
+        yield draft.run_layers(tokens_BT.flatten(), None, position_M, CausalAttend(rows)).view(rows, length, -1)
         return
     # Entry i joins token i + 1 with the features of token i, and predicts token i + 2.
-    assert view.features_MX is not None
+    assert features_MX is not None
     entries = length - 1
     input_M = tokens_BT[:, 1:].flatten()
     position_M = torch.arange(entries, device=tokens_BT.device).repeat(rows)
-    features_BTF = draft.tap(view.features_MX).view(rows, length, -1)[:, :entries]
+    features_BTF = draft.tap(features_MX).view(rows, length, -1)[:, :entries]
     attend = PassAttend(rows)
-    for k in range(depth):
+    for _ in range(depth):
         hidden = draft.run_layers(input_M, features_BTF.flatten(0, 1), position_M, attend)
         hidden_BTH = hidden.view(rows, entries, -1)
-        yield DraftPass(hidden_BTH, draft.logits(hidden).view(rows, entries, -1), shift=1, first=k)
+        yield hidden_BTH
         features_BTF = F.pad(draft.carried(hidden_BTH[:, :-1]), (0, 0, 1, 0))
 
 

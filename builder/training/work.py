@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssv.builder.config import TrainingConfig
-from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.training.corpus import ChatPieces, Conversations, Turns, Writer, Writing
 from ssv.bundle.manifest import digest, file_entry
 from ssv.model.decoder import Decoder
 from ssv.support.errors import UserError
 from ssv.support.files import save_whole, write_json
 from ssv.support.progress import Report
 
-_FILES = ("openings_file", "start_from")
-_USUAL = {"join": "input"}
+_FILES = ("openings_file", "prompts_file", "start_from")
+_USUAL = {
+    "join": "input",
+    "prompts_file": None,
+    "num_prompts": 50_000,
+    "prompt_share": 0.5,
+    "greedy_share": 0.0,
+    "tv_share": 0.0,
+    "loss_mean": "token",
+    "num_layers": 1,
+    "head_rank": 0,
+    "storage": "plain",
+    "kept_rows": 0,
+}
 
 
 def training_source(config: TrainingConfig) -> dict[str, Any]:
@@ -35,8 +49,18 @@ def training_source(config: TrainingConfig) -> dict[str, Any]:
     unsaid = {name for name, value in _USUAL.items() if getattr(config, name, value) == value}
     return {
         **config.model_dump(mode="json", exclude={*files, *unsaid, "checkpoint_every"}),
-        **{name: None if path is None else file_entry(path).sha256 for name, path in files.items()},
+        **{
+            name: None if path is None else file_entry(path).sha256
+            for name, path in files.items()
+            if name not in unsaid
+        },
     }
+
+
+def text_source(pieces: ChatPieces, turns: Turns) -> list[Any]:
+    """The tokens that a corpus is begun from."""
+    whole = [turns.first, turns.later] if turns.first or turns.later else []
+    return [asdict(pieces), turns.openings, *whole]
 
 
 def claim(work: Path, source: dict[str, Any]) -> None:
@@ -82,17 +106,24 @@ def num_shards(config: TrainingConfig) -> int:
 
 
 def write_corpus(
-    target: Decoder, pieces: ChatPieces, openings: list[list[int]], config: TrainingConfig, work: Path, report: Report
+    target: Decoder, pieces: ChatPieces, turns: Turns, config: TrainingConfig, work: Path, report: Report
 ) -> list[Path]:
     """Lets the target write the shards that are not there yet; returns all of them."""
     count = num_shards(config)
     paths = [work / f"corpus-{index:04d}.safetensors" for index in range(count)]
+    how = Writing(
+        config.rows, config.window, prompt_share=config.prompt_share, greedy_share=config.greedy_share
+    )  # fmt: skip
+    writer: Writer | None = None
+    per_shard = config.rows * config.window
     for index, path in enumerate(paths):
+        rate = ""
         if not path.exists():
-            write_conversations(
-                target, pieces, openings, rows=config.rows, window=config.window, seed=config.seed * 100_003 + index
-            ).save(path)
-        report("corpus", index + 1, count, f"{(index + 1) * config.rows * config.window / 1e6:.1f} M tokens")
+            writer = writer or Writer(target, pieces, turns, how)
+            begin = time.monotonic()
+            writer.write(config.seed * 100_003 + index).save(path)
+            rate = f", {per_shard / (time.monotonic() - begin) / 1e3:.0f} k tokens/s"
+        report("corpus", index + 1, count, f"{(index + 1) * per_shard / 1e6:.1f} M tokens{rate}")
     return paths
 
 
@@ -105,7 +136,10 @@ class Windows:
 
     def __init__(self, shards: Sequence[Path], config: TrainingConfig) -> None:
         self.data, self._config = [Conversations.load(path) for path in shards], config
-        self._count = sum(len(shard.tokens) for shard in self.data)
+        self._tokens = torch.cat([shard.tokens for shard in self.data])
+        self._is_assistant = torch.cat([shard.is_assistant for shard in self.data])
+        self._count = len(self._tokens)
+        self._order: tuple[int, Tensor] | None = None
         self.num_steps = max(1, self._count * config.epochs // config.batch_rows)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -114,15 +148,13 @@ class Windows:
         The order is a fixed permutation per epoch, so that a restarted run goes on with the windows that it has not
         seen.
         """
-        batch_rows, rows = self._config.batch_rows, self._config.rows
+        batch_rows = self._config.batch_rows
         epoch, index = divmod(step, max(1, self._count // batch_rows))
-        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(self._config.seed + epoch))
-        picked = order[index * batch_rows : (index + 1) * batch_rows]
-        chosen = list(zip((picked // rows).tolist(), (picked % rows).tolist(), strict=True))
-        return (
-            torch.stack([self.data[s].tokens[r] for s, r in chosen]),
-            torch.stack([self.data[s].is_assistant[r] for s, r in chosen]),
-        )
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._config.seed + epoch)
+            self._order = epoch, torch.randperm(self._count, generator=generator)
+        picked = self._order[1][index * batch_rows : (index + 1) * batch_rows]
+        return self._tokens[picked], self._is_assistant[picked]
 
     def spread(self, count: int) -> Tensor:
         """About `count` windows [B, T] spread over every shard, whose rows differ in temperature."""
@@ -137,12 +169,16 @@ class Windows:
         return counts.argsort(descending=True, stable=True)[: head_size or vocab_size]
 
 
-def learning_rate(config: TrainingConfig, step: int, num_steps: int) -> float:
-    """Of a step: a warm-up, then a cosine down to a fiftieth."""
+def learning_rate(config: TrainingConfig, step: int, num_steps: int, spent: float = 0.0) -> float:
+    """Of a step: a warm-up, then a cosine down to a fiftieth.
+
+    Args:
+        spent: share of the time that there is for training, if it has a limit.
+    """
     warm_up = min(100, num_steps // 10 + 1)
     if step < warm_up:
         return config.learning_rate * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, num_steps - warm_up)
+    done = min(1.0, max(spent, (step - warm_up) / max(1, num_steps - warm_up)))
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -153,12 +189,32 @@ def make_optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimize
     draft of SmolLM2-135M reached 51 % agreement on real prompts in 640 steps of AdamW at 1e-3, and 58 % at 2e-3. In 200
     steps AdamW at 8e-3 reached 46.9 %, no more than at 4e-3, and Muon at 1e-2 48.6 %.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim == 2], [p for p in trained if p.ndim < 2]
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    # Rows of rare tokens get hardly any gradient, which orthogonalising would bring to the size of all others.
+    of_head = [p for name, p in trained if name.startswith(("head_in.", "head_out."))]
+    matrices = [p for name, p in trained if p.ndim == 2 and not any(p is other for other in of_head)]
+    vectors = [p for _, p in trained if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": vectors}]
+    if of_head:
+        groups.append({"params": of_head, "relative_rate": HEAD_RATE})
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(vectors, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=_fused(trained)),
     ]
+
+
+HEAD_RATE = 0.1
+"""Learning rate of the correction of an LM head, relative to the others'."""
+
+
+def _fused(trained: list[tuple[str, nn.Parameter]]) -> bool:
+    return bool(trained) and trained[0][1].is_cuda
+
+
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("relative_rate", 1.0)
 
 
 def save_training(
@@ -189,9 +245,15 @@ def restore_training(path: Path, parameters: Mapping[str, Tensor], optimizers: S
             kind, _, rest = full_name.partition(".")
             key, _, of = rest.partition(".")
             if kind == "optimizer" and of == name:
-                # The optimizers keep their step count on the CPU.
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+                # The optimizers keep their step count on the CPU, a fused one with the parameters.
+                on_cpu = key == "step" and not optimizer.defaults.get("fused")
+                optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
     return int(state["step"])
+
+
+def seconds_trained(path: Path) -> float:
+    """How long the training took that such a state is of; 0 where there is none, or it does not say."""
+    return float(load_file(path).get("seconds", 0.0)) if path.exists() else 0.0
 
 
 def _of(optimizers: Sequence[torch.optim.Optimizer], parameter: Tensor) -> torch.optim.Optimizer:

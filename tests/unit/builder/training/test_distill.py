@@ -13,7 +13,7 @@ from tiny import tiny_decoder
 
 from ssv.builder.config import DistillConfig, ScorerConfig
 from ssv.builder.training import distill as distilling
-from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.training.corpus import ChatPieces, Conversations, Turns, write_conversations
 from ssv.builder.training.distill import distill, measure_agreement
 from ssv.builder.training.passes import CausalAttend, draft_passes, view_target
 from ssv.builder.training.scorer_fit import Samples, auc, collect_samples, fit_scorer, reliability
@@ -40,7 +40,7 @@ def settings(**changes: object) -> DistillConfig:
 
 
 def run(work: Path, **changes: object) -> distilling.DistillResult:
-    return distill(tiny_decoder(), PIECES, OPENINGS, settings(**changes), work, silent, weights_sha256="0" * 64)
+    return distill(tiny_decoder(), PIECES, Turns(OPENINGS), settings(**changes), work, silent, weights_sha256="0" * 64)
 
 
 # --- corpus ---------------------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ def test_restart_goes_on_where_it_was(kind: str, tmp_path: Path, monkeypatch: py
     """A run that is killed between checkpoints ends with the very same draft."""
     whole = run(tmp_path / "whole", kind=kind)
     steps = 0
-    train_step = distilling._Trainer._train_step
+    train_step = distilling.Trainer._train_step
 
-    def dies(trainer: distilling._Trainer) -> object:
+    def dies(trainer: distilling.Trainer) -> object:
         nonlocal steps
         steps += 1
         if steps == 6:
@@ -117,7 +117,7 @@ def test_restart_goes_on_where_it_was(kind: str, tmp_path: Path, monkeypatch: py
         return train_step(trainer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(distilling._Trainer, "_train_step", dies)
+        patched.setattr(distilling.Trainer, "_train_step", dies)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", kind=kind)
     state = load_file(tmp_path / "killed" / "train.safetensors")
@@ -138,7 +138,13 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 
     target = tiny_decoder()
     distill(
-        target, PIECES, OPENINGS, settings(epochs=60, learning_rate=4e-3), tmp_path, report, weights_sha256="0" * 64
+        target,
+        PIECES,
+        Turns(OPENINGS),
+        settings(epochs=60, learning_rate=4e-3),
+        tmp_path,
+        report,
+        weights_sha256="0" * 64,
     )
     assert seen[-1] < 0.97 * seen[0]
 
@@ -168,7 +174,7 @@ def test_a_moved_file_and_another_pace_of_saving_are_no_other_distillation(tmp_p
 def test_weights_of_another_target_are_another_distillation(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(UserError, match="another distillation"):
-        distill(tiny_decoder(), PIECES, OPENINGS, settings(), tmp_path, silent, weights_sha256="1" * 64)
+        distill(tiny_decoder(), PIECES, Turns(OPENINGS), settings(), tmp_path, silent, weights_sha256="1" * 64)
 
 
 def test_a_corpus_that_the_disk_has_no_room_for_is_refused_first(tmp_path: Path) -> None:
