@@ -41,8 +41,8 @@ from ssv.support.prompts import read_prompts
 
 if TYPE_CHECKING:
     from ssv.ab.statistics import Interval
-    from ssv.runtime.decode.audit import Audit
     from ssv.runtime.llm import LLM
+    from ssv.runtime.request import Audit
 
 ALL = "all"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
@@ -59,9 +60,9 @@ def watch(
             live.take(record)
         if not live.arms and every is None:
             raise UserError(f"{path} does not begin as a log of ab_router does", "choose the `log` of its file of arms")
-        audits = _audits(metrics_url) if metrics_url is not None else {}
-        if audits:
-            live.audits(audits)
+        audits = _audits(metrics_url) if metrics_url is not None else _Audits({}, ())
+        if audits is not None:
+            live.audits(audits.counts)
         live.out_of_service(fallback.arms())
         broken = {arm: found for arm in live.rivals if (found := live.broken(arm))}
         new = {arm: "; ".join(found) for arm, found in broken.items() if arm not in fallback.arms()}
@@ -72,6 +73,12 @@ def watch(
             if console.is_terminal and every is not None:
                 console.clear()
             _show(console, live, metric, equivalence, broken, fallback.arms(), reader.torn)
+            for tier in audits.withdrawn if audits is not None else ():
+                console.print(
+                    f"[bold red]tier {escape(tier)} is withdrawn[/]: the server's audits found more divergence than it "
+                    "promises, and premium decodes its requests. Calibrate it anew, or reset it",
+                    soft_wrap=True,
+                )
             if audits is None:
                 console.print(
                     f"[bold red]no metrics come from {escape(str(metrics_url))}[/]: audited divergence is not watched",
@@ -82,17 +89,35 @@ def watch(
         time.sleep(every)
 
 
-def _audits(url: str) -> dict[str, tuple[int, int]] | None:
-    """Audited tokens and mismatches by tier; None from a server that does not answer now, or not as one does."""
+@dataclass(frozen=True, slots=True)
+class _Audits:
+    """What a server's audits have found.
+
+    Attributes:
+        counts: audited tokens and mismatches, by tier.
+        withdrawn: tiers that the server does not use any more.
+    """
+
+    counts: dict[str, tuple[int, int]]
+    withdrawn: tuple[str, ...]
+
+
+def _audits(url: str) -> _Audits | None:
+    """Reads a server's metrics; None from one that does not answer now, or not as one does."""
     from prometheus_client.parser import text_string_to_metric_families  # other commands do without
 
     audited: dict[str, int] = {}
     mismatches: dict[str, int] = {}
+    withdrawn: dict[str, int] = {}
+    families = {
+        "ssv_audited_tokens": audited,
+        "ssv_audit_mismatches": mismatches,
+        "ssv_tier_withdrawn": withdrawn,
+    }
     try:
         with urlopen(url, timeout=5.0) as response:  # noqa: S310
             for family in text_string_to_metric_families(response.read().decode()):
-                counts = {"ssv_audited_tokens": audited, "ssv_audit_mismatches": mismatches}.get(family.name)
-                if counts is not None:
+                if (counts := families.get(family.name)) is not None:
                     counts.update((sample.labels["tier"], int(sample.value)) for sample in family.samples)
     except (
         OSError,
@@ -101,7 +126,10 @@ def _audits(url: str) -> dict[str, tuple[int, int]] | None:
         KeyError,
     ):  # the last two: what came are not metrics, or not those of a server
         return None
-    return {tier: (audited.get(tier, 0), mismatches.get(tier, 0)) for tier in audited | mismatches}
+    return _Audits(
+        {tier: (audited.get(tier, 0), mismatches.get(tier, 0)) for tier in audited | mismatches},
+        tuple(tier for tier, is_so in withdrawn.items() if is_so),
+    )
 
 
 def _show(

@@ -145,7 +145,8 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         f"first after {first * 1e3:.0f} ms; {reply.target_passes} target passes, "
         f"{reply.accepted} of {reply.judged} judged accepted ({reply.typical} as typical), "
         f"{reply.unverified} trusted unseen; "
-        f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
+        + (f"{reply.withdrawn_tier} is withdrawn, decoded by {reply.tier}; " if reply.withdrawn_tier else "")
+        + f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
     )
 
 

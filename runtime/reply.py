@@ -32,6 +32,9 @@ class Reply:
     cached_tokens: int = _output("ssv_cached_tokens", "tokens of the prompt that had been computed before")
     tier: str = _output("ssv_tier_used", "how it was decoded")
     lossless: bool = _output("ssv_lossless", "whether the output is what the target alone would have said")
+    withdrawn_tier: str = _output(
+        "ssv_tier_withdrawn", "the tier that was asked for, where it was withdrawn; empty where it was not", default=""
+    )
     logprobs: str = _output("ssv_logprobs", "JSON of log-probabilities that were asked for; empty without", default="")
     acceptance_rate: float = _output("acceptance_rate", "share of the judged tokens that were kept", init=False)
 

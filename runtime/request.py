@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -178,6 +179,26 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """Emitted tokens that the target, given the same prefix and, of sampled output, the same noise, would not have
+    chosen.
+
+    Attributes:
+        strict: any other choice.
+        margin: only where it prefers its own by more than 1 nat, which leaves near-ties out.
+    """
+
+    strict: int
+    margin: int
+
+    @classmethod
+    def of(cls, gaps: Iterable[float]) -> Audit:
+        """Of tokens that the target's choices are ahead of by so much (see `ssv.runtime.decode.sampling.gaps`)."""
+        found = list(gaps)
+        return cls(sum(gap > 0 for gap in found), sum(gap > 1 for gap in found))
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a request's output.
 
@@ -189,6 +210,7 @@ class Chunk:
         finish_reason: set in the last chunk of a request.
         logprobs: of the new tokens, if they were asked for.
         prompt_logprobs: of the prompt's tokens but the first, in the first chunk, if they were asked for.
+        audit: of the whole output, in the last chunk of a request that was to be audited.
     """
 
     index: int
@@ -198,6 +220,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    audit: Audit | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import importlib.metadata
 import importlib.util
+import os
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ import psutil
 
 from ssv.bundle.manifest import Manifest
 from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.live_audit import read_state
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.errors import UserError
 from ssv.support.precisions import TORCH_PRECISIONS
@@ -91,6 +93,15 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
         certificate_name(certificate, key)
     except UserError as error:
         raise ServeError(f"--tls-cert and --tls-key: {error.what}", error.cure) from error
+
+
+def check_audit_state(path: Path | None) -> None:
+    """Raises ServeError, or what `read_state` does: a file that cannot be used, or that could not be written."""
+    if path is None:
+        return
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ServeError(f"--audit-state {path} cannot be written", "give a file in a folder that can be written to")
+    read_state(path)
 
 
 def listen(host: str, local: bool, args: argparse.Namespace) -> dict[str, socket.socket]:

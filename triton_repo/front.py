@@ -9,18 +9,21 @@ an error whoever asks it for a stream, when all has been decoded), and metrics a
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import re
 import socket
 import threading
-from collections.abc import AsyncIterable, AsyncIterator
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Literal
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.log import log_event
 from ssv.runtime.serving.metrics import DRAINING, Metrics, Reader
 
@@ -42,6 +45,10 @@ _UNREADABLE = re.compile(r"[Uu]nable to parse|failed to parse the request JSON")
 _ERROR = b'{"error":'
 """How an answer of Triton's begins that is none; it may have the status 200."""
 
+_RESET = re.compile(r"^/v2/ssv/tiers/([a-z-]+)/reset$")
+_RESET_SECONDS = 5.0
+"""For the engines' process to hear of a reset."""
+
 _PROMPTS = ("text_input", "ssv_messages")
 
 # Of one connection, not of what is said over it (RFC 9110, 7.6.1).
@@ -60,14 +67,25 @@ class Front:
         state: of the server behind; whoever supervises it says so.
     """
 
-    def __init__(self, http: socket.socket, metrics: socket.socket, counted: Metrics, reader: Reader) -> None:
+    def __init__(
+        self,
+        http: socket.socket,
+        metrics: socket.socket,
+        counted: Metrics,
+        reader: Reader,
+        reset_tier: Callable[[str], bool],
+        admin_key: str | None = None,
+    ) -> None:
         """Takes the doors over.
 
         Args:
             http, metrics: that listen already; they are closed in the end.
             counted: for refusals that never get to the models.
             reader: of all that the server counts.
+            reset_tier: puts a withdrawn tier into use again; whether anybody heard.
+            admin_key: NAME=VALUE of a header that administrative requests need; None shuts them to all.
         """
+        self._reset_tier, self._admin_key = reset_tier, admin_key
         self._sockets = {"http": http, "metrics": metrics}
         self._counted, self._reader = counted, reader
         self._http_url = self._metrics_url = ""
@@ -133,6 +151,8 @@ class Front:
 
     async def _http(self, request: web.Request) -> web.StreamResponse:
         path, is_serving = request.path, self.state == "serving"
+        if (match := _RESET.match(path)) is not None:
+            return await self._reset(request, match[1])
         is_readiness = path == "/v2/health/ready" or _MODEL_READY.match(path) is not None
         is_liveness = path == "/v2/health/live"
         if is_liveness and not is_serving:
@@ -195,6 +215,24 @@ class Front:
                 if request.transport is not None:
                     request.transport.abort()
             return stream
+
+    async def _reset(self, request: web.Request, tier: str) -> web.Response:
+        """Puts a tier that was withdrawn into use again, for whoever has the key."""
+        name, _, value = (self._admin_key or "").partition("=")
+        if not value or not hmac.compare_digest(request.headers.get(name, "").encode(), value.encode()):
+            return _error(403, "to reset a tier takes the header of ssv-serve's --admin-key")
+        if request.method != "POST":
+            return _error(405, "reset a tier with POST")
+        if not self._reader.get("ssv_audit_evidence", tier=tier) if tier in METHODS else True:
+            return _error(404, f"there is no tier {tier!r} that promises a bound on divergence")
+        if self.state != "serving" or not self._reset_tier(tier):
+            return self._unavailable()
+        deadline = time.monotonic() + _RESET_SECONDS
+        while self._reader.get("ssv_tier_withdrawn", tier=tier):
+            if time.monotonic() > deadline:
+                return _error(500, f"the engines' process has not reset {tier} within {_RESET_SECONDS:g} s")
+            await asyncio.sleep(0.01)
+        return web.json_response({"tier": tier, "withdrawn": False})
 
     def _refuse(self) -> web.Response:
         self._counted.refused("draining" if self.state == "draining" else "starting")

@@ -29,7 +29,7 @@ from ssv.support.background import begun
 from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.support.waiting import waiting
 from ssv.triton_repo.admin_key import admin_key, hide_or_say
-from ssv.triton_repo.checks import ServeError, check_machine, check_options, check_tls, listen
+from ssv.triton_repo.checks import ServeError, check_audit_state, check_machine, check_options, check_tls, listen
 from ssv.triton_repo.installation import bundled, given
 from ssv.triton_repo.repository import disclosure, write_repository
 
@@ -70,7 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of all streams together, at most; 0 for no bound "
         "(default: 40 on a CPU, which the engines need, and 0 on a GPU)",
     )
-    setting("audit_share", float, "share of lossy requests that the target judges afterwards")
+    setting("audit_share", float, "share of lossy requests that the target judges in full, to watch what was promised")
+    parser.add_argument(
+        "--audit-state",
+        type=Path,
+        metavar="FILE",
+        help="keeps what that has found, and which tiers were withdrawn, for the next start (default: it ends with "
+        "ssv-serve)",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address of all ports (default: 127.0.0.1, this machine only)"
     )
@@ -147,12 +154,13 @@ def _run(args: argparse.Namespace) -> int:
 
     check_tls(args.tls_cert, args.tls_key)
     access_keys(args.api_key_file)
+    check_audit_state(args.audit_state)
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
         place = Place(work)
         place.boards.mkdir()
-        config = _config(args)
+        config = _config(args, work)
         check_machine(config, manifest)
         args.max_model_len = config.limits(manifest).max_length
         installation = given(args.tritonserver) if args.tritonserver else bundled(work)
@@ -166,13 +174,20 @@ def _run(args: argparse.Namespace) -> int:
         return Supervisor(args, installation, place, sockets, stopping).run()
 
 
-def _config(args: argparse.Namespace) -> ServerConfig:
+def _config(args: argparse.Namespace, work: Path) -> ServerConfig:
     """The models' settings.
+
+    Args:
+        work: the server's own folder.
 
     Raises:
         ServeError: one that cannot be.
     """
-    own = {"bundle": args.bundle.resolve(), "precision": args.precision or ""}
+    own = {
+        "bundle": args.bundle.resolve(),
+        "precision": args.precision or "",
+        "audit_state": str((args.audit_state or work / "audits.json").absolute()),
+    }
     try:
         return ServerConfig(
             **own,

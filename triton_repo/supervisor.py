@@ -113,7 +113,9 @@ class Supervisor:
         """
         self._args, self._place, self._stopping = args, place, stopping
         self._counted, self._reader = Metrics(place.boards, "serve"), Reader(place.boards)
-        self._front = Front(sockets["http"], sockets["metrics"], self._counted, self._reader)
+        self._front = Front(
+            sockets["http"], sockets["metrics"], self._counted, self._reader, self._reset_tier, args.admin_key
+        )
         self._triton = Tritonserver(args, installation, place.models, place.mark("tritonserver"))
         self._guardian = Guardian(place.folder, self._triton.shared_memory)
         self._children: list[psutil.Process] = []
@@ -280,6 +282,9 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
         self._triton.end(END_SECONDS)
         log_event(log, "stopped")
+
+    def _reset_tier(self, tier: str) -> bool:
+        return ControlSender(self._triton.pid).reset(tier)
 
     def _num_running(self) -> float:
         return sum(self._reader.get("ssv_requests_running", tier=tier) for tier in METHODS)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ssv.plugins.reference import most_likely
+from ssv.runtime.decode import sampling
 from ssv.runtime.decode.logits_processor import Columns, processed
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import Sampling, choose, filtered, ranked
@@ -68,6 +70,15 @@ def scaled(rows: Sequence[Row], logits_RV: Tensor, at: At, columns: Columns, bef
     """Logits over the temperature of what each row may choose (see `filtered`); arguments as for `choices`."""
     own_RV = _own_logits(rows, logits_RV, at, columns, before)
     return filtered(own_RV, _sampling(rows, at).to(logits_RV.device))
+
+
+def gaps(
+    rows: Sequence[Row], logits_RV: Tensor, at: At, columns: Columns, before: Before, tokens: Sequence[int]
+) -> list[float]:
+    """By how much what each row of logits chooses is ahead of another token (see `ssv.runtime.decode.sampling.gaps`);
+    arguments as for `choices`."""
+    own_RV = _own_logits(rows, logits_RV, at, columns, before)
+    return sampling.gaps(own_RV, _sampling(rows, at), torch.tensor(tokens))
 
 
 def check_ranked(rows: Sequence[Row], at: At, ranked: Sequence[tuple[list[int], list[float]]]) -> None:

@@ -14,7 +14,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.scheduler import Scheduler
-from ssv.runtime.request import Chunk, FinishReason, Request
+from ssv.runtime.request import Audit, Chunk, FinishReason, Request
 from ssv.runtime.text import TextStream
 
 
@@ -26,13 +26,19 @@ class Running:
     """A request that waits or runs."""
 
     def __init__(
-        self, index: int, request: Request, policy: Policy, text: TextStream | None, is_cancelled: Callable[[], bool]
+        self,
+        index: int,
+        request: Request,
+        policy: Policy,
+        text: TextStream | None,
+        is_cancelled: Callable[[], bool],
+        is_audited: bool = False,
     ) -> None:
         self.index, self.request, self.text, self.is_cancelled = index, request, text, is_cancelled
         if text is not None:
             text.min_tokens = request.params.min_tokens
         would_stop = text.would_stop if text is not None else lambda _: False
-        self.row = Row(request.params, policy, would_stop, Counters())
+        self.row = Row(request.params, policy, would_stop, Counters(), audited=[] if is_audited else None)
         self.finish_reason: FinishReason | None = None
         self.arrived = time.monotonic() if request.arrived is None else request.arrived
 
@@ -83,11 +89,14 @@ class Running:
         return self._chunk(texts, taken)
 
     def _chunk(self, texts: Sequence[str], taken: Sequence[int]) -> Chunk:
-        row = self.row
+        row, audit = self.row, None
+        if row.audited is not None and self.finish_reason is not None:
+            end = row.counters.prompt_tokens + row.counters.emitted  # what was verified beyond it is none of the output
+            audit = Audit.of(gap for place, gap in row.audited if place < end)
         logprobs, prompt_logprobs = tuple(row.logprobs[: len(taken)]), tuple(row.prompt_logprobs)
         del row.logprobs[: len(taken)], row.prompt_logprobs[:]
         return Chunk(
-            self.index, "".join(texts), tuple(taken), row.counters, self.finish_reason, logprobs, prompt_logprobs
+            self.index, "".join(texts), tuple(taken), row.counters, self.finish_reason, logprobs, prompt_logprobs, audit
         )
 
 
@@ -115,19 +124,22 @@ class DecodeLoop:
         policy: Policy,
         text: TextStream | None,
         is_cancelled: Callable[[], bool] = _never,
+        *,
+        is_audited: bool = False,
     ) -> None:
         """Queues a request; its chunks bear `index`.
 
         Args:
             text: of a request whose chunks shall have text, or that has stop strings.
             is_cancelled: asked in every round.
+            is_audited: whether its last chunk shall say what the target would not have chosen; its output is the same.
 
         Raises:
             RequestError: it cannot be served.
             QueueFull: too many wait.
         """
         self.batch.check(request.prompt_ids, request.params, policy)
-        self.scheduler.submit(Running(index, request, policy, text, is_cancelled))
+        self.scheduler.submit(Running(index, request, policy, text, is_cancelled, is_audited))
 
     def step(self) -> Iterator[Chunk]:
         """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""

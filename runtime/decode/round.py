@@ -27,7 +27,7 @@ from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.ahead import Ahead
-from ssv.runtime.decode.choice import check_chosen, choices, scaled
+from ssv.runtime.decode.choice import check_chosen, choices, gaps, scaled
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
@@ -182,8 +182,8 @@ class DecodeBatch:
         for row in self.rows:
             # The last token of the first path may have ended the output: the pass settles that.
             path, accept_below = row.tree.first_path[:-1], row.policy.accept_below
-            if row.params.logprobs is not None:
-                path = []  # the pass says how probable they are
+            if row.params.logprobs is not None or row.audited is not None:
+                path = []  # the pass says how probable they are, or what the target would have chosen
             row.released = next((i for i, n in enumerate(path) if not row.tree.risks[n] < accept_below), len(path))
             released.append(row.first_path[: row.released])
         return released
@@ -194,15 +194,15 @@ class DecodeBatch:
         width = 1 + max(len(row.tree) for row in rows)
         judged = [judged_rows(row.tree, row.policy.accept_below) for row in rows]
         judged_at = [(b, j) for b, flags in enumerate(judged) for j, is_judged in enumerate(flags) if is_judged]
-        # Trusted tokens are not judged; their probabilities may be asked for all the same.
-        logged_at = [
+        # Trusted tokens are not judged; what the target says of them may be asked for all the same.
+        shown_at = [
             (b, j)
             for b, flags in enumerate(judged)
-            if rows[b].params.logprobs is not None
+            if rows[b].params.logprobs is not None or rows[b].audited is not None
             for j, is_judged in enumerate(flags)
             if not is_judged
         ]
-        gathered = judged_at + logged_at
+        gathered = judged_at + shown_at
         wanting = {drafter for row in rows if (drafter := self.drafter_of(row)) is not None}
         out = self.target.step(
             torch.tensor([row.unseen(width) for row in rows]),
@@ -219,7 +219,7 @@ class DecodeBatch:
             return rows[b].tree.text(j - 1)
 
         logits_RV, token_R = out.logits_RV, out.token_R
-        if logged_at:
+        if shown_at:
             logits_RV, token_R = logits_RV[: len(judged_at)], token_R[: len(judged_at)] if token_R is not None else None
         all_chosen = iter(choices(rows, logits_RV, ahead, self._columns, token_R, before))
         chosen = [list(islice(all_chosen, sum(flags))) for flags in judged]
@@ -229,6 +229,8 @@ class DecodeBatch:
             self._show_hidden(verdicts, dict(zip(gathered, out.hidden_RH, strict=True)))
         if any(row.params.logprobs is not None for row in rows):
             self._log(verdicts, dict(zip(gathered, out.logits_RV, strict=True)))
+        if any(row.audited is not None for row in rows):
+            self._audit(verdicts, dict(zip(gathered, out.logits_RV, strict=True)))
         return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
 
     def _verdicts(
@@ -271,6 +273,19 @@ class DecodeBatch:
                 row.logprobs += [
                     logprobs_of(logits_at[b, j], token, num_top) for j, token in zip(places, tokens, strict=True)
                 ]
+
+    def _audit(self, verdicts: Sequence[Verdict], logits_at: Mapping[tuple[int, int], Tensor]) -> None:
+        """Notes which drafted tokens the verdicts keep although the target would have chosen others, of rows that are
+        audited; arguments as for `_log`."""
+        for b, (row, verdict) in enumerate(zip(self.rows, verdicts, strict=True)):
+            if row.audited is None or not verdict.path:
+                continue
+            before = [row.tree.text(node) for node in (ROOT, *verdict.path[:-1])]
+            logits_RV = torch.stack([logits_at[b, node + 1] for node in (ROOT, *verdict.path[:-1])])
+            at = [(b, len(text)) for text in before]
+            tokens = [row.tree.tokens[node] for node in verdict.path]
+            found = gaps(self.rows, logits_RV, at, self._columns, before.__getitem__, tokens)
+            row.audited += [(len(row.tokens) + i, gap) for i, gap in enumerate(found) if gap > 0]
 
     def _branches(self) -> Branches:
         """What roots and nodes see: a root stands in the slot behind its text, node n in the n-th behind it."""

@@ -32,6 +32,8 @@ class Row:
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
         ended: its output has come to its end, though it is still in use.
+        audited: of a row that is audited, the drafted tokens of the text, by place, that the target's choices are ahead
+            of, and by how much (see `ssv.runtime.decode.choice.gaps`).
     """
 
     params: SamplingParams
@@ -47,6 +49,7 @@ class Row:
     released: int = 0
     ended: bool = False
     last_commit: float = 0.0
+    audited: list[tuple[int, float]] | None = None
 
     def __post_init__(self) -> None:
         # Probabilities are fp32: a threshold must be the same number beside a tensor and beside a float.

@@ -62,6 +62,10 @@ class Sampling:
             torch.tensor(positions),
         )
 
+    def of_rows(self, row_S: Tensor) -> Sampling:
+        """Those of some rows."""
+        return Sampling(*(getattr(self, name)[row_S] for name in self.__slots__))
+
     def to(self, device: torch.device) -> Sampling:
         return Sampling(*(getattr(self, name).to(device) for name in self.__slots__))
 
@@ -139,6 +143,22 @@ def scores(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None)
     below_RV = logits_RV.float() - logits_RV.float().amax(dim=1, keepdim=True)
     noisy_RV = (filtered(logits_RV, sampling).double() + noise_RV) * scale_R1
     return torch.where(greedy_R1, below_RV.double(), noisy_RV)
+
+
+def gaps(logits_RV: Tensor, sampling: Sampling, token_R: Tensor) -> list[float]:
+    """By how much what each row chooses is ahead of another token, in the scores of `scores` (nats): 0 where it is that
+    token, or a tie.
+
+    Args:
+        sampling: on the CPU.
+        token_R: int64, on the CPU.
+    """
+    gap_R = torch.zeros(len(token_R), dtype=torch.float64)
+    if len(other_R := (choose(logits_RV, sampling).cpu() != token_R).nonzero()[:, 0]):
+        score_RV = scores(logits_RV[other_R.to(logits_RV.device)], sampling.of_rows(other_R))
+        own_R = score_RV.gather(1, token_R[other_R, None].to(score_RV.device))[:, 0]
+        gap_R[other_R] = (score_RV.amax(dim=1) - own_R).cpu()
+    return gap_R.tolist()
 
 
 def _addresses(

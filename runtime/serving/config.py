@@ -40,7 +40,9 @@ class ServerConfig(Strict):
         responses_per_s: of all streams together, at most; 0 for no bound. Where engines and server share a few cores,
             each response takes time from the engines.
         verified: files of the bundle that ssv-serve has checked, as JSON (see `verify_files`); "" for none.
-        audit_share: share of the greedy requests of lossy tiers whose output the target judges afterwards.
+        audit_share: share of the requests of lossy tiers that the target judges in full, which changes nothing of
+            their output.
+        audit_state: file of what that has found; "" keeps it in the process.
     """
 
     bundle: Path
@@ -58,7 +60,8 @@ class ServerConfig(Strict):
     stream_interval_ms: Annotated[int, Field(ge=0)] = 40
     responses_per_s: Annotated[int, Field(ge=0)] = 40
     verified: str = ""
-    audit_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    audit_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    audit_state: str = ""
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any]) -> ServerConfig:

@@ -1,5 +1,5 @@
-"""Word from the other processes of a server to the one that decodes: that a client is gone, and that no more requests
-are wanted.
+"""Word from the other processes of a server to the one that decodes: that a client is gone, that no more requests are
+wanted, and that an operator wants a tier in use again that was withdrawn.
 
 Triton does not pass a client's cancellation on to the models inside an ensemble that run already, only to those that
 come after: it is `postprocessing` that learns of it. Messages are datagrams on a Unix socket named after the server's
@@ -26,8 +26,14 @@ def _address(server_pid: int) -> str:
 class ControlReceiver:
     """Calls back for each message, from a thread of its own."""
 
-    def __init__(self, server_pid: int, on_cancel: Callable[[str], None], on_drain: Callable[[], None]) -> None:
-        self._on_cancel, self._on_drain = on_cancel, on_drain
+    def __init__(
+        self,
+        server_pid: int,
+        on_cancel: Callable[[str], None],
+        on_drain: Callable[[], None],
+        on_reset: Callable[[str], None],
+    ) -> None:
+        self._on_cancel, self._on_drain, self._on_reset = on_cancel, on_drain, on_reset
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(_address(server_pid))
         threading.Thread(target=self._receive, name="ssv control", daemon=True).start()
@@ -45,6 +51,8 @@ class ControlReceiver:
             raise ValueError(f"{message!r} is no message")
         if isinstance(key := message.get("cancel"), str):
             self._on_cancel(key)
+        elif isinstance(tier := message.get("reset"), str):
+            self._on_reset(tier)
         elif "drain" in message:
             self._on_drain()
 
@@ -64,6 +72,10 @@ class ControlSender:
     def drain(self) -> bool:
         """No more requests are to be taken; returns whether somebody heard."""
         return self._send({"drain": True})
+
+    def reset(self, tier: str) -> bool:
+        """A tier is to be used again, and what was found of it forgotten; returns whether somebody heard."""
+        return self._send({"reset": tier})
 
     def _send(self, message: dict[str, object]) -> bool:
         try:

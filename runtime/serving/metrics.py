@@ -24,7 +24,8 @@ from ssv.runtime.serving.board import Board
 from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
-    from ssv.runtime.decode.audit import Audit
+    from ssv.runtime.request import Audit
+    from ssv.runtime.serving.live_audit import Standing
     from ssv.runtime.serving.service import Load
 
 COUNTERS = {
@@ -42,7 +43,8 @@ COUNTERS = {
     "ssv_prompt_tokens_cached": "Prompt tokens whose keys and values were there from a request before",
     "ssv_first_token_seconds": "Seconds from arrival to the first token, summed over answered requests",
     "ssv_request_seconds": "Seconds from arrival to the last token, summed over answered requests",
-    "ssv_audited_tokens": "Emitted tokens of lossy tiers that the target judged afterwards",
+    "ssv_audited_requests": "Requests of lossy tiers that the target judged in full",
+    "ssv_audited_tokens": "Emitted tokens of lossy tiers that the target judged in full",
     "ssv_audit_mismatches": "Audited tokens that the target would not have chosen",
 }
 """Counters, one for each tier (label `tier`)."""
@@ -60,6 +62,12 @@ REFUSED = ("ssv_requests_refused", "Requests that were not taken, with 503 (labe
 INVALID = ("ssv_requests_invalid", "Requests that could not be served as they were, with 400")
 
 RUNNING = ("ssv_requests_running", "Requests that were taken and have not ended (label tier)")
+
+STANDINGS = {
+    "ssv_audit_evidence": "Evidence that a tier breaks its promise: 1 where nothing is known, 100 withdraws it",
+    "ssv_tier_withdrawn": "1 of a tier that was withdrawn, so that premium decodes its requests, else 0",
+}
+"""Gauges, one for each tier; 0 of tiers that promise nothing."""
 
 RESTARTS = ("ssv_restarts", "Processes that died and were started again (label process: tritonserver or openai)")
 RESTARTED = ("tritonserver", "openai")
@@ -107,7 +115,8 @@ def _series() -> Iterator[Key]:
     yield from (_key(REFUSED[0], reason=reason) for reason in REFUSALS)
     yield _key(INVALID[0])
     yield from (_key(RESTARTS[0], process=process) for process in RESTARTED)
-    yield from (_key(RUNNING[0], tier=tier) for tier in METHODS)
+    for name in (RUNNING[0], *STANDINGS):
+        yield from (_key(name, tier=tier) for tier in METHODS)
     yield from (_key(name) for name in GAUGES)
     for name in HISTOGRAMS:
         for tier in METHODS:
@@ -119,7 +128,7 @@ SERIES = tuple(_series())
 
 HELP: dict[str, tuple[str, str]] = {
     **{name: (text, "counter") for name, text in (*COUNTERS.items(), REQUESTS, REFUSED, INVALID, RESTARTS)},
-    **{name: (text, "gauge") for name, text in (RUNNING, *GAUGES.items())},
+    **{name: (text, "gauge") for name, text in (RUNNING, *STANDINGS.items(), *GAUGES.items())},
     **{name: (text, "histogram") for name, (text, _) in HISTOGRAMS.items()},
 }
 """Meaning and type of each family."""
@@ -177,8 +186,13 @@ class Metrics:
         self._board.add(_key(RESTARTS[0], process=process))
 
     def audited(self, audit: Audit, tier: str, tokens: int) -> None:
+        self._board.add(_key("ssv_audited_requests", tier=tier))
         self._board.add(_key("ssv_audited_tokens", tier=tier), tokens)
         self._board.add(_key("ssv_audit_mismatches", tier=tier), audit.strict)
+
+    def stands(self, tier: str, standing: Standing) -> None:
+        self._board.set(_key("ssv_audit_evidence", tier=tier), standing.evidence)
+        self._board.set(_key("ssv_tier_withdrawn", tier=tier), float(standing.is_withdrawn))
 
     def load(self, load: Load, alive: bool = True) -> None:
         for name, value in gauges_of(load, alive).items():

@@ -91,18 +91,26 @@ class Answer:
     """The pieces of one request: what has come since the piece before, or a single one at the end."""
 
     def __init__(
-        self, key: str, settings: Settings, lossless: bool, context: Sequence[int] = (), first_token: int = -1
+        self,
+        key: str,
+        settings: Settings,
+        lossless: bool,
+        context: Sequence[int] = (),
+        first_token: int = -1,
+        withdrawn_tier: str = "",
     ) -> None:
         """Begins an answer of which nothing has come.
 
         Args:
+            settings: as it is decoded.
             context: the end of the prompt, if the output's text goes on with its text.
             first_token: of the prompt.
+            withdrawn_tier: that was asked for; "" where it is the one of the settings.
         """
         self._first_token = first_token
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        self._key, self._settings, self._lossless = key, settings, lossless
+        self._key, self._settings, self._lossless, self._withdrawn_tier = key, settings, lossless, withdrawn_tier
         self._context = tuple(context)
         self._number = 0
         self._sent_at = -math.inf
@@ -142,6 +150,7 @@ class Answer:
             cached_tokens=counters.cached_tokens,
             tier=self._settings.method,
             lossless=self._lossless,
+            withdrawn_tier=self._withdrawn_tier,
         )
         fields = reply.outputs()
         del fields[_TEXT], fields[_LOGPROBS]

@@ -7,23 +7,19 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ssv.runtime.decode.audit import Audit, RunningAudit
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_of
-from ssv.runtime.request import Chunk, Request, RequestError
+from ssv.runtime.request import Audit, Chunk, Request, RequestError
 from ssv.support.errors import UserError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MAX_AUDITS_WAITING = 16
 
 
 class ServiceError(UserError):
@@ -65,8 +61,6 @@ class Load:
 class _Client:
     sink: Sink
     request: Request
-    is_audited: bool
-    output_ids: list[int] = field(default_factory=list)
     is_lost: bool = False
 
     def is_cancelled(self) -> bool:
@@ -105,11 +99,12 @@ class Service:
 
         Args:
             max_waiting: requests that wait for a row, at most.
-            audit_share: share of the greedy requests of lossy tiers whose output is judged afterwards by the target,
-                when a row is free.
+            audit_share: share of the requests whose output may differ from the target's that the target judges in
+                full, which changes nothing of the output. Chance says which, before they are decoded.
             on_finish: called with the last chunk and the method of each request, by the service's thread; so are the
                 others.
-            on_audit: called with each audit, the method of its request, and the number of tokens it is of.
+            on_audit: called with each audit, the method of its request, and the number of tokens it is of, in the
+                order in which the requests were taken.
             on_round: called after every round, and once more when there is nothing left to do.
         """
         self._llm, self._audit_share = llm, audit_share
@@ -122,8 +117,7 @@ class Service:
         self._max_inbox = max_waiting + llm.target.max_batch
         self._refuses: str | None = None
         self._stops = self._aborts = self._has_failed = False
-        self._audits: deque[tuple[RunningAudit, str]] = deque()
-        self._audit_place: tuple[int, int] | None = None
+        self._audited: dict[int, tuple[Audit, str, int] | None] = {}
         self._random = random.Random(0)
         self._thread = threading.Thread(target=self._run, name="ssv decoding", daemon=True)
         self._thread.start()
@@ -190,7 +184,6 @@ class Service:
                 self._take()
                 for chunk in self._loop.step():
                     self._deliver(chunk)
-                self._audit()
                 self._on_round(self.load)
             if self._aborts:
                 self._fail_all(ServiceError(str(self._refuses)))
@@ -205,7 +198,7 @@ class Service:
     def _wait(self) -> bool:
         """Until there is something to do; whether to go on."""
         with self._changed:
-            while not (self._inbox or self._loop.has_work or self._audits or self._stops):
+            while not (self._inbox or self._loop.has_work or self._stops):
                 self._changed.wait()
             return not self._aborts and bool(self._inbox or self._loop.has_work or not self._stops)
 
@@ -218,51 +211,39 @@ class Service:
                 self._loop.batch.check(request.prompt_ids, params, policy)  # what is no token has no text either
                 text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
                 is_lossy = not policy.lossless_for(greedy=params.greedy)
-                audited = params.greedy and is_lossy and self._random.random() < self._audit_share
-                client = _Client(sink, request, audited)
-                self._loop.submit(self._next, request, policy, text, client.is_cancelled)
+                is_audited = is_lossy and self._random.random() < self._audit_share
+                client = _Client(sink, request)
+                self._loop.submit(self._next, request, policy, text, client.is_cancelled, is_audited=is_audited)
             except (RequestError, QueueFull) as error:
-                _Client(sink, request, False).call(sink.fail, error)
+                _Client(sink, request).call(sink.fail, error)
                 continue
+            if is_audited:
+                self._audited[self._next] = None
             self._clients[self._next] = client
             self._next += 1
 
     def _deliver(self, chunk: Chunk) -> None:
         client = self._clients[chunk.index]
-        client.output_ids.extend(chunk.token_ids)
         if chunk.finish_reason is not None:
             del self._clients[chunk.index]
             self._on_finish(chunk, client.request.method)
-            if client.is_audited and client.output_ids and len(self._audits) < MAX_AUDITS_WAITING:
-                audit = RunningAudit(
-                    client.request.prompt_ids,
-                    client.output_ids,
-                    self._llm.prefill_chunk,
-                    params=client.request.params,
-                    processor=partial(self._loop.batch.processor, client.request.params, client.request.prompt_ids),
-                )
-                self._audits.append((audit, client.request.method))
+            if chunk.audit is not None:
+                self._audited[chunk.index] = chunk.audit, client.request.method, chunk.counters.emitted
+                self._report_audits()
         client.call(client.sink.send, chunk)
 
-    def _audit(self) -> None:
-        """One chunk of an audit, in the row behind those in use, if that is free."""
-        scheduler = self._loop.scheduler
-        row = len(scheduler.rows)
-        if not self._audits or scheduler.joining is not None or row == scheduler.max_rows:
-            return
-        place = (row, scheduler.num_admitted)
-        audit, method = self._audits[0]
-        if place != self._audit_place:  # another row, or another request has written into it
-            audit.restart()
-            self._audit_place = place
-        if (found := audit.step(self._llm.target, row)) is not None:
-            self._audits.popleft()
-            self._audit_place = None
-            self._on_audit(found, method, audit.num_tokens)
+    def _report_audits(self) -> None:
+        """Tells what was found of the first ones to be audited, as far as they have ended."""
+        for index, found in list(self._audited.items()):
+            if found is None:
+                return
+            del self._audited[index]
+            if found[-1]:
+                self._on_audit(*found)
 
     def _fail_all(self, error: ServiceError) -> None:
         with self._changed:
-            waiting = [_Client(sink, request, False) for request, sink in self._inbox]
+            waiting = [_Client(sink, request) for request, sink in self._inbox]
             self._inbox.clear()
         for client in (*self._clients.values(), *waiting):
             client.call(client.sink.fail, error)

@@ -227,12 +227,14 @@ class Answer:
         return [{**self._chunk_head(), "choices": [], "usage": self._counted()}]
 
     def _disclosure(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """What was done for choices: they have one tier."""
+        """What was done for choices: they have one tier, unless it was withdrawn between them."""
         judged = sum(reply.judged for reply in replies)
+        worst = next((reply for reply in replies if not reply.lossless), replies[0])
         return {
-            "tier": replies[0].tier,
-            "lossless": all(reply.lossless for reply in replies),
-            "divergence_bound": 0.0 if replies[0].lossless else self._bounds.get(replies[0].tier),
+            "tier": worst.tier,
+            "lossless": worst.lossless,
+            "divergence_bound": 0.0 if worst.lossless else self._bounds.get(worst.tier),
+            "withdrawn_tier": next((reply.withdrawn_tier for reply in replies if reply.withdrawn_tier), None),
             "unverified_tokens": sum(reply.unverified for reply in replies),
             "typical_tokens": sum(reply.typical for reply in replies),
             "target_passes": sum(reply.target_passes for reply in replies),

@@ -21,9 +21,8 @@ from ssv.ab.bench_ways import ways
 from ssv.ab.statistics import mean_ratio_interval
 from ssv.client import cli
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode.audit import Audit
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Chunk, Output, Request, SamplingParams
+from ssv.runtime.request import Audit, Chunk, Output, Request, SamplingParams
 from ssv.support.progress import silent
 
 LOSSLESS = ["autoregressive", "lookahead", "prompt-lookup", "suffix", "specinfer", "eagle", "speculative", "premium"]

@@ -637,7 +637,7 @@ def test_watch_says_which_option_cannot_be(
     assert not captured.out
 
 
-AUDITS = """# HELP ssv_audited_tokens Emitted tokens of lossy tiers that the target judged afterwards
+AUDITS = """# HELP ssv_audited_tokens Emitted tokens of lossy tiers that the target judged in full
 # TYPE ssv_audited_tokens counter
 ssv_audited_tokens{tier="balanced"} 4000
 ssv_audited_tokens{tier="turbo"} 1e+04
@@ -657,6 +657,21 @@ def test_watch_reads_the_servers_audits(log: Path, tmp_path: Path, capsys: pytes
     assert json.loads(fallback_path(log).read_text()) == {
         "b": "divergence < 5 %: 1200 of 10000 audited tokens differ",
     }
+
+
+def test_watch_says_which_tiers_the_server_has_withdrawn(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(log, start(), outcome("a", 1, tier="balanced"), outcome("b", 2))
+    standing = (
+        '# TYPE ssv_tier_withdrawn gauge\nssv_tier_withdrawn{tier="balanced"} %d\nssv_tier_withdrawn{tier="turbo"} 0\n'
+    )
+    for is_withdrawn in (0, 1):
+        (tmp_path / "metrics").write_text(AUDITS + standing % is_withdrawn)
+        assert look(log, "--metrics-url", (tmp_path / "metrics").as_uri()) == 0
+        out = capsys.readouterr().out
+        assert ("tier balanced is withdrawn: the server's audits found more divergence" in out) == is_withdrawn
+        assert "tier turbo" not in out
 
 
 @pytest.mark.parametrize("how", ["nobody", "garbage", "bytes", "a page", "another server's"])

@@ -21,6 +21,7 @@ REPLY = Reply(
     cached_tokens=5,
     tier="turbo",
     lossless=False,
+    withdrawn_tier="balanced",
 )
 
 

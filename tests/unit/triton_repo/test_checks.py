@@ -13,9 +13,9 @@ from certificates import lock, self_signed
 from cryptography.x509 import DNSName
 
 from ssv.bundle.manifest import EngineEntry, Manifest
-from ssv.runtime.serving.config import ServerConfig
+from ssv.runtime.serving.config import ConfigError, ServerConfig
 from ssv.triton_repo import checks, serve, supervisor
-from ssv.triton_repo.checks import Gpu, ServeError, check_machine, check_tls, listen
+from ssv.triton_repo.checks import Gpu, ServeError, check_audit_state, check_machine, check_tls, listen
 
 SPEC = {
     "num_layers": 2,
@@ -323,7 +323,28 @@ def test_settings_are_named_as_they_were_given(options: list[str], message: str)
     args = parsed(*options)
     args.responses_per_s = 0
     with pytest.raises(ServeError, match=message):
-        serve._config(args)
+        serve._config(args, Path("/work"))
+
+
+def test_what_audits_find_is_kept_where_it_is_told_or_with_the_server(tmp_path: Path) -> None:
+    for options, expected in (
+        ((), "/work/audits.json"),
+        (("--audit-state", str(tmp_path / "state")), str(tmp_path / "state")),
+    ):
+        args = parsed(*options)
+        args.responses_per_s = 0
+        assert serve._config(args, Path("/work")).audit_state == expected
+
+
+def test_files_of_audits_that_cannot_be(tmp_path: Path) -> None:
+    check_audit_state(None)
+    check_audit_state(tmp_path / "state")
+    for path in (tmp_path, tmp_path / "missing" / "state"):
+        with pytest.raises(ServeError, match=f"--audit-state {path} cannot be written"):
+            check_audit_state(path)
+    (tmp_path / "other").write_text("{}")
+    with pytest.raises(ConfigError, match="is no state of audits"):
+        check_audit_state(tmp_path / "other")
 
 
 def test_a_second_server_says_so_and_nothing_else(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ssv.runtime.serving.live_audit import Standing
 from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.triton_repo.front import Front, State
 
@@ -72,8 +73,19 @@ class Doors:
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
         self.http, self.metrics = (each.getsockname()[1] for each in sockets)
         self.reader = Reader(folder)
-        self.front = Front(*sockets, Metrics(folder, "serve"), self.reader)
+        self.engines = Metrics(folder, "ssv")
+        self.resets: list[str] = []
+        self.is_heard = True
+        self.front = Front(*sockets, Metrics(folder, "serve"), self.reader, self.reset, "x-admin=secret")
         self.front.lead_to(self.server.server_port, self.server.server_port)
+
+    def reset(self, tier: str) -> bool:
+        """Plays the engines' process, which hears of it a moment later."""
+        self.resets.append(tier)
+        if self.is_heard:
+            standing = Standing(evidence=1.0, is_withdrawn=False)
+            threading.Timer(0.05, self.engines.stands, (tier, standing)).start()
+        return self.is_heard
 
     def be(self, state: State) -> None:
         self.front.state = state
@@ -358,3 +370,67 @@ def test_connections_of_clients_are_kept(doors: Doors) -> None:
     own = connection.sock
     assert own is not None and own.fileno() > 0
     connection.close()
+
+
+# --- tiers that are withdrawn ---------------------------------------------------------------------------------------
+
+RESET = "/v2/ssv/tiers/balanced/reset"
+
+
+def withdrawn(doors: Doors) -> float:
+    return doors.reader.get("ssv_tier_withdrawn", tier="balanced")
+
+
+@pytest.fixture
+def broken(doors: Doors) -> Doors:
+    """Their server has withdrawn a tier."""
+    doors.engines.stands("balanced", Standing(evidence=200.0, is_withdrawn=True))
+    return doors
+
+
+def test_an_operator_resets_a_tier(broken: Doors) -> None:
+    status, _, body = broken.ask(RESET, b"", **{"x-admin": "secret"})
+    assert (status, json.loads(body)) == (200, {"tier": "balanced", "withdrawn": False})
+    assert broken.resets == ["balanced"] and not withdrawn(broken)
+    assert not broken.asked, "tritonserver has no part in it"
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-admin": "guess"}, {"x-admin": ""}, {"x-other": "secret"}])
+def test_nobody_else_does(broken: Doors, headers: dict[str, str]) -> None:
+    status, _, body = broken.ask(RESET, b"", **headers)
+    assert status == 403 and "--admin-key" in json.loads(body)["error"]
+    assert not broken.resets and withdrawn(broken)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "expected"),
+    [
+        (RESET, "GET", 405),
+        ("/v2/ssv/tiers/premium/reset", "POST", 404),
+        ("/v2/ssv/tiers/gold/reset", "POST", 404),
+    ],
+)
+def test_what_cannot_be_reset(broken: Doors, path: str, method: str, expected: int) -> None:
+    assert broken.ask(path, None, method, **{"x-admin": "secret"})[0] == expected
+    assert not broken.resets and withdrawn(broken)
+
+
+def test_a_reset_that_nobody_hears(broken: Doors) -> None:
+    broken.is_heard = False
+    status, headers, _ = broken.ask(RESET, b"", **{"x-admin": "secret"})
+    assert status == 503 and headers["Retry-After"] and withdrawn(broken)
+    broken.be("draining")
+    assert broken.ask(RESET, b"", **{"x-admin": "secret"})[0] == 503 and len(broken.resets) == 1
+
+
+def test_without_an_admin_key_it_is_shut_to_all(tmp_path: Path) -> None:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    port = sockets[0].getsockname()[1]
+    front = Front(*sockets, Metrics(tmp_path, "serve"), Reader(tmp_path), lambda _: True)
+    try:
+        connection = HTTPConnection("127.0.0.1", port, timeout=30.0)
+        connection.request("POST", RESET, b"", {"x-admin": "secret"})
+        assert connection.getresponse().status == 403
+        connection.close()
+    finally:
+        front.close()

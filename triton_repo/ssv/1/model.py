@@ -10,16 +10,20 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ssv.bundle.manifest import read_manifest
 from ssv.runtime.methods import policy_for
-from ssv.runtime.request import Chunk, Request, RequestError
+from ssv.runtime.request import Audit, Chunk, Request, RequestError
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.control import ControlReceiver
 from ssv.runtime.serving.intake import Settings
+from ssv.runtime.serving.live_audit import LiveAudit, promises_of
 from ssv.runtime.serving.log import log_event, log_to_stderr
 from ssv.runtime.serving.metrics import DRAINING, Metrics, boards_folder
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
@@ -55,6 +59,9 @@ class TritonPythonModel:
         # The server's library does not bear calls from two threads at a time.
         self._ipc = threading.Lock()
         self._metrics = Metrics(boards_folder(), "ssv")
+        promises = promises_of(read_manifest(config.bundle, verify=False), self._llm.precision)
+        state = Path(config.audit_state) if config.audit_state else None
+        self._live_audit = LiveAudit(promises, state, on_change=self._metrics.stands)
         self._has_failed = False
         self._sinks: weakref.WeakValueDictionary[str, _Sink] = weakref.WeakValueDictionary()
         self._service = Service(
@@ -63,17 +70,17 @@ class TritonPythonModel:
             prompt_cache_bytes=config.prompt_cache_mb << 20,
             audit_share=config.audit_share,
             on_finish=lambda chunk, method: self._metrics.finished(method, str(chunk.finish_reason), chunk.counters),
-            on_audit=self._metrics.audited,
+            on_audit=self._audited,
             on_round=self._round,
             on_death=self._die,
         )
         self._metrics.load(self._service.load)
-        self._control = ControlReceiver(os.getppid(), self._cancel, self._drain)
+        self._control = ControlReceiver(os.getppid(), self._cancel, self._drain, self._live_audit.reset)
         log_event(log, "ready", bundle=config.bundle, rows=config.max_rows, threads=torch.get_num_threads())
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sink = _Sink(request, self._llm, self._ipc, self._streams, self._metrics)
+            sink = _Sink(request, self._llm, self._live_audit, self._ipc, self._streams, self._metrics)
             self._sinks[sink.key] = sink
             self._metrics.taken(sink.request.method)
             try:
@@ -85,10 +92,15 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._service.drain(timeout=5.0)
+        self._live_audit.close()
 
     def _round(self, load: Load) -> None:
         self._streams.num = load.decoding
         self._metrics.load(load)
+
+    def _audited(self, audit: Audit, method: str, tokens: int) -> None:
+        self._metrics.audited(audit, method, tokens)
+        self._live_audit.take(audit, method, tokens)
 
     def _cancel(self, key: str) -> None:
         if (sink := self._sinks.get(key)) is not None:
@@ -142,11 +154,21 @@ class _Streams:
 class _Sink:
     """Sends a request's output to its client."""
 
-    def __init__(self, request: Any, llm: LLM, ipc: threading.Lock, streams: _Streams, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        request: Any,
+        llm: LLM,
+        live_audit: LiveAudit,
+        ipc: threading.Lock,
+        streams: _Streams,
+        metrics: Metrics,
+    ) -> None:
         self._sender, self._ipc, self._id = request.get_response_sender(), ipc, request.request_id()
         self._streams, self._metrics = streams, metrics
         self.key, self.cancelled, self._sent_at = secrets.token_hex(16), False, time.monotonic()
-        settings = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
+        asked = Settings.from_json(pb_utils.get_input_tensor_by_name(request, "settings").as_numpy()[0, 0])
+        settings = replace(asked, method=live_audit.method_for(asked.method))
+        withdrawn_tier = asked.method if settings.method != asked.method else ""
         prompt_ids = pb_utils.get_input_tensor_by_name(request, "prompt_ids").as_numpy()[0]
         arrived = self._sent_at
         deadline = None if settings.timeout is None else arrived + settings.timeout
@@ -155,7 +177,7 @@ class _Sink:
         )
         lossless = policy_for(settings.method, llm.tiers).lossless_for(greedy=settings.params.greedy)
         ids = self.request.prompt_ids
-        self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(ids), ids[0])
+        self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(ids), ids[0], withdrawn_tier)
 
     def is_cancelled(self) -> bool:
         if time.monotonic() - self._sent_at > PROBE_SECONDS:

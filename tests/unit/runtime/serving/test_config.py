@@ -45,6 +45,7 @@ def test_texts_become_what_they_say() -> None:
     }
     given |= {"max_waiting": "0", "max_length": "100", "max_tokens": "50", "max_prompt_bytes": "10"}
     given |= {"prefill_chunk": "32", "prompt_cache_mb": "0", "audit_share": "0.25"}
+    given |= {"audit_state": "/c/state"}
     assert ServerConfig.from_model_config(model_config(**given)) == ServerConfig(
         bundle=Path("/b"),
         engine="tensorrt",
@@ -59,6 +60,7 @@ def test_texts_become_what_they_say() -> None:
         prefill_chunk=32,
         prompt_cache_mb=0,
         audit_share=0.25,
+        audit_state="/c/state",
     )
 
 
@@ -115,6 +117,8 @@ def test_limits() -> None:
 def test_command_line_has_every_setting_with_its_default() -> None:
     args = vars(_parser().parse_args(["--bundle", "/b"]))
     args["precision"] = args["precision"] or ""
+    assert args["audit_state"] is None, "the server's own folder has it"
+    args["audit_state"] = ""
     assert args["responses_per_s"] is None, "ssv-serve chooses by device"
     args["responses_per_s"] = ServerConfig.model_fields["responses_per_s"].default
     settings = {name: args[name] for name in ServerConfig.model_fields.keys() - {"verified"}}

@@ -19,19 +19,22 @@ _ids = itertools.count(10_000_000 + os.getpid() * 100)
 class Heard:
     def __init__(self) -> None:
         self.pid, self.words = next(_ids), queue.Queue[str]()
-        ControlReceiver(self.pid, self.words.put, lambda: self.words.put("drain"))
+        ControlReceiver(
+            self.pid, self.words.put, lambda: self.words.put("drain"), lambda tier: self.words.put(f"reset {tier}")
+        )
 
     def next(self) -> str:
         return self.words.get(timeout=60.0)
 
 
-def test_cancel_and_drain_arrive_in_order() -> None:
+def test_words_arrive_in_order() -> None:
     heard = Heard()
     sender = ControlSender(heard.pid)
     sender.cancel("a")
     assert sender.drain()
+    assert sender.reset("turbo")
     sender.cancel("b")
-    assert [heard.next(), heard.next(), heard.next()] == ["a", "drain", "b"]
+    assert [heard.next() for _ in range(4)] == ["a", "drain", "reset turbo", "b"]
 
 
 def test_many_senders() -> None:
@@ -45,13 +48,14 @@ def test_nobody_listens() -> None:
     sender = ControlSender(next(_ids))
     sender.cancel("a")
     assert not sender.drain()
+    assert not sender.reset("turbo")
 
 
 def test_a_sender_may_be_there_first() -> None:
     pid = next(_ids)
     sender, words = ControlSender(pid), queue.Queue[str]()
     assert not sender.drain()
-    ControlReceiver(pid, words.put, lambda: words.put("drain"))
+    ControlReceiver(pid, words.put, lambda: words.put("drain"), words.put)
     assert sender.drain()
     assert words.get(timeout=60.0) == "drain"
 
@@ -66,7 +70,7 @@ def test_servers_do_not_hear_each_other() -> None:
 def test_only_one_receiver_of_a_server() -> None:
     heard = Heard()
     with pytest.raises(OSError, match="in use"):
-        ControlReceiver(heard.pid, heard.words.put, lambda: None)
+        ControlReceiver(heard.pid, heard.words.put, lambda: None, heard.words.put)
 
 
 def test_words_that_mean_nothing_are_ignored() -> None:
@@ -77,7 +81,9 @@ def test_words_that_mean_nothing_are_ignored() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("data", [b"", b"nonsense", b"\xff", b"1", b"null", b"[" * 4000, b'{"cancel": ' + b"1" * 5000])
+@pytest.mark.parametrize(
+    "data", [b"", b"nonsense", b"\xff", b"1", b"null", b'{"reset": 1}', b"[" * 4000, b'{"cancel": ' + b"1" * 5000]
+)
 def test_nonsense_does_not_end_the_receiver(data: bytes) -> None:
     """Any process of the machine can write to it; without it no cancellation is heard any more."""
     heard = Heard()
@@ -111,5 +117,5 @@ def test_an_error_of_a_callback_does_not_end_the_receiver() -> None:
 
 def _sender_to(on_cancel: Callable[[str], None]) -> ControlSender:
     pid = next(_ids)
-    ControlReceiver(pid, on_cancel, lambda: None)
+    ControlReceiver(pid, on_cancel, lambda: None, on_cancel)
     return ControlSender(pid)

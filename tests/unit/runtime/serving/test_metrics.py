@@ -12,10 +12,11 @@ import pytest
 from prometheus_text import Series, families, samples
 
 from ssv.runtime.counters import Counters
-from ssv.runtime.decode.audit import Audit
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.methods import METHODS
+from ssv.runtime.request import Audit
 from ssv.runtime.serving.board import Board
+from ssv.runtime.serving.live_audit import Standing
 from ssv.runtime.serving.metrics import (
     COUNTERS,
     GAUGES,
@@ -25,6 +26,7 @@ from ssv.runtime.serving.metrics import (
     REQUESTS,
     RESTARTS,
     RUNNING,
+    STANDINGS,
     Admission,
     Metrics,
     Reader,
@@ -33,7 +35,7 @@ from ssv.runtime.serving.metrics import (
 )
 from ssv.runtime.serving.service import Load
 
-NAMES = {*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS[0], REFUSED[0], INVALID[0], RUNNING[0], RESTARTS[0]}
+NAMES = {*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS[0], REFUSED[0], INVALID[0], RUNNING[0], RESTARTS[0], *STANDINGS}
 ANSWER = Counters(prompt_tokens=5, emitted=11, judged=9, accepted=7, target_passes=4, target_tokens=13)
 
 
@@ -134,7 +136,7 @@ def test_every_family_is_there_from_the_start(tmp_path: Path) -> None:
     assert types.keys() == NAMES
     assert all(f"# HELP {name} " in text for name in NAMES)
     assert {name for name, kind in types.items() if kind == "histogram"} == set(HISTOGRAMS)
-    assert {name for name, kind in types.items() if kind == "gauge"} == {*GAUGES, RUNNING[0]}
+    assert {name for name, kind in types.items() if kind == "gauge"} == {*GAUGES, RUNNING[0], *STANDINGS}
     assert set(samples(text).values()) == {0}
 
 
@@ -218,12 +220,25 @@ def test_audits_and_load(tmp_path: Path) -> None:
     metrics, reader = Metrics(tmp_path, "ssv"), Reader(tmp_path)
     metrics.audited(Audit(strict=2, margin=1), "turbo", 30)
     metrics.load(load(decoding=3, joining=1, waiting=2))
+    assert reader.get("ssv_audited_requests", tier="turbo") == 1
     assert reader.get("ssv_audited_tokens", tier="turbo") == 30
     assert reader.get("ssv_audit_mismatches", tier="turbo") == 2
     found = [reader.get(f"ssv_requests_{what}") for what in ("decoding", "joining", "waiting")]
     assert found == [3, 1, 2] and reader.get("ssv_engine_alive") == 1
     metrics.load(load(), alive=False)
     assert reader.get("ssv_engine_alive") == 0
+
+
+def test_how_tiers_stand(tmp_path: Path) -> None:
+    """A tier that is withdrawn is so too while the process is started again that has found it."""
+    metrics, reader = Metrics(tmp_path, "ssv"), Reader(tmp_path)
+    metrics.stands("turbo", Standing(evidence=123.5, is_withdrawn=True))
+    metrics.died()
+    assert reader.get("ssv_audit_evidence", tier="turbo") == 123.5
+    assert reader.get("ssv_tier_withdrawn", tier="turbo") == 1
+    assert reader.get("ssv_tier_withdrawn", tier="balanced") == 0
+    Metrics(tmp_path, "ssv").stands("turbo", Standing(evidence=1.0, is_withdrawn=False))
+    assert reader.get("ssv_tier_withdrawn", tier="turbo") == 0
 
 
 # Who is let in

@@ -38,6 +38,13 @@ def test_streaming_has_a_piece_for_each_chunk() -> None:
     assert [piece.fields["num_output_tokens"] for piece in found] == [1, 2, 0]
 
 
+def test_an_answer_says_that_the_tier_asked_for_is_withdrawn() -> None:
+    settings = Settings("premium", SamplingParams(), False, None)
+    (piece,) = pieces(Answer("key", settings, True, withdrawn_tier="turbo"), chunk(1, reason="stop"))
+    found = [piece.fields[name] for name in ("ssv_tier_used", "ssv_lossless", "ssv_tier_withdrawn")]
+    assert found == ["premium", True, "turbo"]
+
+
 def test_pieces_keep_their_distance() -> None:
     """Tokens that come too soon leave with the next ones; the first ones and the end never wait."""
     answer = make(stream=True)
@@ -81,6 +88,7 @@ def test_fields() -> None:
         "ssv_typical_tokens": 2,
         "ssv_target_passes": 2,
         "ssv_cached_tokens": 4,
+        "ssv_tier_withdrawn": "",
     }
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
-from ssv.runtime.decode.audit import Audit, audit
+from ssv.runtime.decode.audit import audit
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.llm import LLM
-from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Audit, Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.serving.service import Load, Service, ServiceError
 from ssv.runtime.tokenizer import BundleTokenizer
 
@@ -445,10 +445,40 @@ def test_audits_do_not_change_what_decodes_beside_them(make: Callable[..., Bench
     assert bench.llm.draft.wrong_features == 0
 
 
-@pytest.mark.parametrize(
-    "asked", [request(method="premium"), request(method="autoregressive"), request(method="turbo", temperature=1.0)]
-)
-def test_only_greedy_requests_of_lossy_tiers_are_audited(make: Callable[..., Bench], asked: Request) -> None:
+def test_audits_come_in_the_order_in_which_requests_were_taken(make: Callable[..., Bench]) -> None:
+    """However long their outputs are: short ones would be too many among the first."""
+    bench = make(max_batch=4, max_waiting=40, audit_share=1.0)
+    lengths = [40, 5, 30, 8, 3, 20]
+    bench.hold(*(request(i, "turbo", max_tokens=n, ignore_eos=True) for i, n in enumerate(lengths)))
+    bench.gate.open()
+    assert [bench.audits.get(timeout=SECONDS)[2] for _ in lengths] == lengths
+
+
+def test_one_that_has_nothing_holds_up_no_other_audit(make: Callable[..., Bench]) -> None:
+    bench = make(max_batch=1, max_waiting=40, audit_share=1.0)
+    running, waiting, other = bench.hold(*(request(i, "turbo", ignore_eos=True) for i in range(3)))
+    running.cancelled = waiting.cancelled = True
+    bench.gate.open()
+    assert other.reason == "length"
+    while (tokens := bench.audits.get(timeout=SECONDS)[2]) != 12:
+        assert tokens == len(running.token_ids) > 0
+
+
+def test_sampled_outputs_are_audited_with_their_noise(make: Callable[..., Bench]) -> None:
+    bench = make(max_batch=3, max_waiting=40, audit_share=1.0)
+    asked = [request(i, "turbo", 5 + i, max_tokens=20, temperature=1.0) for i in range(9)]
+    sinks = [bench.submit(each) for each in asked]
+    assert [sink.token_ids for sink in sinks] == [alone(each).token_ids for each in asked]
+    found = [bench.audits.get(timeout=SECONDS)[0] for _ in asked]
+    target = make_llm(1).target
+    assert found == [
+        audit(target, each.prompt_ids, sink.token_ids, each.params) for each, sink in zip(asked, sinks, strict=True)
+    ]
+    assert 0 < sum(one.strict for one in found) < sum(len(sink.token_ids) for sink in sinks) / 2
+
+
+@pytest.mark.parametrize("asked", [request(method="premium"), request(method="autoregressive", temperature=1.0)])
+def test_only_requests_of_lossy_tiers_are_audited(make: Callable[..., Bench], asked: Request) -> None:
     bench = make(audit_share=1.0)
     bench.submit(asked).wait()
     bench.submit(request(1, "turbo")).wait()
@@ -467,7 +497,7 @@ def test_a_share_is_a_share(make: Callable[..., Bench]) -> None:
     bench = make(max_batch=4, max_waiting=100, audit_share=0.5)
     for i in range(40):
         bench.submit(request(i, "turbo", max_tokens=3)).wait()
-    wait_until(lambda: not bench.service._audits)
+    bench.end()
     assert 10 <= bench.audits.qsize() <= 30
 
 

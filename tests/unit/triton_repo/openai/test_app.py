@@ -162,6 +162,7 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
             "tier": "turbo",
             "lossless": False,
             "divergence_bound": 0.05,
+            "withdrawn_tier": None,
             "unverified_tokens": 1,
             "typical_tokens": 2,
             "target_passes": 2,
@@ -1564,6 +1565,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
     outputs |= {"ssv_cached_tokens": 5, "ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
+    outputs |= {"ssv_tier_withdrawn": ""}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
         if isinstance(value, str):
