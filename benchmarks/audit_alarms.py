@@ -2,9 +2,9 @@
 prompts that differ much in how often they diverge.
 
 Each run is a server's life: the evidence is looked at after every audited prompt, and an alarm at any of them counts.
-The promise is 2 %. It is kept where divergence is at the limit, which is the worst, or at half of it; it is broken where
-divergence is half of the limit for a while, and then more than was promised. Beside the mixture that the server uses
-stands one wager from the first prompt on, with the same bets: what a test does that does not expect a change.
+The promise is 2 %. It is kept where divergence is at the limit, which is the worst, or at half of it; it is broken
+where divergence is half of the limit for a while, and then more than was promised. Beside the mixture that the server
+uses stands one wager from the first prompt on, with the same bets: what a test does that does not expect a change.
 
     python benchmarks/audit_alarms.py --out benchmarks/records/audit_alarms.json
 """

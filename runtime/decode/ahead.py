@@ -1,9 +1,9 @@
 """Greedy rounds that the engines run by themselves (`RoundsEngine`): the host hands its rows over, reads what a round
 gave while the next one runs, and takes the rows back before any of them comes or goes.
 
-What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampling, changed logits, audits, rows
-of several policies side by side, what was found in the text. Lossless text is the same either way, and so is that of lossy
-chains: they are cut by the same numbers.
+What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampling, changed logits, audits,
+rows of several policies side by side, what was found in the text. Lossless text is the same either way, and so is that
+of lossy chains: they are cut by the same numbers.
 """
 
 from __future__ import annotations

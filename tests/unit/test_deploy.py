@@ -20,7 +20,17 @@ from typing import Any
 import pytest
 import yaml
 
-from ssv.runtime.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, INVALID, REFUSED, REQUESTS, RESTARTS, RUNNING
+from ssv.runtime.serving.metrics import (
+    COUNTERS,
+    GAUGES,
+    HISTOGRAMS,
+    INVALID,
+    REFUSED,
+    REQUESTS,
+    RESTARTS,
+    RUNNING,
+    STANDINGS,
+)
 from ssv.triton_repo import checks, front, serve
 from ssv.triton_repo.openai.app import create_app
 from ssv.triton_repo.openai.translation import Models
@@ -431,7 +441,7 @@ EXPRESSIONS = [(panel["title"], target["expr"]) for panel in PANELS for target i
 def metrics_in(expression: str) -> set[str]:
     for label in (r'"[^"]*"', r"\{[^}]*\}", r"\[[^\]]*\]", r"\bby \([^)]*\)"):
         expression = re.sub(label, " ", expression)
-    functions = {"sum", "min", "rate", "increase", "vector", "or", "and", "histogram_quantile"}
+    functions = {"sum", "min", "max", "rate", "increase", "vector", "or", "and", "histogram_quantile"}
     return set(re.findall(r"[a-zA-Z_][\w:]*", expression)) - functions
 
 
@@ -440,7 +450,7 @@ COUNTED = {
     *(name for name, _ in (REQUESTS, REFUSED, INVALID, RESTARTS)),
     *(f"{name}_{end}" for name in HISTOGRAMS for end in ("bucket", "sum", "count")),
 }
-MEASURED = {*GAUGES, RUNNING[0], *TRITON_GAUGES}
+MEASURED = {*GAUGES, *STANDINGS, RUNNING[0], *TRITON_GAUGES}
 
 
 def check_expression(expression: str) -> None:

@@ -54,7 +54,13 @@ class Setup:
         self.rounds = FakeRounds(self.target, self.draft, seconds)
 
     def decoded(
-        self, requests: Sequence[Request], policies: Sequence[Policy], *, by_engines: bool, max_steps: int | None = None
+        self,
+        requests: Sequence[Request],
+        policies: Sequence[Policy],
+        *,
+        by_engines: bool,
+        max_steps: int | None = None,
+        are_audited: bool = False,
     ) -> tuple[list[tuple[int, ...]], list[Counters]]:
         """The outputs' tokens, and what was counted."""
         costs = Costs.model_validate(
@@ -74,7 +80,7 @@ class Setup:
         )
         loop = DecodeLoop(batch, frozenset([EOS]))
         for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
-            loop.submit(index, request, policy, None)
+            loop.submit(index, request, policy, None, is_audited=are_audited)
         tokens: dict[int, tuple[int, ...]] = {}
         counters: dict[int, Counters] = {}
         steps = 0
@@ -156,6 +162,14 @@ def test_rows_that_come_and_go_and_change_hands() -> None:
     before = len(setup.rounds.shapes)
     assert setup.decoded(many, [CHAINS["chain of 5"]] * 12, by_engines=True)[0] == expected
     assert len(setup.rounds.shapes) > before and setup.rounds.num_begun > 3
+
+
+def test_rows_that_are_audited_are_the_hosts() -> None:
+    setup, policies = Setup(), [CHAINS["lossy"]] * 3
+    expected, _ = setup.decoded(requests(3), policies, by_engines=True)
+    before = len(setup.rounds.shapes)
+    assert setup.decoded(requests(3), policies, by_engines=True, are_audited=True)[0] == expected
+    assert len(setup.rounds.shapes) == before > 0
 
 
 def test_rounds_in_vain_are_not_counted() -> None:
