@@ -33,6 +33,7 @@ class Reply:
     tier: str = _output("ssv_tier_used", "how it was decoded")
     lossless: bool = _output("ssv_lossless", "whether the output is what the target alone would have said")
     logprobs: str = _output("ssv_logprobs", "JSON of log-probabilities that were asked for; empty without", default="")
+    fates: str = _output("ssv_fates", "JSON of how each token came about, if asked for; empty without", default="")
     acceptance_rate: float = _output("acceptance_rate", "share of the judged tokens that were kept", init=False)
 
     def __post_init__(self) -> None:

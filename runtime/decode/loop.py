@@ -84,10 +84,11 @@ class Running:
 
     def _chunk(self, texts: Sequence[str], taken: Sequence[int]) -> Chunk:
         row = self.row
-        logprobs, prompt_logprobs = tuple(row.logprobs[: len(taken)]), tuple(row.prompt_logprobs)
-        del row.logprobs[: len(taken)], row.prompt_logprobs[:]
+        logprobs, fates = tuple(row.logprobs[: len(taken)]), tuple(row.fates[: len(taken)])
+        prompt_logprobs = tuple(row.prompt_logprobs)
+        del row.logprobs[: len(taken)], row.fates[: len(taken)], row.prompt_logprobs[:]
         return Chunk(
-            self.index, "".join(texts), tuple(taken), row.counters, self.finish_reason, logprobs, prompt_logprobs
+            self.index, "".join(texts), tuple(taken), row.counters, self.finish_reason, logprobs, prompt_logprobs, fates
         )
 
 
