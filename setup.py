@@ -102,6 +102,7 @@ setup(
         "ssv.plugins.cuda": ["*.cu", "*.cuh"],
         "ssv.builder": ["presets/**/*"],
         "ssv.triton_repo": ["*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
+        "ssv.triton_repo.openai": ["web/*"],
         "ssv.ab": ["report.html.jinja"],
     },
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.

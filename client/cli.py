@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssv.runtime.methods import METHODS
+from ssv.client.explain import Explanation
+from ssv.runtime.fates import fate_entry
+from ssv.runtime.methods import METHODS, policy_of
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.errors import UserError
@@ -56,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     add_precision(parser)
     add_device(parser)
     add_threads(parser)
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="in place of the text show how each token came about, a line for each pass of the target (default: off)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no counts on stderr (default: off)")
     return parser
 
@@ -71,14 +79,33 @@ def _run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         min_tokens=args.min_tokens,
         stop=tuple(args.stop),
+        fates=args.explain,
         max_delay=args.max_delay,
     )
     prompt = _prompt(args.prompt)
     summary = _ask(args, prompt, params) if args.url else _decode(args, prompt, params)
-    print(flush=True)
+    if not args.explain:
+        print(flush=True)
     if not args.quiet:
         print(f"[{args.method}: {summary}]", file=sys.stderr)
     return 0
+
+
+def _explanation(args: argparse.Namespace) -> Explanation | None:
+    return Explanation() if args.explain else None
+
+
+def _bound(lossless: bool, limit: float | None) -> str:
+    """What is promised of a text.
+
+    Args:
+        limit: of the divergence of a method that is not lossless; None where there is none.
+    """
+    if lossless:
+        return "lossless: plain decoding's text"
+    if limit is None:
+        return "without a bound on divergence"
+    return f"divergence of at most {limit:.1%} on prompts like those calibrated on"
 
 
 def _prompt(given: str) -> str:
@@ -99,9 +126,17 @@ def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> st
 
     llm = load_for(args)
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
-    for chunk in llm.stream([Request(ids, args.method, params, args.num_draft_tokens)]):
-        print(chunk.text, end="", flush=True)
+    request = Request(ids, args.method, params, args.num_draft_tokens)
+    explanation = _explanation(args)
+    for chunk in llm.stream([request]):
+        if explanation is None:
+            print(chunk.text, end="", flush=True)
+        else:
+            explanation.push([fate_entry(fate, llm.tokenizer) for fate in chunk.fates])
     c = chunk.counters
+    if explanation is not None:
+        lossless = policy_of(request, llm.tiers).lossless_for(greedy=params.greedy)
+        explanation.close(c.target_passes, _bound(lossless, llm.limits.get(args.method)))
     return (
         f"{c.emitted} tokens, {c.emitted / c.total_s:.0f} tokens/s, first after {c.first_token_s * 1e3:.0f} ms; "
         f"{c.target_passes} target passes, {c.drafted} drafted, {c.accepted} accepted "
@@ -133,13 +168,22 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         top_p=params.top_p,
         seed=params.seed,
         stop=params.stop,
+        fates=args.explain,
     )
+    explanation = _explanation(args)
     started, first, num_tokens = time.monotonic(), 0.0, 0
     with Client(args.url, ca=args.tls_ca) as client:
         for reply in client.stream(prompt, settings):
             first = first or time.monotonic() - started
             num_tokens += reply.num_output_tokens
-            print(reply.text, end="", flush=True)
+            if explanation is None:
+                print(reply.text, end="", flush=True)
+            elif reply.fates:
+                explanation.push(json.loads(reply.fates))
+        if explanation is not None:
+            tiers = json.loads(client.parameter("ssv_disclosure") or "{}").get("tiers", {})
+            limit = tiers.get(args.method, {}).get("divergence")
+            explanation.close(reply.target_passes, _bound(reply.lossless, limit))
     return (
         f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, "
         f"first after {first * 1e3:.0f} ms; {reply.target_passes} target passes, "

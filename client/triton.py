@@ -55,6 +55,7 @@ class Settings:
         chat: whether a text is a user's message, or to be continued.
         logprobs, prompt_logprobs: how many of the likeliest tokens stand beside each token of the output, or of the
             prompt, with their log-probabilities; None for none of these.
+        fates: how each token came about is wanted (`Reply.fates`).
         tools: functions that the model may call, as OpenAI has them; of a conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
@@ -81,6 +82,7 @@ class Settings:
     stop_token_ids: Sequence[int] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    fates: bool = False
     ignore_eos: bool | None = None
     timeout: float | None = None
 
@@ -121,6 +123,7 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("stop_token_ids", "INT32", list(settings.stop_token_ids) or None),
         ("ssv_top_logprobs", "INT32", settings.logprobs),
         ("ssv_prompt_logprobs", "INT32", settings.prompt_logprobs),
+        ("ssv_return_fates", "BOOL", settings.fates or None),
         ("ignore_eos", "BOOL", settings.ignore_eos),
         ("ssv_timeout", "FP32", settings.timeout),
     ]

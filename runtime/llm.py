@@ -34,7 +34,7 @@ from ssv.runtime.engines.torch_engine import (
 )
 from ssv.runtime.memory import give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
-from ssv.runtime.request import Chunk, Output, Request, RequestError, TokenLogprobs
+from ssv.runtime.request import Chunk, Output, Request, RequestError, TokenFate, TokenLogprobs
 from ssv.runtime.threads import ThreadCount
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.background import begun
@@ -417,12 +417,14 @@ class LLM:
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
         prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
+        fates: list[list[TokenFate]] = [[] for _ in requests]
         outputs: list[Output | None] = [None] * len(requests)
         for chunk in self.stream(requests, prompt_cache=prompt_cache):
             texts[chunk.index].append(chunk.text)
             tokens[chunk.index].extend(chunk.token_ids)
             logprobs[chunk.index].extend(chunk.logprobs)
             prompt_logprobs[chunk.index].extend(chunk.prompt_logprobs)
+            fates[chunk.index].extend(chunk.fates)
             if chunk.finish_reason is not None:
                 outputs[chunk.index] = Output(
                     "".join(texts[chunk.index]),
@@ -431,6 +433,7 @@ class LLM:
                     chunk.counters,
                     tuple(logprobs[chunk.index]),
                     tuple(prompt_logprobs[chunk.index]),
+                    tuple(fates[chunk.index]),
                 )
         assert all(output is not None for output in outputs)
         return [output for output in outputs if output is not None]

@@ -36,6 +36,7 @@ class Reply:
         "ssv_tier_withdrawn", "the tier that was asked for, where it was withdrawn; empty where it was not", default=""
     )
     logprobs: str = _output("ssv_logprobs", "JSON of log-probabilities that were asked for; empty without", default="")
+    fates: str = _output("ssv_fates", "JSON of how each token came about, if asked for; empty without", default="")
     acceptance_rate: float = _output("acceptance_rate", "share of the judged tokens that were kept", init=False)
 
     def __post_init__(self) -> None:

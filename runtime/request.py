@@ -12,6 +12,10 @@ from ssv.support.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
+Fate = Literal["trusted", "accepted", "typical", "corrected", "target"]
+"""How a token came into an output: drafted and never judged; drafted, and what the target chose; drafted, and kept as
+typical of it; the target's choice in place of what was drafted; the target's choice where nothing was drafted."""
+
 
 MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
@@ -59,6 +63,7 @@ class SamplingParams:
         logprobs: the log-probability of each token of the output is wanted, and of so many of the likeliest tokens in
             its place; None for none. A tier that trusts tokens computes theirs too, and keeps them until a pass.
         prompt_logprobs: the same of the prompt's tokens but the first; none of them is taken from the prompt cache.
+        fates: what became of each token of the output is wanted, and what was dropped in its place.
         max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
 
     Raises:
@@ -83,6 +88,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    fates: bool = False
     max_delay: float | None = None
 
     def __post_init__(self) -> None:
@@ -199,6 +205,23 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenFate:
+    """How a token came into the output.
+
+    Attributes:
+        target_pass: the pass of the target with which it came, from 1; 0 of the prompt's.
+        risk: the probability, as the draft had it, that the target would not choose it; None of what was not drafted.
+        dropped: what else was drafted in its place, each to the end of its branch: token ids.
+    """
+
+    token: int
+    fate: Fate
+    target_pass: int
+    risk: float | None = None
+    dropped: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a request's output.
 
@@ -211,6 +234,7 @@ class Chunk:
         logprobs: of the new tokens, if they were asked for.
         prompt_logprobs: of the prompt's tokens but the first, in the first chunk, if they were asked for.
         audit: of the whole output, in the last chunk of a request that was to be audited.
+        fates: of the new tokens, if they were asked for.
     """
 
     index: int
@@ -221,11 +245,12 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     audit: Audit | None = None
+    fates: tuple[TokenFate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The whole output of a request; log-probabilities as in `Chunk`."""
+    """The whole output of a request; log-probabilities and fates as in `Chunk`."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -233,3 +258,4 @@ class Output:
     counters: Counters
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    fates: tuple[TokenFate, ...] = ()

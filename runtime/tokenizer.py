@@ -127,6 +127,10 @@ class BundleTokenizer:
             return str(self.inner.decode([token])).encode()
         return bytes(self.inner.token_bytes(token))
 
+    def is_special(self, token: int) -> bool:
+        """Whether texts leave a token out."""
+        return token in self._special()
+
     def grammars(self, vocab_size: int, eos_ids: Sequence[int]) -> Grammars | None:
         """Grammars of outputs; None of a tokenizer that is not the library's."""
         return None if self._backend is None else Grammars(self._backend.to_str, vocab_size, eos_ids)

@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         help="whose pages browsers let ask the OpenAI API, or * (default: none)",
     )
     parser.add_argument(
+        "--no-page",
+        action="store_true",
+        help="no page at / of the OpenAI port that shows answers token by token (default: off)",
+    )
+    parser.add_argument(
         "--ab",
         type=Path,
         metavar="FILE.yaml",

@@ -199,7 +199,8 @@ class Supervisor:
             "metrics": f"http://{host}:{args.metrics_port}/metrics",
         }
         if args.openai_port:
-            endpoints["openai"] = f"http{'s' if secure else ''}://{host}:{args.openai_port}/v1"
+            door = f"http{'s' if secure else ''}://{host}:{args.openai_port}"
+            endpoints |= {"openai": f"{door}/v1"} | ({} if args.no_page else {"page": f"{door}/"})
         for kind, url in endpoints.items():
             print(f"{kind:8}{url}", flush=True)
         log_event(log, "serving", pid=os.getpid(), endpoints=endpoints)
@@ -217,6 +218,8 @@ class Supervisor:
             command += ["--api-key-file", str(args.api_key_file)]
         if args.allowed_origins:
             command += ["--allowed-origins", *args.allowed_origins]
+        if args.no_page:
+            command.append("--no-page")
         environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}
         self._openai = subprocess.Popen(bound(command), env=environment, start_new_session=True)  # noqa: S603
 

@@ -2,8 +2,8 @@
 gave while the next one runs, and takes the rows back before any of them comes or goes.
 
 What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampling, changed logits, audits,
-rows of several policies side by side, what was found in the text. Lossless text is the same either way, and so is that
-of lossy chains: they are cut by the same numbers.
+rows of several policies side by side, what was found in the text, rows that tell how their tokens came about. Lossless
+text is the same either way, and so is that of lossy chains: they are cut by the same numbers.
 """
 
 from __future__ import annotations
@@ -209,6 +209,7 @@ class Ahead:
             params.greedy
             and params.logprobs is None
             and row.audited is None
+            and not params.fates
             and params.max_delay is None
             and (processor is None or processor.is_idle(row.output_index(0)))
             and len(row.ends(self._eos_ids)) <= MOST_ENDS

@@ -93,10 +93,19 @@ class Running:
         if row.audited is not None and self.finish_reason is not None:
             end = row.counters.prompt_tokens + row.counters.emitted  # what was verified beyond it is none of the output
             audit = Audit.of(gap for place, gap in row.audited if place < end)
-        logprobs, prompt_logprobs = tuple(row.logprobs[: len(taken)]), tuple(row.prompt_logprobs)
-        del row.logprobs[: len(taken)], row.prompt_logprobs[:]
+        logprobs, fates = tuple(row.logprobs[: len(taken)]), tuple(row.fates[: len(taken)])
+        prompt_logprobs = tuple(row.prompt_logprobs)
+        del row.logprobs[: len(taken)], row.fates[: len(taken)], row.prompt_logprobs[:]
         return Chunk(
-            self.index, "".join(texts), tuple(taken), row.counters, self.finish_reason, logprobs, prompt_logprobs, audit
+            self.index,
+            "".join(texts),
+            tuple(taken),
+            row.counters,
+            self.finish_reason,
+            logprobs,
+            prompt_logprobs,
+            audit,
+            fates,
         )
 
 

@@ -32,16 +32,17 @@ from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.drafters.model import ModelDrafter
+from ssv.runtime.decode.fates import fates_of
 from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
 from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.typical import judge
-from ssv.runtime.decode.verify import Verdict, judged_rows, walk, walk_typical
+from ssv.runtime.decode.verify import Verdict, choice_by_row, judged_rows, walk, walk_typical
 from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine, RoundsEngine
 from ssv.runtime.grammar import Grammars
-from ssv.runtime.request import RequestError, SamplingParams
+from ssv.runtime.request import RequestError, SamplingParams, TokenFate
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
@@ -185,6 +186,8 @@ class DecodeBatch:
             if row.params.logprobs is not None or row.audited is not None:
                 path = []  # the pass says how probable they are, or what the target would have chosen
             row.released = next((i for i, n in enumerate(path) if not row.tree.risks[n] < accept_below), len(path))
+            if row.params.fates:
+                _note_fates(row, path[: row.released], [None] * (len(row.tree) + 1))
             released.append(row.first_path[: row.released])
         return released
 
@@ -231,6 +234,9 @@ class DecodeBatch:
             self._log(verdicts, dict(zip(gathered, out.logits_RV, strict=True)))
         if any(row.audited is not None for row in rows):
             self._audit(verdicts, dict(zip(gathered, out.logits_RV, strict=True)))
+        for row, verdict, flags, choice in zip(rows, verdicts, judged, chosen, strict=True):
+            if row.params.fates:
+                _note_fates(row, verdict.path, choice_by_row(flags, choice), verdict.next_token)
         return [self._commit(b, verdict, chosen[b], out.features_BTF) for b, verdict in enumerate(verdicts)]
 
     def _verdicts(
@@ -433,6 +439,8 @@ class DecodeBatch:
         check_chosen(chosen)
         if row.params.logprobs is not None:
             row.logprobs.append(logprobs_of(out.logits_RV[-1], first, row.params.logprobs))
+        if row.params.fates:
+            row.fates.append(TokenFate(first, "target", 0))
         row.tokens.append(first)
         if drafter is not None:
             if drafter.needs_hidden:
@@ -486,3 +494,9 @@ class DecodeBatch:
         """The row's drafter if it keeps something of a prompt."""
         drafter = self.drafter_of(row)
         return drafter if drafter is not None and drafter.has_cache else None
+
+
+def _note_fates(row: Row, path: Sequence[int], choice_J: Sequence[int | None], next_token: int | None = None) -> None:
+    """Notes how tokens of the coming pass came about: arguments as `fates_of` has them."""
+    told = 0 if next_token is None else row.released
+    row.fates += fates_of(row.tree, path, choice_J, row.counters.target_passes + 1, next_token, told=told)

@@ -14,7 +14,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode.logits_processor import LogitsProcessor
 from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import asks_for_pass
-from ssv.runtime.request import SamplingParams, TokenLogprobs
+from ssv.runtime.request import SamplingParams, TokenFate, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class Row:
         processor: of its logits; None where its request changes none.
         logprobs, prompt_logprobs: of the output's and of the prompt's tokens, where the request asks for them, until
             they leave.
+        fates: of the output's tokens, likewise.
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
         ended: its output has come to its end, though it is still in use.
@@ -45,6 +46,7 @@ class Row:
     processor: LogitsProcessor | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    fates: list[TokenFate] = field(default_factory=list)
     draft_length: int = 0
     released: int = 0
     ended: bool = False

@@ -62,15 +62,24 @@ def judged_rows(tree: Tree, accept_below: float) -> list[bool]:
     return judged
 
 
-def walk(tree: Tree, judged_J: Sequence[bool], choices: Sequence[int]) -> Verdict:
-    """Goes from the root along the nodes that are the target's own choices; trusted ones are passed without asking.
+def choice_by_row(judged_J: Sequence[bool], choices: Sequence[int]) -> list[int | None]:
+    """The target's choice in each of a pass's J rows; None in those that are not judged.
 
     Args:
         judged_J: from `judged_rows`.
         choices: of the target, one for each judged row.
     """
     chosen = iter(choices)
-    choice_J = [next(chosen) if is_judged else None for is_judged in judged_J]
+    return [next(chosen) if is_judged else None for is_judged in judged_J]
+
+
+def walk(tree: Tree, judged_J: Sequence[bool], choices: Sequence[int]) -> Verdict:
+    """Goes from the root along the nodes that are the target's own choices; trusted ones are passed without asking.
+
+    Args:
+        judged_J, choices: see `choice_by_row`.
+    """
+    choice_J = choice_by_row(judged_J, choices)
     first_child = dict(zip((ROOT, *tree.first_path), tree.first_path, strict=False))
     path: list[int] = []
     node, num_judged = ROOT, 0

@@ -61,6 +61,7 @@ FLAGS = (
     "return_context_logits",
     "return_generation_logits",
     "ssv_chat",
+    "ssv_return_fates",
 )
 WHOLE_NUMBERS = (
     "max_tokens",
@@ -290,6 +291,7 @@ class Intake:
             ignore_eos=bool(fields.get("ignore_eos", False)) or self._never_ends(fields.get("end_id")),
             logprobs=logprobs,
             prompt_logprobs=fields.get("ssv_prompt_logprobs"),
+            fates=bool(fields.get("ssv_return_fates", False)),
         )
 
     def _never_ends(self, end_id: int | None) -> bool:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ssv.runtime.fates import Spelling, fate_entry
 from ssv.runtime.reply import Reply, outputs
-from ssv.runtime.request import Chunk, TokenLogprobs
+from ssv.runtime.request import Chunk, TokenFate, TokenLogprobs
 from ssv.runtime.serving.intake import Settings
 
-_TEXT, _LOGPROBS = (
-    next(output.name for output in outputs() if output.attribute == name) for name in ("text", "logprobs")
+_TEXT, _LOGPROBS, _FATES = (
+    next(output.name for output in outputs() if output.attribute == name) for name in ("text", "logprobs", "fates")
 )
 
 Logged = tuple[tuple[int, float | None, tuple[tuple[int, float], ...]], ...]
@@ -35,6 +36,7 @@ class Piece:
         min_tokens, context: see `ssv.runtime.text.TextStream`; the context is the first piece's.
         logprobs, prompt_logprobs: of the tokens that are new, and in the first piece of the prompt's, if they were
             asked for; the prompt's first token has none.
+        fates: of the tokens that are new, if they were asked for.
     """
 
     key: str
@@ -47,22 +49,23 @@ class Piece:
     context: tuple[int, ...] = ()
     logprobs: Logged = ()
     prompt_logprobs: Logged = ()
+    fates: tuple[TokenFate, ...] = ()
 
     @property
     def is_probe(self) -> bool:
         """Whether it has no response: `postprocessing` only learns by it whether anybody still waits."""
         return not self.fields
 
-    def outputs(self, text: str, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    def outputs(self, text: str, spelling: Spelling) -> dict[str, Any]:
         """All outputs of `ensemble`.
 
         Args:
             text: that was made of the piece.
-            token_bytes: see `BundleTokenizer.token_bytes`.
         """
         named = {"prompt": self.prompt_logprobs, "output": self.logprobs}
-        logged = {name: [_entry(*each, token_bytes) for each in held] for name, held in named.items() if held}
-        return {_TEXT: text, _LOGPROBS: json.dumps(logged) if logged else "", **self.fields}
+        logged = {name: [_entry(*each, spelling.token_bytes) for each in held] for name, held in named.items() if held}
+        told = json.dumps([fate_entry(fate, spelling) for fate in self.fates]) if self.fates else ""
+        return {_TEXT: text, _LOGPROBS: json.dumps(logged) if logged else "", _FATES: told, **self.fields}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -73,6 +76,9 @@ class Piece:
         given |= {name: tuple(given[name]) for name in ("token_ids", "stop", "context")}
         for name in ("logprobs", "prompt_logprobs"):
             given[name] = tuple((token, logprob, tuple(map(tuple, top))) for token, logprob, top in given[name])
+        given["fates"] = tuple(
+            TokenFate(**each | {"dropped": tuple(map(tuple, each["dropped"]))}) for each in given["fates"]
+        )
         return cls(**given)
 
 
@@ -109,6 +115,7 @@ class Answer:
         """
         self._first_token = first_token
         self._logprobs: list[TokenLogprobs] = []
+        self._fates: list[TokenFate] = []
         self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._key, self._settings, self._lossless, self._withdrawn_tier = key, settings, lossless, withdrawn_tier
         self._context = tuple(context)
@@ -130,6 +137,7 @@ class Answer:
         """
         self._held.extend(chunk.token_ids)
         self._logprobs.extend(chunk.logprobs)
+        self._fates.extend(chunk.fates)
         self._prompt_logprobs += chunk.prompt_logprobs
         is_last = chunk.finish_reason is not None
         if not (is_last or (self._settings.stream and now - self._sent_at >= interval)):
@@ -153,7 +161,7 @@ class Answer:
             withdrawn_tier=self._withdrawn_tier,
         )
         fields = reply.outputs()
-        del fields[_TEXT], fields[_LOGPROBS]
+        del fields[_TEXT], fields[_LOGPROBS], fields[_FATES]
         params, context = self._settings.params, self._context if self._number == 0 else ()
         if chunk.finish_reason == "stop" and token_ids and token_ids[-1] in params.stop_token_ids:
             token_ids = token_ids[:-1]  # it ends the output, and is none of its text
@@ -171,9 +179,10 @@ class Answer:
             context,
             _logged(self._logprobs),
             prompt,
+            tuple(self._fates),
         )
         self._number += 1
-        self._logprobs, self._prompt_logprobs = [], ()
+        self._logprobs, self._prompt_logprobs, self._fates = [], (), []
         return piece
 
 

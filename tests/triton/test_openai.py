@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -26,6 +27,8 @@ from openai import (
 from triton_asks import SECONDS, Busy, full, wait_until
 
 from ssv.bundle.manifest import read_manifest
+from ssv.client.cli import main as generate
+from ssv.runtime.fates import fate_entry
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
@@ -36,6 +39,8 @@ MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 class Server(Busy, Protocol):
     """What is used of the fixture."""
 
+    @property
+    def grpc_url(self) -> str: ...
     @property
     def openai_url(self) -> str: ...
     @property
@@ -287,6 +292,41 @@ def test_log_probabilities_of_a_chat(client: OpenAI, model: str) -> None:
     assert all(token.top_logprobs[0].token == token.token for token in found.content)
 
 
+@pytest.mark.parametrize("tier", ["speculative", "turbo"])
+def test_fates_are_those_of_the_same_answer_here(client: OpenAI, model: str, llm: LLM, tier: str) -> None:
+    asked: Any = {"model": f"{model}:{tier}", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+    chunks = client.chat.completions.create(**asked, stream=True, extra_body={"ssv_fates": True})
+    choices = [chunk.choices[0] for chunk in chunks]
+    told = [entry for choice in choices for entry in (choice.model_extra or {}).get("ssv_fates", [])]
+    assert b"".join(bytes(entry["bytes"]) for entry in told).decode() == "".join(
+        choice.delta.content or "" for choice in choices
+    )
+    ids = llm.chat_ids(MESSAGES[0]["content"])
+    (output,) = llm.generate([Request(ids, tier, SamplingParams(max_tokens=40, fates=True))])
+    expected = [fate_entry(fate, llm.tokenizer) for fate in output.fates]
+    assert [{**entry, "risk": None} for entry in told] == [{**entry, "risk": None} for entry in expected]
+    assert {"accepted", "corrected"} <= {entry["fate"] for entry in told}
+    assert ("trusted" in {entry["fate"] for entry in told}) == (tier == "turbo")
+    whole = client.chat.completions.create(**asked, extra_body={"ssv_fates": True}).choices[0]
+    assert (whole.model_extra or {})["ssv_fates"] == told
+    assert "ssv_fates" not in client.chat.completions.create(**asked).model_dump_json()
+
+
+def test_the_page_is_where_the_server_says(server: Server, url: str) -> None:
+    (address,) = re.findall(r"^page +(\S+)$", server.log.read_text(), re.MULTILINE)
+    assert address == url.removesuffix("v1")
+    with urlopen(address, timeout=SECONDS) as response:
+        assert response.headers.get_content_type() == "text/html"
+
+
+def test_the_terminal_explains_an_answer_of_the_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--url", server.grpc_url, "--method", "turbo", "--max-tokens", "20", "--explain", "--quiet"]
+    assert generate([*command, MESSAGES[0]["content"]]) == 0
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("   0  .")
+    assert re.match(r"20 tokens, \d+ passes of the target: \d+ saved \(\d+%\); divergence of at most 5.0%", summary)
+
+
 def test_a_chat_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
     # Not `premium`, whose passes depend on what steps cost: what is disclosed is to be the same twice.
     asked: Any = {"model": f"{model}:speculative", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
@@ -481,14 +521,17 @@ def test_texts_are_tokenized_as_the_server_does(client: OpenAI, url: str, llm: L
 def test_a_key_is_asked_for(another_server: Callable[..., AbstractContextManager[Server]], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
-    with another_server("--api-key-file", str(keys), "--allowed-origins", "https://a.example") as started:
+    with another_server("--api-key-file", str(keys), "--allowed-origins", "https://a.example", "--no-page") as started:
         base_url = started.openai_url
+        assert not re.search("^page ", started.log.read_text(), re.MULTILINE)
         wait_until(lambda: health(base_url) == 200, "it answers without a key")
         with OpenAI(base_url=base_url, api_key="two", max_retries=0) as known:
             assert len(list(known.models.list())) > 1
         unknown = OpenAI(base_url=base_url, api_key="three", max_retries=0)
         with unknown, pytest.raises(AuthenticationError):
             unknown.models.list()
+        with pytest.raises(HTTPError, match="401"):  # as for all that is not there
+            urlopen(base_url.removesuffix("v1"))
 
 
 def health(url: str) -> int:

@@ -19,11 +19,15 @@ OPEN_PATHS = ("/health", "/live")
 class AccessKey:
     """ASGI middleware that asks for one of some keys as `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], more_open_paths: Sequence[str] = ()) -> None:
+        """Args:
+        more_open_paths: what asks for no key beside `OPEN_PATHS`.
+        """
         self._app, self._keys = app, [key.encode() for key in keys]
+        self._open_paths = {*OPEN_PATHS, *more_open_paths}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_known(Headers(scope=scope)):
             return await self._app(scope, receive, send)
         error = ApiError(
             401, "the API key is wrong or missing: send Authorization: Bearer KEY", None, "invalid_api_key"

@@ -1,9 +1,10 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
 POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; POST /tokenize and
-/detokenize, as vLLM has them; GET /version; GET /metrics: what the server's processes count; GET /health: 200 when the
-server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. With keys (`--api-key-file`) all but the
-last two ask for one.
+/detokenize, as vLLM has them; GET /version; GET /metrics: what the server's processes count; GET /: a page to look at
+answers token by token, unless it is left out (`ssv.triton_repo.openai.page`); GET /health: 200 when the server is
+ready, else 503; GET /live: 200. Where there is GET there is HEAD. With keys (`--api-key-file`) all but the last three
+ask for one.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
 for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
@@ -17,9 +18,11 @@ prompt has the seed plus k, if there is one. Log-probabilities are the target's,
 changes, and of every token that it says, the last one included.
 
 Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
-ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; and ssv_timeout,
-seconds after which an answer ends with what there is ("length"). Responses disclose under `ssv` what was done: the
-whole of it, or each choice's last chunk. `divergence_bound` there is what the tier was calibrated to.
+ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; ssv_timeout,
+seconds after which an answer ends with what there is ("length"); and ssv_fates, with which each choice, or each of its
+chunks with text, says under `ssv_fates` how its tokens came about (`ssv.runtime.fates`). Responses disclose under `ssv`
+what was done: the whole of it, or each choice's last chunk. `divergence_bound` there is what the tier was calibrated
+to.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
@@ -61,6 +64,7 @@ from ssv.runtime.serving.metrics import Metrics, Reader, boards_folder
 from ssv.runtime.serving.tls import certificate_name
 from ssv.support.console import add_version, run_command
 from ssv.support.errors import UserError
+from ssv.triton_repo.openai import page
 from ssv.triton_repo.openai.access_key import AccessKey
 from ssv.triton_repo.openai.access_log import HEADER, Access, AccessLog
 from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
@@ -154,6 +158,7 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     tokens: Tokens | None = None,
     reader: Reader | None = None,
+    has_page: bool = True,
 ) -> FastAPI:
     """The API; it closes the backend when it ends.
 
@@ -162,6 +167,7 @@ def create_app(
         allowed_origins: whose pages browsers let ask; "*" for all.
         tokens: answers /tokenize and /detokenize; None for neither.
         reader: of the metrics; None for none.
+        has_page: whether there is a page at /, which asks for no key: what it asks for then does.
         num_connections, max_connections, on_refusal: see `AccessLog`.
     """
 
@@ -173,7 +179,7 @@ def create_app(
     app = FastAPI(title="ssv", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
     if keys:
-        app.add_middleware(AccessKey, keys=keys)
+        app.add_middleware(AccessKey, keys=keys, more_open_paths=[page.PATH] if has_page else [])
     if allowed_origins:  # around the keys: a browser asks whether it may ask before it sends one
         app.add_middleware(
             CORSMiddleware,
@@ -252,6 +258,9 @@ def create_app(
         async def metrics() -> Response:
             return Response(reader.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    if has_page:
+        app.get(page.PATH)(page.page)
+
     @app.get("/live")
     async def live() -> Response:
         return Response(status_code=200)
@@ -319,6 +328,9 @@ def _parser() -> argparse.ArgumentParser:
         help="whose pages browsers let ask, or * (default: none)",
     )
     parser.add_argument(
+        "--no-page", action="store_true", help="no page at / that shows answers token by token (default: off)"
+    )
+    parser.add_argument(
         "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
     )
     parser.add_argument(
@@ -372,6 +384,7 @@ async def _serve(args: argparse.Namespace, models: Models, listener: socket.sock
         allowed_origins=args.allowed_origins,
         tokens=Tokens(args.bundle, models.max_length),
         reader=Reader(boards) if boards is not None else None,
+        has_page=not args.no_page,
     )
     config = uvicorn.Config(
         app,

@@ -256,6 +256,7 @@ class ApiRequest(CleanBody):
     ssv_tier: str | None = None
     ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
     ssv_timeout: Annotated[float, Field(gt=0)] | None = None
+    ssv_fates: bool | None = None
     response_format: _ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -288,6 +289,7 @@ class ApiRequest(CleanBody):
             bad_words=self.bad_words or (),
             guide=self.guide(),
             logprobs=self.num_logprobs(),
+            fates=bool(self.ssv_fates),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=self.stop or (),
             stop_token_ids=self.stop_token_ids or (),

@@ -4,6 +4,7 @@ and responses.
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 import time
@@ -120,6 +121,7 @@ class _Choice:
         parser: tells calls of functions from text; None where none may be called.
         calls: so far.
         tokens: with log-probabilities, so far.
+        fates: of its tokens, so far.
         num_characters: of these tokens.
         reply: the latest.
         has_begun: whether something of a stream has been sent.
@@ -132,6 +134,7 @@ class _Choice:
     text: str = ""
     output_tokens: int = 0
     tokens: list[Token] = field(default_factory=list)
+    fates: list[dict[str, Any]] = field(default_factory=list)
     num_characters: int = 0
     reply: Reply | None = None
     has_begun: bool = False
@@ -157,7 +160,7 @@ class Answer:
         self.access, self._model, self._is_chat, self._usage = access, body.model, body.caller().is_chat, body.usage()
         self._created, self._num_of_prompt = int(time.time()), body.n or 1
         self._logs = body.num_logprobs() is not None
-        self._echoes = body.echoes()
+        self._echoes, self._tells_fates = body.echoes(), bool(body.ssv_fates)
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(16)}"
         echoes = [(prompt if isinstance(prompt, str) else None) if self._echoes else "" for prompt, _ in asked]
         names = [tool["function"]["name"] for tool in body.callable_tools()]
@@ -172,6 +175,7 @@ class Answer:
         self.access.take(reply)
         prompt, output = tokens_of(reply)
         new = [*(prompt if self._echoes else ()), *output] if self._logs else []
+        fates = json.loads(reply.fates) if reply.fates else []
         text = reply.text
         if choice.reply is None and self._echoes:
             echo = choice.echo
@@ -188,15 +192,16 @@ class Answer:
         offset = choice.num_characters
         choice.num_characters += sum(len(token.text) for token in new)
         choice.tokens += new
+        choice.fates += fates
         choice.text, choice.reply = choice.text + text, reply
         choice.output_tokens += reply.num_output_tokens
         chunks = []
         if not choice.has_begun and self._is_chat:
             chunks.append(self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}, num_tokens=0))
         choice.has_begun = True
-        if text or new:
+        if text or new or fates:
             content = {"delta": {"content": text}} if self._is_chat else {"text": text}
-            chunks.append(self._chunk(choice, content, logprobs=self._logged(new, offset)))
+            chunks.append(self._chunk(choice, content | self._told(fates), logprobs=self._logged(new, offset)))
         for call in calls:
             delta = {"delta": {"tool_calls": [{"index": len(choice.calls), **call}]}}
             chunks.append(self._chunk(choice, delta))
@@ -214,6 +219,7 @@ class Answer:
             if choice.calls:
                 message |= {"content": choice.text or None, "tool_calls": choice.calls}
             content = {"message": message} if self._is_chat else {"text": choice.text}
+            content |= self._told(choice.fates)
             logged = self._logged(choice.tokens, 0)
             choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": _reason(choice)})
         kind = "chat.completion" if self._is_chat else "text_completion"
@@ -245,6 +251,9 @@ class Answer:
         if not self._logs:
             return None
         return chat_logprobs(tokens) if self._is_chat else completion_logprobs(tokens, offset)
+
+    def _told(self, fates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"ssv_fates": fates} if self._tells_fates else {}
 
     def _chunk(
         self,

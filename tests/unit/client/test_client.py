@@ -31,6 +31,7 @@ def test_only_what_is_set_is_sent() -> None:
         "temperature",
         "seed",
     }
+    assert sent("a", Settings(fates=True))["ssv_return_fates"] == ([1, 1], "BOOL")
     assert sent("a", Settings(stop=("x", "y")))["stop_words"] == ([1, 2], "BYTES")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
+from lettered import lettered
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -101,12 +102,17 @@ def test_outputs_of_the_ensemble_are_those_of_postprocessing() -> None:
     assert ports(read("ensemble"), "output") == ports(read("postprocessing"), "output")
 
 
+def test_no_tensor_goes_in_and_comes_out_under_one_name() -> None:
+    """In an ensemble they would be one tensor, and the server would not start."""
+    assert not set(ports(read("ensemble"), "input")) & set(ports(read("ensemble"), "output"))
+
+
 def test_outputs_are_the_fields_of_a_piece() -> None:
     answer = Answer("key", Settings("premium", SamplingParams(), stream=True, timeout=None), True)
     piece = answer.piece(Chunk(0, "", (1,), Counters()), 0.0, 0.0)
     assert piece is not None
     types = {str: pb.TYPE_STRING, bool: pb.TYPE_BOOL, int: pb.TYPE_INT32, float: pb.TYPE_FP32}
-    wanted = {name: (types[type(value)], [1]) for name, value in piece.outputs("", lambda _: b"").items()}
+    wanted = {name: (types[type(value)], [1]) for name, value in piece.outputs("", lettered()).items()}
     assert ports(read("postprocessing"), "output") == wanted
 
 

@@ -54,7 +54,7 @@ class TritonPythonModel:
         except StreamError as error:
             text = error_text("UNAVAILABLE", error)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE))
-        outputs = piece.outputs(text, self._tokenizer.token_bytes)
+        outputs = piece.outputs(text, self._tokenizer)
         return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
 
 

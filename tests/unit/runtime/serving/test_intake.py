@@ -145,6 +145,7 @@ def test_all_that_is_supported_arrives() -> None:
         stop_token_ids=[9, 8, 9],
         ssv_top_logprobs=3,
         ssv_prompt_logprobs=0,
+        ssv_return_fates=True,
     )
     wanted = SamplingParams(
         temperature=0.5,
@@ -164,6 +165,7 @@ def test_all_that_is_supported_arrives() -> None:
         ignore_eos=True,
         logprobs=3,
         prompt_logprobs=0,
+        fates=True,
     )
     assert settings == Settings("turbo", wanted, stream=True, timeout=2.5)
 
@@ -733,7 +735,7 @@ def test_stop_words_are_bounded(given: dict[str, Any]) -> None:
 def test_settings_come_back_from_json() -> None:
     given = {"stop_words": ["é", '"', "\n"], "seed": LARGEST_SEED, "temperature": 0.1, "top_p": 0.3, "top_k": 4}
     given |= {"logit_bias": '{"3": 0.5}', "bad_words": ["é"], "stop_token_ids": [3], "ssv_top_logprobs": 2}
-    given |= {"guided_decoding_guide_type": "json"}
+    given |= {"guided_decoding_guide_type": "json", "ssv_return_fates": True}
     _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", min_tokens=2, **given)
     assert Settings.from_json(settings.to_json()) == settings
     assert Settings.from_json(prepare()[1].to_json()).timeout is None

@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from ssv.runtime.counters import Counters
-from ssv.runtime.request import Chunk, FinishReason, SamplingParams, TokenLogprobs
+from ssv.runtime.request import Chunk, FinishReason, SamplingParams, TokenFate, TokenLogprobs
 from ssv.runtime.serving.intake import Settings
 from ssv.runtime.serving.pieces import Answer, Piece, error_text
+
+
+class Bytes:
+    """Each token is the byte of its number, and special from 200 on."""
+
+    def token_bytes(self, token: int) -> bytes:
+        return f"<{token}>".encode() if self.is_special(token) else bytes([token])
+
+    def is_special(self, token: int) -> bool:
+        return token >= 200
+
 
 COUNTERS = Counters(
     prompt_tokens=9, cached_tokens=4, emitted=5, drafted=8, judged=4, accepted=3, trusted=1, typical=2, target_passes=2
@@ -111,7 +122,7 @@ def test_log_probabilities_travel_with_their_tokens() -> None:
     assert [piece.logprobs for piece in found] == [((1, -0.5, ((1, -0.5), (7, -2.0))),), ((2, -1.0, ()),)]
     assert [piece.prompt_logprobs for piece in found] == [((5, None, ()), (6, -3.0, ())), ()]
     assert [Piece.from_json(piece.to_json()) for piece in found] == found
-    told = [json.loads(piece.outputs("x", lambda token: bytes([token]))["ssv_logprobs"]) for piece in found]
+    told = [json.loads(piece.outputs("x", Bytes())["ssv_logprobs"]) for piece in found]
     assert told[0]["prompt"] == [
         {"id": 5, "bytes": [5], "logprob": None, "top": []},
         {"id": 6, "bytes": [6], "logprob": -3.0, "top": []},
@@ -120,9 +131,37 @@ def test_log_probabilities_travel_with_their_tokens() -> None:
     assert told[1] == {"output": [{"id": 2, "bytes": [2], "logprob": -1.0, "top": []}]}
 
 
+def test_fates_travel_with_their_tokens() -> None:
+    first = TokenFate(65, "accepted", 1, 0.25, ((66, 67), (68,)))
+    second, last = TokenFate(0xC3, "trusted", 1, 0.125), TokenFate(200, "corrected", 1, None, ((201,),))
+    settings = Settings("turbo", SamplingParams(fates=True), True, None)
+    found = pieces(
+        Answer("key", settings, False),
+        Chunk(0, "", (65,), COUNTERS, fates=(first,)),
+        Chunk(0, "", (0xC3, 200), COUNTERS, "stop", fates=(second, last)),
+    )
+    assert [piece.fates for piece in found] == [(first,), (second, last)]
+    assert [Piece.from_json(piece.to_json()) for piece in found] == found
+    told = [entry for piece in found for entry in json.loads(piece.outputs("x", Bytes())["ssv_fates"])]
+    assert told == [
+        {"token": "A", "bytes": [65], "fate": "accepted", "pass": 1, "risk": 0.25, "dropped": [["B", "C"], ["D"]]},
+        {"token": "\ufffd", "bytes": [0xC3], "fate": "trusted", "pass": 1, "risk": 0.125, "dropped": []},
+        {"token": "<200>", "bytes": None, "fate": "corrected", "pass": 1, "risk": None, "dropped": [["<201>"]]},
+    ]
+
+
+def test_fates_that_are_held_back_leave_with_their_tokens() -> None:
+    answer = make(stream=True)
+    fates = [TokenFate(token, "target", token) for token in range(3)]
+    chunks = [Chunk(0, "", (fate.token,), COUNTERS, fates=(fate,)) for fate in fates]
+    found = [answer.piece(each, now, 0.5) for each, now in zip(chunks, [1.0, 1.2, 1.6], strict=True)]
+    assert [piece and piece.fates for piece in found] == [(fates[0],), None, (fates[1], fates[2])]
+
+
 def test_without_them_there_is_nothing_of_them() -> None:
     (piece,) = pieces(make(stream=True), chunk(1))
-    assert piece.outputs("x", lambda _: b"")["ssv_logprobs"] == ""
+    told = piece.outputs("x", Bytes())
+    assert (told["ssv_logprobs"], told["ssv_fates"]) == ("", "")
 
 
 def test_types_of_fields_survive_json() -> None:

@@ -480,6 +480,54 @@ def test_logprobs_of_a_completion(echo: bool, stream: bool) -> None:
     assert found["text_offset"] == [*([0, 2] if echo else []), *(len("Once") * echo + each for each in (0, 10, 20))]
 
 
+# How tokens came about.
+
+
+def told(text: str, fate: str) -> dict[str, Any]:
+    return {"token": text, "bytes": list(text.encode()), "fate": fate, "pass": 1, "risk": None, "dropped": [["x"]]}
+
+
+def telling_backend() -> FakeBackend:
+    """Of the last token, which ends the answer, there is no text."""
+    return FakeBackend(
+        reply("Hel", fates=json.dumps([told("H", "target"), told("el", "trusted")])),
+        reply("lo", fates=json.dumps([told("lo", "accepted")])),
+        reply("", "stop", fates=json.dumps([told("<end>", "corrected")])),
+    )
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+@pytest.mark.parametrize("stream", [False, True])
+def test_fates_stand_beside_their_text(ask: Any, stream: bool) -> None:
+    backend = telling_backend()
+    response = ask(backend, ssv_fates=True, stream=stream)
+    assert backend.settings.fates
+    choices = [event["choices"][0] for event in (events_of(response)[:-1] if stream else [response.json()])]
+    found = [entry for choice in choices for entry in choice.get("ssv_fates", [])]
+    assert found == [told("H", "target"), told("el", "trusted"), told("lo", "accepted"), told("<end>", "corrected")]
+    if stream:
+        texts = [choice["delta"].get("content") if ask is chat else choice["text"] for choice in choices]
+        of_text = {text: len(choice["ssv_fates"]) for text, choice in zip(texts, choices, strict=True) if text}
+        assert of_text == {"Hel": 2, "lo": 1}
+
+
+@pytest.mark.parametrize("fields", [{}, {"ssv_fates": False}, {"ssv_fates": None}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_told_that_was_not_asked_for(fields: dict[str, Any], stream: bool) -> None:
+    backend = FakeBackend()
+    assert "ssv_fates" not in chat(backend, **fields, stream=stream).text
+    assert not backend.settings.fates
+
+
+def test_fates_are_a_flag() -> None:
+    assert error_of(chat(FakeBackend(), ssv_fates="all"), 400)["param"] == "ssv_fates"
+
+
+def test_each_choice_tells_its_own() -> None:
+    body = complete(telling_backend(), ssv_fates=True, n=2).json()
+    assert [len(choice["ssv_fates"]) for choice in body["choices"]] == [4, 4]
+
+
 def test_echo_of_a_text_and_of_token_ids() -> None:
     backend = FakeBackend()
     assert complete(backend, echo=True).json()["choices"][0]["text"] == "OnceHello"
@@ -1566,6 +1614,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
     outputs |= {"ssv_cached_tokens": 5, "ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
     outputs |= {"ssv_tier_withdrawn": ""}
+    outputs |= {"ssv_fates": ""}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
         if isinstance(value, str):
