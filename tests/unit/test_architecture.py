@@ -20,7 +20,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime/engines": ("support", "plugins", "model", "bundle", "runtime"),
     "runtime/decode": ("support", "plugins", "bundle", "runtime", "runtime/engines"),
     "runtime/decode/drafters": ("bundle", "runtime/engines", "runtime/decode"),
-    "runtime/decode/round.py": ("bundle", "runtime", "runtime/engines", "runtime/decode", "runtime/decode/drafters"),
+    "runtime/decode/ahead.py": ("bundle", "runtime/engines", "runtime/decode", "runtime/decode/drafters"),
+    "runtime/decode/round.py": (
+        "bundle",
+        "runtime",
+        "runtime/engines",
+        "runtime/decode",
+        "runtime/decode/drafters",
+        "runtime/decode/ahead.py",
+    ),
     "runtime/decode/loop.py": ("bundle", "runtime", "runtime/decode", "runtime/decode/round.py"),
     "runtime/llm.py": (
         "support",
