@@ -178,6 +178,6 @@ def test_who_asks_for_them_keeps_the_engines_from_rounds_by_themselves(fates: bo
     engine = Mock(RoundsEngine, most_tokens=8, in_flight=1)
     engine.take.return_value = [RoundResult([5], 0, 1, 0, ())]
     row = Row(SamplingParams(fates=fates), policy_for("autoregressive", {}), lambda _: False, Counters(), [1])
-    gained = Ahead(engine, None, frozenset()).step([row], None)
+    gained = Ahead(engine, None, frozenset()).step([row])
     assert engine.begin.called == (not fates)
     assert gained == (None if fates else [[5]])
