@@ -180,17 +180,18 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
                 print(reply.text, end="", flush=True)
             elif reply.fates:
                 explanation.push(json.loads(reply.fates))
+        seconds = time.monotonic() - started
+        withdrawn = f"{reply.withdrawn_tier} is withdrawn, decoded by {reply.tier}; " if reply.withdrawn_tier else ""
         if explanation is not None:
             tiers = json.loads(client.parameter("ssv_disclosure") or "{}").get("tiers", {})
             limit = tiers.get(args.method, {}).get("divergence")
-            explanation.close(reply.target_passes, _bound(reply.lossless, limit))
+            explanation.close(reply.target_passes, withdrawn + _bound(reply.lossless, limit))
     return (
-        f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):.0f} tokens/s, "
+        f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s, "
         f"first after {first * 1e3:.0f} ms; {reply.target_passes} target passes, "
         f"{reply.accepted} of {reply.judged} judged accepted ({reply.typical} as typical), "
-        f"{reply.unverified} trusted unseen; "
-        + (f"{reply.withdrawn_tier} is withdrawn, decoded by {reply.tier}; " if reply.withdrawn_tier else "")
-        + f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
+        f"{reply.unverified} trusted unseen; {withdrawn}"
+        f"lossless: {'yes' if reply.lossless else 'no'}; ended by {reply.finish_reason}"
     )
 
 

@@ -205,7 +205,8 @@ class Answer {
   /** Takes what the server discloses at the end: it has counted the passes. */
   close(disclosed) {
     this.passes = disclosed.target_passes;
-    this.promise.textContent = promise(disclosed.lossless, disclosed.divergence_bound);
+    const withdrawn = disclosed.withdrawn_tier ? `${disclosed.withdrawn_tier} is withdrawn, decoded by ${disclosed.tier}; ` : "";
+    this.promise.textContent = withdrawn + promise(disclosed.lossless, disclosed.divergence_bound);
     this.show();
   }
 

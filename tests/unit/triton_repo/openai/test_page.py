@@ -77,6 +77,8 @@ class Backend:
         numbers = {"num_input_tokens": 3, "judged": 3, "accepted": 1, "unverified": 2, "typical": 0, "cached_tokens": 0}
         tier = settings.tier or "premium"
         about: dict[str, Any] = {"target_passes": 4, "tier": tier, "lossless": tier != "turbo", **numbers}
+        if said["content"] == "withdrawn":
+            about |= {"tier": "premium", "lossless": True, "withdrawn_tier": tier}
         for i, each in enumerate(entries):
             if said["content"] == "wait" and i == 3:
                 try:
@@ -249,6 +251,14 @@ def test_two_tiers_answer_beside_each_other(opened: browser.Tab, backend: Backen
     )
     assert left["top"] == right["top"] and left["right"] < right["left"]
     assert ("divergence at most 3.3 %" in opened.run("document.body.innerText")) == (beside == "turbo")
+
+
+@needs_browser
+def test_a_tier_that_is_withdrawn_is_named(opened: browser.Tab) -> None:
+    ask(opened, "withdrawn", "turbo")
+    opened.wait("!running && document.querySelector('.token.special')")
+    said = opened.run("document.querySelector('.answer h2 span').textContent")
+    assert said.startswith("turbo is withdrawn, decoded by premium; lossless")
 
 
 @needs_browser
