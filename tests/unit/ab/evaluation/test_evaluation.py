@@ -19,10 +19,11 @@ from tiny_bundle import build, write_recipe
 from ssv.ab.bench_ways import ways
 from ssv.ab.evaluation import cli, view
 from ssv.ab.evaluation.answers import Answers
+from ssv.ab.evaluation.comparison import _cell
 from ssv.ab.evaluation.harness import SsvModel, sampling_of
 from ssv.ab.evaluation.own_tasks import humaneval_task
 from ssv.ab.evaluation.programs import Ran
-from ssv.ab.evaluation.tasks import TaskFinder
+from ssv.ab.evaluation.tasks import TaskFinder, TaskResult
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, RequestError, SamplingParams
 from ssv.support.progress import silent
@@ -359,6 +360,17 @@ def test_the_table_says_difference_interval_and_verdict() -> None:
         ("yes", "premium", "the same in <b>|$x, good"),
         ("no", "turbo", "inferior in <b>|$x; undecided in good"),
     ]
+
+
+@pytest.mark.parametrize(("by_construction", "verdict"), [(True, "the same"), (False, "undecided")])
+def test_it_is_the_same_by_construction_and_not_by_chance(by_construction: bool, verdict: str) -> None:
+    """A lossy method that happens to answer a few documents alike has shown little."""
+    result = TaskResult("acc", 1.0, {"a": 1.0, "b": 0.0}, {"a": ["x"], "b": ["y"]})
+    other = TaskResult("acc", 1.0, result.scores, {"a": ["x"], "b": ["z"]})
+    settings: dict[str, Any] = {"margin": 0.05, "level": 0.95, "same_by_construction": by_construction}
+    assert _cell(result, result, is_baseline=False, **settings).verdict == verdict
+    assert _cell(other, result, is_baseline=False, **settings).verdict == "undecided"
+    assert _cell(result, result, is_baseline=True, **settings).verdict is None
 
 
 def test_names_are_no_markup() -> None:
