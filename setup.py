@@ -38,6 +38,8 @@ EXTRAS = {
     "plot": ["matplotlib"],
     # Comparisons need no torch: they ask servers.
     "ab": ["tritonclient[grpc]", "numpy<2", "scipy", "openai", "matplotlib", "jinja2", "prometheus-client"],
+    # lm-eval itself wants no torch. From 25 on pyarrow, which it brings along, wants numpy 2.
+    "eval": [*TORCH, *TOKENIZER, "lm-eval==0.4.13", "pyarrow<25", "scipy", "matplotlib"],
     # The bindings are of full TensorRT, without its library: the tests drive its plugin library.
     "dev": [
         *STRUCTURED,
@@ -103,7 +105,8 @@ setup(
         "ssv.builder": ["presets/**/*"],
         "ssv.triton_repo": ["*/config.pbtxt", "*/1/*", "*/1/.gitkeep"],
         "ssv.triton_repo.openai": ["web/*"],
-        "ssv.ab": ["report.html.jinja"],
+        "ssv.ab": ["report.html.jinja", "report.css"],
+        "ssv.ab.evaluation": ["evaluation.html.jinja"],
     },
     # Optional: without a C compiler the CPU engine falls back to PyTorch operations.
     ext_modules=[
@@ -143,6 +146,7 @@ setup(
             "ssv-serve = ssv.triton_repo.serve:main",
             "ssv-bench = ssv.ab.bench:main",
             "ssv-ab = ssv.ab.cli:main",
+            "ssv-eval = ssv.ab.evaluation.cli:main",
         ]
     },
 )

@@ -263,13 +263,13 @@ def _over_rounds(by_round: Sequence[Sequence[float]]) -> list[float]:
     return [sum(each) for each in zip(*by_round, strict=True)]
 
 
-def _mean_ratio(
+def mean_ratio(
     tokens: Sequence[Sequence[int]],
     seconds: Sequence[Sequence[float]],
     base_tokens: Sequence[Sequence[int]],
     base_seconds: Sequence[Sequence[float]],
 ) -> float:
-    """The geometric mean of the groups' ratios of tokens per second; all by round and group."""
+    """The geometric mean of the groups' ratios of tokens per second to a baseline's; all by round and group."""
     sums = zip(*(_over_rounds(each) for each in (tokens, seconds, base_tokens, base_seconds)), strict=True)
     return geometric_mean([(n / s) / (base_n / base_s) for n, s, base_n, base_s in sums])
 
@@ -373,7 +373,7 @@ def _row(way: Way, audits: Sequence[Audit], tally: Tally, baseline: Tally, price
     speed = sum(map(sum, tally.tokens)) / sum(map(sum, tally.seconds))
     speedup = speedup_of(tally, baseline)
     by_round = [
-        _mean_ratio([tokens], [seconds], [base_tokens], [base_seconds])
+        mean_ratio([tokens], [seconds], [base_tokens], [base_seconds])
         for tokens, seconds, base_tokens, base_seconds in zip(
             tally.tokens, tally.seconds, baseline.tokens, baseline.seconds, strict=True
         )
@@ -389,7 +389,7 @@ def _row(way: Way, audits: Sequence[Audit], tally: Tally, baseline: Tally, price
         method=way.name,
         precision=way.llm.precision,
         tokens_per_s=speed,
-        speedup=_mean_ratio(tally.tokens, tally.seconds, baseline.tokens, baseline.seconds),
+        speedup=mean_ratio(tally.tokens, tally.seconds, baseline.tokens, baseline.seconds),
         speedup_low=1 + speedup.low if speedup is not None else None,
         speedup_high=1 + speedup.high if speedup is not None else None,
         speedup_by_round=by_round,

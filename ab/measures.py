@@ -216,7 +216,18 @@ def quality(a: Sequence[Sample], b: Sequence[Sample], *, margin: float, level: f
     Args:
         a, b: at all concurrencies. The scores of a prompt's samples are averaged first: they are not independent.
     """
-    scores_a, scores_b = _score_by_prompt(a), _score_by_prompt(b)
+    return compare_scores(_score_by_prompt(a), _score_by_prompt(b), margin=margin, level=level)
+
+
+def compare_scores(
+    scores_a: Mapping[str, float], scores_b: Mapping[str, float], *, margin: float, level: float
+) -> QualityFinding | None:
+    """Non-inferiority of b over the prompts that both have a score of; None without any, or with one alone that is not
+    right or wrong.
+
+    Args:
+        scores_a, scores_b: from 0 to 1, by prompt.
+    """
     common = sorted(scores_a.keys() & scores_b.keys())
     if not common:
         return None

@@ -68,12 +68,12 @@ def render(document: Mapping[str, Any], samples: Sequence[Sample]) -> str:
         rows=rows,
         glossary=[(term, words) for term, words in GLOSSARY.items() if term in columns or term in ALWAYS],
         quality=quality_text,
-        plots=[_svg(figure) for figure in (*_trade(document), *_latencies(document, samples))],
+        plots=[svg(figure) for figure in (*_trade(document), *_latencies(document, samples))],
         settings=json.dumps(document["settings"], indent=1, ensure_ascii=False),
     )
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """A figure as inline SVG. Its texts are drawn as shapes, so that names of arms cannot be markup."""
     import matplotlib
     from matplotlib import pyplot
@@ -92,12 +92,12 @@ def _latencies(document: Mapping[str, Any], samples: Sequence[Sample]) -> list[F
     figures = []
     for concurrency in document["settings"]["concurrency"]:
         for name in ("ttft_s", "e2e_s"):
-            figure, axes = _pyplot().subplots(figsize=SIZE, layout="constrained")
+            figure, axes = headless_pyplot().subplots(figsize=SIZE, layout="constrained")
             for arm in document["arms"]:
                 of_arm = [s for s in samples if (s.arm, s.concurrency, s.error) == (arm["name"], concurrency, "")]
                 values = sorted(value for sample in of_arm if (value := getattr(sample, name)) is not None)
                 if values:
-                    axes.ecdf(values, label=_plain(arm["name"]))
+                    axes.ecdf(values, label=literal(arm["name"]))
             what = "Time to first token" if name == "ttft_s" else "End to end"
             axes.set_title(f"{what}, concurrency {concurrency}", fontsize=10)
             axes.set_xlabel("seconds")
@@ -111,7 +111,7 @@ def _latencies(document: Mapping[str, Any], samples: Sequence[Sample]) -> list[F
 
 def _trade(document: Mapping[str, Any]) -> list[Figure]:
     """Cost by arm and concurrency, and quality by arm, both against the first arm and with their intervals."""
-    first, margin = _plain(document["settings"]["arms"][0]["name"]), document["settings"]["margin"]
+    first, margin = literal(document["settings"]["arms"][0]["name"]), document["settings"]["margin"]
     colours = {arm["name"]: f"C{place}" for place, arm in enumerate(document["arms"])}  # as in the other plots
     costs = [
         (
@@ -150,14 +150,16 @@ def _forest(
     limit: float | None = None,
 ) -> Figure:
     """Differences below each other. Args: rows: colour, name, estimate and interval, as shares."""
-    figure, axes = _pyplot().subplots(figsize=(SIZE[0], max(SIZE[1], 0.9 + 0.3 * len(rows))), layout="constrained")
+    figure, axes = headless_pyplot().subplots(
+        figsize=(SIZE[0], max(SIZE[1], 0.9 + 0.3 * len(rows))), layout="constrained"
+    )
     axes.axvline(0, color="grey", linewidth=0.8)
     if limit is not None:
         axes.axvline(limit, color="firebrick", linewidth=0.9, linestyle="--")
     for place, (colour, _, estimate, interval) in enumerate(rows):
         x = 100 * estimate
         axes.errorbar([x], [place], xerr=_around(interval, x), fmt="o", color=colour, capsize=3)
-    axes.set_yticks(range(len(rows)), [_plain(name) for _, name, *_ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [literal(name) for _, name, *_ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
@@ -173,12 +175,13 @@ def _around(interval: Mapping[str, float] | None, value: float) -> list[list[flo
     return [[max(0.0, value - 100 * interval["low"])], [max(0.0, 100 * interval["high"] - value)]]
 
 
-def _plain(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib does not take for mathematics."""
     return text.replace("$", r"\$")
 
 
-def _pyplot() -> Any:
+def headless_pyplot() -> Any:
+    """matplotlib's pyplot, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")

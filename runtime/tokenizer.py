@@ -42,7 +42,7 @@ class BundleTokenizer:
         self._encoder = (
             None
             if self._backend is None
-            else ConversationEncoder(self._backend, self._render, inner.chat_template, self._ends)
+            else ConversationEncoder(self._backend, self.render, inner.chat_template, self._ends)
         )
         self._control: dict[int, str] | None = None
         self._answer_begins: tuple[int, ...] | None = None
@@ -107,10 +107,33 @@ class BundleTokenizer:
             if self._encoder is None:
                 for message in messages:
                     check_role(message["role"])
-                return tuple(self.inner.encode(self._render(messages), add_special_tokens=False))
+                return tuple(self.inner.encode(self.render(messages), add_special_tokens=False))
             return tuple(self._encoder.chat_ids(messages, tools))
         except ConversationError as error:
             raise RequestError(error.what, error.cure) from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **more: Any) -> str:
+        """Text of a conversation in the model's chat template, control tokens included.
+
+        To decode it, `chat_ids` is the safe way: in a text, a message's own control tokens look like the template's.
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        try:
+            return str(
+                self.inner.apply_chat_template(
+                    list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **more
+                )
+            )
+        except Exception as error:  # whatever the template's author lets it raise
+            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that stands before a text that begins; None of a tokenizer that names none."""
+        name = self.inner.special_tokens.get("bos_token")
+        return None if name is None or self._backend is None else self._backend.token_to_id(name)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, without special ones and end tokens that were added to the vocabulary."""
@@ -183,16 +206,6 @@ class BundleTokenizer:
 
     # --- control tokens ---------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **more: Any) -> str:
-        try:
-            return str(
-                self.inner.apply_chat_template(
-                    list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **more
-                )
-            )
-        except Exception as error:  # whatever the template's author lets it raise
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-
     def _special(self) -> dict[int, str]:
         """Texts of the special tokens that are found in text, and of such end tokens, by id."""
         if self._backend is None:
@@ -209,7 +222,7 @@ class BundleTokenizer:
         if self._answer_begins is None:
             mark = "question"
             try:
-                text = self._render([{"role": "user", "content": mark}]).rpartition(mark)[2]
+                text = self.render([{"role": "user", "content": mark}]).rpartition(mark)[2]
                 self._answer_begins = tuple(self.inner.encode(text, add_special_tokens=False)) if text.strip() else ()
             except RequestError:
                 self._answer_begins = ()

@@ -18,7 +18,7 @@ Option = tuple[str, argparse.ArgumentParser, argparse.Action]
 def parsers() -> Iterator[argparse.ArgumentParser]:
     """The parsers of all commands, and of their subcommands."""
     commands = [entry for entry in entry_points(group="console_scripts") if entry.name.startswith("ssv-")]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for parser in (*(importlib.import_module(entry.module)._parser() for entry in commands), app._parser()):
         yield parser
         for action in parser._actions:

@@ -51,6 +51,7 @@ BODIES = {
     "ssv-generate --help": 'command("ssv.client.cli", "--help")',
     "ssv-generate --url": 'assert command("ssv.client.cli", "hello", "--url", "grpc://127.0.0.1:1") == 2',
     "ssv-bench --help": 'command("ssv.ab.bench", "--help")',
+    "ssv-eval --help": 'command("ssv.ab.evaluation.cli", "--help")',
     "ssv-ab --help": 'command("ssv.ab.cli", "--help")',
     "ssv-serve --help": 'command("ssv.triton_repo.serve", "--help")',
     "ssv-serve": 'assert command("ssv.triton_repo.serve", "--bundle", bundle, "--tritonserver", "/nowhere") == 2',
