@@ -37,7 +37,7 @@ enum {
     T_FIRST, /* which token of the pass its root is */
     T_START, /* the slot of its first node */
     T_KEPT,  /* nodes of the path */
-    T_DEST,  /* where the features of its tokens go, from the root's on */
+    T_DEST,  /* where the features of its tokens go, from the root's on; -1: nowhere */
     T_PATH = 8,
     T_TOKEN = T_PATH + LEVELS,
     T_PARENT = T_TOKEN + NODES, /* -1: the root */
@@ -267,10 +267,11 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
                 out[O_NODES] = count, out[O_KEPT] = kept, out[O_JUDGED_ROWS] = 1 + count - num_trusted, out[O_JUDGED] = judged;
                 gained[g] = kept + 1;
                 tree[T_KEPT] = kept;
-                tree[T_DEST] = g * p.held + row[R_PENDING]; /* where features are held */
+                /* Where features are held, as long as there is room: a row that has waited longer will not draft again. */
+                tree[T_DEST] = row[R_PENDING] + kept < p.held ? g * p.held + row[R_PENDING] : -1;
                 row[R_LENGTH] += kept + 1, row[R_ROOT] = choice, row[R_REST] -= kept + 1;
                 if (p.step) row[R_DRAFT_LENGTH] += row[R_PENDING], row[R_PENDING] = kept + 1;
-                else row[R_PENDING] += kept + 1;
+                else row[R_PENDING] = min(row[R_PENDING] + kept + 1, p.held);
             }
         }
         __syncthreads(); /* rows of all warps are settled */
@@ -346,6 +347,7 @@ extern "C" __global__ void __launch_bounds__(128) compact(const Compact p) {
     }
     if (!p.features) return;
     const int from = tree[T_FIRST], to = tree[T_DEST];
+    if (to < 0) return;
     for (int i = 0; i <= kept; i++) {
         const float *source = p.features + (size_t)(from + (i ? tree[T_PATH + i - 1] + 1 : 0)) * p.hidden;
         for (int h = t; h < p.hidden; h += 128) p.dest[(size_t)(to + i) * p.hidden + h] = source[h];

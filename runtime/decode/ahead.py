@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen
 from ssv.runtime.decode.drafters.levels import beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
@@ -49,7 +49,6 @@ class Ahead:
         self._shapes: list[RoundShape] = []
         self._chosen: RoundShape | None = None
         self._rounds_until_choice = 0
-        self._waiting = 0
 
     def step(self, rows: Sequence[Row]) -> list[list[int]] | None:
         """Keeps rounds under way; returns the tokens that each row has gained by the oldest one, or by all of them if
@@ -59,7 +58,7 @@ class Ahead:
             EngineError: logits that were no distribution.
         """
         shape = self._shape(rows)
-        if self.is_under_way and (shape is None or (shape.tree is not None) != self._drafts or self._is_full):
+        if self.is_under_way and (shape is None or (shape.tree is not None) != self._drafts):
             return self.settle(rows)
         if shape is None:
             return None
@@ -80,13 +79,17 @@ class Ahead:
                 tokens += more
         self.is_under_way = False
         for b, (row, (draft_length, features)) in enumerate(zip(rows, self._rounds.end(), strict=True)):
-            if features is not None:
-                assert self._drafter is not None
+            if row.has_lost_draft or not row.policy.max_pending:
+                continue
+            assert self._drafter is not None
+            if features is None:
+                row.has_lost_draft = True
+            else:
                 self._drafter.take_back(b, row, draft_length, features)
         return gained
 
     def _begin(self, rows: Sequence[Row], shape: RoundShape) -> None:
-        drafter = self._drafter if rows[0].policy.max_pending else None
+        drafter = self._drafter if any(row.policy.max_pending and not row.has_lost_draft for row in rows) else None
         features_BTF = None
         if drafter is not None:
             if shape.tree is not None and sum(len(drafter.unseen(row)) for row in rows) > self._rounds.most_tokens:
@@ -96,12 +99,11 @@ class Ahead:
         corrections = drafter.corrections(rows[0].policy) if drafter is not None else ()
         self._rounds.begin([self._handed_over(row, drafter) for row in rows], features_BTF, corrections)
         self._drafts, self.is_under_way = shape.tree is not None, True
-        self._waiting = max(len(drafter.unseen(row)) for row in rows) if drafter is not None else 0
 
     def _handed_over(self, row: Row, drafter: ModelDrafter | None) -> RoundRow:
         policy = row.policy
         mine = RoundRow(row.target_length, row.tokens[-1], row.rest, ends=sorted(row.ends(self._eos_ids)))
-        if drafter is None:
+        if drafter is None or row.has_lost_draft:
             return mine
         return replace(
             mine,
@@ -128,17 +130,10 @@ class Ahead:
             row.tokens += result.tokens
             row.last_commit = now
             gained.append(list(result.tokens))
-        if not self._drafts:
-            self._waiting += 1
-        elif rows[0].policy.pays:
+        if self._drafts and rows[0].policy.pays:
             assert self._drafter is not None and shape.tree is not None
             self._drafter.levels.note(shape.tree.levels, [result.survival_by_depth for result in results], shape.nodes)
         return gained
-
-    @property
-    def _is_full(self) -> bool:
-        """Whether as many tokens wait for a draft that does not draft as may."""
-        return not self._drafts and self._waiting + self._rounds.in_flight >= MAX_PENDING
 
     def _goes_on(self, rows: Sequence[Row]) -> bool:
         """Whether some row goes on after the rounds under way, however much they give, if no token ends it."""
@@ -155,7 +150,7 @@ class Ahead:
         most = self._rounds.most_tokens // num - 1
         if most < 0:
             return None
-        if not policy.max_pending:
+        if not policy.max_pending or (policy.pays and any(row.has_lost_draft for row in rows)):
             return RoundShape(None, 0)
         if policy.pays:
             return self._what_pays(policy, num, sum(len(row.tokens) for row in rows), most)

@@ -337,7 +337,7 @@ class DecodeBatch:
 
     def drafter_of(self, row: Row) -> Drafter | None:
         """None of a row that does not draft."""
-        return self.drafters[row.policy.drafter] if row.policy.max_pending else None
+        return self.drafters[row.policy.drafter] if row.policy.max_pending and not row.has_lost_draft else None
 
     # --- rows come and go -------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class Row:
         fates: of the output's tokens, likewise.
         draft_length: entries of the text in the draft's cache.
         released: tokens of the tree's first path that have already left, being trusted like all before them.
+        has_lost_draft: it has not drafted for so long that it will not again: what its draft would need is gone.
         ended: its output has come to its end, though it is still in use.
         audited: of a row that is audited, the drafted tokens of the text, by place, that the target's choices are ahead
             of, and by how much (see `ssv.runtime.decode.choice.gaps`).
@@ -49,6 +50,7 @@ class Row:
     fates: list[TokenFate] = field(default_factory=list)
     draft_length: int = 0
     released: int = 0
+    has_lost_draft: bool = False
     ended: bool = False
     last_commit: float = 0.0
     audited: list[tuple[int, float]] | None = None

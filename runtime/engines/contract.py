@@ -349,7 +349,8 @@ class RoundsEngine(Protocol):
 
     def end(self) -> Sequence[tuple[int, Tensor | None]]:
         """Gives the rows back once all rounds have been taken: of each the entries of the draft's cache, and the
-        features of the text's tokens behind them."""
+        features of the text's tokens behind them; None of rows without a draft, and of those of which more tokens than
+        `most_pending` wait for one."""
         ...
 
 

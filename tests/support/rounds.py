@@ -33,6 +33,7 @@ class _State:
     draft_length: int
     pending: list[int]
     features_TF: Tensor | None
+    is_lost: bool = False
 
 
 class FakeRounds:
@@ -170,6 +171,8 @@ class FakeRounds:
             if shape.tree is None:
                 assert state.features_TF is not None
                 state.pending, state.features_TF = state.pending + gained, torch.cat((state.features_TF, kept_TF))
+                if len(state.pending) > self.most_pending:
+                    state.is_lost = True
             else:
                 state.draft_length += len(state.pending)
                 state.pending, state.features_TF = gained, kept_TF
@@ -189,6 +192,6 @@ class FakeRounds:
 
     def end(self) -> list[tuple[int, Tensor | None]]:
         assert not self._given
-        found = [(state.draft_length, state.features_TF) for state in self._states]
+        found = [(state.draft_length, None if state.is_lost else state.features_TF) for state in self._states]
         self._states = []
         return found

@@ -28,7 +28,10 @@ WEIGHT = 0.1
 """Of a round in the running means."""
 
 RETRY = 64
-"""Rounds after which what did not pay is tried again: texts change, and the load does."""
+"""Rounds, times the rows that share them, after which what did not pay is tried again: texts change, and the load does.
+Twice as many after each trial in vain."""
+
+MOST_PATIENCE = 16 * RETRY
 
 TRIALS = 8
 """Rounds before their rate is believed."""
@@ -78,7 +81,7 @@ class Levels:
         clock: seconds.
         """
         self._most, self._clock = most, clock
-        self._waited, self._size = 0, FIRST_SIZE
+        self._waited, self._size, self._patience = 0, FIRST_SIZE, RETRY
         self._nodes = [FIRST_NODES] * most
         self._survival = [FIRST_SURVIVAL * FADING**depth for depth in range(most)]
         # By rows side by side, and whether they drafted.
@@ -148,10 +151,12 @@ class Levels:
         """
         if not pays or self._loses(num_rows, plain):
             self._waited += 1
-            if self._waited < RETRY:
+            if self._waited < self._patience * num_rows:
                 return False
-            self._waited = 0
+            self._waited, self._patience = 0, min(2 * self._patience, MOST_PATIENCE)
             self._rates.pop((num_rows, True), None)
+        else:
+            self._patience = RETRY
         self.note_drafting()
         return True
 

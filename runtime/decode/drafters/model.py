@@ -34,6 +34,10 @@ from ssv.runtime.engines.contract import Engine, EngineError, GrowingEngine, Ste
 MOST_LEVELS = 12
 """Of trees that an engine grows by itself."""
 
+MANY_ROWS = 16
+"""Side by side, among which a row that has not drafted for long is let go: keeping its draft up to date would cost each
+round several per cent, and where so many share a pass drafts rarely pay."""
+
 NOT_CORRECTED = ((0.0, 1.0),)
 
 
@@ -87,6 +91,7 @@ class ModelDrafter(Drafter):
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
         self.levels = Levels(MOST_LEVELS)
+        self._num_rows = 0
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
 
@@ -135,6 +140,7 @@ class ModelDrafter(Drafter):
             for b, (row, limit) in enumerate(zip(rows, limits, strict=True))
             if limit > 0
         }
+        self._num_rows = len(rows)
         grown: set[int] = set()
         if self._grower is not None:
             grown = self._grow(self._grower, rows, limits, prices)
@@ -267,6 +273,9 @@ class ModelDrafter(Drafter):
             self.engine.keep(b, row.draft_length, slots)
             row.draft_length += len(slots)
         if row.target_length + 1 + len(path) - row.draft_length > MAX_PENDING:
+            if row.policy.pays and self._num_rows >= MANY_ROWS:
+                row.has_lost_draft = True
+                return
             self._fill(b, row, [*row.tokens, *(row.tree.tokens[node] for node in path)])
 
     def move(self, source: int, dest: int, row: Row) -> None:
@@ -307,8 +316,6 @@ class ModelDrafter(Drafter):
         """
         row.draft_length = draft_length
         self._hold(b, 0, features_TF)
-        if len(features_TF) > MAX_PENDING // 2:
-            self.catch_up(b, row)
 
     def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
         """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are

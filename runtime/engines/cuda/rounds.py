@@ -243,7 +243,7 @@ class CudaRounds:
             if self._text_width:  # the draft has run what was pending
                 state[0], state[1] = state[0] + state[1], gained
             else:
-                state[1] += gained
+                state[1] = min(state[1] + gained, self.most_pending + 1)
         self._most_length += max(len(result.tokens) for result in results)
         return results
 
@@ -253,7 +253,7 @@ class CudaRounds:
         found: list[tuple[int, Tensor | None]] = []
         start = 0
         for b, (draft_length, pending) in enumerate(self._state):
-            if not self._drafts:
+            if not self._drafts or pending > self.most_pending:
                 found.append((draft_length, None))
             elif self._text_width:
                 found.append((draft_length, self._draft.buffers.features_in_MF[start : start + pending]))
