@@ -19,6 +19,7 @@ from ssv.model.draft import Draft, load_draft, load_draft_head
 from ssv.model.heads import read_heads
 from ssv.model.scorer import Scorer, load_scorer
 from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SIZES_AT_LOAD, measure, place
+from ssv.runtime.decode.generator import Generator
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
@@ -380,6 +381,15 @@ class LLM:
             loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
         while loop.has_work:
             yield from loop.step()
+
+    def generator(self, *, max_waiting: int | None = None, prompt_cache_bytes: int = 0) -> Generator:
+        """Who decodes requests for a service; there may be one at a time.
+
+        Args:
+            max_waiting: requests that may wait beside those that are decoded; None for no bound.
+            prompt_cache_bytes: memory for beginnings of prompts; 0 for none.
+        """
+        return self.loop(max_waiting=max_waiting, prompt_cache_bytes=prompt_cache_bytes)
 
     def loop(self, *, max_waiting: int | None = None, prompt_cache_bytes: int = 0, priced: bool = True) -> DecodeLoop:
         """A decoding loop over the engines; there may be one at a time, as they have one cache.

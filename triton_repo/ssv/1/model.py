@@ -32,10 +32,11 @@ from ssv.support.imports import collecting_later
 with collecting_later():
     import torch
 
+    from ssv.runtime.decode.generator import Load
     from ssv.runtime.decode.scheduler import QueueFull
     from ssv.runtime.llm import LLM
     from ssv.runtime.memory import keep_large_blocks
-    from ssv.runtime.serving.service import Load, Service, ServiceError
+    from ssv.runtime.serving.service import Service, ServiceError
 
 log = logging.getLogger("ssv.server")
 
