@@ -77,3 +77,21 @@ class Generator(Protocol):
     def step(self) -> Iterator[Chunk]:
         """Goes on for a while; yields what the requests gain as it comes. Has to be exhausted."""
         ...
+
+
+class Host(Protocol):
+    """An engine of somebody else's, with batches of its own.
+
+    Attributes:
+        methods: what it decodes by.
+    """
+
+    methods: tuple[str, ...]
+
+    def generator(self, max_waiting: int | None) -> Generator:
+        """Who decodes requests; there may be one at a time.
+
+        Args:
+            max_waiting: requests that may wait beside those that are decoded; None for no bound.
+        """
+        ...

@@ -130,6 +130,7 @@ def _load(config: ServerConfig) -> LLM:
         max_length=config.max_length,
         prefill_chunk=config.prefill_chunk or None,
         threads=config.threads or None,
+        tensor_parallel=config.tensor_parallel,
         verified=json.loads(config.verified or "{}"),
     )
     llm.know_costs()  # before there are requests: see there
