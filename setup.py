@@ -62,6 +62,10 @@ EXTRAS = {
     ],
 }
 
+# An engine that others wrote (ssv.runtime.trtllm.install names the same range). Not of `all`: what the public index has
+# under this name is a stand-in, and the engine brings a torch of its own.
+TRTLLM = ["tensorrt-llm>=1.3.0rc26,<1.5"]
+
 # Clients that others wrote, for tests against a real server (`make test-clients`). Not of `all`: they ask for other
 # versions of what is used here, so that they have an environment of their own, without torch. guidellm, which has its
 # dependencies here but for torch, is installed beside them without any.
@@ -138,7 +142,12 @@ setup(
         ),
     ],
     install_requires=["pydantic>=2", "pyyaml", "rich"],
-    extras_require={**EXTRAS, "all": sorted({name for extra in EXTRAS.values() for name in extra}), "clients": CLIENTS},
+    extras_require={
+        **EXTRAS,
+        "all": sorted({name for extra in EXTRAS.values() for name in extra}),
+        "clients": CLIENTS,
+        "trtllm": TRTLLM,
+    },
     entry_points={
         "console_scripts": [
             "ssv-build = ssv.builder.cli:main",

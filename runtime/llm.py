@@ -19,6 +19,7 @@ from ssv.model.draft import Draft, load_draft, load_draft_head
 from ssv.model.heads import read_heads
 from ssv.model.scorer import Scorer, load_scorer
 from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SIZES_AT_LOAD, measure, place
+from ssv.runtime.decode.generator import Generator, Host
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
@@ -64,7 +65,7 @@ class LLM:
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         costs: of steps here; None as long as nobody knows them (`know_costs`).
         pass_tokens, survival: see `DecodeBatch`.
-        grammars: over its vocabulary; None with a tokenizer that cannot say them.
+        grammars: over its vocabulary; None with a tokenizer that cannot say them, or an engine that takes none.
     """
 
     def __init__(
@@ -87,20 +88,22 @@ class LLM:
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
         rounds: RoundsEngine | None = None,
+        host: Host | None = None,
     ) -> None:
         """Args:
         measures_costs: whether costs that are not given are measured when a request needs them.
         rounds: the same engines, where they run rounds by themselves.
+        host: who decodes in place of the engines.
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
-        self._rounds = rounds
+        self._rounds, self._host = rounds, host
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.precision, self.place, self.threads = precision, place, threads
         self.costs, self.survival = costs, survival
         self._measures_costs = measures_costs
-        self.grammars = tokenizer.grammars(target.vocab_size, eos_token_ids)
+        self.grammars = tokenizer.grammars(target.vocab_size, eos_token_ids) if host is None else None
         self._streaming = False
 
     @classmethod
@@ -108,13 +111,14 @@ class LLM:
         cls,
         bundle: Path | str,
         *,
-        engine: Literal["torch", "tensorrt"] = "torch",
+        engine: Literal["torch", "tensorrt", "tensorrt_llm"] = "torch",
         precision: str | None = None,
         device: str = "cpu",
         max_batch: int = 1,
         max_length: int = 2048,
         prefill_chunk: int | None = None,
         threads: int | None = None,
+        tensor_parallel: int = 1,
         verify: bool = True,
         verified: Mapping[str, str] | None = None,
         say: Say = say_nothing,
@@ -123,7 +127,8 @@ class LLM:
 
         Args:
             engine: `tensorrt` for the bundle's compiled engines, on this machine's GPU; max_batch must not exceed
-                theirs, max_length is cut to it.
+                theirs, max_length is cut to it. `tensorrt_llm` for TensorRT-LLM, which runs the target in bf16 on one
+                or several GPUs, with the bundle's draft beside it if that is a standalone one.
             precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is
                 compiled.
             max_length: tokens of prompt and output together; cut to what target and draft have positions for.
@@ -131,6 +136,7 @@ class LLM:
             threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8
                 and int4 follow while they decode. `OMP_NUM_THREADS`, or another number than torch's own set before, is
                 kept.
+            tensor_parallel: GPUs that share the target, with `tensorrt_llm`.
             verify: check the hash of every file that is loaded first.
             verified: files that another process has checked (see `verify_files`): those not touched since are not
                 hashed again.
@@ -139,6 +145,7 @@ class LLM:
         Raises:
             BundleError, CheckpointError: the bundle is damaged.
             EngineError: precision or device not to be had.
+            TrtllmError: TensorRT-LLM is missing or another version.
         """
         import torch
 
@@ -148,6 +155,8 @@ class LLM:
             raise EngineError("threads are of the torch engine on a CPU", "leave them out for another engine or device")
         # Before the files are read: while they are, the machine shows how many cores are free.
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
+        if tensor_parallel != 1 and engine != "tensorrt_llm":
+            raise EngineError("several GPUs share a target in TensorRT-LLM alone", "use the engine tensorrt_llm")
         manifest = read_manifest(bundle, verify=False)
         check = partial(verify_files, bundle, manifest, verified=verified or {}, unused=unused_files(manifest, engine))
         if engine == "tensorrt":
@@ -155,6 +164,11 @@ class LLM:
                 check(say=say)
             say(f"loading {bundle}")
             return cls._load_tensorrt(bundle, manifest, precision, max_batch, max_length, prefill_chunk)
+        if engine == "tensorrt_llm":
+            if verify:
+                check(say=say)
+            say(f"loading {bundle}")
+            return cls._load_trtllm(bundle, manifest, precision, max_batch, max_length, prefill_chunk, tensor_parallel)
         say(f"loading {bundle}")
         checked = begun(check) if verify else dict
         try:
@@ -297,9 +311,47 @@ class LLM:
             survival=manifest.survival,
         )
 
+    @classmethod
+    def _load_trtllm(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        precision: str | None,
+        max_batch: int,
+        max_length: int,
+        prefill_chunk: int | None,
+        tensor_parallel: int,
+    ) -> LLM:
+        from ssv.runtime.trtllm.engine import TrtllmEngine
+        from ssv.runtime.trtllm.hosted import HostedTarget
+
+        if precision not in (None, "bf16"):
+            raise EngineError(
+                f"precision {precision}: TensorRT-LLM runs a bundle's target in bf16", "leave it out, or choose bf16"
+            )
+        if prefill_chunk is not None:
+            raise EngineError("TensorRT-LLM cuts prompts as it likes", "leave the prefill chunk out")
+        host = TrtllmEngine(
+            bundle, manifest, max_rows=max_batch, max_length=max_length, tensor_parallel=tensor_parallel
+        )
+        return cls(
+            HostedTarget(max_batch, host.max_length, host.vocab_size),
+            None,
+            BundleTokenizer.load(bundle, manifest.eos_token_ids),
+            eos_token_ids=manifest.eos_token_ids,
+            tiers=manifest.policies,
+            limits=manifest.divergence_limits,
+            max_length=host.max_length,
+            precision="bf16",
+            place=host.place,
+            host=host,
+        )
+
     @property
     def methods(self) -> tuple[str, ...]:
         """What it can decode by, in the order of `METHODS`."""
+        if self._host is not None:
+            return self._host.methods
         return (*baselines(self.heads is not None), *(name for name in TIERS if name in self.tiers))
 
     def know_costs(self) -> Costs | None:
@@ -374,12 +426,32 @@ class LLM:
 
     def _run(self, requests: Sequence[Request], cache: PromptCache[PromptBlock] | None) -> Iterator[Chunk]:
         policies = [policy_of(request, self.tiers) for request in requests]
-        loop = self._loop(None, cache, priced=any(policy.pays for policy in policies))
+        generator: Generator
+        if self._host is not None:
+            if cache is not None:
+                raise RequestError("this engine keeps beginnings of prompts by itself", "leave the prompt cache out")
+            generator = self._host.generator(None)
+        else:
+            generator = self._loop(None, cache, priced=any(policy.pays for policy in policies))
+        for request, policy in zip(requests, policies, strict=True):
+            generator.check(request, policy)  # what is no token has no text either
         for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
-            loop.batch.check(request.prompt_ids, request.params, policy)  # what is no token has no text either
-            loop.submit(index, request, policy, self.tokenizer.text_stream(request.prompt_ids, request.params))
-        while loop.has_work:
-            yield from loop.step()
+            text = self.tokenizer.text_stream(request.prompt_ids, request.params)
+            generator.submit(index, request, policy, text)
+        while generator.has_work:
+            yield from generator.step()
+
+    def generator(self, *, max_waiting: int | None = None, prompt_cache_bytes: int = 0) -> Generator:
+        """Who decodes requests for a service; there may be one at a time.
+
+        Args:
+            max_waiting: requests that may wait beside those that are decoded; None for no bound.
+            prompt_cache_bytes: memory for beginnings of prompts; 0 for none. An engine that keeps them by itself does
+                so in its own.
+        """
+        if self._host is not None:
+            return self._host.generator(max_waiting)
+        return self.loop(max_waiting=max_waiting, prompt_cache_bytes=prompt_cache_bytes)
 
     def loop(self, *, max_waiting: int | None = None, prompt_cache_bytes: int = 0, priced: bool = True) -> DecodeLoop:
         """A decoding loop over the engines; there may be one at a time, as they have one cache.

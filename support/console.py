@@ -116,9 +116,14 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=choices, help=help)
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    help = "torch, or the bundle's compiled engines on this GPU (default: torch)"
-    parser.add_argument("--engine", default="torch", choices=["torch", "tensorrt"], help=help)
+def add_engine(parser: argparse.ArgumentParser, *, hosted: bool = False) -> None:
+    """Args:
+    hosted: whether TensorRT-LLM is a choice too.
+    """
+    help = "torch, or the bundle's compiled engines on this GPU"
+    help += ", or TensorRT-LLM on one or several (default: torch)" if hosted else " (default: torch)"
+    choices = ["torch", "tensorrt", *(["tensorrt_llm"] if hosted else [])]
+    parser.add_argument("--engine", default="torch", choices=choices, help=help)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from ssv.bundle.manifest import Manifest
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.live_audit import read_state
 from ssv.runtime.serving.tls import certificate_name
+from ssv.runtime.trtllm.install import installed_trtllm
 from ssv.support.errors import UserError
 from ssv.support.precisions import TORCH_PRECISIONS
 
@@ -68,6 +69,28 @@ def check_options(args: argparse.Namespace) -> None:
     if args.engine == "torch" and args.precision not in (None, *TORCH_PRECISIONS):
         known = ", ".join(TORCH_PRECISIONS)
         raise ServeError(f"--precision {args.precision} is none of the torch engine's ({known})", "choose one of them")
+    if args.engine != "tensorrt_llm" and args.tensor_parallel != 1:
+        raise ServeError("--tensor-parallel is of TensorRT-LLM", "use --engine tensorrt_llm, or leave it out")
+    if args.engine == "tensorrt_llm":
+        _check_trtllm(args)
+
+
+def _check_trtllm(args: argparse.Namespace) -> None:
+    """Raises ServeError, TrtllmError: TensorRT-LLM is missing or another version, or an option is given that it has no
+    use for."""
+    installed_trtllm()
+    unused = {
+        "prefill_chunk": "it cuts prompts as it likes",
+        "prompt_cache_mb": "it keeps beginnings of prompts in its own cache",
+        "audit_share": "it judges every token, so that nothing is left to be audited",
+        "threads": "it runs on GPUs",
+    }
+    for name, why in unused.items():
+        if getattr(args, name) != ServerConfig.model_fields[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise ServeError(f"{option} means nothing to TensorRT-LLM: {why}", "leave it out")
+    if args.precision not in (None, "bf16"):
+        raise ServeError(f"--precision {args.precision}: TensorRT-LLM runs a bundle's target in bf16", "leave it out")
 
 
 def ports(args: argparse.Namespace) -> dict[str, int]:
@@ -161,10 +184,10 @@ def check_machine(config: ServerConfig, manifest: Manifest) -> None:
             f"{shared} has less than {_LEAST_SHARED_MEMORY >> 20} MiB free, which Triton's Python models need",
             "give it more (docker: --shm-size)",
         )
-    on_gpu = config.device == "cuda" or config.engine == "tensorrt"
+    on_gpu = config.device == "cuda" or config.engine != "torch"
     device = gpu() if on_gpu else None
     if on_gpu and device is None:
-        why = "--engine tensorrt" if config.engine == "tensorrt" else "--device cuda"
+        why = f"--engine {config.engine}" if config.engine != "torch" else "--device cuda"
         raise ServeError(
             f"{why}: this machine has no NVIDIA GPU that a driver shows", "use --engine torch --device cpu"
         )
@@ -172,7 +195,7 @@ def check_machine(config: ServerConfig, manifest: Manifest) -> None:
         _check_engines(config, manifest, device)
     elif on_gpu and "+cpu" in (version := importlib.metadata.version("torch")):
         raise ServeError(f"--device cuda: torch {version} has no CUDA", "use a build of torch that has")
-    needed = memory_needed(config, manifest)
+    needed = memory_needed(config, manifest) // config.tensor_parallel
     if device is not None:
         there, whose = device.num_bytes, "the GPU's"
     else:

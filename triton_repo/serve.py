@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_version(parser)
     parser.add_argument("--bundle", type=Path, required=True, help="what to serve")
-    add_engine(parser)
+    add_engine(parser, hosted=True)
     add_precision(parser)
     add_device(parser)
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(option, type=kind, default=default, help=f"{help} (default: {default})")
 
     setting("threads", int, "of a CPU engine; 0 for as many as there are cores that nobody else uses")
+    setting("tensor_parallel", int, "GPUs that share the target, with --engine tensorrt_llm")
     setting("max_rows", int, "requests decoded side by side")
     setting("max_waiting", int, "requests that wait for a row; more are refused at once")
     setting("max_length", int, "tokens of prompt and output together")

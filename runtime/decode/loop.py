@@ -7,10 +7,12 @@ for a chunk at the most, and whoever joins is never kept waiting by those who de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
+from ssv.runtime.decode.generator import Load
+from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.scheduler import Scheduler
@@ -18,23 +20,17 @@ from ssv.runtime.request import Audit, Chunk, FinishReason, Request
 from ssv.runtime.text import TextStream
 
 
-def _never() -> bool:
-    return False
-
-
 class Running:
-    """A request that waits or runs."""
+    """A request that waits or runs.
+
+    Attributes:
+        is_cancelled: whether it is to end in the next step.
+    """
 
     def __init__(
-        self,
-        index: int,
-        request: Request,
-        policy: Policy,
-        text: TextStream | None,
-        is_cancelled: Callable[[], bool],
-        is_audited: bool = False,
+        self, index: int, request: Request, policy: Policy, text: TextStream | None, *, is_audited: bool = False
     ) -> None:
-        self.index, self.request, self.text, self.is_cancelled = index, request, text, is_cancelled
+        self.index, self.request, self.text, self.is_cancelled = index, request, text, False
         if text is not None:
             text.min_tokens = request.params.min_tokens
         would_stop = text.would_stop if text is not None else lambda _: False
@@ -110,45 +106,47 @@ class Running:
 
 
 class DecodeLoop:
-    """Requests over the rows of one batch.
+    """Requests over the rows of one batch: a `Generator`.
 
     Attributes:
         scheduler: who is where.
         prompt_cache: the batch's, or None.
+        max_rows: of the batch.
     """
 
     def __init__(self, batch: DecodeBatch, eos_token_ids: frozenset[int], max_waiting: int | None = None) -> None:
         self.batch, self.eos_token_ids = batch, eos_token_ids
         self.scheduler: Scheduler[Running] = Scheduler(batch.target.max_batch, max_waiting)
-        self.prompt_cache = batch.prompt_cache
+        self.prompt_cache, self.max_rows = batch.prompt_cache, batch.target.max_batch
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def submit(
-        self,
-        index: int,
-        request: Request,
-        policy: Policy,
-        text: TextStream | None,
-        is_cancelled: Callable[[], bool] = _never,
-        *,
-        is_audited: bool = False,
-    ) -> None:
-        """Queues a request; its chunks bear `index`.
+    @property
+    def load(self) -> Load:
+        scheduler, cache = self.scheduler, self.prompt_cache
+        prompts = cache.stats if cache is not None else CacheStats(0, 0, 0, 0, 0)
+        return Load(len(scheduler.rows), int(scheduler.joining is not None), len(scheduler.waiting), prompts)
 
-        Args:
-            text: of a request whose chunks shall have text, or that has stop strings.
-            is_cancelled: asked in every round.
-            is_audited: whether its last chunk shall say what the target would not have chosen; its output is the same.
-
-        Raises:
-            RequestError: it cannot be served.
-            QueueFull: too many wait.
-        """
+    def check(self, request: Request, policy: Policy) -> None:
+        """Raises RequestError if a request cannot run here."""
         self.batch.check(request.prompt_ids, request.params, policy)
-        self.scheduler.submit(Running(index, request, policy, text, is_cancelled, is_audited))
+
+    def submit(
+        self, index: int, request: Request, policy: Policy, text: TextStream | None, *, is_audited: bool = False
+    ) -> None:
+        """See `Generator.submit`."""
+        self.check(request, policy)
+        self.scheduler.submit(Running(index, request, policy, text, is_audited=is_audited))
+
+    def cancel(self, index: int) -> None:
+        """See `Generator.cancel`."""
+        scheduler = self.scheduler
+        joining = () if scheduler.joining is None else (scheduler.joining,)
+        for running in (*scheduler.rows, *joining, *scheduler.waiting):
+            if running.index == index:
+                running.is_cancelled = True
 
     def step(self) -> Iterator[Chunk]:
         """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""
@@ -193,7 +191,7 @@ class DecodeLoop:
 
         def reason(running: Running) -> FinishReason | None:
             deadline = running.request.deadline
-            if running.is_cancelled():
+            if running.is_cancelled:
                 return "cancelled"
             return "deadline" if deadline is not None and now >= deadline else None
 

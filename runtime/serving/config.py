@@ -29,6 +29,7 @@ class ServerConfig(Strict):
         bundle: folder.
         engine, precision, device: see `LLM.load`; precision "" is the bundle's choice.
         threads: of the torch engine on a CPU; 0 for as many as there are cores that nobody else uses.
+        tensor_parallel: GPUs that share the target, in TensorRT-LLM.
         max_rows: requests that are decoded side by side.
         max_waiting: requests that wait for a row; more are refused at once.
         max_length: tokens of prompt and output together.
@@ -46,10 +47,11 @@ class ServerConfig(Strict):
     """
 
     bundle: Path
-    engine: Literal["torch", "tensorrt"] = "torch"
+    engine: Literal["torch", "tensorrt", "tensorrt_llm"] = "torch"
     precision: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
+    tensor_parallel: PositiveInt = 1
     max_rows: PositiveInt = 8
     max_waiting: Annotated[int, Field(ge=0)] = 64
     max_length: PositiveInt = 2048

@@ -24,9 +24,9 @@ from ssv.runtime.serving.board import Board
 from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
+    from ssv.runtime.decode.generator import Load
     from ssv.runtime.request import Audit
     from ssv.runtime.serving.live_audit import Standing
-    from ssv.runtime.serving.service import Load
 
 COUNTERS = {
     "spec_decode_num_drafts": "Target passes that judged drafted tokens",

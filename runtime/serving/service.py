@@ -1,4 +1,4 @@
-"""A decoding loop in a thread of its own, for callers in any thread."""
+"""A generator in a thread of its own, for callers in any thread."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from ssv.runtime.decode.prompt_cache import CacheStats
+from ssv.runtime.decode.generator import Load
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_of
@@ -40,21 +40,6 @@ class Sink(Protocol):
     def is_cancelled(self) -> bool:
         """Whether nobody waits for the output any more."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the service is busy with.
-
-    Attributes:
-        decoding, joining, waiting: requests that are.
-        prompts: of the prompt cache.
-    """
-
-    decoding: int
-    joining: int
-    waiting: int
-    prompts: CacheStats
 
 
 @dataclass(slots=True)
@@ -109,12 +94,12 @@ class Service:
         """
         self._llm, self._audit_share = llm, audit_share
         self._on_finish, self._on_audit, self._on_round, self._on_death = on_finish, on_audit, on_round, on_death
-        self._loop = llm.loop(max_waiting=max_waiting, prompt_cache_bytes=prompt_cache_bytes)
+        self._generator = llm.generator(max_waiting=max_waiting, prompt_cache_bytes=prompt_cache_bytes)
         self._changed = threading.Condition()
         self._inbox: deque[tuple[Request, Sink]] = deque()
         self._clients: dict[int, _Client] = {}
         self._next = 0
-        self._max_inbox = max_waiting + llm.target.max_batch
+        self._max_inbox = max_waiting + self._generator.max_rows
         self._refuses: str | None = None
         self._stops = self._aborts = self._has_failed = False
         self._audited: dict[int, tuple[Audit, str, int] | None] = {}
@@ -146,13 +131,8 @@ class Service:
     @property
     def load(self) -> Load:
         """How much there is to do, for gauges: read without a lock."""
-        scheduler, cache = self._loop.scheduler, self._loop.prompt_cache
-        return Load(
-            len(scheduler.rows),
-            int(scheduler.joining is not None),
-            len(scheduler.waiting) + len(self._inbox),
-            cache.stats if cache is not None else CacheStats(0, 0, 0, 0, 0),
-        )
+        load = self._generator.load
+        return replace(load, waiting=load.waiting + len(self._inbox))
 
     def refuse(self, why: str) -> None:
         """Takes no more requests; those it has go on."""
@@ -182,7 +162,8 @@ class Service:
         try:
             while self._wait():
                 self._take()
-                for chunk in self._loop.step():
+                self._cancel()
+                for chunk in self._generator.step():
                     self._deliver(chunk)
                 self._on_round(self.load)
             if self._aborts:
@@ -198,9 +179,9 @@ class Service:
     def _wait(self) -> bool:
         """Until there is something to do; whether to go on."""
         with self._changed:
-            while not (self._inbox or self._loop.has_work or self._stops):
+            while not (self._inbox or self._generator.has_work or self._stops):
                 self._changed.wait()
-            return not self._aborts and bool(self._inbox or self._loop.has_work or not self._stops)
+            return not self._aborts and bool(self._inbox or self._generator.has_work or not self._stops)
 
     def _take(self) -> None:
         while self._inbox:
@@ -208,12 +189,12 @@ class Service:
             params = request.params
             try:
                 policy = policy_of(request, self._llm.tiers)
-                self._loop.batch.check(request.prompt_ids, params, policy)  # what is no token has no text either
+                self._generator.check(request, policy)  # what is no token has no text either
                 text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
                 is_lossy = not policy.lossless_for(greedy=params.greedy)
                 is_audited = is_lossy and self._random.random() < self._audit_share
                 client = _Client(sink, request)
-                self._loop.submit(self._next, request, policy, text, client.is_cancelled, is_audited=is_audited)
+                self._generator.submit(self._next, request, policy, text, is_audited=is_audited)
             except (RequestError, QueueFull) as error:
                 _Client(sink, request).call(sink.fail, error)
                 continue
@@ -221,6 +202,12 @@ class Service:
                 self._audited[self._next] = None
             self._clients[self._next] = client
             self._next += 1
+
+    def _cancel(self) -> None:
+        """Ends the requests whose clients do not wait any more."""
+        for index, client in self._clients.items():
+            if client.is_cancelled():
+                self._generator.cancel(index)
 
     def _deliver(self, chunk: Chunk) -> None:
         client = self._clients[chunk.index]

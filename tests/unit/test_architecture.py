@@ -30,6 +30,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runtime/decode/ahead.py",
     ),
     "runtime/decode/loop.py": ("bundle", "runtime", "runtime/decode", "runtime/decode/round.py"),
+    "runtime/trtllm": (
+        "support",
+        "model",
+        "bundle",
+        "runtime",
+        "runtime/engines",
+        "runtime/decode",
+        "runtime/decode/drafters",
+        "runtime/decode/loop.py",
+    ),
     "runtime/llm.py": (
         "support",
         "model",
@@ -39,6 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runtime/decode",
         "runtime/decode/round.py",
         "runtime/decode/loop.py",
+        "runtime/trtllm",
     ),
     "runtime/serving": ("support", "bundle", "runtime", "runtime/decode", "runtime/llm.py"),
     "builder/config.py": ("support", "bundle"),
@@ -72,7 +83,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "client": ("support", "runtime", "runtime/llm.py"),
     "ab": ("support", "runtime", "runtime/decode", "runtime/llm.py", "client"),
     "triton_repo/openai": ("support", "bundle", "runtime", "runtime/serving", "client"),
-    "triton_repo": ("support", "bundle", "runtime", "runtime/decode", "runtime/llm.py", "runtime/serving", "ab"),
+    "triton_repo": (
+        "support",
+        "bundle",
+        "runtime",
+        "runtime/decode",
+        "runtime/trtllm",
+        "runtime/llm.py",
+        "runtime/serving",
+        "ab",
+    ),
 }
 
 FOLDERS = tuple(dict.fromkeys(room.split("/")[0] for room in ROOMS))

@@ -6,6 +6,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, FeatureTap
@@ -16,20 +17,35 @@ from ssv.runtime.engines.torch_engine import prepare
 
 LEAST_CAPABILITY = (8, 0)
 
+_QUANTIZED = "the checkpoint is quantized, and the kernels run bf16"
+
 M = TypeVar("M", Decoder, Draft, FeatureTap)
 
 
 def why_not(decoder: Decoder, draft: Draft, device: str) -> str | None:
     """Why the kernels cannot run a pair on a GPU; None if they can."""
+    if (reason := why_not_draft(draft, device)) is not None:
+        return reason
+    if _is_quantized(decoder):
+        return _QUANTIZED
+    tap_width = draft.tap.project.in_features if draft.tap is not None else 0
+    return misfit(decoder.spec, tap_width)
+
+
+def why_not_draft(draft: Draft, device: str) -> str | None:
+    """Why the kernels cannot run a draft on a GPU; None if they can."""
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"this GPU has compute capability {'.'.join(map(str, capability))}, the kernels need 8.0"
-    if any(isinstance(part, QuantizedLinear) for model in (decoder, draft) for part in model.modules()):
-        return "the checkpoint is quantized, and the kernels run bf16"
+    if _is_quantized(draft):
+        return _QUANTIZED
     if draft.spec.eagle3 is not None:
         return "its draft joins features as EAGLE-3 does"
-    tap_width = draft.tap.project.in_features if draft.tap is not None else 0
-    return misfit(decoder.spec, tap_width) or misfit(draft.spec.decoder)
+    return misfit(draft.spec.decoder)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(part, QuantizedLinear) for part in model.modules())
 
 
 def cuda_engines(
@@ -40,14 +56,25 @@ def cuda_engines(
     Raises:
         EngineError: the kernels cannot run them (`why_not`).
     """
-    without_tap = copy.copy(draft)
-    without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target
     sizes: dict[str, Any] = {"max_batch": max_batch, "max_length": max_length}
     tap = _on_gpu(draft.tap, device) if draft.tap is not None else None
     target = CudaEngine(_on_gpu(decoder, device), tap=tap, **sizes)
+    return target, cuda_draft_engine(draft, scorer, device=device, **sizes)
+
+
+def cuda_draft_engine(
+    draft: Draft, scorer: Scorer | None, *, device: str, max_batch: int, max_length: int
+) -> CudaEngine:
+    """A draft alone, whose target somebody else runs; the model is left as it is.
+
+    Raises:
+        EngineError: the kernels cannot run it (`why_not_draft`).
+    """
+    without_tap = copy.copy(draft)
+    without_tap._modules = {**draft._modules, "tap": None}  # it runs with the target
     copied = _on_gpu(without_tap, device)
     scorer = scorer.to(device) if scorer is not None else None
-    return target, CudaEngine(copied.decoder, draft=copied, scorer=scorer, **sizes)
+    return CudaEngine(copied.decoder, draft=copied, scorer=scorer, max_batch=max_batch, max_length=max_length)
 
 
 def _on_gpu(module: M, device: str) -> M:

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_trtllm
 import pytest
 from certificates import lock, self_signed
 from cryptography.x509 import DNSName
 
 from ssv.bundle.manifest import EngineEntry, Manifest
 from ssv.runtime.serving.config import ConfigError, ServerConfig
+from ssv.support.errors import UserError
 from ssv.triton_repo import checks, serve, supervisor
 from ssv.triton_repo.checks import Gpu, ServeError, check_audit_state, check_machine, check_tls, listen
 
@@ -365,3 +367,40 @@ def test_a_second_server_says_so_and_nothing_else(
         f"error: --metrics-port {port} is taken on 127.0.0.1",
         "hint: choose another, or end what listens there",
     ]
+
+
+TRTLLM = ("--engine", "tensorrt_llm")
+
+
+def test_tensorrt_llm_is_looked_for_before_anything_is_started() -> None:
+    with fake_trtllm.installed(None), pytest.raises(UserError, match="TensorRT-LLM is not installed") as caught:
+        checks.check_options(parsed(*TRTLLM))
+    assert "pip install 'tensorrt-llm" in str(caught.value.cure)
+    with fake_trtllm.installed():
+        checks.check_options(parsed(*TRTLLM, "--tensor-parallel", "2", "--precision", "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((*TRTLLM, "--prefill-chunk", "64"), "--prefill-chunk means nothing"),
+        ((*TRTLLM, "--prompt-cache-mb", "64"), "--prompt-cache-mb means nothing"),
+        ((*TRTLLM, "--audit-share", "0.1"), "--audit-share means nothing"),
+        ((*TRTLLM, "--threads", "2"), "--threads means nothing"),
+        ((*TRTLLM, "--precision", "int8"), "in bf16"),
+        (("--tensor-parallel", "2"), "--tensor-parallel is of TensorRT-LLM"),
+    ],
+)
+def test_options_that_an_engine_has_no_use_for(options: tuple[str, ...], says: str) -> None:
+    with fake_trtllm.installed(), pytest.raises(ServeError, match=says):
+        checks.check_options(parsed(*options))
+
+
+def test_gpus_share_the_memory_of_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = manifest()
+    needed = checks.memory_needed(config(engine="tensorrt_llm"), made)
+    monkeypatch.setattr(checks, "gpu", lambda: Gpu("9.0", needed // 2 + 1))
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "2.0")
+    check_machine(config(engine="tensorrt_llm", tensor_parallel=2), made)
+    with pytest.raises(ServeError, match="the GPU's memory"):
+        check_machine(config(engine="tensorrt_llm"), made)

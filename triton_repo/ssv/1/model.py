@@ -32,10 +32,11 @@ from ssv.support.imports import collecting_later
 with collecting_later():
     import torch
 
+    from ssv.runtime.decode.generator import Load
     from ssv.runtime.decode.scheduler import QueueFull
     from ssv.runtime.llm import LLM
     from ssv.runtime.memory import keep_large_blocks
-    from ssv.runtime.serving.service import Load, Service, ServiceError
+    from ssv.runtime.serving.service import Service, ServiceError
 
 log = logging.getLogger("ssv.server")
 
@@ -129,6 +130,7 @@ def _load(config: ServerConfig) -> LLM:
         max_length=config.max_length,
         prefill_chunk=config.prefill_chunk or None,
         threads=config.threads or None,
+        tensor_parallel=config.tensor_parallel,
         verified=json.loads(config.verified or "{}"),
     )
     llm.know_costs()  # before there are requests: see there

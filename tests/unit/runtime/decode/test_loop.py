@@ -96,13 +96,15 @@ class Play:
         index = len(self.requests)
         policy = policy_for(request.method, TIERS, request.num_draft_tokens)
         text = TextStream(self.llm.tokenizer.decode, request.params.stop)
-        self.loop.submit(index, request, policy, text, lambda: index in self.leaving)
+        self.loop.submit(index, request, policy, text)
         self.requests.append(request)
         self.tokens.append([])
         self.texts.append("")
         return index
 
     def step(self) -> list[Chunk]:
+        for index in self.leaving:
+            self.loop.cancel(index)
         chunks = list(self.loop.step())
         for chunk in chunks:
             assert chunk.index not in self.ended

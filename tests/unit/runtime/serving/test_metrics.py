@@ -12,6 +12,7 @@ import pytest
 from prometheus_text import Series, families, samples
 
 from ssv.runtime.counters import Counters
+from ssv.runtime.decode.generator import Load
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Audit
@@ -33,7 +34,6 @@ from ssv.runtime.serving.metrics import (
     Refusal,
     boards_folder,
 )
-from ssv.runtime.serving.service import Load
 
 NAMES = {*COUNTERS, *GAUGES, *HISTOGRAMS, REQUESTS[0], REFUSED[0], INVALID[0], RUNNING[0], RESTARTS[0], *STANDINGS}
 ANSWER = Counters(prompt_tokens=5, emitted=11, judged=9, accepted=7, target_passes=4, target_tokens=13)

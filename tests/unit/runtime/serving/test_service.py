@@ -13,11 +13,12 @@ import pytest
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.audit import audit
+from ssv.runtime.decode.generator import Load
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Audit, Chunk, Output, Request, RequestError, SamplingParams
-from ssv.runtime.serving.service import Load, Service, ServiceError
+from ssv.runtime.serving.service import Service, ServiceError
 from ssv.runtime.tokenizer import BundleTokenizer
 
 TIERS = {
