@@ -133,7 +133,8 @@ def test_trees_give_plain_text(name: str, count: int, seconds: Any) -> None:
     assert found == expected
     shapes = setup.rounds.shapes[-20:]
     drafts = policy != PREMIUM or seconds is cheap
-    assert all((shape.tree is not None) == drafts for shape in shapes)
+    others = sum((shape.tree is not None) != drafts for shape in shapes)
+    assert others <= (0 if drafts else 2)  # what does not pay is tried now and then
     assert not drafts or sum(c.accepted for c in counted) > 0
 
 
