@@ -55,7 +55,8 @@ enum {
     O_TOKENS,      /* the kept nodes', and the one behind them; -1 where the logits are no distribution */
     O_COUNTS = O_TOKENS + LEVELS + 1, /* by depth: nodes, and the sum of their survivals */
     O_SURVIVALS = O_COUNTS + LEVELS,
-    O_SIZE = O_SURVIVALS + LEVELS
+    O_NODE_SURVIVALS = O_SURVIVALS + LEVELS, /* of each node */
+    O_SIZE = O_NODE_SURVIVALS + NODES
 };
 
 #define WHOLE (1 << 30) /* the prefix of a token of a chain */
@@ -262,6 +263,8 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
                 for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
                 if (!lane) out[O_COUNTS + d - 1] = here, out[O_SURVIVALS + d - 1] = __float_as_int(sum);
             }
+            for (int i = 0; i < 2; i++)
+                if (lane + 32 * i < count) out[O_NODE_SURVIVALS + lane + 32 * i] = __float_as_int(survival[i]);
             if (lane <= kept) out[O_TOKENS + lane] = path_token[warp][lane];
             if (!lane) {
                 out[O_NODES] = count, out[O_KEPT] = kept, out[O_JUDGED_ROWS] = 1 + count - num_trusted, out[O_JUDGED] = judged;

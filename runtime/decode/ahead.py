@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen
-from ssv.runtime.decode.drafters.levels import beam_for
+from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import MOST_ENDS, RoundResult, RoundRow, RoundsEngine, RoundShape, TreeShape
@@ -78,14 +78,10 @@ class Ahead:
             for tokens, more in zip(gained, self._take(rows), strict=True):
                 tokens += more
         self.is_under_way = False
-        for b, (row, (draft_length, features)) in enumerate(zip(rows, self._rounds.end(), strict=True)):
-            if row.has_lost_draft or not row.policy.max_pending:
-                continue
+        lengths, features_BTF = self._rounds.end()
+        if features_BTF is not None:
             assert self._drafter is not None
-            if features is None:
-                row.has_lost_draft = True
-            else:
-                self._drafter.take_back(b, row, draft_length, features)
+            self._drafter.take_back(rows, lengths, features_BTF)
         return gained
 
     def _begin(self, rows: Sequence[Row], shape: RoundShape) -> None:
@@ -132,7 +128,9 @@ class Ahead:
             gained.append(list(result.tokens))
         if self._drafts and rows[0].policy.pays:
             assert self._drafter is not None and shape.tree is not None
-            self._drafter.levels.note(shape.tree.levels, [result.survival_by_depth for result in results], shape.nodes)
+            levels = self._drafter.levels
+            levels.note(shape.tree.levels, [result.survival_by_depth for result in results])
+            levels.note_nodes(shape.nodes, [result.survivals for result in results])
         return gained
 
     def _goes_on(self, rows: Sequence[Row]) -> bool:
@@ -156,14 +154,22 @@ class Ahead:
             return self._what_pays(policy, num, sum(len(row.tokens) for row in rows), most)
         levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
         nodes = levels if policy.is_chain else policy.max_pending
-        if policy.lossless and policy.is_chain:  # its text is the same however long it is
-            nodes = levels = min(levels, most)
+        if policy.lossless and policy.is_chain and most < levels:  # its text is the same however long it is
+            nodes = levels = most if self._may_pay(num, most) else 0
         if not nodes:
             return RoundShape(None, 0)
         tree = TreeShape(levels, policy.beam, policy.children[0])
         if nodes > most or num * tree.opened(levels) > self._rounds.most_tokens or tree.firsts[-1] > MOST_GUESSES:
             return None
         return RoundShape(tree, nodes)
+
+    def _may_pay(self, num_rows: int, levels: int) -> bool:
+        """Whether a short chain beats plain decoding if its draft is a good one."""
+        if not levels:
+            return False
+        gain = sum(FIRST_SURVIVAL * FADING**depth for depth in range(levels))
+        drafted = self._rounds.seconds(num_rows, RoundShape(TreeShape(levels, 1, 1), levels))
+        return 1 + gain > drafted / self._rounds.seconds(num_rows, RoundShape(None, 0))
 
     def _what_pays(self, policy: Policy, num_rows: int, num_tokens: int, most_nodes: int) -> RoundShape:
         """The shape with the most tokens per second, of all that a policy allows.

@@ -285,6 +285,7 @@ class RoundResult:
         num_judged_rows: of the pass, the root's among them.
         num_judged: kept nodes that were judged.
         survival_by_depth: of the tree's nodes, how many there are and the sum of their survivals, from depth 1 on.
+        survivals: of each of them, fp32.
     """
 
     tokens: Sequence[int]
@@ -292,6 +293,7 @@ class RoundResult:
     num_judged_rows: int
     num_judged: int
     survival_by_depth: Sequence[tuple[int, float]]
+    survivals: NDArray[np.float32]
 
 
 class RoundsEngine(Protocol):
@@ -347,10 +349,13 @@ class RoundsEngine(Protocol):
         """What the oldest round in flight gave, of each row; waits for it."""
         ...
 
-    def end(self) -> Sequence[tuple[int, Tensor | None]]:
-        """Gives the rows back once all rounds have been taken: of each the entries of the draft's cache, and the
-        features of the text's tokens behind them; None of rows without a draft, and of those of which more tokens than
-        `most_pending` wait for one."""
+    def end(self) -> tuple[list[int], Tensor | None]:
+        """Gives the rows back once all rounds have been taken.
+
+        Returns:
+            Of each the entries of the draft's cache, or -1 where more tokens than `most_pending` wait for one, and the
+            features of the text's tokens behind them, [B, T, F], padded on the right; None if no row drafts.
+        """
         ...
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from growing import grow_by_stepping
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.growth import Growth, likely_groups
@@ -185,13 +187,15 @@ class FakeRounds:
             (tree.depths.count(d), sum(survival[n] for n, depth in enumerate(tree.depths) if depth == d))
             for d in depths
         ]
-        return RoundResult(tuple(gained), len(tree), sum(judged), verdict.num_judged, by_depth)
+        survivals = np.array([survival[node] for node in range(len(tree))], dtype=np.float32)
+        return RoundResult(tuple(gained), len(tree), sum(judged), verdict.num_judged, by_depth, survivals)
 
     def take(self) -> list[RoundResult]:
         return self._given.pop(0)
 
-    def end(self) -> list[tuple[int, Tensor | None]]:
+    def end(self) -> tuple[list[int], Tensor | None]:
         assert not self._given
-        found = [(state.draft_length, None if state.is_lost else state.features_TF) for state in self._states]
+        lengths = [-1 if state.is_lost else state.draft_length for state in self._states]
+        features = [state.features_TF for state in self._states if state.features_TF is not None]
         self._states = []
-        return found
+        return lengths, pad_sequence(features, batch_first=True) if features else None

@@ -6,10 +6,13 @@ and without a draft really gave, in tokens per second, with all that the host do
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.runtime.decode.costs import Prices
@@ -17,9 +20,6 @@ from ssv.runtime.decode.costs import Prices
 FIRST_SURVIVAL, FIRST_NODES, FADING = 0.8, 2.0, 0.8
 """What a level is taken to bring before anything is known: the first one's nodes and the sum of their survivals, and
 what of it each further level has."""
-
-FIRST_SIZE = 15
-"""Nodes of the trees that this is true of."""
 
 SIZES = (1, 3, 7, 15, 31, 63)
 """Nodes of trees that fill a pass of some rows: with their root a power of two."""
@@ -43,12 +43,6 @@ INTERRUPTED = 4.0
 def beam_for(nodes: int) -> int:
     """Nodes of a level that get children, in a tree of so many: more would find little that is kept."""
     return min(max((nodes + 1) // 2, 1), 8)
-
-
-def _worth_of(nodes: int) -> float:
-    """What trees of so many nodes bring, beside those of other sizes. Measured with the demo's draft on held-out
-    prompts: 2.1, 2.5 and 3.0 tokens beside the target's own with 8, 16 and 32 nodes."""
-    return 0.8 + 0.43 * math.log2(nodes)
 
 
 @dataclass(slots=True)
@@ -81,7 +75,9 @@ class Levels:
         clock: seconds.
         """
         self._most, self._clock = most, clock
-        self._waited, self._size, self._patience = 0, FIRST_SIZE, RETRY
+        self._waited, self._patience, self._depth = 0, RETRY, most
+        # Of the nodes of trees, those that survive most probably first.
+        self._by_rank = FIRST_SURVIVAL / np.arange(1, SIZES[-1] + 1) ** 1.3
         self._nodes = [FIRST_NODES] * most
         self._survival = [FIRST_SURVIVAL * FADING**depth for depth in range(most)]
         # By rows side by side, and whether they drafted.
@@ -133,10 +129,12 @@ class Levels:
         """
         plain = 1 / seconds(0, 0)
         best, best_rate = (0, 0), plain
+        by_level = list(accumulate(self._survival))
+        by_nodes = np.cumsum(self._by_rank).tolist()
         for nodes in (size for size in SIZES if size <= most_nodes):
-            gain, part = 1.0, _worth_of(nodes) / _worth_of(self._size)
             for level in range(min(most, self._most, nodes)):
-                gain += part * self._survival[level]
+                # Of what so many nodes bring, the part of those that are no deeper.
+                gain = 1 + by_nodes[nodes - 1] * min(by_level[level] / by_level[self._depth - 1], 1)
                 if (rate := gain / seconds(level + 1, nodes)) > best_rate:
                     best, best_rate = (level + 1, nodes), rate
         if not most or not most_nodes or not self._is_tried(num_rows, num_rows * plain, bool(best[0])):
@@ -174,13 +172,9 @@ class Levels:
         rate = self._rates.get((num_rows, False))
         return drafted.per_second < (rate.per_second if rate is not None and rate.count >= TRIALS else plain)
 
-    def note(self, levels: int, kept: Sequence[Sequence[tuple[int, float]]], size: int = FIRST_SIZE) -> None:
-        """What trees of so many levels kept: nodes and the sum of their survivals by depth, from 1 on.
-
-        Args:
-            size: nodes that each had room for.
-        """
-        self._size = size
+    def note(self, levels: int, kept: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """What trees of so many levels kept: nodes and the sum of their survivals by depth, from 1 on."""
+        self._depth = max(levels, 1)
         for depth in range(levels):
             found = [tree[depth] if depth < len(tree) else (0, 0.0) for tree in kept]
             for means, values in ((self._nodes, [n for n, _ in found]), (self._survival, [s for _, s in found])):
@@ -188,3 +182,13 @@ class Levels:
         for depth in range(max(levels, 1), self._most):  # not seen: what the level above has, faded
             self._survival[depth] = FADING * self._survival[depth - 1]
             self._nodes[depth] = max(FADING * self._nodes[depth - 1], 1.0)
+
+    def note_nodes(self, nodes: int, survivals: Sequence[NDArray[np.float32]]) -> None:
+        """What the nodes of trees of so many were worth: their survivals, in any order."""
+        found = np.zeros((len(survivals), nodes), dtype=np.float32)
+        for row, own in zip(found, survivals, strict=True):
+            row[: len(own)] = np.sort(own)[::-1][:nodes]
+        self._by_rank[:nodes] += WEIGHT * (found.mean(axis=0) - self._by_rank[:nodes])
+        # Not seen: as much with each doubling.
+        further = np.arange(nodes + 1, len(self._by_rank) + 1)
+        self._by_rank[nodes:] = self._by_rank[nodes - 1] * nodes / further

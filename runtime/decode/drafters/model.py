@@ -307,15 +307,19 @@ class ModelDrafter(Drafter):
         if len(self.unseen(row)) > 1:
             self._fill(b, row, row.tokens[:-1])
 
-    def take_back(self, b: int, row: Row, draft_length: int, features_TF: Tensor) -> None:
-        """Takes a row back whose rounds somebody else has run.
+    def take_back(self, rows: Sequence[Row], draft_lengths: Sequence[int], features_BTF: Tensor) -> None:
+        """Takes rows back whose rounds somebody else has run.
 
         Args:
-            draft_length: entries that its cache has now.
-            features_TF: of the tokens behind them.
+            draft_lengths: entries that the cache has now of each; -1 of rows that will not draft again.
+            features_BTF: of the tokens behind them.
         """
-        row.draft_length = draft_length
-        self._hold(b, 0, features_TF)
+        self._make_room(features_BTF.shape[1], features_BTF)
+        assert self._features_BTF is not None
+        self._features_BTF[: len(rows), : features_BTF.shape[1]] = features_BTF
+        for row, draft_length in zip(rows, draft_lengths, strict=True):
+            row.has_lost_draft |= draft_length < 0
+            row.draft_length = max(draft_length, 0)
 
     def _step_text(self, rows: Sequence[Row], drafting: Sequence[int]) -> StepOutput:
         """Feeds each drafting row what the draft has not seen yet of its text, the root last; the others are
@@ -459,13 +463,17 @@ class ModelDrafter(Drafter):
     def _hold(self, b: int, start: int, features_TF: Tensor) -> None:
         """Keeps features of a row's tokens for its next step, behind `start` others."""
         stop = start + len(features_TF)
+        self._make_room(stop, features_TF)
+        assert self._features_BTF is not None
+        self._features_BTF[b, start:stop] = features_TF
+
+    def _make_room(self, width: int, like: Tensor) -> None:
+        """For features of so many tokens of each row."""
         held = self._features_BTF
-        if held is None or held.shape[1] < stop:
-            grown = features_TF.new_zeros(self._max_batch, stop, features_TF.shape[1])
+        if held is None or held.shape[1] < width:
+            self._features_BTF = like.new_zeros(self._max_batch, width, like.shape[-1])
             if held is not None:
-                grown[:, : held.shape[1]] = held
-            self._features_BTF = held = grown
-        held[b, start:stop] = features_TF
+                self._features_BTF[:, : held.shape[1]] = held
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import ctypes
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ T_SIZE = 8 + LEVELS + 5 * NODES
 _O_NODES, _O_KEPT, _O_JUDGED_ROWS, _O_JUDGED, _O_TOKENS = range(5)
 _O_COUNTS = _O_TOKENS + LEVELS + 1
 _O_SURVIVALS = _O_COUNTS + LEVELS
-O_SIZE = _O_SURVIVALS + LEVELS
+_O_NODE_SURVIVALS = _O_SURVIVALS + LEVELS
+O_SIZE = _O_NODE_SURVIVALS + NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,7 @@ class CudaRounds:
     ) -> None:
         """Writes the draft's first step, and holds the features of what waits for it."""
         counts = [len(row.pending) for row in rows]
-        for b, count in enumerate(counts):
-            self._held[b, :count].copy_(features_BTF[b, :count])
+        self._held[: len(rows), : max(counts)].copy_(features_BTF[: len(rows), : max(counts)])
         if sum(counts) > self.most_tokens:
             return  # for rounds that do not draft
         draft, width = self._draft, max(counts)
@@ -247,21 +248,22 @@ class CudaRounds:
         self._most_length += max(len(result.tokens) for result in results)
         return results
 
-    def end(self) -> list[tuple[int, Tensor | None]]:
+    def end(self) -> tuple[list[int], Tensor | None]:
         """See `RoundsEngine.end`."""
         assert not self.in_flight, "rounds are still to be taken"
-        found: list[tuple[int, Tensor | None]] = []
-        start = 0
-        for b, (draft_length, pending) in enumerate(self._state):
-            if not self._drafts or pending > self.most_pending:
-                found.append((draft_length, None))
-            elif self._text_width:
-                found.append((draft_length, self._draft.buffers.features_in_MF[start : start + pending]))
-            else:
-                found.append((draft_length, self._held[b, :pending]))
-            start += pending
         self._num_rows = 0
-        return found
+        lengths = [length if pending <= self.most_pending else -1 for length, pending in self._state]
+        if not self._drafts:
+            return lengths, None
+        counts = [min(pending, self.most_pending) for _, pending in self._state]
+        num, width = len(counts), max(counts)
+        if not self._text_width:
+            return lengths, self._held[:num, :width]
+        found = self._held[:num, :width]
+        firsts = accumulate(counts, initial=0)
+        for b, (first, count) in enumerate(zip(firsts, counts, strict=False)):
+            found[b, :count].copy_(self._draft.buffers.features_in_MF[first : first + count])
+        return lengths, found
 
     def _key(self, shape: RoundShape) -> _Key:
         """The graph that has room for a round.
@@ -398,4 +400,5 @@ def _result(told: Sequence[int], floats: NDArray[np.float32]) -> RoundResult:
         told[_O_JUDGED_ROWS],
         told[_O_JUDGED],
         list(zip(counts[:depth], sums[:depth], strict=True)),
+        floats[_O_NODE_SURVIVALS : _O_NODE_SURVIVALS + told[_O_NODES]].copy(),
     )

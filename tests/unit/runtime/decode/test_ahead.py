@@ -4,6 +4,7 @@ and goes meanwhile."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,7 +199,7 @@ def test_logits_that_are_no_numbers_are_told() -> None:
 
     def spoilt() -> Any:
         (result,) = real()
-        return [type(result)((*result.tokens[:-1], -1), result.num_nodes, 1, 0, result.survival_by_depth)]
+        return [replace(result, tokens=(*result.tokens[:-1], -1))]
 
     setup.rounds.take = spoilt  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="not numbers"):
