@@ -31,7 +31,7 @@ from ssv.runtime.decode.choice import check_chosen, choices, gaps, scaled
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
 from ssv.runtime.decode.drafters.contract import Drafter
-from ssv.runtime.decode.drafters.model import ModelDrafter
+from ssv.runtime.decode.drafters.model import MANY_ROWS, ModelDrafter
 from ssv.runtime.decode.fates import fates_of
 from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
 from ssv.runtime.decode.logprobs import logprobs_of
@@ -388,6 +388,8 @@ class DecodeBatch:
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
         row.processor = self.processor(row.params, prompt_ids)
+        # A draft that will hardly be asked is not made ready.
+        row.has_lost_draft = self._ahead is not None and row.policy.pays and len(self.rows) >= MANY_ROWS
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self.drafter_of(row)) is not None:
             drafter.begin()

@@ -75,7 +75,7 @@ class Levels:
         clock: seconds.
         """
         self._most, self._clock = most, clock
-        self._waited, self._patience, self._depth = 0, RETRY, most
+        self._waited, self._patience = 0, RETRY
         # Of the nodes of trees, those that survive most probably first.
         self._by_rank = FIRST_SURVIVAL / np.arange(1, SIZES[-1] + 1) ** 1.3
         self._nodes = [FIRST_NODES] * most
@@ -133,8 +133,8 @@ class Levels:
         by_nodes = np.cumsum(self._by_rank).tolist()
         for nodes in (size for size in SIZES if size <= most_nodes):
             for level in range(min(most, self._most, nodes)):
-                # Of what so many nodes bring, the part of those that are no deeper.
-                gain = 1 + by_nodes[nodes - 1] * min(by_level[level] / by_level[self._depth - 1], 1)
+                # No more than the best so many nodes bring, nor than all that are no deeper.
+                gain = 1 + min(by_nodes[nodes - 1], by_level[level])
                 if (rate := gain / seconds(level + 1, nodes)) > best_rate:
                     best, best_rate = (level + 1, nodes), rate
         if not most or not most_nodes or not self._is_tried(num_rows, num_rows * plain, bool(best[0])):
@@ -174,7 +174,6 @@ class Levels:
 
     def note(self, levels: int, kept: Sequence[Sequence[tuple[int, float]]]) -> None:
         """What trees of so many levels kept: nodes and the sum of their survivals by depth, from 1 on."""
-        self._depth = max(levels, 1)
         for depth in range(levels):
             found = [tree[depth] if depth < len(tree) else (0, 0.0) for tree in kept]
             for means, values in ((self._nodes, [n for n, _ in found]), (self._survival, [s for _, s in found])):
