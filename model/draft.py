@@ -364,7 +364,7 @@ def start_from_target(spec: DraftSpec, target: Decoder, layers: tuple[int, ...],
     draft = Draft(spec).to(target.embed.weight.device)
     conditioned = draft.tap is not None
     last = (target.spec.num_layers - 1,) * spec.decoder.num_layers
-    for index, (mine, source) in enumerate(zip(draft.decoder.layers, last if conditioned else layers, strict=True)):
+    for index, (mine, source) in enumerate(zip(draft.decoder.blocks(), last if conditioned else layers, strict=True)):
         state = target.layers[source].state_dict()
         if spec.eagle3 is not None:
             draft.feature_norm.load_state_dict({"weight": state.pop("attn_norm.weight")})

@@ -375,20 +375,20 @@ class _CacheAttend:
     def __init__(self, writer: Writer, t: int) -> None:
         self._writer, self._t = writer, t
 
-    def __call__(self, layer: int, q_RND: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_MND: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         writer = self._writer
         keys, values, at_1 = writer._keys[layer], writer._values[layer], writer._at_1
-        keys.index_copy_(2, at_1, k_RKD[:, :, None])
-        values.index_copy_(2, at_1, v_RKD[:, :, None])
+        keys.index_copy_(2, at_1, k_MKD[:, :, None])
+        values.index_copy_(2, at_1, v_MKD[:, :, None])
         rows, kv_heads, window, dim = keys.shape
-        groups = q_RND.shape[1] // kv_heads
+        groups = q_MND.shape[1] // kv_heads
         if keys.is_cuda:
             from ssv.builder.training import kernels
 
             if kernels.can_attend(dim, groups):
-                return kernels.attend_cache(q_RND.contiguous(), keys, values, at_1)
+                return kernels.attend_cache(q_MND.contiguous(), keys, values, at_1)
         # Query heads of one key/value head become queries of one attention: no copy of the cache per query head.
-        q_RKGD = q_RND.reshape(rows, kv_heads, groups, dim)
+        q_RKGD = q_MND.reshape(rows, kv_heads, groups, dim)
         if writer._compiled:
             mask_S = torch.arange(window, device=keys.device) <= at_1
             return F.scaled_dot_product_attention(q_RKGD, keys, values, attn_mask=mask_S[None, None, None]).reshape(

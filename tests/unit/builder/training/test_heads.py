@@ -15,7 +15,7 @@ from ssv.builder.cli import main
 from ssv.builder.config import HeadsConfig
 from ssv.builder.target import load_target
 from ssv.builder.training import heads as training
-from ssv.builder.training.corpus import ChatPieces, Conversations, write_conversations
+from ssv.builder.training.corpus import ChatPieces, Conversations, Turns, write_conversations
 from ssv.builder.training.heads import HeadsResult, distill_heads, measure_heads
 from ssv.model.heads import heads_spec, load_heads, start_heads
 from ssv.support.errors import UserError
@@ -35,7 +35,7 @@ def settings(**changes: object) -> HeadsConfig:
 
 def run(work: Path, **changes: object) -> HeadsResult:
     return distill_heads(
-        tiny_decoder(), PIECES, [[20, 21], [30]], settings(**changes), work, silent, weights_sha256="0"
+        tiny_decoder(), PIECES, Turns([[20, 21], [30]]), settings(**changes), work, silent, weights_sha256="0"
     )
 
 
@@ -43,7 +43,7 @@ def test_the_label_of_a_head_is_what_the_target_says_there(tmp_path: Path) -> No
     """The loss of an untrained head, by hand: what it says after t against what the target says after t + d + 1."""
     target = tiny_decoder()
     run(tmp_path)
-    config = settings()
+    config = settings(batch_rows=24)
     shards = sorted(tmp_path.glob("corpus-*.safetensors"))[:-1]
     trainer = training._Trainer(target, config, shards, tmp_path / "none")
     tokens_BT, is_assistant_BT = trainer.windows.batch(0)
