@@ -482,6 +482,8 @@ def _unrounded(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: weight {scale_name} has shape {tuple(scale_OG.shape)}, expected {expected}")
         scale_OI = scale_OG.float().repeat_interleave(_GROUP, dim=1)[:, : weight_OI.shape[1]]
         state[name] = weight_OI.float() * scale_OI
+    if bare := [name for name, value in state.items() if value.dtype == torch.int8]:
+        raise CheckpointError(f"{path}: weight {bare[0]} is int8 and has no scales")
     return state
 
 

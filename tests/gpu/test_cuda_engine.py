@@ -16,6 +16,7 @@ from growing import grow_by_stepping
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
 from torch import Tensor
 from trees import branches, int32, path_to, random_parents, run
+from wide import wide_draft
 
 from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
@@ -75,6 +76,24 @@ def test_draft_and_features(kind: str) -> None:
         assert relative_error(flat(found, name).cpu(), flat(expected, name)) < 2e-2
     on_cuda = drive(cuda(decoder, tap=draft.tap), features_out=with_tap)
     for name in names(with_tap):
+        assert relative_error(flat(on_cuda, name).cpu(), flat(target, name)) < 2e-2
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_draft_of_five_taps_with_a_corrected_head(num_layers: int) -> None:
+    decoder = rounded(tiny_decoder(hidden_size=96, num_layers=7))
+    draft: Draft = rounded(wide_draft(decoder, num_layers)[0])
+    torch.manual_seed(3)
+    scorer = Scorer(torch.randn(96 + 3) / 4, torch.tensor(0.1), True)
+    sizes: dict[str, Any] = {"precision": "fp32", "max_batch": 3, "max_length": MAX_LENGTH}
+    expected = drive(draft_engine(draft, scorer=scorer, **sizes))
+    target = drive(target_engine(decoder, draft=draft, **sizes), features_out=True)
+    draft.cuda()
+    found = drive(cuda(draft.decoder, draft=draft, scorer=scorer.to("cuda")))
+    for name in ("hidden_RH", "logits_RV", "reject_prob_R"):
+        assert relative_error(flat(found, name).cpu(), flat(expected, name)) < 2e-2
+    on_cuda = drive(cuda(decoder, tap=draft.tap), features_out=True)
+    for name in names(True):
         assert relative_error(flat(on_cuda, name).cpu(), flat(target, name)) < 2e-2
 
 

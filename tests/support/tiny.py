@@ -66,9 +66,14 @@ def random_draft(
     *,
     layers: tuple[int, ...] = (0, 1),
     eagle3: bool = False,
+    num_layers: int = 1,
+    head_rank: int = 0,
 ) -> Draft:
     torch.manual_seed(5)
-    draft = Draft(draft_spec(target.spec, kind, layers, head_size, eagle3=eagle3)).requires_grad_(False)
+    spec = draft_spec(
+        target.spec, kind, layers, head_size, eagle3=eagle3, num_layers=num_layers, head_rank=head_rank
+    )
+    draft = Draft(spec).requires_grad_(False)
     for name, parameter in draft.named_parameters():
         parameter.copy_(random_weight(name, tuple(parameter.shape)))
     draft.share_target(target, torch.randperm(target.spec.vocab_size)[: draft.spec.head_size])

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ssv.builder.training.passes import CausalAttend
 from ssv.model.checkpoint import CheckpointError, RopeScaling
+from ssv.model.decoder import Decoder
 from ssv.model.draft import (
     Draft,
     DraftKind,
     DraftSpec,
     draft_spec,
+    grow_draft,
     load_draft,
     load_draft_head,
     save_draft,
@@ -277,3 +279,141 @@ def test_head_is_read_without_the_target(tmp_path: Path) -> None:
     head = load_draft_head(tmp_path / "draft.safetensors")
     assert head.spec == draft.spec
     assert torch.equal(head.token_ids, draft.token_ids)
+
+
+# --- Half the room, and a corrected LM head ---------------------------------------------------------------------------
+
+
+@any_kind
+def test_int8_storage_is_near_and_comes_back_as_it_was_rounded(kind: DraftKind, tmp_path: Path) -> None:
+    """By half a step of a group's scale at most; written again it is the same file."""
+    target, path, again = tiny_decoder(hidden_size=96), tmp_path / "draft.safetensors", tmp_path / "again.safetensors"
+    draft = random_draft(target, kind, head_rank=8)
+    draft.decoder.get_submodule("layers.0.o").weight.data[5] = 0  # type: ignore[operator,index]
+    save_draft(draft, path, storage="int8")
+    loaded = load_draft(path, target, for_training=True)
+    assert loaded.spec == draft.spec
+    for name, value in draft.own_state().items():
+        found = loaded.state_dict()[name]
+        if value.dim() != 2 or not value.is_floating_point():
+            assert torch.equal(found, value.bfloat16().float() if value.is_floating_point() else value), name
+            continue
+        assert load_file(path)[name].dtype == torch.int8
+        for start in range(0, value.shape[1], 64):
+            one, other = value[:, start : start + 64], found[:, start : start + 64]
+            most = one.abs().amax(dim=1, keepdim=True) / 127
+            # The scale is rounded to bf16, so that the largest may lie beyond 127 of them.
+            assert ((one - other).abs() <= most * (0.51 + 127 / 256)).all(), name
+    assert relative_error(logits_of(loaded), logits_of(draft)) < 3e-2
+    save_draft(loaded, again, storage="int8")
+    assert relative_error(logits_of(load_draft(again, target, for_training=True)), logits_of(loaded)) < 1e-2
+    save_draft(draft, again)
+    assert path.stat().st_size < 0.65 * again.stat().st_size
+
+
+SCALE = "join.weight.group_scale"
+STORED_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "no scale": (lambda w: w.pop(SCALE), "join.weight is int8 and has no scales"),
+    "no matrix": (lambda w: w.pop(JOIN), f"{SCALE} has no int8 matrix"),
+    "a matrix of another type": (lambda w: w.update({JOIN: w[JOIN].float()}), f"{SCALE} has no int8 matrix"),
+    "fewer scales": (lambda w: w.update({SCALE: w[SCALE][:, :1].clone()}), rf"{SCALE} has shape \(64, 1\)"),
+}
+
+
+@pytest.mark.parametrize(("weights", "named"), STORED_DAMAGE.values(), ids=STORED_DAMAGE)
+def test_refused_int8_storage(tmp_path: Path, weights: Callable[[dict[str, Tensor]], object], named: str) -> None:
+    path = tmp_path / "draft.safetensors"
+    save_draft(random_draft(tiny_decoder(), "conditioned"), path, storage="int8")
+    change(path, weights)
+    with pytest.raises(CheckpointError, match=rf"draft\.safetensors: .*{named}"):
+        load_draft(path, tiny_decoder())
+
+
+def test_a_corrected_head_is_added_up_where_a_draft_is_loaded(tmp_path: Path) -> None:
+    target, path = tiny_decoder(), tmp_path / "draft.safetensors"
+    draft = random_draft(target, "conditioned", head_rank=4)
+    save_draft(draft, path, torch.float32)
+    expected = logits_of(draft)
+    apart, added = load_draft(path, target, for_training=True), load_draft(path, target)
+    assert apart.spec == draft.spec and torch.equal(logits_of(apart), expected)
+    assert added.head_in is None and added.head_out is None
+    assert added.spec.head_rank == 0 and added.spec.own_lm_head
+    assert relative_error(logits_of(added), expected) < 1e-5
+    assert draft.head_in is not None and draft.head_out is not None
+    change_VH = draft.head_out.weight @ draft.head_in.weight
+    assert torch.allclose(added.decoder.lm_head.weight, target.lm_head.weight[draft.token_ids] + change_VH, atol=1e-5)
+    assert torch.equal(target.lm_head.weight, tiny_decoder().lm_head.weight)
+    # What was added up is its own from then on, and is stored.
+    save_draft(added, path, torch.float32)
+    assert torch.equal(logits_of(load_draft(path, target)), logits_of(added))
+
+
+@pytest.mark.parametrize(("field", "value"), [("head_rank", -1), ("head_rank", 65), ("head_rank", "all")])
+def test_malformed_ranks(stored: Path, field: str, value: object) -> None:
+    change(stored, lambda _: None, **{field: value})
+    with pytest.raises(CheckpointError, match=r"draft head_rank .* must lie between 0 and 64"):
+        load_draft(stored, tiny_decoder())
+
+
+def test_a_rank_above_the_hidden_size() -> None:
+    with pytest.raises(UserError, match="head_rank 65 exceeds the target's hidden_size 64"):
+        draft_spec(tiny_spec(), "conditioned", (0,), 48, head_rank=65)
+
+
+# --- Growing ----------------------------------------------------------------------------------------------------------
+
+GROWTHS: dict[str, dict[str, Any]] = {
+    "taps": {"layers": (0, 1, 2, 3)},
+    "layers": {"num_layers": 3},
+    "rank": {"head_rank": 6},
+    "all": {"layers": (0, 1, 3), "num_layers": 2, "head_rank": 6},
+    "nothing": {},
+}
+
+
+@torch.no_grad()
+def with_taps(draft: Draft, target: Decoder) -> Tensor:
+    assert draft.tap is not None
+    ids_BT = tiny_ids(2, 10)
+    tapped_BTX = whole_window(target, ids_BT, draft.tap.layers)[2]
+    assert tapped_BTX is not None
+    features_MF = draft.tap(tapped_BTX.flatten(0, 1))
+    hidden_MH = draft.run_layers(ids_BT.flatten(), features_MF, torch.arange(10).repeat(2), CausalAttend(2))
+    return draft.logits(hidden_MH)
+
+
+@pytest.mark.parametrize("growth", GROWTHS.values(), ids=GROWTHS)
+def test_a_grown_draft_computes_what_it_did(growth: dict[str, Any]) -> None:
+    target = tiny_decoder(num_layers=4)
+    earlier = random_draft(target, "conditioned", layers=(1, 3))
+    options = {"layers": (1, 3)} | growth
+    spec = draft_spec(target.spec, "conditioned", options.pop("layers"), 48, **options)
+    grown = grow_draft(earlier, spec, target)
+    assert grown.spec == spec and torch.equal(grown.token_ids, earlier.token_ids)
+    assert relative_error(with_taps(grown, target), with_taps(earlier, target)) < 1e-5
+    # What is new is there to be trained.
+    assert {name for name, p in grown.named_parameters() if not p.requires_grad} == {
+        "decoder.embed.weight",
+        "decoder.lm_head.weight",
+    }
+
+
+SHRUNK: dict[str, tuple[dict[str, Any], str]] = {
+    "taps": ({"layers": (3,)}, "feature_layers"),
+    "other taps": ({"layers": (0, 3)}, "feature_layers"),
+    "layers": ({"num_layers": 1}, "num_layers"),
+    "rank": ({"head_rank": 0}, "head_rank"),
+    "another rank": ({"head_rank": 5}, "head_rank"),
+    "head": ({"head_size": 40}, "head_size"),
+    "join": ({"eagle3": True, "num_layers": 1, "head_rank": 0}, "eagle3 .*"),
+}
+
+
+@pytest.mark.parametrize(("shrunk", "named"), SHRUNK.values(), ids=SHRUNK)
+def test_a_draft_does_not_grow_into_less_or_another(shrunk: dict[str, Any], named: str) -> None:
+    target = tiny_decoder(num_layers=4)
+    earlier = random_draft(target, "conditioned", layers=(1, 3), num_layers=2, head_rank=4)
+    options = {"layers": (1, 3), "num_layers": 2, "head_rank": 4, "head_size": 48} | shrunk
+    spec = draft_spec(target.spec, "conditioned", options.pop("layers"), options.pop("head_size"), **options)
+    with pytest.raises(UserError, match=f"has another {named} ?than the recipe asks for"):
+        grow_draft(earlier, spec, target)

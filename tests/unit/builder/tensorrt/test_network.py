@@ -15,6 +15,7 @@ from interpreted import interpreted_draft, interpreted_target
 from quantized_weights import quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, tiny_weights
 from torch import Tensor
+from wide import wide_draft
 
 from ssv.builder.tensorrt import network
 from ssv.builder.tensorrt.graph import Graph
@@ -97,6 +98,19 @@ def test_draft_and_scorer_equal_the_torch_engine(kind: Any, uses_hidden: bool) -
     # The scorer itself is exact: what differs above is the draft's fp16.
     own = torch.cat([scorer(out.hidden_RH, out.logits_RV).reject_prob_R for out in found])
     assert (flat(found, "reject_prob_R") - own).abs().max() < 1e-5
+
+
+def test_a_draft_of_five_taps_with_a_corrected_head_equals_the_torch_engine() -> None:
+    decoder = tiny_decoder(num_layers=7)
+    draft, _ = wide_draft(decoder)
+    found = drive(interpreted_target(decoder, torch.float16, draft), features_out=True)
+    expected = drive(torch_target(decoder, draft), features_out=True)
+    for name in names(features_out=True):
+        assert relative_error(flat(found, name), flat(expected, name)) < 1e-2
+    found = drive(interpreted_draft(draft, torch.float16, tiny_scorer(True)))
+    expected = drive(draft_engine(draft, precision="fp32", max_batch=3, max_length=64, scorer=tiny_scorer(True)))
+    for name in (*names(), "reject_prob_R"):
+        assert relative_error(flat(found, name), flat(expected, name)) < 2e-2
 
 
 @pytest.mark.parametrize("uses_hidden", [True, False, None], ids=["hidden", "confidence", "no scorer"])
