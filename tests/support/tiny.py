@@ -70,9 +70,7 @@ def random_draft(
     head_rank: int = 0,
 ) -> Draft:
     torch.manual_seed(5)
-    spec = draft_spec(
-        target.spec, kind, layers, head_size, eagle3=eagle3, num_layers=num_layers, head_rank=head_rank
-    )
+    spec = draft_spec(target.spec, kind, layers, head_size, eagle3=eagle3, num_layers=num_layers, head_rank=head_rank)
     draft = Draft(spec).requires_grad_(False)
     for name, parameter in draft.named_parameters():
         parameter.copy_(random_weight(name, tuple(parameter.shape)))

@@ -70,9 +70,7 @@ def of_the_loop(target: Decoder, draft: Draft, policy: Policy, data: Conversatio
     )
     asked = answers(data)
     params = [SamplingParams(max_tokens=length, ignore_eos=True) for _, length in asked]
-    outputs = llm.generate(
-        [Request(tuple(ids), "premium", each) for (ids, _), each in zip(asked, params, strict=True)]
-    )
+    outputs = llm.generate([Request(tuple(ids), "premium", each) for (ids, _), each in zip(asked, params, strict=True)])
     total = sum((output.counters for output in outputs), Counters(requests=0))
     assert total.emitted == int(data.is_assistant.sum())
     return total.tokens_per_pass

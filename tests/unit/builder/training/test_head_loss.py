@@ -44,9 +44,7 @@ def test_loss_and_gradient_are_autograds(tv_share: float) -> None:
 
 @every_share
 @pytest.mark.parametrize("rank", [0, 6])
-def test_what_is_trained_gets_autograds_gradient(
-    tv_share: float, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_trained_gets_autograds_gradient(tv_share: float, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the hidden state and of the trained columns, with rows that take several turns."""
     monkeypatch.setattr(head_loss, "_CHUNK", 4)
     x, fixed, trained = random(11, 8 + rank), random(30, 8, seed=1), random(30, rank, seed=2)
