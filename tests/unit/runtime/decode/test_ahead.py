@@ -205,3 +205,13 @@ def test_logits_that_are_no_numbers_are_told() -> None:
     with pytest.raises(EngineError, match="not numbers"):
         setup.decoded(requests(1), [AUTOREGRESSIVE], by_engines=True)
     assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize("seconds", [cheap, dear])
+def test_many_rows_share_rounds(seconds: Any) -> None:
+    """Among many, those that come last have no draft made ready, and those that have waited too long lose theirs."""
+    setup = Setup(20, seconds=seconds)
+    many = [Request((1, 2, 3 + b % 5), "premium", SamplingParams(max_tokens=150, ignore_eos=True)) for b in range(24)]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 24, by_engines=False)
+    assert setup.decoded(many, [PREMIUM] * 24, by_engines=True)[0] == expected
+    assert sum(shape.tree is None for shape in setup.rounds.shapes) > 100
