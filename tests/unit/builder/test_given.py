@@ -35,7 +35,7 @@ calibration:
   make: {prompts_file: prompts.jsonl, LIMITS}
 precision: fp32
 """
-FITTED = "{fit: {rows: 32, window: 48, depth: 2}}"
+FITTED = "{fit: {rows: 128, window: 48, depth: 2}}"
 
 
 def recipe_of(base: Path, draft: str, *, scorer: str = "null", more: str = "limits: {}") -> Path:
