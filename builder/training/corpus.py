@@ -255,7 +255,8 @@ class Writer:
                 self._graph.replay()
             else:
                 self._step(t)
-        return Conversations(self._tokens_RT.cpu(), self._is_assistant_RT.cpu())
+        # Copies: the next shard is written where this one was.
+        return Conversations(*(x.to("cpu", copy=True) for x in (self._tokens_RT, self._is_assistant_RT)))
 
     def _capture(self) -> None:
         with compile_layers(self.target):
