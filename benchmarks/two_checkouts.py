@@ -91,6 +91,7 @@ def tell(args: argparse.Namespace) -> None:
                 seconds, counted = time.perf_counter() - began, output.counters
                 numbers = [counted.drafted, counted.accepted, counted.target_passes, counted.emitted]
                 print(json.dumps([number, setting, method, output.token_ids, *numbers, seconds]), flush=True)
+    sys.stdin.readline()  # a last question, which is answered like the others
     print("null", flush=True)
 
 
