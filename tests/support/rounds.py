@@ -7,23 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from growing import grow_by_stepping
+from growing import Guesses, grow_by_stepping
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.growth import Growth, likely_groups
+from ssv.runtime.decode.sampling import Sampling, choose, ranked
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.verify import asks_for_pass, judged_rows, walk
 from ssv.runtime.engines.contract import (
     MOST_ENDS,
     MOST_IN_FLIGHT,
+    NOT_CORRECTED,
+    Corrections,
     Engine,
     Grown,
     RoundResult,
     RoundRow,
     RoundShape,
 )
+from ssv.runtime.request import SamplingParams
 
 
 @dataclass(slots=True)
@@ -54,7 +58,7 @@ class FakeRounds:
         self._target, self._draft, self._seconds = target, draft, seconds
         self._given: list[list[RoundResult]] = []
         self._states: list[_State] = []
-        self._corrections: Sequence[tuple[float, float]] = ()
+        self._corrections: tuple[Corrections, Corrections] = (NOT_CORRECTED, NOT_CORRECTED)
         self.shapes: list[RoundShape] = []
         self.num_begun = 0
 
@@ -69,10 +73,11 @@ class FakeRounds:
         pass
 
     def begin(
-        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: Sequence[tuple[float, float]]
+        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: tuple[Corrections, Corrections]
     ) -> None:
         assert not self._states and not self._given
         assert all(len(row.ends) <= MOST_ENDS and len(row.pending) <= self.most_pending for row in rows)
+        assert all(row.temperature == 0 or row.accept_below == 0 for row in rows)
         self._states = [
             _State(
                 row,
@@ -92,6 +97,7 @@ class FakeRounds:
         assert self.in_flight < MOST_IN_FLIGHT
         assert not self.shapes or not self._given or (self.shapes[-1].tree is None) == (shape.tree is None)
         assert len(self._states) * (1 + shape.nodes) <= self.most_tokens
+        assert shape.samples == any(state.row.temperature > 0 for state in self._states)
         self.shapes.append(shape)
         trees = self._trees(shape)
         width = 1 + max(map(len, trees))
@@ -112,13 +118,33 @@ class FakeRounds:
             count_B=torch.tensor([len(tree) + 1 for tree in trees], dtype=torch.int32),
             features_out=self._states[0].features_TF is not None,
         )
-        chosen = iter(out.logits_RV.argmax(dim=1).tolist())
+        at = [(b, depth) for b, tree in enumerate(trees) for depth in (0, *tree.depths)]
+        chosen = iter(choose(out.logits_RV, self._sampling(at)).tolist())
         self._given.append(
             [
                 self._settled(b, tree, [next(chosen) for _ in range(len(tree) + 1)], shape, out.features_BTF)
                 for b, tree in enumerate(trees)
             ]
         )
+
+    def _sampling(self, at: Sequence[tuple[int, int]]) -> Sampling:
+        """Of rows, at places so far behind the one after their roots."""
+        rows = [self._states[b].row for b, _ in at]
+        params = [
+            SamplingParams(temperature=row.temperature, top_k=row.top_k, top_p=row.top_p, seed=row.seed) for row in rows
+        ]
+        return Sampling.of(params, [self._states[b].length + 1 + depth for b, depth in at])
+
+    def _sampled(self, b: int) -> tuple[Guesses, Corrections] | None:
+        """A row's guesses, if it samples."""
+        if self._states[b].row.temperature == 0:
+            return None
+
+        def guesses(logits_V: Tensor, count: int, depth: int) -> tuple[list[int], list[float]]:
+            index_RK, share_RK = ranked(logits_V[None], self._sampling([(b, depth)]), count, self._draft.token_ids_V)
+            return index_RK[0].tolist(), share_RK[0].tolist()
+
+        return guesses, self._corrections[1]
 
     def _trees(self, shape: RoundShape) -> list[Tree]:
         states, tree = self._states, shape.tree
@@ -135,7 +161,8 @@ class FakeRounds:
             torch.tensor(counts, dtype=torch.int32),
             torch.stack([torch.cat((x, x.new_zeros(width - len(x), x.shape[1]))) for x in features if x is not None]),
             tree,
-            self._corrections,
+            self._corrections[0],
+            [self._sampled(b) for b in range(len(states))],
         )
         return [self._chosen(state, grown, shape) for state, grown in zip(states, found, strict=True)]
 

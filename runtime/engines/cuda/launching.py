@@ -26,6 +26,7 @@ OVERLAPPING = (9, 0)
 
 PRODUCTS = ("store", "add", "gate")
 OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
+SAMPLING = ("draw", "perturb")
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -46,10 +47,10 @@ Product = structure(
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
-Best = structure("Best", "step logits tokens token share", "vocab count")
+Best = structure("Best", "step logits tokens token share extra", "vocab count")
 Grow = structure(
     "Grow",
-    "step token share risk hidden features corrections found survival candidate path",
+    "step token share risk hidden features corrections settings found survival candidate path",
     "hidden_size beam children most_found group_tokens",
 )
 Attention = structure(
@@ -59,6 +60,10 @@ Attention = structure(
     "eps",
 )
 
+
+# Of sample.cu.
+Draw = structure("Draw", "step logits tokens settings token", "vocab gives_columns")
+Perturb = structure("Perturb", "step logits tokens settings extra", "vocab")
 
 # Of rounds.cu.
 Plant = structure("Plant", "header rows found trees", "levels beam children nodes")
