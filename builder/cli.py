@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssv.builder import export_command
 from ssv.builder.config import (
     CalibrationConfig,
     EngineConfig,
@@ -186,14 +187,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of states and logits (default: %(default)s)",
     )
     kernels.add_argument("--out", type=Path, required=True, help="folder to write")
-    export = command("export", _export, "write a bundle's draft as other engines load it")
-    export.add_argument("layout", choices=["speculators", "eagle3"], help="speculators for vLLM, eagle3 for SGLang")
-    export.add_argument("--bundle", type=Path, required=True, help="whose draft it is")
-    export.add_argument(
-        "--verifier",
-        help="name or path of the target, for who starts from the draft (default: the bundle's own, by its path)",
+    export_command.add_arguments(
+        command("export", export_command.run, "write a bundle's models as other engines load them")
     )
-    export.add_argument("--out", type=Path, required=True, help="folder to write")
     profile = command("profile", _profile, "measure what steps cost here, for what is drafted by what pays")
     profile.add_argument("--bundle", type=Path, required=True, help="what to measure, and where the profile is kept")
     add_engine(profile)
@@ -297,14 +293,6 @@ def _convert_heads(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     convert_heads(args.file, args.out)
     print(f"heads written to {args.out}", file=sys.stderr)
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from ssv.builder.export import export_draft
-
-    export_draft(args.bundle, args.layout, args.out, args.verifier)
-    print(f"draft written to {args.out}", file=sys.stderr)
     return 0
 
 
