@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
+    pair.add_argument("--draft", type=Path, help="what to take for the draft that the recipe names (default: that one)")
     add_max_rows(pair, "prompts decoded side by side while calibrating")
     add_threads(pair)
     distill = recipe_command("distill", _distill, "make a draft, or Medusa's heads, for a target")
@@ -216,6 +217,8 @@ def _pair(args: argparse.Namespace) -> int:
         )
 
     recipe = _recipe(args)
+    if args.draft is not None:
+        recipe = recipe.model_copy(update={"draft": recipe.draft.elsewhere(args.draft.resolve())})
     with terminal_report() as report:
         build_pair(recipe, args.out, device=args.device, make_calibration=make, report=report)
     print(f"bundle written to {args.out}", file=sys.stderr)
