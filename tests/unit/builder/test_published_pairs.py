@@ -7,11 +7,14 @@ of their shape whose widths are divided by 64.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 from published_configs import HEADS, MODELS
 from safetensors.torch import save_file
 from tiny import random_weight
@@ -171,3 +174,99 @@ def test_a_draft_that_is_made_lies_nowhere_else() -> None:
     distills = load_recipe(PRESETS / "smollm2-135m" / "first.yaml")
     with pytest.raises(RecipeError, match="--draft is for a draft that the recipe gives"):
         distills.draft.elsewhere(Path("/somewhere"))
+
+
+# --- the arithmetic of the docs -------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "beyond-one-gpu.md").read_text()
+TARGETS = {"8B": "Llama-3.1-8B-Instruct", "70B": "Llama-3.3-70B-Instruct"}
+HEAD_OF = {"8B": "EAGLE3-LLaMA3.1-Instruct-8B", "70B": "EAGLE3-LLaMA3.3-Instruct-70B"}
+CACHED = 8 * 4096
+CARD, BANDWIDTH = 0.85 * 80e9, 3.35e12
+
+
+def spec_of(name: str) -> DecoderSpec:
+    return spec_from_hf_config(MODELS[name])
+
+
+def parameters(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def weights(spec: DecoderSpec, precision: str) -> float:
+    """In bytes."""
+    shapes = spec.weight_shapes()
+    projections = parameters({name: shape for name, shape in shapes.items() if name.endswith("_proj.weight")})
+    each = {"bf16": 2.0, "FP8": 1.0, "INT4": 0.5 + 2 / 128}[precision]
+    return projections * each + (parameters(shapes) - projections) * 2
+
+
+def cache(spec: DecoderSpec) -> int:
+    """Of a token, in bytes."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
+
+
+def head_of(size: str) -> tuple[int, int]:
+    """Weights of an EAGLE-3 head, and its cache of a token, in bytes."""
+    spec = head_spec(HEADS[HEAD_OF[size]], spec_of(TARGETS[size]))
+    return 2 * parameters(tensor_shapes(spec)), cache(spec.decoder)
+
+
+def read_in_a_pass(size: str, precision: str) -> float:
+    spec = spec_of(TARGETS[size])
+    return weights(spec, precision) - 2 * spec.vocab_size * spec.hidden_size
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def row(*cells: str) -> str:
+    """The one row of the page that begins with a cell and ends with others."""
+    found = [line for line in PAGE.splitlines() if line.startswith(f"| {cells[0]} |")]
+    return next((line for line in found if line.endswith(f"| {' | '.join(cells[1:])} |")), f"not {cells} but {found}")
+
+
+def test_sizes_in_the_docs() -> None:
+    specs, small = {size: spec_of(name) for size, name in TARGETS.items()}, spec_of("Llama-3.2-1B-Instruct")
+
+    def rows(begins: str, value: Callable[[str], str]) -> None:
+        assert row(begins, value("8B"), value("70B")) in PAGE, row(begins, value("8B"), value("70B"))
+
+    rows("parameters", lambda size: f"{parameters(specs[size].weight_shapes()):,}")
+    rows("weights in bf16", lambda size: gb(weights(specs[size], "bf16")))
+    rows("in FP8", lambda size: gb(weights(specs[size], "FP8")))
+    rows("in INT4", lambda size: gb(weights(specs[size], "INT4")))
+    rows("cache of a token", lambda size: f"{cache(specs[size]):,} bytes")
+    rows("cache of 8 requests of 4,096 tokens", lambda size: gb(CACHED * cache(specs[size])))
+    rows("EAGLE-3 head, 32,000 rows, bf16", lambda size: gb(head_of(size)[0]))
+    rows("its cache, likewise", lambda size: gb(CACHED * head_of(size)[1]))
+    rows("Llama 3.2 1B as the draft, bf16", lambda _: gb(weights(small, "bf16")))
+    rows("its cache, likewise", lambda _: gb(CACHED * cache(small)))
+    assert f"{parameters(small.weight_shapes()):,} parameters" in PAGE
+    assert f"{cache(small):,} bytes a token" in PAGE and f"{head_of('70B')[1]:,} bytes a token" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("size", "precision"), [("8B", "bf16"), ("8B", "FP8"), ("70B", "bf16"), ("70B", "FP8"), ("70B", "INT4")]
+)
+def test_gpus_and_prices_in_the_docs(size: str, precision: str) -> None:
+    spec, (head, head_cache) = spec_of(TARGETS[size]), head_of(size)
+    together = weights(spec, precision) + head + CACHED * (cache(spec) + head_cache)
+    gpus = next(n for n in (1, 2, 4, 8) if n * CARD >= together)
+    name = f"{size} in {precision}"
+    expected = [row(name, gb(together), f"{together / CARD:.2f} cards", str(gpus))]
+    if precision != "INT4":
+        read = read_in_a_pass(size, precision)
+        seconds = read / (gpus * BANDWIDTH)
+        cost = gpus * 1e6 / (3600 / seconds)
+        expected.append(
+            row(name, gb(read), str(gpus), f"{1e3 * seconds:.1f} ms", f"{1 / seconds:.0f}", f"{cost:.1f} P")
+        )
+        drafts = (head, weights(spec_of("Llama-3.2-1B-Instruct"), "bf16"))
+        expected.append(row(name, *(f"{1 + 5 * draft / read:.2f}" for draft in drafts)))
+        if name == "70B in FP8":
+            assert f"3 x {cost:.2f} = {3 * cost:.1f} for" in PAGE
+            assert f"{3 * cost:.1f} / 8 / 2 = {3 * cost / 16:.1f} with" in PAGE
+    for line in expected:
+        assert line in PAGE, line
