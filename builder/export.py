@@ -18,12 +18,13 @@ from ssv.model.draft import Draft, load_draft
 from ssv.model.eagle3 import Layout, published
 from ssv.model.quantized import QuantizedLinear
 from ssv.model.unified import CONFIG_NAME, load_any, quantization_of
+from ssv.runtime.trtllm.install import VERSIONS
 from ssv.support.errors import UserError
 from ssv.support.files import save_whole, whole, write_json
 
 HOSTS: tuple[Host, ...] = get_args(Host)
 _LAYOUTS: dict[Host, Layout] = {"trtllm": "eagle3", "vllm": "speculators", "sglang": "eagle3"}
-_NAMES: dict[Host, str] = {"trtllm": "TensorRT-LLM", "vllm": "vLLM", "sglang": "SGLang"}
+_NAMES: dict[Host, str] = {"trtllm": f"TensorRT-LLM {VERSIONS}", "vllm": "vLLM", "sglang": "SGLang"}
 
 
 def export_draft(bundle: Path, layout: Layout, out: Path, verifier: str | None = None) -> None:

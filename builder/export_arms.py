@@ -4,8 +4,9 @@ Three arms: `plain`, the engine alone; `speculation`, the engine with the bundle
 have the same target, the same limits and the same share of memory. Each is a script `serve-ARM.sh` in the folder of the
 export; `compare.sh` starts them, waits until they answer, and hands them to `ssv-ab`.
 
-The options are those of the pages "CLI reference, serve" and "EAGLE Draft Models" of vLLM, "Server Arguments" and
-"Speculative Decoding" of SGLang, and trtllm-serve and trtllm-bench of TensorRT-LLM 1.3.0rc26.
+Where options were read: vLLM, docs/features/speculative_decoding/draft_model.md at commit 04329df and the page "EAGLE
+Draft Models"; SGLang, the pages "Server Arguments" and "Speculative Decoding"; for both, public tests that start them.
+TensorRT-LLM, tensorrt_llm/commands/serve.py at commit 00209af and the page of trtllm-bench of 1.3.0rc26.
 """
 
 from __future__ import annotations

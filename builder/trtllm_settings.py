@@ -1,10 +1,13 @@
 """TensorRT-LLM's settings, as far as an export writes them: names, types and what its own checks ask for.
 
-Names were read in tensorrt_llm/llmapi/llm_args.py of NVIDIA/TensorRT-LLM at commit 0004396 (main between 1.3.0rc26 and
-1.4: `TorchLlmArgs`, `KvCacheConfig`, `DecodeCudaGraphConfig`, `Eagle3DecodingConfig`, `DraftTargetDecodingConfig`), and
-compared with the reference pages of these classes of 1.3.0rc27, 1.4.0rc1 and 1.4.0rc4 as far as those were to be had.
-A setting that does not stand in all of them is left out, such as `eagle3_one_model` and `eagle_choices`, which 1.4.0rc1
-has no more. TensorRT-LLM refuses unknown names. Here they cannot be written: what is not a field of these models is an
+All names were read in tensorrt_llm/llmapi/llm_args.py of NVIDIA/TensorRT-LLM at commit 0004396 of 2026, which by what
+it still has is older than 1.4.0rc1 (`TorchLlmArgs`, `KvCacheConfig`, `DecodeCudaGraphConfig`, `Eagle3DecodingConfig`,
+`DraftTargetDecodingConfig`). They were compared with reference pages as far as those were to be had:
+`Eagle3DecodingConfig` of 1.3.0rc27 and 1.4.0rc1, whole; `DecodeCudaGraphConfig` of 1.3.0rc27, whole; of 1.4.0rc4 the
+first fields of `KvCacheConfig` and `TorchLlmArgs`. What is gone in one of them is left out, such as `eagle3_one_model`
+and `eagle_choices`, which 1.4.0rc1 has no more.
+
+TensorRT-LLM refuses unknown names. Here they cannot be written: what is not a field of these models is an
 error.
 
 `TritonModel` is the model.yaml of triton_backend/all_models/llmapi in the same repository.

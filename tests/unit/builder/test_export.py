@@ -23,6 +23,7 @@ from tiny import relative_error, tiny_ids, whole_window
 from tiny_bundle import HEADS, RECIPE, build, write_recipe
 from trtllm_names import PUBLISHED
 
+from ssv.ab import cli as ab_cli
 from ssv.ab.arms import parse_arm
 from ssv.builder import trtllm_settings
 from ssv.builder.cli import main
@@ -38,6 +39,7 @@ from ssv.model.eagle3 import read_eagle3
 from ssv.model.unified import load_any
 from ssv.support.errors import UserError
 from ssv.support.strict import Strict
+from ssv.triton_repo import serve
 
 any_host = pytest.mark.parametrize("host", HOSTS)
 
@@ -278,6 +280,8 @@ def test_the_arm_of_this_project(host: Any, changes: dict[str, Any], engine: str
         assert "start ssv" not in files["compare.sh"]
     else:
         assert engine in files["serve-ssv.sh"]
+        given = serve._parser().parse_args([*command(files, "ssv")[1:], "8012"])
+        assert (given.bundle, given.openai_port, given.max_rows, given.max_length) == (facts.bundle, 8012, 8, 4096)
 
 
 # --- the scripts, run with programs that stand for the engines --------------------------------------------------------
@@ -340,6 +344,7 @@ def test_all_arms_are_started_compared_and_ended(standalone: Path, tmp_path: Pat
     assert [(arm.name, arm.model, arm.gpus) for arm in arms] == [
         ("plain", "target", 2), ("speculation", "target", 2), ("ssv", "tiny", 2)
     ]  # fmt: skip
+    ab_cli._parser().parse_args(asked)
     assert asked[-6:] == ["--prompts", "prompts.jsonl", "--out", "report", "--concurrency", "1,4"]
     assert are_gone([int(pid) for pid in pids.read_text().split()])
 
