@@ -102,7 +102,8 @@ def export_for(
     if draft.conditioned:
         if host == "trtllm":
             _refuse_what_trtllm_leaves_out(draft, target)
-        model = _head(draft, target, manifest, _LAYOUTS[host], settings.target)
+        reader = "TensorRT-LLM" if host == "trtllm" else None  # the layouts are named after the others
+        model = _head(draft, target, manifest, _LAYOUTS[host], settings.target, reader)
     else:
         model = _language_model(draft, manifest)
     source = _target_folder(bundle, target, checkpoint)
@@ -147,7 +148,7 @@ def _write_model(folder: Path, config: dict[str, Any], tensors: Weights) -> None
 
 
 def _head(
-    draft: Draft, target: DecoderSpec, manifest: Manifest, layout: Layout, verifier: str
+    draft: Draft, target: DecoderSpec, manifest: Manifest, layout: Layout, verifier: str, reader: str | None = None
 ) -> tuple[dict[str, Any], Weights]:
     dtype = _stored_type(draft)
     return published(
@@ -157,6 +158,7 @@ def _head(
         target_layers=target.num_layers,
         verifier=verifier,
         architecture=hf_config(target, manifest.eos_token_ids, dtype)["architectures"][0],
+        reader=reader,
     )
 
 

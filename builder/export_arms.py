@@ -32,6 +32,8 @@ Host = Literal["trtllm", "vllm", "sglang"]
 
 ARMS = ("plain", "speculation", "ssv")
 FIRST_PORT = 8010
+READY_SECONDS = 1800
+"""That an arm may take to start, unless the variable of that name says otherwise."""
 LEAST_PASS = 8192
 """Tokens of a pass that a prompt's are cut to, TensorRT-LLM's own default."""
 
@@ -154,6 +156,7 @@ def _ssv(settings: HostSettings) -> list[str]:
     else:
         command += ["--engine", "torch", "--device", "cuda"]
     command += ["--max-rows", str(settings.max_rows), "--max-length", str(settings.max_length)]
+    command += ["--ready-timeout", str(READY_SECONDS)]
     # Beside the port that answers, of Triton, which nobody asks here.
     for index, option in enumerate(("--http-port", "--grpc-port", "--metrics-port")):
         command += [option, str(FIRST_PORT + 10 + index)]
@@ -219,7 +222,7 @@ start() {{  # ARM PORT GPUS
 await() {{  # ARM PORT PROCESS
   until curl -fsS -o /dev/null "http://127.0.0.1:$2/v1/models" 2>/dev/null; do
     if ! kill -0 "$3" 2>/dev/null; then echo "error: $1 ended, see $logs/$1.log" >&2; exit 1; fi
-    if ((SECONDS > ${{READY_SECONDS:-1800}})); then echo "error: $1 is not ready, see $logs/$1.log" >&2; exit 1; fi
+    if ((SECONDS > ${{READY_SECONDS:-{ready}}})); then echo "error: $1 is not ready, see $logs/$1.log" >&2; exit 1; fi
     sleep 0.5
   done
 }}
@@ -245,6 +248,7 @@ def _compare(settings: HostSettings) -> str:
         arms.append(f"{option} {shlex.quote(f'{arm}=http://127.0.0.1:{port}/v1?model={model}&gpus={size}')}")
     why = settings.without_ssv
     return _COMPARE.format(
+        ready=READY_SECONDS,
         missing=f"# There is no arm `ssv`: {why}.\n" if why is not None else "",
         starts="\n".join(starts),
         awaits="\n".join(awaits),
