@@ -322,7 +322,7 @@ def are_gone(pids: list[int]) -> bool:
 
 
 # A worker of its own, as engines have: it must not outlive them.
-SERVES = "sleep 600 & echo $! >> {pids}; echo $$ >> {pids}; wait"
+SERVES = "sleep 3600 & echo $! >> {pids}; echo $$ >> {pids}; wait"
 
 
 def test_all_arms_are_started_compared_and_ended(standalone: Path, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_an_arm_that_ends_ends_the_comparison(standalone: Path, tmp_path: Path) 
     dies = f'case "$*" in *speculation.yaml*) {dies};; *) {serves};; esac'
     env = stand_ins(tmp_path / "bin", trtllm_serve=dies, ssv_serve=serves, curl='[[ "$*" == *8010* ]]', ssv_ab="exit 9")
     done = subprocess.run(
-        [tmp_path / "out" / "compare.sh", "p", "o"], env=env, capture_output=True, text=True, timeout=60
+        [tmp_path / "out" / "compare.sh", "p", "o"], env=env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 1 and "error: speculation ended, see " in done.stderr
     assert are_gone([int(pid) for pid in pids.read_text().split()])
@@ -372,7 +372,7 @@ def test_a_comparison_that_is_ended_ends_its_arms(standalone: Path, tmp_path: Pa
     pids, fifo = tmp_path / "pids", tmp_path / "compares"
     os.mkfifo(fifo)
     serves = SERVES.format(pids=pids)
-    compares = f"echo $$ >> {pids}; echo > {fifo}; sleep 600"
+    compares = f"echo $$ >> {pids}; echo > {fifo}; sleep 3600"
     env = stand_ins(tmp_path / "bin", trtllm_serve=serves, ssv_serve=serves, curl="exit 0", ssv_ab=compares)
     process = subprocess.Popen([tmp_path / "out" / "compare.sh", "p", "o"], env=env, stderr=subprocess.DEVNULL)
     fifo.read_text()  # ssv-ab has begun
@@ -414,7 +414,7 @@ def test_the_command_says_what_is_left_out(
 
 def test_a_comparison_says_what_ssv_ab_says(standalone: Path, tmp_path: Path) -> None:
     export_for("vllm", standalone, tmp_path / "out", tensor_parallel=2)
-    env = stand_ins(tmp_path / "bin", vllm="sleep 600", curl="exit 0", ssv_ab="exit 4")
+    env = stand_ins(tmp_path / "bin", vllm="sleep 3600", curl="exit 0", ssv_ab="exit 4")
     assert subprocess.run([tmp_path / "out" / "compare.sh", "p", "o"], env=env, timeout=PATIENCE).returncode == 4
 
 
