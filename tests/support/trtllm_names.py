@@ -1,8 +1,9 @@
 """Names of TensorRT-LLM's settings as they are published, to compare with what an export writes.
 
-`Eagle3DecodingConfig`: the signature on its reference page of 1.4.0rc1, whole. The others: what stands both in
-tensorrt_llm/llmapi/llm_args.py at commit 0004396 and in tensorrt_llm/usage/llm_args_golden_manifest.json at commit
-92e3075 or on a reference page of 1.4.0rc4, of the classes' first fields.
+`Eagle3DecodingConfig`: the signature on its reference page of 1.4.0rc1, whole. The others: what stands in
+tensorrt_llm/llmapi/llm_args.py at commit 0004396. Most of that was also seen in
+tensorrt_llm/usage/llm_args_golden_manifest.json at commit 92e3075, or on a reference page of 1.4.0rc4, which has the
+classes' first fields; not each name was looked up there.
 """
 
 from __future__ import annotations
