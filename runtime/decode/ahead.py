@@ -140,9 +140,9 @@ class Ahead:
             gained.append(list(result.tokens))
         if self._drafts and rows[0].policy.pays:
             assert self._drafter is not None and shape.tree is not None
-            levels = self._drafter.levels
-            levels.note(shape.tree.levels, [result.survival_by_depth for result in results])
-            levels.note_nodes(shape.nodes, [result.survivals for result in results])
+            gains = [result.gains for result in results if result.gains is not None]
+            if gains:
+                self._drafter.levels.note_gains(shape.tree.levels, gains)
         return gained
 
     def _goes_on(self, rows: Sequence[Row]) -> bool:
@@ -206,14 +206,16 @@ class Ahead:
         def shape(levels: int, nodes: int) -> RoundShape:
             if not levels:
                 return self._round(None, 0)
+            # With branches also where they are not verified: what these would be worth is told.
             beam = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows)
-            return self._round(TreeShape(levels, beam, min(policy.children[0], nodes)), nodes)
+            return self._round(TreeShape(levels, beam, policy.children[0]), nodes)
 
         levels, nodes = measured.worth_nodes(
             num_rows,
             lambda levels, nodes: self._rounds.seconds(num_rows, shape(levels, nodes)),
             min(policy.max_depth or MOST_DEPTH, MOST_DEPTH),
             min(policy.max_pending, most_nodes),
+            (chosen.tree.levels, chosen.nodes) if (chosen := self._chosen) is not None and chosen.tree else None,
         )
         self._chosen, self._rounds_until_choice = shape(levels, nodes), ROUNDS_OF_A_CHOICE if levels else 1
         return self._chosen

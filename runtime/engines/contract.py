@@ -299,16 +299,15 @@ class RoundResult:
         num_nodes: of its tree.
         num_judged_rows: of the pass, the root's among them.
         num_judged: kept nodes that were judged.
-        survival_by_depth: of the tree's nodes, how many there are and the sum of their survivals, from depth 1 on.
-        survivals: of each of them, fp32.
+        gains: fp32 [levels, GAIN_SIZES], of trees with branches: the sum of the survivals of its best so many
+            candidates that are no deeper than a level, from the first on.
     """
 
     tokens: Sequence[int]
     num_nodes: int
     num_judged_rows: int
     num_judged: int
-    survival_by_depth: Sequence[tuple[int, float]]
-    survivals: NDArray[np.float32]
+    gains: NDArray[np.float32] | None
 
 
 class RoundsEngine(Protocol):
@@ -373,6 +372,9 @@ class RoundsEngine(Protocol):
         """
         ...
 
+
+GAIN_SIZES = (1, 3, 7, 15, 31, 63)
+"""Nodes of trees that fill a pass of some rows: with their root a power of two."""
 
 MOST_ENDS = 8
 """Tokens that may end the output of a row in rounds that engines run by themselves."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssv.runtime.engines.contract import (
+    GAIN_SIZES,
     MOST_ENDS,
     MOST_IN_FLIGHT,
     NOT_CORRECTED,
@@ -57,12 +58,10 @@ _RING = MOST_IN_FLIGHT + 1
 ) = range(10)  # fmt: skip
 _R_ENDS = 12
 R_SIZE = _R_ENDS + MOST_ENDS
-T_SIZE = 8 + LEVELS + 5 * NODES
+T_SIZE = 8 + LEVELS + 4 * NODES + LEVELS * len(GAIN_SIZES)
 _O_NODES, _O_KEPT, _O_JUDGED_ROWS, _O_JUDGED, _O_TOKENS = range(5)
-_O_COUNTS = _O_TOKENS + LEVELS + 1
-_O_SURVIVALS = _O_COUNTS + LEVELS
-_O_NODE_SURVIVALS = _O_SURVIVALS + LEVELS
-O_SIZE = _O_NODE_SURVIVALS + NODES
+_O_GAINS = _O_TOKENS + LEVELS + 1
+O_SIZE = _O_GAINS + LEVELS * len(GAIN_SIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ class CudaRounds:
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         self._num_rows = self._num_run = self._most_length = self._text_width = 0
         self._drafts = False
-        self._ahead: list[int] = []
+        self._ahead: list[RoundShape] = []
         # By width and whether rows sample; between a round's steps, without a draft and with one.
         self._pass_s: dict[tuple[int, bool], float] = {}
         self._level_s: dict[tuple[int, bool], float] = {}
@@ -240,7 +239,7 @@ class CudaRounds:
         self._done[self._num_run % _RING].record(torch.cuda.current_stream(self._target.device))
         self._num_run += 1
         self.in_flight += 1
-        self._ahead.append(1 + shape.depth)
+        self._ahead.append(shape)
         self._text_width = key.next_width
 
     def take(self) -> list[RoundResult]:
@@ -248,9 +247,9 @@ class CudaRounds:
         slot = (self._num_run - self.in_flight) % _RING
         self._done[slot].synchronize()
         self.in_flight -= 1
-        self._ahead.pop(0)
+        has_branches = not self._ahead.pop(0).is_chain
         told = self._results[slot, : self._num_rows].numpy()
-        results = [_result(row.tolist(), row.view(np.float32)) for row in told]
+        results = [_result(row, has_branches) for row in told]
         for state, result in zip(self._state, results, strict=True):
             gained = len(result.tokens)
             if self._text_width:  # the draft has run what was pending
@@ -298,7 +297,7 @@ class CudaRounds:
             ):
                 raise EngineError(f"{num} trees of {tree}: there is no room for their levels")
             level_widths = tuple(width_for(num * tree.opened(level)) for level in range(1, tree.levels))
-        most_seen = self._most_length + sum(self._ahead) + 1 + shape.depth
+        most_seen = self._most_length + sum(1 + each.depth for each in (*self._ahead, shape))
         return _Key(
             shape,
             self._text_width if tree is not None else 0,
@@ -422,16 +421,13 @@ def settings_of(rows: Sequence[RoundRow], behind: Sequence[int]) -> NDArray[np.i
     return settings
 
 
-def _result(told: Sequence[int], floats: NDArray[np.float32]) -> RoundResult:
-    kept = told[_O_KEPT]
-    counts = told[_O_COUNTS : _O_COUNTS + LEVELS]
-    sums = floats[_O_SURVIVALS : _O_SURVIVALS + LEVELS].tolist()
-    depth = next((d for d, count in enumerate(counts) if not count), LEVELS)
+def _result(row: NDArray[np.int32], has_branches: bool) -> RoundResult:
+    told = row[:_O_GAINS].tolist()
+    gains = row[_O_GAINS:].view(np.float32).reshape(LEVELS, len(GAIN_SIZES)).copy() if has_branches else None
     return RoundResult(
-        tuple(told[_O_TOKENS : _O_TOKENS + kept + 1]),
+        tuple(told[_O_TOKENS : _O_TOKENS + told[_O_KEPT] + 1]),
         told[_O_NODES],
         told[_O_JUDGED_ROWS],
         told[_O_JUDGED],
-        list(zip(counts[:depth], sums[:depth], strict=True)),
-        floats[_O_NODE_SURVIVALS : _O_NODE_SURVIVALS + told[_O_NODES]].copy(),
+        gains,
     )
