@@ -68,7 +68,7 @@ def test_trees_whose_further_nodes_bring_much_grow_wider_and_deeper() -> None:
 def test_what_is_nearly_as_good_as_the_best_stays() -> None:
     levels, costs = Levels(8), seconds(0.05, 0.005)
     best = levels.worth_nodes(1, costs, 8, 63)
-    near, far = (best[0] + 1, best[1]), (1, 1)
+    near, far = (best[0] + 1, 31), (1, 1)
     assert levels.worth_nodes(1, costs, 8, 63, near) == near
     assert levels.worth_nodes(1, costs, 8, 63, far) == best
     assert levels.worth_nodes(1, costs, 8, 63, (9, 127)) == best  # there is no room for it now
@@ -80,7 +80,7 @@ def test_levels_that_were_not_seen_add_what_the_last_one_did_faded() -> None:
         levels.note_gains(2, [np.array([[0.5] * 6, [0.75] * 6], dtype=np.float32)])
     # 0.2 and 0.16 more, of 1.75: 1.95 / 1.15 and 2.11 / 1.2.
     assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.05 * levels, 4, 63)[0] == 4
-    assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.2 * levels, 4, 63)[0] == 1
+    assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.25 * levels, 4, 63)[0] == 1
 
 
 def run(levels: Levels, clock: Clock, drafted: tuple[float, int], plain: float, rounds: int) -> list[int]:
