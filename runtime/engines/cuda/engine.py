@@ -1,4 +1,5 @@
-"""The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: bf16, for few tokens a step.
+"""The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: for few tokens a step, bf16 with weights
+in bf16, FP8 or INT4.
 
 A step is cut into blocks of at most 64 tokens; a block is one replay of the graph that has room for its tokens and its
 longest text. What a token gives depends on itself alone (see decoder.cu), so that a step may be cut anywhere.
@@ -27,7 +28,6 @@ from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.launching import (
     OTHERS,
     OVERLAPPING,
-    PRODUCTS,
     Attention,
     Best,
     Embed,
@@ -91,7 +91,8 @@ class CudaEngine:
         scorer: Scorer | None = None,
     ) -> None:
         """Args:
-        decoder, tap, draft: bf16, on the GPU; their large weights are packed here, and may be dropped after.
+        decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, and may be
+            dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
 
         Raises:
             EngineError: a model that the kernels cannot run (`misfit`), or longer than it has positions for.
@@ -273,8 +274,7 @@ class CudaEngine:
         b, w, spec = self.buffers, self._weights, self.spec
         stream = torch.cuda.current_stream(self.device).cuda_stream
         tiles = shape.width // 8
-        kernels = self._kernels | kernels_of(self.device, "decoder", PRODUCTS, TILES=tiles)
-        launch = Launcher(kernels, stream, tiles, b, self.overlaps)
+        launch = Launcher(self._kernels, stream, tiles, b, self.overlaps)
         step, eps = b.step.data_ptr(), spec.rms_norm_eps
         if w.join is None:
             launch("embed", (shape.width, 1, 1), 64, Embed(
@@ -292,11 +292,12 @@ class CudaEngine:
             launch("attend", (shape.key_blocks, spec.num_kv_heads, shape.width), 256, Attention(
                 step, b.qkv_MX.data_ptr(), self.cache.keys[index].data_ptr(), self.cache.values[index].data_ptr(),
                 w.cos_SP.data_ptr(), w.sin_SP.data_ptr(), address(layer.q_norm), address(layer.k_norm),
-                b.attended_MX.data_ptr(), b.partial.data_ptr(), b.arrivals.data_ptr(), spec.num_heads,
-                spec.num_kv_heads, self.max_length, b.most_blocks, group_tokens_for(spec, shape.width), eps,
+                address(layer.o.input_factor_K), b.attended_MX.data_ptr(), b.partial.data_ptr(), b.arrivals.data_ptr(),
+                spec.num_heads, spec.num_kv_heads, self.max_length, b.most_blocks,
+                group_tokens_for(spec, shape.width), eps,
             ), attention_bytes(spec, shape.width))  # fmt: skip
             launch.add(layer.o, b.attended_MX, layer.mlp_norm)
-            launch.gate(layer.gate_up, b.scaled_MH, b.gated_MI, eps)
+            launch.gate(layer.gate_up, b.scaled_MH, b.gated_MI, eps, layer.down.input_factor_K)
             following = w.layers[index + 1].attn_norm if index + 1 < len(w.layers) else w.norm
             tapped = self._tapped.index(index) if shape.features and index in self._tapped else None
             launch.add(layer.down, b.gated_MI, following, tapped)

@@ -41,8 +41,8 @@ Embed = structure("Embed", "step table norm x scaled squares", "hidden")
 Join = structure("Join", "step table features embed_norm feature_norm x joined", "hidden", "eps")
 Product = structure(
     "Product",
-    "step weight x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
-    "pairs share outputs num_squares tapped_width gathered",
+    "step weight scale x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
+    "pairs share groups outputs num_squares tapped_width gathered",
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
@@ -54,7 +54,7 @@ Grow = structure(
 )
 Attention = structure(
     "Attention",
-    "step qkv keys values cosine sine q_norm k_norm out partial arrivals",
+    "step qkv keys values cosine sine q_norm k_norm factor out partial arrivals",
     "heads kv_heads slots most_blocks group_tokens",
     "eps",
 )
@@ -80,7 +80,11 @@ class Launcher:
     def __call__(
         self, name: str, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, shared: int = 0
     ) -> None:
-        kernel = self._kernels[name]
+        self._launch(self._kernels[name], grid, threads, argument, shared)
+
+    def _launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, shared: int
+    ) -> None:
         kernel.launch(
             argument, grid, threads, self._stream, shared=shared, overlaps=self._overlaps and not self._is_first
         )
@@ -104,23 +108,26 @@ class Launcher:
                       out_squares=b.squares_MH.data_ptr(), next_norm=next_norm.data_ptr(), tapped=at,
                       tapped_width=width)  # fmt: skip
 
-    def gate(self, linear: Linear, x: Tensor, out: Tensor, eps: float) -> None:
-        """out = silu(gate) * up of x over its root mean square."""
-        self._product("gate", linear, x, eps, True, out_bf16=out.data_ptr())
+    def gate(self, linear: Linear, x: Tensor, out: Tensor, eps: float, factor: Tensor | None) -> None:
+        """out = silu(gate) * up of x over its root mean square, times a factor of each channel if there is one."""
+        self._product("gate", linear, x, eps, True, out_bf16=out.data_ptr(), next_norm=address(factor))
 
     def _product(
         self, kind: str, linear: Linear, x: Tensor, eps: float = 0.0, normed: bool = False, **rest: int
     ) -> None:
         b = self._buffers
         argument = Product(
-            step=b.step.data_ptr(), weight=linear.packed.data_ptr(), x=x.data_ptr(), bias=address(linear.bias_N),
-            squares=b.squares_MH.data_ptr() if normed else 0, num_squares=b.squares_MH.shape[1], pairs=linear.pairs,
-            share=linear.share, outputs=linear.outputs, eps=eps, **rest,
+            step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
+            x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
+            num_squares=b.squares_MH.shape[1], pairs=linear.pairs, share=linear.share, groups=linear.packed.groups,
+            outputs=linear.outputs, eps=eps, **rest,
         )  # fmt: skip
         shared = linear.warps * self._tiles * 32 * 16
         # A warp finishes a tile of tokens.
         threads = 32 * max(linear.warps, self._tiles)
-        self(kind, (linear.tiles, 1, 1), threads, argument, shared)
+        device = b.step.device
+        kernel = kernels_of(device, "decoder", PRODUCTS, TILES=self._tiles, **linear.packed.macros)[kind]
+        self._launch(kernel, (linear.tiles, 1, 1), threads, argument, shared)
 
 
 def address(tensor: Tensor | None) -> int:
