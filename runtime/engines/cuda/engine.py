@@ -74,6 +74,7 @@ class CudaEngine:
 
     Attributes:
         last_graph: what the last step replayed last.
+        weight_bytes: that a step with logits and without features reads.
     """
 
     most_growing = places.TOKENS
@@ -112,6 +113,7 @@ class CudaEngine:
         self.cache = KVCache(spec, max_batch, max_length, torch.bfloat16, self.device)
         self._tapped = tap.layers if tap is not None else ()
         self._weights = Weights(decoder, tap, draft if conditioned else None)
+        self.weight_bytes = self._weights.nbytes
         self._kernels = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
         self.overlaps = torch.cuda.get_device_capability(self.device) >= OVERLAPPING
         self.buffers = Buffers(spec, self.device, max_length, self.vocab_size, len(self._tapped))

@@ -51,6 +51,11 @@ class Linear:
         self.share = -(-units // min(-(-units // ahead), MOST_WARPS)) * self.packed.unit
         self.warps = -(-self.pairs // self.share)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales, all of which a step reads."""
+        return self.packed.weight.nbytes + (self.packed.scale.nbytes if self.packed.scale is not None else 0)
+
     def scaled(self, norm_K: Tensor) -> Tensor:
         """The weights of the norm before it, with what its inputs have to be multiplied with."""
         return norm_K.float() if self.input_factor_K is None else norm_K.float() * self.input_factor_K
@@ -66,6 +71,11 @@ class LayerWeights:
         self.q_norm = layer.q_norm.weight.float() if layer.q_norm is not None else None
         self.k_norm = layer.k_norm.weight.float() if layer.k_norm is not None else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales, all of which a step reads."""
+        return sum(linear.nbytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+
 
 class Weights:
     """Everything that the kernels read of a model."""
@@ -80,6 +90,8 @@ class Weights:
         if draft is not None and self.join is not None:
             norms = torch.cat((draft.embed_norm.weight, draft.feature_norm.weight))
             self.embed_norm, self.feature_norm = self.join.scaled(norms).chunk(2)
+        self.nbytes = sum(part.nbytes for part in (*self.layers, self.head, self.join) if part is not None)
+        """Bytes of weights and scales that a step with logits and without features reads."""
         positions = torch.arange(decoder.spec.max_positions, device=self.embed.device)
         rotation = decoder.rotation(positions, torch.float32)
         self.cos_SP, self.sin_SP = rotation.cos[:, 0].contiguous(), rotation.sin[:, 0].contiguous()
