@@ -13,7 +13,7 @@
  * sums, in fp32. Residuals, queries and logits are fp32; what goes into a product is bf16.
  *
  * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
- * GROUP_PAIRS of INT4; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
+ * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
  * QK_NORM (0 or 1).
  */
 #define TILE 16   /* output channels of a block */
@@ -70,7 +70,7 @@ struct Linear {
     u16 *tapped;       /* add: a copy of out for the features, rows of tapped_width; or NULL */
     const float *from; /* store: residuals of which the gathered rows are copied to `copied`; or NULL */
     float *copied;
-    int pairs, share, groups, outputs, num_squares, tapped_width, gathered;
+    int tiles, pairs, share, groups, outputs, num_squares, tapped_width, gathered;
     float eps;
 };
 
@@ -125,16 +125,18 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
 #endif
 }
 
-/* One block computes TILE channels of up to 8 * TILES tokens. Its warps share K: `share` pairs each, which K alone decides, and
- * their sums are added in their order. What the epilogue needs is on its way before the products are there. */
+/* One block computes TILE channels of up to 8 * TILES tokens, and then others, of which the first weights are on their way before
+ * it ends with those before. Its warps share K: `share` pairs each, which K alone decides, and their sums are added in their order.
+ * What the epilogue needs is on its way before the products are there. */
 template <int KIND>
 __device__ __forceinline__ void linear(const Linear &p) {
     constexpr int AT_ONCE = TILES > 4 ? 1 : TILES > 2 ? 2 : 4; /* pairs of the other operand: as many as registers hold */
-    extern __shared__ float4 sums[]; /* [warps][TILES][32] */
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x, g = lane >> 2, q = lane & 3;
+    extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][warps][TILES][32] */
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int first = warp * p.share, last = min(first + p.share, p.pairs), active = (p.pairs + p.share - 1) / p.share;
     release_next();
-    const uint4 *weight = p.weight + ((size_t)tile * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
+    const uint4 *weight = p.weight + ((size_t)blockIdx.x * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
+    const size_t stride = (size_t)gridDim.x * PIECES(p.pairs) * 32;
     const uint4 none = {0, 0, 0, 0};
     uint4 a[PIECES(AHEAD)];
 #define LOAD_WEIGHTS(at)                                                                                                 \
@@ -143,7 +145,8 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #pragma unroll
     LOAD_WEIGHTS(first)
 #if BITS == 4
-    const float2 *scales = (const float2 *)p.scale + (size_t)tile * p.groups * 8 + g;
+    const float2 *scales = (const float2 *)p.scale + (size_t)blockIdx.x * p.groups * 8 + g;
+    const size_t scales_stride = (size_t)gridDim.x * p.groups * 8;
     float2 scale[AHEAD / GROUP_PAIRS];
 #define LOAD_SCALES(at)                                                                                                  \
     for (int i = 0; i < AHEAD / GROUP_PAIRS; i++)                                                                        \
@@ -161,138 +164,151 @@ __device__ __forceinline__ void linear(const Linear &p) {
         row[t] = m < num ? (p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q : -1;
     }
     const uint4 *x = (const uint4 *)p.x;
-    const int n = tile * TILE + g;
-    float bias[2] = {}, next_norm[2];
+    float squares[2] = {}, factor[2] = {1.0f, 1.0f};
+    float4 *sums = shared;
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+        const bool is_first = tile == blockIdx.x, is_last = tile + gridDim.x >= p.tiles;
+        const int n = tile * TILE + g;
+        float bias[2] = {}, next_norm[2];
 #if BITS == 8
-    float channel[2];
+        float channel[2];
 #endif
-    if (finishes) {
-        if (p.bias) bias[0] = n < p.outputs ? p.bias[n] : 0.0f, bias[1] = n + 8 < p.outputs ? p.bias[n + 8] : 0.0f;
-        if (KIND == ADD) next_norm[0] = p.next_norm[n], next_norm[1] = p.next_norm[n + 8];
-        if (KIND == GATE) next_norm[0] = p.next_norm ? p.next_norm[tile * 8 + g] : 1.0f;
+        if (finishes) {
+            if (p.bias) bias[0] = n < p.outputs ? p.bias[n] : 0.0f, bias[1] = n + 8 < p.outputs ? p.bias[n + 8] : 0.0f;
+            if (KIND == ADD) next_norm[0] = p.next_norm[n], next_norm[1] = p.next_norm[n + 8];
+            if (KIND == GATE) next_norm[0] = p.next_norm ? p.next_norm[tile * 8 + g] : 1.0f;
 #if BITS == 8
-        channel[0] = p.scale[n], channel[1] = p.scale[n + 8];
+            channel[0] = p.scale[n], channel[1] = p.scale[n + 8];
 #endif
-    }
-    wait_for_previous();
+        }
+        if (is_first) wait_for_previous();
 
-    uint4 b[AT_ONCE][TILES];
+        uint4 b[AT_ONCE][TILES];
 #define LOAD(at)                                                                                                         \
     for (int i = 0; i < AT_ONCE; i++)                                                                                    \
         for (int t = 0; t < TILES; t++) b[i][t] = row[t] >= 0 && (at) + i < last ? x[row[t] + ((at) + i) * 4] : none;
 #pragma unroll
-    LOAD(first)
-    float squares[2] = {}, residual[2][2] = {};
-    if (finishes)
+        LOAD(first)
+        float residual[2][2] = {};
+        if (finishes)
 #pragma unroll
-        for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
-            const int m = warp * 8 + 2 * q + i;
-            if (m >= num) continue;
-            if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
-            if (p.squares) {
-                const float *from = p.squares + (size_t)(p.gathered ? p.step[GATHER + m] : m) * p.num_squares;
-                for (int k = g; k < p.num_squares; k += 64) {
-                    float some[8];
+            for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
+                const int m = warp * 8 + 2 * q + i;
+                if (m >= num) continue;
+                if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
+                if (p.squares && is_first) {
+                    const float *from = p.squares + (size_t)(p.gathered ? p.step[GATHER + m] : m) * p.num_squares;
+                    for (int k = g; k < p.num_squares; k += 64) {
+                        float some[8];
 #pragma unroll
-                    for (int u = 0; u < 8; u++) some[u] = k + 8 * u < p.num_squares ? from[k + 8 * u] : 0.0f;
+                        for (int u = 0; u < 8; u++) some[u] = k + 8 * u < p.num_squares ? from[k + 8 * u] : 0.0f;
 #pragma unroll
-                    for (int u = 0; u < 8; u++) squares[i] += some[u];
-                }
-            }
-        }
-    float c[TILES][4] = {};
-    for (int base = first; base < last; base += AHEAD) {
-#pragma unroll
-        for (int half = 0; half < AHEAD; half += AT_ONCE) {
-            if (half || base > first) {
-#pragma unroll
-                LOAD(base + half)
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                const uint4 one = fragment(a, half + i, 0), other = fragment(a, half + i, 1);
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-#if BITS == 4
-                    float sum[4] = {};
-                    multiply(sum, one, b[i][t].x, b[i][t].y);
-                    multiply(sum, other, b[i][t].z, b[i][t].w);
-                    const float2 by = scale[(half + i) / GROUP_PAIRS];
-                    c[t][0] = fmaf(by.x, sum[0], c[t][0]), c[t][1] = fmaf(by.x, sum[1], c[t][1]);
-                    c[t][2] = fmaf(by.y, sum[2], c[t][2]), c[t][3] = fmaf(by.y, sum[3], c[t][3]);
-#else
-                    multiply(c[t], one, b[i][t].x, b[i][t].y);
-                    multiply(c[t], other, b[i][t].z, b[i][t].w);
-#endif
-                }
-            }
-        }
-#pragma unroll
-        LOAD_WEIGHTS(base + AHEAD)
-#if BITS == 4
-#pragma unroll
-        LOAD_SCALES(base + AHEAD)
-#endif
-    }
-    if (warp < active)
-#pragma unroll
-        for (int t = 0; t < TILES; t++) sums[(warp * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
-    __syncthreads();
-    if (finishes) {
-        float s[4] = {};
-        for (int w = 0; w < active; w++) {
-            const float4 part = sums[(w * TILES + warp) * 32 + lane];
-            s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
-        }
-#if BITS == 8
-        s[0] *= channel[0], s[1] *= channel[0], s[2] *= channel[1], s[3] *= channel[1];
-#endif
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int m = warp * 8 + 2 * q + i;
-            const bool is_token = m < num;
-            float factor = 1.0f;
-            if (p.squares) {
-#pragma unroll
-                for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
-                factor = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
-            }
-            float one = s[i] * factor + bias[0], other = s[i + 2] * factor + bias[1];
-            if (KIND == STORE && is_token) {
-                float *out = p.out + (size_t)m * p.outputs;
-                if (n < p.outputs) out[n] = one;
-                if (n + 8 < p.outputs) out[n + 8] = other;
-            }
-            if (KIND == GATE && is_token)
-                p.out_bf16[(size_t)m * (p.outputs / 2) + tile * 8 + g] = round_one(one / (1.0f + __expf(-one)) * other * next_norm[0]);
-            if (KIND == ADD) {
-                one += residual[i][0], other += residual[i][1];
-                if (is_token) {
-                    const size_t at = (size_t)m * p.outputs + n;
-                    p.out[at] = one, p.out[at + 8] = other;
-                    p.out_bf16[at] = round_one(one * next_norm[0]), p.out_bf16[at + 8] = round_one(other * next_norm[1]);
-                    if (p.tapped) {
-                        u16 *tapped = p.tapped + (size_t)m * p.tapped_width + n;
-                        tapped[0] = round_one(one), tapped[8] = round_one(other);
+                        for (int u = 0; u < 8; u++) squares[i] += some[u];
                     }
                 }
-                float sum = one * one + other * other;
+            }
+        float c[TILES][4] = {};
+        for (int base = first; base < last; base += AHEAD) {
 #pragma unroll
-                for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
-                if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
+            for (int half = 0; half < AHEAD; half += AT_ONCE) {
+                if (half || base > first) {
+#pragma unroll
+                    LOAD(base + half)
+                }
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    const uint4 one = fragment(a, half + i, 0), other = fragment(a, half + i, 1);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+#if BITS == 4
+                        float sum[4] = {};
+                        multiply(sum, one, b[i][t].x, b[i][t].y);
+                        multiply(sum, other, b[i][t].z, b[i][t].w);
+                        const float2 by = scale[(half + i) / GROUP_PAIRS];
+                        c[t][0] = fmaf(by.x, sum[0], c[t][0]), c[t][1] = fmaf(by.x, sum[1], c[t][1]);
+                        c[t][2] = fmaf(by.y, sum[2], c[t][2]), c[t][3] = fmaf(by.y, sum[3], c[t][3]);
+#else
+                        multiply(c[t], one, b[i][t].x, b[i][t].y);
+                        multiply(c[t], other, b[i][t].z, b[i][t].w);
+#endif
+                    }
+                }
+            }
+            int at = base + AHEAD;
+            if (at >= last) { /* of the next tile */
+                at = is_last ? last : first, weight += stride;
+#if BITS == 4
+                scales += scales_stride;
+#endif
+            }
+#pragma unroll
+            LOAD_WEIGHTS(at)
+#if BITS == 4
+#pragma unroll
+            LOAD_SCALES(at)
+#endif
+        }
+        if (warp < active)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) sums[(warp * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
+        __syncthreads();
+        if (finishes) {
+            float s[4] = {};
+            for (int w = 0; w < active; w++) {
+                const float4 part = sums[(w * TILES + warp) * 32 + lane];
+                s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
+            }
+#if BITS == 8
+            s[0] *= channel[0], s[1] *= channel[0], s[2] *= channel[1], s[3] *= channel[1];
+#endif
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int m = warp * 8 + 2 * q + i;
+                const bool is_token = m < num;
+                if (p.squares && is_first) {
+#pragma unroll
+                    for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
+                    factor[i] = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
+                }
+                float one = s[i] * factor[i] + bias[0], other = s[i + 2] * factor[i] + bias[1];
+                if (KIND == STORE && is_token) {
+                    float *out = p.out + (size_t)m * p.outputs;
+                    if (n < p.outputs) out[n] = one;
+                    if (n + 8 < p.outputs) out[n + 8] = other;
+                }
+                if (KIND == GATE && is_token)
+                    p.out_bf16[(size_t)m * (p.outputs / 2) + tile * 8 + g] = round_one(one / (1.0f + __expf(-one)) * other * next_norm[0]);
+                if (KIND == ADD) {
+                    one += residual[i][0], other += residual[i][1];
+                    if (is_token) {
+                        const size_t at = (size_t)m * p.outputs + n;
+                        p.out[at] = one, p.out[at + 8] = other;
+                        p.out_bf16[at] = round_one(one * next_norm[0]), p.out_bf16[at + 8] = round_one(other * next_norm[1]);
+                        if (p.tapped) {
+                            u16 *tapped = p.tapped + (size_t)m * p.tapped_width + n;
+                            tapped[0] = round_one(one), tapped[8] = round_one(other);
+                        }
+                    }
+                    float sum = one * one + other * other;
+#pragma unroll
+                    for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
+                    if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
+                }
             }
         }
+        /* Who is still adding these up is waited for at the next barrier, before they are written again. */
+        sums = sums == shared ? shared + active * TILES * 32 : shared;
     }
     if (KIND == STORE && p.from)
-        for (int m = tile; m < num; m += gridDim.x) {
+        for (int m = blockIdx.x; m < num; m += gridDim.x) {
             const float *from = p.from + (size_t)p.step[GATHER + m] * p.pairs * 32;
             for (int i = threadIdx.x; i < p.pairs * 32; i += blockDim.x) p.copied[(size_t)m * p.pairs * 32 + i] = from[i];
         }
 }
 
-extern "C" __global__ void __launch_bounds__(512) store(const Linear p) { linear<STORE>(p); }
-extern "C" __global__ void __launch_bounds__(512) add(const Linear p) { linear<ADD>(p); }
-extern "C" __global__ void __launch_bounds__(512) gate(const Linear p) { linear<GATE>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) store(const Linear p) { linear<STORE>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) add(const Linear p) { linear<ADD>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gate(const Linear p) { linear<GATE>(p); }
 
 #else
 /* --- what goes into the first layer --------------------------------------------------------------------------------- */

@@ -43,7 +43,7 @@ from ssv.runtime.engines.cuda.launching import (
     macros,
     width_for,
 )
-from ssv.runtime.engines.cuda.packing import PAIR
+from ssv.runtime.engines.cuda.packing import PAIR, inputs_of
 from ssv.runtime.engines.cuda.weights import MOST_CHILDREN, MOST_FOUND, Buffers, Weights
 from ssv.runtime.engines.kv_cache import KVCache
 from ssv.runtime.engines.torch_engine import vocabulary_ids
@@ -101,7 +101,7 @@ class CudaEngine:
         spec = decoder.spec
         if max_length > spec.max_positions:
             raise EngineError(f"max length {max_length} exceeds the model's {spec.max_positions} positions")
-        if reason := misfit(spec, tap.project.in_features if tap is not None else 0):
+        if reason := misfit(spec, inputs_of(tap.project) if tap is not None else 0):
             raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
         self.max_batch, self.max_length, self.spec = max_batch, max_length, spec
         self.device = decoder.embed.weight.device

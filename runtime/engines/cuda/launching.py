@@ -15,7 +15,7 @@ from torch import Tensor
 from ssv.model.spec import DecoderSpec
 from ssv.plugins.cuda.compiler import compile_source, source_of, version
 from ssv.plugins.cuda.driver import Kernel, Module
-from ssv.runtime.engines.cuda.weights import KEYS, Buffers, Linear
+from ssv.runtime.engines.cuda.weights import KEYS, MOST_WARPS, Buffers, Linear
 from ssv.support.files import write_whole
 
 WIDTHS = (8, 16, 32, 64)
@@ -26,6 +26,10 @@ OVERLAPPING = (9, 0)
 
 PRODUCTS = ("store", "add", "gate")
 OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
+
+RESIDENT = 2
+"""Blocks of a product that a multiprocessor has, each with several tiles of channels, where these are many: the next
+kernel's find room beside them, and have their weights on the way."""
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -42,7 +46,7 @@ Join = structure("Join", "step table features embed_norm feature_norm x joined",
 Product = structure(
     "Product",
     "step weight scale x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
-    "pairs share groups outputs num_squares tapped_width gathered",
+    "tiles pairs share groups outputs num_squares tapped_width gathered",
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
@@ -119,15 +123,18 @@ class Launcher:
         argument = Product(
             step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
             x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
-            num_squares=b.squares_MH.shape[1], pairs=linear.pairs, share=linear.share, groups=linear.packed.groups,
+            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, pairs=linear.pairs, share=linear.share, groups=linear.packed.groups,
             outputs=linear.outputs, eps=eps, **rest,
         )  # fmt: skip
         shared = linear.warps * self._tiles * 32 * 16
+        blocks = linear.tiles
+        if self._tiles <= 2 and blocks > (most := RESIDENT * _num_multiprocessors(b.step.device)):
+            blocks, shared = most, 2 * shared
         # A warp finishes a tile of tokens.
         threads = 32 * max(linear.warps, self._tiles)
         device = b.step.device
-        kernel = kernels_of(device, "decoder", PRODUCTS, TILES=self._tiles, **linear.packed.macros)[kind]
-        self._launch(kernel, (linear.tiles, 1, 1), threads, argument, shared)
+        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, self._tiles))[kind]
+        self._launch(kernel, (blocks, 1, 1), threads, argument, shared)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -168,6 +175,17 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
         "GROUP": spec.num_heads // spec.num_kv_heads,
         "QK_NORM": int(spec.qk_norm),
     }
+
+
+def product_macros(linear: Linear, tiles: int) -> dict[str, int]:
+    """What the kernels of a product for up to 8 * tiles tokens are specialised to."""
+    blocks = MOST_WARPS // linear.most_warps
+    return {"TILES": tiles, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks, **linear.packed.macros}
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -27,8 +27,7 @@ def why_not(decoder: Decoder, draft: Draft, device: str) -> str | None:
         return reason
     if (reason := _quantized_misfit(decoder)) is not None:
         return reason
-    tap_width = draft.tap.project.in_features if draft.tap is not None else 0
-    return misfit(decoder.spec, tap_width)
+    return misfit(decoder.spec, packing.inputs_of(draft.tap.project) if draft.tap is not None else 0)
 
 
 def why_not_draft(draft: Draft, device: str) -> str | None:

@@ -41,11 +41,17 @@ class Packed:
     unit: int
 
 
+def inputs_of(layer: nn.Module) -> int:
+    """K of a linear layer, quantized or not."""
+    assert isinstance(layer, (nn.Linear, QuantizedLinear))
+    return layer.shape[1] if isinstance(layer, QuantizedLinear) else layer.in_features
+
+
 def misfit(layer: nn.Module) -> str | None:
     """Why a layer's weights cannot be packed; None if they can."""
     if isinstance(layer, AwqLinear) and layer.group_size not in GROUP_SIZES:
         return f"scales of {layer.group_size} INT4 weights: the kernels have {', '.join(map(str, GROUP_SIZES))}"
-    _, inputs = layer.shape if isinstance(layer, QuantizedLinear) else layer.weight.shape
+    inputs = inputs_of(layer)
     return f"a product of {inputs} inputs, no multiple of {PAIR}" if inputs % PAIR else None
 
 

@@ -25,8 +25,12 @@ MOST_CHILDREN = 16
 MOST_FOUND = 1024
 """Candidates of a row's tree: 16 levels of 4 children for 16 nodes each, or 7 of 9 for 16."""
 
+FEW_TILES = 256
+"""A product with fewer tiles of channels has MOST_WARPS warps a block, or a multiprocessor would have little to do; one
+with more has half as many, and several blocks a multiprocessor."""
+
 MOST_WARPS = 16
-"""Of a block."""
+PAIRS_OF_A_WARP = 4
 
 
 class Linear:
@@ -46,9 +50,11 @@ class Linear:
         self.input_factor_K = linear.input_factor_I if isinstance(linear, AwqLinear) else None
         self.packed = packed(linear, gated=gated)
         self.pairs, self.tiles = inputs // PAIR, len(self.packed.weight)
-        # K and the format alone decide how a sum is split between warps.
-        units, ahead = -(-self.pairs // self.packed.unit), self.packed.macros["AHEAD"] // self.packed.unit
-        self.share = -(-units // min(-(-units // ahead), MOST_WARPS)) * self.packed.unit
+        # The layer's shape and format alone decide how a sum is split between warps, not the number of tokens.
+        self.most_warps = MOST_WARPS if self.tiles < FEW_TILES else MOST_WARPS // 2
+        units = -(-self.pairs // self.packed.unit)
+        num_warps = min(-(-self.pairs // PAIRS_OF_A_WARP), self.most_warps)
+        self.share = -(-units // num_warps) * self.packed.unit
         self.warps = -(-self.pairs // self.share)
 
     @property
