@@ -125,45 +125,100 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
 #endif
 }
 
+#define AT_ONCE (TILES > 4 ? 1 : TILES > 2 ? 2 : 4) /* pairs of the other operand: as many as registers hold */
+
+/* What a warp has on the way: AHEAD pairs. Where all of them are its own nothing is compared, since a step of INT4 is bound by
+ * instructions before it is by memory. */
+struct Ahead {
+    uint4 a[PIECES(AHEAD)];
+#if BITS == 4
+    float2 scale[AHEAD / GROUP_PAIRS];
+#endif
+
+    /* From pair `at` on; `weight` is that of pair `first`. */
+    __device__ __forceinline__ void load(const uint4 *weight, const float2 *scales, int first, int at, int last) {
+        weight += PIECES(at - first) * 32;
+        if (at + AHEAD <= last) {
+#pragma unroll
+            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = load_weights(weight + i * 32);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = at + PAIR_OF(i) < last ? load_weights(weight + i * 32) : make_uint4(0, 0, 0, 0);
+        }
+#if BITS == 4
+        scales += at / GROUP_PAIRS * 8;
+#pragma unroll
+        for (int i = 0; i < AHEAD / GROUP_PAIRS; i++)
+            scale[i] = at + i * GROUP_PAIRS < last ? load_scales(scales + i * 8) : make_float2(0.0f, 0.0f);
+#endif
+    }
+
+    /* Adds the products of AT_ONCE of them, from `part` on. */
+    __device__ __forceinline__ void multiply_by(float (&c)[TILES][4], const uint4 (&b)[AT_ONCE][TILES], int part) const {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const uint4 one = fragment(a, part + i, 0), other = fragment(a, part + i, 1);
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+#if BITS == 4
+                float sum[4] = {};
+                multiply(sum, one, b[i][t].x, b[i][t].y);
+                multiply(sum, other, b[i][t].z, b[i][t].w);
+                const float2 by = scale[(part + i) / GROUP_PAIRS];
+                c[t][0] = fmaf(by.x, sum[0], c[t][0]), c[t][1] = fmaf(by.x, sum[1], c[t][1]);
+                c[t][2] = fmaf(by.y, sum[2], c[t][2]), c[t][3] = fmaf(by.y, sum[3], c[t][3]);
+#else
+                multiply(c[t], one, b[i][t].x, b[i][t].y);
+                multiply(c[t], other, b[i][t].z, b[i][t].w);
+#endif
+            }
+        }
+    }
+};
+
+/* The other operand of AT_ONCE pairs. */
+__device__ __forceinline__ void load_tokens(uint4 (&b)[AT_ONCE][TILES], const uint4 *const (&x)[TILES], int at, int last) {
+    if (at + AT_ONCE <= last) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) b[i][t] = x[t][(at + i) * 4];
+    } else {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) b[i][t] = at + i < last ? x[t][(at + i) * 4] : make_uint4(0, 0, 0, 0);
+    }
+}
+
 /* One block computes TILE channels of up to 8 * TILES tokens, and then others, of which the first weights are on their way before
  * it ends with those before. Its warps share K: `share` pairs each, which K alone decides, and their sums are added in their order.
  * What the epilogue needs is on its way before the products are there. */
 template <int KIND>
 __device__ __forceinline__ void linear(const Linear &p) {
-    constexpr int AT_ONCE = TILES > 4 ? 1 : TILES > 2 ? 2 : 4; /* pairs of the other operand: as many as registers hold */
     extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][warps][TILES][32] */
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int first = warp * p.share, last = min(first + p.share, p.pairs), active = (p.pairs + p.share - 1) / p.share;
     release_next();
     const uint4 *weight = p.weight + ((size_t)blockIdx.x * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
     const size_t stride = (size_t)gridDim.x * PIECES(p.pairs) * 32;
-    const uint4 none = {0, 0, 0, 0};
-    uint4 a[PIECES(AHEAD)];
-#define LOAD_WEIGHTS(at)                                                                                                 \
-    for (int i = 0; i < PIECES(AHEAD); i++)                                                                              \
-        a[i] = (at) + PAIR_OF(i) < last ? load_weights(weight + (PIECES((at) - first) + i) * 32) : none;
-#pragma unroll
-    LOAD_WEIGHTS(first)
+    Ahead ahead;
 #if BITS == 4
     const float2 *scales = (const float2 *)p.scale + (size_t)blockIdx.x * p.groups * 8 + g;
     const size_t scales_stride = (size_t)gridDim.x * p.groups * 8;
-    float2 scale[AHEAD / GROUP_PAIRS];
-#define LOAD_SCALES(at)                                                                                                  \
-    for (int i = 0; i < AHEAD / GROUP_PAIRS; i++)                                                                        \
-        scale[i] = (at) + i * GROUP_PAIRS < last ? load_scales(scales + ((at) / GROUP_PAIRS + i) * 8) : make_float2(0.0f, 0.0f);
-#pragma unroll
-    LOAD_SCALES(first)
+#else
+    const float2 *scales = nullptr;
 #endif
+    ahead.load(weight, scales, first, first, last);
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
     const bool finishes = warp < TILES && warp * 8 < num;
-    int row[TILES]; /* where the tokens begin, in pieces of 8; -1 behind the last */
+    const uint4 *x[TILES]; /* where the tokens begin; behind the last the first, whose columns nobody reads */
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        const int m = t * 8 + g;
-        row[t] = m < num ? (p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q : -1;
+        const int m = t * 8 + g < num ? t * 8 + g : 0;
+        x[t] = (const uint4 *)p.x + (size_t)(p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q;
     }
-    const uint4 *x = (const uint4 *)p.x;
     float squares[2] = {}, factor[2] = {1.0f, 1.0f};
     float4 *sums = shared;
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
@@ -184,11 +239,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
         if (is_first) wait_for_previous();
 
         uint4 b[AT_ONCE][TILES];
-#define LOAD(at)                                                                                                         \
-    for (int i = 0; i < AT_ONCE; i++)                                                                                    \
-        for (int t = 0; t < TILES; t++) b[i][t] = row[t] >= 0 && (at) + i < last ? x[row[t] + ((at) + i) * 4] : none;
-#pragma unroll
-        LOAD(first)
+        load_tokens(b, x, first, last);
         float residual[2][2] = {};
         if (finishes)
 #pragma unroll
@@ -210,29 +261,9 @@ __device__ __forceinline__ void linear(const Linear &p) {
         float c[TILES][4] = {};
         for (int base = first; base < last; base += AHEAD) {
 #pragma unroll
-            for (int half = 0; half < AHEAD; half += AT_ONCE) {
-                if (half || base > first) {
-#pragma unroll
-                    LOAD(base + half)
-                }
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    const uint4 one = fragment(a, half + i, 0), other = fragment(a, half + i, 1);
-#pragma unroll
-                    for (int t = 0; t < TILES; t++) {
-#if BITS == 4
-                        float sum[4] = {};
-                        multiply(sum, one, b[i][t].x, b[i][t].y);
-                        multiply(sum, other, b[i][t].z, b[i][t].w);
-                        const float2 by = scale[(half + i) / GROUP_PAIRS];
-                        c[t][0] = fmaf(by.x, sum[0], c[t][0]), c[t][1] = fmaf(by.x, sum[1], c[t][1]);
-                        c[t][2] = fmaf(by.y, sum[2], c[t][2]), c[t][3] = fmaf(by.y, sum[3], c[t][3]);
-#else
-                        multiply(c[t], one, b[i][t].x, b[i][t].y);
-                        multiply(c[t], other, b[i][t].z, b[i][t].w);
-#endif
-                    }
-                }
+            for (int part = 0; part < AHEAD; part += AT_ONCE) {
+                if (part || base > first) load_tokens(b, x, base + part, last);
+                ahead.multiply_by(c, b, part);
             }
             int at = base + AHEAD;
             if (at >= last) { /* of the next tile */
@@ -241,12 +272,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
                 scales += scales_stride;
 #endif
             }
-#pragma unroll
-            LOAD_WEIGHTS(at)
-#if BITS == 4
-#pragma unroll
-            LOAD_SCALES(at)
-#endif
+            ahead.load(weight, scales, first, at, last);
         }
         if (warp < active)
 #pragma unroll

@@ -123,8 +123,8 @@ class Launcher:
         argument = Product(
             step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
             x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
-            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, pairs=linear.pairs, share=linear.share, groups=linear.packed.groups,
-            outputs=linear.outputs, eps=eps, **rest,
+            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, pairs=linear.pairs, share=linear.share,
+            groups=linear.packed.groups, outputs=linear.outputs, eps=eps, **rest,
         )  # fmt: skip
         shared = linear.warps * self._tiles * 32 * 16
         blocks = linear.tiles
@@ -180,7 +180,8 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
 def product_macros(linear: Linear, tiles: int) -> dict[str, int]:
     """What the kernels of a product for up to 8 * tiles tokens are specialised to."""
     blocks = MOST_WARPS // linear.most_warps
-    return {"TILES": tiles, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks, **linear.packed.macros}
+    chosen = {"TILES": tiles, "AHEAD": linear.ahead, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
+    return chosen | dict(linear.packed.macros)
 
 
 @cache

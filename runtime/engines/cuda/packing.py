@@ -74,13 +74,13 @@ def packed(layer: nn.Module, *, gated: bool = False) -> Packed:
         values_NK = ordered(layer.values_OI.view(torch.uint8))
         if bool((values_NK & 0x7F == 0x7F).any()):
             raise EngineError("an FP8 weight is no number: the checkpoint is damaged")
-        return Packed(pack_fp8(values_NK), pad_rows(ordered(layer.scale_O)), 0, {"BITS": 8, "AHEAD": 8}, 1)
+        return Packed(pack_fp8(values_NK), pad_rows(ordered(layer.scale_O)), 0, {"BITS": 8}, 1)
     if isinstance(layer, AwqLinear):
         scale_NG, pairs = ordered(layer.scale_OG), layer.group_size // PAIR
         weight, groups = pack_int4(ordered(layer.values())), scale_NG.shape[1]
-        return Packed(weight, pack_scales(scale_NG), groups, {"BITS": 4, "AHEAD": 8, "GROUP_PAIRS": pairs}, 4)
+        return Packed(weight, pack_scales(scale_NG), groups, {"BITS": 4, "GROUP_PAIRS": pairs}, 4)
     assert isinstance(layer, nn.Linear)
-    return Packed(pack(ordered(layer.weight)), None, 0, {"BITS": 16, "AHEAD": 4}, 1)
+    return Packed(pack(ordered(layer.weight)), None, 0, {"BITS": 16}, 1)
 
 
 def pack(weight_NK: Tensor) -> Tensor:

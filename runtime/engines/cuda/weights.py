@@ -56,6 +56,8 @@ class Linear:
         num_warps = min(-(-self.pairs // PAIRS_OF_A_WARP), self.most_warps)
         self.share = -(-units // num_warps) * self.packed.unit
         self.warps = -(-self.pairs // self.share)
+        # Narrow weights need more pairs on the way for as many bytes, where a warp has as many.
+        self.ahead = 8 if self.packed.scale is not None and self.share >= 8 else 4
 
     @property
     def nbytes(self) -> int:
