@@ -106,7 +106,9 @@ __device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
 #elif BITS == 4
 /* Behind the mantissa of 128 an integer n of four bits is 128 + n; they are stored with 8 added. */
 __device__ __forceinline__ u32 widen_nibbles(u32 word) {
-    return scale_and_shift((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+    u32 r; /* (word & mask) | 128: left to the compiler, it is two instructions */
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
+    return scale_and_shift(r, 0x3f803f80u, 0xc308c308u);
 }
 #endif
 
@@ -126,6 +128,7 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
 }
 
 #define AT_ONCE (TILES > 4 ? 1 : TILES > 2 ? 2 : 4) /* pairs of the other operand: as many as registers hold */
+#define LOADED 4 /* pairs whose weights are loaded together, as soon as those before them in their registers are used */
 
 /* What a warp has on the way: AHEAD pairs. Where all of them are its own nothing is compared, since a step of INT4 is bound by
  * instructions before it is by memory. */
@@ -135,20 +138,21 @@ struct Ahead {
     float2 scale[AHEAD / GROUP_PAIRS];
 #endif
 
-    /* From pair `at` on; `weight` is that of pair `first`. */
-    __device__ __forceinline__ void load(const uint4 *weight, const float2 *scales, int first, int at, int last) {
+    /* LOADED of them, from `part` on, those of pair `at + part` on; `weight` is that of pair `first`. */
+    __device__ __forceinline__ void load(const uint4 *weight, const float2 *scales, int first, int at, int part, int last) {
         weight += PIECES(at - first) * 32;
-        if (at + AHEAD <= last) {
+        if (at + part + LOADED <= last) {
 #pragma unroll
-            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = load_weights(weight + i * 32);
+            for (int i = PIECES(part); i < PIECES(part + LOADED); i++) a[i] = load_weights(weight + i * 32);
         } else {
 #pragma unroll
-            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = at + PAIR_OF(i) < last ? load_weights(weight + i * 32) : make_uint4(0, 0, 0, 0);
+            for (int i = PIECES(part); i < PIECES(part + LOADED); i++)
+                a[i] = at + PAIR_OF(i) < last ? load_weights(weight + i * 32) : make_uint4(0, 0, 0, 0);
         }
 #if BITS == 4
         scales += at / GROUP_PAIRS * 8;
 #pragma unroll
-        for (int i = 0; i < AHEAD / GROUP_PAIRS; i++)
+        for (int i = part / GROUP_PAIRS; i < (part + LOADED) / GROUP_PAIRS; i++)
             scale[i] = at + i * GROUP_PAIRS < last ? load_scales(scales + i * 8) : make_float2(0.0f, 0.0f);
 #endif
     }
@@ -209,7 +213,8 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #else
     const float2 *scales = nullptr;
 #endif
-    ahead.load(weight, scales, first, first, last);
+#pragma unroll
+    for (int part = 0; part < AHEAD; part += LOADED) ahead.load(weight, scales, first, first, part, last);
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
     const bool finishes = warp < TILES && warp * 8 < num;
@@ -260,19 +265,24 @@ __device__ __forceinline__ void linear(const Linear &p) {
             }
         float c[TILES][4] = {};
         for (int base = first; base < last; base += AHEAD) {
-#pragma unroll
-            for (int part = 0; part < AHEAD; part += AT_ONCE) {
-                if (part || base > first) load_tokens(b, x, base + part, last);
-                ahead.multiply_by(c, b, part);
-            }
             int at = base + AHEAD;
             if (at >= last) { /* of the next tile */
-                at = is_last ? last : first, weight += stride;
+                at = first, weight += stride;
 #if BITS == 4
                 scales += scales_stride;
 #endif
             }
-            ahead.load(weight, scales, first, at, last);
+            const int end = is_last && at == first ? first : last;
+#pragma unroll
+            for (int part = 0; part < AHEAD; part += LOADED) {
+                if (base + part < last)
+#pragma unroll
+                    for (int i = part; i < part + LOADED; i += AT_ONCE) {
+                        if (i || base > first) load_tokens(b, x, base + i, last);
+                        ahead.multiply_by(c, b, i);
+                    }
+                ahead.load(weight, scales, first, at, part, end);
+            }
         }
         if (warp < active)
 #pragma unroll

@@ -180,7 +180,7 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
 def product_macros(linear: Linear, tiles: int) -> dict[str, int]:
     """What the kernels of a product for up to 8 * tiles tokens are specialised to."""
     blocks = MOST_WARPS // linear.most_warps
-    chosen = {"TILES": tiles, "AHEAD": linear.ahead, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
+    chosen = {"TILES": tiles, "AHEAD": linear.ahead(tiles), "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
     return chosen | dict(linear.packed.macros)
 
 
