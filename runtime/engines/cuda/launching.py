@@ -153,16 +153,30 @@ def key_blocks_for(most_seen: int) -> int:
 
 def group_tokens_for(spec: DecoderSpec, width: int) -> int:
     """Tokens of a row that share a block of the attention kernel: few where that fills the GPU, else as many as read
-    their keys together without running out of shared memory."""
+    their keys together without running out of the GPU's shared memory."""
     most = max(16 * spec.num_kv_heads // spec.num_heads, 1)
-    return min(max(width // 16, 1), 4, most)
+    wanted = min(max(width // 16, 1), 4, most)
+    return next((n for n in range(wanted, 1, -1) if _attention_bytes(spec, width, n) <= _most_shared()), 1)
 
 
 def attention_bytes(spec: DecoderSpec, width: int) -> int:
     """Shared memory of an attention block."""
-    queries, warps, dim = group_tokens_for(spec, width) * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
+    return _attention_bytes(spec, width, group_tokens_for(spec, width))
+
+
+def _attention_bytes(spec: DecoderSpec, width: int, group_tokens: int) -> int:
+    queries, warps, dim = group_tokens * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
     floats = queries * (dim + warps * (32 + dim + 2))
     return 4 * floats + 2 * width * (2 * dim + 8)
+
+
+@cache
+def _most_shared() -> int:
+    """Bytes of shared memory that a block may have, beside what its own declarations hold; the least of those of the
+    kernels' GPUs where there is none."""
+    if not torch.cuda.is_available():
+        return 98 * 1024
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin) - 1024
 
 
 # --- compiled code ----------------------------------------------------------------------------------------------------
