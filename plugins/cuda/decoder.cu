@@ -70,7 +70,7 @@ struct Linear {
     u16 *tapped;       /* add: a copy of out for the features, rows of tapped_width; or NULL */
     const float *from; /* store: residuals of which the gathered rows are copied to `copied`; or NULL */
     float *copied;
-    int tiles, pairs, share, groups, outputs, num_squares, tapped_width, gathered;
+    int tiles, together, pairs, share, groups, outputs, num_squares, tapped_width, gathered;
     float eps;
 };
 
@@ -128,7 +128,6 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
 }
 
 #define AT_ONCE (TILES > 4 ? 1 : TILES > 2 ? 2 : 4) /* pairs of the other operand: as many as registers hold */
-#define LOADED 4 /* pairs whose weights are loaded together, as soon as those before them in their registers are used */
 
 /* What a warp has on the way: AHEAD pairs. Where all of them are its own nothing is compared, since a step of INT4 is bound by
  * instructions before it is by memory. */
@@ -138,21 +137,20 @@ struct Ahead {
     float2 scale[AHEAD / GROUP_PAIRS];
 #endif
 
-    /* LOADED of them, from `part` on, those of pair `at + part` on; `weight` is that of pair `first`. */
-    __device__ __forceinline__ void load(const uint4 *weight, const float2 *scales, int first, int at, int part, int last) {
+    /* From pair `at` on; `weight` is that of pair `first`. */
+    __device__ __forceinline__ void load(const uint4 *weight, const float2 *scales, int first, int at, int last) {
         weight += PIECES(at - first) * 32;
-        if (at + part + LOADED <= last) {
+        if (at + AHEAD <= last) {
 #pragma unroll
-            for (int i = PIECES(part); i < PIECES(part + LOADED); i++) a[i] = load_weights(weight + i * 32);
+            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = load_weights(weight + i * 32);
         } else {
 #pragma unroll
-            for (int i = PIECES(part); i < PIECES(part + LOADED); i++)
-                a[i] = at + PAIR_OF(i) < last ? load_weights(weight + i * 32) : make_uint4(0, 0, 0, 0);
+            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = at + PAIR_OF(i) < last ? load_weights(weight + i * 32) : make_uint4(0, 0, 0, 0);
         }
 #if BITS == 4
         scales += at / GROUP_PAIRS * 8;
 #pragma unroll
-        for (int i = part / GROUP_PAIRS; i < (part + LOADED) / GROUP_PAIRS; i++)
+        for (int i = 0; i < AHEAD / GROUP_PAIRS; i++)
             scale[i] = at + i * GROUP_PAIRS < last ? load_scales(scales + i * 8) : make_float2(0.0f, 0.0f);
 #endif
     }
@@ -196,11 +194,11 @@ __device__ __forceinline__ void load_tokens(uint4 (&b)[AT_ONCE][TILES], const ui
 }
 
 /* One block computes TILE channels of up to 8 * TILES tokens, and then others, of which the first weights are on their way before
- * it ends with those before. Its warps share K: `share` pairs each, which K alone decides, and their sums are added in their order.
+ * it ends with those before; the sums of `together` tiles are added up at once, each by another warp. Its warps share K: `share` pairs each, which K alone decides, and their sums are added in their order.
  * What the epilogue needs is on its way before the products are there. */
 template <int KIND>
 __device__ __forceinline__ void linear(const Linear &p) {
-    extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][warps][TILES][32] */
+    extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][together][warps][TILES][32] */
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int first = warp * p.share, last = min(first + p.share, p.pairs), active = (p.pairs + p.share - 1) / p.share;
     release_next();
@@ -213,11 +211,11 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #else
     const float2 *scales = nullptr;
 #endif
-#pragma unroll
-    for (int part = 0; part < AHEAD; part += LOADED) ahead.load(weight, scales, first, first, part, last);
+    ahead.load(weight, scales, first, first, last);
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
-    const bool finishes = warp < TILES && warp * 8 < num;
+    const int which = warp % TILES * 8, behind = warp / TILES; /* tokens that it finishes, and of which of the tiles */
+    const bool may_finish = behind < p.together && which < num;
     const uint4 *x[TILES]; /* where the tokens begin; behind the last the first, whose columns nobody reads */
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -226,9 +224,10 @@ __device__ __forceinline__ void linear(const Linear &p) {
     }
     float squares[2] = {}, factor[2] = {1.0f, 1.0f};
     float4 *sums = shared;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-        const bool is_first = tile == blockIdx.x, is_last = tile + gridDim.x >= p.tiles;
-        const int n = tile * TILE + g;
+    for (int next = blockIdx.x; next < p.tiles; next += p.together * gridDim.x) {
+        const bool is_first = next == blockIdx.x;
+        const int tile = next + behind * gridDim.x, n = tile * TILE + g;
+        const bool finishes = may_finish && tile < p.tiles;
         float bias[2] = {}, next_norm[2];
 #if BITS == 8
         float channel[2];
@@ -249,7 +248,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
         if (finishes)
 #pragma unroll
             for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
-                const int m = warp * 8 + 2 * q + i;
+                const int m = which + 2 * q + i;
                 if (m >= num) continue;
                 if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
                 if (p.squares && is_first) {
@@ -263,35 +262,35 @@ __device__ __forceinline__ void linear(const Linear &p) {
                     }
                 }
             }
-        float c[TILES][4] = {};
-        for (int base = first; base < last; base += AHEAD) {
-            int at = base + AHEAD;
-            if (at >= last) { /* of the next tile */
-                at = first, weight += stride;
+        for (int s = 0, of = next; s < p.together && of < p.tiles; s++, of += gridDim.x) {
+            const bool is_last = of + gridDim.x >= p.tiles;
+            if (s) load_tokens(b, x, first, last);
+            float c[TILES][4] = {};
+            for (int base = first; base < last; base += AHEAD) {
+#pragma unroll
+                for (int part = 0; part < AHEAD; part += AT_ONCE) {
+                    if (part || base > first) load_tokens(b, x, base + part, last);
+                    ahead.multiply_by(c, b, part);
+                }
+                int at = base + AHEAD;
+                if (at >= last) { /* of the next tile */
+                    at = is_last ? last : first, weight += stride;
 #if BITS == 4
-                scales += scales_stride;
+                    scales += scales_stride;
 #endif
+                }
+                ahead.load(weight, scales, first, at, last);
             }
-            const int end = is_last && at == first ? first : last;
+            if (warp < active)
 #pragma unroll
-            for (int part = 0; part < AHEAD; part += LOADED) {
-                if (base + part < last)
-#pragma unroll
-                    for (int i = part; i < part + LOADED; i += AT_ONCE) {
-                        if (i || base > first) load_tokens(b, x, base + i, last);
-                        ahead.multiply_by(c, b, i);
-                    }
-                ahead.load(weight, scales, first, at, part, end);
-            }
+                for (int t = 0; t < TILES; t++)
+                    sums[((s * active + warp) * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
         }
-        if (warp < active)
-#pragma unroll
-            for (int t = 0; t < TILES; t++) sums[(warp * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
         __syncthreads();
         if (finishes) {
             float s[4] = {};
             for (int w = 0; w < active; w++) {
-                const float4 part = sums[(w * TILES + warp) * 32 + lane];
+                const float4 part = sums[((behind * active + w) * TILES + warp % TILES) * 32 + lane];
                 s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
             }
 #if BITS == 8
@@ -299,7 +298,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #endif
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int m = warp * 8 + 2 * q + i;
+                const int m = which + 2 * q + i;
                 const bool is_token = m < num;
                 if (p.squares && is_first) {
 #pragma unroll
@@ -333,7 +332,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
             }
         }
         /* Who is still adding these up is waited for at the next barrier, before they are written again. */
-        sums = sums == shared ? shared + active * TILES * 32 : shared;
+        sums = sums == shared ? shared + p.together * active * TILES * 32 : shared;
     }
     if (KIND == STORE && p.from)
         for (int m = blockIdx.x; m < num; m += gridDim.x) {

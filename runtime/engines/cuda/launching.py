@@ -31,6 +31,9 @@ RESIDENT = 2
 """Blocks of a product that a multiprocessor has, each with several tiles of channels, where these are many: the next
 kernel's find room beside them, and have their weights on the way."""
 
+TOGETHER = 4
+"""Most tiles of a block whose sums are added up at once."""
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -46,7 +49,7 @@ Join = structure("Join", "step table features embed_norm feature_norm x joined",
 Product = structure(
     "Product",
     "step weight scale x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
-    "tiles pairs share groups outputs num_squares tapped_width gathered",
+    "tiles together pairs share groups outputs num_squares tapped_width gathered",
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
@@ -120,18 +123,19 @@ class Launcher:
         self, kind: str, linear: Linear, x: Tensor, eps: float = 0.0, normed: bool = False, **rest: int
     ) -> None:
         b = self._buffers
+        shared = linear.warps * self._tiles * 32 * 16
+        blocks, together = linear.tiles, 1
+        if self._tiles <= 2 and blocks > (most := RESIDENT * _num_multiprocessors(b.step.device)):
+            blocks, together = most, min(TOGETHER, -(-blocks // most))
+            shared *= 2 * together
         argument = Product(
             step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
             x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
-            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, pairs=linear.pairs, share=linear.share,
-            groups=linear.packed.groups, outputs=linear.outputs, eps=eps, **rest,
+            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, together=together, pairs=linear.pairs,
+            share=linear.share, groups=linear.packed.groups, outputs=linear.outputs, eps=eps, **rest,
         )  # fmt: skip
-        shared = linear.warps * self._tiles * 32 * 16
-        blocks = linear.tiles
-        if self._tiles <= 2 and blocks > (most := RESIDENT * _num_multiprocessors(b.step.device)):
-            blocks, shared = most, 2 * shared
-        # A warp finishes a tile of tokens.
-        threads = 32 * max(linear.warps, self._tiles)
+        # A warp finishes eight tokens of a tile of channels.
+        threads = 32 * max(linear.warps, self._tiles * together)
         device = b.step.device
         kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, self._tiles))[kind]
         self._launch(kernel, (blocks, 1, 1), threads, argument, shared)
@@ -194,7 +198,7 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
 def product_macros(linear: Linear, tiles: int) -> dict[str, int]:
     """What the kernels of a product for up to 8 * tiles tokens are specialised to."""
     blocks = MOST_WARPS // linear.most_warps
-    chosen = {"TILES": tiles, "AHEAD": linear.ahead(tiles), "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
+    chosen = {"TILES": tiles, "AHEAD": linear.ahead, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
     return chosen | dict(linear.packed.macros)
 
 

@@ -32,7 +32,6 @@ class Packed:
         groups: G; 0 unless INT4.
         macros: what the kernels of products are specialised to for them.
         unit: pairs that the same warp has to take.
-        most_ahead: pairs that it has on the way, at the most.
     """
 
     weight: Tensor
@@ -40,7 +39,6 @@ class Packed:
     groups: int
     macros: Mapping[str, int]
     unit: int
-    most_ahead: int
 
 
 def inputs_of(layer: nn.Module) -> int:
@@ -76,13 +74,13 @@ def packed(layer: nn.Module, *, gated: bool = False) -> Packed:
         values_NK = ordered(layer.values_OI.view(torch.uint8))
         if bool((values_NK & 0x7F == 0x7F).any()):
             raise EngineError("an FP8 weight is no number: the checkpoint is damaged")
-        return Packed(pack_fp8(values_NK), pad_rows(ordered(layer.scale_O)), 0, {"BITS": 8}, 1, 8)
+        return Packed(pack_fp8(values_NK), pad_rows(ordered(layer.scale_O)), 0, {"BITS": 8}, 1)
     if isinstance(layer, AwqLinear):
         scale_NG, pairs = ordered(layer.scale_OG), layer.group_size // PAIR
         weight, groups = pack_int4(ordered(layer.values())), scale_NG.shape[1]
-        return Packed(weight, pack_scales(scale_NG), groups, {"BITS": 4, "GROUP_PAIRS": pairs}, 4, 8 * min(pairs, 2))
+        return Packed(weight, pack_scales(scale_NG), groups, {"BITS": 4, "GROUP_PAIRS": pairs}, 4)
     assert isinstance(layer, nn.Linear)
-    return Packed(pack(ordered(layer.weight)), None, 0, {"BITS": 16}, 1, 4)
+    return Packed(pack(ordered(layer.weight)), None, 0, {"BITS": 16}, 1)
 
 
 def pack(weight_NK: Tensor) -> Tensor:

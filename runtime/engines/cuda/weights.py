@@ -56,12 +56,8 @@ class Linear:
         num_warps = min(-(-self.pairs // PAIRS_OF_A_WARP), self.most_warps)
         self.share = -(-units // num_warps) * self.packed.unit
         self.warps = -(-self.pairs // self.share)
-
-    def ahead(self, tiles: int) -> int:
-        """Pairs that a warp has on the way: of narrow weights more, for as many bytes, where it has as many and they
-        leave registers for 8 * tiles tokens."""
-        most = self.packed.most_ahead if tiles == 1 else min(self.packed.most_ahead, 8)
-        return next(ahead for ahead in (16, 8, 4) if ahead <= min(most, max(self.share, 4)))
+        # Narrow weights need more pairs on the way for as many bytes, where a warp has as many.
+        self.ahead = 8 if self.packed.scale is not None and self.share >= 8 else 4
 
     @property
     def nbytes(self) -> int:
