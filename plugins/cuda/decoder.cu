@@ -13,7 +13,8 @@
  * sums, in fp32. Residuals, queries and logits are fp32; what goes into a product is bf16.
  *
  * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
- * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
+ * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
+ * or one; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
  * QK_NORM (0 or 1).
  */
 #define TILE 16   /* output channels of a block */
@@ -215,7 +216,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
     const int which = warp % TILES * 8, behind = warp / TILES; /* tokens that it finishes, and of which of the tiles */
-    const bool may_finish = behind < p.together && which < num;
+    const bool may_finish = behind < (SEVERAL ? p.together : 1) && which < num;
     const uint4 *x[TILES]; /* where the tokens begin; behind the last the first, whose columns nobody reads */
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -224,9 +225,9 @@ __device__ __forceinline__ void linear(const Linear &p) {
     }
     float squares[2] = {}, factor[2] = {1.0f, 1.0f};
     float4 *sums = shared;
-    for (int next = blockIdx.x; next < p.tiles; next += p.together * gridDim.x) {
-        const bool is_first = next == blockIdx.x;
-        const int tile = next + behind * gridDim.x, n = tile * TILE + g;
+    for (int next = blockIdx.x;;) {
+        const bool is_first = !SEVERAL || next == blockIdx.x;
+        const int tile = next + (SEVERAL ? behind * gridDim.x : 0), n = tile * TILE + g;
         const bool finishes = may_finish && tile < p.tiles;
         float bias[2] = {}, next_norm[2];
 #if BITS == 8
@@ -262,8 +263,8 @@ __device__ __forceinline__ void linear(const Linear &p) {
                     }
                 }
             }
-        for (int s = 0, of = next; s < p.together && of < p.tiles; s++, of += gridDim.x) {
-            const bool is_last = of + gridDim.x >= p.tiles;
+        for (int s = 0, of = next;;) {
+            const bool is_last = !SEVERAL || of + gridDim.x >= p.tiles;
             if (s) load_tokens(b, x, first, last);
             float c[TILES][4] = {};
             for (int base = first; base < last; base += AHEAD) {
@@ -285,6 +286,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #pragma unroll
                 for (int t = 0; t < TILES; t++)
                     sums[((s * active + warp) * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
+            if (!SEVERAL || ++s == p.together || (of += gridDim.x) >= p.tiles) break;
         }
         __syncthreads();
         if (finishes) {
@@ -332,6 +334,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
             }
         }
         /* Who is still adding these up is waited for at the next barrier, before they are written again. */
+        if (!SEVERAL || (next += p.together * gridDim.x) >= p.tiles) break;
         sums = sums == shared ? shared + p.together * active * TILES * 32 : shared;
     }
     if (KIND == STORE && p.from)

@@ -137,7 +137,9 @@ class Launcher:
         # A warp finishes eight tokens of a tile of channels.
         threads = 32 * max(linear.warps, self._tiles * together)
         device = b.step.device
-        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, self._tiles))[kind]
+        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, self._tiles, blocks < linear.tiles))[
+            kind
+        ]
         self._launch(kernel, (blocks, 1, 1), threads, argument, shared)
 
 
@@ -195,10 +197,12 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
     }
 
 
-def product_macros(linear: Linear, tiles: int) -> dict[str, int]:
-    """What the kernels of a product for up to 8 * tiles tokens are specialised to."""
+def product_macros(linear: Linear, tiles: int, several: bool) -> dict[str, int]:
+    """What the kernels of a product for up to 8 * tiles tokens are specialised to; `several`: tiles of channels that a
+    block has."""
     blocks = MOST_WARPS // linear.most_warps
     chosen = {"TILES": tiles, "AHEAD": linear.ahead, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
+    chosen["SEVERAL"] = int(several)
     return chosen | dict(linear.packed.macros)
 
 
