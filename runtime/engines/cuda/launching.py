@@ -182,7 +182,8 @@ def _most_shared() -> int:
     kernels' GPUs where there is none."""
     if not torch.cuda.is_available():
         return 98 * 1024
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin) - 1024
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.shared_memory_per_block_optin) - 1024  # type: ignore[attr-defined]
 
 
 # --- compiled code ----------------------------------------------------------------------------------------------------
