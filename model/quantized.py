@@ -122,10 +122,13 @@ class AwqLinear(QuantizedLinear):
     def group_size(self) -> int:
         return self.packed_PI.shape[1] // self.scale_OG.shape[1]
 
+    def values(self) -> Tensor:
+        """The integers, int8 [O, I]."""
+        nibbles = torch.stack((self.packed_PI & 15, self.packed_PI >> 4), dim=1).flatten(0, 1)
+        return (nibbles ^ 8).to(torch.int8) - 8
+
     def dequantized(self) -> Tensor:
-        nibbles = torch.stack((self.packed_PI & 15, self.packed_PI >> 4), dim=1).to(torch.int8)
-        values_OI = (nibbles - 16 * (nibbles > 7)).flatten(0, 1)
-        return values_OI * self.scale_OG.repeat_interleave(self.group_size, dim=1)
+        return self.values() * self.scale_OG.repeat_interleave(self.group_size, dim=1)
 
     def prepare_input(self, x_MI: Tensor) -> Tensor:
         return x_MI if self.input_factor_I is None else (x_MI.float() * self.input_factor_I).to(x_MI.dtype)

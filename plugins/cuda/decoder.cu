@@ -8,19 +8,27 @@
  * logits are the same bits alone, in a chain, in a tree and beside other rows. So the sums of a product are split by its width
  * alone, and those of attention by logical position.
  *
- * Weights are bf16, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are its columns.
- * Residuals, queries and logits are fp32; what goes into a product is bf16.
+ * Weights are bf16, FP8 (E4M3) or INT4, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are
+ * its columns. The narrow ones become bf16 in registers, which holds all of their values, and their scales are multiplied with
+ * sums, in fp32. Residuals, queries and logits are fp32; what goes into a product is bf16.
  *
- * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens; without it the other kernels, for one model's
- * shape: HEAD_DIM, GROUP (query heads of a key/value head), QK_NORM (0 or 1).
+ * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
+ * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
+ * or one; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
+ * QK_NORM (0 or 1).
  */
 #define TILE 16   /* output channels of a block */
-#define AHEAD 4   /* pairs of fragments (32 of K) that a warp has on the way before it waits */
 
 /* Of what no kernel of the step writes; volatile, so that it stays before the wait. */
 __device__ __forceinline__ uint4 load_weights(const uint4 *p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ float2 load_scales(const float2 *p) {
+    float2 v;
+    asm volatile("ld.global.nc.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
     return v;
 }
 
@@ -51,18 +59,19 @@ __device__ __forceinline__ float most_of_warp(float x) {
 
 struct Linear {
     const int *step;
-    const uint4 *weight;  /* [N / TILE, pairs, 2, 32] fragments */
+    const uint4 *weight;  /* [N / TILE, PIECES(pairs), 32] */
+    const float *scale;   /* BITS 8: [N]; BITS 4: [N / TILE, groups, 8, 2], of channels g and g + 8 */
     const u16 *x;         /* rows of 32 * pairs */
     const float *squares; /* [TOKENS, num_squares]: x is divided by its root mean square; NULL: it is not */
     const float *bias;    /* [N] or NULL */
     float *out;           /* store: [rows, N]; add: [TOKENS, N] residuals */
     u16 *out_bf16;        /* gate: [TOKENS, N / 2]; add: out * next_norm */
     float *out_squares;   /* add: [TOKENS, N / TILE] */
-    const float *next_norm;
+    const float *next_norm; /* add: see out_bf16; gate: [N / 2], the same for what it gives, or NULL */
     u16 *tapped;       /* add: a copy of out for the features, rows of tapped_width; or NULL */
     const float *from; /* store: residuals of which the gathered rows are copied to `copied`; or NULL */
     float *copied;
-    int pairs, share, outputs, num_squares, tapped_width, gathered;
+    int tiles, together, pairs, share, groups, outputs, num_squares, tapped_width, gathered;
     float eps;
 };
 
@@ -74,143 +83,270 @@ __device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-/* One block computes TILE channels of up to 8 * TILES tokens. Its warps share K: `share` pairs each, which K alone decides, and
- * their sums are added in their order. What the epilogue needs is on its way before the products are there. */
+/* A pair is 32 of K: two fragments. AHEAD: pairs that a warp has on the way before it waits. */
+#if BITS == 16
+#define PIECES(pairs) (2 * (pairs)) /* of 16 bytes a lane */
+#elif BITS == 8
+#define PIECES(pairs) (pairs)
+#else
+#define PIECES(pairs) (((pairs) + 1) / 2)
+#endif
+#define PAIR_OF(piece) ((piece) * 8 / BITS)
+
+__device__ __forceinline__ u32 scale_and_shift(u32 pair, u32 factor, u32 offset) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(factor), "r"(offset));
+    return r;
+}
+
+#if BITS == 8
+/* E4M3 with its exponent and mantissa where bf16 has them is 2^120 too small, and bf16 has its subnormals. */
+__device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
+    return scale_and_shift((signs & 0x80008000u) | (rest & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
+}
+#elif BITS == 4
+/* Behind the mantissa of 128 an integer n of four bits is 128 + n; they are stored with 8 added. */
+__device__ __forceinline__ u32 widen_nibbles(u32 word) {
+    u32 r; /* (word & mask) | 128: left to the compiler, it is two instructions */
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
+    return scale_and_shift(r, 0x3f803f80u, 0xc308c308u);
+}
+#endif
+
+/* The A fragment of product `s` of pair `i` of those in registers. */
+__device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
+#if BITS == 16
+    return a[2 * i + s];
+#elif BITS == 8
+    const u32 one = s ? a[i].z : a[i].x, other = s ? a[i].w : a[i].y;
+    return make_uint4(widen_bytes(one << 8, one << 4), widen_bytes(one, one >> 4),
+                      widen_bytes(other << 8, other << 4), widen_bytes(other, other >> 4));
+#else
+    const uint4 &piece = a[i / 2];
+    const u32 word = i % 2 ? (s ? piece.w : piece.z) : (s ? piece.y : piece.x);
+    return make_uint4(widen_nibbles(word), widen_nibbles(word >> 4), widen_nibbles(word >> 8), widen_nibbles(word >> 12));
+#endif
+}
+
+#define AT_ONCE (TILES > 4 ? 1 : TILES > 2 ? 2 : 4) /* pairs of the other operand: as many as registers hold */
+
+/* What a warp has on the way: AHEAD pairs. Where all of them are its own nothing is compared, since a step of INT4 is bound by
+ * instructions before it is by memory. */
+struct Ahead {
+    uint4 a[PIECES(AHEAD)];
+#if BITS == 4
+    float2 scale[AHEAD / GROUP_PAIRS];
+#endif
+
+    /* From pair `at` on; `weight` is that of pair `first`. */
+    __device__ __forceinline__ void load(const uint4 *weight, const float2 *scales, int first, int at, int last) {
+        weight += PIECES(at - first) * 32;
+        if (at + AHEAD <= last) {
+#pragma unroll
+            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = load_weights(weight + i * 32);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PIECES(AHEAD); i++) a[i] = at + PAIR_OF(i) < last ? load_weights(weight + i * 32) : make_uint4(0, 0, 0, 0);
+        }
+#if BITS == 4
+        scales += at / GROUP_PAIRS * 8;
+#pragma unroll
+        for (int i = 0; i < AHEAD / GROUP_PAIRS; i++)
+            scale[i] = at + i * GROUP_PAIRS < last ? load_scales(scales + i * 8) : make_float2(0.0f, 0.0f);
+#endif
+    }
+
+    /* Adds the products of AT_ONCE of them, from `part` on. */
+    __device__ __forceinline__ void multiply_by(float (&c)[TILES][4], const uint4 (&b)[AT_ONCE][TILES], int part) const {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const uint4 one = fragment(a, part + i, 0), other = fragment(a, part + i, 1);
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+#if BITS == 4
+                float sum[4] = {};
+                multiply(sum, one, b[i][t].x, b[i][t].y);
+                multiply(sum, other, b[i][t].z, b[i][t].w);
+                const float2 by = scale[(part + i) / GROUP_PAIRS];
+                c[t][0] = fmaf(by.x, sum[0], c[t][0]), c[t][1] = fmaf(by.x, sum[1], c[t][1]);
+                c[t][2] = fmaf(by.y, sum[2], c[t][2]), c[t][3] = fmaf(by.y, sum[3], c[t][3]);
+#else
+                multiply(c[t], one, b[i][t].x, b[i][t].y);
+                multiply(c[t], other, b[i][t].z, b[i][t].w);
+#endif
+            }
+        }
+    }
+};
+
+/* The other operand of AT_ONCE pairs. */
+__device__ __forceinline__ void load_tokens(uint4 (&b)[AT_ONCE][TILES], const uint4 *const (&x)[TILES], int at, int last) {
+    if (at + AT_ONCE <= last) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) b[i][t] = x[t][(at + i) * 4];
+    } else {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) b[i][t] = at + i < last ? x[t][(at + i) * 4] : make_uint4(0, 0, 0, 0);
+    }
+}
+
+/* One block computes TILE channels of up to 8 * TILES tokens, and then others, of which the first weights are on their way before
+ * it ends with those before; the sums of `together` tiles are added up at once, each by another warp. Its warps share K: `share` pairs each, which K alone decides, and their sums are added in their order.
+ * What the epilogue needs is on its way before the products are there. */
 template <int KIND>
 __device__ __forceinline__ void linear(const Linear &p) {
-    constexpr int AT_ONCE = TILES > 4 ? 1 : TILES > 2 ? 2 : AHEAD; /* pairs of the other operand: as many as registers hold */
-    extern __shared__ float4 sums[]; /* [warps][TILES][32] */
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x, g = lane >> 2, q = lane & 3;
+    extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][together][warps][TILES][32] */
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int first = warp * p.share, last = min(first + p.share, p.pairs), active = (p.pairs + p.share - 1) / p.share;
     release_next();
-    const uint4 *weight = p.weight + ((size_t)tile * p.pairs + first) * 64 + lane;
-    const uint4 none = {0, 0, 0, 0};
-    uint4 a[2 * AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-#pragma unroll
-        for (int s = 0; s < 2; s++) a[2 * i + s] = first + i < last ? load_weights(weight + (2 * i + s) * 32) : none;
+    const uint4 *weight = p.weight + ((size_t)blockIdx.x * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
+    const size_t stride = (size_t)gridDim.x * PIECES(p.pairs) * 32;
+    Ahead ahead;
+#if BITS == 4
+    const float2 *scales = (const float2 *)p.scale + (size_t)blockIdx.x * p.groups * 8 + g;
+    const size_t scales_stride = (size_t)gridDim.x * p.groups * 8;
+#else
+    const float2 *scales = nullptr;
+#endif
+    ahead.load(weight, scales, first, first, last);
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
-    const bool finishes = warp < TILES && warp * 8 < num;
-    int row[TILES]; /* where the tokens begin, in pieces of 8; -1 behind the last */
+    const int which = warp % TILES * 8, behind = warp / TILES; /* tokens that it finishes, and of which of the tiles */
+    const bool may_finish = behind < (SEVERAL ? p.together : 1) && which < num;
+    const uint4 *x[TILES]; /* where the tokens begin; behind the last the first, whose columns nobody reads */
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        const int m = t * 8 + g;
-        row[t] = m < num ? (p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q : -1;
+        const int m = t * 8 + g < num ? t * 8 + g : 0;
+        x[t] = (const uint4 *)p.x + (size_t)(p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q;
     }
-    const uint4 *x = (const uint4 *)p.x;
-    const int n = tile * TILE + g;
-    float bias[2] = {}, next_norm[2];
-    if (finishes) {
-        if (p.bias) bias[0] = n < p.outputs ? p.bias[n] : 0.0f, bias[1] = n + 8 < p.outputs ? p.bias[n + 8] : 0.0f;
-        if (KIND == ADD) next_norm[0] = p.next_norm[n], next_norm[1] = p.next_norm[n + 8];
-    }
-    wait_for_previous();
+    float squares[2] = {}, factor[2] = {1.0f, 1.0f};
+    float4 *sums = shared;
+    for (int next = blockIdx.x;;) {
+        const bool is_first = !SEVERAL || next == blockIdx.x;
+        const int tile = next + (SEVERAL ? behind * gridDim.x : 0), n = tile * TILE + g;
+        const bool finishes = may_finish && tile < p.tiles;
+        float bias[2] = {}, next_norm[2];
+#if BITS == 8
+        float channel[2];
+#endif
+        if (finishes) {
+            if (p.bias) bias[0] = n < p.outputs ? p.bias[n] : 0.0f, bias[1] = n + 8 < p.outputs ? p.bias[n + 8] : 0.0f;
+            if (KIND == ADD) next_norm[0] = p.next_norm[n], next_norm[1] = p.next_norm[n + 8];
+            if (KIND == GATE) next_norm[0] = p.next_norm ? p.next_norm[tile * 8 + g] : 1.0f;
+#if BITS == 8
+            channel[0] = p.scale[n], channel[1] = p.scale[n + 8];
+#endif
+        }
+        if (is_first) wait_for_previous();
 
-    uint4 b[AT_ONCE][TILES];
-#define LOAD(at)                                                                                                         \
-    for (int i = 0; i < AT_ONCE; i++)                                                                                    \
-        for (int t = 0; t < TILES; t++) b[i][t] = row[t] >= 0 && (at) + i < last ? x[row[t] + ((at) + i) * 4] : none;
+        uint4 b[AT_ONCE][TILES];
+        load_tokens(b, x, first, last);
+        float residual[2][2] = {};
+        if (finishes)
 #pragma unroll
-    LOAD(first)
-    float squares[2] = {}, residual[2][2] = {};
-    if (finishes)
+            for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
+                const int m = which + 2 * q + i;
+                if (m >= num) continue;
+                if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
+                if (p.squares && is_first) {
+                    const float *from = p.squares + (size_t)(p.gathered ? p.step[GATHER + m] : m) * p.num_squares;
+                    for (int k = g; k < p.num_squares; k += 64) {
+                        float some[8];
 #pragma unroll
-        for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
-            const int m = warp * 8 + 2 * q + i;
-            if (m >= num) continue;
-            if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
-            if (p.squares) {
-                const float *from = p.squares + (size_t)(p.gathered ? p.step[GATHER + m] : m) * p.num_squares;
-                for (int k = g; k < p.num_squares; k += 64) {
-                    float some[8];
+                        for (int u = 0; u < 8; u++) some[u] = k + 8 * u < p.num_squares ? from[k + 8 * u] : 0.0f;
 #pragma unroll
-                    for (int u = 0; u < 8; u++) some[u] = k + 8 * u < p.num_squares ? from[k + 8 * u] : 0.0f;
-#pragma unroll
-                    for (int u = 0; u < 8; u++) squares[i] += some[u];
-                }
-            }
-        }
-    float c[TILES][4] = {};
-    for (int base = first; base < last; base += AHEAD) {
-        const int behind = base - first + AHEAD;
-#pragma unroll
-        for (int half = 0; half < AHEAD; half += AT_ONCE) {
-            if (half || base > first) {
-#pragma unroll
-                LOAD(base + half)
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    multiply(c[t], a[2 * (half + i)], b[i][t].x, b[i][t].y);
-                    multiply(c[t], a[2 * (half + i) + 1], b[i][t].z, b[i][t].w);
-                }
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-#pragma unroll
-            for (int s = 0; s < 2; s++)
-                a[2 * i + s] = first + behind + i < last ? load_weights(weight + (2 * (behind + i) + s) * 32) : none;
-    }
-    if (warp < active)
-#pragma unroll
-        for (int t = 0; t < TILES; t++) sums[(warp * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
-    __syncthreads();
-    if (finishes) {
-        float s[4] = {};
-        for (int w = 0; w < active; w++) {
-            const float4 part = sums[(w * TILES + warp) * 32 + lane];
-            s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int m = warp * 8 + 2 * q + i;
-            const bool is_token = m < num;
-            float factor = 1.0f;
-            if (p.squares) {
-#pragma unroll
-                for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
-                factor = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
-            }
-            float one = s[i] * factor + bias[0], other = s[i + 2] * factor + bias[1];
-            if (KIND == STORE && is_token) {
-                float *out = p.out + (size_t)m * p.outputs;
-                if (n < p.outputs) out[n] = one;
-                if (n + 8 < p.outputs) out[n + 8] = other;
-            }
-            if (KIND == GATE && is_token)
-                p.out_bf16[(size_t)m * (p.outputs / 2) + tile * 8 + g] = round_one(one / (1.0f + __expf(-one)) * other);
-            if (KIND == ADD) {
-                one += residual[i][0], other += residual[i][1];
-                if (is_token) {
-                    const size_t at = (size_t)m * p.outputs + n;
-                    p.out[at] = one, p.out[at + 8] = other;
-                    p.out_bf16[at] = round_one(one * next_norm[0]), p.out_bf16[at + 8] = round_one(other * next_norm[1]);
-                    if (p.tapped) {
-                        u16 *tapped = p.tapped + (size_t)m * p.tapped_width + n;
-                        tapped[0] = round_one(one), tapped[8] = round_one(other);
+                        for (int u = 0; u < 8; u++) squares[i] += some[u];
                     }
                 }
-                float sum = one * one + other * other;
+            }
+        for (int s = 0, of = next;;) {
+            const bool is_last = !SEVERAL || of + gridDim.x >= p.tiles;
+            if (s) load_tokens(b, x, first, last);
+            float c[TILES][4] = {};
+            for (int base = first; base < last; base += AHEAD) {
 #pragma unroll
-                for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
-                if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
+                for (int part = 0; part < AHEAD; part += AT_ONCE) {
+                    if (part || base > first) load_tokens(b, x, base + part, last);
+                    ahead.multiply_by(c, b, part);
+                }
+                int at = base + AHEAD;
+                if (at >= last) { /* of the next tile */
+                    at = is_last ? last : first, weight += stride;
+#if BITS == 4
+                    scales += scales_stride;
+#endif
+                }
+                ahead.load(weight, scales, first, at, last);
+            }
+            if (warp < active)
+#pragma unroll
+                for (int t = 0; t < TILES; t++)
+                    sums[((s * active + warp) * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
+            if (!SEVERAL || ++s == p.together || (of += gridDim.x) >= p.tiles) break;
+        }
+        __syncthreads();
+        if (finishes) {
+            float s[4] = {};
+            for (int w = 0; w < active; w++) {
+                const float4 part = sums[((behind * active + w) * TILES + warp % TILES) * 32 + lane];
+                s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
+            }
+#if BITS == 8
+            s[0] *= channel[0], s[1] *= channel[0], s[2] *= channel[1], s[3] *= channel[1];
+#endif
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int m = which + 2 * q + i;
+                const bool is_token = m < num;
+                if (p.squares && is_first) {
+#pragma unroll
+                    for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
+                    factor[i] = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
+                }
+                float one = s[i] * factor[i] + bias[0], other = s[i + 2] * factor[i] + bias[1];
+                if (KIND == STORE && is_token) {
+                    float *out = p.out + (size_t)m * p.outputs;
+                    if (n < p.outputs) out[n] = one;
+                    if (n + 8 < p.outputs) out[n + 8] = other;
+                }
+                if (KIND == GATE && is_token)
+                    p.out_bf16[(size_t)m * (p.outputs / 2) + tile * 8 + g] = round_one(one / (1.0f + __expf(-one)) * other * next_norm[0]);
+                if (KIND == ADD) {
+                    one += residual[i][0], other += residual[i][1];
+                    if (is_token) {
+                        const size_t at = (size_t)m * p.outputs + n;
+                        p.out[at] = one, p.out[at + 8] = other;
+                        p.out_bf16[at] = round_one(one * next_norm[0]), p.out_bf16[at + 8] = round_one(other * next_norm[1]);
+                        if (p.tapped) {
+                            u16 *tapped = p.tapped + (size_t)m * p.tapped_width + n;
+                            tapped[0] = round_one(one), tapped[8] = round_one(other);
+                        }
+                    }
+                    float sum = one * one + other * other;
+#pragma unroll
+                    for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
+                    if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
+                }
             }
         }
+        /* Who is still adding these up is waited for at the next barrier, before they are written again. */
+        if (!SEVERAL || (next += p.together * gridDim.x) >= p.tiles) break;
+        sums = sums == shared ? shared + p.together * active * TILES * 32 : shared;
     }
     if (KIND == STORE && p.from)
-        for (int m = tile; m < num; m += gridDim.x) {
+        for (int m = blockIdx.x; m < num; m += gridDim.x) {
             const float *from = p.from + (size_t)p.step[GATHER + m] * p.pairs * 32;
             for (int i = threadIdx.x; i < p.pairs * 32; i += blockDim.x) p.copied[(size_t)m * p.pairs * 32 + i] = from[i];
         }
 }
 
-extern "C" __global__ void __launch_bounds__(512) store(const Linear p) { linear<STORE>(p); }
-extern "C" __global__ void __launch_bounds__(512) add(const Linear p) { linear<ADD>(p); }
-extern "C" __global__ void __launch_bounds__(512) gate(const Linear p) { linear<GATE>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) store(const Linear p) { linear<STORE>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) add(const Linear p) { linear<ADD>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gate(const Linear p) { linear<GATE>(p); }
 
 #else
 /* --- what goes into the first layer --------------------------------------------------------------------------------- */
@@ -532,6 +668,7 @@ struct Attention {
     u16 *keys, *values;  /* [rows, kv_heads, slots, HEAD_DIM] of this layer */
     const float *cosine, *sine; /* [positions, HALF] */
     const float *q_norm, *k_norm; /* [HEAD_DIM], with QK_NORM */
+    const float *factor; /* [heads * HEAD_DIM] that the output is multiplied with, or NULL */
     u16 *out;            /* [TOKENS, heads * HEAD_DIM] */
     float *partial;      /* [TOKENS, heads, most_blocks, PARTIAL] */
     int *arrivals;       /* [TOKENS, kv_heads], 0 before and after */
@@ -731,7 +868,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
             result += mixed[(w * num_queries + n) * HEAD_DIM + d] * factor;
         }
         if (seen <= KEYS) {
-            p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum);
+            p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
         } else {
             float *partial = p.partial + (((size_t)m * p.heads + head) * p.most_blocks + block) * PARTIAL;
             partial[d] = result;
@@ -764,7 +901,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
             sum += partial[b * PARTIAL + HEAD_DIM + 1] * factor;
             result += partial[b * PARTIAL + d] * factor;
         }
-        p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum);
+        p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
     }
 }
 

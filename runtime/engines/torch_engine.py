@@ -349,11 +349,19 @@ M = TypeVar("M", Decoder, Draft, FeatureTap, Heads)
 N = TypeVar("N", bound=nn.Module)
 
 
-def prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], Iterable[nn.Module]]) -> M:
+def prepare(
+    module: M,
+    precision: Precision,
+    device: str,
+    smooth: Callable[[M], Iterable[nn.Module]],
+    *,
+    keeps_quantized: bool = False,
+) -> M:
     """A copy in a precision on a device.
 
     Args:
         smooth: smooths the copy for int8, part by part: each is packed before the next one.
+        keeps_quantized: leaves a quantized checkpoint's layers as they are.
     """
     if precision not in get_args(Precision):
         raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
@@ -364,8 +372,9 @@ def prepare(module: M, precision: Precision, device: str, smooth: Callable[[M], 
     # New modules over the same parameters: replacing one leaves the caller's module as it is.
     module = copy.deepcopy(module, {id(p): p for p in (*module.parameters(), *module.buffers())})
     on_cpu = _is_cpu(device)
-    _replace(module, Fp8Linear, _Dequantized)
-    _replace(module, AwqLinear, _Dequantized)
+    if not keeps_quantized:
+        _replace(module, Fp8Linear, _Dequantized)
+        _replace(module, AwqLinear, _Dequantized)
     if precision == "int8":
         replacement = _int8_linear if on_cpu else _rounded_int8
         with one_thread():

@@ -1,4 +1,5 @@
-"""The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: bf16, for few tokens a step.
+"""The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: for few tokens a step, bf16 with weights
+in bf16, FP8 or INT4.
 
 A step is cut into blocks of at most 64 tokens; a block is one replay of the graph that has room for its tokens and its
 longest text. What a token gives depends on itself alone (see decoder.cu), so that a step may be cut anywhere.
@@ -35,7 +36,6 @@ from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.launching import (
     OTHERS,
     OVERLAPPING,
-    PRODUCTS,
     SAMPLING,
     Attention,
     Best,
@@ -54,7 +54,7 @@ from ssv.runtime.engines.cuda.launching import (
     macros,
     width_for,
 )
-from ssv.runtime.engines.cuda.packing import PAIR
+from ssv.runtime.engines.cuda.packing import PAIR, inputs_of
 from ssv.runtime.engines.cuda.weights import MOST_CHILDREN, MOST_FOUND, Buffers, Weights
 from ssv.runtime.engines.kv_cache import KVCache
 from ssv.runtime.engines.torch_engine import vocabulary_ids
@@ -85,6 +85,7 @@ class CudaEngine:
 
     Attributes:
         last_graph: what the last step replayed last.
+        weight_bytes: that a step with logits and without features reads.
     """
 
     most_growing = places.TOKENS
@@ -102,7 +103,8 @@ class CudaEngine:
         scorer: Scorer | None = None,
     ) -> None:
         """Args:
-        decoder, tap, draft: bf16, on the GPU; their large weights are packed here, and may be dropped after.
+        decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, and may be
+            dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
 
         Raises:
             EngineError: a model that the kernels cannot run (`misfit`), or longer than it has positions for.
@@ -110,7 +112,7 @@ class CudaEngine:
         spec = decoder.spec
         if max_length > spec.max_positions:
             raise EngineError(f"max length {max_length} exceeds the model's {spec.max_positions} positions")
-        if reason := misfit(spec, tap.project.in_features if tap is not None else 0):
+        if reason := misfit(spec, inputs_of(tap.project) if tap is not None else 0):
             raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
         self.max_batch, self.max_length, self.spec = max_batch, max_length, spec
         self.device = decoder.embed.weight.device
@@ -122,6 +124,7 @@ class CudaEngine:
         self.cache = KVCache(spec, max_batch, max_length, torch.bfloat16, self.device)
         self._tapped = tap.layers if tap is not None else ()
         self._weights = Weights(decoder, tap, draft if conditioned else None)
+        self.weight_bytes = self._weights.nbytes
         self._kernels = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
         self._kernels |= kernels_of(self.device, "sample", SAMPLING)
         self.overlaps = torch.cuda.get_device_capability(self.device) >= OVERLAPPING
@@ -285,8 +288,7 @@ class CudaEngine:
         b, w, spec = self.buffers, self._weights, self.spec
         stream = torch.cuda.current_stream(self.device).cuda_stream
         tiles = shape.width // 8
-        kernels = self._kernels | kernels_of(self.device, "decoder", PRODUCTS, TILES=tiles)
-        launch = Launcher(kernels, stream, tiles, b, self.overlaps)
+        launch = Launcher(self._kernels, stream, tiles, b, self.overlaps)
         step, eps = b.step.data_ptr(), spec.rms_norm_eps
         if w.join is None:
             launch("embed", (shape.width, 1, 1), 64, Embed(
@@ -304,11 +306,12 @@ class CudaEngine:
             launch("attend", (shape.key_blocks, spec.num_kv_heads, shape.width), 256, Attention(
                 step, b.qkv_MX.data_ptr(), self.cache.keys[index].data_ptr(), self.cache.values[index].data_ptr(),
                 w.cos_SP.data_ptr(), w.sin_SP.data_ptr(), address(layer.q_norm), address(layer.k_norm),
-                b.attended_MX.data_ptr(), b.partial.data_ptr(), b.arrivals.data_ptr(), spec.num_heads,
-                spec.num_kv_heads, self.max_length, b.most_blocks, group_tokens_for(spec, shape.width), eps,
+                address(layer.o.input_factor_K), b.attended_MX.data_ptr(), b.partial.data_ptr(), b.arrivals.data_ptr(),
+                spec.num_heads, spec.num_kv_heads, self.max_length, b.most_blocks,
+                group_tokens_for(spec, shape.width), eps,
             ), attention_bytes(spec, shape.width))  # fmt: skip
             launch.add(layer.o, b.attended_MX, layer.mlp_norm)
-            launch.gate(layer.gate_up, b.scaled_MH, b.gated_MI, eps)
+            launch.gate(layer.gate_up, b.scaled_MH, b.gated_MI, eps, layer.down.input_factor_K)
             following = w.layers[index + 1].attn_norm if index + 1 < len(w.layers) else w.norm
             tapped = self._tapped.index(index) if shape.features and index in self._tapped else None
             launch.add(layer.down, b.gated_MI, following, tapped)

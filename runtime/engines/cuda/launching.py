@@ -15,7 +15,7 @@ from torch import Tensor
 from ssv.model.spec import DecoderSpec
 from ssv.plugins.cuda.compiler import compile_source, source_of, version
 from ssv.plugins.cuda.driver import Kernel, Module
-from ssv.runtime.engines.cuda.weights import KEYS, Buffers, Linear
+from ssv.runtime.engines.cuda.weights import KEYS, MOST_WARPS, Buffers, Linear
 from ssv.support.files import write_whole
 
 WIDTHS = (8, 16, 32, 64)
@@ -27,6 +27,13 @@ OVERLAPPING = (9, 0)
 PRODUCTS = ("store", "add", "gate")
 OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
 SAMPLING = ("draw", "perturb")
+
+RESIDENT = 2
+"""Blocks of a product that a multiprocessor has, each with several tiles of channels, where these are many: the next
+kernel's find room beside them, and have their weights on the way."""
+
+TOGETHER = 4
+"""Most tiles of a block whose sums are added up at once."""
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -42,8 +49,8 @@ Embed = structure("Embed", "step table norm x scaled squares", "hidden")
 Join = structure("Join", "step table features embed_norm feature_norm x joined", "hidden", "eps")
 Product = structure(
     "Product",
-    "step weight x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
-    "pairs share outputs num_squares tapped_width gathered",
+    "step weight scale x squares bias out out_bf16 out_squares next_norm tapped from_ copied",
+    "tiles together pairs share groups outputs num_squares tapped_width gathered",
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
@@ -55,7 +62,7 @@ Grow = structure(
 )
 Attention = structure(
     "Attention",
-    "step qkv keys values cosine sine q_norm k_norm out partial arrivals",
+    "step qkv keys values cosine sine q_norm k_norm factor out partial arrivals",
     "heads kv_heads slots most_blocks group_tokens",
     "eps",
 )
@@ -85,7 +92,11 @@ class Launcher:
     def __call__(
         self, name: str, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, shared: int = 0
     ) -> None:
-        kernel = self._kernels[name]
+        self._launch(self._kernels[name], grid, threads, argument, shared)
+
+    def _launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, shared: int
+    ) -> None:
         kernel.launch(
             argument, grid, threads, self._stream, shared=shared, overlaps=self._overlaps and not self._is_first
         )
@@ -109,23 +120,32 @@ class Launcher:
                       out_squares=b.squares_MH.data_ptr(), next_norm=next_norm.data_ptr(), tapped=at,
                       tapped_width=width)  # fmt: skip
 
-    def gate(self, linear: Linear, x: Tensor, out: Tensor, eps: float) -> None:
-        """out = silu(gate) * up of x over its root mean square."""
-        self._product("gate", linear, x, eps, True, out_bf16=out.data_ptr())
+    def gate(self, linear: Linear, x: Tensor, out: Tensor, eps: float, factor: Tensor | None) -> None:
+        """out = silu(gate) * up of x over its root mean square, times a factor of each channel if there is one."""
+        self._product("gate", linear, x, eps, True, out_bf16=out.data_ptr(), next_norm=address(factor))
 
     def _product(
         self, kind: str, linear: Linear, x: Tensor, eps: float = 0.0, normed: bool = False, **rest: int
     ) -> None:
         b = self._buffers
-        argument = Product(
-            step=b.step.data_ptr(), weight=linear.packed.data_ptr(), x=x.data_ptr(), bias=address(linear.bias_N),
-            squares=b.squares_MH.data_ptr() if normed else 0, num_squares=b.squares_MH.shape[1], pairs=linear.pairs,
-            share=linear.share, outputs=linear.outputs, eps=eps, **rest,
-        )  # fmt: skip
         shared = linear.warps * self._tiles * 32 * 16
-        # A warp finishes a tile of tokens.
-        threads = 32 * max(linear.warps, self._tiles)
-        self(kind, (linear.tiles, 1, 1), threads, argument, shared)
+        blocks, together = linear.tiles, 1
+        if self._tiles <= 2 and blocks > (most := RESIDENT * _num_multiprocessors(b.step.device)):
+            blocks, together = most, min(TOGETHER, -(-blocks // most))
+            shared *= 2 * together
+        argument = Product(
+            step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
+            x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
+            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, together=together, pairs=linear.pairs,
+            share=linear.share, groups=linear.packed.groups, outputs=linear.outputs, eps=eps, **rest,
+        )  # fmt: skip
+        # A warp finishes eight tokens of a tile of channels.
+        threads = 32 * max(linear.warps, self._tiles * together)
+        device = b.step.device
+        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, self._tiles, blocks < linear.tiles))[
+            kind
+        ]
+        self._launch(kernel, (blocks, 1, 1), threads, argument, shared)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -144,16 +164,31 @@ def key_blocks_for(most_seen: int) -> int:
 
 def group_tokens_for(spec: DecoderSpec, width: int) -> int:
     """Tokens of a row that share a block of the attention kernel: few where that fills the GPU, else as many as read
-    their keys together without running out of shared memory."""
+    their keys together without running out of the GPU's shared memory."""
     most = max(16 * spec.num_kv_heads // spec.num_heads, 1)
-    return min(max(width // 16, 1), 4, most)
+    wanted = min(max(width // 16, 1), 4, most)
+    return next((n for n in range(wanted, 1, -1) if _attention_bytes(spec, width, n) <= _most_shared()), 1)
 
 
 def attention_bytes(spec: DecoderSpec, width: int) -> int:
     """Shared memory of an attention block."""
-    queries, warps, dim = group_tokens_for(spec, width) * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
+    return _attention_bytes(spec, width, group_tokens_for(spec, width))
+
+
+def _attention_bytes(spec: DecoderSpec, width: int, group_tokens: int) -> int:
+    queries, warps, dim = group_tokens * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
     floats = queries * (dim + warps * (32 + dim + 2))
     return 4 * floats + 2 * width * (2 * dim + 8)
+
+
+@cache
+def _most_shared() -> int:
+    """Bytes of shared memory that a block may have, beside what its own declarations hold; the least of those of the
+    kernels' GPUs where there is none."""
+    if not torch.cuda.is_available():
+        return 98 * 1024
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.shared_memory_per_block_optin) - 1024  # type: ignore[attr-defined]
 
 
 # --- compiled code ----------------------------------------------------------------------------------------------------
@@ -166,6 +201,20 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
         "GROUP": spec.num_heads // spec.num_kv_heads,
         "QK_NORM": int(spec.qk_norm),
     }
+
+
+def product_macros(linear: Linear, tiles: int, several: bool) -> dict[str, int]:
+    """What the kernels of a product for up to 8 * tiles tokens are specialised to; `several`: tiles of channels that a
+    block has."""
+    blocks = MOST_WARPS // linear.most_warps
+    chosen = {"TILES": tiles, "AHEAD": linear.ahead, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
+    chosen["SEVERAL"] = int(several)
+    return chosen | dict(linear.packed.macros)
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -12,12 +12,11 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.quantized import QuantizedLinear
 from ssv.model.scorer import Scorer
+from ssv.runtime.engines.cuda import packing
 from ssv.runtime.engines.cuda.engine import CudaEngine, misfit
 from ssv.runtime.engines.torch_engine import prepare
 
 LEAST_CAPABILITY = (8, 0)
-
-_QUANTIZED = "the checkpoint is quantized, and the kernels run bf16"
 
 M = TypeVar("M", Decoder, Draft, FeatureTap)
 
@@ -26,10 +25,9 @@ def why_not(decoder: Decoder, draft: Draft, device: str) -> str | None:
     """Why the kernels cannot run a pair on a GPU; None if they can."""
     if (reason := why_not_draft(draft, device)) is not None:
         return reason
-    if _is_quantized(decoder):
-        return _QUANTIZED
-    tap_width = draft.tap.project.in_features if draft.tap is not None else 0
-    return misfit(decoder.spec, tap_width)
+    if (reason := _quantized_misfit(decoder)) is not None:
+        return reason
+    return misfit(decoder.spec, packing.inputs_of(draft.tap.project) if draft.tap is not None else 0)
 
 
 def why_not_draft(draft: Draft, device: str) -> str | None:
@@ -37,15 +35,19 @@ def why_not_draft(draft: Draft, device: str) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"this GPU has compute capability {'.'.join(map(str, capability))}, the kernels need 8.0"
-    if _is_quantized(draft):
-        return _QUANTIZED
+    if (reason := _quantized_misfit(draft)) is not None:
+        return reason
     if draft.spec.eagle3 is not None:
         return "its draft joins features as EAGLE-3 does"
     return misfit(draft.spec.decoder)
 
 
-def _is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(part, QuantizedLinear) for part in model.modules())
+def _quantized_misfit(model: nn.Module) -> str | None:
+    """Why a layer of a quantized checkpoint cannot be run; None if all can."""
+    for name, part in model.named_modules():
+        if isinstance(part, QuantizedLinear) and (reason := packing.misfit(part)) is not None:
+            return f"{name} has {reason}"
+    return None
 
 
 def cuda_engines(
@@ -78,4 +80,4 @@ def cuda_draft_engine(
 
 
 def _on_gpu(module: M, device: str) -> M:
-    return prepare(module, "bf16", device, lambda _: ())
+    return prepare(module, "bf16", device, lambda _: (), keeps_quantized=True)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft, FeatureTap
+from ssv.model.quantized import AwqLinear, QuantizedLinear
 from ssv.model.spec import DecoderSpec
 from ssv.runtime.engines.contract import NOT_CORRECTED, Corrections
 from ssv.runtime.engines.cuda import places
-from ssv.runtime.engines.cuda.packing import PAIR, TILE, interleave, pack
+from ssv.runtime.engines.cuda.packing import PAIR, TILE, interleave, packed
 
 KEYS = 256
 """Keys that a block of the attention kernel takes."""
@@ -23,25 +24,48 @@ MOST_CHILDREN = 16
 MOST_FOUND = 1024
 """Candidates of a row's tree: 16 levels of 4 children for 16 nodes each, or 7 of 9 for 16."""
 
+FEW_TILES = 256
+"""A product with fewer tiles of channels has MOST_WARPS warps a block, or a multiprocessor would have little to do; one
+with more has half as many, and several blocks a multiprocessor."""
+
 MOST_WARPS = 16
-AHEAD = 4
+PAIRS_OF_A_WARP = 4
 
 
 class Linear:
-    """A packed product: its weights, and what else its kernel is launched with."""
+    """A packed product: its weights, and what else its kernel is launched with.
+
+    Attributes:
+        input_factor_K: what its inputs have to be multiplied with before; None: nothing.
+    """
 
     def __init__(self, linear: nn.Module, *, gated: bool = False) -> None:
-        assert isinstance(linear, nn.Linear)
-        weight: Tensor = linear.weight
+        assert isinstance(linear, (nn.Linear, QuantizedLinear))
+        self.outputs, inputs = linear.shape if isinstance(linear, QuantizedLinear) else linear.weight.shape
         bias: Tensor | None = linear.bias
-        self.outputs, inputs = weight.shape
-        if gated:
-            weight, bias = interleave(weight), interleave(bias) if bias is not None else None
-        self.packed, self.bias_N = pack(weight), None if bias is None else bias.float().contiguous()
-        self.pairs, self.tiles = inputs // PAIR, len(self.packed)
-        # K alone decides how a sum is split between warps.
-        self.share = -(-self.pairs // min(-(-self.pairs // AHEAD), MOST_WARPS))
+        if gated and bias is not None:
+            bias = interleave(bias)
+        self.bias_N = None if bias is None else bias.float().contiguous()
+        self.input_factor_K = linear.input_factor_I if isinstance(linear, AwqLinear) else None
+        self.packed = packed(linear, gated=gated)
+        self.pairs, self.tiles = inputs // PAIR, len(self.packed.weight)
+        # The layer's shape and format alone decide how a sum is split between warps, not the number of tokens.
+        self.most_warps = MOST_WARPS if self.tiles < FEW_TILES else MOST_WARPS // 2
+        units = -(-self.pairs // self.packed.unit)
+        num_warps = min(-(-self.pairs // PAIRS_OF_A_WARP), self.most_warps)
+        self.share = -(-units // num_warps) * self.packed.unit
         self.warps = -(-self.pairs // self.share)
+        # Narrow weights need more pairs on the way for as many bytes, where a warp has as many.
+        self.ahead = 8 if self.packed.scale is not None and self.share >= 8 else 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales, all of which a step reads."""
+        return self.packed.weight.nbytes + (self.packed.scale.nbytes if self.packed.scale is not None else 0)
+
+    def scaled(self, norm_K: Tensor) -> Tensor:
+        """The weights of the norm before it, with what its inputs have to be multiplied with."""
+        return norm_K.float() if self.input_factor_K is None else norm_K.float() * self.input_factor_K
 
 
 class LayerWeights:
@@ -49,9 +73,15 @@ class LayerWeights:
         self.qkv, self.o, self.down = Linear(layer.qkv), Linear(layer.o), Linear(layer.down)
         self.gate_up = Linear(layer.gate_up, gated=True)
         assert layer.attn_norm is not None
-        self.attn_norm, self.mlp_norm = layer.attn_norm.weight.float(), layer.mlp_norm.weight.float()
+        self.attn_norm = self.qkv.scaled(layer.attn_norm.weight)
+        self.mlp_norm = self.gate_up.scaled(layer.mlp_norm.weight)
         self.q_norm = layer.q_norm.weight.float() if layer.q_norm is not None else None
         self.k_norm = layer.k_norm.weight.float() if layer.k_norm is not None else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights and scales, all of which a step reads."""
+        return sum(linear.nbytes for linear in (self.qkv, self.o, self.gate_up, self.down))
 
 
 class Weights:
@@ -60,14 +90,28 @@ class Weights:
     def __init__(self, decoder: Decoder, tap: FeatureTap | None, draft: Draft | None) -> None:
         self.embed = decoder.embed.weight.to(torch.bfloat16)
         self.layers = [LayerWeights(layer) for layer in decoder.blocks()]
-        self.norm, self.head = decoder.norm.weight.float(), Linear(decoder.lm_head)
-        self.tap = Linear(tap.project) if tap is not None else None
+        self.head = Linear(decoder.lm_head)
+        self.norm = self.head.scaled(decoder.norm.weight)
+        self.tap = Linear(_without_factor(tap.project)) if tap is not None else None
         self.join = Linear(draft.join) if draft is not None else None
-        if draft is not None:
-            self.embed_norm, self.feature_norm = draft.embed_norm.weight.float(), draft.feature_norm.weight.float()
+        if draft is not None and self.join is not None:
+            norms = torch.cat((draft.embed_norm.weight, draft.feature_norm.weight))
+            self.embed_norm, self.feature_norm = self.join.scaled(norms).chunk(2)
+        self.nbytes = sum(part.nbytes for part in (*self.layers, self.head, self.join) if part is not None)
+        """Bytes of weights and scales that a step with logits and without features reads."""
         positions = torch.arange(decoder.spec.max_positions, device=self.embed.device)
         rotation = decoder.rotation(positions, torch.float32)
         self.cos_SP, self.sin_SP = rotation.cos[:, 0].contiguous(), rotation.sin[:, 0].contiguous()
+
+
+def _without_factor(linear: nn.Module) -> nn.Module:
+    """A layer whose inputs nothing before it could multiply: in bf16 if they have a factor."""
+    if not isinstance(linear, AwqLinear) or linear.input_factor_I is None:
+        return linear
+    weight_NK = (linear.dequantized() * linear.input_factor_I).to(torch.bfloat16)
+    plain = nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight_NK, requires_grad=False), linear.bias  # type: ignore[assignment]
+    return plain
 
 
 class Buffers:

@@ -7,15 +7,18 @@ import pytest
 from ssv.plugins.cuda.compiler import CAPABILITIES, CompileError, compile_source, source_of
 
 PARTS: dict[str, dict[str, int]] = {
-    "products of 8 tokens": {"TILES": 1},
-    "products of 64 tokens": {"TILES": 8},
+    "products of 8 tokens": {"TILES": 1, "BITS": 16, "AHEAD": 4, "THREADS": 512, "BLOCKS": 1, "SEVERAL": 0},
+    "products of 64 tokens": {"TILES": 8, "BITS": 16, "AHEAD": 4, "THREADS": 512, "BLOCKS": 1, "SEVERAL": 0},
+    "FP8": {"TILES": 1, "BITS": 8, "AHEAD": 8, "THREADS": 256, "BLOCKS": 2, "SEVERAL": 1},
+    "INT4": {"TILES": 1, "BITS": 4, "AHEAD": 8, "GROUP_PAIRS": 1, "THREADS": 256, "BLOCKS": 2, "SEVERAL": 1},
     "one group of heads": {"HEAD_DIM": 64, "GROUP": 3, "QK_NORM": 0},
 }
 
 
+@pytest.mark.parametrize("part", ["products of 8 tokens", "FP8", "INT4"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_capability(capability: str) -> None:
-    cubin = compile_source(source_of("decoder"), capability, PARTS["products of 8 tokens"])
+def test_every_capability(capability: str, part: str) -> None:
+    cubin = compile_source(source_of("decoder"), capability, PARTS[part])
     assert cubin[:4] == b"\x7fELF"
     assert all(name in cubin for name in (b"store", b"add", b"gate"))
 

@@ -159,3 +159,12 @@ def test_models_that_the_kernels_cannot_run_are_told() -> None:
     assert "hidden_size 72" in str(engine.misfit(tiny_spec(hidden_size=72)))
     assert "head_dim 20" in str(engine.misfit(tiny_spec(head_dim=20, num_heads=8, num_kv_heads=2)))
     assert "32 query heads" in str(engine.misfit(tiny_spec(num_heads=32, num_kv_heads=1)))
+
+
+@pytest.mark.parametrize("width", launching.WIDTHS)
+def test_attention_of_big_models_fits_the_shared_memory_of_small_gpus(width: int) -> None:
+    """Of 99 KB, compute capabilities 8.6, 8.9 and 12.0, in groups as large as there is room for."""
+    spec = tiny_spec(hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128)
+    num = launching.group_tokens_for(spec, width)
+    assert launching.attention_bytes(spec, width) <= 98 * 1024
+    assert num == {8: 1, 16: 1, 32: 2, 64: 2}[width]
