@@ -52,7 +52,7 @@ $(CLIENTS)/.ready: setup.py constraints-clients.txt
 
 # On a machine with an NVIDIA GPU; torch there is the machine's own.
 test-gpu:
-	$(PYTHON) -m pytest tests/gpu/test_kernels_cuda.py tests/gpu/test_torch_engine_cuda.py tests/gpu/test_trees_cuda.py tests/gpu/test_service_cuda.py
+	$(PYTHON) -m pytest tests/gpu --ignore=tests/gpu/test_tensorrt_gpu.py
 
 # Memory is allocated piece by piece, or what lies beside a tensor would be torch's too. torch's own kernels are left
 # out, but for initcheck, which has to see what they write.

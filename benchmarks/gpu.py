@@ -1,7 +1,7 @@
 """What the CUDA engine takes for its steps, and what every method makes of it, on one GPU.
 
 Steps: milliseconds of a replayed graph alone, and of a whole step with its answer on the host. Methods: tokens/s over
-prompts, the rows of a batch side by side, and whether lossless methods give plain decoding's text.
+prompts, the rows of a batch side by side, greedy and sampled, and whether lossless methods give plain decoding's text.
 
     python benchmarks/gpu.py --bundle bundles/smollm2-135m --out benchmarks/records/gpu.json
 """
@@ -20,13 +20,21 @@ from typing import Any
 import torch
 
 from ssv import LLM, Request, SamplingParams
-from ssv.runtime.engines.cuda.engine import CudaEngine
+from ssv.runtime.engines.contract import RoundRow
+from ssv.runtime.engines.cuda.engine import CudaEngine, Shape
+from ssv.runtime.engines.cuda.rounds import settings_of
 from ssv.runtime.methods import policy_for
 from ssv.support.environment import versions, write_record
 from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 METHODS = "autoregressive,prompt-lookup,suffix,speculative,eagle,premium,balanced,turbo"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature 0.7, top_p 0.9": {"temperature": 0.7, "top_p": 0.9},
+    "temperature 0.7, top_k 40": {"temperature": 0.7, "top_k": 40},
+    "temperature 1": {"temperature": 1.0},
+}
 
 
 def main() -> int:
@@ -36,6 +44,7 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=16, help="(default: 16)")
     parser.add_argument("--max-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--methods", default=METHODS, help=f"(default: {METHODS})")
+    parser.add_argument("--settings", default="greedy", help=f"separated by semicolons, of: {'; '.join(SETTINGS)}")
     parser.add_argument("--rows", default="1,8", help="side by side (default: 1,8)")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64", help="of a pass (default: 1,2,4,8,16,32,64)")
     parser.add_argument("--contexts", default="128,1024", help="tokens before a pass (default: 128,1024)")
@@ -50,8 +59,17 @@ def main() -> int:
         for context in map(int, args.contexts.split(",")):
             figures[f"{name}_at_{context}"] = {num: step_times(engine, num, context) for num in tokens}
             print(name, context, figures[f"{name}_at_{context}"], file=sys.stderr)
+    figures["chosen_ms"] = {setting: choosing_times(llm, setting) for setting in SETTINGS}
+    print("chosen", figures["chosen_ms"], file=sys.stderr)
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)[: args.num_prompts]]
-    figures["methods"] = {num: methods(llm, prompts, args.methods.split(","), args.max_tokens, num) for num in rows}
+    names = args.methods.split(",")
+    for setting in args.settings.split(";"):
+        params = [
+            SamplingParams(max_tokens=args.max_tokens, seed=n, **SETTINGS[setting.strip()]) for n in range(len(prompts))
+        ]
+        requests = list(zip(prompts, params, strict=True))
+        key = "methods" if setting == "greedy" else f"methods, {setting.strip()}"
+        figures[key] = {num: methods(llm, requests, names, num) for num in rows}
     write_record(figures, args.out, versions("torch", "triton", "transformers"))
     return 0
 
@@ -72,6 +90,34 @@ def step_times(engine: CudaEngine, num: int, context: int) -> dict[str, float]:
 
     step()
     return {"graph_ms": _median(engine.last_graph.replay, on_device=True), "step_ms": _median(step, on_device=False)}
+
+
+def choosing_times(llm: LLM, setting: str) -> dict[str, float]:
+    """Milliseconds that a pass of one token and of eight, and a draft's level of one, take with tokens chosen like
+    that; of a graph whose logits are those of one text."""
+    found = {}
+    params = SamplingParams(seed=1, **SETTINGS[setting])
+    row = RoundRow(128, 1, 100, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=1)
+    settings = settings_of([row], [0])
+    for name, engine, num in (
+        ("pass of 1", llm.target, 1),
+        ("pass of 8", llm.target, 8),
+        ("draft level", llm.draft, 1),
+    ):
+        assert isinstance(engine, CudaEngine)
+        step_times(engine, num, 128)
+        engine.buffers.sample(settings)
+        grows = (4, 4) if name == "draft level" else None
+        shape = Shape(8, 1, True, False, grows, samples=not params.greedy)
+        numbers = engine.buffers.step.clone()
+        graph = engine.graph(shape)
+
+        def run(engine: CudaEngine = engine, numbers: torch.Tensor = numbers, graph: Any = graph) -> None:
+            engine.buffers.step.copy_(numbers)
+            graph.replay()
+
+        found[name] = _median(run, on_device=True)
+    return found
 
 
 def _median(run: Callable[[], object], *, on_device: bool, repeats: int = 60) -> float:
@@ -96,17 +142,18 @@ def _median(run: Callable[[], object], *, on_device: bool, repeats: int = 60) ->
 
 
 def methods(
-    llm: LLM, prompts: Sequence[tuple[int, ...]], names: Sequence[str], max_tokens: int, rows: int
+    llm: LLM, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]], names: Sequence[str], rows: int
 ) -> dict[str, dict[str, Any]]:
     """Each method over all prompts, so many rows at a time."""
-    params = SamplingParams(max_tokens=max_tokens)
     found: dict[str, dict[str, Any]] = {}
     plain: list[tuple[int, ...]] = []
     for name in names:
-        for timed in (False, True):  # the first run captures graphs
-            batches = [prompts[i : i + rows] for i in range(0, len(prompts) if timed else 2 * rows, rows)]
+        batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+        for _ in range(2):  # the first run captures graphs
             began = time.perf_counter()
-            outputs = [o for batch in batches for o in llm.generate([Request(ids, name, params) for ids in batch])]
+            outputs = [
+                o for batch in batches for o in llm.generate([Request(ids, name, params) for ids, params in batch])
+            ]
             seconds = time.perf_counter() - began
         texts = [output.token_ids for output in outputs]
         plain = plain or texts

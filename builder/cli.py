@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssv.builder import export_command
 from ssv.builder.config import (
     CalibrationConfig,
     EngineConfig,
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     pair = recipe_command("pair", _pair, "build a whole bundle from a recipe")
+    pair.add_argument("--draft", type=Path, help="what to take for the draft that the recipe names (default: that one)")
     add_max_rows(pair, "prompts decoded side by side while calibrating")
     add_threads(pair)
     distill = recipe_command("distill", _distill, "make a draft, or Medusa's heads, for a target")
@@ -186,14 +188,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of states and logits (default: %(default)s)",
     )
     kernels.add_argument("--out", type=Path, required=True, help="folder to write")
-    export = command("export", _export, "write a bundle's draft as other engines load it")
-    export.add_argument("layout", choices=["speculators", "eagle3"], help="speculators for vLLM, eagle3 for SGLang")
-    export.add_argument("--bundle", type=Path, required=True, help="whose draft it is")
-    export.add_argument(
-        "--verifier",
-        help="name or path of the target, for who starts from the draft (default: the bundle's own, by its path)",
+    export_command.add_arguments(
+        command("export", export_command.run, "write a bundle's models as other engines load them")
     )
-    export.add_argument("--out", type=Path, required=True, help="folder to write")
     profile = command("profile", _profile, "measure what steps cost here, for what is drafted by what pays")
     profile.add_argument("--bundle", type=Path, required=True, help="what to measure, and where the profile is kept")
     add_engine(profile)
@@ -220,6 +217,8 @@ def _pair(args: argparse.Namespace) -> int:
         )
 
     recipe = _recipe(args)
+    if args.draft is not None:
+        recipe = recipe.model_copy(update={"draft": recipe.draft.elsewhere(args.draft.resolve())})
     with terminal_report() as report:
         build_pair(recipe, args.out, device=args.device, make_calibration=make, report=report)
     print(f"bundle written to {args.out}", file=sys.stderr)
@@ -297,14 +296,6 @@ def _convert_heads(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     convert_heads(args.file, args.out)
     print(f"heads written to {args.out}", file=sys.stderr)
-    return 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from ssv.builder.export import export_draft
-
-    export_draft(args.bundle, args.layout, args.out, args.verifier)
-    print(f"draft written to {args.out}", file=sys.stderr)
     return 0
 
 

@@ -238,6 +238,20 @@ class DraftConfig(_Strict):
             raise ValueError("give `distill`, how a draft is made, or one as `file`, `folder` or `checkpoint`")
         return self
 
+    def elsewhere(self, path: Path) -> DraftConfig:
+        """The same kind of draft from another place.
+
+        Raises:
+            RecipeError: the recipe gives none, and has one made.
+        """
+        given = [name for name in ("file", "folder", "checkpoint") if getattr(self, name) is not None]
+        if not given:
+            raise RecipeError(
+                "--draft is for a draft that the recipe gives, and this one has it made",
+                "say in the recipe what it is: `draft: {folder: ...}` or another of file, folder and checkpoint",
+            )
+        return self.model_copy(update={given[0]: path})
+
     def distilled(self) -> DistillConfig:
         """How a draft is made.
 

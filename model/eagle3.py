@@ -124,7 +124,14 @@ def read_eagle3(path: Path, target: Decoder) -> StoredDraft:
 
 
 def published(
-    draft: Draft, layout: Layout, dtype: torch.dtype, *, target_layers: int, verifier: str, architecture: str
+    draft: Draft,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    target_layers: int,
+    verifier: str,
+    architecture: str,
+    reader: str | None = None,
 ) -> tuple[dict[str, Any], Weights]:
     """config.json and tensors of a draft in a layout that others load: vLLM `speculators`, SGLang `eagle3`.
 
@@ -134,6 +141,7 @@ def published(
         dtype: of what is not a number of a token.
         target_layers: of the target.
         verifier, architecture: name or path of the target and its class in transformers, for who starts from the head.
+        reader: who else it is for, to be named where the draft is refused.
 
     Raises:
         UserError: the draft computes something that the layout has no words for.
@@ -153,7 +161,7 @@ def published(
     assert draft.tap is not None
     if any(isinstance(part, QuantizedLinear) for part in draft.modules()):
         raise UserError("the draft is quantized, and the layout has no quantized tensors", "export the original draft")
-    _refuse_what_readers_lack(spec, layout)
+    _refuse_what_readers_lack(spec, layout, reader)
     order = draft.token_ids.argsort()
     weights: Weights = {
         theirs: draft.get_parameter(ours)
@@ -365,7 +373,7 @@ def _flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return default if value is None else value
 
 
-def _refuse_what_readers_lack(spec: DraftSpec, layout: Layout) -> None:
+def _refuse_what_readers_lack(spec: DraftSpec, layout: Layout, reader: str | None) -> None:
     """What a layout's readers would leave out in silence, or stumble over."""
     layer, form = spec.decoder, spec.eagle3
     assert form is not None
@@ -379,6 +387,8 @@ def _refuse_what_readers_lack(spec: DraftSpec, layout: Layout) -> None:
         "more than one layer": layer.num_layers > 1 and layout == "eagle3",
     }
     if found := [name for name, is_so in lacking.items() if is_so]:
+        if reader is not None:
+            raise UserError(f"the draft has {found[0]}, which is not exported for {reader}")
         reader = {"speculators": "vLLM", "eagle3": "SGLang"}[layout]
         cure = "export it as speculators, for vLLM" if layout == "eagle3" and not layer.qk_norm else ""
         raise UserError(f"the draft has {found[0]}, which {reader} does not read of layout {layout}", cure)

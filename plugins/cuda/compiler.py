@@ -15,7 +15,7 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def source_of(name: str) -> str:
-    """The source of the kernels `decoder` or `rounds`, with what they share before it."""
+    """The source of the kernels `decoder`, `rounds` or `sample`, with what they share before it."""
     parts = ("step.cuh", f"{name}.cu")
     return "".join(f'#line 1 "{part}"\n{(_FOLDER / part).read_text()}' for part in parts)
 

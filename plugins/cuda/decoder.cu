@@ -494,6 +494,7 @@ struct Best {
     const long long *tokens; /* [V], of the columns; NULL: their numbers */
     int *token;              /* [rows, MOST_CHILDREN] of the largest logits, the first of equals first */
     float *share;            /* [rows, MOST_CHILDREN] their softmax */
+    const float *extra;      /* [rows] that the softmax has below its line besides; NULL: nothing */
     int vocab, count;
 };
 
@@ -529,6 +530,7 @@ extern "C" __global__ void __launch_bounds__(512) best(const Best p) {
             __syncthreads();
             total = 0.0f;
             for (int w = 0; w < 16; w++) total += sums[w];
+            if (p.extra) total += p.extra[r] * __expf(-top);
         }
         if (!threadIdx.x) {
             const bool is_there = at < p.vocab;
@@ -553,7 +555,8 @@ struct Grow {
     const float *risk; /* [rows]: that the target rejects the first guess; NULL: what its share leaves */
     const float *hidden; /* [rows, H] of those that were gathered */
     float *features;     /* [TOKENS, H] of the level that comes */
-    const float *corrections; /* [MOST_CHILDREN, 2] offset and slope of log odds, by rank */
+    const float *corrections; /* [2, MOST_CHILDREN, 2] offset and slope of log odds, by rank; of greedy rows, of others */
+    const int *settings;      /* [rows of the cache, S_SIZE]; NULL: all rows are greedy */
     int *found;               /* [growing rows, most_found, 4]: token, parent, share, risk */
     float *survival;          /* [growing rows, MOST_CHILDREN] of the nodes that were run */
     int *candidate;           /* [growing rows, MOST_CHILDREN] which candidates they are */
@@ -589,9 +592,12 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     if (t < num) {
         token = p.token[row * MOST_CHILDREN + rank];
         const float first = p.share[row * MOST_CHILDREN], share = p.share[row * MOST_CHILDREN + rank];
-        const float risk = p.risk ? p.risk[row] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
+        /* The scorer does not see the noise of a row that samples: there the draft's shares stand. */
+        const bool samples = p.settings && p.settings[p.step[GROW_ROW + g] * S_SIZE + S_TEMPERATURE];
+        const float *correction = p.corrections + 2 * (samples * MOST_CHILDREN + rank);
+        const float risk = p.risk && !samples ? p.risk[row] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
         const float said = fminf(fmaxf(rank ? share * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
-        const float odds = p.corrections[2 * rank] + p.corrections[2 * rank + 1] * __logf(said / (1.0f - said));
+        const float odds = correction[0] + correction[1] * __logf(said / (1.0f - said));
         const float corrected = 1.0f / (1.0f + __expf(-odds));
         own = token < 0 ? 0.0f : (level ? p.survival[g * MOST_CHILDREN + from] : 1.0f) * corrected;
         int *out = p.found + ((size_t)g * p.most_found + found + t) * 4;

@@ -13,6 +13,7 @@
 #define NODES 64  /* room of a tree */
 #define ENDS 8    /* most tokens that end an output */
 #define FOUND 1024 /* most candidates of a row */
+#define SIZES 6    /* of trees that a row is told the worth of: 1, 3, 7, 15, 31 and 63 nodes */
 
 /* Of the header. */
 enum { NUM_ROWS, ROUND };
@@ -43,8 +44,8 @@ enum {
     T_PARENT = T_TOKEN + NODES, /* -1: the root */
     T_DEPTH = T_PARENT + NODES,
     T_RISK = T_DEPTH + NODES,
-    T_SURVIVAL = T_RISK + NODES,
-    T_SIZE = T_SURVIVAL + NODES
+    T_GAINS = T_RISK + NODES, /* [LEVELS, SIZES] the sum of the survivals of the best so many candidates no deeper than that */
+    T_SIZE = T_GAINS + LEVELS * SIZES
 };
 
 /* What the host is told of a row. */
@@ -53,10 +54,8 @@ enum {
     O_JUDGED_ROWS, /* rows of the pass that were judged */
     O_JUDGED,      /* kept nodes that were */
     O_TOKENS,      /* the kept nodes', and the one behind them; -1 where the logits are no distribution */
-    O_COUNTS = O_TOKENS + LEVELS + 1, /* by depth: nodes, and the sum of their survivals */
-    O_SURVIVALS = O_COUNTS + LEVELS,
-    O_NODE_SURVIVALS = O_SURVIVALS + LEVELS, /* of each node */
-    O_SIZE = O_NODE_SURVIVALS + NODES
+    O_GAINS = O_TOKENS + LEVELS + 1, /* see T_GAINS */
+    O_SIZE = O_GAINS + LEVELS * SIZES
 };
 
 #define WHOLE (1 << 30) /* the prefix of a token of a chain */
@@ -73,10 +72,14 @@ struct Plant {
     int levels, beam, children, nodes;
 };
 
+__device__ __forceinline__ int size_of(int i) { return i ? (2 << i) - 1 : 1; }
+
 /* One block of 256 threads a row. */
 extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
     __shared__ float survival[FOUND];
     __shared__ short number[FOUND];
+    __shared__ unsigned char level_of[FOUND], best_level[NODES];
+    __shared__ float best[NODES];
     __shared__ int total;
     const int g = blockIdx.x, t = threadIdx.x;
     release_next();
@@ -91,15 +94,13 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
         const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]), verify_above = __int_as_float(row[R_VERIFY_ABOVE]);
         const double budget = __int_as_float(row[R_RISK_BUDGET]);
         double all_right = 1.0; /* in double, as the host has it: texts of lossy tiers must not depend on who drafts */
-        float survives = 1.0f;
         int count = 0;
         while (count < min(min(p.levels, most), rest)) {
             const int4 it = found[count];
             if (it.x < 0) break;
             const float risk = __int_as_float(it.w);
-            survives *= __int_as_float(it.z);
             tree[T_TOKEN + count] = it.x, tree[T_PARENT + count] = count - 1, tree[T_DEPTH + count] = count + 1;
-            tree[T_RISK + count] = it.w, tree[T_SURVIVAL + count] = __float_as_int(survives);
+            tree[T_RISK + count] = it.w;
             count++;
             const bool is_judged = !(risk < accept_below);
             if (is_judged) all_right = __dmul_rn(all_right, __dsub_rn(1.0, (double)risk));
@@ -116,15 +117,26 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
             float above = 1.0f;
             if (it.y >= 0) above = is_end(row, found[it.y].x) ? 0.0f : survival[it.y];
             survival[c] = it.x < 0 || level >= rest ? 0.0f : above * __int_as_float(it.z);
+            level_of[c] = level;
         }
         __syncthreads();
     }
+    if (t < NODES) best[t] = 0.0f, best_level[t] = LEVELS;
+    __syncthreads();
     for (int c = t; c < last; c += 256) {
         int place = 0;
         for (int u = 0; u < last; u++) place += survival[u] > survival[c] || (survival[u] == survival[c] && u < c);
         number[c] = place < most && survival[c] > 0.0f;
+        if (place < NODES) best[place] = survival[c], best_level[place] = level_of[c];
     }
     __syncthreads();
+    if (t < LEVELS * SIZES) {
+        const int depth = t / SIZES, size = size_of(t % SIZES);
+        float sum = 0.0f;
+        for (int i = 0, taken = 0; i < NODES && taken < size; i++)
+            if (best_level[i] <= depth) sum += best[i], taken++;
+        tree[T_GAINS + t] = __float_as_int(sum);
+    }
     int own[FOUND / 256];
     for (int i = 0; i < FOUND / 256; i++) {
         const int c = t + 256 * i;
@@ -149,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
         for (int up = found[c].y; up >= 0; up = found[up].y) depth++;
         const int4 it = found[c];
         tree[T_TOKEN + node] = it.x, tree[T_PARENT + node] = it.y < 0 ? -1 : number[it.y], tree[T_DEPTH + node] = depth;
-        tree[T_RISK + node] = it.w, tree[T_SURVIVAL + node] = __float_as_int(survival[c]);
+        tree[T_RISK + node] = it.w;
     }
 }
 
@@ -228,15 +240,13 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
             int *row = p.rows + g * R_SIZE, *tree = p.trees + g * T_SIZE, *out = results + g * O_SIZE;
             const int count = tree[T_COUNT];
             const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]);
-            int parent[2], token[2], depth[2];
-            float survival[2];
+            int parent[2], token[2];
             bool is_trusted[2];
             int num_trusted = 0;
             for (int i = 0; i < 2; i++) {
                 const int n = lane + 32 * i;
                 const bool is_there = n < count;
                 parent[i] = is_there ? tree[T_PARENT + n] : -2, token[i] = is_there ? tree[T_TOKEN + n] : -2;
-                depth[i] = is_there ? tree[T_DEPTH + n] : 0, survival[i] = is_there ? __int_as_float(tree[T_SURVIVAL + n]) : 0.0f;
                 is_trusted[i] = is_there && p.is_chain && __int_as_float(tree[T_RISK + n]) < accept_below;
                 num_trusted += __popc(__ballot_sync(~0u, is_trusted[i]));
             }
@@ -257,14 +267,8 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
             }
             if (!lane) path_token[warp][kept] = choice;
             __syncwarp();
-            for (int d = 1; d <= LEVELS; d++) {
-                const int here = __popc(__ballot_sync(~0u, depth[0] == d)) + __popc(__ballot_sync(~0u, depth[1] == d));
-                float sum = (depth[0] == d ? survival[0] : 0.0f) + (depth[1] == d ? survival[1] : 0.0f);
-                for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-                if (!lane) out[O_COUNTS + d - 1] = here, out[O_SURVIVALS + d - 1] = __float_as_int(sum);
-            }
-            for (int i = 0; i < 2; i++)
-                if (lane + 32 * i < count) out[O_NODE_SURVIVALS + lane + 32 * i] = __float_as_int(survival[i]);
+            if (!p.is_chain)
+                for (int i = lane; i < LEVELS * SIZES; i += 32) out[O_GAINS + i] = tree[T_GAINS + i];
             if (lane <= kept) out[O_TOKENS + lane] = path_token[warp][lane];
             if (!lane) {
                 out[O_NODES] = count, out[O_KEPT] = kept, out[O_JUDGED_ROWS] = 1 + count - num_trusted, out[O_JUDGED] = judged;

@@ -29,6 +29,16 @@ enum {
     DEPTH = 80
 };
 
+/* How a row chooses, by its place in the caches: floats are bits. */
+enum {
+    S_TEMPERATURE, /* 0: greedily, and the others do not count */
+    S_TOP_K,       /* 0: all */
+    S_TOP_P,
+    S_SEED_LOW, S_SEED_HIGH,
+    S_AHEAD, /* by how much the place of the token behind one is more than the number of keys that the one sees */
+    S_SIZE = 8
+};
+
 /* Before compute capability 9.0 a kernel begins when the one before it has ended. */
 __device__ __forceinline__ void release_next() {
 #if __CUDA_ARCH__ >= 900

@@ -1,9 +1,9 @@
-"""Greedy rounds that the engines run by themselves (`RoundsEngine`): the host hands its rows over, reads what a round
-gave while the next one runs, and takes the rows back before any of them comes or goes.
+"""Rounds that the engines run by themselves (`RoundsEngine`): the host hands its rows over, reads what a round gave
+while the next one runs, and takes the rows back before any of them comes or goes.
 
-What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampling, changed logits, audits,
-rows of several policies side by side, what was found in the text, rows that tell how their tokens came about. Lossless
-text is the same either way, and so is that of lossy chains: they are cut by the same numbers.
+What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampled rows of lossy tiers, changed
+logits, audits, rows of several policies side by side, what was found in the text, rows that tell how their tokens came
+about. Lossless text is the same either way, and so is that of lossy greedy chains: they are cut by the same numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from ssv.runtime.decode.choice import check_chosen
 from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.row import Row
-from ssv.runtime.engines.contract import MOST_ENDS, RoundResult, RoundRow, RoundsEngine, RoundShape, TreeShape
+from ssv.runtime.decode.sampling import LEAST_TEMPERATURE
+from ssv.runtime.engines.contract import (
+    MOST_ENDS,
+    NOT_CORRECTED,
+    RoundResult,
+    RoundRow,
+    RoundsEngine,
+    RoundShape,
+    TreeShape,
+)
 
 IN_FLIGHT = 2
 """Rounds under way while the host waits for the first of them."""
@@ -45,7 +54,7 @@ class Ahead:
         """
         self._rounds, self._drafter, self._eos_ids = rounds, drafter, eos_ids
         self.is_under_way = False
-        self._drafts = False
+        self._drafts = self._samples = False
         self._shapes: list[RoundShape] = []
         self._chosen: RoundShape | None = None
         self._rounds_until_choice = 0
@@ -92,13 +101,16 @@ class Ahead:
                 for b, row in enumerate(rows):
                     drafter.catch_up(b, row)
             features_BTF = drafter.features(len(rows))
-        corrections = drafter.corrections(rows[0].policy) if drafter is not None else ()
+        corrections = (NOT_CORRECTED, NOT_CORRECTED) if drafter is None else drafter.corrections(rows[0].policy)
         self._rounds.begin([self._handed_over(row, drafter) for row in rows], features_BTF, corrections)
         self._drafts, self.is_under_way = shape.tree is not None, True
 
     def _handed_over(self, row: Row, drafter: ModelDrafter | None) -> RoundRow:
-        policy = row.policy
+        policy, params = row.policy, row.params
         mine = RoundRow(row.target_length, row.tokens[-1], row.rest, ends=sorted(row.ends(self._eos_ids)))
+        if not params.greedy:
+            temperature = max(params.temperature, LEAST_TEMPERATURE)
+            mine = replace(mine, temperature=temperature, top_k=params.top_k, top_p=params.top_p, seed=params.seed)
         if drafter is None or row.has_lost_draft:
             return mine
         return replace(
@@ -128,9 +140,9 @@ class Ahead:
             gained.append(list(result.tokens))
         if self._drafts and rows[0].policy.pays:
             assert self._drafter is not None and shape.tree is not None
-            levels = self._drafter.levels
-            levels.note(shape.tree.levels, [result.survival_by_depth for result in results])
-            levels.note_nodes(shape.nodes, [result.survivals for result in results])
+            gains = [result.gains for result in results if result.gains is not None]
+            if gains:
+                self._drafter.levels.note_gains(shape.tree.levels, gains)
         return gained
 
     def _goes_on(self, rows: Sequence[Row]) -> bool:
@@ -145,11 +157,12 @@ class Ahead:
         policy, num = rows[0].policy, len(rows)
         if not self.is_under_way and not all(self._suits(row) and row.policy == policy for row in rows):
             return None
+        self._samples = any(not row.params.greedy for row in rows)
         most = self._rounds.most_tokens // num - 1
         if most < 0:
             return None
         if not policy.max_pending or (policy.pays and any(row.has_lost_draft for row in rows)):
-            return RoundShape(None, 0)
+            return self._round(None, 0)
         if policy.pays:
             return self._what_pays(policy, num, sum(len(row.tokens) for row in rows), most)
         levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
@@ -157,19 +170,22 @@ class Ahead:
         if policy.lossless and policy.is_chain and most < levels:  # its text is the same however long it is
             nodes = levels = most if self._may_pay(num, most) else 0
         if not nodes:
-            return RoundShape(None, 0)
+            return self._round(None, 0)
         tree = TreeShape(levels, policy.beam, policy.children[0])
         if nodes > most or num * tree.opened(levels) > self._rounds.most_tokens or tree.firsts[-1] > MOST_GUESSES:
             return None
-        return RoundShape(tree, nodes)
+        return self._round(tree, nodes)
+
+    def _round(self, tree: TreeShape | None, nodes: int) -> RoundShape:
+        return RoundShape(tree, nodes, self._samples)
 
     def _may_pay(self, num_rows: int, levels: int) -> bool:
         """Whether a short chain beats plain decoding if its draft is a good one."""
         if not levels:
             return False
         gain = sum(FIRST_SURVIVAL * FADING**depth for depth in range(levels))
-        drafted = self._rounds.seconds(num_rows, RoundShape(TreeShape(levels, 1, 1), levels))
-        return 1 + gain > drafted / self._rounds.seconds(num_rows, RoundShape(None, 0))
+        drafted = self._rounds.seconds(num_rows, self._round(TreeShape(levels, 1, 1), levels))
+        return 1 + gain > drafted / self._rounds.seconds(num_rows, self._round(None, 0))
 
     def _what_pays(self, policy: Policy, num_rows: int, num_tokens: int, most_nodes: int) -> RoundShape:
         """The shape with the most tokens per second, of all that a policy allows.
@@ -189,15 +205,17 @@ class Ahead:
 
         def shape(levels: int, nodes: int) -> RoundShape:
             if not levels:
-                return RoundShape(None, 0)
+                return self._round(None, 0)
+            # With branches also where they are not verified: what these would be worth is told.
             beam = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows)
-            return RoundShape(TreeShape(levels, beam, min(policy.children[0], nodes)), nodes)
+            return self._round(TreeShape(levels, beam, policy.children[0]), nodes)
 
         levels, nodes = measured.worth_nodes(
             num_rows,
             lambda levels, nodes: self._rounds.seconds(num_rows, shape(levels, nodes)),
             min(policy.max_depth or MOST_DEPTH, MOST_DEPTH),
             min(policy.max_pending, most_nodes),
+            (chosen.tree.levels, chosen.nodes) if (chosen := self._chosen) is not None and chosen.tree else None,
         )
         self._chosen, self._rounds_until_choice = shape(levels, nodes), ROUNDS_OF_A_CHOICE if levels else 1
         return self._chosen
@@ -207,7 +225,7 @@ class Ahead:
         params, policy, processor = row.params, row.policy, row.processor
         by_model = policy.drafter == "model" and self._drafter is not None and self._drafter.needs_features
         return (
-            params.greedy
+            (params.greedy or policy.lossless_for(greedy=False))
             and params.logprobs is None
             and row.audited is None
             and not params.fates

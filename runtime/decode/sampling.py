@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssv.plugins.ops import on
+from ssv.plugins import reference
 from ssv.plugins.reference import gumbel
 from ssv.runtime.request import SamplingParams
 
@@ -78,12 +78,16 @@ def choose(logits_RV: Tensor, sampling: Sampling, token_V: Tensor | None = None)
         token_V: int64, the token of each column, where it is another number than the column's.
     """
     rows, vocab = logits_RV.shape
-    if logits_RV.device.type != "cpu" or _sampling is None:
-        sampling = sampling.to(logits_RV.device)
-        x_RV = filtered(logits_RV, sampling)
-        return on(logits_RV.device).choose(x_RV, sampling.seed_R, sampling.position_R, token_V)
-    logits_RV = logits_RV.float().contiguous()
     temperature_R = _divisor(sampling.temperature_R)
+    if logits_RV.device.type == "cuda":
+        # Where there is no GPU there need be no NVRTC.
+        from ssv.runtime.engines.cuda.drawing import drawn
+
+        s = sampling
+        return drawn(logits_RV, temperature_R, s.top_k_R, s.top_p_R, s.seed_R, s.position_R, token_V)
+    if _sampling is None:
+        return reference.choose(filtered(logits_RV, sampling), sampling.seed_R, sampling.position_R, token_V)
+    logits_RV = logits_RV.float().contiguous()
     index_R = torch.empty(rows, dtype=torch.int32)
     _sampling.choose(*_addresses(logits_RV, token_V, temperature_R, sampling), index_R.data_ptr(), rows, vocab)
     return index_R

@@ -185,6 +185,13 @@ class Grown:
     risks: NDArray[np.float32]
 
 
+Corrections = Sequence[tuple[float, float]]
+"""Of shares of guesses: log odds become offset + slope * log odds, (offset, slope) by rank. The last one is that of all
+further ranks."""
+
+NOT_CORRECTED: Corrections = ((0.0, 1.0),)
+
+
 @runtime_checkable
 class GrowingEngine(Engine, Protocol):
     """A draft's engine that grows trees by itself, without waiting for anybody between their levels.
@@ -202,7 +209,7 @@ class GrowingEngine(Engine, Protocol):
         count_B: Tensor,
         features_in_BTF: Tensor | None,
         shape: TreeShape,
-        corrections: Sequence[tuple[float, float]],
+        corrections: Corrections,
     ) -> list[Grown | None]:
         """Runs tokens of rows as `step` does, and grows a tree behind the last one of each row that has any.
 
@@ -213,7 +220,7 @@ class GrowingEngine(Engine, Protocol):
 
         Args:
             count_B: 0 for rows whose trees do not grow.
-            corrections: (offset, slope) by rank; the last one is that of all further ranks. (0, 1) corrects nothing.
+            corrections: see `Corrections`.
 
         Returns:
             Of each row; None where nothing grew.
@@ -232,10 +239,12 @@ class RoundShape:
         tree: None of plain decoding.
         nodes: most nodes of a row's tree that are verified: those that survive most probably. Of a chain, the first
             ones, up to the one at which its policy asks for a pass.
+        samples: whether rows may sample.
     """
 
     tree: TreeShape | None
     nodes: int
+    samples: bool = False
 
     @property
     def depth(self) -> int:
@@ -260,6 +269,8 @@ class RoundRow:
         ends: tokens that end its output, at most `MOST_ENDS`.
         draft_length: entries of the draft's cache.
         pending: tokens of the text that have none yet, the root last; none in rows that do not draft.
+        temperature: above 0 a row samples, by `choose` of `ssv.runtime.decode.sampling`; its tree is lossless.
+        top_k, top_p, seed: of such rows, see `SamplingParams`. The place of the token behind the root is `length` + 1.
     """
 
     length: int
@@ -272,6 +283,10 @@ class RoundRow:
     ends: Sequence[int] = ()
     draft_length: int = 0
     pending: Sequence[int] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,20 +299,19 @@ class RoundResult:
         num_nodes: of its tree.
         num_judged_rows: of the pass, the root's among them.
         num_judged: kept nodes that were judged.
-        survival_by_depth: of the tree's nodes, how many there are and the sum of their survivals, from depth 1 on.
-        survivals: of each of them, fp32.
+        gains: fp32 [levels, GAIN_SIZES], of trees with branches: the sum of the survivals of its best so many
+            candidates that are no deeper than a level, from the first on.
     """
 
     tokens: Sequence[int]
     num_nodes: int
     num_judged_rows: int
     num_judged: int
-    survival_by_depth: Sequence[tuple[int, float]]
-    survivals: NDArray[np.float32]
+    gains: NDArray[np.float32] | None
 
 
 class RoundsEngine(Protocol):
-    """A target and a draft that run greedy rounds by themselves, each behind the one before: the host hears of them
+    """A target and a draft that run rounds by themselves, each behind the one before: the host hears of them
     while the next one runs.
 
     Between `begin` and `end` nobody else may step the two engines.
@@ -325,13 +339,13 @@ class RoundsEngine(Protocol):
         self,
         rows: Sequence[RoundRow],
         features_BTF: Tensor | None,
-        corrections: Sequence[tuple[float, float]],
+        corrections: tuple[Corrections, Corrections],
     ) -> None:
         """Takes over rows, the first ones of the caches.
 
         Args:
             features_BTF: of their pending tokens; None if no row drafts.
-            corrections: see `GrowingEngine.grow`.
+            corrections: of greedy rows, and of those that sample.
         """
         ...
 
@@ -358,6 +372,9 @@ class RoundsEngine(Protocol):
         """
         ...
 
+
+GAIN_SIZES = (1, 3, 7, 15, 31, 63)
+"""Nodes of trees that fill a pass of some rows: with their root a power of two."""
 
 MOST_ENDS = 8
 """Tokens that may end the output of a row in rounds that engines run by themselves."""

@@ -9,9 +9,13 @@ from types import ModuleType
 
 from ssv.support.errors import UserError
 
-VERSIONS = ">=1.3.0rc26,<1.5"
-"""Versions whose published interface `drafter.py` and `engine.py` are written to: its reference pages of 1.3.0rc26 to
-1.4.0rc4. Before, drafters that a user provides had other arguments, or shared their place with engines' own."""
+OLDEST_READ, NEWEST_READ = "1.3.0rc26", "1.4.0rc4"
+"""Versions whose published interface `drafter.py` and `engine.py` are written to: the reference pages of these and of
+some between them, and for what has no page (drafters, and who calls them when) the sources on main in that time."""
+
+VERSIONS = f">={OLDEST_READ},<1.5"
+"""Versions that are taken. In older ones drafters that a user provides had other arguments, or shared their place with
+engines' own. A 1.4 that is newer than `NEWEST_READ` is taken without having been read."""
 
 INSTALL = f"pip install 'tensorrt-llm{VERSIONS}' --extra-index-url https://pypi.nvidia.com"
 

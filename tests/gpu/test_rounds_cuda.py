@@ -7,6 +7,7 @@ make test-gpu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ from ssv.model.scorer import Scorer
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
-from ssv.runtime.engines.contract import EngineError, RoundRow, RoundShape, TreeShape
+from ssv.runtime.engines.contract import NOT_CORRECTED, EngineError, RoundRow, RoundShape, TreeShape
 from ssv.runtime.engines.cuda.make import cuda_engines
 from ssv.runtime.engines.cuda.rounds import CudaRounds
 from ssv.runtime.methods import AUTOREGRESSIVE
 from ssv.runtime.request import Request, SamplingParams
 
 ROWS, LENGTH = 4, 400
+NONE = (NOT_CORRECTED, NOT_CORRECTED)
 
 CHAINS = {
     "plain": AUTOREGRESSIVE,
@@ -124,6 +126,29 @@ def test_trees_give_plain_text(pair: tuple[Any, Any], name: str, count: int) -> 
     assert abs(accepted - of_host) <= 0.05 * of_host + 2
 
 
+SAMPLED = ({"temperature": 0.8}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.2, "top_k": 9, "top_p": 0.8})
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize("name", ["plain", "chain of 5", *TREES])
+def test_sampled_rows_give_plain_text(pair: tuple[Any, Any], name: str, count: int) -> None:
+    """Beside greedy ones, each with its own seed and settings; and the host's rounds draw the same."""
+    many = [
+        replace(each, params=replace(each.params, seed=2**63 + 7 * b, **SAMPLED[b % 3])) if b % 4 != 3 else each
+        for b, each in enumerate(requests(count))
+    ]
+    expected, _ = decoded(pair, many, [AUTOREGRESSIVE] * count, None)
+    rounds = Counted(*pair)
+    found, counted = decoded(pair, many, [{**CHAINS, **TREES}[name]] * count, rounds)
+    assert found == expected
+    assert expected != decoded(pair, requests(count), [AUTOREGRESSIVE] * count, None)[0]
+    assert rounds.num > 5
+    if name != "plain":
+        _, by_host = decoded(pair, many, [{**CHAINS, **TREES}[name]] * count, None)
+        accepted, of_host = (sum(c.accepted for c in each) for each in (counted, by_host))
+        assert of_host == 0 or accepted >= 0.9 * of_host - 2
+
+
 def test_rows_that_come_and_go_and_change_hands(pair: tuple[Any, Any]) -> None:
     """Sampled rows and other policies between them: the host's rounds and the engines' own take turns."""
     many = requests(12)
@@ -137,7 +162,7 @@ def test_rows_that_come_and_go_and_change_hands(pair: tuple[Any, Any]) -> None:
 
 def test_what_there_is_no_room_for_is_refused(pair: tuple[Any, Any]) -> None:
     rounds = CudaRounds(*pair)
-    rounds.begin([RoundRow(3, 5, 100, limit=70, draft_length=2, pending=[5])] * 2, torch.zeros(2, 1, 64), ((0.0, 1.0),))
+    rounds.begin([RoundRow(3, 5, 100, limit=70, draft_length=2, pending=[5])] * 2, torch.zeros(2, 1, 64), NONE)
     with pytest.raises(EngineError, match="room for 64"):
         rounds.run(RoundShape(TreeShape(5, 4, 4), 40))
     with pytest.raises(EngineError, match="no room for their levels"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,18 @@ from torch import Tensor
 from fakes import FakeDraft
 from ssv.bundle.survival import log_odds
 from ssv.runtime.decode.tree import branches_of
-from ssv.runtime.engines.contract import Engine, Grown, TreeShape
+from ssv.runtime.engines.contract import Corrections, Engine, Grown, TreeShape
+
+Guesses = Callable[[Tensor, int, int], tuple[list[int], list[float]]]
+"""Of logits [V], the columns that are chosen first, second and so on, and their shares; how many are wanted, and how
+many nodes stand between the root and them."""
+
+
+def likeliest(logits_V: Tensor, count: int, depth: int) -> tuple[list[int], list[float]]:
+    """Guesses of a greedy row."""
+    # The first of equals first.
+    order = logits_V.sort(descending=True, stable=True).indices[:count].tolist()
+    return order, logits_V.float().softmax(dim=0)[order].tolist()
 
 
 def grow_by_stepping(
@@ -23,9 +34,15 @@ def grow_by_stepping(
     count_B: Tensor,
     features_in_BTF: Tensor | None,
     shape: TreeShape,
-    corrections: Sequence[tuple[float, float]],
+    corrections: Corrections,
+    sampled: Sequence[tuple[Guesses, Corrections] | None] = (),
 ) -> list[Grown | None]:
-    """`GrowingEngine.grow`, a row at a time, by the steps of any engine."""
+    """`GrowingEngine.grow`, a row at a time, by the steps of any engine.
+
+    Args:
+        corrections: of greedy rows.
+        sampled: of each row that samples its guesses, of which the scorer knows nothing, and their corrections.
+    """
     batch, tokens = input_ids_BT.shape
     growing = [b for b in range(batch) if count_B[b]]
     rows_R = torch.tensor([b * tokens + int(count_B[b]) - 1 for b in growing])
@@ -36,8 +53,9 @@ def grow_by_stepping(
     for r, b in enumerate(growing):
         reject = None if out.reject_prob_R is None else out.reject_prob_R[r : r + 1]
         end = int(first_slot_B[b] + count_B[b])
+        guesses, own = (sampled[b] if sampled else None) or (likeliest, corrections)
         found[b] = _grown(
-            engine, b, end, out.hidden_RH[r : r + 1], out.logits_RV[r : r + 1], reject, shape, corrections
+            engine, b, end, out.hidden_RH[r : r + 1], out.logits_RV[r : r + 1], reject, shape, own, guesses
         )
     return found
 
@@ -54,7 +72,8 @@ def _grown(
     logits_RV: Tensor,
     reject_prob_R: Tensor | None,
     shape: TreeShape,
-    corrections: Sequence[tuple[float, float]],
+    corrections: Corrections,
+    guesses: Guesses,
 ) -> Grown:
     tokens: list[int] = []
     parents: list[int] = []
@@ -65,12 +84,11 @@ def _grown(
     for level in range(shape.levels):
         children = []
         for r, (candidate, survival, path) in enumerate(opened):
-            # The first of equals first.
-            order = logits_RV[r].sort(descending=True, stable=True).indices[: shape.children].tolist()
-            shares = logits_RV[r].float().softmax(dim=0)[order].tolist()
+            order, shares = guesses(logits_RV[r], shape.children, level)
             order += [-1] * (shape.children - len(order))
             shares += [0.0] * (shape.children - len(shares))
-            reject = 1 - shares[0] if reject_prob_R is None else float(reject_prob_R[r])
+            scored = reject_prob_R is not None and guesses is likeliest
+            reject = float(reject_prob_R[r]) if scored else 1 - shares[0]
             left = reject / max(1 - shares[0], 1e-6)
             for rank, (column, share) in enumerate(zip(order, shares, strict=True)):
                 offset, slope = corrections[min(rank, len(corrections) - 1)]
@@ -81,7 +99,7 @@ def _grown(
                 tokens.append(token)
                 parents.append(candidate)
                 said.append(corrected)
-                risks.append(reject if not rank and reject_prob_R is not None else 1 - corrected)
+                risks.append(reject if not rank and scored else 1 - corrected)
         if level == shape.levels - 1:
             break
         best = sorted(children, key=lambda child: -child[1])[: shape.opened(level + 1)]
@@ -123,7 +141,7 @@ class GrowingFakeDraft(FakeDraft):
         count_B: Tensor,
         features_in_BTF: Tensor | None,
         shape: TreeShape,
-        corrections: Sequence[tuple[float, float]],
+        corrections: Corrections,
     ) -> list[Grown | None]:
         self.num_grown += 1
         assert int(count_B.sum()) <= self.most_growing

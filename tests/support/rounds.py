@@ -7,23 +7,30 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from growing import grow_by_stepping
+from growing import Guesses, grow_by_stepping
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.decode.growth import Growth, likely_groups
+from ssv.runtime.decode.sampling import Sampling, choose, ranked
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.verify import asks_for_pass, judged_rows, walk
 from ssv.runtime.engines.contract import (
+    GAIN_SIZES,
     MOST_ENDS,
     MOST_IN_FLIGHT,
+    NOT_CORRECTED,
+    Corrections,
     Engine,
     Grown,
     RoundResult,
     RoundRow,
     RoundShape,
+    TreeShape,
 )
+from ssv.runtime.request import SamplingParams
 
 
 @dataclass(slots=True)
@@ -36,6 +43,26 @@ class _State:
     pending: list[int]
     features_TF: Tensor | None
     is_lost: bool = False
+
+
+def gains_of(state: _State, grown: Grown | None, shape: TreeShape) -> NDArray[np.float32]:
+    """See `RoundResult.gains`."""
+    assert grown is not None
+    survival = {ROOT: 1.0}
+    level = {ROOT: -1}
+    for c, (token, parent, share) in enumerate(zip(grown.tokens, grown.parents, grown.shares, strict=True)):
+        level[c] = level[parent] + 1
+        ended = parent != ROOT and grown.tokens[parent] in state.row.ends
+        is_there = token >= 0 and not ended and level[c] < max(state.rest, 0)
+        survival[c] = float(survival[parent] * share) if is_there else 0.0
+    best = sorted((c for c in survival if c != ROOT), key=lambda c: -survival[c])
+    return np.array(
+        [
+            [sum(survival[c] for c in [c for c in best if level[c] <= depth][:size]) for size in GAIN_SIZES]
+            for depth in range(shape.levels)
+        ],
+        dtype=np.float32,
+    )
 
 
 class FakeRounds:
@@ -54,7 +81,7 @@ class FakeRounds:
         self._target, self._draft, self._seconds = target, draft, seconds
         self._given: list[list[RoundResult]] = []
         self._states: list[_State] = []
-        self._corrections: Sequence[tuple[float, float]] = ()
+        self._corrections: tuple[Corrections, Corrections] = (NOT_CORRECTED, NOT_CORRECTED)
         self.shapes: list[RoundShape] = []
         self.num_begun = 0
 
@@ -69,10 +96,11 @@ class FakeRounds:
         pass
 
     def begin(
-        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: Sequence[tuple[float, float]]
+        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: tuple[Corrections, Corrections]
     ) -> None:
         assert not self._states and not self._given
         assert all(len(row.ends) <= MOST_ENDS and len(row.pending) <= self.most_pending for row in rows)
+        assert all(row.temperature == 0 or row.accept_below == 0 for row in rows)
         self._states = [
             _State(
                 row,
@@ -92,8 +120,10 @@ class FakeRounds:
         assert self.in_flight < MOST_IN_FLIGHT
         assert not self.shapes or not self._given or (self.shapes[-1].tree is None) == (shape.tree is None)
         assert len(self._states) * (1 + shape.nodes) <= self.most_tokens
+        assert shape.samples == any(state.row.temperature > 0 for state in self._states)
         self.shapes.append(shape)
-        trees = self._trees(shape)
+        planted = self._trees(shape)
+        trees = [tree for tree, _ in planted]
         width = 1 + max(map(len, trees))
         starts = [state.length for state in self._states]
         paths = [
@@ -112,18 +142,39 @@ class FakeRounds:
             count_B=torch.tensor([len(tree) + 1 for tree in trees], dtype=torch.int32),
             features_out=self._states[0].features_TF is not None,
         )
-        chosen = iter(out.logits_RV.argmax(dim=1).tolist())
+        at = [(b, depth) for b, tree in enumerate(trees) for depth in (0, *tree.depths)]
+        chosen = iter(choose(out.logits_RV, self._sampling(at)).tolist())
         self._given.append(
             [
-                self._settled(b, tree, [next(chosen) for _ in range(len(tree) + 1)], shape, out.features_BTF)
-                for b, tree in enumerate(trees)
+                self._settled(b, tree, [next(chosen) for _ in range(len(tree) + 1)], shape, out.features_BTF, gains)
+                for b, (tree, gains) in enumerate(planted)
             ]
         )
 
-    def _trees(self, shape: RoundShape) -> list[Tree]:
+    def _sampling(self, at: Sequence[tuple[int, int]]) -> Sampling:
+        """Of rows, at places so far behind the one after their roots."""
+        rows = [self._states[b].row for b, _ in at]
+        params = [
+            SamplingParams(temperature=row.temperature, top_k=row.top_k, top_p=row.top_p, seed=row.seed) for row in rows
+        ]
+        return Sampling.of(params, [self._states[b].length + 1 + depth for b, depth in at])
+
+    def _sampled(self, b: int) -> tuple[Guesses, Corrections] | None:
+        """A row's guesses, if it samples."""
+        if self._states[b].row.temperature == 0:
+            return None
+
+        def guesses(logits_V: Tensor, count: int, depth: int) -> tuple[list[int], list[float]]:
+            index_RK, share_RK = ranked(logits_V[None], self._sampling([(b, depth)]), count, self._draft.token_ids_V)
+            return index_RK[0].tolist(), share_RK[0].tolist()
+
+        return guesses, self._corrections[1]
+
+    def _trees(self, shape: RoundShape) -> list[tuple[Tree, NDArray[np.float32] | None]]:
+        """Each row's, and what its candidates are worth."""
         states, tree = self._states, shape.tree
         if tree is None:
-            return [Tree() for _ in states]
+            return [(Tree(), None) for _ in states]
         counts = [len(state.pending) for state in states]
         assert sum(counts) <= self.most_tokens
         width = max(counts)
@@ -135,9 +186,13 @@ class FakeRounds:
             torch.tensor(counts, dtype=torch.int32),
             torch.stack([torch.cat((x, x.new_zeros(width - len(x), x.shape[1]))) for x in features if x is not None]),
             tree,
-            self._corrections,
+            self._corrections[0],
+            [self._sampled(b) for b in range(len(states))],
         )
-        return [self._chosen(state, grown, shape) for state, grown in zip(states, found, strict=True)]
+        return [
+            (self._chosen(state, grown, shape), None if shape.is_chain else gains_of(state, grown, tree))
+            for state, grown in zip(states, found, strict=True)
+        ]
 
     def _chosen(self, state: _State, grown: Grown | None, shape: RoundShape) -> Tree:
         """The nodes of a row's tree."""
@@ -161,7 +216,13 @@ class FakeRounds:
         return growth.tree()
 
     def _settled(
-        self, b: int, tree: Tree, chosen: Sequence[int], shape: RoundShape, features_BTF: Tensor | None
+        self,
+        b: int,
+        tree: Tree,
+        chosen: Sequence[int],
+        shape: RoundShape,
+        features_BTF: Tensor | None,
+        gains: NDArray[np.float32] | None,
     ) -> RoundResult:
         state, accept_below = self._states[b], self._states[b].row.accept_below if shape.is_chain else 0.0
         judged = judged_rows(tree, accept_below)
@@ -179,16 +240,7 @@ class FakeRounds:
                 state.draft_length += len(state.pending)
                 state.pending, state.features_TF = gained, kept_TF
         state.length, state.root, state.rest = state.length + len(gained), gained[-1], state.rest - len(gained)
-        depths = range(1, max(tree.depths, default=0) + 1)
-        survival = {ROOT: 1.0}
-        for node, (parent, risk) in enumerate(zip(tree.parents, tree.risks, strict=True)):
-            survival[node] = survival[parent] * (1 - risk)
-        by_depth = [
-            (tree.depths.count(d), sum(survival[n] for n, depth in enumerate(tree.depths) if depth == d))
-            for d in depths
-        ]
-        survivals = np.array([survival[node] for node in range(len(tree))], dtype=np.float32)
-        return RoundResult(tuple(gained), len(tree), sum(judged), verdict.num_judged, by_depth, survivals)
+        return RoundResult(tuple(gained), len(tree), sum(judged), verdict.num_judged, gains)
 
     def take(self) -> list[RoundResult]:
         return self._given.pop(0)

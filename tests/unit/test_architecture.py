@@ -73,6 +73,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runtime/decode",
         "runtime/decode/drafters",
         "runtime/decode/round.py",
+        "runtime/trtllm",
         "runtime/llm.py",
         "builder/config.py",
         "builder/tokenizer.py",

@@ -9,20 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.runtime.decode.costs import Prices
+from ssv.runtime.engines.contract import GAIN_SIZES
 
 FIRST_SURVIVAL, FIRST_NODES, FADING = 0.8, 2.0, 0.8
 """What a level is taken to bring before anything is known: the first one's nodes and the sum of their survivals, and
 what of it each further level has."""
 
-SIZES = (1, 3, 7, 15, 31, 63)
-"""Nodes of trees that fill a pass of some rows: with their root a power of two."""
+STAYING = 1.03
+"""A tree of another shape has to be better by so much: a new one is captured when it is first run."""
 
 WEIGHT = 0.1
 """Of a round in the running means."""
@@ -76,8 +76,10 @@ class Levels:
         """
         self._most, self._clock = most, clock
         self._waited, self._patience = 0, RETRY
-        # Of the nodes of trees, those that survive most probably first.
-        self._by_rank = FIRST_SURVIVAL / np.arange(1, SIZES[-1] + 1) ** 1.3
+        # Of trees that are no deeper than a level, from the first on, and of so many nodes: what they bring.
+        by_rank = np.cumsum(FIRST_SURVIVAL / np.arange(1, GAIN_SIZES[-1] + 1) ** 1.3)[[n - 1 for n in GAIN_SIZES]]
+        by_level = np.cumsum(FIRST_SURVIVAL * FADING ** np.arange(most))
+        self._gains = np.minimum(by_rank, by_level[:, None])
         self._nodes = [FIRST_NODES] * most
         self._survival = [FIRST_SURVIVAL * FADING**depth for depth in range(most)]
         # By rows side by side, and whether they drafted.
@@ -117,7 +119,12 @@ class Levels:
         return max(best, 1) if most and self._is_tried(prices.num_rows, plain, bool(best)) else 0
 
     def worth_nodes(
-        self, num_rows: int, seconds: Callable[[int, int], float], most: int, most_nodes: int
+        self,
+        num_rows: int,
+        seconds: Callable[[int, int], float],
+        most: int,
+        most_nodes: int,
+        current: tuple[int, int] | None = None,
     ) -> tuple[int, int]:
         """Levels and nodes of the trees with the most tokens per second, where as many nodes are verified as a pass has
         room for, whatever they promise; (0, 0) where plain decoding has more.
@@ -126,17 +133,20 @@ class Levels:
             seconds: of a round over trees of so many levels and nodes; of plain decoding with none.
             most: levels that are possible.
             most_nodes: of a row's tree.
+            current: the trees of the rounds before, which stay unless others are better by some.
         """
         plain = 1 / seconds(0, 0)
-        best, best_rate = (0, 0), plain
-        by_level = list(accumulate(self._survival))
-        by_nodes = np.cumsum(self._by_rank).tolist()
-        for nodes in (size for size in SIZES if size <= most_nodes):
-            for level in range(min(most, self._most, nodes)):
-                # No more than the best so many nodes bring, nor than all that are no deeper.
-                gain = 1 + min(by_nodes[nodes - 1], by_level[level])
-                if (rate := gain / seconds(level + 1, nodes)) > best_rate:
-                    best, best_rate = (level + 1, nodes), rate
+        rates = {
+            (level + 1, nodes): (1 + float(self._gains[level, i])) / seconds(level + 1, nodes)
+            for i, nodes in enumerate(GAIN_SIZES)
+            if nodes <= most_nodes
+            for level in range(min(most, self._most, nodes))
+        }
+        best = max(rates, key=rates.__getitem__, default=(0, 0))
+        if current in rates and rates[current] * STAYING >= rates[best]:
+            best = current
+        if best in rates and rates[best] <= plain:
+            best = (0, 0)
         if not most or not most_nodes or not self._is_tried(num_rows, num_rows * plain, bool(best[0])):
             return 0, 0
         return best if best[0] else (1, 1)
@@ -182,12 +192,11 @@ class Levels:
             self._survival[depth] = FADING * self._survival[depth - 1]
             self._nodes[depth] = max(FADING * self._nodes[depth - 1], 1.0)
 
-    def note_nodes(self, nodes: int, survivals: Sequence[NDArray[np.float32]]) -> None:
-        """What the nodes of trees of so many were worth: their survivals, in any order."""
-        found = np.zeros((len(survivals), nodes), dtype=np.float32)
-        for row, own in zip(found, survivals, strict=True):
-            row[: len(own)] = np.sort(own)[::-1][:nodes]
-        self._by_rank[:nodes] += WEIGHT * (found.mean(axis=0) - self._by_rank[:nodes])
-        # Not seen: as much with each doubling.
-        further = np.arange(nodes + 1, len(self._by_rank) + 1)
-        self._by_rank[nodes:] = self._by_rank[nodes - 1] * nodes / further
+    def note_gains(self, levels: int, gains: Sequence[NDArray[np.float32]]) -> None:
+        """What the candidates of trees of so many levels are worth, of each row; see `RoundResult.gains`."""
+        levels = min(levels, self._most)
+        found = np.mean([row[:levels] for row in gains], axis=0)
+        self._gains[:levels] += WEIGHT * (found - self._gains[:levels])
+        for level in range(levels, self._most):  # not seen: what the level above adds, faded
+            added = self._gains[level - 1] - (self._gains[level - 2] if level > 1 else 0)
+            self._gains[level] = self._gains[level - 1] + FADING * added

@@ -29,7 +29,15 @@ from ssv.runtime.decode.growth import Growth, Guess, likely_groups
 from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
-from ssv.runtime.engines.contract import Engine, EngineError, GrowingEngine, StepOutput, TreeShape
+from ssv.runtime.engines.contract import (
+    NOT_CORRECTED,
+    Corrections,
+    Engine,
+    EngineError,
+    GrowingEngine,
+    StepOutput,
+    TreeShape,
+)
 
 MOST_LEVELS = 12
 """Of trees that an engine grows by itself."""
@@ -37,8 +45,6 @@ MOST_LEVELS = 12
 MANY_ROWS = 16
 """Side by side, among which a row that has not drafted for long is let go: keeping its draft up to date would cost each
 round several per cent, and where so many share a pass drafts rarely pay."""
-
-NOT_CORRECTED = ((0.0, 1.0),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +228,7 @@ class ModelDrafter(Drafter):
             torch.tensor(counts, dtype=torch.int32),
             self._features_BTF[: len(rows), :width] if self._features_BTF is not None else None,
             shape,
-            self.corrections(policy),
+            self.corrections(policy)[0],
         )
         for b in chosen:
             row, growing, grown = rows[b], self._growing[b], found[b]
@@ -298,9 +304,12 @@ class ModelDrafter(Drafter):
         """Of the unseen tokens of the first rows, [B, T, F]."""
         return self._features_BTF[:num_rows] if self._features_BTF is not None else None
 
-    def corrections(self, policy: Policy) -> tuple[tuple[float, float], ...]:
-        """By which shares of greedy guesses are corrected, by rank. A chain goes by its risks."""
-        return (self._survival.greedy if not policy.is_chain else ()) or NOT_CORRECTED
+    def corrections(self, policy: Policy) -> tuple[Corrections, Corrections]:
+        """By which shares of guesses are corrected, of greedy rows and of those that sample. A chain goes by its
+        risks."""
+        if policy.is_chain:
+            return NOT_CORRECTED, NOT_CORRECTED
+        return self._survival.greedy or NOT_CORRECTED, self._survival.sampled or NOT_CORRECTED
 
     def catch_up(self, b: int, row: Row) -> None:
         """Makes the entries of all tokens of a row but the root."""

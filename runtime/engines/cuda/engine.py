@@ -23,18 +23,29 @@ from ssv.model.draft import Draft, FeatureTap
 from ssv.model.scorer import Scorer
 from ssv.model.spec import DecoderSpec
 from ssv.plugins.ops import on
-from ssv.runtime.engines.contract import Branches, EngineError, Grown, StepOutput, TreeShape, check_step
+from ssv.runtime.engines.contract import (
+    Branches,
+    Corrections,
+    EngineError,
+    Grown,
+    StepOutput,
+    TreeShape,
+    check_step,
+)
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.launching import (
     OTHERS,
     OVERLAPPING,
+    SAMPLING,
     Attention,
     Best,
+    Draw,
     Embed,
     Grow,
     Join,
     Largest,
     Launcher,
+    Perturb,
     address,
     attention_bytes,
     group_tokens_for,
@@ -115,6 +126,7 @@ class CudaEngine:
         self._weights = Weights(decoder, tap, draft if conditioned else None)
         self.weight_bytes = self._weights.nbytes
         self._kernels = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
+        self._kernels |= kernels_of(self.device, "sample", SAMPLING)
         self.overlaps = torch.cuda.get_device_capability(self.device) >= OVERLAPPING
         self.buffers = Buffers(spec, self.device, max_length, self.vocab_size, len(self._tapped))
         self._stream = torch.cuda.Stream(self.device)
@@ -309,7 +321,11 @@ class CudaEngine:
         if shape.has_head:
             launch.store(w.head, b.scaled_MH, b.logits_RV, eps=eps, normed=True, gathered=True)
             ids = address(self.token_ids_V)
-            if shape.grows is None:
+            if shape.grows is None and shape.samples:
+                launch("draw", (shape.width, 1, 1), 1024, Draw(
+                    step, b.logits_RV.data_ptr(), ids, b.settings.data_ptr(), b.token_R.data_ptr(), self.vocab_size, 0
+                ))  # fmt: skip
+            elif shape.grows is None:
                 launch("largest", (shape.width, 1, 1), 1024, Largest(
                     step, b.logits_RV.data_ptr(), ids, b.token_R.data_ptr(), self.vocab_size
                 ))  # fmt: skip
@@ -325,14 +341,19 @@ class CudaEngine:
     def _enqueue_growth(self, launch: Launcher, shape: Shape, beam: int, children: int, ids: int) -> None:
         """What makes candidates of a level's logits, and the step of the next level."""
         b, step = self.buffers, self.buffers.step.data_ptr()
+        settings, extra = (b.settings.data_ptr(), b.extra.data_ptr()) if shape.samples else (0, 0)
+        if shape.samples:
+            launch("perturb", (shape.width, 1, 1), 1024, Perturb(
+                step, b.logits_RV.data_ptr(), ids, settings, extra, self.vocab_size
+            ))  # fmt: skip
         launch("best", (shape.width, 1, 1), 512, Best(
-            step, b.logits_RV.data_ptr(), ids, b.best_token.data_ptr(), b.best_share.data_ptr(), self.vocab_size,
-            children,
+            step, b.logits_RV.data_ptr(), ids, b.best_token.data_ptr(), b.best_share.data_ptr(), extra,
+            self.vocab_size, children,
         ))  # fmt: skip
         launch("grow", (places.TOKENS, 1, 1), 256, Grow(
             step, b.best_token.data_ptr(), b.best_share.data_ptr(), address(self._scored.get(shape)),
             b.hidden_RH.data_ptr(), b.features_in_MF.data_ptr() if self.num_features else 0, b.corrections.data_ptr(),
-            b.found.data_ptr(), b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(),
+            settings, b.found.data_ptr(), b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(),
             self.spec.hidden_size, beam, children, MOST_FOUND, 1,
         ))  # fmt: skip
 
@@ -344,7 +365,7 @@ class CudaEngine:
         count_B: Tensor,
         features_in_BTF: Tensor | None,
         shape: TreeShape,
-        corrections: Sequence[tuple[float, float]],
+        corrections: Corrections,
     ) -> list[Grown | None]:
         """See `GrowingEngine.grow`: a graph a level, one behind the other, and one answer at the end."""
         counts, first_slots = count_B.tolist(), first_slot_B.tolist()
@@ -402,6 +423,7 @@ class Shape:
         width: tokens that it has room for.
         key_blocks: blocks of keys that its longest text may have.
         grows: beam and children of trees that it makes a level of; None of a step.
+        samples: whether rows may sample, as the buffers' settings say.
     """
 
     width: int
@@ -409,6 +431,7 @@ class Shape:
     has_head: bool
     features: bool
     grows: tuple[int, int] | None = None
+    samples: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ OVERLAPPING = (9, 0)
 
 PRODUCTS = ("store", "add", "gate")
 OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
+SAMPLING = ("draw", "perturb")
 
 RESIDENT = 2
 """Blocks of a product that a multiprocessor has, each with several tiles of channels, where these are many: the next
@@ -53,10 +54,10 @@ Product = structure(
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
-Best = structure("Best", "step logits tokens token share", "vocab count")
+Best = structure("Best", "step logits tokens token share extra", "vocab count")
 Grow = structure(
     "Grow",
-    "step token share risk hidden features corrections found survival candidate path",
+    "step token share risk hidden features corrections settings found survival candidate path",
     "hidden_size beam children most_found group_tokens",
 )
 Attention = structure(
@@ -66,6 +67,10 @@ Attention = structure(
     "eps",
 )
 
+
+# Of sample.cu.
+Draw = structure("Draw", "step logits tokens settings token", "vocab gives_columns")
+Perturb = structure("Perturb", "step logits tokens settings extra", "vocab")
 
 # Of rounds.cu.
 Plant = structure("Plant", "header rows found trees", "levels beam children nodes")

@@ -27,6 +27,10 @@ SIZE = _PATH + TOKENS * DEPTH
 SIZE_OF_CHAINS = _PATH
 """Of the vector, and of what is read of it where no token has a path."""
 
+S_TEMPERATURE, S_TOP_K, S_TOP_P, S_SEED_LOW, S_SEED_HIGH, S_AHEAD = range(6)
+SETTINGS = 8
+"""How a row chooses, in as many numbers; floats are bits."""
+
 _WHOLE = 2**30
 """The prefix of a token of a chain: every slot that it sees is that of its position."""
 

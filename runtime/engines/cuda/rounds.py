@@ -10,7 +10,7 @@ import ctypes
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssv.runtime.engines.contract import (
+    GAIN_SIZES,
     MOST_ENDS,
     MOST_IN_FLIGHT,
+    NOT_CORRECTED,
+    Corrections,
     EngineError,
     RoundResult,
     RoundRow,
@@ -55,12 +58,10 @@ _RING = MOST_IN_FLIGHT + 1
 ) = range(10)  # fmt: skip
 _R_ENDS = 12
 R_SIZE = _R_ENDS + MOST_ENDS
-T_SIZE = 8 + LEVELS + 5 * NODES
+T_SIZE = 8 + LEVELS + 4 * NODES + LEVELS * len(GAIN_SIZES)
 _O_NODES, _O_KEPT, _O_JUDGED_ROWS, _O_JUDGED, _O_TOKENS = range(5)
-_O_COUNTS = _O_TOKENS + LEVELS + 1
-_O_SURVIVALS = _O_COUNTS + LEVELS
-_O_NODE_SURVIVALS = _O_SURVIVALS + LEVELS
-O_SIZE = _O_NODE_SURVIVALS + NODES
+_O_GAINS = _O_TOKENS + LEVELS + 1
+O_SIZE = _O_GAINS + LEVELS * len(GAIN_SIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,10 @@ class CudaRounds:
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         self._num_rows = self._num_run = self._most_length = self._text_width = 0
         self._drafts = False
-        self._ahead: list[int] = []
-        # By width; between a round's steps, without a draft and with one.
-        self._pass_s: dict[int, float] = {}
-        self._level_s: dict[int, float] = {}
+        self._ahead: list[RoundShape] = []
+        # By width and whether rows sample; between a round's steps, without a draft and with one.
+        self._pass_s: dict[tuple[int, bool], float] = {}
+        self._level_s: dict[tuple[int, bool], float] = {}
         self._between_s: list[float] = []
         self._seconds: dict[tuple[int, RoundShape], float] = {}
         self._state: list[list[int]] = []
@@ -126,11 +127,12 @@ class CudaRounds:
 
     def _sum_of_steps(self, num_rows: int, shape: RoundShape) -> float:
         self.measure()
-        tree, pass_width = shape.tree, width_for(num_rows * (1 + shape.nodes))
+        tree, samples = shape.tree, shape.samples
+        pass_s = self._pass_s[width_for(num_rows * (1 + shape.nodes)), samples]
         if tree is None:
-            return self._pass_s[pass_width] + self._between_s[0]
+            return pass_s + self._between_s[0]
         levels = [num_rows * tree.opened(level) for level in range(tree.levels)]
-        return self._pass_s[pass_width] + self._between_s[1] + sum(self._level_s[width_for(each)] for each in levels)
+        return pass_s + self._between_s[1] + sum(self._level_s[width_for(each), samples] for each in levels)
 
     @torch.inference_mode()
     def measure(self) -> None:
@@ -138,18 +140,21 @@ class CudaRounds:
         if self._pass_s:
             return
         drafts = self._draft.num_features > 0
-        for width in WIDTHS:
-            self._pass_s[width] = self._seconds_of_step(self._target, Shape(width, 1, True, drafts))
+        for width, samples in product(WIDTHS, (False, True)):
+            at = width, samples
+            self._pass_s[at] = self._seconds_of_step(self._target, Shape(width, 1, True, drafts, samples=samples))
             if drafts:
-                self._level_s[width] = self._seconds_of_step(self._draft, Shape(width, 1, True, False, (1, 1)))
+                level = Shape(width, 1, True, False, (1, 1), samples)
+                self._level_s[at] = self._seconds_of_step(self._draft, level)
         row = RoundRow(64, 0, 1 << 20, limit=1, draft_length=63, pending=[0])
         features_BTF = torch.zeros(1, 1, self._target.spec.hidden_size, device=self._target.device)
         shapes = [RoundShape(None, 0), *([RoundShape(TreeShape(1, 1, 1), 1)] if drafts else [])]
         for shape in shapes:
-            self.begin([row], features_BTF if drafts else None, ((0.0, 1.0),))
+            self.begin([row], features_BTF if drafts else None, (NOT_CORRECTED, NOT_CORRECTED))
             seconds = self._seconds_of_round(shape)
             self.end()
-            self._between_s.append(seconds - self._pass_s[WIDTHS[0]] - (self._level_s[WIDTHS[0]] if shape.tree else 0))
+            steps_s = self._pass_s[WIDTHS[0], False] + (self._level_s[WIDTHS[0], False] if shape.tree else 0)
+            self._between_s.append(seconds - steps_s)
 
     def _seconds_of_step(self, engine: CudaEngine, shape: Shape) -> float:
         """Of a step that fills its graph."""
@@ -158,6 +163,8 @@ class CudaRounds:
         numbers, _ = engine.write(block, np.zeros((1, count), dtype=np.int64), [64], 0, range(count), None, None)
         places.write_growing(numbers.host, [], [])
         graph = engine.graph(shape)
+        if shape.samples:  # of the whole vocabulary, as text of one's own settings is not known
+            engine.buffers.sample(settings_of([RoundRow(64, 0, 1, temperature=1.0)], [0]))
         numbers.send(engine.buffers.step, has_paths=False)
         return _seconds_of(graph.replay)
 
@@ -174,7 +181,7 @@ class CudaRounds:
 
     @torch.inference_mode()
     def begin(
-        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: Sequence[tuple[float, float]]
+        self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: tuple[Corrections, Corrections]
     ) -> None:
         """See `RoundsEngine.begin`."""
         assert not self.in_flight, "rounds of the rows before are still to be taken"
@@ -192,12 +199,16 @@ class CudaRounds:
         self._num_rows, self._most_length = len(rows), max(row.length for row in rows)
         self._state = [[row.draft_length, len(row.pending)] for row in rows]
         self._drafts = features_BTF is not None
+        if any(row.temperature > 0 for row in rows):
+            self._target.buffers.sample(settings_of(rows, [0] * len(rows)))
+            behind = [row.length + 1 - row.draft_length - len(row.pending) for row in rows]
+            self._draft.buffers.sample(settings_of(rows, behind))
         self._text_width = 0
         if features_BTF is not None:
             self._begin_draft(rows, features_BTF, corrections)
 
     def _begin_draft(
-        self, rows: Sequence[RoundRow], features_BTF: Tensor, corrections: Sequence[tuple[float, float]]
+        self, rows: Sequence[RoundRow], features_BTF: Tensor, corrections: tuple[Corrections, Corrections]
     ) -> None:
         """Writes the draft's first step, and holds the features of what waits for it."""
         counts = [len(row.pending) for row in rows]
@@ -215,7 +226,7 @@ class CudaRounds:
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         places.write_growing(numbers.host, range(len(rows)), ends)
         numbers.send(draft.buffers.step, has_paths=False)
-        draft.buffers.correct(corrections)
+        draft.buffers.correct(*corrections)
         self._text_width = width_for(sum(counts))
 
     @torch.inference_mode()
@@ -228,7 +239,7 @@ class CudaRounds:
         self._done[self._num_run % _RING].record(torch.cuda.current_stream(self._target.device))
         self._num_run += 1
         self.in_flight += 1
-        self._ahead.append(1 + shape.depth)
+        self._ahead.append(shape)
         self._text_width = key.next_width
 
     def take(self) -> list[RoundResult]:
@@ -236,9 +247,9 @@ class CudaRounds:
         slot = (self._num_run - self.in_flight) % _RING
         self._done[slot].synchronize()
         self.in_flight -= 1
-        self._ahead.pop(0)
+        has_branches = not self._ahead.pop(0).is_chain
         told = self._results[slot, : self._num_rows].numpy()
-        results = [_result(row.tolist(), row.view(np.float32)) for row in told]
+        results = [_result(row, has_branches) for row in told]
         for state, result in zip(self._state, results, strict=True):
             gained = len(result.tokens)
             if self._text_width:  # the draft has run what was pending
@@ -286,7 +297,7 @@ class CudaRounds:
             ):
                 raise EngineError(f"{num} trees of {tree}: there is no room for their levels")
             level_widths = tuple(width_for(num * tree.opened(level)) for level in range(1, tree.levels))
-        most_seen = self._most_length + sum(self._ahead) + 1 + shape.depth
+        most_seen = self._most_length + sum(1 + each.depth for each in (*self._ahead, shape))
         return _Key(
             shape,
             self._text_width if tree is not None else 0,
@@ -323,10 +334,11 @@ class CudaRounds:
         if (tree := key.shape.tree) is None:
             return []
         widths = (key.text_width, *key.level_widths)
-        return [Shape(width, key.key_blocks, True, False, (tree.beam, tree.children)) for width in widths]
+        grows = (tree.beam, tree.children)
+        return [Shape(width, key.key_blocks, True, False, grows, key.shape.samples) for width in widths]
 
     def _pass_shape(self, key: _Key) -> Shape:
-        return Shape(key.pass_width, key.key_blocks, True, key.features)
+        return Shape(key.pass_width, key.key_blocks, True, key.features, samples=key.shape.samples)
 
     def _enqueue_between(self, key: _Key) -> None:
         """Puts what makes a pass of the draft's candidates on the current stream."""
@@ -389,16 +401,33 @@ def _seconds_of(run: Callable[[], None], repeats: int = 20) -> float:
     return statistics.median(found)
 
 
-def _result(told: Sequence[int], floats: NDArray[np.float32]) -> RoundResult:
-    kept = told[_O_KEPT]
-    counts = told[_O_COUNTS : _O_COUNTS + LEVELS]
-    sums = floats[_O_SURVIVALS : _O_SURVIVALS + LEVELS].tolist()
-    depth = next((d for d, count in enumerate(counts) if not count), LEVELS)
+def settings_of(rows: Sequence[RoundRow], behind: Sequence[int]) -> NDArray[np.int32]:
+    """How rows choose, as step.cuh has it.
+
+    Args:
+        behind: how far behind its text an engine's cache is, in each row.
+    """
+    settings = np.zeros((len(rows), places.SETTINGS), dtype=np.int32)
+    floats = settings.view(np.float32)
+    for b, row in enumerate(rows):
+        floats[b, places.S_TEMPERATURE], floats[b, places.S_TOP_P] = row.temperature, row.top_p
+        low, high = np.array([row.seed % 2**64], dtype=np.uint64).view(np.int32)
+        settings[b, places.S_TOP_K], settings[b, places.S_SEED_LOW], settings[b, places.S_SEED_HIGH] = (
+            row.top_k,
+            low,
+            high,
+        )
+        settings[b, places.S_AHEAD] = behind[b]
+    return settings
+
+
+def _result(row: NDArray[np.int32], has_branches: bool) -> RoundResult:
+    told = row[:_O_GAINS].tolist()
+    gains = row[_O_GAINS:].view(np.float32).reshape(LEVELS, len(GAIN_SIZES)).copy() if has_branches else None
     return RoundResult(
-        tuple(told[_O_TOKENS : _O_TOKENS + kept + 1]),
+        tuple(told[_O_TOKENS : _O_TOKENS + told[_O_KEPT] + 1]),
         told[_O_NODES],
         told[_O_JUDGED_ROWS],
         told[_O_JUDGED],
-        list(zip(counts[:depth], sums[:depth], strict=True)),
-        floats[_O_NODE_SURVIVALS : _O_NODE_SURVIVALS + told[_O_NODES]].copy(),
+        gains,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +11,7 @@ from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.quantized import AwqLinear, QuantizedLinear
 from ssv.model.spec import DecoderSpec
+from ssv.runtime.engines.contract import NOT_CORRECTED, Corrections
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.packing import PAIR, TILE, interleave, packed
 
@@ -135,22 +134,29 @@ class Buffers:
         # Of trees that grow.
         self.best_token = torch.zeros(places.TOKENS, MOST_CHILDREN, dtype=torch.int32, device=device)
         self.best_share = room(MOST_CHILDREN)
-        self.corrections = torch.zeros(MOST_CHILDREN, 2, device=device)
+        self.corrections = torch.zeros(2, MOST_CHILDREN, 2, device=device)
+        # Of rows that sample; see S_TEMPERATURE of step.cuh.
+        self.settings = torch.zeros(places.TOKENS, places.SETTINGS, dtype=torch.int32, device=device)
+        self.extra = torch.zeros(places.TOKENS, device=device)
         self.found = torch.zeros(places.TOKENS, MOST_FOUND, 4, dtype=torch.int32, device=device)
         self.survival, self.candidate = room(MOST_CHILDREN), room(MOST_CHILDREN, torch.int32)
         self.path = room(MOST_CHILDREN * MOST_CHILDREN, torch.int32)
         self._found_host = torch.zeros(self.found.shape, dtype=torch.int32, pin_memory=True)
-        self._corrected_by: tuple[tuple[float, float], ...] = ()
+        self._corrected_by: tuple[tuple[tuple[float, float], ...], ...] = ()
         self.most_blocks = -(-max_length // KEYS)
         self.partial = room(spec.num_heads * self.most_blocks * (spec.head_dim + 2))
         self.arrivals = torch.zeros(places.TOKENS, spec.num_kv_heads, dtype=torch.int32, device=device)
 
-    def correct(self, corrections: Sequence[tuple[float, float]]) -> None:
-        """Takes the corrections of shares by rank."""
-        if tuple(corrections) != self._corrected_by:
-            self._corrected_by = tuple(corrections)
-            table = [corrections[min(rank, len(corrections) - 1)] for rank in range(MOST_CHILDREN)]
-            self.corrections.copy_(torch.tensor(table))
+    def correct(self, greedy: Corrections, sampled: Corrections = NOT_CORRECTED) -> None:
+        """Takes the corrections of shares by rank, of greedy rows and of those that sample."""
+        if (tables := (tuple(greedy), tuple(sampled))) != self._corrected_by:
+            self._corrected_by = tables
+            by_rank = [[table[min(rank, len(table) - 1)] for rank in range(MOST_CHILDREN)] for table in tables]
+            self.corrections.copy_(torch.tensor(by_rank))
+
+    def sample(self, settings: NDArray[np.int32]) -> None:
+        """Takes how the first rows choose."""
+        self.settings[: len(settings)].copy_(torch.from_numpy(settings))
 
     def read_found(self, num_rows: int) -> NDArray[np.int32]:
         """Candidates of the rows that grew, once they are there."""

@@ -239,8 +239,9 @@ PRESETS = sorted((Path(config.__file__).parent / "presets").glob("*.yaml"))
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_load(path: Path) -> None:
     recipe = load_recipe(path)
-    openings = recipe.draft.distill.openings_file
+    openings = recipe.draft.distill.openings_file if recipe.draft.distill is not None else None
     assert openings is None or openings.is_file()
+    assert recipe.calibration.make.prompts_file.is_file()
 
 
 def test_there_is_a_preset() -> None:

@@ -32,6 +32,13 @@ def test_every_part(macros: dict[str, int]) -> None:
     assert compile_source(source_of("decoder"), "9.0", macros)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("source", "kernels"), [("rounds", (b"plant", b"settle")), ("sample", (b"draw", b"perturb"))])
+def test_what_needs_no_model(source: str, kernels: tuple[bytes, ...], capability: str) -> None:
+    cubin = compile_source(source_of(source), capability, {})
+    assert all(name in cubin for name in kernels)
+
+
 def test_what_the_compiler_says_is_in_the_error() -> None:
     with pytest.raises(CompileError, match=r"identifier .nonsense. is undefined"):
         compile_source("__global__ void f() { nonsense(); }", "9.0", {})

@@ -151,6 +151,36 @@ def test_what_never_pays_is_tried_now_and_then_and_the_draft_has_kept_up() -> No
     assert kinds[-1] and sum(not kind for kind in kinds) > 64
 
 
+SAMPLED = ({"temperature": 0.8}, {"temperature": 0.7, "top_p": 0.6}, {"temperature": 1.3, "top_k": 3, "top_p": 0.9})
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("name", ["premium", "plain", "chain of 5", *TREES])
+def test_sampled_rows_give_plain_text(name: str, count: int) -> None:
+    """Beside greedy ones, each with its own seed and settings."""
+    setup, policy = Setup(noise=0.3), {**CHAINS, **TREES}.get(name, PREMIUM)
+    many = [
+        replace(request, params=replace(request.params, seed=2**63 + 7 * b, **SAMPLED[b % 3]))
+        if b % 4 != 3
+        else request
+        for b, request in enumerate(requests(count))
+    ]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * count, by_engines=False)
+    found, counted = setup.decoded(many, [policy] * count, by_engines=True)
+    assert found == expected
+    assert expected != setup.decoded(requests(count), [AUTOREGRESSIVE] * count, by_engines=False)[0]
+    assert len(setup.rounds.shapes) > 5
+    assert name == "plain" or sum(c.accepted for c in counted) > 0
+
+
+def test_sampled_rows_of_a_lossy_tier_are_the_hosts() -> None:
+    """What they trust depends on the last bits of the draft."""
+    setup, many = Setup(), requests(3, temperature=0.8, seed=3)
+    expected, _ = setup.decoded(many, [CHAINS["lossy"]] * 3, by_engines=False)
+    assert setup.decoded(many, [CHAINS["lossy"]] * 3, by_engines=True)[0] == expected
+    assert not setup.rounds.shapes
+
+
 def test_rows_that_come_and_go_and_change_hands() -> None:
     """Sampled rows, logprobs and other policies between them: the host's rounds and the engines' own take turns."""
     setup = Setup(3)

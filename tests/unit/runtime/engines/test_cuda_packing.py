@@ -74,11 +74,19 @@ AT = named(source_of("decoder"))
 def test_the_parts_of_a_step_are_where_the_kernels_look_for_them() -> None:
     assert AT["DEPTH"] == places.DEPTH and AT["PATH"] == places.SIZE_OF_CHAINS
     assert f"#define TOKENS {TOKENS} " in source_of("decoder")
+    assert f"S_SIZE = {places.SETTINGS}\n" in source_of("sample")
 
 
-@pytest.mark.parametrize("name", ["Embed", "Join", "Linear", "Attention", "Largest", "Best", "Grow"])
-def test_arguments_are_laid_out_as_the_kernels_declare_them(name: str) -> None:
-    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", source_of("decoder"), re.DOTALL)
+STRUCTURES = {
+    "decoder": ["Embed", "Join", "Linear", "Attention", "Largest", "Best", "Grow"],
+    "sample": ["Draw", "Perturb"],
+    "rounds": ["Plant", "Lay", "Settle", "Compact"],
+}
+
+
+@pytest.mark.parametrize(("source", "name"), [(source, name) for source, names in STRUCTURES.items() for name in names])
+def test_arguments_are_laid_out_as_the_kernels_declare_them(source: str, name: str) -> None:
+    (body,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", source_of(source), re.DOTALL)
     declared = []
     for statement in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).split(";"):
         kind = ctypes.c_float if statement.split()[:1] == ["float"] else ctypes.c_int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 import fake_trtllm
 import pytest
 from checkout import ROOT
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from tiny_bundle import RECIPE, build, write_recipe
 
 from ssv.bundle.manifest import read_manifest
@@ -22,7 +25,7 @@ from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.serving.service import Service, ServiceError
-from ssv.runtime.trtllm.install import INSTALL, VERSIONS, TrtllmError, load_trtllm
+from ssv.runtime.trtllm.install import INSTALL, NEWEST_READ, OLDEST_READ, VERSIONS, TrtllmError, load_trtllm
 
 SECONDS = 60.0
 MAX_TOKENS = 14
@@ -304,6 +307,18 @@ def test_versions_that_are_taken(found: str) -> None:
 
 def test_the_extra_names_the_same_versions() -> None:
     assert f'"tensorrt-llm{VERSIONS}"' in (ROOT / "setup.py").read_text()
+
+
+def test_everything_names_the_versions_that_were_read() -> None:
+    """In the docs, and where something is written to TensorRT-LLM's interface."""
+    files = ("docs/beyond-one-gpu.md", "runtime/trtllm/engine.py", "runtime/trtllm/drafter.py")
+    for name in (*files, "tests/support/fake_trtllm.py"):
+        named = re.findall(r"1\.\d\.\d+rc\d+", (ROOT / name).read_text())
+        assert {OLDEST_READ, NEWEST_READ} <= set(named), name
+        assert all(Version(OLDEST_READ) <= Version(each) <= Version(NEWEST_READ) for each in named), name
+    page = " ".join((ROOT / "docs/beyond-one-gpu.md").read_text().split())
+    assert f"The interface was read from {OLDEST_READ} to {NEWEST_READ}" in page and INSTALL in page
+    assert SpecifierSet(VERSIONS).contains(NEWEST_READ, prereleases=True)
 
 
 def test_without_it_a_bundle_is_refused_at_load(bundle: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,42 @@ def test_levels_follow_what_the_last_ones_brought() -> None:
     for _ in range(60):  # deeper ones are taken to follow
         levels.note(1, [[(2, 0.9)]])
     assert levels.worth(prices(0.05), 8, 4) >= 5
+
+
+def seconds(level: float, node: float) -> Callable[[int, int], float]:
+    """Of a round over trees, in passes of one token."""
+    return lambda levels, nodes: 1.0 + level * levels + node * nodes
+
+
+def test_trees_whose_further_nodes_bring_much_grow_wider_and_deeper() -> None:
+    """Told by rounds that verify few of them."""
+    levels = Levels(8)
+    gains = np.cumsum(np.cumsum([[0.4, 0.3, 0.3, 0.3, 0.0, 0.0]] * 3, axis=1) * [[1.0], [0.6], [0.3]], axis=0)
+    for _ in range(60):
+        levels.note_gains(3, [gains.astype(np.float32)] * 2)
+    chosen = levels.worth_nodes(1, seconds(0.05, 0.005), 8, 63)
+    assert chosen[1] == 15 and chosen[0] > 3
+    assert levels.worth_nodes(1, seconds(0.05, 0.005), 2, 7) == (2, 7)  # as much as there is room for
+    assert levels.worth_nodes(1, seconds(0.05, 0.2), 8, 63)[1] == 3
+    assert levels.worth_nodes(1, seconds(5.0, 0.2), 8, 63) == (0, 0)
+
+
+def test_what_is_nearly_as_good_as_the_best_stays() -> None:
+    levels, costs = Levels(8), seconds(0.05, 0.005)
+    best = levels.worth_nodes(1, costs, 8, 63)
+    near, far = (best[0] + 1, 31), (1, 1)
+    assert levels.worth_nodes(1, costs, 8, 63, near) == near
+    assert levels.worth_nodes(1, costs, 8, 63, far) == best
+    assert levels.worth_nodes(1, costs, 8, 63, (9, 127)) == best  # there is no room for it now
+
+
+def test_levels_that_were_not_seen_add_what_the_last_one_did_faded() -> None:
+    levels = Levels(4)
+    for _ in range(200):
+        levels.note_gains(2, [np.array([[0.5] * 6, [0.75] * 6], dtype=np.float32)])
+    # 0.2 and 0.16 more, of 1.75: 1.95 / 1.15 and 2.11 / 1.2.
+    assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.05 * levels, 4, 63)[0] == 4
+    assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.25 * levels, 4, 63)[0] == 1
 
 
 def run(levels: Levels, clock: Clock, drafted: tuple[float, int], plain: float, rounds: int) -> list[int]:

@@ -1,0 +1,256 @@
+"""What an export says to other engines: commands, settings, and a script that compares all arms.
+
+Three arms: `plain`, the engine alone; `speculation`, the engine with the bundle's draft; `ssv`, this project's. They
+have the same target, the same limits and the same share of memory. Each is a script `serve-ARM.sh` in the folder of the
+export; `compare.sh` starts them, waits until they answer, and hands them to `ssv-ab`.
+
+Where options were read: vLLM, docs/features/speculative_decoding/draft_model.md at commit 04329df and the page "EAGLE
+Draft Models"; SGLang, the pages "Server Arguments" and "Speculative Decoding"; for both, public tests that start them.
+TensorRT-LLM, tensorrt_llm/commands/serve.py at commit 00209af and the page of trtllm-bench of 1.3.0rc26.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+from ssv.builder.trtllm_settings import (
+    CudaGraphConfig,
+    DraftTargetDecodingConfig,
+    Eagle3DecodingConfig,
+    KvCacheConfig,
+    LlmArgs,
+    TritonModel,
+    settings_yaml,
+)
+
+Host = Literal["trtllm", "vllm", "sglang"]
+
+ARMS = ("plain", "speculation", "ssv")
+FIRST_PORT = 8010
+READY_SECONDS = 1800
+"""That an arm may take to start, unless the variable of that name says otherwise."""
+LEAST_PASS = 8192
+"""Tokens of a pass that a prompt's are cut to, TensorRT-LLM's own default."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """What all arms are started with.
+
+    Attributes:
+        place: where the exported folder will lie on the machine that serves.
+        bundle: what the arm `ssv` serves.
+        name: that the model is asked for by.
+        taps: layers of the target whose outputs the draft sees, from 0; none of a standalone draft.
+        tensor_parallel: GPUs of an arm.
+        num_draft_tokens: of a chain.
+        max_rows, max_length: requests at a time, and tokens of prompt and output together.
+        memory_share: of a GPU's memory for an arm; of what is free, with TensorRT-LLM.
+    """
+
+    host: Host
+    place: Path
+    bundle: Path
+    name: str
+    taps: tuple[int, ...]
+    tensor_parallel: int
+    num_draft_tokens: int
+    max_rows: int
+    max_length: int
+    memory_share: float
+
+    @property
+    def target(self) -> str:
+        return str(self.place / "target")
+
+    @property
+    def draft(self) -> str:
+        return str(self.place / "draft")
+
+    @property
+    def without_ssv(self) -> str | None:
+        """Why there is no arm of this project; None if there is one."""
+        if self.tensor_parallel == 1 or (self.host == "trtllm" and not self.taps):
+            return None
+        if self.host == "trtllm":
+            return (
+                "the draft sees hidden states of the target, which TensorRT-LLM hands to no drafter but its own, and "
+                "this project's engines run on one GPU"
+            )
+        return f"this project's engines run on one GPU, and it has no drafter for {self.host}"
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return ARMS if self.without_ssv is None else ARMS[:2]
+
+
+def arm_files(settings: HostSettings) -> dict[str, str]:
+    """Contents of the scripts and settings of an export, by their names; those that end with .sh are programs."""
+    files = {f"serve-{arm}.sh": _script(_command(settings, arm)) for arm in settings.arms}
+    if settings.host == "trtllm":
+        for arm in ARMS[:2]:
+            files[f"{arm}.yaml"] = settings_yaml(_llm_args(settings, arm))
+            triton = TritonModel(model=settings.target, **_llm_args(settings, arm).model_dump())
+            files[f"triton-{arm}/tensorrt_llm/1/model.yaml"] = settings_yaml(triton)
+            files[f"bench-{arm}.sh"] = _script(
+                ["trtllm-bench", "--model", settings.name, "--model_path", settings.target, "throughput"],
+                ["--config", str(settings.place / f"{arm}.yaml"), "--dataset"],
+                takes_one='"${1:?usage: $0 DATASET, as trtllm-bench prepare-dataset writes it}"',
+            )
+    return {**files, "compare.sh": _compare(settings)}
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def _command(settings: HostSettings, arm: str) -> list[str]:
+    """What starts an arm but for its port, whose option stands last."""
+    if arm == "ssv":
+        return _ssv(settings)
+    return {"trtllm": _trtllm, "vllm": _vllm, "sglang": _sglang}[settings.host](settings, arm == "speculation")
+
+
+def _trtllm(settings: HostSettings, speculates: bool) -> list[str]:
+    config = settings.place / ("speculation.yaml" if speculates else "plain.yaml")
+    return ["trtllm-serve", settings.target, "--config", str(config), "--host", "127.0.0.1", "--port"]
+
+
+def _vllm(settings: HostSettings, speculates: bool) -> list[str]:
+    command = ["vllm", "serve", settings.target, "--served-model-name", "target"]
+    command += ["--tensor-parallel-size", str(settings.tensor_parallel), "--max-model-len", str(settings.max_length)]
+    command += ["--max-num-seqs", str(settings.max_rows), "--gpu-memory-utilization", str(settings.memory_share)]
+    if speculates:
+        config = {
+            "method": "eagle3" if settings.taps else "draft_model",
+            "model": settings.draft,
+            "num_speculative_tokens": settings.num_draft_tokens,
+            "draft_tensor_parallel_size": settings.tensor_parallel,
+        }
+        command += ["--speculative-config", json.dumps(config)]
+    return [*command, "--host", "127.0.0.1", "--port"]
+
+
+def _sglang(settings: HostSettings, speculates: bool) -> list[str]:
+    command = ["python3", "-m", "sglang.launch_server", "--model-path", settings.target]
+    command += ["--served-model-name", "target", "--tp-size", str(settings.tensor_parallel)]
+    command += ["--context-length", str(settings.max_length), "--max-running-requests", str(settings.max_rows)]
+    command += ["--mem-fraction-static", str(settings.memory_share)]
+    if speculates:
+        command += ["--speculative-algorithm", "EAGLE3" if settings.taps else "STANDALONE"]
+        command += ["--speculative-draft-model-path", settings.draft]
+        command += ["--speculative-num-steps", str(settings.num_draft_tokens), "--speculative-eagle-topk", "1"]
+        # The token that is judged with them counts here.
+        command += ["--speculative-num-draft-tokens", str(settings.num_draft_tokens + 1)]
+    return [*command, "--host", "127.0.0.1", "--port"]
+
+
+def _ssv(settings: HostSettings) -> list[str]:
+    command = ["ssv-serve", "--bundle", str(settings.bundle)]
+    if settings.host == "trtllm" and not settings.taps:
+        command += ["--engine", "tensorrt_llm", "--tensor-parallel", str(settings.tensor_parallel)]
+    else:
+        command += ["--engine", "torch", "--device", "cuda"]
+    command += ["--max-rows", str(settings.max_rows), "--max-length", str(settings.max_length)]
+    command += ["--ready-timeout", str(READY_SECONDS)]
+    # Beside the port that answers, of Triton, which nobody asks here.
+    for index, option in enumerate(("--http-port", "--grpc-port", "--metrics-port")):
+        command += [option, str(FIRST_PORT + 10 + index)]
+    return [*command, "--openai-port"]
+
+
+def _llm_args(settings: HostSettings, arm: str) -> LlmArgs:
+    drafted = settings.num_draft_tokens if arm == "speculation" else 0
+    speculation: Eagle3DecodingConfig | DraftTargetDecodingConfig | None = None
+    if drafted and settings.taps:
+        speculation = Eagle3DecodingConfig(
+            max_draft_len=drafted,
+            speculative_model=settings.draft,
+            eagle3_layers_to_capture=list(settings.taps),
+        )
+    elif drafted:
+        speculation = DraftTargetDecodingConfig(max_draft_len=drafted, speculative_model=settings.draft)
+    return LlmArgs(
+        tensor_parallel_size=settings.tensor_parallel,
+        max_batch_size=settings.max_rows,
+        max_seq_len=settings.max_length,
+        max_num_tokens=max(LEAST_PASS, settings.max_rows * (1 + drafted)),
+        kv_cache_config=KvCacheConfig(free_gpu_memory_fraction=settings.memory_share),
+        cuda_graph_config=CudaGraphConfig(max_batch_size=settings.max_rows),
+        speculative_config=speculation,
+    )
+
+
+# --- scripts --------------------------------------------------------------------------------------------------------
+
+
+def _script(*parts: list[str], takes_one: str = '"${1:?usage: $0 PORT}"') -> str:
+    """A script that becomes a command, with an argument of its own at the end."""
+    command = " ".join(shlex.quote(word) for part in parts for word in part)
+    return f"#!/usr/bin/env bash\nset -euo pipefail\nexec {command} {takes_one}\n"
+
+
+_COMPARE = """#!/usr/bin/env bash
+# Starts the arms, waits until each answers, and compares them: compare.sh PROMPTS.jsonl OUT [options of `ssv-ab run`]
+# GPUs of each arm: PLAIN_GPUS and so on, a comma between. READY_SECONDS: how long they may take to start.
+{missing}set -euo pipefail
+set -m  # each arm in a process group of its own, so that its workers end with it
+here=$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)
+prompts=${{1:?usage: $0 PROMPTS.jsonl OUT [options of ssv-ab run]}} out=${{2:?OUT, the folder of the report}}
+shift 2
+logs=$(mktemp -d)
+groups=()
+
+stop() {{
+  trap '' INT TERM
+  for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -TERM -- "-$group" 2>/dev/null || true; done
+  wait || true
+}}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+start() {{  # ARM PORT GPUS
+  CUDA_VISIBLE_DEVICES=$3 "$here/serve-$1.sh" "$2" >"$logs/$1.log" 2>&1 &
+  groups+=("$!")
+}}
+
+await() {{  # ARM PORT PROCESS
+  until curl -fsS -o /dev/null "http://127.0.0.1:$2/v1/models" 2>/dev/null; do
+    if ! kill -0 "$3" 2>/dev/null; then echo "error: $1 ended, see $logs/$1.log" >&2; exit 1; fi
+    if ((SECONDS > ${{READY_SECONDS:-{ready}}})); then echo "error: $1 is not ready, see $logs/$1.log" >&2; exit 1; fi
+    sleep 0.5
+  done
+}}
+
+{starts}
+{awaits}
+ssv-ab run {arms} --prompts "$prompts" --out "$out" "$@" &
+groups+=("$!")
+wait "${{groups[-1]}}"  # and not in the foreground, where a signal would wait for it
+"""
+
+
+def _compare(settings: HostSettings) -> str:
+    starts, awaits, arms = [], [], []
+    size = settings.tensor_parallel
+    for index, arm in enumerate(settings.arms):
+        gpus = ",".join(str(index * size + gpu) for gpu in range(size))
+        port = FIRST_PORT + index
+        starts.append(f'start {arm} {port} "${{{arm.upper()}_GPUS:-{gpus}}}"')
+        awaits.append(f'await {arm} {port} "${{groups[{index}]}}"')
+        model = quote(settings.name) if arm == "ssv" else "target"
+        option = ("--a", "--b", "--arm")[index]
+        arms.append(f"{option} {shlex.quote(f'{arm}=http://127.0.0.1:{port}/v1?model={model}&gpus={size}')}")
+    why = settings.without_ssv
+    return _COMPARE.format(
+        ready=READY_SECONDS,
+        missing=f"# There is no arm `ssv`: {why}.\n" if why is not None else "",
+        starts="\n".join(starts),
+        awaits="\n".join(awaits),
+        arms=" ".join(arms),
+    )
