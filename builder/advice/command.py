@@ -14,6 +14,7 @@ from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
     from ssv.builder.advice.positions import Texts
+    from ssv.builder.advice.speed import Speed
     from ssv.builder.advice.view import Advice
     from ssv.bundle.policy import Policy
     from ssv.bundle.survival import Survival
@@ -159,7 +160,7 @@ def _of_weights(args: argparse.Namespace) -> Advice:
     prompts = read_prompts(args.prompts) if args.prompts is not None else read_prompts(PROMPTS)[:NUM_PROMPTS]
     with waiting(f"loading {args.target}"):
         try:
-            pair = load_pair(args.target, args.draft, args.precision or "fp32", args.device, args.threads)
+            pair = load_pair(args.target, args.draft, args.precision or "fp32", args.device, args.threads, prompts)
         except NotItsTokens as error:
             return Advice("wrong vocabulary", f"{error.what}. {error.cure}".strip(), f"{args.target}, {args.draft}")
     costs = measure(pair.batch.target, pair.draft, repeats=REPEATS, threads=pair.threads)
@@ -198,7 +199,7 @@ def _with_free_draft(costs: Costs) -> Costs:
 def _of_shapes(args: argparse.Namespace) -> Advice:
     from ssv.builder.advice.gpus import gpu_named
     from ssv.builder.advice.shapes import place_pair, read_shape, vocabulary_differs
-    from ssv.builder.advice.speed import least_acceptance
+    from ssv.builder.advice.speed import least_acceptance, verdict
     from ssv.builder.advice.view import Advice
 
     if args.gpu is None:
@@ -229,19 +230,19 @@ def _of_shapes(args: argparse.Namespace) -> Advice:
         return Advice("too strong", "a draft step costs more than any guess can save", basis, facts)
     if args.acceptance is None:
         return Advice("not known", "how often its guesses are right is not: give --acceptance", basis, facts)
-    found = _at(_shares(args.acceptance), costs)
-    from ssv.builder.advice.speed import verdict
+    shares = _shares(args.acceptance)
+    found = _at(shares, costs)
+    what, why = verdict(found, costs, _at(shares, _with_free_draft(costs)))
+    return Advice(what, why, basis, facts, [shares], found)
 
-    what, why = verdict(found, costs, _at(_shares(args.acceptance), _with_free_draft(costs)))
-    return Advice(what, why, basis, facts, [_shares(args.acceptance)], found)
 
-
-def _at(shares: Sequence[float], costs: Costs) -> list[Any]:
-    from ssv.builder.advice.positions import alike
+def _at(shares: Sequence[float], costs: Costs) -> list[Speed]:
+    from ssv.builder.advice.positions import drawn
     from ssv.builder.advice.speed import speeds
     from ssv.bundle.survival import Survival
 
-    return speeds(alike(shares), costs, Survival(), {}, conditioned=False)
+    rows = [{"rows": "greedy", "rank": rank, "guesses": 1, "chosen": share} for rank, share in enumerate(shares)]
+    return speeds(drawn(rows), costs, Survival(), {}, conditioned=False)
 
 
 def _shares(text: str) -> list[float]:
@@ -251,6 +252,7 @@ def _shares(text: str) -> list[float]:
         shares = []
     if not shares or not all(0 <= share <= 1 for share in shares) or sum(shares) > 1:
         raise UserError(
-            f"--acceptance {text!r} is no list of shares", "give numbers from 0 to 1 that add up to at most 1, as 0.7,0.1"
+            f"--acceptance {text!r} is no list of shares",
+            "give numbers from 0 to 1 that add up to at most 1, as 0.7,0.1",
         )
     return shares

@@ -159,7 +159,7 @@ def drawn(reliability: Sequence[Mapping[str, Any]], num_places: int = 2000, seed
         for rank in range(1 + max((row["rank"] for row in greedy), default=-1))
         if (of_rank := [row for row in greedy if row["rank"] == rank])
     ]
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     return [[Position(DRAWN_DEPTH, _drawn_tree(firsts, mean, rng))] for _ in range(num_places)]
 
 

@@ -113,9 +113,7 @@ def expected(
     return Speed(method, shape, tokens / passes, nodes / passes, seconds / passes, tokens / seconds / plain)
 
 
-def _round(
-    position: Position, policy: Policy, costs: Costs, survival: Survival, unseen: int
-) -> tuple[int, int, float]:
+def _round(position: Position, policy: Policy, costs: Costs, survival: Survival, unseen: int) -> tuple[int, int, float]:
     """Nodes of a round's pass, how many of them are kept, and the round's seconds.
 
     Args:

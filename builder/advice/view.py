@@ -83,7 +83,8 @@ def _speed_table(speeds: Sequence[Speed]) -> Table:
 
 def _break_even_line(found: BreakEven) -> str:
     least = "no acceptance is enough" if found.acceptance is None else f"{found.acceptance:.1%} of the tokens accepted"
-    cheap = f"a draft step of {found.draft_share:.0%} of a pass" if found.draft_share else "no draft step is cheap enough"
-    return (
-        f"break-even of chains: at these costs {least}; at this acceptance {cheap} (it costs {found.draft_share_now:.1%})"
+    cheap = (
+        f"a draft step of {found.draft_share:.0%} of a pass" if found.draft_share else "no draft step is cheap enough"
     )
+    now = f"it costs {found.draft_share_now:.1%}"
+    return f"break-even of chains: at these costs {least}; at this acceptance {cheap} ({now})"
