@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--latency-bound-ms",
         type=float,
         metavar="MS",
-        help="verify what is pending so many milliseconds after the last tokens came (default: none)",
+        help="verify what is pending so many milliseconds after the last pass (default: none)",
     )
     parser.add_argument(
         "--raw", action="store_true", help="continue the text itself, without the chat template (default: off)"

@@ -59,7 +59,7 @@ class Settings:
         tools: functions that the model may call, as OpenAI has them; of a conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
-        latency_bound_ms: milliseconds since the last tokens came, after which pending ones are verified.
+        latency_bound_ms: milliseconds since the last pass after which pending tokens are verified.
     """
 
     tier: str | None = None

@@ -64,7 +64,7 @@ class SamplingParams:
             its place; None for none. A tier that trusts tokens computes theirs too, and keeps them until a pass.
         prompt_logprobs: the same of the prompt's tokens but the first; none of them is taken from the prompt cache.
         fates: what became of each token of the output is wanted, and what was dropped in its place.
-        latency_bound_ms: milliseconds since the last tokens came, after which pending ones are verified even if no token asks
+        latency_bound_ms: milliseconds since the last pass after which pending tokens are verified even if no token asks
             for it; None for no bound.
 
     Raises:

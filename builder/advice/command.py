@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssv.bundle.profile import Costs, Curve
-from ssv.support.console import add_device, add_engine, add_precision, add_threads, positive, require_device
+from ssv.support.console import (
+    add_device,
+    add_engine,
+    add_max_rows,
+    add_precision,
+    add_threads,
+    positive,
+    require_device,
+)
 from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,9 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=positive, default=2048, metavar="N", help="of shapes: tokens of a row (default: 2048)"
     )
-    parser.add_argument(
-        "--rows", type=positive, default=1, metavar="N", help="of shapes: rows side by side (default: 1)"
-    )
+    add_max_rows(parser, "of shapes: rows side by side", default=1)
     parser.add_argument("--json", action="store_true", help="for programs (default: off)")
     add_engine(parser)
     add_precision(parser)
@@ -207,7 +213,7 @@ def _of_shapes(args: argparse.Namespace) -> Advice:
     target, draft, gpu = read_shape(args.target), read_shape(args.draft), gpu_named(args.gpu)
     precision = args.precision or "bf16"
     placed = place_pair(
-        target, draft, gpu, precision, degree=args.tensor_parallel, context=args.context, rows=args.rows
+        target, draft, gpu, precision, degree=args.tensor_parallel, context=args.context, rows=args.max_rows
     )
     basis = (
         f"shapes alone, on {args.gpu} in {precision}: steps by memory bandwidth and products, without launches and "
