@@ -150,11 +150,10 @@ def place_pair(
 
     fitting = [n for n in possible if on_each(n) <= USABLE * gpu.gb * 1e9]
     chosen = degree or (fitting[0] if fitting else possible[-1])
-    of = {"per_weight": per_weight, "context": context, "rows": rows}
     flops_per_s = 1e12 * (gpu.fp8_tflops if precision == "fp8" and gpu.fp8_tflops else gpu.bf16_tflops)
     costs = Costs(
-        target=_curve(target, gpu, flops_per_s, gpus=chosen, **of),
-        draft=_curve(draft, gpu, flops_per_s, gpus=1, **of),
+        target=_curve(target, gpu, flops_per_s, gpus=chosen, per_weight=per_weight, context=context, rows=rows),
+        draft=_curve(draft, gpu, flops_per_s, gpus=1, per_weight=per_weight, context=context, rows=rows),
     )
     return Placed(chosen, on_each(chosen), on_each(chosen) <= USABLE * gpu.gb * 1e9, costs)
 
