@@ -141,7 +141,7 @@ def _judged(nodes: Sequence[Node], text: Sequence[int]) -> list[Node]:
     return judged
 
 
-def drawn(reliability: Sequence[Mapping[str, Any]], num_places: int = 2000, seed: int = 0) -> list[list[Position]]:
+def drawn(reliability: Sequence[Mapping[str, Any]], num_places: int = 400, seed: int = 0) -> list[list[Position]]:
     """Places as a calibration has seen them: at each, how sure the draft is of its first guess is drawn from what was
     seen, and whether that comes true from how often it did. Places know nothing of one another.
 
