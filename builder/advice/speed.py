@@ -203,7 +203,10 @@ def verdict(found: Sequence[Speed], costs: Costs, free: Sequence[Speed]) -> tupl
     """
     best = max((s for s in found if s.method in ("speculative", "tree")), key=lambda s: s.speedup)
     if best.speedup >= CERTAIN:
-        return "good", f"drafts of one shape ({best.shape}) are expected at {best.speedup:.2f} times plain decoding's speed"
+        return (
+            "good",
+            f"drafts of one shape ({best.shape}) are expected at {best.speedup:.2f} times plain decoding's speed",
+        )
     if best.speedup > 1:
         return "doubtful", (
             f"{best.speedup:.2f} times plain decoding's speed is expected of the best shape, less than what the "
