@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.bench_view import MethodRow, check_plot, plot, print_tables
@@ -54,11 +54,13 @@ class Tally:
     Attributes:
         outputs: by round and prompt.
         seconds, tokens: by round and group of prompts.
+        gaps: seconds between the pieces of an output, of all rounds.
     """
 
     outputs: list[list[Output]] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default: 1.0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampled output (default: 0)")
+    parser.add_argument(
+        "--latency-bound-ms",
+        type=float,
+        metavar="MS",
+        help="verify what is pending so many milliseconds after the last pass (default: none)",
+    )
     add_max_rows(parser, "prompts decoded side by side", default=1)
     parser.add_argument(
         "--rounds", type=positive, default=3, metavar="N", help="run all prompts at most so many times (default: 3)"
@@ -143,6 +151,7 @@ def _run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        latency_bound_ms=args.latency_bound_ms,
     )
     if params.greedy and (params.top_k or params.top_p < 1):
         raise RequestError("--top-k and --top-p are of sampled output", "give a --temperature above 0")
@@ -236,7 +245,7 @@ def _run_round(
             way = compared[(number + index + turn) % len(compared)]
             way.prepare(group, params)
             start = time.perf_counter()
-            outputs = way.decode(group, params, num_draft_tokens)
+            outputs = way.decode(group, params, num_draft_tokens, tallies[way.name].gaps)
             seconds, tokens = time.perf_counter() - start, sum(len(output.token_ids) for output in outputs)
             tally = tallies[way.name]
             tally.outputs[-1].extend(outputs)
@@ -379,6 +388,7 @@ def _row(way: Way, audits: Sequence[Audit], tally: Tally, baseline: Tally, price
         )
     ]
     first = sorted(output.counters.first_token_s for each in tally.outputs for output in each)
+    p50, p95, p99, deviation = _between(tally.gaps)
     emitted = counters.emitted
     same = [
         output.token_ids == base.token_ids
@@ -413,9 +423,23 @@ def _row(way: Way, audits: Sequence[Audit], tally: Tally, baseline: Tally, price
         divergence_margin=sum(a.margin for a in audits) / emitted,
         kept_by_depth=counters.kept_by_depth,
         identical=sum(same) / len(same),
+        ms_per_token=1e3 / speed,
+        between_ms_p50=p50,
+        between_ms_p95=p95,
+        between_ms_p99=p99,
+        between_ms_sd=deviation,
         ttft_ms=first[len(first) // 2] * 1e3,
         cost_per_1m_tokens=price_per_hour / (speed * 3600) * 1e6 if price_per_hour is not None else None,
     )
+
+
+def _between(gaps: Sequence[float]) -> Sequence[float | None]:
+    """Median, 95th and 99th percentile and standard deviation of times between pieces, in milliseconds."""
+    if not gaps:
+        return (None,) * 4
+    ordered = sorted(gaps)
+    ranked = [ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 95, 99)]
+    return [1e3 * seconds for seconds in (*ranked, pstdev(gaps))]
 
 
 def _share(found: Sequence[int], of: Sequence[int]) -> Interval:

@@ -39,6 +39,10 @@ class MethodRow:
         divergence_promised: what the tier's calibration bounds it to; null for a lossless method.
         kept_by_depth: share of the passes that kept their first drafted token, their second, and so on.
         identical: share of outputs, of all rounds, that are the baseline's, token for token.
+        ms_per_token: milliseconds of decoding per emitted token, the prompts' included: the inverse of `tokens_per_s`.
+        between_ms_p50, between_ms_p95, between_ms_p99, between_ms_sd: milliseconds between the pieces of an output, as
+            a user sees them who reads along: percentiles and standard deviation. A piece is what comes at once, the
+            tokens of a pass or those trusted before one. Null where no output has two.
         ttft_ms: median time to the first token.
         cost_per_1m_tokens: at the given price per hour; null without one.
     """
@@ -70,6 +74,11 @@ class MethodRow:
     divergence_margin: float
     kept_by_depth: Sequence[float]
     identical: float
+    ms_per_token: float
+    between_ms_p50: float | None
+    between_ms_p95: float | None
+    between_ms_p99: float | None
+    between_ms_sd: float | None
     ttft_ms: float
     cost_per_1m_tokens: float | None
 
@@ -81,6 +90,7 @@ def print_tables(rows: Sequence[MethodRow], *, priced: bool) -> None:
     console.print(_comparison(rows, priced=priced))
     if any(row.kept_by_depth for row in rows):
         console.print(_kept(rows))
+    console.print(_between(rows))
 
 
 def _comparison(rows: Sequence[MethodRow], *, priced: bool) -> Table:
@@ -116,6 +126,18 @@ def _kept(rows: Sequence[MethodRow]) -> Table:
     for row in rows:
         if row.kept_by_depth:
             table.add_row(row.method, *(f"{share:.0%}" for share in row.kept_by_depth))
+    return table
+
+
+def _between(rows: Sequence[MethodRow]) -> Table:
+    headers = ("method", "ms/token", "p50", "p95", "p99", "deviation", "TTFT ms")
+    table = Table(*headers, title="milliseconds between pieces, as they are streamed")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        found = (row.between_ms_p50, row.between_ms_p95, row.between_ms_p99, row.between_ms_sd)
+        cells = ["-" if ms is None else f"{ms:.1f}" for ms in found]
+        table.add_row(row.method, f"{row.ms_per_token:.2f}", *cells, f"{row.ttft_ms:.0f}")
     return table
 
 

@@ -3,11 +3,12 @@ cache of prompts."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ssv.runtime.request import Output, Request, RequestError, SamplingParams
+from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.support.precisions import TORCH_PRECISIONS
 
 if TYPE_CHECKING:
@@ -46,10 +47,29 @@ class Way:
         if self.cache is not None:
             self.decode(prompts, replace(params, max_tokens=1, min_tokens=0), 1)
 
-    def decode(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, num_draft_tokens: int) -> list[Output]:
-        """Decodes prompts side by side."""
+    def decode(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        params: SamplingParams,
+        num_draft_tokens: int,
+        gaps: list[float] | None = None,
+    ) -> list[Output]:
+        """Decodes prompts side by side.
+
+        Args:
+            gaps: to which the seconds between the pieces of each output are added, as they come.
+        """
         requests = [Request(prompt, self.method, params, num_draft_tokens) for prompt in prompts]
-        return self.llm.generate(requests, prompt_cache=self.cache)
+        last: dict[int, float] = {}
+
+        def watch(chunk: Chunk) -> None:
+            if gaps is not None and chunk.token_ids:
+                now = time.perf_counter()
+                if chunk.index in last:
+                    gaps.append(now - last[chunk.index])
+                last[chunk.index] = now
+
+        return self.llm.generate(requests, prompt_cache=self.cache, watch=watch)
 
 
 def ways(llm: LLM, methods: Sequence[str], beside: Sequence[str], load: Callable[[str], LLM]) -> list[Way]:

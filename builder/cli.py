@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssv.builder import export_command
+from ssv.builder.advice import command as advice
 from ssv.builder.config import (
     CalibrationConfig,
     EngineConfig,
@@ -197,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add_precision(profile)
     add_device(profile)
     add_threads(profile)
+    advice.add_arguments(command("advise", advice.run, "say what a draft is worth for a target, and which methods pay"))
     inspect = command("inspect", _inspect, "show a bundle")
     inspect.add_argument("--bundle", type=Path, required=True, help="what to show")
     inspect.add_argument(

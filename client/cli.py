@@ -42,10 +42,10 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable (default: none)"
     )
     parser.add_argument(
-        "--max-delay",
+        "--latency-bound-ms",
         type=float,
-        metavar="S",
-        help="verify what is pending after so many seconds; not with --url (default: none)",
+        metavar="MS",
+        help="verify what is pending so many milliseconds after the last pass (default: none)",
     )
     parser.add_argument(
         "--raw", action="store_true", help="continue the text itself, without the chat template (default: off)"
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         min_tokens=args.min_tokens,
         stop=tuple(args.stop),
         fates=args.explain,
-        max_delay=args.max_delay,
+        latency_bound_ms=args.latency_bound_ms,
     )
     prompt = _prompt(args.prompt)
     summary = _ask(args, prompt, params) if args.url else _decode(args, prompt, params)
@@ -151,7 +151,6 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     unused = {"--engine": args.engine != "torch", "--precision": args.precision, "--device": args.device != "cpu"}
     unused |= {
         "--threads": args.threads,
-        "--max-delay": args.max_delay,
         "--num-draft-tokens": args.num_draft_tokens != 5,
     }
     if wrong := [name for name, is_given in unused.items() if is_given]:
@@ -169,6 +168,7 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         seed=params.seed,
         stop=params.stop,
         fates=args.explain,
+        latency_bound_ms=params.latency_bound_ms,
     )
     explanation = _explanation(args)
     started, first, num_tokens = time.monotonic(), 0.0, 0

@@ -59,6 +59,7 @@ class Settings:
         tools: functions that the model may call, as OpenAI has them; of a conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
+        latency_bound_ms: milliseconds since the last pass after which pending tokens are verified.
     """
 
     tier: str | None = None
@@ -85,6 +86,7 @@ class Settings:
     fates: bool = False
     ignore_eos: bool | None = None
     timeout: float | None = None
+    latency_bound_ms: float | None = None
 
 
 def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[grpcclient.InferInput]:
@@ -126,6 +128,7 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("ssv_return_fates", "BOOL", settings.fates or None),
         ("ignore_eos", "BOOL", settings.ignore_eos),
         ("ssv_timeout", "FP32", settings.timeout),
+        ("latency_bound_ms", "FP32", settings.latency_bound_ms),
     ]
     return [_tensor(name, datatype, value) for name, datatype, value in values if value is not None]
 

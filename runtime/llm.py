@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -482,9 +482,17 @@ class LLM:
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 
     def generate(
-        self, requests: Sequence[Request], *, prompt_cache: PromptCache[PromptBlock] | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        prompt_cache: PromptCache[PromptBlock] | None = None,
+        watch: Callable[[Chunk], object] | None = None,
     ) -> list[Output]:
-        """Decodes requests and returns their outputs, in their order; see `stream`."""
+        """Decodes requests and returns their outputs, in their order; see `stream`.
+
+        Args:
+            watch: called with each chunk as it comes.
+        """
         texts: list[list[str]] = [[] for _ in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
@@ -492,6 +500,8 @@ class LLM:
         fates: list[list[TokenFate]] = [[] for _ in requests]
         outputs: list[Output | None] = [None] * len(requests)
         for chunk in self.stream(requests, prompt_cache=prompt_cache):
+            if watch is not None:
+                watch(chunk)
             texts[chunk.index].append(chunk.text)
             tokens[chunk.index].extend(chunk.token_ids)
             logprobs[chunk.index].extend(chunk.logprobs)

@@ -64,7 +64,8 @@ class SamplingParams:
             its place; None for none. A tier that trusts tokens computes theirs too, and keeps them until a pass.
         prompt_logprobs: the same of the prompt's tokens but the first; none of them is taken from the prompt cache.
         fates: what became of each token of the output is wanted, and what was dropped in its place.
-        max_delay: seconds after which pending tokens are verified even if no token asks for it; None for no bound.
+        latency_bound_ms: milliseconds since the last pass after which pending tokens are verified even if no token asks
+            for it; None for no bound.
 
     Raises:
         RequestError: a value out of range.
@@ -89,7 +90,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     fates: bool = False
-    max_delay: float | None = None
+    latency_bound_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("top_k", "seed", "max_tokens", "min_tokens"):
@@ -131,8 +132,8 @@ class SamplingParams:
             raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop every output")
-        if self.max_delay is not None and not self.max_delay > 0:
-            raise RequestError(f"max_delay {self.max_delay} must be above 0 seconds")
+        if self.latency_bound_ms is not None and not self.latency_bound_ms > 0:
+            raise RequestError(f"latency_bound_ms {self.latency_bound_ms} must be above 0")
 
     @property
     def greedy(self) -> bool:

@@ -229,7 +229,7 @@ class Ahead:
             and params.logprobs is None
             and row.audited is None
             and not params.fates
-            and params.max_delay is None
+            and params.latency_bound_ms is None
             and (processor is None or processor.is_idle(row.output_index(0)))
             and len(row.ends(self._eos_ids)) <= MOST_ENDS
             and (by_model or not policy.max_pending)

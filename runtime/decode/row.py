@@ -111,7 +111,8 @@ class Row:
     @property
     def waits_too_long(self) -> bool:
         """Whether its caller has waited for a token as long as it may."""
-        return self.params.max_delay is not None and time.monotonic() - self.last_commit >= self.params.max_delay
+        bound = self.params.latency_bound_ms
+        return bound is not None and 1e3 * (time.monotonic() - self.last_commit) >= bound
 
 
 def padded(tokens: Sequence[int], start: int, width: int) -> list[int]:

@@ -87,6 +87,7 @@ NUMBERS = (
     "length_penalty",
     "ssv_max_divergence",
     "ssv_timeout",
+    "latency_bound_ms",
 )
 """Inputs of `ensemble`, by type: STRING [1], STRING [-1], INT32 [-1], BOOL [1], INT32 [1] (`seed` and `random_seed`:
 UINT64) and FP32 [1].
@@ -292,6 +293,7 @@ class Intake:
             logprobs=logprobs,
             prompt_logprobs=fields.get("ssv_prompt_logprobs"),
             fates=bool(fields.get("ssv_return_fates", False)),
+            latency_bound_ms=fields.get("latency_bound_ms"),
         )
 
     def _never_ends(self, end_id: int | None) -> bool:

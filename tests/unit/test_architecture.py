@@ -70,6 +70,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "model",
         "bundle",
         "runtime",
+        "runtime/engines",
         "runtime/decode",
         "runtime/decode/drafters",
         "runtime/decode/round.py",

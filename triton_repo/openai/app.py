@@ -19,7 +19,8 @@ changes, and of every token that it says, the last one included.
 
 Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
 ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; ssv_timeout,
-seconds after which an answer ends with what there is ("length"); and ssv_fates, with which each choice, or each of its
+seconds after which an answer ends with what there is ("length"); latency_bound_ms, milliseconds since the last pass
+after which pending tokens are verified; and ssv_fates, with which each choice, or each of its
 chunks with text, says under `ssv_fates` how its tokens came about (`ssv.runtime.fates`). Responses disclose under `ssv`
 what was done: the whole of it, or each choice's last chunk. `divergence_bound` there is what the tier was calibrated
 to.

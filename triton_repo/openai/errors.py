@@ -149,6 +149,7 @@ _SAME_HERE = (
     "ssv_tier",
     "ssv_max_divergence",
     "ssv_timeout",
+    "latency_bound_ms",
 )
 
 

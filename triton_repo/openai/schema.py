@@ -256,6 +256,7 @@ class ApiRequest(CleanBody):
     ssv_tier: str | None = None
     ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
     ssv_timeout: Annotated[float, Field(gt=0)] | None = None
+    latency_bound_ms: Annotated[float, Field(gt=0)] | None = None
     ssv_fates: bool | None = None
     response_format: _ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -295,6 +296,7 @@ class ApiRequest(CleanBody):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=self.ignore_eos,
             timeout=self.ssv_timeout,
+            latency_bound_ms=self.latency_bound_ms,
         )
 
     def asked(self, tier: str | None, form: Form) -> list[tuple[Prompt, Settings]]:

@@ -25,7 +25,7 @@ from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.drafters.suffix import Suffix
-from ssv.runtime.decode.growth import Growth, Guess, likely_groups
+from ssv.runtime.decode.growth import Candidate, Growth, Guess, likely_groups
 from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
@@ -450,6 +450,10 @@ class ModelDrafter(Drafter):
         parent = growth.candidates[own].parent
         rank = sum(candidate.parent == parent for candidate in growth.candidates[:own])
         return rank, growth.candidates[own].guess.share
+
+    def candidates(self, b: int) -> Sequence[Candidate]:
+        """All that has been guessed for row `b` in this round, whether it is kept or not."""
+        return self._growing[b].growth.candidates
 
     def _fill(self, b: int, row: Row, text: Sequence[int]) -> None:
         """Makes the entries of a row that has not drafted for long: a step is no wider than what any row has room

@@ -311,7 +311,7 @@ class Decoder:
         return set()
 
     def generate(
-        self, requests: Sequence[Request], *, prompt_cache: set[tuple[int, ...]] | None = None
+        self, requests: Sequence[Request], *, prompt_cache: set[tuple[int, ...]] | None = None, watch: object = None
     ) -> list[Output]:
         for request in requests:
             if prompt_cache is not None:

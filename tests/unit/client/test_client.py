@@ -31,6 +31,7 @@ def test_only_what_is_set_is_sent() -> None:
         "temperature",
         "seed",
     }
+    assert sent("a", Settings(latency_bound_ms=40.0))["latency_bound_ms"] == ([1, 1], "FP32")
     assert sent("a", Settings(fates=True))["ssv_return_fates"] == ([1, 1], "BOOL")
     assert sent("a", Settings(stop=("x", "y")))["stop_words"] == ([1, 2], "BYTES")
 
@@ -76,7 +77,7 @@ def test_no_server() -> None:
         next(client.stream("a", Settings()))
 
 
-@pytest.mark.parametrize("option", [["--precision", "int8"], ["--num-draft-tokens", "3"], ["--max-delay", "1"]])
+@pytest.mark.parametrize("option", [["--precision", "int8"], ["--num-draft-tokens", "3"]])
 def test_what_is_the_servers_to_say_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--url", "grpc://127.0.0.1:9", *option, "hello"]) == 2
     assert "cannot be set for a server" in capsys.readouterr().err

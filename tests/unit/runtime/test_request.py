@@ -39,9 +39,9 @@ INVALID: list[dict[str, Any]] = [
     {"repetition_penalty": 101.0},
     {"repetition_penalty": math.inf},
     {"stop": ("a", "")},
-    {"max_delay": 0.0},
-    {"max_delay": -1.0},
-    {"max_delay": math.nan},
+    {"latency_bound_ms": 0.0},
+    {"latency_bound_ms": -1.0},
+    {"latency_bound_ms": math.nan},
 ]
 
 
@@ -80,8 +80,8 @@ def test_tokens_that_are_named_wrongly(settings: dict[str, Any], what: str) -> N
         {"max_tokens": 1},
         {"min_tokens": 10, "max_tokens": 10},
         {"stop": ()},
-        {"max_delay": 1e-3},
-        {"max_delay": math.inf},
+        {"latency_bound_ms": 1e-3},
+        {"latency_bound_ms": math.inf},
     ],
     ids=repr,
 )

@@ -746,11 +746,11 @@ def test_released_tokens_leave_before_the_pass() -> None:
     assert steps_at == [(1, 1), (11, 1), (2, 2)]
 
 
-def test_max_delay_asks_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latency_bound_asks_for_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time since the pass before, on a clock that draft steps make go."""
     llm = make_llm(agreement=1.0)
     monkeypatch.setattr(time, "monotonic", lambda: float(len(draft_of(llm).calls)))
-    params = SamplingParams(max_tokens=15, ignore_eos=True, max_delay=3.0)
+    params = SamplingParams(max_tokens=15, ignore_eos=True, latency_bound_ms=3000.0)
     output = run(llm, [Request((1, 2), "speculative", params, 7)])[0]
     assert text_of(output) == reference(target_of(llm), (1, 2), params)
     assert [call.tokens for call in target_of(llm).calls[1:]] == [4, 4, 4, 2]

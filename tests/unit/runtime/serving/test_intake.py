@@ -146,6 +146,7 @@ def test_all_that_is_supported_arrives() -> None:
         ssv_top_logprobs=3,
         ssv_prompt_logprobs=0,
         ssv_return_fates=True,
+        latency_bound_ms=40.0,
     )
     wanted = SamplingParams(
         temperature=0.5,
@@ -166,6 +167,7 @@ def test_all_that_is_supported_arrives() -> None:
         logprobs=3,
         prompt_logprobs=0,
         fates=True,
+        latency_bound_ms=40.0,
     )
     assert settings == Settings("turbo", wanted, stream=True, timeout=2.5)
 
@@ -247,6 +249,8 @@ def test_without_a_seed_each_request_has_another() -> None:
         ({"input_ids": [1, 2]}, "input_ids and text_input are both given"),
         ({"input_ids": [1, 300], "text_input": ""}, "token 300 is outside the vocabulary of 300"),
         ({"exclude_input_in_output": False}, "exclude_input_in_output false is not supported"),
+        ({"latency_bound_ms": 0.0}, "latency_bound_ms 0.0 must be above 0"),
+        ({"latency_bound_ms": math.nan}, "latency_bound_ms nan"),
         ({"ssv_timeout": 0.0}, "ssv_timeout 0.0 must be above 0"),
         ({"ssv_timeout": -1.0}, "ssv_timeout -1.0 must be above 0"),
         ({"ssv_timeout": math.nan}, "ssv_timeout nan"),
@@ -735,7 +739,7 @@ def test_stop_words_are_bounded(given: dict[str, Any]) -> None:
 def test_settings_come_back_from_json() -> None:
     given = {"stop_words": ["é", '"', "\n"], "seed": LARGEST_SEED, "temperature": 0.1, "top_p": 0.3, "top_k": 4}
     given |= {"logit_bias": '{"3": 0.5}', "bad_words": ["é"], "stop_token_ids": [3], "ssv_top_logprobs": 2}
-    given |= {"guided_decoding_guide_type": "json", "ssv_return_fates": True}
+    given |= {"guided_decoding_guide_type": "json", "ssv_return_fates": True, "latency_bound_ms": 12.5}
     _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", min_tokens=2, **given)
     assert Settings.from_json(settings.to_json()) == settings
     assert Settings.from_json(prepare()[1].to_json()).timeout is None

@@ -725,10 +725,10 @@ def test_a_messages_name_changes_nothing() -> None:
 def test_settings_reach_the_server() -> None:
     backend = FakeBackend()
     given = {"max_tokens": 9, "min_tokens": 2, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 2**64 - 1}
-    chat(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5)
-    expected = Settings(chat=False, **given, stop=["a", "b"], ignore_eos=True, timeout=1.5)
+    chat(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5, latency_bound_ms=40.0)
+    expected = Settings(chat=False, **given, stop=["a", "b"], ignore_eos=True, timeout=1.5, latency_bound_ms=40.0)
     assert backend.settings == expected
-    complete(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5)
+    complete(backend, **given, stop=["a", "b"], ignore_eos=True, ssv_timeout=1.5, latency_bound_ms=40.0)
     assert backend.settings == expected
 
 
@@ -919,6 +919,7 @@ WRONG = [
     ("user", 5),
     ("ssv_max_divergence", 1.5),
     ("ssv_timeout", 0),
+    ("latency_bound_ms", 0),
     ("model", 5),
     ("model", None),
     ("unknown", 1),
