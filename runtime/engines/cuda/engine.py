@@ -125,8 +125,8 @@ class CudaEngine:
         self._tapped = tap.layers if tap is not None else ()
         self._weights = Weights(decoder, tap, draft if conditioned else None)
         self.weight_bytes = self._weights.nbytes
-        self._kernels = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
-        self._kernels |= kernels_of(self.device, "sample", SAMPLING)
+        own = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
+        self._kernels = own | kernels_of(self.device, "sample", SAMPLING)
         self.overlaps = torch.cuda.get_device_capability(self.device) >= OVERLAPPING
         self.buffers = Buffers(spec, self.device, max_length, self.vocab_size, len(self._tapped))
         self._stream = torch.cuda.Stream(self.device)
