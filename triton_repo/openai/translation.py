@@ -208,7 +208,9 @@ class Answer:
             choice.calls.append(call)
         if reply.finish_reason:
             end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply])))
+            # With usage asked for, its chunk is the last one, and has the metrics.
+            more = {} if self._usage.include_usage else {"metrics": self._metrics()}
+            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply]), **more))
         return chunks
 
     def whole(self) -> dict[str, Any]:
@@ -224,13 +226,30 @@ class Answer:
             choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": _reason(choice)})
         kind = "chat.completion" if self._is_chat else "text_completion"
         replies = [choice.reply for choice in self._choices if choice.reply is not None]
-        return {**self._head(kind), "choices": choices, "usage": self._counted(), "ssv": self._disclosure(replies)}
+        head, metrics = self._head(kind), self._metrics()
+        return {
+            **head,
+            "choices": choices,
+            "usage": self._counted(),
+            "metrics": metrics,
+            "ssv": self._disclosure(replies),
+        }
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks that a stream ends with, after those of its choices."""
         if not self._usage.include_usage:
             return []
-        return [{**self._chunk_head(), "choices": [], "usage": self._counted()}]
+        return [{**self._chunk_head(), "choices": [], "usage": self._counted(), "metrics": self._metrics()}]
+
+    def _metrics(self) -> dict[str, Any] | None:
+        """What aiperf and others read of vLLM's `--per-request-spec-decode-metrics summary`; None for several choices,
+        as there.
+        """
+        reply = self._choices[0].reply
+        if len(self._choices) > 1 or reply is None:
+            return None
+        speculation = speculation_metrics(reply)
+        return None if speculation is None else {"speculative_decoding": speculation}
 
     def _disclosure(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """What was done for choices: they have one tier, unless it was withdrawn between them."""
@@ -288,6 +307,30 @@ class Answer:
             "total_tokens": num_input + num_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in asked)},
         }
+
+
+def speculation_metrics(reply: Reply) -> dict[str, Any] | None:
+    """A finished request's speculation in vLLM's shape; None where nothing was drafted.
+
+    A step is a pass of the target after the prompt's. What a pass kept counts as accepted, trusted tokens included: so
+    the mean length is tokens per pass. Drafts here have no fixed length: `num_spec_tokens` is the most that a pass kept.
+
+    Source: vLLM, docs/features/speculative_decoding/acceptance_metrics.md.
+    """
+    histogram = json.loads(reply.kept_per_pass) if reply.kept_per_pass else []
+    num_steps = sum(histogram)
+    if not (reply.drafted and num_steps):
+        return None
+    accepted = sum(kept * passes for kept, passes in enumerate(histogram))
+    return {
+        "mean_acceptance_length": 1 + accepted / num_steps,
+        "draft_acceptance_rate": accepted / reply.drafted,
+        "acceptance_histogram": histogram,
+        "num_spec_steps": num_steps,
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": reply.drafted,
+        "num_spec_tokens": len(histogram) - 1,
+    }
 
 
 def _called(call: Call) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
             "total_tokens": 13,
             "prompt_tokens_details": {"cached_tokens": 5},
         },
+        "metrics": None,
         "ssv": {
             "tier": "turbo",
             "lossless": False,
@@ -221,6 +222,36 @@ def test_a_stream_ends_with_usage_when_it_is_asked_for(ask: Any) -> None:
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 6
     assert last["id"] == chunks[0]["id"]
+
+
+SPECULATED = reply("lo", "stop", drafted=9, kept_per_pass="[1, 0, 2]")
+SPECULATION = {
+    "mean_acceptance_length": 1 + 4 / 3,
+    "draft_acceptance_rate": 4 / 9,
+    "acceptance_histogram": [1, 0, 2],
+    "num_spec_steps": 3,
+    "num_accepted_draft_tokens": 4,
+    "num_draft_tokens": 9,
+    "num_spec_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_response_has_the_metrics_of_its_speculation_as_vllm_has_them(ask: Any) -> None:
+    backend = FakeBackend(reply("Hel"), SPECULATED)
+    assert ask(backend).json()["metrics"] == {"speculative_decoding": SPECULATION}
+    assert ask(FakeBackend(reply("lo", "stop", drafted=0, kept_per_pass="[3]"))).json()["metrics"] is None
+    assert ask(backend, n=2).json()["metrics"] is None
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_streams_last_chunk_has_the_metrics_of_its_speculation(ask: Any, include_usage: bool) -> None:
+    backend = FakeBackend(reply("Hel"), SPECULATED)
+    *chunks, last, _ = events_of(ask(backend, stream=True, stream_options={"include_usage": include_usage}))
+    assert last["metrics"] == {"speculative_decoding": SPECULATION}
+    assert (last["choices"] == []) == include_usage
+    assert not any("metrics" in chunk for chunk in chunks)
 
 
 @pytest.mark.parametrize("include_usage", [True, False, None])
@@ -1614,7 +1645,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
     outputs |= {"ssv_cached_tokens": 5, "ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
     outputs |= {"ssv_tier_withdrawn": ""}
-    outputs |= {"ssv_fates": ""}
+    outputs |= {"ssv_fates": "", "ssv_draft_tokens": 9, "ssv_kept_per_pass": "[1, 0, 2]"}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
         if isinstance(value, str):
