@@ -57,6 +57,8 @@ class Settings:
             prompt, with their log-probabilities; None for none of these.
         fates: how each token came about is wanted (`Reply.fates`).
         tools: functions that the model may call, as OpenAI has them; of a conversation.
+        template: how the chat template is used: "add_generation_prompt", "continue_final_message" and "variables"; of a
+            conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
     """
@@ -76,6 +78,7 @@ class Settings:
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] = ()
     tools: Sequence[Mapping[str, Any]] = ()
+    template: Mapping[str, Any] | None = None
     guide: tuple[str, str] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
@@ -100,6 +103,7 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("text_input", "BYTES", prompt if is_text else ""),
         ("ssv_messages", "BYTES", messages),
         ("ssv_tools", "BYTES", json.dumps(list(settings.tools), ensure_ascii=False) if settings.tools else None),
+        ("ssv_template", "BYTES", json.dumps(dict(settings.template)) if settings.template else None),
         ("input_ids", "INT32", list(prompt) if is_ids else None),
         ("ssv_chat", "BOOL", settings.chat if is_text else None),
         ("stream", "BOOL", stream),

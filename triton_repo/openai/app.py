@@ -334,6 +334,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
     )
     parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="that conversations go through (default: the bundle's)"
+    )
+    parser.add_argument(
         "--max-body-bytes",
         type=int,
         default=DEFAULT_MAX_BODY_BYTES,
@@ -353,7 +356,7 @@ def _run(args: argparse.Namespace) -> int:
     _log_warnings_of_uvicorn()
     _check(args)
     name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
-    models = Models.of_bundle(args.bundle, args.max_length)
+    models = Models.of_bundle(args.bundle, args.max_length, args.chat_template)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
 
@@ -382,7 +385,7 @@ async def _serve(args: argparse.Namespace, models: Models, listener: socket.sock
         on_refusal=lambda: metrics.refused("full"),
         keys=access_keys(args.api_key_file),
         allowed_origins=args.allowed_origins,
-        tokens=Tokens(args.bundle, models.max_length),
+        tokens=Tokens(args.bundle, models.max_length, args.chat_template),
         reader=Reader(boards) if boards is not None else None,
         has_page=not args.no_page,
     )

@@ -38,6 +38,10 @@ _CODES = {
 }
 
 
+# What is said of how a conversation goes through the chat template.
+_TEMPLATE = re.compile("chat_template_kwargs|continue_final_message")
+
+
 class ApiError(HTTPException):
     """An answer other than 200.
 
@@ -124,6 +128,8 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     }
     known = re.compile(rf"\b({'|'.join(names)})\b")
     first = known.search(message)
+    if first is None and (of_template := _TEMPLATE.search(message)):
+        return ApiError(400, message, of_template[0], "invalid_value")
     if first is None and _FORM.search(message):
         return ApiError(400, message, "response_format", "invalid_value")
     param = names[first[1]][0] if first else prompt if "prompt" in message or "messages" in message else None

@@ -379,7 +379,31 @@ class ApiRequest(CleanBody):
         raise NotImplementedError
 
 
-class ChatRequest(ApiRequest):
+class TemplateOptions(CleanBody):
+    """How a conversation goes through the chat template, as in vLLM."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template(self) -> dict[str, Any]:
+        """What is given of it, as `Settings.template` has it.
+
+        Raises:
+            ApiError: 400, they contradict each other.
+        """
+        if self.continue_final_message and self.add_generation_prompt:
+            what = "continue_final_message and add_generation_prompt are both true: give one of them"
+            raise ApiError(400, what, "continue_final_message", "invalid_value")
+        given = {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            "variables": self.chat_template_kwargs or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ChatRequest(TemplateOptions, ApiRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -400,7 +424,7 @@ class ChatRequest(ApiRequest):
         return [[message.as_template_has_it() for message in self.messages]]
 
     def settings(self, tier: str | None, form: Form) -> Settings:
-        settings = super().settings(tier, form)
+        settings = replace(super().settings(tier, form), template=self.template() or None)
         if not (tools := self.callable_tools()):
             return settings
         settings = replace(settings, tools=tools)

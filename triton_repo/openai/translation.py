@@ -53,15 +53,18 @@ class Models:
     max_length: int | None = None
 
     @classmethod
-    def of_bundle(cls, bundle: Path, max_length: int | None = None) -> Models:
+    def of_bundle(cls, bundle: Path, max_length: int | None = None, chat_template: Path | None = None) -> Models:
         """Reads the manifest and the chat template.
+
+        Args:
+            chat_template: file with the one that is used instead of the bundle's.
 
         Raises:
             BundleError: see `read_manifest`.
             TokenizerFileError: see `read_chat_template`.
         """
         manifest = read_manifest(bundle, verify=False)
-        form = form_of(read_chat_template(bundle / "tokenizer"))
+        form = form_of(read_chat_template(bundle / "tokenizer", chat_template))
         created = int((bundle / MANIFEST_NAME).stat().st_mtime)
         bounds = {name: entry.divergence_bound for name, entry in manifest.tiers.items() if not entry.lossless}
         name, tiers, has_heads = manifest.name, tuple(manifest.tiers), manifest.heads is not None
@@ -313,7 +316,7 @@ def speculation_metrics(reply: Reply) -> dict[str, Any] | None:
     """A finished request's speculation in vLLM's shape; None where nothing was drafted.
 
     A step is a pass of the target after the prompt's. What a pass kept counts as accepted, trusted tokens included: so
-    the mean length is tokens per pass. Drafts here have no fixed length: `num_spec_tokens` is the most that a pass kept.
+    the mean length is tokens per pass. Drafts have no fixed length here: `num_spec_tokens` is the most that one kept.
 
     Source: vLLM, docs/features/speculative_decoding/acceptance_metrics.md.
     """

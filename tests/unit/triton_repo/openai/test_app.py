@@ -224,6 +224,25 @@ def test_a_stream_ends_with_usage_when_it_is_asked_for(ask: Any) -> None:
     assert last["id"] == chunks[0]["id"]
 
 
+def test_how_a_conversation_goes_through_the_chat_template_is_the_requests() -> None:
+    backend = FakeBackend()
+    assert chat(backend).status_code == 200
+    assert backend.settings.template is None
+    fields = {"add_generation_prompt": False, "continue_final_message": True}
+    assert chat(backend, **fields, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+    assert backend.settings.template == {**fields, "variables": {"enable_thinking": False}}
+
+
+def test_a_message_that_is_continued_and_an_answer_that_is_begun_contradict_each_other() -> None:
+    backend = FakeBackend()
+    error = error_of(chat(backend, add_generation_prompt=True, continue_final_message=True), 400)
+    assert (error["param"], error["code"]) == ("continue_final_message", "invalid_value")
+    assert "add_generation_prompt" in error["message"]
+    assert backend.num_calls == 0
+    error = error_of(complete(backend, add_generation_prompt=False), 400)
+    assert error["code"] == "unknown_parameter"
+
+
 SPECULATED = reply("lo", "stop", drafted=9, kept_per_pass="[1, 0, 2]")
 SPECULATION = {
     "mean_acceptance_length": 1 + 4 / 3,
