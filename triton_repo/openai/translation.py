@@ -19,7 +19,7 @@ from ssv.runtime.methods import baselines
 from ssv.runtime.tokenizer_files import read_chat_template
 from ssv.runtime.tools import Call, CallParser, Form, form_of
 from ssv.triton_repo.openai.access_log import Access
-from ssv.triton_repo.openai.errors import ApiError
+from ssv.triton_repo.openai.errors import ApiError, error_object, json_bytes
 from ssv.triton_repo.openai.logprobs import Token, chat_logprobs, completion_logprobs, tokens_of
 from ssv.triton_repo.openai.schema import ApiRequest
 
@@ -148,8 +148,12 @@ class Answer:
 
     Attributes:
         id: of the response.
+        created: Unix time.
         access: what the log will say.
+        end: what a stream ends with, after its last event.
     """
+
+    end = b"data: [DONE]\n\n"
 
     def __init__(
         self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access, models: Models
@@ -161,7 +165,7 @@ class Answer:
         """
         self._bounds = models.bounds
         self.access, self._model, self._is_chat, self._usage = access, body.model, body.caller().is_chat, body.usage()
-        self._created, self._num_of_prompt = int(time.time()), body.n or 1
+        self.created, self._num_of_prompt = int(time.time()), body.n or 1
         self._logs = body.num_logprobs() is not None
         self._echoes, self._tells_fates = body.echoes(), bool(body.ssv_fates)
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(16)}"
@@ -171,6 +175,15 @@ class Answer:
             _Choice(index, echo, CallParser(models.tool_form, names) if names else None)
             for index, echo in enumerate(echoes)
         ]
+
+    @staticmethod
+    def encoded(event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + json_bytes(event) + b"\n\n"
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """The event of an error in a stream that has begun."""
+        return error_object(error)
 
     def take(self, index: int, reply: Reply) -> list[dict[str, Any]]:
         """Takes the next reply for a choice; returns the chunks of a stream that it makes."""
@@ -212,8 +225,8 @@ class Answer:
         if reply.finish_reason:
             end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
             # With usage asked for, its chunk is the last one, and has the metrics.
-            more = {} if self._usage.include_usage else {"metrics": self._metrics()}
-            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply]), **more))
+            told = {} if self._usage.include_usage else {"metrics": self._metrics()}
+            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply]), **told))
         return chunks
 
     def whole(self) -> dict[str, Any]:
@@ -296,7 +309,7 @@ class Answer:
         return self._head("chat.completion.chunk" if self._is_chat else "text_completion")
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self._model}
 
     def _counted(self, num_tokens: int | None = None) -> dict[str, Any]:
         """Usage after so many tokens of the output; None for all that have come. A prompt counts once."""
