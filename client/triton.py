@@ -19,6 +19,8 @@ from ssv.runtime.reply import Reply
 from ssv.support.errors import UserError
 
 MODEL = "ensemble"
+ROUTER = "ab_router"
+"""A model that hands requests on to arms, whose tiers are theirs to choose."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, the messages of a conversation, each with "role" and "content", or token ids."""
@@ -61,6 +63,7 @@ class Settings:
             conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
+        user: who asks; an A/B router has the same user in the same arm, and nobody else is told.
     """
 
     tier: str | None = None
@@ -88,6 +91,7 @@ class Settings:
     fates: bool = False
     ignore_eos: bool | None = None
     timeout: float | None = None
+    user: str | None = None
 
 
 def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[grpcclient.InferInput]:
@@ -132,6 +136,11 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("ssv_timeout", "FP32", settings.timeout),
     ]
     return [_tensor(name, datatype, value) for name, datatype, value in values if value is not None]
+
+
+def user_input(user: str) -> grpcclient.InferInput:
+    """The tensor that tells a router who asks."""
+    return _tensor("ssv_user", "BYTES", user)
 
 
 def read_reply(result: grpcclient.InferResult) -> Reply:

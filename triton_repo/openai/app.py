@@ -45,6 +45,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -215,6 +216,8 @@ def create_app(
                 log_event(log, "request failed", level=logging.ERROR, id=access.id, status=error.status, error=error)
             return found
 
+        if len(asked) > 1:  # one user's choices, so that a router has all of them in one arm
+            asked = [(prompt, replace(settings, user=settings.user or access.id)) for prompt, settings in asked]
         ids = (access.id, *(f"{access.id}-{index}" for index in range(1, len(asked))))
         replies = merged(
             [
@@ -345,6 +348,11 @@ def _parser() -> argparse.ArgumentParser:
         "--no-page", action="store_true", help="no page at / that shows answers token by token (default: off)"
     )
     parser.add_argument(
+        "--routed",
+        action="store_true",
+        help="requests that name no tier go through the server's A/B router (default: off)",
+    )
+    parser.add_argument(
         "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
     )
     parser.add_argument(
@@ -387,7 +395,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
-    client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
+    client = AsyncClient(args.url, certificate=args.tls_cert, name=name, is_routed=args.routed)
     boards = boards_folder()
     metrics = Metrics(boards, "openai")
     app = create_app(

@@ -298,6 +298,7 @@ class ApiRequest(CleanBody):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=self.ignore_eos,
             timeout=self.ssv_timeout,
+            user=self.user or self.safety_identifier,
         )
 
     def asked(self, tier: str | None, form: Form) -> list[tuple[Prompt, Settings]]:

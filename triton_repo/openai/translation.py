@@ -225,7 +225,7 @@ class Answer:
         if reply.finish_reason:
             end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
             # With usage asked for, its chunk is the last one, and has the metrics.
-            told = {} if self._usage.include_usage else {"metrics": self._metrics()}
+            told: dict[str, Any] = {} if self._usage.include_usage else {"metrics": self._metrics()}
             chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply]), **told))
         return chunks
 

@@ -919,7 +919,7 @@ def test_values_that_change_nothing_are_taken() -> None:
         backend = FakeBackend()
         assert chat(backend, **NEUTRAL, **NEUTRAL_CHAT, service_tier=tier).status_code == 200
         penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-        assert backend.settings == Settings(chat=False, temperature=1.0, **penalties)
+        assert replace(backend.settings, user=None) == Settings(chat=False, temperature=1.0, **penalties)
     assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
     assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
 
@@ -1713,6 +1713,47 @@ def test_the_backend_asks_and_reads() -> None:
         assert [i.name for i in request.inputs] == ["text_input", "ssv_chat", "stream", "ssv_tier", "seed"]
 
     with_triton(test)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        (Settings(user="Ada"), "ab_router"),
+        (Settings(), "ab_router"),
+        (Settings(user="Ada", tier="turbo"), "ensemble"),
+        (Settings(user="Ada", max_divergence=0.1), "ensemble"),
+    ],
+)
+def test_a_routed_backend_leaves_to_the_router_what_names_no_tier(settings: Settings, model: str) -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
+        routed = AsyncClient(backend._url, is_routed=True)
+        for each in (routed, backend):
+            assert [reply.text async for reply in each.stream("go", settings, request_id="", stream=True)] == [
+                "Hel",
+                "lo",
+            ]
+        await routed.aclose()
+        through, plain = triton.requests
+        assert (through.model_name, plain.model_name) == (model, "ensemble")
+        users = [
+            raw[4:]
+            for one, raw in zip(through.inputs, through.raw_input_contents, strict=True)
+            if one.name == "ssv_user"
+        ]
+        assert users == ([b"Ada"] if settings.user and model == "ab_router" else [])
+        assert "ssv_user" not in [one.name for one in plain.inputs]
+
+    with_triton(test)
+
+
+def test_all_choices_are_one_users() -> None:
+    backend = FakeBackend()
+    assert chat(backend, user="Ada", n=2).status_code == 200
+    assert backend.settings.user == "Ada"
+    assert chat(backend, safety_identifier="Bo").status_code == 200
+    assert backend.settings.user == "Bo"
+    body = chat(backend, n=2).json()
+    assert backend.settings.user == body["id"]
 
 
 @pytest.mark.parametrize(
