@@ -222,6 +222,8 @@ class Supervisor:
             command += ["--chat-template", str(args.chat_template)]
         if args.ab is not None:
             command.append("--routed")
+        if args.engine == "tensorrt_llm":
+            command.append("--premium-only")
         if args.no_page:
             command.append("--no-page")
         environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}

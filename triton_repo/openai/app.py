@@ -353,6 +353,9 @@ def _parser() -> argparse.ArgumentParser:
         help="requests that name no tier go through the server's A/B router (default: off)",
     )
     parser.add_argument(
+        "--premium-only", action="store_true", help="the engine refuses all tiers but premium (default: off)"
+    )
+    parser.add_argument(
         "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
     )
     parser.add_argument(
@@ -378,7 +381,7 @@ def _run(args: argparse.Namespace) -> int:
     _log_warnings_of_uvicorn()
     _check(args)
     name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
-    models = Models.of_bundle(args.bundle, args.max_length, args.chat_template)
+    models = Models.of_bundle(args.bundle, args.max_length, args.chat_template, is_premium_only=args.premium_only)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
 

@@ -42,6 +42,7 @@ class Models:
         tool_form: in which the model calls functions.
         bounds: largest divergence that each lossy tier is calibrated to; None where nobody measured it.
         max_length: tokens of prompt and output together; None where nobody knows.
+        is_premium_only: whether the engine refuses every other way to decode, as TensorRT-LLM does.
     """
 
     name: str
@@ -51,9 +52,17 @@ class Models:
     tool_form: Form = "smollm2"
     bounds: Mapping[str, float | None] = field(default_factory=dict)
     max_length: int | None = None
+    is_premium_only: bool = False
 
     @classmethod
-    def of_bundle(cls, bundle: Path, max_length: int | None = None, chat_template: Path | None = None) -> Models:
+    def of_bundle(
+        cls,
+        bundle: Path,
+        max_length: int | None = None,
+        chat_template: Path | None = None,
+        *,
+        is_premium_only: bool = False,
+    ) -> Models:
         """Reads the manifest and the chat template.
 
         Args:
@@ -68,11 +77,13 @@ class Models:
         created = int((bundle / MANIFEST_NAME).stat().st_mtime)
         bounds = {name: entry.divergence_bound for name, entry in manifest.tiers.items() if not entry.lossless}
         name, tiers, has_heads = manifest.name, tuple(manifest.tiers), manifest.heads is not None
-        return cls(name, tiers, created, has_heads, form, bounds, max_length)
+        if is_premium_only:
+            tiers = (DEFAULT_TIER,)
+        return cls(name, tiers, created, has_heads, form, bounds, max_length, is_premium_only)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return (*self.tiers, *baselines(self.has_heads))
+        return self.tiers if self.is_premium_only else (*self.tiers, *baselines(self.has_heads))
 
     def method_of(self, model: str) -> str | None:
         """What a model's suffix says; None without one.

@@ -44,6 +44,7 @@ from ssv.runtime.tools import call_grammar
 from ssv.triton_repo.openai import access_log
 from ssv.triton_repo.openai import app as openai_api
 from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.errors import ApiError
 from ssv.triton_repo.openai.tokens import Tokens
 from ssv.triton_repo.openai.translation import Models
 
@@ -708,6 +709,16 @@ def test_models_are_read_from_the_manifest_alone(tmp_path: Path) -> None:
     models = Models.of_bundle(tmp_path)
     assert (models.name, models.tiers) == ("tiny", ("premium", "turbo"))
     assert models.created == int((tmp_path / "manifest.json").stat().st_mtime)
+
+
+def test_an_engine_that_refuses_all_other_tiers_lists_and_takes_premium_alone(tmp_path: Path) -> None:
+    write_bundle(tmp_path)
+    models = Models.of_bundle(tmp_path, is_premium_only=True)
+    assert [entry["id"] for entry in models.listed()] == ["tiny", "tiny:premium"]
+    assert models.method_of("tiny:premium") == "premium"
+    for name in ("tiny:turbo", "tiny:autoregressive"):
+        with pytest.raises(ApiError, match="there is no model"):
+            models.method_of(name)
 
 
 def write_bundle(folder: Path) -> None:
