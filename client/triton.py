@@ -19,6 +19,8 @@ from ssv.runtime.reply import Reply
 from ssv.support.errors import UserError
 
 MODEL = "ensemble"
+ROUTER = "ab_router"
+"""A model that hands requests on to arms, whose tiers are theirs to choose."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, the messages of a conversation, each with "role" and "content", or token ids."""
@@ -57,9 +59,12 @@ class Settings:
             prompt, with their log-probabilities; None for none of these.
         fates: how each token came about is wanted (`Reply.fates`).
         tools: functions that the model may call, as OpenAI has them; of a conversation.
+        template: how the chat template is used: "add_generation_prompt", "continue_final_message" and "variables"; of a
+            conversation.
         guide: form of the output, as kind and guide (`ssv.runtime.grammar.KINDS`); None for any text.
         timeout: seconds after which the answer ends with what there is.
         latency_bound_ms: milliseconds since the last pass after which pending tokens are verified.
+        user: who asks; an A/B router has the same user in the same arm, and nobody else is told.
     """
 
     tier: str | None = None
@@ -77,6 +82,7 @@ class Settings:
     logit_bias: Mapping[int, float] | None = None
     bad_words: Sequence[str] = ()
     tools: Sequence[Mapping[str, Any]] = ()
+    template: Mapping[str, Any] | None = None
     guide: tuple[str, str] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
@@ -87,6 +93,7 @@ class Settings:
     ignore_eos: bool | None = None
     timeout: float | None = None
     latency_bound_ms: float | None = None
+    user: str | None = None
 
 
 def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[grpcclient.InferInput]:
@@ -102,6 +109,7 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("text_input", "BYTES", prompt if is_text else ""),
         ("ssv_messages", "BYTES", messages),
         ("ssv_tools", "BYTES", json.dumps(list(settings.tools), ensure_ascii=False) if settings.tools else None),
+        ("ssv_template", "BYTES", json.dumps(dict(settings.template)) if settings.template else None),
         ("input_ids", "INT32", list(prompt) if is_ids else None),
         ("ssv_chat", "BOOL", settings.chat if is_text else None),
         ("stream", "BOOL", stream),
@@ -131,6 +139,11 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("latency_bound_ms", "FP32", settings.latency_bound_ms),
     ]
     return [_tensor(name, datatype, value) for name, datatype, value in values if value is not None]
+
+
+def user_input(user: str) -> grpcclient.InferInput:
+    """The tensor that tells a router who asks."""
+    return _tensor("ssv_user", "BYTES", user)
 
 
 def read_reply(result: grpcclient.InferResult) -> Reply:

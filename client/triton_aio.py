@@ -13,6 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from ssv.client.triton import (
     MODEL,
+    ROUTER,
     Prompt,
     Reply,
     ServerError,
@@ -21,6 +22,7 @@ from ssv.client.triton import (
     request_inputs,
     server_error,
     split_url,
+    user_input,
 )
 
 HEALTH_TIMEOUT = 2.0
@@ -29,14 +31,17 @@ HEALTH_TIMEOUT = 2.0
 class AsyncClient:
     """Made where its event loop runs."""
 
-    def __init__(self, url: str, *, certificate: Path | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, certificate: Path | None = None, name: str | None = None, is_routed: bool = False
+    ) -> None:
         """Makes a connection when it is first used.
 
         Args:
+            is_routed: whether the server's A/B router has the requests of `stream` that leave the tier to the server.
             certificate: PEM of the server's own certificate, with grpcs://.
             name: that it is valid for: the server may be reached by another.
         """
-        self._url = url
+        self._url, self._is_routed = url, is_routed
         address, secure = split_url(url)
         options: list[tuple[str, int | str]] = [
             ("grpc.max_send_message_length", -1),
@@ -59,17 +64,22 @@ class AsyncClient:
             ServerError: the server refused, failed, or is not there.
         """
         inputs = request_inputs(prompt, settings, stream=stream)
-        async with aclosing(self.forward(inputs, request_id=request_id)) as responses:
+        model = MODEL
+        if self._is_routed and settings.tier is None and settings.max_divergence is None:
+            model = ROUTER
+            if settings.user is not None:
+                inputs.append(user_input(settings.user))
+        async with aclosing(self.forward(inputs, request_id=request_id, model=model)) as responses:
             async for result in responses:
                 yield read_reply(result)
 
     async def forward(
-        self, inputs: Sequence[grpcclient.InferInput], *, request_id: str
+        self, inputs: Sequence[grpcclient.InferInput], *, request_id: str, model: str = MODEL
     ) -> AsyncGenerator[grpcclient.InferResult, None]:
         """Streams the responses to tensors as they are, in the way of `stream`."""
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": MODEL, "inputs": list(inputs), "request_id": request_id}
+            yield {"model_name": model, "inputs": list(inputs), "request_id": request_id}
 
         responses = self._client.stream_infer(requests())
         failure: InferenceServerException | None = None

@@ -160,6 +160,10 @@ def together(parts: Iterable[str]) -> str:
     return Said(text, b"".join(map(origin_of, parts))) if any(isinstance(part, Said) for part in parts) else text
 
 
+OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""What a template is given of the conversation itself."""
+
+
 class ChatTemplate:
     """A chat template that has been compiled.
 
@@ -183,12 +187,14 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Text of a conversation; a `Said` if a message has some.
 
         Args:
             special_tokens: texts of those that have a name, such as "bos_token".
             tools: descriptions of functions, as OpenAI has them.
+            variables: others that the template may read, such as "enable_thinking"; none of `OWN_VARIABLES`.
 
         Raises:
             jinja2.TemplateError: it refuses the conversation.
@@ -199,6 +205,7 @@ class ChatTemplate:
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
+            **(variables or {}),
         )
 
 

@@ -58,23 +58,40 @@ class ConversationEncoder:
         self._variants: dict[tuple[Any, ...], Tokenizer] = {}
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
 
         Args:
             messages: each with "role" and "content"; "tool_calls" and what else a template knows may be deeper.
             tools: descriptions of functions for the template; None for none.
+            add_generation_prompt: whether the template begins the assistant's answer.
+            continue_final_message: whether it ends with the text of the last message, without what the template has
+                behind it.
+            variables: others for the template.
 
         Raises:
-            ConversationError: a role is unknown, or a text cannot be written without a control token.
+            ConversationError: a role is unknown, a text cannot be written without a control token, or the template
+                leaves out the last message that is to be continued.
             Exception: whatever the template raises.
         """
         for message in messages:
             check_role(message["role"])
-        self._check_names([messages, tools])
+        self._check_names([messages, tools, variables])
         more = {} if tools is None else {"tools": _said_by(tools, OTHERS)}
-        return self.encode(self._render([_said(message) for message in messages], add_generation_prompt=True, **more))
+        if variables:
+            more["variables"] = _said_by(variables, OTHERS)
+        if continue_final_message:
+            messages = with_mark(messages)
+        said = [_said(message) for message in messages]
+        text = self._render(said, add_generation_prompt=add_generation_prompt, **more)
+        return self.encode(up_to_mark(text) if continue_final_message else text)
 
     def _check_names(self, value: Any) -> None:
         """Refuses control tokens in names of fields, which templates write where nobody follows them."""
@@ -239,6 +256,29 @@ def check_role(role: str) -> None:
     """
     if role not in ROLES:
         raise ConversationError(f"role {role!r} is unknown", f"give one of {', '.join(ROLES)}")
+
+
+_MARK = "\U00100001"
+"""Private: ends the last message while a template writes it."""
+
+
+def with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A conversation whose last message ends with a mark, for `up_to_mark`."""
+    *others, last = messages
+    return [*others, {**last, "content": f"{last['content']}{_MARK} "}]
+
+
+def up_to_mark(text: str) -> str:
+    """What a template wrote, up to the end of the last message; a `Said` stays one.
+
+    Raises:
+        ConversationError: the template left the message out.
+    """
+    end = text.rfind(_MARK)
+    if end < 0:
+        raise ConversationError("the model's chat template leaves the last message out", "let it not be continued")
+    # Where the template has cut off the space behind the mark, it does so to what messages end with.
+    return text[:end] if text.startswith(" ", end + 1) else text[:end].rstrip()
 
 
 def _said(message: Mapping[str, Any]) -> dict[str, Any]:

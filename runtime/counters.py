@@ -74,6 +74,12 @@ class Counters:
             for depth in range(1, deepest + 1)
         ]
 
+    @property
+    def kept_per_pass(self) -> list[int]:
+        """How many target passes kept no drafted token, one, two, and so on, to the most that any kept."""
+        most = max((kept for kept, passes in self.passes_by_kept.items() if passes), default=-1)
+        return [self.passes_by_kept[kept] for kept in range(most + 1)]
+
     def to_dict(self) -> dict[str, Any]:
         """All counts by name, as JSON can hold them."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"passes_by_kept": dict(self.passes_by_kept)}

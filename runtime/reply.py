@@ -32,6 +32,12 @@ class Reply:
     cached_tokens: int = _output("ssv_cached_tokens", "tokens of the prompt that had been computed before")
     tier: str = _output("ssv_tier_used", "how it was decoded")
     lossless: bool = _output("ssv_lossless", "whether the output is what the target alone would have said")
+    drafted: int = _output("ssv_draft_tokens", "tokens that were drafted, judged or not", default=0)
+    kept_per_pass: str = _output(
+        "ssv_kept_per_pass",
+        "JSON list: how many target passes kept no drafted token, one, two, and so on; empty before the end",
+        default="",
+    )
     withdrawn_tier: str = _output(
         "ssv_tier_withdrawn", "the tier that was asked for, where it was withdrawn; empty where it was not", default=""
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssv.model.control_tokens import ConversationEncoder, ConversationError, check_role
+from ssv.model.chat_template import OWN_VARIABLES
+from ssv.model.control_tokens import ConversationEncoder, ConversationError, check_role, up_to_mark, with_mark
 from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.text import TextStream
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 CONTEXT_TOKENS = 8
 """Tokens at a prompt's end that the first token of its continuation is decoded with."""
+
+
+# What callers give elsewhere, or not at all.
+_NO_VARIABLES = OWN_VARIABLES | {"continue_final_message", "conversation", "chat_template", "tokenize"}
 
 
 class BundleTokenizer:
@@ -48,18 +53,21 @@ class BundleTokenizer:
         self._answer_begins: tuple[int, ...] | None = None
 
     @classmethod
-    def load(cls, bundle: Path | str, end_tokens: Iterable[int] = ()) -> BundleTokenizer:
+    def load(
+        cls, bundle: Path | str, end_tokens: Iterable[int] = (), chat_template: Path | None = None
+    ) -> BundleTokenizer:
         """Reads a bundle's tokenizer.
 
         Args:
             end_tokens: see `__init__`.
+            chat_template: see `FileTokenizer.load`.
 
         Raises:
             TokenizerFileError: see `FileTokenizer.load`.
         """
         from ssv.runtime.tokenizer_files import FileTokenizer
 
-        return cls(FileTokenizer.load(Path(bundle) / "tokenizer"), end_tokens)
+        return cls(FileTokenizer.load(Path(bundle) / "tokenizer", chat_template), end_tokens)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that is to be continued.
@@ -80,7 +88,13 @@ class BundleTokenizer:
         return tuple(own if own[: len(before)] == before else [*before, *own])
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a conversation in the model's chat template, up to where the assistant answers.
 
@@ -91,15 +105,23 @@ class BundleTokenizer:
             messages: each with "role" and "content"; an assistant's may have "tool_calls".
             tools: descriptions of functions, as OpenAI has them. A template that knows none is told in the messages'
                 texts (`ssv.runtime.tools`).
+            add_generation_prompt: whether the template begins the assistant's answer.
+            continue_final_message: whether the answer goes on with the text of the last message.
+            variables: others that the template may read; what it does not read changes nothing.
 
         Raises:
-            RequestError: there is none, the last is empty, one is no text, a role is unknown, or the template refuses
-                them.
+            RequestError: there is none, the last is empty, one is no text, a role is unknown, the template refuses
+                them, the last is to be continued and calls functions, or a variable is not the caller's to set.
         """
         last = messages[-1] if messages else {}
         if not (last and (last["content"].strip() or last.get("tool_calls") or last["role"] == "tool")):
             raise RequestError("the prompt is empty")
-        _check_texts([list(messages), tools])
+        if continue_final_message and (last.get("tool_calls") or not last["content"]):
+            raise RequestError("continue_final_message: the last message has no text to be continued", "give it one")
+        for name in variables or ():
+            if name in _NO_VARIABLES or name.endswith("_token") or not name.isidentifier():
+                raise RequestError(f"chat_template_kwargs: {name[:64]!r} cannot be set there", "leave it out")
+        _check_texts([list(messages), tools, dict(variables or {})])
         template = getattr(self.inner, "chat_template", None)
         if (tools or any("tool_calls" in message for message in messages)) and not knows_tools(template):
             messages, tools = told_in_texts(messages, tools), None
@@ -107,8 +129,20 @@ class BundleTokenizer:
             if self._encoder is None:
                 for message in messages:
                     check_role(message["role"])
-                return tuple(self.inner.encode(self.render(messages), add_special_tokens=False))
-            return tuple(self._encoder.chat_ids(messages, tools))
+                more = {"variables": variables} if variables else {}
+                given = with_mark(messages) if continue_final_message else messages
+                text = self.render(given, add_generation_prompt, **more)
+                text = up_to_mark(text) if continue_final_message else text
+                return tuple(self.inner.encode(text, add_special_tokens=False))
+            return tuple(
+                self._encoder.chat_ids(
+                    messages,
+                    tools,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    variables=variables,
+                )
+            )
         except ConversationError as error:
             raise RequestError(error.what, error.cure) from error
 

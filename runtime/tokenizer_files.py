@@ -41,8 +41,11 @@ class FileTokenizer:
         self.backend, self.special_tokens, self.chat_template = backend, dict(special_tokens), chat_template
 
     @classmethod
-    def load(cls, folder: Path) -> FileTokenizer:
+    def load(cls, folder: Path, chat_template: Path | None = None) -> FileTokenizer:
         """Reads a folder with a tokenizer.json.
+
+        Args:
+            chat_template: file with the template that is used instead of the folder's.
 
         Raises:
             TokenizerFileError: a file is missing or damaged.
@@ -59,7 +62,8 @@ class FileTokenizer:
         backend.no_padding()
         config = _read_config(folder / "tokenizer_config.json")
         named = {name: _text_of(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None}
-        return cls(backend, named, _read_template(folder, config))
+        template = _read_template(folder, config) if chat_template is None else _read_text(chat_template)
+        return cls(backend, named, template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -104,6 +108,7 @@ class FileTokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Text of a conversation.
 
@@ -115,7 +120,11 @@ class FileTokenizer:
         """
         assert not tokenize, "the text is to be encoded without special tokens"
         return self._template.render(
-            conversation, self.special_tokens, add_generation_prompt=add_generation_prompt, tools=tools
+            conversation,
+            self.special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=variables,
         )
 
     @cached_property
@@ -180,13 +189,25 @@ def _whole_characters(tokens: Sequence[str]) -> list[str]:
     return found
 
 
-def read_chat_template(folder: Path) -> str | None:
+def read_chat_template(folder: Path, chat_template: Path | None = None) -> str | None:
     """The chat template of a folder with a tokenizer; None if there is none.
+
+    Args:
+        chat_template: see `FileTokenizer.load`.
 
     Raises:
         TokenizerFileError: a file is damaged.
     """
+    if chat_template is not None:
+        return _read_text(chat_template)
     return _read_template(folder, _read_config(folder / "tokenizer_config.json"))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerFileError(f"{path} cannot be read ({error})", "give a text file in UTF-8") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -29,6 +29,8 @@ _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625, "fp16": 2
 _CACHE_BYTES = {"fp32": 4, "int8": 4, "int4": 4}
 """Of a number in the cache on a CPU; 2 otherwise."""
 
+_PROBE = "What a user says."
+
 _LEAST_SHARED_MEMORY = 16 << 20
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -97,6 +99,20 @@ def ports(args: argparse.Namespace) -> dict[str, int]:
     """Ports by the option that says them."""
     given = {f"--{kind}-port": getattr(args, f"{kind}_port") for kind in ("http", "grpc", "metrics", "openai")}
     return {option: port for option, port in given.items() if port is not None}
+
+
+def check_chat_template(path: Path, bundle: Path) -> None:
+    """Raises ServeError: it cannot be read, does not compile, or refuses or leaves out what a user says."""
+    from ssv.runtime.tokenizer_files import FileTokenizer  # with the library, which ssv-serve does without
+
+    cure = "mend it, or leave --chat-template out"
+    tokenizer = FileTokenizer.load(bundle / "tokenizer", path)
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], add_generation_prompt=True)
+    except Exception as error:  # whatever the template's author lets it raise
+        raise ServeError(f"--chat-template {path} cannot be used ({error})", cure) from error
+    if _PROBE not in text:
+        raise ServeError(f"--chat-template {path} leaves out what a user says", cure)
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:

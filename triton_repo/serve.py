@@ -29,7 +29,15 @@ from ssv.support.background import begun
 from ssv.support.console import add_device, add_engine, add_precision, add_version, run_command
 from ssv.support.waiting import waiting
 from ssv.triton_repo.admin_key import admin_key, hide_or_say
-from ssv.triton_repo.checks import ServeError, check_audit_state, check_machine, check_options, check_tls, listen
+from ssv.triton_repo.checks import (
+    ServeError,
+    check_audit_state,
+    check_chat_template,
+    check_machine,
+    check_options,
+    check_tls,
+    listen,
+)
 from ssv.triton_repo.installation import bundled, given
 from ssv.triton_repo.repository import disclosure, write_repository
 
@@ -106,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         help="no page at / of the OpenAI port that shows answers token by token (default: off)",
     )
     parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="jinja2 template that conversations go through (default: the bundle's)",
+    )
+    parser.add_argument(
         "--ab",
         type=Path,
         metavar="FILE.yaml",
@@ -161,6 +175,8 @@ def _run(args: argparse.Namespace) -> int:
     check_tls(args.tls_cert, args.tls_key)
     access_keys(args.api_key_file)
     check_audit_state(args.audit_state)
+    if args.chat_template is not None:
+        check_chat_template(args.chat_template, args.bundle)
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
@@ -192,6 +208,7 @@ def _config(args: argparse.Namespace, work: Path) -> ServerConfig:
     own = {
         "bundle": args.bundle.resolve(),
         "precision": args.precision or "",
+        "chat_template": str(args.chat_template.absolute()) if args.chat_template is not None else "",
         "audit_state": str((args.audit_state or work / "audits.json").absolute()),
     }
     try:

@@ -218,6 +218,12 @@ class Supervisor:
             command += ["--api-key-file", str(args.api_key_file)]
         if args.allowed_origins:
             command += ["--allowed-origins", *args.allowed_origins]
+        if args.chat_template is not None:
+            command += ["--chat-template", str(args.chat_template)]
+        if args.ab is not None:
+            command.append("--routed")
+        if args.engine == "tensorrt_llm":
+            command.append("--premium-only")
         if args.no_page:
             command.append("--no-page")
         environment = os.environ | {BOARDS_VARIABLE: str(self._place.boards), VARIABLE: self._place.mark("openai")}

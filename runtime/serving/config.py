@@ -43,6 +43,7 @@ class ServerConfig(Strict):
         verified: files of the bundle that ssv-serve has checked, as JSON (see `verify_files`); "" for none.
         audit_share: share of the requests of lossy tiers that the target judges in full, which changes nothing of
             their output.
+        chat_template: file with the template that conversations go through; "" for the bundle's.
         audit_state: file of what that has found; "" keeps it in the process.
     """
 
@@ -64,6 +65,7 @@ class ServerConfig(Strict):
     verified: str = ""
     audit_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     audit_state: str = ""
+    chat_template: str = ""
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any]) -> ServerConfig:

@@ -41,6 +41,7 @@ STRINGS = (
     "text_input",
     "ssv_messages",
     "ssv_tools",
+    "ssv_template",
     "sampling_parameters",
     "logit_bias",
     "guided_decoding_guide_type",
@@ -238,7 +239,10 @@ class Intake:
         if messages:
             if text:
                 raise RequestError("text_input and ssv_messages are both given", "give one of them")
-            return self._tokenizer.chat_ids(_messages(messages), _tools(fields.get("ssv_tools", "")))
+            options = template_options(fields.get("ssv_template", ""))
+            return self._tokenizer.chat_ids(_messages(messages), _tools(fields.get("ssv_tools", "")), **options)
+        if fields.get("ssv_template"):
+            raise RequestError("ssv_template is of a conversation", "give it in ssv_messages, or leave it out")
         if fields.get("ssv_tools"):
             raise RequestError("ssv_tools are of a conversation", "give it in ssv_messages, or leave them out")
         if "text_input" not in fields:
@@ -445,6 +449,36 @@ def _tools(text: str) -> list[dict[str, Any]] | None:
     ):
         raise RequestError('ssv_tools must be a JSON list of {"type": "function", "function": {"name": ...}}')
     return tools or None
+
+
+def template_options(text: str) -> dict[str, Any]:
+    """How the chat template is to be used, as `BundleTokenizer.chat_ids` takes it.
+
+    Args:
+        text: JSON; empty for the usual way.
+
+    Raises:
+        RequestError: it is of another form, or contradicts itself.
+    """
+    if not text:
+        return {}
+    options = _json("ssv_template", text)
+    flags = ("add_generation_prompt", "continue_final_message")
+    if (
+        not isinstance(options, dict)
+        or options.keys() - {*flags, "variables"}
+        or not all(isinstance(options.get(name, False), bool) for name in flags)
+        or not isinstance(options.get("variables", {}), dict)
+    ):
+        raise RequestError(
+            'ssv_template must be a JSON object of "add_generation_prompt" and "continue_final_message", each true or '
+            'false, and "variables", an object'
+        )
+    if options.get("continue_final_message"):
+        if options.get("add_generation_prompt"):
+            raise RequestError("continue_final_message and add_generation_prompt are both true", "give one of them")
+        options["add_generation_prompt"] = False
+    return options
 
 
 def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> None:

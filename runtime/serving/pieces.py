@@ -158,6 +158,8 @@ class Answer:
             cached_tokens=counters.cached_tokens,
             tier=self._settings.method,
             lossless=self._lossless,
+            drafted=counters.drafted,
+            kept_per_pass=json.dumps(counters.kept_per_pass) if is_last else "",
             withdrawn_tier=self._withdrawn_tier,
         )
         fields = reply.outputs()

@@ -1,10 +1,10 @@
 """The OpenAI API over a server's `ensemble`: `ssv-serve --openai-port` starts it.
 
-POST /v1/chat/completions and /v1/completions, streamed or not; GET /v1/models and /v1/models/{id}; POST /tokenize and
-/detokenize, as vLLM has them; GET /version; GET /metrics: what the server's processes count; GET /: a page to look at
-answers token by token, unless it is left out (`ssv.triton_repo.openai.page`); GET /health: 200 when the server is
-ready, else 503; GET /live: 200. Where there is GET there is HEAD. With keys (`--api-key-file`) all but the last three
-ask for one.
+POST /v1/chat/completions, /v1/completions and /v1/responses, streamed or not; GET /v1/models and /v1/models/{id};
+POST /tokenize and /detokenize, as vLLM has them; GET /version; GET /metrics: what the server's processes count; GET /:
+a page to look at answers token by token, unless it is left out (`ssv.triton_repo.openai.page`); GET /health: 200 when
+the server is ready, else 503; GET /live: 200. Where there is GET there is HEAD. With keys (`--api-key-file`) all but
+the last three ask for one.
 
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
 for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
@@ -16,6 +16,8 @@ counts modulo 2**64. The texts of a message's parts are joined by line feeds, an
 A completion's prompt may be token ids, or several of either; each has `n` choices, one after the other. Choice k of a
 prompt has the seed plus k, if there is one. Log-probabilities are the target's, before everything that the request
 changes, and of every token that it says, the last one included.
+
+/v1/responses keeps nothing: what would need that is refused (`ssv.triton_repo.openai.responses_schema`).
 
 Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
 ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; ssv_timeout,
@@ -44,6 +46,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,9 +71,11 @@ from ssv.support.errors import UserError
 from ssv.triton_repo.openai import page
 from ssv.triton_repo.openai.access_key import AccessKey
 from ssv.triton_repo.openai.access_log import HEADER, Access, AccessLog
-from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, translated
+from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, json_bytes, translated
+from ssv.triton_repo.openai.responses import ResponsesAnswer
+from ssv.triton_repo.openai.responses_schema import ResponsesRequest
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
-from ssv.triton_repo.openai.stream import EventStream, events, json_bytes, merged, while_connected, whole
+from ssv.triton_repo.openai.stream import EventStream, events, merged, while_connected, whole
 from ssv.triton_repo.openai.tokens import DetokenizeRequest, TokenizeRequest, Tokens
 from ssv.triton_repo.openai.translation import Answer, Models
 
@@ -194,10 +199,16 @@ def create_app(
     )
     _add_error_handlers(app)
 
-    async def respond(request: Request, body: ChatRequest | CompletionRequest) -> Response:
+    async def respond(request: Request, body: ChatRequest | CompletionRequest | ResponsesRequest) -> Response:
         access, caller = Access.of(request.scope), body.caller()
-        asked = body.asked(models.tier_of(body), models.tool_form)
-        answer = Answer(body, asked, access, models)
+        answer: Answer | ResponsesAnswer
+        if isinstance(body, ResponsesRequest):
+            chat = body.chat()
+            asked = chat.asked(models.tier_of(chat), models.tool_form)
+            answer = ResponsesAnswer(body, chat, asked, access, models)
+        else:
+            asked = body.asked(models.tier_of(body), models.tool_form)
+            answer = Answer(body, asked, access, models)
         stream = bool(body.stream)
         access.begin(answer.id, asked[0][1].tier, stream)
 
@@ -206,6 +217,8 @@ def create_app(
                 log_event(log, "request failed", level=logging.ERROR, id=access.id, status=error.status, error=error)
             return found
 
+        if len(asked) > 1:  # one user's choices, so that a router has all of them in one arm
+            asked = [(prompt, replace(settings, user=settings.user or access.id)) for prompt, settings in asked]
         ids = (access.id, *(f"{access.id}-{index}" for index in range(1, len(asked))))
         replies = merged(
             [
@@ -228,6 +241,10 @@ def create_app(
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await respond(request, body)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
         return await respond(request, body)
 
     @app.get("/v1/models")
@@ -279,7 +296,7 @@ def create_app(
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    kinds = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
     known = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
 
     @app.exception_handler(StarletteHTTPException)
@@ -332,7 +349,18 @@ def _parser() -> argparse.ArgumentParser:
         "--no-page", action="store_true", help="no page at / that shows answers token by token (default: off)"
     )
     parser.add_argument(
+        "--routed",
+        action="store_true",
+        help="requests that name no tier go through the server's A/B router (default: off)",
+    )
+    parser.add_argument(
+        "--premium-only", action="store_true", help="the engine refuses all tiers but premium (default: off)"
+    )
+    parser.add_argument(
         "--max-length", type=int, help="of the server, which /v1/models then says (default: it does not)"
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="that conversations go through (default: the bundle's)"
     )
     parser.add_argument(
         "--max-body-bytes",
@@ -354,7 +382,7 @@ def _run(args: argparse.Namespace) -> int:
     _log_warnings_of_uvicorn()
     _check(args)
     name = certificate_name(args.tls_cert, args.tls_key) if args.tls_cert else None
-    models = Models.of_bundle(args.bundle, args.max_length)
+    models = Models.of_bundle(args.bundle, args.max_length, args.chat_template, is_premium_only=args.premium_only)
     with _listen(args.host, args.port) as listener:
         return asyncio.run(_serve(args, models, listener, name))
 
@@ -371,7 +399,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace, models: Models, listener: socket.socket, name: str | None) -> int:
-    client = AsyncClient(args.url, certificate=args.tls_cert, name=name)
+    client = AsyncClient(args.url, certificate=args.tls_cert, name=name, is_routed=args.routed)
     boards = boards_folder()
     metrics = Metrics(boards, "openai")
     app = create_app(
@@ -383,7 +411,7 @@ async def _serve(args: argparse.Namespace, models: Models, listener: socket.sock
         on_refusal=lambda: metrics.refused("full"),
         keys=access_keys(args.api_key_file),
         allowed_origins=args.allowed_origins,
-        tokens=Tokens(args.bundle, models.max_length),
+        tokens=Tokens(args.bundle, models.max_length, args.chat_template),
         reader=Reader(boards) if boards is not None else None,
         has_page=not args.no_page,
     )

@@ -38,6 +38,10 @@ _CODES = {
 }
 
 
+# What is said of how a conversation goes through the chat template.
+_TEMPLATE = re.compile("chat_template_kwargs|continue_final_message")
+
+
 class ApiError(HTTPException):
     """An answer other than 200.
 
@@ -58,14 +62,16 @@ class Caller:
     Attributes:
         is_chat: whether its prompt is `messages`, or else `prompt`.
         max_tokens: the name under which it gave the limit of its output.
+        messages: the name of its conversation.
     """
 
     is_chat: bool
     max_tokens: str = "max_tokens"
+    messages: str = "messages"
 
     @property
     def prompt(self) -> str:
-        return "messages" if self.is_chat else "prompt"
+        return self.messages if self.is_chat else "prompt"
 
 
 def error_object(error: StarletteHTTPException) -> dict[str, Any]:
@@ -75,9 +81,15 @@ def error_object(error: StarletteHTTPException) -> dict[str, Any]:
     return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
 
 
+def json_bytes(content: object) -> bytes:
+    """JSON as it is sent."""
+    # ASCII: there are clients that take U+2028 for the end of a line.
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
 def error_bytes(error: StarletteHTTPException) -> bytes:
     """The body of a response, as it is sent."""
-    return json.dumps(error_object(error), separators=(",", ":")).encode()
+    return json_bytes(error_object(error))
 
 
 def translated(error: ServerError, caller: Caller) -> ApiError:
@@ -124,6 +136,8 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     }
     known = re.compile(rf"\b({'|'.join(names)})\b")
     first = known.search(message)
+    if first is None and (of_template := _TEMPLATE.search(message)):
+        return ApiError(400, message, of_template[0], "invalid_value")
     if first is None and _FORM.search(message):
         return ApiError(400, message, "response_format", "invalid_value")
     param = names[first[1]][0] if first else prompt if "prompt" in message or "messages" in message else None

@@ -29,11 +29,12 @@ MAX_CHOICES = 128
 """Of one request: each is a request of its own to the server."""
 
 
-def _refuse(message: str) -> PydanticCustomError:
+def refuse(message: str) -> PydanticCustomError:
+    """What a validator raises for a value that is known and not supported."""
     return PydanticCustomError("unsupported", "{message}", {"message": message})
 
 
-def _only(*neutral: Any) -> AfterValidator:
+def only(*neutral: Any) -> AfterValidator:
     """A field of which only values that change nothing are supported."""
 
     def check(value: Any, info: ValidationInfo) -> Any:
@@ -41,7 +42,7 @@ def _only(*neutral: Any) -> AfterValidator:
         if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             return value
         but = f" but for {' and '.join(json.dumps(one) for one in neutral)}" if neutral else ""
-        raise _refuse(f"{info.field_name} is not supported{but}: leave it out")
+        raise refuse(f"{info.field_name} is not supported{but}: leave it out")
 
     return AfterValidator(check)
 
@@ -57,9 +58,9 @@ def _joined(content: Any, info: ValidationInfo) -> Any:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
-            raise _refuse(f"a content part of type {str(kind)[:40]!r} is not supported: give text")
+            raise refuse(f"a content part of type {str(kind)[:40]!r} is not supported: give text")
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise _refuse('a content part must be {"type": "text", "text": TEXT}, and nothing else')
+            raise refuse('a content part must be {"type": "text", "text": TEXT}, and nothing else')
     return "\n".join(part["text"] for part in content)
 
 
@@ -112,18 +113,20 @@ def _check_text(text: str, path: tuple[str | int, ...]) -> None:
         raise ApiError(400, what, param, "invalid_value") from error
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """An object of a body."""
+
     # Text that could be read as a number is not one, and what is unknown is wrong.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Annotated[Any, _only(False)] = None
+    include_obfuscation: Annotated[Any, only(False)] = None
 
 
-class _JsonSchema(_Strict):
+class _JsonSchema(Strict):
     """OpenAI's; whether it is strict changes nothing: the output always has the form."""
 
     name: str | None = None
@@ -132,17 +135,17 @@ class _JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class _ResponseFormat(_Strict):
+class _ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = None
 
 
-class _CalledFunction(_Strict):
+class _CalledFunction(Strict):
     name: str
     arguments: str
 
 
-class _ToolCall(_Strict):
+class _ToolCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: _CalledFunction
@@ -159,30 +162,30 @@ class _ToolCall(_Strict):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
-class _Function(_Strict):
+class _Function(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A function that may be called."""
 
     type: Literal["function"]
     function: _Function
 
 
-class _NamedFunction(_Strict):
+class _NamedFunction(Strict):
     name: str
 
 
-class _NamedTool(_Strict):
+class _NamedTool(Strict):
     type: Literal["function"]
     function: _NamedFunction
 
 
-class Message(_Strict):
+class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -191,10 +194,10 @@ class Message(_Strict):
     content: Annotated[str, BeforeValidator(_joined), Field(validate_default=True)] = None  # type: ignore[assignment]
     name: str | None = None
     # In what a client got as an answer and sends back.
-    refusal: Annotated[Any, _only()] = None
-    annotations: Annotated[Any, _only([])] = None
-    audio: Annotated[Any, _only()] = None
-    function_call: Annotated[Any, _only()] = None
+    refusal: Annotated[Any, only()] = None
+    annotations: Annotated[Any, only([])] = None
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
 
     def as_template_has_it(self) -> dict[str, Any]:
         """The message as the server takes it."""
@@ -217,7 +220,7 @@ _StopText = Annotated[str, Field(min_length=1)]
 _StopTexts = Annotated[list[_StopText], BeforeValidator(_listed), Field(max_length=MAX_STOP)]
 
 
-class CleanBody(_Strict):
+class CleanBody(Strict):
     """A body in which null is as if it were left out."""
 
     @model_validator(mode="before")
@@ -265,7 +268,7 @@ class ApiRequest(CleanBody):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    best_of: Annotated[Any, _only(1)] = None
+    best_of: Annotated[Any, only(1)] = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         """What is asked of the server for one choice, but for its seed.
@@ -297,6 +300,7 @@ class ApiRequest(CleanBody):
             ignore_eos=self.ignore_eos,
             timeout=self.ssv_timeout,
             latency_bound_ms=self.latency_bound_ms,
+            user=self.user or self.safety_identifier,
         )
 
     def asked(self, tier: str | None, form: Form) -> list[tuple[Prompt, Settings]]:
@@ -381,28 +385,52 @@ class ApiRequest(CleanBody):
         raise NotImplementedError
 
 
-class ChatRequest(ApiRequest):
+class TemplateOptions(CleanBody):
+    """How a conversation goes through the chat template, as in vLLM."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template(self) -> dict[str, Any]:
+        """What is given of it, as `Settings.template` has it.
+
+        Raises:
+            ApiError: 400, they contradict each other.
+        """
+        if self.continue_final_message and self.add_generation_prompt:
+            what = "continue_final_message and add_generation_prompt are both true: give one of them"
+            raise ApiError(400, what, "continue_final_message", "invalid_value")
+        given = {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            "variables": self.chat_template_kwargs or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ChatRequest(TemplateOptions, ApiRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[_Int32, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
-    store: Annotated[Any, _only(False)] = None
-    service_tier: Annotated[Any, _only("auto", "default")] = None
+    store: Annotated[Any, only(False)] = None
+    service_tier: Annotated[Any, only("auto", "default")] = None
     logprobs: bool | None = None
     top_logprobs: _NumLogprobs | None = None
-    modalities: Annotated[Any, _only(["text"])] = None
+    modalities: Annotated[Any, only(["text"])] = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
 
     def prompts(self) -> Sequence[Prompt]:
         return [[message.as_template_has_it() for message in self.messages]]
 
     def settings(self, tier: str | None, form: Form) -> Settings:
-        settings = super().settings(tier, form)
+        settings = replace(super().settings(tier, form), template=self.template() or None)
         if not (tools := self.callable_tools()):
             return settings
         settings = replace(settings, tools=tools)
@@ -459,7 +487,7 @@ class CompletionRequest(ApiRequest):
         list[str] | list[_TokenPrompt], BeforeValidator(_prompts), Field(alias="prompt", min_length=1)
     ]
     echo: bool | None = None
-    suffix: Annotated[Any, _only()] = None
+    suffix: Annotated[Any, only()] = None
     logprobs: _NumLogprobs | None = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ssv.client.triton import Reply, ServerError
-from ssv.triton_repo.openai.errors import ApiError, error_object
-from ssv.triton_repo.openai.translation import Answer
+from ssv.triton_repo.openai.access_log import Access
+from ssv.triton_repo.openai.errors import ApiError, json_bytes
 
 T = TypeVar("T")
 
 Replies = AsyncGenerator[tuple[int, Reply], None]
 """Of a request's choices, each with the choice's index."""
 
-_END = b"data: [DONE]\n\n"
 
+class Telling(Protocol):
+    """An answer in the making, in the shape of what was asked.
 
-def json_bytes(content: object) -> bytes:
-    """JSON as it is sent."""
-    # ASCII: there are clients that take U+2028 for the end of a line.
-    return json.dumps(content, separators=(",", ":")).encode()
+    Attributes:
+        access: what the log will say.
+        end: what a stream ends with, after its last event.
+    """
 
+    access: Access
+    end: bytes
 
-def _event(content: object) -> bytes:
-    return b"data: " + json_bytes(content) + b"\n\n"
+    def take(self, index: int, reply: Reply) -> list[dict[str, Any]]:
+        """Takes the next reply for a choice; returns the events of a stream that it makes."""
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The events after those of the last reply."""
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """The event of an error in a stream that has begun."""
+
+    def encoded(self, event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+
+    def whole(self) -> dict[str, Any]:
+        """The response that is no stream."""
 
 
 async def while_connected(request: Request, replies: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
@@ -110,7 +124,7 @@ async def merged(streams: Sequence[AsyncGenerator[Reply, None]]) -> AsyncGenerat
         await asyncio.gather(*takers, return_exceptions=True)
 
 
-async def whole(answer: Answer, replies: Replies) -> Response:
+async def whole(answer: Telling, replies: Replies) -> Response:
     """The response that is no stream, once all of it has come.
 
     Raises:
@@ -123,7 +137,7 @@ async def whole(answer: Answer, replies: Replies) -> Response:
 
 
 async def events(
-    answer: Answer, replies: Replies, meant: Callable[[ServerError], ApiError]
+    answer: Telling, replies: Replies, meant: Callable[[ServerError], ApiError]
 ) -> AsyncGenerator[bytes, None]:
     """A stream's events; an error before the first is raised, a later one is an event.
 
@@ -136,16 +150,16 @@ async def events(
             async for index, reply in replies:
                 for chunk in answer.take(index, reply):
                     has_begun = True
-                    yield _event(chunk)
+                    yield answer.encoded(chunk)
         for chunk in answer.closing():
-            yield _event(chunk)
-        yield _END
+            yield answer.encoded(chunk)
+        yield answer.end
     except ServerError as error:
         if not has_begun:
             raise
         meant_error = meant(error)
         answer.access.fail(meant_error)
-        yield _event(error_object(meant_error))
+        yield answer.encoded(answer.failed(meant_error))
     except ClientDisconnect:
         answer.access.reason = "cancelled"
         if not has_begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,13 @@ from pydantic import Field
 
 from ssv.bundle.manifest import read_manifest
 from ssv.runtime.request import RequestError
+from ssv.runtime.serving.intake import template_options
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.triton_repo.openai.errors import ApiError
-from ssv.triton_repo.openai.schema import CleanBody, Message, TokenId, Tool
+from ssv.triton_repo.openai.schema import CleanBody, Message, TemplateOptions, TokenId, Tool
 
 
-class TokenizeRequest(CleanBody):
+class TokenizeRequest(TemplateOptions):
     """Body of /tokenize: a text, or a conversation."""
 
     model: str | None = None
@@ -37,15 +39,17 @@ class DetokenizeRequest(CleanBody):
 class Tokens:
     """A bundle's tokenizer, read when it is first asked for."""
 
-    def __init__(self, bundle: Path, max_length: int | None) -> None:
+    def __init__(self, bundle: Path, max_length: int | None, chat_template: Path | None = None) -> None:
         """Args:
         max_length: tokens of prompt and output together; None where nobody knows.
+        chat_template: file with the template that is used instead of the bundle's.
         """
-        self._bundle, self._max_length = bundle, max_length
+        self._bundle, self._max_length, self._template = bundle, max_length, chat_template
 
     @cached_property
     def _tokenizer(self) -> BundleTokenizer:
-        return BundleTokenizer.load(self._bundle, read_manifest(self._bundle, verify=False).eos_token_ids)
+        ends = read_manifest(self._bundle, verify=False).eos_token_ids
+        return BundleTokenizer.load(self._bundle, ends, self._template)
 
     def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """Answers /tokenize.
@@ -68,7 +72,9 @@ class Tokens:
         tokenizer = self._tokenizer
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-            return list(tokenizer.chat_ids([each.as_template_has_it() for each in body.messages], tools or None))
+            options = template_options(json.dumps(given) if (given := body.template()) else "")
+            said = [each.as_template_has_it() for each in body.messages]
+            return list(tokenizer.chat_ids(said, tools or None, **options))
         if body.add_special_tokens is False:
             return list(tokenizer.inner.encode(body.prompt, add_special_tokens=False))
         return list(tokenizer.encode(body.prompt or ""))

@@ -19,7 +19,7 @@ from ssv.runtime.methods import baselines
 from ssv.runtime.tokenizer_files import read_chat_template
 from ssv.runtime.tools import Call, CallParser, Form, form_of
 from ssv.triton_repo.openai.access_log import Access
-from ssv.triton_repo.openai.errors import ApiError
+from ssv.triton_repo.openai.errors import ApiError, error_object, json_bytes
 from ssv.triton_repo.openai.logprobs import Token, chat_logprobs, completion_logprobs, tokens_of
 from ssv.triton_repo.openai.schema import ApiRequest
 
@@ -42,6 +42,7 @@ class Models:
         tool_form: in which the model calls functions.
         bounds: largest divergence that each lossy tier is calibrated to; None where nobody measured it.
         max_length: tokens of prompt and output together; None where nobody knows.
+        is_premium_only: whether the engine refuses every other way to decode, as TensorRT-LLM does.
     """
 
     name: str
@@ -51,25 +52,38 @@ class Models:
     tool_form: Form = "smollm2"
     bounds: Mapping[str, float | None] = field(default_factory=dict)
     max_length: int | None = None
+    is_premium_only: bool = False
 
     @classmethod
-    def of_bundle(cls, bundle: Path, max_length: int | None = None) -> Models:
+    def of_bundle(
+        cls,
+        bundle: Path,
+        max_length: int | None = None,
+        chat_template: Path | None = None,
+        *,
+        is_premium_only: bool = False,
+    ) -> Models:
         """Reads the manifest and the chat template.
+
+        Args:
+            chat_template: file with the one that is used instead of the bundle's.
 
         Raises:
             BundleError: see `read_manifest`.
             TokenizerFileError: see `read_chat_template`.
         """
         manifest = read_manifest(bundle, verify=False)
-        form = form_of(read_chat_template(bundle / "tokenizer"))
+        form = form_of(read_chat_template(bundle / "tokenizer", chat_template))
         created = int((bundle / MANIFEST_NAME).stat().st_mtime)
         bounds = {name: entry.divergence_bound for name, entry in manifest.tiers.items() if not entry.lossless}
         name, tiers, has_heads = manifest.name, tuple(manifest.tiers), manifest.heads is not None
-        return cls(name, tiers, created, has_heads, form, bounds, max_length)
+        if is_premium_only:
+            tiers = (DEFAULT_TIER,)
+        return cls(name, tiers, created, has_heads, form, bounds, max_length, is_premium_only)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return (*self.tiers, *baselines(self.has_heads))
+        return self.tiers if self.is_premium_only else (*self.tiers, *baselines(self.has_heads))
 
     def method_of(self, model: str) -> str | None:
         """What a model's suffix says; None without one.
@@ -145,8 +159,12 @@ class Answer:
 
     Attributes:
         id: of the response.
+        created: Unix time.
         access: what the log will say.
+        end: what a stream ends with, after its last event.
     """
+
+    end = b"data: [DONE]\n\n"
 
     def __init__(
         self, body: ApiRequest, asked: Sequence[tuple[Prompt, Settings]], access: Access, models: Models
@@ -158,7 +176,7 @@ class Answer:
         """
         self._bounds = models.bounds
         self.access, self._model, self._is_chat, self._usage = access, body.model, body.caller().is_chat, body.usage()
-        self._created, self._num_of_prompt = int(time.time()), body.n or 1
+        self.created, self._num_of_prompt = int(time.time()), body.n or 1
         self._logs = body.num_logprobs() is not None
         self._echoes, self._tells_fates = body.echoes(), bool(body.ssv_fates)
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(16)}"
@@ -168,6 +186,15 @@ class Answer:
             _Choice(index, echo, CallParser(models.tool_form, names) if names else None)
             for index, echo in enumerate(echoes)
         ]
+
+    @staticmethod
+    def encoded(event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + json_bytes(event) + b"\n\n"
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """The event of an error in a stream that has begun."""
+        return error_object(error)
 
     def take(self, index: int, reply: Reply) -> list[dict[str, Any]]:
         """Takes the next reply for a choice; returns the chunks of a stream that it makes."""
@@ -208,7 +235,9 @@ class Answer:
             choice.calls.append(call)
         if reply.finish_reason:
             end: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply])))
+            # With usage asked for, its chunk is the last one, and has the metrics.
+            told: dict[str, Any] = {} if self._usage.include_usage else {"metrics": self._metrics()}
+            chunks.append(self._chunk(choice, end, _reason(choice), ssv=self._disclosure([reply]), **told))
         return chunks
 
     def whole(self) -> dict[str, Any]:
@@ -224,13 +253,30 @@ class Answer:
             choices.append({"index": choice.index, **content, "logprobs": logged, "finish_reason": _reason(choice)})
         kind = "chat.completion" if self._is_chat else "text_completion"
         replies = [choice.reply for choice in self._choices if choice.reply is not None]
-        return {**self._head(kind), "choices": choices, "usage": self._counted(), "ssv": self._disclosure(replies)}
+        head, metrics = self._head(kind), self._metrics()
+        return {
+            **head,
+            "choices": choices,
+            "usage": self._counted(),
+            "metrics": metrics,
+            "ssv": self._disclosure(replies),
+        }
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks that a stream ends with, after those of its choices."""
         if not self._usage.include_usage:
             return []
-        return [{**self._chunk_head(), "choices": [], "usage": self._counted()}]
+        return [{**self._chunk_head(), "choices": [], "usage": self._counted(), "metrics": self._metrics()}]
+
+    def _metrics(self) -> dict[str, Any] | None:
+        """What aiperf and others read of vLLM's `--per-request-spec-decode-metrics summary`; None for several choices,
+        as there.
+        """
+        reply = self._choices[0].reply
+        if len(self._choices) > 1 or reply is None:
+            return None
+        speculation = speculation_metrics(reply)
+        return None if speculation is None else {"speculative_decoding": speculation}
 
     def _disclosure(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """What was done for choices: they have one tier, unless it was withdrawn between them."""
@@ -274,7 +320,7 @@ class Answer:
         return self._head("chat.completion.chunk" if self._is_chat else "text_completion")
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self._model}
 
     def _counted(self, num_tokens: int | None = None) -> dict[str, Any]:
         """Usage after so many tokens of the output; None for all that have come. A prompt counts once."""
@@ -288,6 +334,30 @@ class Answer:
             "total_tokens": num_input + num_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in asked)},
         }
+
+
+def speculation_metrics(reply: Reply) -> dict[str, Any] | None:
+    """A finished request's speculation in vLLM's shape; None where nothing was drafted.
+
+    A step is a pass of the target after the prompt's. What a pass kept counts as accepted, trusted tokens included: so
+    the mean length is tokens per pass. Drafts have no fixed length here: `num_spec_tokens` is the most that one kept.
+
+    Source: vLLM, docs/features/speculative_decoding/acceptance_metrics.md.
+    """
+    histogram = json.loads(reply.kept_per_pass) if reply.kept_per_pass else []
+    num_steps = sum(histogram)
+    if not (reply.drafted and num_steps):
+        return None
+    accepted = sum(kept * passes for kept, passes in enumerate(histogram))
+    return {
+        "mean_acceptance_length": 1 + accepted / num_steps,
+        "draft_acceptance_rate": accepted / reply.drafted,
+        "acceptance_histogram": histogram,
+        "num_spec_steps": num_steps,
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": reply.drafted,
+        "num_spec_tokens": len(histogram) - 1,
+    }
 
 
 def _called(call: Call) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
@@ -124,6 +125,50 @@ def test_a_control_token_in_a_message_is_text(make: Callable[[], BundleTokenizer
             assert tokenizer.inner.decode(ids) == tokenizer.inner.apply_chat_template(
                 messages, add_generation_prompt=True
             )
+
+
+def test_a_conversation_need_not_go_on_to_an_answer() -> None:
+    tokenizer = byte_level()
+    messages = [*user("hi"), {"role": "assistant", "content": "Well, <|im_end|> "}]
+    whole = tokenizer.inner.decode(tokenizer.chat_ids(messages, add_generation_prompt=False))
+    assert whole == tokenizer.render(messages, add_generation_prompt=False)
+    ids = tokenizer.chat_ids(messages, add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.inner.decode(ids) == whole.removesuffix("<|im_end|>\n") == whole[: whole.rindex("Well") + 16]
+    end = tokenizer.inner.backend.token_to_id("<|im_end|>")
+    assert ids.count(end) == 1  # the user's: the one in the message is text
+
+
+def test_a_message_that_is_continued_ends_as_the_template_has_it_end() -> None:
+    made, messages = byte_level().inner, [{"role": "assistant", "content": "Well "}]
+    for template, text in (("{{ messages[-1].content }}<|im_end|>", "Well "), (CHATML, "<|im_start|>assistant\nWell")):
+        tokenizer = BundleTokenizer(FileTokenizer(made.backend, {}, template))
+        assert made.decode(tokenizer.chat_ids(messages, continue_final_message=True)) == text
+    silent = BundleTokenizer(FileTokenizer(made.backend, {}, "{{ messages[0].content }}"))
+    with pytest.raises(RequestError, match="leaves the last message out"):
+        silent.chat_ids([*user("hi"), *messages], continue_final_message=True)
+
+
+@pytest.mark.parametrize("last", [{"content": ""}, {"content": "", "tool_calls": [{"function": {"name": "f"}}]}])
+def test_a_message_without_a_text_cannot_be_continued(last: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"continue_final_message|is empty"):
+        byte_level().chat_ids([*user("hi"), {"role": "assistant", **last}], continue_final_message=True)
+
+
+def test_a_template_reads_other_variables_and_takes_no_control_tokens_from_them() -> None:
+    made = byte_level().inner
+    template = CHATML + "{% if thinks %}<|im_start|>{{ thinks }}{% endif %}"
+    tokenizer = BundleTokenizer(FileTokenizer(made.backend, {}, template))
+    plain, thinking = (tokenizer.chat_ids(user("hi"), variables=each) for each in (None, {"thinks": "a<|im_end|>"}))
+    assert tokenizer.inner.decode(thinking) == tokenizer.inner.decode(plain) + "<|im_start|>a<|im_end|>"
+    end = made.backend.token_to_id("<|im_end|>")
+    assert thinking.count(end) == plain.count(end)
+    assert tokenizer.chat_ids(user("hi"), variables={"unread": True}) == plain
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "chat_template", "bos_token", "a b"])
+def test_a_variable_that_is_not_the_callers_to_set_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"chat_template_kwargs: '{name}'"):
+        byte_level().chat_ids(user("hi"), variables={name: "x"})
 
 
 @pytest.mark.parametrize("make", [sentence_piece, lambda: sentence_piece("always")])

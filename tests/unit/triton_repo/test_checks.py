@@ -12,12 +12,22 @@ import fake_trtllm
 import pytest
 from certificates import lock, self_signed
 from cryptography.x509 import DNSName
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from ssv.bundle.manifest import EngineEntry, Manifest
 from ssv.runtime.serving.config import ConfigError, ServerConfig
 from ssv.support.errors import UserError
 from ssv.triton_repo import checks, serve, supervisor
-from ssv.triton_repo.checks import Gpu, ServeError, check_audit_state, check_machine, check_tls, listen
+from ssv.triton_repo.checks import (
+    Gpu,
+    ServeError,
+    check_audit_state,
+    check_chat_template,
+    check_machine,
+    check_tls,
+    listen,
+)
 
 SPEC = {
     "num_layers": 2,
@@ -156,6 +166,28 @@ def certificate(folder: Path, name: str, san: bool = True) -> tuple[Path, Path]:
 def test_a_certificate_and_its_key(tmp_path: Path) -> None:
     check_tls(*certificate(tmp_path, "one"))
     check_tls(None, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for message in messages %}", "cannot be used"),
+        ("{{ raise_exception('nobody speaks') }}", "nobody speaks"),
+        ("Hello", "leaves out what a user says"),
+    ],
+)
+def test_a_chat_template_that_cannot_be(tmp_path: Path, template: str, says: str) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    Tokenizer(BPE()).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ messages[0].content }}")
+    check_chat_template(path, tmp_path)
+    path.write_text(template)
+    with pytest.raises(ServeError, match=says):
+        check_chat_template(path, tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        check_chat_template(path, tmp_path)
 
 
 def test_files_for_tls_that_cannot_be(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_the_ensemble_tells_clients_of_its_tiers(tmp_path: Path) -> None:
 
 
 def test_the_engines_are_told_all_but_what_is_for_prompts() -> None:
-    assert set(read("ssv").parameters) == ServerConfig.model_fields.keys() - {"max_prompt_bytes"}
+    assert set(read("ssv").parameters) == ServerConfig.model_fields.keys() - {"max_prompt_bytes", "chat_template"}
 
 
 # --- the router -----------------------------------------------------------------------------------------------------

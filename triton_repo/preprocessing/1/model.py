@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ class TritonPythonModel:
         log_to_stderr()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         manifest = read_manifest(config.bundle, verify=False)  # `ssv` does
-        tokenizer = BundleTokenizer.load(config.bundle, manifest.eos_token_ids)
+        template = Path(config.chat_template) if config.chat_template else None
+        tokenizer = BundleTokenizer.load(config.bundle, manifest.eos_token_ids, template)
         self._intake = Intake(manifest, tokenizer, config.limits(manifest))
         self._metrics = Metrics(boards_folder(), "preprocessing")
         self._admission = Admission(boards_folder(), config.max_rows, config.max_waiting)

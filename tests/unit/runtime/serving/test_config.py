@@ -119,6 +119,8 @@ def test_command_line_has_every_setting_with_its_default() -> None:
     args["precision"] = args["precision"] or ""
     assert args["audit_state"] is None, "the server's own folder has it"
     args["audit_state"] = ""
+    assert args["chat_template"] is None, "the bundle has it"
+    args["chat_template"] = ""
     assert args["responses_per_s"] is None, "ssv-serve chooses by device"
     args["responses_per_s"] = ServerConfig.model_fields["responses_per_s"].default
     settings = {name: args[name] for name in ServerConfig.model_fields.keys() - {"verified"}}

@@ -444,6 +444,31 @@ def test_messages() -> None:
     assert prompt == tuple(byte + 10 for byte in "system:s;user:é;".encode())
 
 
+def test_messages_that_go_through_the_template_in_another_way() -> None:
+    said = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    ids, _ = prepare(text_input="", ssv_messages=said, ssv_template='{"continue_final_message": true}')
+    assert ids == tuple(byte + 10 for byte in b"user:a;assistant:b")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ('{"continue_final_message": true, "add_generation_prompt": true}', "are both true"),
+        ('{"add_generation_prompt": 1}', "ssv_template must be"),
+        ('{"variables": []}', "ssv_template must be"),
+        ('{"thinks": true}', "ssv_template must be"),
+        ("[]", "ssv_template must be"),
+        ("{", "ssv_template is not valid JSON"),
+    ],
+)
+def test_ways_through_the_template_that_cannot_be(template: str, says: str) -> None:
+    refused(says, text_input="", ssv_messages='[{"role": "user", "content": "a"}]', ssv_template=template)
+
+
+def test_a_text_goes_through_no_template() -> None:
+    refused("ssv_template is of a conversation", ssv_template='{"add_generation_prompt": false}')
+
+
 def test_messages_and_a_text() -> None:
     refused("both given", ssv_messages='[{"role": "user", "content": "a"}]')
 

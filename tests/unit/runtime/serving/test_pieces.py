@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,7 +102,17 @@ def test_fields() -> None:
         "ssv_target_passes": 2,
         "ssv_cached_tokens": 4,
         "ssv_tier_withdrawn": "",
+        "ssv_draft_tokens": 8,
+        "ssv_kept_per_pass": "",
     }
+
+
+def test_the_last_piece_says_how_many_passes_kept_how_many_drafted_tokens() -> None:
+    counters = replace(COUNTERS, passes_by_kept=Counter({3: 2, 0: 1}))
+    found = pieces(make(stream=True), chunk(1, counters=counters), chunk(reason="stop", counters=counters))
+    assert [piece.fields["ssv_kept_per_pass"] for piece in found] == ["", "[1, 0, 0, 2]"]
+    (piece,) = pieces(make(stream=False), chunk(1, reason="stop"))  # the prompt's step gave it
+    assert piece.fields["ssv_kept_per_pass"] == "[]"
 
 
 def test_a_stop_token_counts_and_is_no_text() -> None:

@@ -44,6 +44,7 @@ from ssv.runtime.tools import call_grammar
 from ssv.triton_repo.openai import access_log
 from ssv.triton_repo.openai import app as openai_api
 from ssv.triton_repo.openai.app import create_app
+from ssv.triton_repo.openai.errors import ApiError
 from ssv.triton_repo.openai.tokens import Tokens
 from ssv.triton_repo.openai.translation import Models
 
@@ -158,6 +159,7 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
             "total_tokens": 13,
             "prompt_tokens_details": {"cached_tokens": 5},
         },
+        "metrics": None,
         "ssv": {
             "tier": "turbo",
             "lossless": False,
@@ -221,6 +223,55 @@ def test_a_stream_ends_with_usage_when_it_is_asked_for(ask: Any) -> None:
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 6
     assert last["id"] == chunks[0]["id"]
+
+
+def test_how_a_conversation_goes_through_the_chat_template_is_the_requests() -> None:
+    backend = FakeBackend()
+    assert chat(backend).status_code == 200
+    assert backend.settings.template is None
+    fields = {"add_generation_prompt": False, "continue_final_message": True}
+    assert chat(backend, **fields, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+    assert backend.settings.template == {**fields, "variables": {"enable_thinking": False}}
+
+
+def test_a_message_that_is_continued_and_an_answer_that_is_begun_contradict_each_other() -> None:
+    backend = FakeBackend()
+    error = error_of(chat(backend, add_generation_prompt=True, continue_final_message=True), 400)
+    assert (error["param"], error["code"]) == ("continue_final_message", "invalid_value")
+    assert "add_generation_prompt" in error["message"]
+    assert backend.num_calls == 0
+    error = error_of(complete(backend, add_generation_prompt=False), 400)
+    assert error["code"] == "unknown_parameter"
+
+
+SPECULATED = reply("lo", "stop", drafted=9, kept_per_pass="[1, 0, 2]")
+SPECULATION = {
+    "mean_acceptance_length": 1 + 4 / 3,
+    "draft_acceptance_rate": 4 / 9,
+    "acceptance_histogram": [1, 0, 2],
+    "num_spec_steps": 3,
+    "num_accepted_draft_tokens": 4,
+    "num_draft_tokens": 9,
+    "num_spec_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_response_has_the_metrics_of_its_speculation_as_vllm_has_them(ask: Any) -> None:
+    backend = FakeBackend(reply("Hel"), SPECULATED)
+    assert ask(backend).json()["metrics"] == {"speculative_decoding": SPECULATION}
+    assert ask(FakeBackend(reply("lo", "stop", drafted=0, kept_per_pass="[3]"))).json()["metrics"] is None
+    assert ask(backend, n=2).json()["metrics"] is None
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_streams_last_chunk_has_the_metrics_of_its_speculation(ask: Any, include_usage: bool) -> None:
+    backend = FakeBackend(reply("Hel"), SPECULATED)
+    *chunks, last, _ = events_of(ask(backend, stream=True, stream_options={"include_usage": include_usage}))
+    assert last["metrics"] == {"speculative_decoding": SPECULATION}
+    assert (last["choices"] == []) == include_usage
+    assert not any("metrics" in chunk for chunk in chunks)
 
 
 @pytest.mark.parametrize("include_usage", [True, False, None])
@@ -660,6 +711,16 @@ def test_models_are_read_from_the_manifest_alone(tmp_path: Path) -> None:
     assert models.created == int((tmp_path / "manifest.json").stat().st_mtime)
 
 
+def test_an_engine_that_refuses_all_other_tiers_lists_and_takes_premium_alone(tmp_path: Path) -> None:
+    write_bundle(tmp_path)
+    models = Models.of_bundle(tmp_path, is_premium_only=True)
+    assert [entry["id"] for entry in models.listed()] == ["tiny", "tiny:premium"]
+    assert models.method_of("tiny:premium") == "premium"
+    for name in ("tiny:turbo", "tiny:autoregressive"):
+        with pytest.raises(ApiError, match="there is no model"):
+            models.method_of(name)
+
+
 def write_bundle(folder: Path) -> None:
     def entry(accept_below: float) -> TierEntry:
         policy = Policy(accept_below=accept_below, verify_above=0.5, risk_budget=0.9, max_pending=8)
@@ -869,7 +930,7 @@ def test_values_that_change_nothing_are_taken() -> None:
         backend = FakeBackend()
         assert chat(backend, **NEUTRAL, **NEUTRAL_CHAT, service_tier=tier).status_code == 200
         penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-        assert backend.settings == Settings(chat=False, temperature=1.0, **penalties)
+        assert replace(backend.settings, user=None) == Settings(chat=False, temperature=1.0, **penalties)
     assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
     assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
 
@@ -1615,7 +1676,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
     outputs |= {"ssv_cached_tokens": 5, "ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
     outputs |= {"ssv_tier_withdrawn": ""}
-    outputs |= {"ssv_fates": ""}
+    outputs |= {"ssv_fates": "", "ssv_draft_tokens": 9, "ssv_kept_per_pass": "[1, 0, 2]"}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
         if isinstance(value, str):
@@ -1664,6 +1725,47 @@ def test_the_backend_asks_and_reads() -> None:
         assert [i.name for i in request.inputs] == ["text_input", "ssv_chat", "stream", "ssv_tier", "seed"]
 
     with_triton(test)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        (Settings(user="Ada"), "ab_router"),
+        (Settings(), "ab_router"),
+        (Settings(user="Ada", tier="turbo"), "ensemble"),
+        (Settings(user="Ada", max_divergence=0.1), "ensemble"),
+    ],
+)
+def test_a_routed_backend_leaves_to_the_router_what_names_no_tier(settings: Settings, model: str) -> None:
+    async def test(triton: Triton, backend: AsyncClient) -> None:
+        routed = AsyncClient(backend._url, is_routed=True)
+        for each in (routed, backend):
+            assert [reply.text async for reply in each.stream("go", settings, request_id="", stream=True)] == [
+                "Hel",
+                "lo",
+            ]
+        await routed.aclose()
+        through, plain = triton.requests
+        assert (through.model_name, plain.model_name) == (model, "ensemble")
+        users = [
+            raw[4:]
+            for one, raw in zip(through.inputs, through.raw_input_contents, strict=True)
+            if one.name == "ssv_user"
+        ]
+        assert users == ([b"Ada"] if settings.user and model == "ab_router" else [])
+        assert "ssv_user" not in [one.name for one in plain.inputs]
+
+    with_triton(test)
+
+
+def test_all_choices_are_one_users() -> None:
+    backend = FakeBackend()
+    assert chat(backend, user="Ada", n=2).status_code == 200
+    assert backend.settings.user == "Ada"
+    assert chat(backend, safety_identifier="Bo").status_code == 200
+    assert backend.settings.user == "Bo"
+    body = chat(backend, n=2).json()
+    assert backend.settings.user == body["id"]
 
 
 @pytest.mark.parametrize(
