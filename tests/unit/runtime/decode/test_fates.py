@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import get_args
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from changed_logits import LOSSLESS, asked, make_llm
 from drive import run
@@ -177,7 +176,7 @@ def test_typical_tokens_are_told_apart() -> None:
 def test_who_asks_for_them_keeps_the_engines_from_rounds_by_themselves(fates: bool) -> None:
     """The host would not see what is drafted."""
     engine = Mock(RoundsEngine, most_tokens=8, in_flight=1)
-    engine.take.return_value = [RoundResult([5], 0, 1, 0, (), np.zeros(0, dtype=np.float32))]
+    engine.take.return_value = [RoundResult([5], 0, 1, 0, None)]
     row = Row(SamplingParams(fates=fates), policy_for("autoregressive", {}), lambda _: False, Counters(), [1])
     gained = Ahead(engine, None, frozenset()).step([row])
     assert engine.begin.called == (not fates)
