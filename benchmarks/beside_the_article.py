@@ -1,7 +1,7 @@
 """The table of docs/results.md that has the article's reported speed-ups beside ours, as Markdown, of what `ssv-bench`
 printed last.
 
-    python benchmarks/beside_the_article.py benchmarks/records/ssv_bench_demo.json
+    python benchmarks/beside_the_article.py benchmarks/records/ssv_bench_all.json
 
 Ours are from the record alone. The article's are its own claims: nobody measured them here.
 """
