@@ -3,7 +3,8 @@
 Cases are (prompt, seed, temperature). Each is decoded by every lossless method in batches of mixed methods, lossy ones
 among them, and plainly alone.
 
-    python benchmarks/same_text.py --bundle bundles/smollm2-135m --cases 200 --out benchmarks/records/same_text.json
+    python benchmarks/same_text.py --bundle bundles/smollm2-135m --cases 200 --precision int8 \\
+        --out benchmarks/records/same_text_int8.json
 """
 
 from __future__ import annotations
