@@ -208,21 +208,13 @@ def _language_model(draft: Draft, manifest: Manifest) -> tuple[dict[str, Any], W
 
 
 def _refuse_uneven(role: str, spec: DecoderSpec, gpus: int) -> None:
-    """What all three engines ask for: whole heads and whole rows of the MLP on each GPU; heads of keys and values may
-    be repeated."""
-    if not is_even(spec, gpus):
-        fit = [str(n) for n in range(1, spec.num_heads + 1) if is_even(spec, n)]
+    if not spec.is_shared_evenly(gpus):
+        fit = [str(n) for n in range(1, spec.num_heads + 1) if spec.is_shared_evenly(n)]
         raise UserError(
             f"{gpus} GPUs cannot share the {role} evenly: it has {spec.num_heads} attention heads, "
             f"{spec.num_kv_heads} of keys and values, and {spec.intermediate_size} rows of its MLP",
             f"choose --tp from {', '.join(fit)}",
         )
-
-
-def is_even(spec: DecoderSpec, gpus: int) -> bool:
-    """Whether so many GPUs can share a model evenly."""
-    whole_kv_heads = spec.num_kv_heads % gpus == 0 or gpus % spec.num_kv_heads == 0
-    return whole_kv_heads and spec.num_heads % gpus == 0 and spec.intermediate_size % gpus == 0
 
 
 def _target_folder(bundle: Path, spec: DecoderSpec, checkpoint: Path | None) -> Path:

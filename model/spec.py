@@ -151,6 +151,12 @@ class DecoderSpec:
         freq = 1.0 / (self.rope_theta**exponent)
         return freq if self.rope_scaling is None else self.rope_scaling.scaled(freq)
 
+    def is_shared_evenly(self, gpus: int) -> bool:
+        """Whether so many GPUs can share the model, as engines ask for: whole heads and whole rows of the MLP on each;
+        heads of keys and values may be repeated."""
+        whole_kv_heads = self.num_kv_heads % gpus == 0 or gpus % self.num_kv_heads == 0
+        return whole_kv_heads and self.num_heads % gpus == 0 and self.intermediate_size % gpus == 0
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight that a checkpoint of this spec must hold."""
         h, i, d = self.hidden_size, self.intermediate_size, self.head_dim

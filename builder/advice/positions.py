@@ -4,7 +4,7 @@ a bundle's calibration has seen."""
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class Position:
         """Guesses behind a node, the likeliest first."""
         return self._children.get(node, [])
 
-    def guesses(self, node: int, corrected: Any) -> list[Guess]:
+    def guesses(self, node: int, corrected: Callable[[float, int], float]) -> list[Guess]:
         """The same as a tree takes them.
 
         Args:

@@ -133,16 +133,21 @@ def place_pair(
         rows: that are decoded side by side: all their caches are in memory, and a step reads them.
 
     Raises:
-        UserError: a precision that the GPU lacks, or a degree that the target's heads cannot be shared by.
+        UserError: a precision that the GPU lacks, or a degree that cannot share the target evenly.
     """
     if precision not in BYTES:
         raise UserError(f"--precision {precision} is not one for shapes", f"choose one of: {', '.join(BYTES)}")
     if precision == "fp8" and gpu.fp8_tflops is None:
         raise UserError("this GPU has no FP8 units", "choose bf16 or int4, or another GPU")
     per_weight = BYTES[precision]
-    possible = [n for n in DEGREES if target.spec.num_heads % n == 0]
-    if degree is not None and (degree < 1 or target.spec.num_heads % degree):
-        raise UserError(f"{degree} GPUs cannot share {target.spec.num_heads} heads", f"choose one of {possible}")
+    spec = target.spec
+    possible = [n for n in DEGREES if spec.is_shared_evenly(n)]
+    if degree is not None and (degree < 1 or not spec.is_shared_evenly(degree)):
+        raise UserError(
+            f"{degree} GPUs cannot share {spec.num_heads} heads, {spec.num_kv_heads} of keys and values, and "
+            f"{spec.intermediate_size} rows of an MLP evenly",
+            f"choose one of {possible}",
+        )
 
     def on_each(n: int) -> float:
         shared = (target.stored * per_weight + rows * target.cache_bytes(context)) / n

@@ -23,7 +23,6 @@ from tiny_bundle import Calibrator, write_checkpoint
 from ssv.builder import pair
 from ssv.builder.cli import main
 from ssv.builder.config import Recipe, RecipeError, TargetConfig, load_recipe
-from ssv.builder.export import is_even
 from ssv.bundle.policy import RESERVED_LENGTH
 from ssv.model.checkpoint import CheckpointError, DecoderSpec, spec_from_hf_config
 from ssv.model.draft import DraftSpec, Eagle3, check_fits
@@ -76,7 +75,7 @@ def test_published_sizes_fit(name: str) -> None:
         assert recipe.calibration.make.max_tokens + RESERVED_LENGTH < draft.max_positions
     assert recipe.calibration.make.max_tokens + RESERVED_LENGTH < target.max_positions
     for gpus in (1, 2, 4, 8):
-        assert is_even(target, gpus) and is_even(draft, gpus)
+        assert target.is_shared_evenly(gpus) and draft.is_shared_evenly(gpus)
 
 
 def test_a_head_of_another_target_does_not_fit() -> None:
