@@ -89,7 +89,10 @@ def step_times(engine: CudaEngine, num: int, context: int) -> dict[str, float]:
         out.token_R.tolist()
 
     step()
-    return {"graph_ms": _median(engine.last_graph.replay, on_device=True), "step_ms": _median(step, on_device=False)}
+    return {
+        "graph_ms": median_ms(engine.last_graph.replay, on_device=True),
+        "step_ms": median_ms(step, on_device=False),
+    }
 
 
 def choosing_times(llm: LLM, setting: str) -> dict[str, float]:
@@ -116,11 +119,11 @@ def choosing_times(llm: LLM, setting: str) -> dict[str, float]:
             engine.buffers.step.copy_(numbers)
             graph.replay()
 
-        found[name] = _median(run, on_device=True)
+        found[name] = median_ms(run, on_device=True)
     return found
 
 
-def _median(run: Callable[[], object], *, on_device: bool, repeats: int = 60) -> float:
+def median_ms(run: Callable[[], object], *, on_device: bool, repeats: int = 60) -> float:
     for _ in range(3):
         run()
     torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import _median, step_times
+from gpu import median_ms, step_times
 from torch import nn
 
 from ssv.model.decoder import Decoder
@@ -120,7 +120,7 @@ def read_bandwidth() -> float:
         lambda: buffer.view(torch.float32).sum(),
         lambda: buffer.view(torch.bfloat16).amax(),
     ]
-    milliseconds = min(_median(run, on_device=True, repeats=10) for run in reductions)
+    milliseconds = min(median_ms(run, on_device=True, repeats=10) for run in reductions)
     return buffer.nbytes / milliseconds * 1e3
 
 

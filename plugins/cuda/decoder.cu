@@ -426,16 +426,6 @@ extern "C" __global__ void join(const Join p) {
 
 /* --- the likeliest token --------------------------------------------------------------------------------------------- */
 
-/* Of the lanes of a warp, all of them learn the largest value, and the first column that has it. */
-__device__ __forceinline__ void largest_of_warp(float &most, int &column) {
-#pragma unroll
-    for (int step = 16; step; step >>= 1) {
-        const float other = __shfl_xor_sync(~0u, most, step);
-        const int its = __shfl_xor_sync(~0u, column, step);
-        if (other > most || (other == most && its < column)) most = other, column = its;
-    }
-}
-
 struct Largest {
     const int *step;
     const float *logits;     /* [rows, V] */

@@ -61,14 +61,6 @@ struct Top {
     bool is_number;   /* no NaN among them, and the largest is finite */
 };
 
-__device__ __forceinline__ void first_largest_of_warp(float &most, int &column) {
-    for (int step = 16; step; step >>= 1) {
-        const float other = __shfl_xor_sync(~0u, most, step);
-        const int its = __shfl_xor_sync(~0u, column, step);
-        if (other > most || (other == most && its < column)) most = other, column = its;
-    }
-}
-
 __device__ __forceinline__ Top top_of(const float *row, int vocab, Shared &s) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float most = LOWEST;
@@ -81,11 +73,11 @@ __device__ __forceinline__ Top top_of(const float *row, int vocab, Shared &s) {
     Top found;
     found.own = most;
     is_number = __syncthreads_and(is_number);
-    first_largest_of_warp(most, column);
+    largest_of_warp(most, column);
     if (!lane) s.values[warp] = most, s.columns[warp] = column;
     __syncthreads();
     most = s.values[lane], column = s.columns[lane];
-    first_largest_of_warp(most, column);
+    largest_of_warp(most, column);
     found.value = most, found.column = column;
     found.is_number = is_number && column < vocab && most <= 3.0e38f;
     return found;
@@ -351,19 +343,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const Draw p) {
         const double score = (double)x + noise_of(word);
         if ((score > best || (score == best && at < column)) && keeps(edge, row, value, at)) best = score, column = at;
     });
-    for (int step = 16; step; step >>= 1) {
-        const double other = __shfl_xor_sync(~0u, best, step);
-        const int its = __shfl_xor_sync(~0u, column, step);
-        if (other > best || (other == best && its < column)) best = other, column = its;
-    }
+    largest_of_warp(best, column);
     if (!lane) scores[warp] = best, s.columns[warp] = column;
     __syncthreads();
     best = scores[lane], column = s.columns[lane];
-    for (int step = 16; step; step >>= 1) {
-        const double other = __shfl_xor_sync(~0u, best, step);
-        const int its = __shfl_xor_sync(~0u, column, step);
-        if (other > best || (other == best && its < column)) best = other, column = its;
-    }
+    largest_of_warp(best, column);
     if (!threadIdx.x) p.token[r] = is_mapped ? p.tokens[column] : column;
 }
 

@@ -1,5 +1,5 @@
-/* What the kernels of a step share with those that write its numbers: where these lie, and how kernels follow one another. It stands
- * before each source that is compiled.
+/* What all kernels share: where the numbers of a step lie, how kernels follow one another, and which lane of a warp has most. It
+ * stands before each source that is compiled.
  */
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -49,4 +49,15 @@ __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+/* Of the lanes of a warp, all of them learn the largest value, and the first column that has it. */
+template <typename V>
+__device__ __forceinline__ void largest_of_warp(V &most, int &column) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) {
+        const V other = __shfl_xor_sync(~0u, most, step);
+        const int its = __shfl_xor_sync(~0u, column, step);
+        if (other > most || (other == most && its < column)) most = other, column = its;
+    }
 }

@@ -36,14 +36,9 @@ def drawn(
         CompileError: NVRTC is not found.
     """
     logits_RV = logits_RV.float().contiguous()
-    settings_RS = torch.zeros(len(logits_RV), places.SETTINGS, dtype=torch.int32)
-    settings_RS[:, places.S_TEMPERATURE] = temperature_R.view(torch.int32)
-    settings_RS[:, places.S_TOP_K] = top_k_R
-    settings_RS[:, places.S_TOP_P] = top_p_R.view(torch.int32)
-    settings_RS[:, places.S_SEED_LOW : places.S_SEED_HIGH + 1] = seed_R[:, None].view(torch.int32)
     # Each is a row of a cache, and sees one key.
-    settings_RS[:, places.S_AHEAD] = position_R - 1
-    settings_RS = settings_RS.to(logits_RV.device)
+    settings = places.settings(*(x.numpy() for x in (temperature_R, top_k_R, top_p_R, seed_R, position_R - 1)))
+    settings_RS = torch.from_numpy(settings).to(logits_RV.device)
     column_R = torch.empty(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
     kernel = kernels_of(logits_RV.device, "sample", SAMPLING)["draw"]
     stream = torch.cuda.current_stream(logits_RV.device).cuda_stream

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ssv.runtime.engines.contract import Branches, EngineError
 
@@ -27,7 +27,7 @@ SIZE = _PATH + TOKENS * DEPTH
 SIZE_OF_CHAINS = _PATH
 """Of the vector, and of what is read of it where no token has a path."""
 
-S_TEMPERATURE, S_TOP_K, S_TOP_P, S_SEED_LOW, S_SEED_HIGH, S_AHEAD = range(6)
+_S_TEMPERATURE, _S_TOP_K, _S_TOP_P, _S_SEED_LOW, _S_SEED_HIGH, _S_AHEAD = range(6)
 SETTINGS = 8
 """How a row chooses, in as many numbers; floats are bits."""
 
@@ -51,6 +51,24 @@ class Block:
 
     runs: tuple[Run, ...]
     num_tokens: int
+
+
+def settings(
+    temperature_B: ArrayLike, top_k_B: ArrayLike, top_p_B: ArrayLike, seed_B: ArrayLike, ahead_B: ArrayLike
+) -> NDArray[np.int32]:
+    """How rows choose, as step.cuh has it, [B, SETTINGS].
+
+    Args:
+        seed_B: of 64 bits, with a sign or without.
+        ahead_B: by how much the place of the token behind one is more than the number of keys that the one sees.
+    """
+    seed_B2 = np.asarray(seed_B).view(np.int32).reshape(-1, 2)
+    found = np.zeros((len(seed_B2), SETTINGS), dtype=np.int32)
+    floats = found.view(np.float32)
+    floats[:, _S_TEMPERATURE], floats[:, _S_TOP_P] = temperature_B, top_p_B
+    found[:, _S_TOP_K], found[:, _S_AHEAD] = top_k_B, ahead_B
+    found[:, _S_SEED_LOW : _S_SEED_HIGH + 1] = seed_B2
+    return found
 
 
 def blocks(counts: Sequence[int]) -> Iterator[Block]:

@@ -407,18 +407,13 @@ def settings_of(rows: Sequence[RoundRow], behind: Sequence[int]) -> NDArray[np.i
     Args:
         behind: how far behind its text an engine's cache is, in each row.
     """
-    settings = np.zeros((len(rows), places.SETTINGS), dtype=np.int32)
-    floats = settings.view(np.float32)
-    for b, row in enumerate(rows):
-        floats[b, places.S_TEMPERATURE], floats[b, places.S_TOP_P] = row.temperature, row.top_p
-        low, high = np.array([row.seed % 2**64], dtype=np.uint64).view(np.int32)
-        settings[b, places.S_TOP_K], settings[b, places.S_SEED_LOW], settings[b, places.S_SEED_HIGH] = (
-            row.top_k,
-            low,
-            high,
-        )
-        settings[b, places.S_AHEAD] = behind[b]
-    return settings
+    return places.settings(
+        [row.temperature for row in rows],
+        [row.top_k for row in rows],
+        [row.top_p for row in rows],
+        np.array([row.seed % 2**64 for row in rows], dtype=np.uint64),
+        behind,
+    )
 
 
 def _result(row: NDArray[np.int32], has_branches: bool) -> RoundResult:

@@ -77,6 +77,20 @@ def test_the_parts_of_a_step_are_where_the_kernels_look_for_them() -> None:
     assert f"S_SIZE = {places.SETTINGS}\n" in source_of("sample")
 
 
+def test_how_rows_choose_is_where_the_kernels_look_for_it() -> None:
+    (body,) = re.findall(r"enum \{\s*(S_TEMPERATURE.*?)\};", source_of("sample"), re.DOTALL)
+    names = [word.strip() for word in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).split(",")]
+    found = places.settings([0.5, 0.0], [40, 0], [0.25, 1.0], np.array([2**63 + 7, 5], dtype=np.uint64), [0, 1])
+    floats = found.view(np.float32)
+    assert floats[:, names.index("S_TEMPERATURE")].tolist() == [0.5, 0.0]
+    assert floats[:, names.index("S_TOP_P")].tolist() == [0.25, 1.0]
+    assert found[:, names.index("S_TOP_K")].tolist() == [40, 0] and found[:, names.index("S_AHEAD")].tolist() == [0, 1]
+    assert found[:, names.index("S_SEED_LOW")].tolist() == [7, 5]
+    assert found[:, names.index("S_SEED_HIGH")].tolist() == [-(2**31), 0]
+    signed = places.settings([0.5], [40], [0.25], np.array([7 - 2**63]), [0])
+    assert np.array_equal(signed, found[:1])
+
+
 STRUCTURES = {
     "decoder": ["Embed", "Join", "Linear", "Attention", "Largest", "Best", "Grow"],
     "sample": ["Draw", "Perturb"],
