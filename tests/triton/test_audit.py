@@ -20,12 +20,13 @@ from ssv.runtime.reply import Reply
 
 ENGLISH = ("Name three colours.", "Explain how rainbows form.", "What do bees make?", "How many days has a week?")
 # The draft has hardly seen this script, and the scorer was calibrated on none of it.
+# Some 10 % of the tokens diverge where 2 % are promised: a few of these prompts are enough, on any machine.
 PLACES = (
-    "Москва", "Париж", "Лондон", "Берлин", "Рим", "Мадрид", "Киев", "Прага", "Вена", "Токио", "Пекин", "Каир",
-    "Афины", "Осло", "Хельсинки", "Варшава", "Будапешт", "София", "Белград", "Дублин",
+    "北京", "上海", "广州", "深圳", "杭州", "成都", "西安", "南京", "武汉", "重庆",
+    "天津", "苏州", "巴黎", "伦敦", "柏林", "罗马", "东京", "开罗", "雅典", "莫斯科",
 )  # fmt: skip
-TOPICS = ("историю", "погоду", "людей", "музыку")
-OTHERS = tuple(f"Расскажи про {what}: {place}." for what in TOPICS for place in PLACES)
+TOPICS = ("历史", "天气", "人们", "音乐")
+OTHERS = tuple(f"请介绍一下{place}的{what}。" for what in TOPICS for place in PLACES)
 AT_A_TIME = 4
 
 

@@ -70,8 +70,15 @@ def client(url: str) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Path) -> str:
+def name(bundle: Path) -> str:
     return read_manifest(bundle, verify=False).name
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> str:
+    """What is asked for where the tier does not matter: the server's A/B router takes what names none, and decodes
+    some of it by turbo."""
+    return f"{name}:premium"
 
 
 def disclosed(response: Any) -> dict[str, Any]:
@@ -84,18 +91,18 @@ def metric(server: Server, start: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{re.escape(start)}\S* (\S+)$", text, re.MULTILINE))
 
 
-def test_models(client: OpenAI, model: str, bundle: Path) -> None:
+def test_models(client: OpenAI, name: str, bundle: Path) -> None:
     tiers = read_manifest(bundle, verify=False).tiers
-    assert [entry.id for entry in client.models.list()] == [model, *(f"{model}:{tier}" for tier in tiers)]
-    assert client.models.retrieve(f"{model}:premium").object == "model"
+    assert [entry.id for entry in client.models.list()] == [name, *(f"{name}:{tier}" for tier in tiers)]
+    assert client.models.retrieve(f"{name}:premium").object == "model"
     with pytest.raises(NotFoundError):
         client.models.retrieve("huge")
 
 
 @pytest.mark.parametrize("tier", METHODS)
-def test_every_tier_answers_and_is_disclosed(client: OpenAI, model: str, tier: str) -> None:
-    answer = client.chat.completions.create(model=f"{model}:{tier}", messages=MESSAGES, max_tokens=24, temperature=0)
-    assert answer.model == f"{model}:{tier}"
+def test_every_tier_answers_and_is_disclosed(client: OpenAI, name: str, tier: str) -> None:
+    answer = client.chat.completions.create(model=f"{name}:{tier}", messages=MESSAGES, max_tokens=24, temperature=0)
+    assert answer.model == f"{name}:{tier}"
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage is not None
@@ -107,9 +114,9 @@ def test_every_tier_answers_and_is_disclosed(client: OpenAI, model: str, tier: s
     assert 0 <= what["acceptance_rate"] <= 1
 
 
-def test_lossless_tiers_say_the_same(client: OpenAI, model: str) -> None:
+def test_lossless_tiers_say_the_same(client: OpenAI, name: str) -> None:
     texts = {
-        client.completions.create(model=f"{model}:{tier}", prompt="The sea", max_tokens=32, temperature=0)
+        client.completions.create(model=f"{name}:{tier}", prompt="The sea", max_tokens=32, temperature=0)
         .choices[0]
         .text
         for tier in ("premium", "autoregressive", "speculative")
@@ -127,11 +134,11 @@ STEERED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("fields", STEERED, ids=["penalties", "bias", "words"])
 def test_what_changes_the_choice_is_lossless_too(
-    client: OpenAI, model: str, fields: dict[str, Any], temperature: float
+    client: OpenAI, model: str, name: str, fields: dict[str, Any], temperature: float
 ) -> None:
     asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 40, "temperature": temperature, "seed": 5}
     said = {
-        tier: client.chat.completions.create(model=f"{model}:{tier}", **asked, **fields).choices[0].message.content
+        tier: client.chat.completions.create(model=f"{name}:{tier}", **asked, **fields).choices[0].message.content
         for tier in ("autoregressive", "premium", "eagle", "suffix")
     }
     assert len(set(said.values())) == 1
@@ -153,12 +160,12 @@ SCHEMA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_json_of_a_schema_is_valid_and_lossless(client: OpenAI, model: str, temperature: float) -> None:
+def test_json_of_a_schema_is_valid_and_lossless(client: OpenAI, name: str, temperature: float) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
     asked: Any = {"messages": MESSAGES, "max_tokens": 80, "temperature": temperature, "seed": 3}
     said: dict[str, str] = {}
     for tier in ("autoregressive", "premium", "suffix", "medusa", "balanced", "turbo"):
-        answer = client.chat.completions.create(model=f"{model}:{tier}", **asked, response_format=form)
+        answer = client.chat.completions.create(model=f"{name}:{tier}", **asked, response_format=form)
         assert answer.choices[0].finish_reason == "stop"
         said[tier] = str(answer.choices[0].message.content)
         found = json.loads(said[tier])
@@ -166,7 +173,7 @@ def test_json_of_a_schema_is_valid_and_lossless(client: OpenAI, model: str, temp
         assert set(found["colours"]) <= {"red", "green", "blue"} and isinstance(found["is_real"], bool)
     assert len({said[tier] for tier in ("autoregressive", "premium", "suffix", "medusa")}) == 1
     # Who names no tier is the A/B router's.
-    stream = client.chat.completions.create(model=f"{model}:premium", **asked, response_format=form, stream=True)
+    stream = client.chat.completions.create(model=f"{name}:premium", **asked, response_format=form, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said["premium"]
 
 
@@ -180,10 +187,10 @@ def test_json_of_a_schema_is_valid_and_lossless(client: OpenAI, model: str, temp
     ],
     ids=["regex", "choice", "grammar", "object"],
 )
-def test_other_forms(client: OpenAI, model: str, fields: dict[str, Any], pattern: str) -> None:
+def test_other_forms(client: OpenAI, name: str, fields: dict[str, Any], pattern: str) -> None:
     body = {"max_tokens": 40, "temperature": 0, **fields}
     said = {
-        tier: client.completions.create(model=f"{model}:{tier}", prompt="The sea is", extra_body=body).choices[0]
+        tier: client.completions.create(model=f"{name}:{tier}", prompt="The sea is", extra_body=body).choices[0]
         for tier in ("autoregressive", "premium")
     }
     assert said["premium"].text == said["autoregressive"].text
@@ -218,13 +225,13 @@ TOOLS: Any = [
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
-def test_functions_are_called(client: OpenAI, model: str, choice: Any) -> None:
+def test_functions_are_called(client: OpenAI, model: str, name: str, choice: Any) -> None:
     """And the conversation goes on with what they said."""
     asked: Any = {"messages": [{"role": "user", "content": "Is it cold in Oslo?"}], "tools": TOOLS, "temperature": 0}
     said = []
     for tier in ("autoregressive", "premium", "turbo"):
         answer = client.chat.completions.create(
-            model=f"{model}:{tier}", **asked, max_tokens=120, tool_choice=choice, parallel_tool_calls=False
+            model=f"{name}:{tier}", **asked, max_tokens=120, tool_choice=choice, parallel_tool_calls=False
         )
         calls = answer.choices[0].message.tool_calls
         assert answer.choices[0].finish_reason == "tool_calls" and calls is not None and len(calls) == 1
@@ -266,9 +273,9 @@ def test_a_prompt_of_token_ids_is_its_text(client: OpenAI, model: str, llm: LLM)
 
 
 @pytest.mark.parametrize("tier", ["autoregressive", "premium", "turbo"])
-def test_log_probabilities_are_the_targets(client: OpenAI, model: str, llm: LLM, tier: str) -> None:
+def test_log_probabilities_are_the_targets(client: OpenAI, name: str, llm: LLM, tier: str) -> None:
     answer = client.completions.create(
-        model=f"{model}:{tier}", prompt="The sea is", max_tokens=12, temperature=0, logprobs=3, echo=True
+        model=f"{name}:{tier}", prompt="The sea is", max_tokens=12, temperature=0, logprobs=3, echo=True
     )
     found = answer.choices[0].logprobs
     assert found is not None and found.tokens is not None and found.token_logprobs is not None
@@ -294,8 +301,8 @@ def test_log_probabilities_of_a_chat(client: OpenAI, model: str) -> None:
 
 
 @pytest.mark.parametrize("tier", ["speculative", "turbo"])
-def test_fates_are_those_of_the_same_answer_here(client: OpenAI, model: str, llm: LLM, tier: str) -> None:
-    asked: Any = {"model": f"{model}:{tier}", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+def test_fates_are_those_of_the_same_answer_here(client: OpenAI, name: str, llm: LLM, tier: str) -> None:
+    asked: Any = {"model": f"{name}:{tier}", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
     chunks = client.chat.completions.create(**asked, stream=True, extra_body={"ssv_fates": True})
     choices = [chunk.choices[0] for chunk in chunks]
     told = [entry for choice in choices for entry in (choice.model_extra or {}).get("ssv_fates", [])]
@@ -328,9 +335,9 @@ def test_the_terminal_explains_an_answer_of_the_server(server: Server, capsys: p
     assert re.match(r"20 tokens, \d+ passes of the target: \d+ saved \(\d+%\); divergence of at most 5.0%", summary)
 
 
-def test_a_chat_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
+def test_a_chat_stream_is_the_whole_answer(client: OpenAI, name: str) -> None:
     # Not `premium`, whose passes depend on what steps cost: what is disclosed is to be the same twice.
-    asked: Any = {"model": f"{model}:speculative", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+    asked: Any = {"model": f"{name}:speculative", "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert len({chunk.id for chunk in chunks}) == 1
@@ -346,8 +353,8 @@ def test_a_chat_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
     assert last.usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_a_completion_stream_is_the_whole_answer(client: OpenAI, model: str) -> None:
-    asked: Any = {"model": f"{model}:turbo", "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+def test_a_completion_stream_is_the_whole_answer(client: OpenAI, name: str) -> None:
+    asked: Any = {"model": f"{name}:turbo", "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
@@ -401,10 +408,10 @@ def test_a_conversation_goes_on_and_its_beginning_is_in_the_cache(client: OpenAI
     assert (second.usage.prompt_tokens_details.cached_tokens or 0) > 0
 
 
-def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, model: str) -> None:
-    answer = client.completions.create(model=model, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 0.0})
+def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, name: str) -> None:
+    answer = client.completions.create(model=name, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 0.0})
     assert disclosed(answer)["lossless"]
-    answer = client.completions.create(model=model, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 1.0})
+    answer = client.completions.create(model=name, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 1.0})
     assert disclosed(answer)["tier"] == "turbo"
 
 
@@ -422,10 +429,10 @@ def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, model: str) -> N
     ],
 )
 def test_what_cannot_be_is_refused_and_says_why(
-    client: OpenAI, model: str, fields: dict[str, Any], words: str, stream: bool
+    client: OpenAI, name: str, fields: dict[str, Any], words: str, stream: bool
 ) -> None:
     with pytest.raises(BadRequestError, match=re.escape(words)) as raised:
-        client.completions.create(**{"model": model, "prompt": "Hi", "stream": stream, **fields})
+        client.completions.create(**{"model": name, "prompt": "Hi", "stream": stream, **fields})
     assert raised.value.type == "invalid_request_error"
     # Neither Triton's words nor a status of gRPC's come before it.
     assert not re.search(r"ensemble|request id|INVALID", raised.value.message)
@@ -440,10 +447,10 @@ def test_a_context_that_is_exceeded_has_its_code(client: OpenAI, model: str, str
 
 
 def test_requests_answered_and_refused_are_found_in_the_log_by_their_id(
-    server: Server, client: OpenAI, model: str
+    server: Server, client: OpenAI, name: str
 ) -> None:
     def ask(id: str, **fields: Any) -> str:
-        model_of_tier = f"{model}:premium"
+        model_of_tier = f"{name}:premium"
         asked = {"model": model_of_tier, "messages": [{"role": "user", "content": "xyzzy"}], "max_tokens": 4, **fields}
         try:
             create = client.chat.completions.with_raw_response.create
