@@ -2,12 +2,87 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 from ssv.support.errors import UserError
 
 _HALF_CHARACTER = "\ufffd"
+
+
+class _Decoding(Protocol):
+    """Text of tokens as they come, without a thought for stop strings."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Takes tokens; returns the text that is certain now."""
+        ...
+
+    def ahead(self, token_ids: Sequence[int] = ()) -> str:
+        """The text that has not been returned, if these tokens followed and ended it; half characters as U+FFFD. They
+        are not taken."""
+        ...
+
+
+class _ByBytes:
+    """Where a text is no more than its tokens' bytes one after another, as UTF-8."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._half = b""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        found = self._joined(token_ids)
+        text, used = codecs.utf_8_decode(found, "replace")
+        self._half = found[used:]
+        return text
+
+    def ahead(self, token_ids: Sequence[int] = ()) -> str:
+        return self._joined(token_ids).decode(errors="replace")
+
+    def _joined(self, token_ids: Sequence[int]) -> bytes:
+        return self._half + b"".join(map(self._token_bytes, token_ids))
+
+
+class _ByDifference:
+    """For any tokenizer: what decoding all of the tokens gives beyond decoding those before."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:
+        self._decode = decode
+        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a
+        # character). Those must have a text of their own: a decoder that strips a space strips it then from them.
+        prefix = decode(context) if context else ""
+        known = prefix and not prefix.endswith(_HALF_CHARACTER)
+        self._ids: list[int] = list(context) if known else []
+        self._done = len(self._ids)
+        # Of the first `_done` ids, where it is known: decoding costs more than all else here.
+        self._before: str | None = None
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        before = self._decode(self._ids[: self._done]) if self._before is None else self._before
+        self._before = before
+        self._ids.extend(token_ids)
+        after = self._decode(self._ids)
+        if after.endswith(_HALF_CHARACTER):
+            if len(token_ids) == 1:
+                return ""
+            # Whole characters before the half one leave all the same.
+            del self._ids[-len(token_ids) :]
+            return "".join([self.push([token]) for token in token_ids])
+        self._before = None
+        if len(after) == len(before) and not self._decode([*token_ids, *token_ids]):
+            # They are left out of every text, and must not push what the next one is decoded with out of sight.
+            del self._ids[-len(token_ids) :]
+        elif text := self._decode(self._ids[self._done :]):
+            self._ids, self._before = self._ids[self._done :], text
+        else:
+            self._before = after
+        self._done = len(self._ids)
+        return after[len(before) :]
+
+    def ahead(self, token_ids: Sequence[int] = ()) -> str:
+        return self._decode([*self._ids, *token_ids])[len(self._decode(self._ids[: self._done])) :]
 
 
 class TextStream:
@@ -27,6 +102,7 @@ class TextStream:
         decode: Callable[[Sequence[int]], str],
         stop: Sequence[str],
         *,
+        token_bytes: Callable[[int], bytes] | None = None,
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
         context: Sequence[int] = (),
@@ -34,23 +110,18 @@ class TextStream:
         """Begins an output.
 
         Args:
+            token_bytes: of tokens whose bytes, one after another, are the UTF-8 of what `decode` gives: such text is
+                had several times faster. None of a tokenizer whose tokens are not of that kind.
             stop_ids: tokens that end the output as a stop string does, of which the text has nothing.
             min_tokens: see the attribute.
             context: the end of what the text continues; nothing for a text of its own.
         """
-        self._decode, self._stop = decode, tuple(stop)
+        self._decoding: _Decoding = _ByBytes(token_bytes) if token_bytes is not None else _ByDifference(decode, context)
+        self._stop = tuple(stop)
         self._stop_ids, self.min_tokens = frozenset(stop_ids), min_tokens
-        # Tokens are decoded with some before them, since a token's text depends on its left (spaces, bytes of a
-        # character). Those must have a text of their own: a decoder that strips a space strips it then from them.
-        prefix = decode(context) if context else ""
-        known = prefix and not prefix.endswith(_HALF_CHARACTER)
-        self._ids: list[int] = list(context) if known else []
-        self._done = len(self._ids)
-        # Of the first `_done` ids, where it is known: decoding costs more than all else here.
-        self._before: str | None = None
         self._pushed = 0
         self._held = ""
-        self.stopped = False
+        self.stopped = self._has_ended = False
 
     def push(self, *token_ids: int) -> str:
         """Takes tokens, and returns the text that can leave now.
@@ -60,19 +131,18 @@ class TextStream:
         if not token_ids:
             return ""
         self._pushed += len(token_ids)
-        if self._stop_ids.intersection(token_ids) and self._pushed > self.min_tokens:
+        if self._stop_ids and self._stop_ids.intersection(token_ids) and self._pushed > self.min_tokens:
             text = self.flush()
             self.stopped = True
             return text
-        return self._take(token_ids)
+        return self._release(self._decoding.push(token_ids))
 
     def flush(self) -> str:
         """The rest, when the output has ended without a stop string; half characters as U+FFFD."""
-        if self.stopped:
+        if self.stopped or self._has_ended:
             return ""
-        text = self._held + self._decode(self._ids)[len(self._decode(self._ids[: self._done])) :]
-        self._done, self._before = len(self._ids), None
-        self._held = ""
+        self._has_ended = True
+        text = self._held + self._decoding.ahead()
         # A stop string before half a character has not been seen by `push`.
         found = self._first_stop(text) if self._pushed > self.min_tokens else None
         self.stopped = found is not None
@@ -84,30 +154,8 @@ class TextStream:
             return False
         if self._stop_ids.intersection(token_ids):
             return True
-        text = self._held + self._decode([*self._ids, *token_ids])[len(self._decode(self._ids[: self._done])) :]
+        text = self._held + self._decoding.ahead(token_ids)
         return any(stop in text for stop in self._stop)
-
-    def _take(self, token_ids: Sequence[int]) -> str:
-        before = self._decode(self._ids[: self._done]) if self._before is None else self._before
-        self._before = before
-        self._ids.extend(token_ids)
-        after = self._decode(self._ids)
-        if after.endswith(_HALF_CHARACTER):
-            if len(token_ids) == 1:
-                return ""
-            # Whole characters before the half one leave all the same.
-            del self._ids[-len(token_ids) :]
-            return "".join([self._take([token]) for token in token_ids])
-        self._before = None
-        if len(after) == len(before) and not self._decode([*token_ids, *token_ids]):
-            # They are left out of every text, and must not push what the next one is decoded with out of sight.
-            del self._ids[-len(token_ids) :]
-        elif text := self._decode(self._ids[self._done :]):
-            self._ids, self._before = self._ids[self._done :], text
-        else:
-            self._before = after
-        self._done = len(self._ids)
-        return self._release(after[len(before) :])
 
     def _release(self, piece: str) -> str:
         if not self._stop:
@@ -141,8 +189,16 @@ class Detokenizer:
     Streams that break off without a last piece are forgotten once `max_streams` others have come after them.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], max_streams: int) -> None:
-        self._decode, self._max_streams = decode, max_streams
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        max_streams: int,
+        token_bytes: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """Args:
+        decode, token_bytes: see `TextStream`.
+        """
+        self._decode, self._max_streams, self._token_bytes = decode, max_streams, token_bytes
         self._streams: OrderedDict[str, tuple[TextStream, int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -170,7 +226,8 @@ class Detokenizer:
             StreamError: pieces before it are missing.
         """
         if number == 0:
-            self._streams[key] = (TextStream(self._decode, stop, min_tokens=min_tokens, context=context), 0)
+            new = TextStream(self._decode, stop, token_bytes=self._token_bytes, min_tokens=min_tokens, context=context)
+            self._streams[key] = (new, 0)
             while len(self._streams) > self._max_streams:
                 self._streams.popitem(last=False)
         stream, expected = self._streams.pop(key, (None, -1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,14 @@ class BundleTokenizer:
                 token_ids = [token for token in token_ids if token not in special]
         return self.inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @cached_property
+    def text_bytes(self) -> Callable[[int], bytes] | None:
+        """What a token adds to what `decode` gives, where this is UTF-8 of its tokens' bytes; None of a tokenizer
+        whose texts are more than that."""
+        if self._backend is None or not self.inner.is_bytes:
+            return None
+        return _TextBytes(self.inner.text_bytes, self._special()).__getitem__
+
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for in a text, which may be part of a character; a special token's own name."""
         if self._backend is None:
@@ -197,6 +206,7 @@ class BundleTokenizer:
         return TextStream(
             self.decode,
             params.stop,
+            token_bytes=self.text_bytes,
             stop_ids=self.stop_ids(params.stop),
             context=self.context(prompt_ids),
         )
@@ -261,6 +271,18 @@ class BundleTokenizer:
             except RequestError:
                 self._answer_begins = ()
         return self._answer_begins
+
+
+class _TextBytes(dict[int, bytes]):
+    """What tokens add to a text, by id, once it has been asked for."""
+
+    def __init__(self, text_bytes: Callable[[int], bytes], left_out: Container[int]) -> None:
+        super().__init__()
+        self._text_bytes, self._left_out = text_bytes, left_out
+
+    def __missing__(self, token: int) -> bytes:
+        self[token] = found = b"" if token in self._left_out else self._text_bytes(token)
+        return found
 
 
 def _check_texts(value: Any) -> None:

@@ -6,6 +6,7 @@ chat template may use.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -101,6 +102,20 @@ class FileTokenizer:
         if (match := _BYTE.fullmatch(text)) is not None and token in self._byte_tokens:
             return bytes([int(match[1], 16)])
         return text.replace("\u2581", " ").encode()
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether a text is no more than its tokens' bytes one after another: `text_bytes`."""
+        decoder = self.backend.decoder
+        return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
+    def text_bytes(self, token: int) -> bytes:
+        """What a token adds to a text where `is_bytes`: as the library's decoder has it, which takes tokens with other
+        characters than those that bytes are written as for what they are."""
+        text = self.backend.id_to_token(token)
+        if text is None:
+            return b""
+        return b"".join(map(_BYTE_OF.__getitem__, text)) if _BYTE_OF.keys() >= set(text) else text.encode()
 
     def apply_chat_template(
         self,

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen
-from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, beam_for
+from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, INTERRUPTED, WEIGHT, beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import LEAST_TEMPERATURE
@@ -41,6 +41,34 @@ MOST_GUESSES = 1024
 """Candidates of a tree."""
 
 
+class _HostShare:
+    """What the host takes of a round, a row: a running mean, as nobody waits for a host that is faster than the
+    engines, and engines wait for one that is slower."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def begins(self) -> None:
+        """A round has come."""
+        self._since = time.perf_counter()
+
+    def ends(self, num_rows: int) -> None:
+        """The host waits for the next one."""
+        if self._since is None:
+            return
+        seconds, self._since = (time.perf_counter() - self._since) / num_rows, None
+        # A graph was captured, or the machine did something else: that is no part of a round, nor is it to stay one.
+        if not self.seconds or INTERRUPTED * seconds < self.seconds:
+            self.seconds = seconds
+        elif seconds <= INTERRUPTED * self.seconds:
+            self.seconds += WEIGHT * (seconds - self.seconds)
+
+    def forget(self) -> None:
+        """What the host does now belongs to no round."""
+        self._since = None
+
+
 class Ahead:
     """Rows of one policy in the hands of the engines.
 
@@ -53,6 +81,7 @@ class Ahead:
         drafter: over the same draft; None where there is none.
         """
         self._rounds, self._drafter, self._eos_ids = rounds, drafter, eos_ids
+        self._host = _HostShare()
         self.is_under_way = False
         self._drafts = self._samples = False
         self._shapes: list[RoundShape] = []
@@ -76,11 +105,15 @@ class Ahead:
         while self._rounds.in_flight < IN_FLIGHT and (not self._rounds.in_flight or self._goes_on(rows)):
             self._rounds.run(shape)
             self._shapes.append(shape)
-        return self._take(rows)
+        self._host.ends(len(rows))
+        gained = self._take(rows)
+        self._host.begins()
+        return gained
 
     def settle(self, rows: Sequence[Row]) -> list[list[int]]:
         """Takes the rows back; returns what they have gained since."""
         gained: list[list[int]] = [[] for _ in rows]
+        self._host.forget()
         if not self.is_under_way:
             return gained
         while self._rounds.in_flight:
@@ -179,13 +212,17 @@ class Ahead:
     def _round(self, tree: TreeShape | None, nodes: int) -> RoundShape:
         return RoundShape(tree, nodes, self._samples)
 
+    def _seconds(self, num_rows: int, shape: RoundShape) -> float:
+        """What a round takes, of the engines or of the host, whoever is slower: they work side by side."""
+        return max(self._rounds.seconds(num_rows, shape), num_rows * self._host.seconds)
+
     def _may_pay(self, num_rows: int, levels: int) -> bool:
         """Whether a short chain beats plain decoding if its draft is a good one."""
         if not levels:
             return False
         gain = sum(FIRST_SURVIVAL * FADING**depth for depth in range(levels))
-        drafted = self._rounds.seconds(num_rows, self._round(TreeShape(levels, 1, 1), levels))
-        return 1 + gain > drafted / self._rounds.seconds(num_rows, self._round(None, 0))
+        drafted = self._seconds(num_rows, self._round(TreeShape(levels, 1, 1), levels))
+        return 1 + gain > drafted / self._seconds(num_rows, self._round(None, 0))
 
     def _what_pays(self, policy: Policy, num_rows: int, num_tokens: int, most_nodes: int) -> RoundShape:
         """The shape with the most tokens per second, of all that a policy allows.
@@ -212,7 +249,7 @@ class Ahead:
 
         levels, nodes = measured.worth_nodes(
             num_rows,
-            lambda levels, nodes: self._rounds.seconds(num_rows, shape(levels, nodes)),
+            lambda levels, nodes: self._seconds(num_rows, shape(levels, nodes)),
             min(policy.max_depth or MOST_DEPTH, MOST_DEPTH),
             min(policy.max_pending, most_nodes),
             (chosen.tree.levels, chosen.nodes) if (chosen := self._chosen) is not None and chosen.tree else None,

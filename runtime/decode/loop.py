@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
@@ -40,69 +41,64 @@ class Running:
 
     def push(self, tokens: Sequence[int], eos_token_ids: frozenset[int]) -> Chunk | None:
         """Hands tokens to the request until it ends; what comes after its end is dropped."""
-        if self.finish_reason is not None:
+        if self.finish_reason is not None or not tokens:
             return None
-        params, counters = self.request.params, self.row.counters
-        texts: list[str] = []
-        taken: list[int] = []
-        unsaid: list[int] = []
-        for token in tokens:
-            counters.emitted += 1
-            counters.first_token_s = counters.first_token_s or time.monotonic() - self.arrived
-            taken.append(token)
-            if (token in eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
-                has_failed = self.row.processor is not None and self.row.processor.has_failed
-                self.finish_reason = "length" if has_failed else "stop"
-                break
-            unsaid.append(token)
-            if params.stop and self.text is not None:
-                texts.append(self.text.push(unsaid.pop()))
-                if self.text.stopped:
-                    self.finish_reason = "stop"
+        params, counters, text = self.request.params, self.row.counters, self.text
+        if not counters.emitted:
+            counters.first_token_s = time.monotonic() - self.arrived
+        rest = params.max_tokens - counters.emitted
+        taken = said = tokens[:rest]
+        if len(taken) == rest:
+            self.finish_reason = "length"
+        if not (ends := self.row.ends(eos_token_ids)).isdisjoint(taken):
+            at = next(i for i, token in enumerate(taken) if token in ends)
+            taken, said = taken[: at + 1], taken[:at]
+            has_failed = self.row.processor is not None and self.row.processor.has_failed
+            self.finish_reason = "length" if has_failed else "stop"
+        piece = ""
+        if text is None:
+            pass
+        elif not params.stop:
+            piece = text.push(*said)
+        else:
+            for i, token in enumerate(said):
+                piece += text.push(token)
+                if text.stopped:
+                    taken, self.finish_reason = taken[: i + 1], "stop"
                     break
-            if counters.emitted >= params.max_tokens:
-                self.finish_reason = "length"
-                break
-        # No stop string can end the output among these: they are decoded at once, not token by token.
-        if unsaid and self.text is not None:
-            texts.append(self.text.push(*unsaid))
-        if self.finish_reason is not None:
-            return self._last(texts, taken)
-        return self._chunk(texts, taken) if taken else None
+        counters.emitted += len(taken)
+        return self._chunk(piece, taken) if self.finish_reason is None else self._last(piece, taken)
 
     def end(self, reason: FinishReason) -> Chunk:
         """Ends the request where it is."""
         self.finish_reason = reason
-        return self._last([], [])
+        return self._last("", ())
 
-    def _last(self, texts: list[str], taken: list[int]) -> Chunk:
+    def _last(self, piece: str, taken: Sequence[int]) -> Chunk:
         self.row.ended = True
         if self.text is not None:
-            texts.append(self.text.flush())
+            piece += self.text.flush()
             if self.text.stopped:  # a stop string before half a character shows only now
                 self.finish_reason = "stop"
         self.row.counters.total_s = time.monotonic() - self.arrived
-        return self._chunk(texts, taken)
+        return self._chunk(piece, taken)
 
-    def _chunk(self, texts: Sequence[str], taken: Sequence[int]) -> Chunk:
-        row, audit = self.row, None
+    def _chunk(self, piece: str, taken: Sequence[int]) -> Chunk:
+        row, num = self.row, len(taken)
+        chunk = Chunk(self.index, piece, tuple(taken), row.counters, self.finish_reason)
+        # Few requests ask for more, and all rows of a batch wait while this is written.
+        if row.logprobs or row.prompt_logprobs or row.fates:
+            chunk = replace(
+                chunk,
+                logprobs=tuple(row.logprobs[:num]),
+                prompt_logprobs=tuple(row.prompt_logprobs),
+                fates=tuple(row.fates[:num]),
+            )
+            del row.logprobs[:num], row.fates[:num], row.prompt_logprobs[:]
         if row.audited is not None and self.finish_reason is not None:
             end = row.counters.prompt_tokens + row.counters.emitted  # what was verified beyond it is none of the output
-            audit = Audit.of(gap for place, gap in row.audited if place < end)
-        logprobs, fates = tuple(row.logprobs[: len(taken)]), tuple(row.fates[: len(taken)])
-        prompt_logprobs = tuple(row.prompt_logprobs)
-        del row.logprobs[: len(taken)], row.fates[: len(taken)], row.prompt_logprobs[:]
-        return Chunk(
-            self.index,
-            "".join(texts),
-            tuple(taken),
-            row.counters,
-            self.finish_reason,
-            logprobs,
-            prompt_logprobs,
-            audit,
-            fates,
-        )
+            chunk = replace(chunk, audit=Audit.of(gap for place, gap in row.audited if place < end))
+        return chunk
 
 
 class DecodeLoop:

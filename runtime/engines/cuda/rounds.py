@@ -248,8 +248,7 @@ class CudaRounds:
         self._done[slot].synchronize()
         self.in_flight -= 1
         has_branches = not self._ahead.pop(0).is_chain
-        told = self._results[slot, : self._num_rows].numpy()
-        results = [_result(row, has_branches) for row in told]
+        results = results_of(self._results[slot, : self._num_rows].numpy(), has_branches)
         for state, result in zip(self._state, results, strict=True):
             gained = len(result.tokens)
             if self._text_width:  # the draft has run what was pending
@@ -416,13 +415,14 @@ def settings_of(rows: Sequence[RoundRow], behind: Sequence[int]) -> NDArray[np.i
     )
 
 
-def _result(row: NDArray[np.int32], has_branches: bool) -> RoundResult:
-    told = row[:_O_GAINS].tolist()
-    gains = row[_O_GAINS:].view(np.float32).reshape(LEVELS, len(GAIN_SIZES)).copy() if has_branches else None
-    return RoundResult(
-        tuple(told[_O_TOKENS : _O_TOKENS + told[_O_KEPT] + 1]),
-        told[_O_NODES],
-        told[_O_JUDGED_ROWS],
-        told[_O_JUDGED],
-        gains,
-    )
+def results_of(told: NDArray[np.int32], has_branches: bool) -> list[RoundResult]:
+    """What `settle` wrote of a round's rows, [B, O_SIZE]."""
+    gains: Sequence[NDArray[np.float32] | None] = [None] * len(told)
+    if has_branches:
+        gains = list(told[:, _O_GAINS:].copy().view(np.float32).reshape(len(told), LEVELS, len(GAIN_SIZES)))
+    return [
+        RoundResult(
+            row[_O_TOKENS : _O_TOKENS + row[_O_KEPT] + 1], row[_O_NODES], row[_O_JUDGED_ROWS], row[_O_JUDGED], worth
+        )
+        for row, worth in zip(told[:, :_O_GAINS].tolist(), gains, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -23,8 +23,18 @@ class ByteTokenizer:
         return bytes(token_ids).decode(errors="replace")
 
 
-def byte_stream(*stop: str) -> TextStream:
-    return TextStream(ByteTokenizer().decode, stop)
+def no_decoding(token_ids: Sequence[int]) -> str:
+    pytest.fail("bytes are enough")
+
+
+Streams = Callable[..., TextStream]
+
+
+@pytest.fixture(scope="module", params=["by difference", "by bytes"])
+def byte_stream(request: pytest.FixtureRequest) -> Streams:
+    if request.param == "by bytes":
+        return lambda *stop: TextStream(no_decoding, stop, token_bytes=lambda token: bytes([token]))
+    return lambda *stop: TextStream(ByteTokenizer().decode, stop)
 
 
 def push_all(stream: TextStream, text: str | bytes) -> list[str]:
@@ -38,7 +48,7 @@ def push_all(stream: TextStream, text: str | bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["plain", "é€😀", "a€b", "naïve 😀!", "한국어", "e\u0301"])
-def test_half_characters_never_leave(text: str) -> None:
+def test_half_characters_never_leave(text: str, byte_stream: Streams) -> None:
     stream = byte_stream()
     pieces = push_all(stream, text)
     assert not any(HALF in piece for piece in pieces)
@@ -47,22 +57,22 @@ def test_half_characters_never_leave(text: str) -> None:
     assert stream.flush() == ""
 
 
-def test_character_leaves_with_its_last_byte() -> None:
+def test_character_leaves_with_its_last_byte(byte_stream: Streams) -> None:
     assert push_all(byte_stream(), "a😀b") == ["a", "", "", "", "😀", "b"]
 
 
-def test_several_tokens_at_once() -> None:
+def test_several_tokens_at_once(byte_stream: Streams) -> None:
     stream = byte_stream()
     data = "a€b😀".encode()
     assert [stream.push(*data[:3]), stream.push(*data[3:5]), stream.push(*data[5:])] == ["a", "€b", "😀"]
 
 
-def test_broken_bytes_leave_once_they_cannot_be_completed() -> None:
+def test_broken_bytes_leave_once_they_cannot_be_completed(byte_stream: Streams) -> None:
     pieces = push_all(byte_stream(), b"\xe2\x82a")
     assert pieces == ["", "", HALF + "a"]
 
 
-def test_flush_gives_what_a_half_character_held_back() -> None:
+def test_flush_gives_what_a_half_character_held_back(byte_stream: Streams) -> None:
     stream = byte_stream()
     push_all(stream, b"a\xe2\x82")
     assert stream.flush() == HALF
@@ -102,7 +112,7 @@ def test_context_stays_short() -> None:
 # --- stop strings ---------------------------------------------------------------------------------------------------
 
 
-def test_stop_string_and_what_follows_it_never_leave() -> None:
+def test_stop_string_and_what_follows_it_never_leave(byte_stream: Streams) -> None:
     stream = byte_stream("END")
     assert "".join(push_all(stream, "some text END more")) == "some text "
     assert stream.stopped
@@ -115,7 +125,7 @@ def test_stop_string_within_a_token() -> None:
     assert stream.stopped
 
 
-def test_beginning_of_a_stop_string_is_held_back() -> None:
+def test_beginning_of_a_stop_string_is_held_back(byte_stream: Streams) -> None:
     stream = byte_stream("END")
     assert push_all(stream, "xEN") == ["x", "", ""]
     assert stream.push(ord("E")) == "EN"
@@ -123,31 +133,31 @@ def test_beginning_of_a_stop_string_is_held_back() -> None:
     assert not stream.stopped
 
 
-def test_flush_gives_a_stop_string_that_was_not_completed() -> None:
+def test_flush_gives_a_stop_string_that_was_not_completed(byte_stream: Streams) -> None:
     stream = byte_stream("END")
     push_all(stream, "xEN")
     assert stream.flush() == "EN"
 
 
-def test_stop_string_that_overlaps_itself() -> None:
+def test_stop_string_that_overlaps_itself(byte_stream: Streams) -> None:
     stream = byte_stream("aab")
     assert "".join(push_all(stream, "aaaaab!")) == "aaa"
     assert stream.stopped
 
 
-def test_first_of_several_stop_strings() -> None:
+def test_first_of_several_stop_strings(byte_stream: Streams) -> None:
     assert "".join(push_all(byte_stream("cd", "b"), "abcd")) == "a"
     assert "".join(push_all(byte_stream("abcd", "bc"), "xabcd")) == "xa"
     assert "".join(push_all(byte_stream("abcd", "x"), "abcabcd")) == "abc"
 
 
-def test_stop_string_of_half_characters() -> None:
+def test_stop_string_of_half_characters(byte_stream: Streams) -> None:
     stream = byte_stream("€!")
     assert "".join(push_all(stream, "a€€!")) == "a€"
     assert stream.stopped
 
 
-def test_stop_string_against_a_search_of_the_whole_text() -> None:
+def test_stop_string_against_a_search_of_the_whole_text(byte_stream: Streams) -> None:
     rng = random.Random(0)
     for _ in range(300):
         stops = ["".join(rng.choices("abé", k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
@@ -161,7 +171,7 @@ def test_stop_string_against_a_search_of_the_whole_text() -> None:
         assert stream.stopped == (end is not None)
 
 
-def test_would_stop() -> None:
+def test_would_stop(byte_stream: Streams) -> None:
     stream = byte_stream("END")
     push_all(stream, "xE")
     assert stream.would_stop(b"ND")
@@ -172,7 +182,7 @@ def test_would_stop() -> None:
     assert stream.would_stop(b"NEND")
 
 
-def test_would_stop_changes_nothing() -> None:
+def test_would_stop_changes_nothing(byte_stream: Streams) -> None:
     stream, other = byte_stream("END"), byte_stream("END")
     for byte in "a€EN€END".encode():
         stream.would_stop(b"ND")
@@ -180,18 +190,18 @@ def test_would_stop_changes_nothing() -> None:
         assert stream.push(byte) == other.push(byte)
 
 
-def test_would_stop_across_a_half_character() -> None:
+def test_would_stop_across_a_half_character(byte_stream: Streams) -> None:
     stream = byte_stream("€")
     push_all(stream, b"a\xe2\x82")
     assert stream.would_stop(b"\xac")
     assert not stream.would_stop(b"a")
 
 
-def test_would_stop_without_stop_strings() -> None:
+def test_would_stop_without_stop_strings(byte_stream: Streams) -> None:
     assert not byte_stream().would_stop(b"END")
 
 
-def test_would_stop_foresees_push() -> None:
+def test_would_stop_foresees_push(byte_stream: Streams) -> None:
     rng = random.Random(1)
     for _ in range(200):
         stop = "".join(rng.choices("ab", k=rng.randint(1, 4)))
@@ -253,7 +263,7 @@ def test_nothing_of_or_after_a_stop_string_leaves() -> None:
     assert texts.push("b", 0, b"some END more", ("END",), True) == "some "
 
 
-def test_any_cut_into_pieces_gives_the_text_in_one_go() -> None:
+def test_any_cut_into_pieces_gives_the_text_in_one_go(byte_stream: Streams) -> None:
     rng = random.Random(2)
     for _ in range(300):
         data = "".join(rng.choices("abé€😀", k=12)).encode() + rng.choice([b"", b"\xe2\x82", b"\xff"])
@@ -287,8 +297,8 @@ def test_without_stop_strings_any_bytes_in_any_pieces_are_the_whole_text(data: l
     assert "".join(found) == whole
 
 
-@given(DATA, st.lists(st.text("abé€", min_size=1, max_size=3), min_size=1, max_size=3))
-def test_nothing_of_a_stop_string_is_in_the_text(data: list[bytes], stops: list[str]) -> None:
+@given(data=DATA, stops=st.lists(st.text("abé€", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_nothing_of_a_stop_string_is_in_the_text(data: list[bytes], stops: list[str], byte_stream: Streams) -> None:
     stream, whole = byte_stream(*stops), b"".join(data).decode(errors="replace")
     text = "".join(push_all(stream, b"".join(data))) + stream.flush()
     assert whole.startswith(text)

@@ -231,8 +231,9 @@ def test_streamed_text_is_that_of_decoding_at_once(make: Callable[[], BundleToke
     for _ in range(200):
         chosen = [rng.choice(specials if specials and rng.random() < 0.3 else units) for _ in range(rng.randint(1, 12))]
         ids = [token for unit in chosen for token in unit]
-        stream = TextStream(tokenizer.decode, ())
-        assert "".join(stream.push(*each) for each in cuts(ids, rng)) + stream.flush() == tokenizer.decode(ids)
+        for token_bytes in {None, tokenizer.text_bytes}:
+            stream = TextStream(tokenizer.decode, (), token_bytes=token_bytes)
+            assert "".join(stream.push(*each) for each in cuts(ids, rng)) + stream.flush() == tokenizer.decode(ids)
 
 
 BYTES = (b"A", b"\n", b"\xe2\x82\xac", b"\xe2", b"\x82", b"\xac", b"\xff", b"\xf0\x9f\x98", b"\x80", b"\xc3\xa9")
@@ -251,7 +252,29 @@ def test_bytes_that_are_no_utf_8_come_as_they_are_decoded_at_once(make: Callable
         for _ in range(rng.randint(1, 6)):
             some = rng.choice(BYTES)
             ids += [byte[b] for b in some] if rng.random() < 0.8 else [rng.choice(others)]
-        stream = TextStream(tokenizer.decode, ())
+        for token_bytes in {None, tokenizer.text_bytes}:
+            stream = TextStream(tokenizer.decode, (), token_bytes=token_bytes)
+            assert "".join(stream.push(*each) for each in cuts(ids, rng)) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_text_is_had_of_bytes_where_it_is_no_more_than_these() -> None:
+    assert byte_level().text_bytes is not None
+    assert [make().text_bytes for make in (sentence_piece, metaspace, word_piece, words)] == [None] * 4
+    stripped = byte_level()
+    stripped.inner.backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    assert stripped.text_bytes is None
+
+
+def test_added_tokens_are_the_text_that_the_librarys_decoder_makes_of_them() -> None:
+    """It reads "é" and "Ġ" as bytes where a token has nothing else, and "a é" as it stands, for its space is none."""
+    tokenizer, rng = byte_level(), random.Random(5)
+    backend = tokenizer.inner.backend
+    backend.add_tokens(["<tool>", "é", "Ġtool", "a é", "  ", "日本", "Â", "©"])
+    added = [backend.token_to_id(text) for text in ("<tool>", "é", "Ġtool", "a é", "  ", "日本", "Â", "©")]
+    units = [*added, *backend.encode("a é😀").ids, backend.token_to_id("<|im_end|>"), backend.get_vocab_size() + 5]
+    for _ in range(300):
+        ids = rng.choices(units, k=rng.randint(1, 8))
+        stream = TextStream(tokenizer.decode, (), token_bytes=tokenizer.text_bytes)
         assert "".join(stream.push(*each) for each in cuts(ids, rng)) + stream.flush() == tokenizer.decode(ids)
 
 

@@ -24,7 +24,7 @@ class TritonPythonModel:
         # Streams that were broken off stay until others have come in their place.
         ends = read_manifest(config.bundle, verify=False).eos_token_ids  # `ssv` verifies it
         self._tokenizer = BundleTokenizer.load(config.bundle, ends)
-        self._texts = Detokenizer(self._tokenizer.decode, 4 * config.max_rows)
+        self._texts = Detokenizer(self._tokenizer.decode, 4 * config.max_rows, self._tokenizer.text_bytes)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:

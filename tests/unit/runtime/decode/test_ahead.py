@@ -3,8 +3,10 @@ and goes meanwhile."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from fakes import EOS, FakeTarget
 from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.bundle.profile import Costs
 from ssv.runtime.counters import Counters
+from ssv.runtime.decode import ahead
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.contract import EngineError, RoundShape
@@ -139,6 +142,28 @@ def test_trees_give_plain_text(name: str, count: int, seconds: Any) -> None:
     assert not drafts or sum(c.accepted for c in counted) > 0
 
 
+def test_a_draft_that_engines_run_while_the_host_is_busy_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rounds that are as long as what the host does beside them, those with a draft give more."""
+    now = 0.0
+
+    def slow() -> float:
+        nonlocal now
+        now += 10.0
+        return now
+
+    clock = SimpleNamespace(perf_counter=slow, monotonic=time.monotonic)
+    many = [Request((1, 2, 3), "premium", SamplingParams(max_tokens=100, ignore_eos=True))]
+
+    def drafted() -> list[bool]:
+        setup = Setup(1, seconds=lambda num, shape: 1.0 + (8.0 if shape.tree is not None else 0.0))
+        setup.decoded(many, [PREMIUM], by_engines=True)
+        return [shape.tree is not None for shape in setup.rounds.shapes[-20:]]
+
+    assert not any(drafted())
+    monkeypatch.setattr(ahead, "time", clock)
+    assert all(drafted())
+
+
 def test_what_never_pays_is_tried_now_and_then_and_the_draft_has_kept_up() -> None:
     """A phase without drafts is longer than what may wait for one: the draft catches up, and trees go on behind."""
     turns = iter([dear] * 3000 + [cheap] * 10_000_000)
@@ -229,7 +254,7 @@ def test_logits_that_are_no_numbers_are_told() -> None:
 
     def spoilt() -> Any:
         (result,) = real()
-        return [replace(result, tokens=(*result.tokens[:-1], -1))]
+        return [result._replace(tokens=(*result.tokens[:-1], -1))]
 
     setup.rounds.take = spoilt  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="not numbers"):
