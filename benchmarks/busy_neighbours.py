@@ -114,6 +114,8 @@ def _askers(args: argparse.Namespace, cores: int) -> Iterator[dict[str, Callable
     """What answers, by name, with tokens/s."""
     settings: dict[str, int | None] = {"follows": None, f"threads {cores}": cores, "threads 1": 1}
     if args.settings is not None:
+        if unknown := set(args.settings.split(",")) - settings.keys():
+            sys.exit(f"--settings: {', '.join(sorted(unknown))} is unknown; known: {', '.join(settings)}")
         settings = {name: settings[name] for name in args.settings.split(",")}
     workers = []
     askers: dict[str, Callable[[str, int], float]] = {}
