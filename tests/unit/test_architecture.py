@@ -100,7 +100,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
 FOLDERS = tuple(dict.fromkeys(room.split("/")[0] for room in ROOMS))
 
 
-BY_NAME = ("importlib.import_module", "import_module", "__import__")
+# What imports a module whose name it is given.
+BY_NAME = ("import_module", "__import__", "find_spec", "run_module")
+# Who imports by a name that is made up when it runs: packages of others that may be absent, or are one of several.
+NAMES_MADE_UP = {
+    "builder.tensorrt.lowering",
+    "bundle.tensorrt_api",
+    "plugins.registration",
+}
 
 
 def modules_of(root: Path) -> dict[str, Path]:
@@ -128,21 +135,59 @@ def room_of(path: Path, root: Path) -> str:
 
 def imported_names(path: Path, name: str) -> Iterator[str]:
     """Every name that a file imports from ssv, wherever in it: "builder.config" as well as "builder.config.Recipe"."""
-    is_package = path.name == "__init__.py"
-    for node in ast.walk(ast.parse(path.read_text())):
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+
+    def absolute(named: str, of: list[str]) -> str:
+        rest = named.lstrip(".")
+        level = len(named) - len(rest)
+        return ".".join([*["ssv", *of][: len(of) + 2 - level], *([rest] if rest else [])]) if level else named
+
+    tree = ast.parse(path.read_text())
+    by_name = importers(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:  # relative: from . is the file's package
-                package = name.split(".") if is_package else name.split(".")[:-1]
-                base = ".".join(["ssv", *package[: len(package) + 1 - node.level], *([base] if base else [])])
+            base = absolute("." * node.level + (node.module or ""), package)
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
-            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        elif isinstance(node, ast.Call) and called(node) in by_name:
+            first, *others = texts_of(node) or [""]
+            within = next((text.split(".")[1:] for text in others if text.startswith("ssv.")), package)
+            base = absolute(first, within)
+            names = [base, *(f"{base}.{text}" for text in others)]
         else:
             continue
-        yield from (each.removeprefix("ssv.") for each in names if each.startswith("ssv."))
+        yield from (each.removeprefix("ssv.").rstrip(".") for each in names if each.startswith("ssv."))
+
+
+def importers(tree: ast.AST) -> set[str]:
+    """The names under which a file has what imports by name."""
+    imported = [a for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.name in BY_NAME]
+    bound = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.value).endswith(BY_NAME)]
+    return {*BY_NAME, *(a.asname or a.name for a in imported), *(ast.unparse(t) for n in bound for t in n.targets)}
+
+
+def called(call: ast.Call) -> str | None:
+    """The last part of the name of what is called."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
+
+
+def texts_of(call: ast.Call) -> list[str]:
+    """The texts that a call is given, whatever they are given as; of one that begins with a text, that beginning."""
+
+    def text(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Constant):
+            return node.value if isinstance(node.value, str) else None
+        if isinstance(node, ast.JoinedStr):
+            return text(node.values[0]) if node.values else None
+        if isinstance(node, ast.BinOp):
+            left, right = text(node.left), text(node.right)
+            return None if left is None else left + (right or "")
+        return None
+
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    inner = [each for node in given for each in (node.elts if isinstance(node, ast.List | ast.Tuple) else [node])]
+    return [found for node in inner if (found := text(node)) is not None]
 
 
 def imports(root: Path) -> dict[str, set[str]]:
@@ -227,6 +272,16 @@ PLANTED = {
     "inside a function": "def f():\n    from ssv.{upper} import anything",
     "for types alone": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ssv.{upper} import anything",
     "by name": 'import importlib\nx = importlib.import_module("ssv.{upper}")',
+    "by a name in a keyword": 'import importlib\nx = importlib.import_module(name="ssv.{upper}")',
+    "by a name within a package": 'import importlib\nx = importlib.import_module(".{module}", "ssv.{package}")',
+    "by a relative name": 'import importlib\nx = importlib.import_module("..{upper}", __package__)',
+    "by a name in two parts": 'import importlib\nx = importlib.import_module("ssv." + "{upper}")',
+    "by a function of another name": 'from importlib import import_module as load\nx = load("ssv.{upper}")',
+    "by a function bound to another name": 'import importlib\nload = importlib.import_module\nx = load("ssv.{upper}")',
+    "by a module of another name": 'import importlib as i\nx = i.import_module("ssv.{upper}")',
+    "by the function below all": 'x = __import__("ssv.{package}", fromlist=["{module}"])',
+    "by that function, of the whole package": 'x = __import__("ssv", fromlist=["{upper}"])',
+    "by what runs a module": 'import runpy\nrunpy.run_module("ssv.{upper}")',
     "everything": "from ssv.{upper} import *",
 }
 
@@ -245,6 +300,18 @@ def test_an_upward_import_is_found(tmp_path: Path, line: str, room: str, upper: 
     assert wrong(tmp_path) == [f"{room}.planted imports {upper}"]
 
 
+def test_what_is_ours_is_imported_by_a_name_that_stands_there() -> None:
+    made_up = set()
+    for name, path in modules_of(ROOT).items():
+        tree = ast.parse(path.read_text())
+        assert "import_module" not in {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}, name
+        by_name = importers(tree) - {"find_spec"}
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            if called(call) in by_name:
+                made_up |= {name} if not all(isinstance(arg, ast.Constant) for arg in call.args) else set()
+    assert made_up == NAMES_MADE_UP
+
+
 @pytest.mark.parametrize(
     ("folder", "line"), [("plugins", "from ..builder import pair"), ("plugins/sub", "from ...builder.pair import x")]
 )
@@ -259,11 +326,12 @@ def test_relative_imports_are_found(tmp_path: Path, folder: str, line: str, file
     assert wrong(tmp_path) == [f"{planted} imports builder.pair"]
 
 
-def test_a_package_that_is_imported_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["import ssv.builder", "from ssv import builder", "from .. import builder as b"])
+def test_a_package_that_is_imported_is_found(tmp_path: Path, line: str) -> None:
     for name in ("plugins", "builder"):
         (tmp_path / name).mkdir()
     (tmp_path / "builder/__init__.py").write_text("x = 1\n")
-    (tmp_path / "plugins/planted.py").write_text("import ssv.builder\n")
+    (tmp_path / "plugins/planted.py").write_text(f"{line}\n")
     assert wrong(tmp_path) == ["plugins.planted imports builder"]
 
 
