@@ -31,6 +31,7 @@ from ssv.support.console import (
     add_threads,
     add_version,
     ended_by_sigterm,
+    positive_number,
     require_device,
     run_command,
 )
@@ -89,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--work", type=Path, help="folder for corpus and checkpoints (default: beside --out)")
     distill.add_argument(
-        "--minutes", type=float, help="train a draft at most so long, whatever the recipe asks for (default: no limit)"
+        "--minutes",
+        type=positive_number,
+        help="train a draft at most so long, whatever the recipe asks for (default: no limit)",
     )
     convert = command(
         "convert-heads", _convert_heads, "make a safetensors file of Medusa or EAGLE-3 heads that were pickled"
@@ -228,20 +231,22 @@ def _pair(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace) -> int:
+    from ssv.builder.place import check_file_place
     from ssv.builder.target import load_target
 
     require_device(args.device)
+    check_file_place(args.out, *([] if args.work else [".work"]))
     recipe = _recipe(args)
     if args.kind == "medusa" and recipe.heads is None:
         raise RecipeError(
             f"{args.recipe} says nothing of heads", "add `heads: {distill: {}}`, with settings if you like"
         )
+    if args.kind == "medusa" and args.minutes is not None:
+        raise RecipeError("--minutes is for a draft", "leave it out: a recipe's `heads` say how long they are trained")
     target = load_target(recipe.target.locate())
     work = args.work or args.out.with_suffix(".work")
     if args.kind == "draft":
         print(json.dumps(_distill_draft(recipe, target, args.out, work, args.device, args.minutes)))
-    elif args.minutes is not None:
-        raise RecipeError("--minutes is for a draft", "leave it out: a recipe's `heads` say how long they are trained")
     else:
         print(json.dumps(_distill_heads(recipe, target, args.out, work, args.device)))
     return 0
@@ -256,7 +261,6 @@ def _distill_draft(
     from ssv.support.progress import terminal_report
 
     check_distillation(recipe, target)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with terminal_report() as report:
         result = make_draft(target, recipe.draft.distilled(), work, device, report, minutes=minutes)
     save_draft(result.draft, out, storage=recipe.draft.distilled().storage)
@@ -281,7 +285,6 @@ def _distill_heads(recipe: Recipe, target: Target, out: Path, work: Path, device
 
     assert recipe.heads is not None
     check_heads(recipe.heads.model_copy(update={"file": None}), target)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with terminal_report() as report:
         result = make_heads(target, recipe.heads.distill, work, device, report)
     save_heads(result.heads, out)
@@ -294,8 +297,9 @@ def _distill_heads(recipe: Recipe, target: Target, out: Path, work: Path, device
 
 def _convert_heads(args: argparse.Namespace) -> int:
     from ssv.builder.convert import convert_heads
+    from ssv.builder.place import check_file_place
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_file_place(args.out)
     convert_heads(args.file, args.out)
     print(f"heads written to {args.out}", file=sys.stderr)
     return 0
@@ -303,12 +307,14 @@ def _convert_heads(args: argparse.Namespace) -> int:
 
 def _scorer(args: argparse.Namespace) -> int:
     from ssv.builder.pair import make_scorer
+    from ssv.builder.place import check_file_place
     from ssv.builder.preflight import check_openings
     from ssv.builder.target import load_target
     from ssv.model.scorer import save_scorer
     from ssv.support.progress import terminal_report
 
     require_device(args.device)
+    check_file_place(args.out, ".json")
     recipe = _recipe(args)
     if recipe.scorer is None:
         raise RecipeError(f"{args.recipe}: scorer is null", "leave it out, or say how it is to be fitted")
@@ -316,7 +322,6 @@ def _scorer(args: argparse.Namespace) -> int:
     check_openings(openings, target)
     with terminal_report() as report:
         scorer, fitted = make_scorer(target, args.draft, recipe.scorer.fit, openings, args.device, report)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_scorer(scorer, args.out)
     document = json.dumps(fitted.to_dict(), indent=1)
     write_whole(args.out.with_suffix(".json"), document + "\n")
@@ -331,11 +336,13 @@ def _scorer(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from ssv.builder.pair import calibration_document, made_for
+    from ssv.builder.place import check_file_place
     from ssv.builder.preflight import check_lengths, check_prompts
     from ssv.builder.target import load_target
     from ssv.support.progress import terminal_report
 
     require_device(args.device)
+    check_file_place(args.out)
     recipe = _recipe(args)
     config = _asked_of_calibration(recipe.calibration.make, args)
     check_prompts(config)
@@ -352,7 +359,6 @@ def _calibrate(args: argparse.Namespace) -> int:
             threads=args.threads,
         )
     document = calibration_document(calibration, made_for(args.bundle, target.sha256), config)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, document)
     _print_by_category(calibration)
     print(json.dumps({name: trial.to_dict() for name, trial in calibration.tiers.items()}, indent=1))

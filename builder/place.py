@@ -1,4 +1,4 @@
-"""What is at the place of a bundle: nothing, a bundle that may be replaced, or something to leave alone."""
+"""What is at the place of what is to be made: nothing, something that may be replaced, or something to leave alone."""
 
 from __future__ import annotations
 
@@ -57,6 +57,29 @@ def bundle_at(out: Path) -> Manifest | None:
             "choose another folder, or move them first",
         )
     return manifest
+
+
+def check_file_place(out: Path, *beside: str) -> None:
+    """Checks that a file can be written, before what takes long, and makes its folder.
+
+    Args:
+        out: its place, where another file may be.
+        beside: endings of what is written beside it under the same name.
+
+    Raises:
+        BundleError: it cannot.
+    """
+    if out.is_dir():
+        raise BundleError(f"{out} is a folder, and a file is to be written", f"name one in it, such as {out / 'made'}")
+    if out.suffix in beside:
+        raise BundleError(f"{out}: what ends in {out.suffix} is written beside it", "choose another name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK)
+    except OSError as error:
+        raise BundleError(f"{out.parent} is no folder ({error.strerror})", "choose another place") from error
+    if not writable:
+        raise BundleError(f"{out.parent} cannot be written", "choose another place")
 
 
 def _refuse_strangers_manifest(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,40 @@ def test_a_batch_of_nothing_is_refused(
         main([command, str(recipe), "--out", "out", *more, "--max-rows", batch])
     assert caught.value.code == 2
     assert f"--max-rows: '{batch}' is not a whole number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf", "soon"])
+def test_a_training_of_no_time_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str], minutes: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["distill", str(recipe), "--out", "out", f"--minutes={minutes}"])
+    assert caught.value.code == 2
+    assert f"--minutes: '{minutes}' is not a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        ("distill", "folder", "is a folder, and a file is to be written"),
+        ("distill", "file/draft.safetensors", r"file is no folder"),
+        ("distill", "draft.work", r"what ends in \.work is written beside it"),
+        ("scorer", "folder", "is a folder, and a file is to be written"),
+        ("scorer", "file/deep/scorer.safetensors", "is no folder"),
+        ("scorer", "scorer.json", r"what ends in \.json is written beside it"),
+        ("calibrate", "folder", "is a folder, and a file is to be written"),
+        ("calibrate", "file/calibration.json", "is no folder"),
+        ("convert-heads", "folder", "is a folder, and a file is to be written"),
+    ],
+)
+def test_a_place_where_no_file_can_be_written_is_refused_first(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, out: str, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    source = tmp_path / "heads.pt" if command == "convert-heads" else recipe
+    more = {"scorer": ["--draft", "none"], "calibrate": ["--bundle", "none"]}.get(command, [])
+    assert main([command, str(source), "--out", str(tmp_path / out), *more]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine" and not any((tmp_path / "folder").iterdir())
 
 
 def test_a_recipe_without_heads_says_what_to_add(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
