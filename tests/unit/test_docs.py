@@ -117,6 +117,19 @@ def wrong_tests(text: str) -> Iterator[str]:
     yield from (name for name in spans(text) if re.fullmatch(r"test_\w+", name) and f"def {name}(" not in tests)
 
 
+def wrong_names(text: str) -> Iterator[str]:
+    """Names of a file's own, such as `_plugins`, that are not in the file that the section's heading names; in no file
+    of ours, if it names none."""
+    for section in re.split(r"^(?=#)", outside_blocks(text), flags=re.MULTILINE):
+        heading = section.partition("\n")[0] if section.startswith("#") else ""
+        named = [path for span in spans(heading) if (path := ROOT / span).is_file()]
+        names = [name for name in spans(section) if re.fullmatch(r"_[A-Za-z]\w+", name)]
+        if names:
+            sources = named or [path for folder in {*PACKAGES, "benchmarks"} for path in (ROOT / folder).rglob("*.py")]
+            written = "\n".join(path.read_text() for path in sources)
+            yield from (name for name in names if not re.search(rf"\b{name}\b", written))
+
+
 def test_the_readme_is_short() -> None:
     assert (ROOT / "README.md").stat().st_size <= 10_000
 
@@ -129,6 +142,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert not list(wrong_options(text))
     assert not list(wrong_targets(text))
     assert not list(wrong_tests(text))
+    assert not list(wrong_names(text))
 
 
 def test_the_readme_leads_to_every_page() -> None:
@@ -171,6 +185,9 @@ PLANTED = {
     "subcommand": "```sh\nssv-build nothing x\n```",
     "target": "run `make nothing`",
     "test": "see `test_that_nobody_wrote`",
+    "name of a file's own": "## In `model/gguf.py`\n\nAdd it to `_LAYER_NAMES`.",
+    "name of another file": "## In `model/gguf.py`\n\nAdd it to `_plugins`.",
+    "name of no file": "Add it to `_plugs`.",
 }
 
 
@@ -183,5 +200,6 @@ def test_what_is_not_there_is_found(text: str) -> None:
         *wrong_options(text),
         *wrong_targets(text),
         *wrong_tests(text),
+        *wrong_names(text),
     ]
     assert len(found) == 1, found
