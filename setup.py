@@ -125,8 +125,8 @@ setup(
         # What is fused is said to be: every processor's kernels give the same bits.
         Extension(
             "ssv.runtime.engines._linear",
-            ["runtime/engines/_linear.c"],
-            depends=["runtime/_processors.h", "runtime/engines/_linear.h"],
+            [f"runtime/engines/_linear{part}.c" for part in ("", "_any", "_x86", "_arm")],
+            depends=["runtime/_processors.h", "runtime/engines/_linear.h", "runtime/engines/_linear_kernels.h"],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],
             optional=True,
