@@ -201,10 +201,12 @@ _RENAMED = {
 
 def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = torch.float32) -> Weights:
     """State dict of `Decoder` from weights under Hugging Face names, without those that are quantized."""
-    # Copies, also of what has the type: a checkpoint is mapped from its file, and stays mapped as long as a part of it
-    # is used.
+    # Layers are copies, also those that have the type. An embedding that keeps its type is not: a checkpoint is mapped
+    # from its file, and of an embedding each step reads a few rows.
     embedding = weights["model.embed_tokens.weight"]
-    state = {"embed.weight": embedding.to(dtype or embedding.dtype, copy=True), **fused_state(spec, weights, dtype)}
+    if dtype is not None:
+        embedding = embedding.to(dtype, copy=True)
+    state = {"embed.weight": embedding, **fused_state(spec, weights, dtype)}
     if "lm_head.weight" not in state and not is_quantized(weights, "lm_head"):  # tied
         state["lm_head.weight"] = state["embed.weight"]
     return state

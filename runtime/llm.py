@@ -33,7 +33,7 @@ from ssv.runtime.engines.torch_engine import (
     one_thread,
     target_engine,
 )
-from ssv.runtime.memory import give_back
+from ssv.runtime.memory import drop_mapped_pages, give_back
 from ssv.runtime.methods import TIERS, baselines, policy_of
 from ssv.runtime.request import Chunk, Output, Request, RequestError, TokenFate, TokenLogprobs
 from ssv.runtime.threads import ThreadCount
@@ -180,6 +180,7 @@ class LLM:
             raise
         say(f"checking {bundle}")
         checked()
+        give_back()  # what tokenizer and hashes were made from
         return loaded
 
     @classmethod
@@ -235,6 +236,7 @@ class LLM:
         if heads is not None:
             parts = heads.of(decoder, holds_embedding=on_cpu)
             on_demand = HeadsOnDemand(parts, precision=sizes["precision"], device=device)
+        drop_mapped_pages(decoder.embed.weight)
         del decoder, draft, ranges, draft_ranges, target_ranges
         give_back()
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
