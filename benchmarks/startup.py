@@ -1,8 +1,9 @@
-"""How long `LLM.load` and `ssv-serve` take until they can answer, and the memory that they have then.
+"""How long `LLM.load` and `ssv-serve` take until they can answer, and the memory that they have then and after an answer.
 
 Each figure is the median of fresh processes. Seconds are wall time and, since other work on the machine makes that
 longer, CPU time of all processes. Memory is the proportional set size (PSS): a page that several processes share counts
-once, in parts. Each process is shown with its own; `resident` is the sum that counts shared pages in each.
+once, in parts. Each process is shown with its own; `resident` is the sum that counts shared pages in each. Beside other
+processes that use torch, the resident size of `LLM.load` (`rss_mb`) is what it has alone.
 
     python benchmarks/startup.py --bundle bundles/smollm2-135m --out benchmarks/records/startup.json
 
@@ -32,12 +33,21 @@ LOAD = """
 import json, resource, sys, time
 start = time.monotonic()
 from ssv.runtime.llm import LLM
-llm = LLM.load(sys.argv[1])
+from ssv.runtime.request import Request, SamplingParams
+bundle, precision, prompt = sys.argv[1:]
+llm = LLM.load(bundle, precision=precision or None)
 seconds = time.monotonic() - start
 usage = resource.getrusage(resource.RUSAGE_SELF)
-pss = next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:"))
-cpu = usage.ru_utime + usage.ru_stime
-print(json.dumps({"s": seconds, "cpu_s": cpu, "pss_mb": pss / 1024, "peak_mb": usage.ru_maxrss / 1024}))
+figures = {"s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime}
+def memory(when):
+    for line in open("/proc/self/smaps_rollup"):
+        if line.startswith(("Pss:", "Rss:")):
+            figures[when + line[:3].lower() + "_mb"] = int(line.split()[1]) / 1024
+memory("")
+list(llm.generate([Request(llm.chat_ids(prompt), "premium", SamplingParams(max_tokens=64))]))
+memory("answered: ")
+figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps(figures))
 """
 
 Figures = dict[str, float]
@@ -47,18 +57,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--precision", default="", help="default: the bundle's")
+    parser.add_argument("--load-only", action="store_true", help="leave ssv-serve out (default: off)")
     parser.add_argument("--before", type=Path, help="a record of this script, of another checkout")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     figures: dict[str, object] = {
         "runs": args.runs,
-        "load": _repeated("LLM.load", args.runs, lambda: _load(args.bundle)),
-        "serve": _repeated("ssv-serve", args.runs, lambda: _serve(args.bundle)),
+        "load": _repeated("LLM.load", args.runs, lambda: _load(args.bundle, args.precision)),
         "memory": "MB of PSS",
+        "precision": args.precision or "the bundle's",
     }
+    if not args.load_only:
+        figures["serve"] = _repeated("ssv-serve", args.runs, lambda: _serve(args.bundle, args.precision))
     if args.before is not None:
         before = json.loads(args.before.read_text())
-        figures["before"] = {name: before[name] for name in ("load", "serve", "commit")}
+        figures["before"] = {name: before[name] for name in ("load", "serve", "commit") if name in before}
     packages = versions("ssv", "torch", "tokenizers", "transformers", "safetensors", "nvidia-pytriton")
     write_record(figures, args.out, packages)
     return 0
@@ -81,20 +95,20 @@ def _repeated(name: str, runs: int, measure: Callable[[], Figures]) -> dict[str,
     }
 
 
-def _load(bundle: Path) -> Figures:
+def _load(bundle: Path, precision: str) -> Figures:
     """Seconds from a started interpreter to an `LLM`, with what has to be imported."""
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", LOAD, str(bundle)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOAD, str(bundle), precision, PROMPT], capture_output=True, text=True, check=True
     )
     return {name: round(value, 2) for name, value in json.loads(done.stdout).items()}
 
 
-def _serve(bundle: Path) -> Figures:
+def _serve(bundle: Path, precision: str) -> Figures:
     """Seconds from the command to the endpoints that it announces, and what its processes hold then and after a
     request.
     """
     start = time.monotonic()
-    with ServerUnderTest(bundle) as server:
+    with ServerUnderTest(bundle, *(("--precision", precision) if precision else ())) as server:
         figures = {"s": time.monotonic() - start, "cpu_s": _cpu_seconds(server)}
         figures |= _memory(server, "ready")
         with server.client() as client:

@@ -209,6 +209,7 @@ class LLM:
             spec, weights = load_checkpoint(bundle / "target")
             decoder = Decoder.from_weights(spec, weights, dtype=None)
             del weights
+            drop_mapped_pages(decoder.embed.weight)  # layers are copies
             draft = load_draft(bundle / "draft" / "draft.safetensors", decoder, dtype=None)
             heads = read_heads(bundle / "heads.safetensors", spec) if manifest.heads is not None else None
         positions = min(spec.max_positions, draft.spec.decoder.max_positions)
@@ -236,7 +237,7 @@ class LLM:
         if heads is not None:
             parts = heads.of(decoder, holds_embedding=on_cpu)
             on_demand = HeadsOnDemand(parts, precision=sizes["precision"], device=device)
-        drop_mapped_pages(decoder.embed.weight)
+        drop_mapped_pages(decoder.embed.weight)  # all of it was read for the LM head
         del decoder, draft, ranges, draft_ranges, target_ranges
         give_back()
         threads = thread_count.most if thread_count is not None else torch.get_num_threads()
