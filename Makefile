@@ -72,6 +72,7 @@ sanitize-cpu: setup
 	  $(BIN)/python setup.py -q build --build-base build/sanitized.tmp --build-lib $(SANITIZED)
 	gcc -O1 -g -fsanitize=thread tests/support/crew_stress.c runtime/engines/_crew.c -o $(SANITIZED)/crew_stress -lpthread
 	$(SANITIZED)/crew_stress
+	$(BIN)/pytest -q tests/unit/runtime/engines/test_compiled_for.py -k sanitizers
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -p no:cacheprovider \
 	  tests/unit/runtime/engines/test_linear.py tests/unit/runtime/engines/test_torch_engine.py \

@@ -1,4 +1,4 @@
-"""How long `LLM.load` and `ssv-serve` take until they can answer, and the memory that they have then and after an answer.
+"""How long `LLM.load` and `ssv-serve` take until they can answer, and their memory then and after an answer.
 
 Each figure is the median of fresh processes. Seconds are wall time and, since other work on the machine makes that
 longer, CPU time of all processes. Memory is the proportional set size (PSS): a page that several processes share counts

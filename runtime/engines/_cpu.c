@@ -3,7 +3,7 @@
  * At one to a dozen rows a step, a chain of small tensor operations costs more in dispatch than in arithmetic, and starting and joining
  * threads for each of them more than that. Here the threads go through the stages of a step side by side and share the work of each.
  * What they compute is defined in PyTorch by `Decoder`, `Draft` and `Scorer` of ssv.model with the layers of runtime/engines/linear.py,
- * and the tests compare the two. The products are _linear.c's.
+ * and the tests compare the two. The products are those of _linear.h.
  *
  * Every row is computed by itself, in an order that does not depend on the rows beside it: a token's result is the same to
  * the last bit whether it is decoded alone or verified among others.

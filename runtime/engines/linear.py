@@ -5,8 +5,8 @@ input channels, in fp16, as GGUF's Q4_1 has them. Activations have a scale for e
 outlier costs its block precision, and not its row.
 
 A row's result depends neither on the rows beside it nor on the processor. `multiply_blocks` is the definition;
-`_linear.c` has the kernels, and `SSV_CPU_KERNELS` names those that are used (`avx512_vnni`, `avx2`, `any`; default: the
-best that run here).
+`_linear_any.c` and its siblings have the kernels, and `SSV_CPU_KERNELS` names those that are used (`avx512_vnni`,
+`avx2`, `neon_dot`, `any`; default: the best that run here).
 
 Shapes: M rows, I inputs, O outputs, G blocks of inputs.
 """
