@@ -19,6 +19,7 @@ from ssv.runtime.decode.tree import Tree, branches_of
 from ssv.runtime.decode.verify import Verdict, walk
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import SPECINFER
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 
@@ -204,10 +205,17 @@ def test_prompts_from_the_cache(cached: int) -> None:
     assert found[0] == found[1]
 
 
-def test_sampled_trees_have_the_target_distribution() -> None:
-    """The first three tokens of many seeds, by chi-square against the exact probabilities."""
-    vocab, length, runs = 5, 3, 3000
-    llm = make_llm(verify_all(9, children=(3, 2), beam=3, max_depth=2), "conditioned", max_batch=32, vocab_size=vocab)
+@pytest.mark.parametrize(
+    ("policy", "vocab", "length", "runs"),
+    [
+        (verify_all(9, children=(3, 2), beam=3, max_depth=2), 5, 3, 3000),
+        (SPECINFER, 4, 4, 2000),  # its siblings are guesses of the third token behind the prompt's
+    ],
+    ids=["bushy", "specinfer"],
+)
+def test_sampled_trees_have_the_target_distribution(policy: Policy, vocab: int, length: int, runs: int) -> None:
+    """The first tokens of many seeds, by chi-square against the exact probabilities."""
+    llm = make_llm(policy, "conditioned", max_batch=32, vocab_size=vocab)
     assert isinstance(llm.target, FakeTarget)
     requests = [
         Request((1, 2), "premium", SamplingParams(temperature=0.9, seed=seed, max_tokens=length, ignore_eos=True))
