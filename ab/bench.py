@@ -179,6 +179,11 @@ def _run(args: argparse.Namespace) -> int:
             report=report,
         )
     print_tables(rows, priced=args.price_per_hour is not None)
+    if llm.measured:
+        print(
+            f"note: the bundle has no profile of {llm.place}: what steps cost there was measured before the first "
+            "request, at few sizes. `ssv-build profile` measures and keeps it"
+        )
     for row in rows:
         for said in (rounds_disagree(row, args.half_width), broken_promise(row), nothing_cached(row, llm)):
             if said is not None:

@@ -1,4 +1,4 @@
-"""Is drafting what pays worth it: against a chain of 5, `premium` as it was before there were trees, and plain decoding,
+"""Is drafting what pays worth it: against a chain of 5, premium as it was before there were trees, and plain decoding,
 however many rows share a pass?
 
 `premium` was a chain then, which ended where the scorer's risk said so, by thresholds that were found on calibration

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from ssv.bundle.profile import Costs
     from ssv.support.progress import Report
 
-PROFILE_REPEATS = 40
-"""Ten to fifteen seconds on two CPU cores."""
+PROFILE_REPEATS, PROFILE_SECONDS = 40, 10.0
+"""As many repeats of each step as there is time for: on two CPU cores all of them take about as long."""
 
 OPENINGS = Path(__file__).parent / "presets" / "openings.txt"
 
@@ -464,7 +464,7 @@ def _profile(args: argparse.Namespace) -> int:
     from ssv.runtime.llm import load_for
 
     llm = load_for(args)
-    costs = llm.measure_costs(repeats=PROFILE_REPEATS)
+    costs = llm.measure_costs(repeats=PROFILE_REPEATS, within=PROFILE_SECONDS)
     with manifest_lock(args.bundle):
         manifest = read_manifest(args.bundle, verify=False)
         profiles = {**manifest.profiles, llm.place: costs}
@@ -547,7 +547,7 @@ def calibrate_bundle(
     # By what is known when the bundle decodes: the rule that drafts what pays goes by corrected shares.
     fitted = fit_survival(probe)
     report("survival", 2, 2, "done")
-    costs = llm.costs = llm.measure_costs(repeats=PROFILE_REPEATS)
+    costs = llm.costs = llm.measure_costs(repeats=PROFILE_REPEATS, within=PROFILE_SECONDS)
     _warn_if_busy(costs, "Which of the policies that keep a limit is the cheapest may be told wrong; no limit is")
     llm.survival = fitted.survival
     return replace(calibrate(run, config, costs, report, categories), survival=fitted)

@@ -137,11 +137,12 @@ def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> st
     if explanation is not None:
         lossless = policy_of(request, llm.tiers).lossless_for(greedy=params.greedy)
         explanation.close(c.target_passes, _bound(lossless, llm.limits.get(args.method)))
+    measured = "; no profile of this machine: costs were measured first, `ssv-build profile` keeps them"
     return (
         f"{c.emitted} tokens, {c.emitted / c.total_s:.0f} tokens/s, first after {c.first_token_s * 1e3:.0f} ms; "
         f"{c.target_passes} target passes, {c.drafted} drafted, {c.accepted} accepted "
         f"({c.typical} as typical), {c.trusted} trusted unseen; "
-        f"ended by {chunk.finish_reason}"
+        f"ended by {chunk.finish_reason}{measured if llm.measured else ''}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, load_draft, load_draft_head
 from ssv.model.heads import read_heads
 from ssv.model.scorer import Scorer, load_scorer
-from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SIZES_AT_LOAD, measure, place
+from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SECONDS_AT_LOAD, SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.generator import Generator, Host
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
@@ -64,6 +65,7 @@ class LLM:
         threads: that the engines have at the most.
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         costs: of steps here; None as long as nobody knows them (`know_costs`).
+        measured: whether they were measured when they were needed, as the bundle has no profile of this place.
         pass_tokens, survival: see `DecodeBatch`.
         grammars: over its vocabulary; None with a tokenizer that cannot say them, or an engine that takes none.
     """
@@ -102,7 +104,7 @@ class LLM:
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.precision, self.place, self.threads = precision, place, threads
         self.costs, self.survival = costs, survival
-        self._measures_costs = measures_costs
+        self._measures_costs, self.measured = measures_costs, False
         self.grammars = tokenizer.grammars(target.vocab_size, eos_token_ids) if host is None else None
         self._streaming = False
 
@@ -370,7 +372,8 @@ class LLM:
             self._rounds.measure()
         if self.costs is None and self._measures_costs:
             log.info("the bundle has no profile of %s, `ssv-build profile` gives it one", self.place)
-            self.costs = self.measure_costs(pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD)
+            self.costs = self.measure_costs(pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD, within=SECONDS_AT_LOAD)
+            self.measured = True
             if self.costs.conditions is not None and (doubts := self.costs.conditions.doubts):
                 log.warning(
                     "what steps cost here may be measured wrong: %s. Run `ssv-build profile` on an idle machine", doubts
@@ -383,6 +386,7 @@ class LLM:
         pass_sizes: Sequence[int] = PASS_SIZES,
         draft_sizes: Sequence[int] = DRAFT_SIZES,
         repeats: int = REPEATS,
+        within: float = math.inf,
     ) -> Costs:
         """Measures steps of its engines (see `ssv.runtime.decode.costs.measure`), which must be idle."""
         assert self.draft is not None
@@ -392,6 +396,7 @@ class LLM:
             pass_sizes=pass_sizes,
             draft_sizes=draft_sizes,
             repeats=repeats,
+            within=within,
             threads=self.threads,
         )
 

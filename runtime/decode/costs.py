@@ -7,6 +7,7 @@ over its seconds are more than the whole's so far.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,9 @@ DRAFT_SIZES = (1, 2, 4, 8, 16)
 SIZES_AT_LOAD = (1, 4, 16)
 """Of passes and of draft steps, where nobody waits for a profile: a fifth of a second on two CPU cores."""
 
+SECONDS_AT_LOAD = 1.0
+"""After which steps are not repeated there: larger models, or a single thread in fp32, take that long for one turn."""
+
 TEXT_SIZE = 16
 REPEATS = 3
 
@@ -148,6 +152,7 @@ def measure(
     pass_sizes: Sequence[int] = PASS_SIZES,
     draft_sizes: Sequence[int] = DRAFT_SIZES,
     repeats: int = REPEATS,
+    within: float = math.inf,
     threads: int = 1,
     clock: Callable[[], float] = time.perf_counter,
     read: Callable[[bool], CpuTimes | None] = read_cpu_times,
@@ -156,6 +161,7 @@ def measure(
     to them. Where it did so all the time even the least is too much: `Costs.conditions` says what was seen of that.
 
     Args:
+        within: seconds after which no further repeat begins.
         threads: that the engines have at the most.
         clock, read: of seconds, and of what the cores have done.
     """
@@ -184,7 +190,7 @@ def measure(
     repeated: list[list[float]] = []
 
     def least(runs: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-        repeated.extend(_measured(runs, repeats, clock))
+        repeated.extend(_measured(runs, repeats, within, clock))
         return [min(each) for each in repeated]
 
     before = read(True)  # also processes of a low priority, which do not give way in all
@@ -235,10 +241,14 @@ def _step(engine: Engine, start: int, tokens: int, *, gathered: int, features_ou
     )
 
 
-def _measured(runs: Sequence[Callable[[], None]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
+def _measured(
+    runs: Sequence[Callable[[], None]], repeats: int, within: float, clock: Callable[[], float]
+) -> list[list[float]]:
     """Seconds of each, time and again; they take turns, so that what disturbs one disturbs the others too."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
+        if 2 * sum(map(sum, seconds)) >= within:  # each is run twice
+            break
         for each, run in zip(seconds, runs, strict=True):
             run()  # what the one before has left in the processor's caches is not this one's cost
             start = clock()

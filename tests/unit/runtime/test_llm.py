@@ -63,11 +63,11 @@ def test_costs_are_measured_for_the_first_request_that_goes_by_them(bundle: Path
     llm = LLM.load(bundle, max_length=64, verify=False)
     for method in ("autoregressive", "speculative", "balanced"):
         ask(llm, method)
-    assert not measured and llm.costs is None
+    assert not measured and llm.costs is None and not llm.measured
     for _ in range(2):
         ask(llm, "premium", PREMIUM)
     ask(llm, "suffix")
-    assert len(measured) == 1 and llm.costs == COSTS
+    assert len(measured) == 1 and llm.costs == COSTS and llm.measured
 
 
 def test_a_service_knows_costs_before_its_first_request(bundle: Path, measured: list[object]) -> None:
@@ -82,7 +82,7 @@ def test_a_profile_of_this_place_is_taken(bundle: Path, measured: list[object]) 
     write_manifest(bundle, old.model_copy(update={"profiles": {place: COSTS}}))
     llm = LLM.load(bundle, max_length=64, verify=False)
     write_manifest(bundle, old)
-    assert llm.know_costs() == COSTS and not measured
+    assert llm.know_costs() == COSTS and not measured and not llm.measured
 
 
 def test_costs_measured_on_a_busy_machine_are_doubted(

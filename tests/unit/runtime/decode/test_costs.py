@@ -10,7 +10,15 @@ from growing import GrowingFakeDraft
 
 from fakes import FakeDraft, FakeTarget
 from ssv.bundle.profile import Conditions, Costs, Curve
-from ssv.runtime.decode.costs import DRAFT_SIZES, FIRST_GUESSES, PASS_SIZES, Prices, measure, place
+from ssv.runtime.decode.costs import (
+    DRAFT_SIZES,
+    FIRST_GUESSES,
+    PASS_SIZES,
+    SIZES_AT_LOAD,
+    Prices,
+    measure,
+    place,
+)
 from ssv.runtime.threads import CpuTimes
 
 
@@ -86,6 +94,20 @@ def test_costs_are_measured_at_all_sizes() -> None:
     assert sorted({call.tokens for call in target.calls[1:]}) == list(PASS_SIZES)
     assert len(draft.calls) == 1 + 2 * 2 * (len(DRAFT_SIZES) + 2)
     assert costs.text >= 0
+
+
+def test_nobody_waits_long_for_repeats() -> None:
+    """A step takes 2^-10 s by this clock, and is run twice: three of passes, three of the draft, two of texts."""
+    runs = []
+    for turns in (1, 2, 100):
+        target = FakeTarget(max_length=200, tap=True)
+        within = 2 * 8 * 2**-10 * turns - 1e-6
+        draft = FakeDraft(target, conditioned=True)
+        measure(
+            target, draft, pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD, within=within, clock=Machine().clock
+        )
+        runs.append(len(target.calls) - 1)
+    assert runs == [6, 12, 18]
 
 
 class Machine:
