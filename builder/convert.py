@@ -28,9 +28,8 @@ def convert_heads(source: Path, out: Path) -> None:
     except FileNotFoundError as error:
         raise CheckpointError(f"{source} does not exist") from error
     except Exception as error:  # whatever the unpickler makes of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{source} is damaged or holds more than tensors, and is not read ({reason})",
+            f"{source} is damaged or holds more than tensors, and is not read ({_reason(error)})",
             "ask its authors for a safetensors file",
         ) from error
     if not isinstance(state, dict) or not all(
@@ -40,3 +39,9 @@ def convert_heads(source: Path, out: Path) -> None:
     if not is_eagle3(state):
         from_published(state, source)
     save_whole({name: value.contiguous().clone() for name, value in state.items()}, out, metadata={"format": "pt"})
+
+
+def _reason(error: Exception) -> str:
+    """What the unpickler found, without torch's advice on how to read it all the same."""
+    *_, found = str(error).rpartition("WeightsUnpickler error: ")
+    return (found.partition(" was not an allowed")[0].splitlines() or [type(error).__name__])[0]
