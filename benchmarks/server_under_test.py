@@ -27,20 +27,26 @@ class ServerUnderTest:
 
     Attributes:
         grpc_url, http_url: endpoints.
+        openai_url: of the OpenAI API; empty where it is not served.
         process: ssv-serve's.
     """
 
-    def __init__(self, bundle: Path, *options: str) -> None:
-        ports = _free_ports(3)
+    def __init__(self, bundle: Path, *options: str, has_openai: bool = False) -> None:
+        ports = _free_ports(4)
         self.grpc_url, self.http_url = f"grpc://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[0]}"
         self._metrics_url = f"http://127.0.0.1:{ports[2]}/metrics"
         self._log_path = Path(tempfile.mkstemp(prefix="ssv-serve-", suffix=".log")[1])
         names = ("--http-port", "--grpc-port", "--metrics-port")
         command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle.resolve()), *options]
-        command += [part for pair in zip(names, map(str, ports), strict=True) for part in pair]
+        command += [part for pair in zip(names, map(str, ports), strict=False) for part in pair]
+        self.openai_url = f"http://127.0.0.1:{ports[3]}" if has_openai else ""
+        if has_openai:
+            command += ["--openai-port", str(ports[3])]
         with self._log_path.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603
         self.wait_serving(1)
+        if has_openai:
+            self.wait_openai()
 
     def __enter__(self) -> ServerUnderTest:
         return self
@@ -66,6 +72,21 @@ class ServerUnderTest:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"ssv-serve did not start:\n{self.log}")
             time.sleep(0.2)
+
+    def wait_openai(self, timeout: float = 120.0) -> None:
+        """Until the OpenAI API answers: it is started after the server."""
+        deadline = time.monotonic() + timeout
+        while not self.is_openai_ready():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the OpenAI API did not start:\n{self.log}")
+            time.sleep(0.2)
+
+    def is_openai_ready(self) -> bool:
+        try:
+            with urlopen(f"{self.openai_url}/health", timeout=10) as response:  # noqa: S310
+                return bool(response.status == 200)
+        except OSError:
+            return False
 
     def stop(self) -> int:
         """Sends SIGTERM; the exit status."""

@@ -84,8 +84,11 @@ def _listed(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-def _cleaned(value: Any, *path: str | int) -> Any:
+def _cleaned(value: Any, *path: str | int, keeps_nulls: bool = False) -> Any:
     """A body without what is null, which says the same as what is left out.
+
+    Args:
+        keeps_nulls: whether it stands in a JSON schema, where null is a value as others.
 
     Raises:
         ApiError: 400, text that is no text: half of a surrogate pair can be written in JSON.
@@ -93,12 +96,20 @@ def _cleaned(value: Any, *path: str | int) -> Any:
     if isinstance(value, dict):
         for name in value:
             _check_text(name, path)
-        return {name: _cleaned(held, *path, name) for name, held in value.items() if held is not None}
+        return {
+            name: _cleaned(held, *path, name, keeps_nulls=keeps_nulls or name in _SCHEMAS)
+            for name, held in value.items()
+            if held is not None or keeps_nulls
+        }
     if isinstance(value, list):
-        return [_cleaned(held, *path, index) for index, held in enumerate(value)]
+        return [_cleaned(held, *path, index, keeps_nulls=keeps_nulls) for index, held in enumerate(value)]
     if isinstance(value, str):
         _check_text(value, path)
     return value
+
+
+_SCHEMAS = ("schema", "parameters", "guided_json", "json")
+"""Fields that are JSON schemas: of an output, of a function, and of vLLM's `structured_outputs`."""
 
 
 def _check_text(text: str, path: tuple[str | int, ...]) -> None:

@@ -777,6 +777,33 @@ def test_null_is_what_is_left_out_wherever_it_stands() -> None:
     assert not any("usage" in event for event in events_of(response)[:-1])
 
 
+SCHEMA_WITH_NULLS: dict[str, Any] = {"type": "object", "properties": {"a": {"const": None}, "b": {"enum": [None, 1]}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": None, "schema": SCHEMA_WITH_NULLS}}},
+        {"structured_outputs": {"json": SCHEMA_WITH_NULLS, "regex": None}},
+        {"guided_json": SCHEMA_WITH_NULLS},
+    ],
+    ids=["response_format", "structured_outputs", "guided_json"],
+)
+def test_null_is_a_value_in_a_schema(fields: dict[str, Any]) -> None:
+    backend = FakeBackend()
+    assert chat(backend, **fields).status_code == 200
+    assert backend.settings.guide is not None
+    assert json.loads(backend.settings.guide[1]) == SCHEMA_WITH_NULLS
+
+
+def test_null_is_a_value_in_a_functions_schema() -> None:
+    backend = FakeBackend()
+    function = {"name": "f", "description": None, "parameters": SCHEMA_WITH_NULLS}
+    assert chat(backend, tools=[{"type": "function", "function": function}]).status_code == 200
+    (tool,) = backend.settings.tools
+    assert tool["function"] == {"name": "f", "parameters": SCHEMA_WITH_NULLS}
+
+
 def test_a_messages_name_changes_nothing() -> None:
     backend = FakeBackend()
     assert chat(backend, messages=[{"role": "user", "content": "Hi", "name": "Ann"}]).status_code == 200
