@@ -110,6 +110,9 @@ class ServerUnderTest:
         server = psutil.Process(self.process.pid).children()[0]
         found = {name: process.memory_info().rss / 2**20 for name, process in self.stubs().items()}
         found["tritonserver"] = server.memory_info().rss / 2**20
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "ssv.triton_repo.openai.app" in process.cmdline():
+                found["openai"] = process.memory_info().rss / 2**20
         shared = Path("/dev/shm").glob("triton_python*")  # noqa: S108
         found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20
         return {name: round(mb, 1) for name, mb in found.items()}
@@ -152,10 +155,10 @@ def ask(client: Client, prompt: str, settings: Settings, stream: bool = True) ->
     return text, reply
 
 
-def reference(server: ServerUnderTest) -> str:
+def reference(server: ServerUnderTest, max_tokens: int = 32) -> str:
     """Text of a request whose output is known: whether the server is well."""
     with server.client() as client:
-        text, last = ask(client, "Explain how rainbows form.", Settings(max_tokens=32))
+        text, last = ask(client, "Explain how rainbows form.", Settings(max_tokens=max_tokens))
     return str(last) if isinstance(last, ServerError) else text
 
 

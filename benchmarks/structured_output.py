@@ -121,7 +121,7 @@ def _conformance(args: argparse.Namespace) -> int:
         for failure in failed
     ]
     figures = {
-        "what": "requests by what came: an output that parses and is valid, one that ended with max_tokens, or a failure",
+        "what": "requests by what came: an output that parses and is valid, one that ended with max_tokens, a failure",
         "schemas": len(cases),
         "max_tokens": args.max_tokens,
         "results": results,
