@@ -111,7 +111,7 @@ class ServerUnderTest:
         found = {name: process.memory_info().rss / 2**20 for name, process in self.stubs().items()}
         found["tritonserver"] = server.memory_info().rss / 2**20
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "ssv.triton_repo.openai.app" in process.cmdline():
+            if "ssv.triton_repo.openai.process" in process.cmdline():
                 found["openai"] = process.memory_info().rss / 2**20
         shared = Path("/dev/shm").glob("triton_python*")  # noqa: S108
         found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20

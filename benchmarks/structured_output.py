@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -202,9 +203,11 @@ def _problem(schema: Mapping[str, Any], answer: Said) -> str | None:
     if answer.reason != "stop":
         return f"ended with {answer.reason}"
     try:
-        value = json.loads(answer.text, parse_constant=_refuse)
+        value = json.loads(answer.text, parse_constant=_refuse, parse_float=Decimal)
     except ValueError as error:
         return f"no JSON: {error}"
+    # Decimal numbers as they are written: as floats, 1.11 is no multiple of 0.01.
+    schema = json.loads(json.dumps(schema), parse_float=Decimal)
     validator = validator_for(schema, default=jsonschema.Draft202012Validator)
     error = next(validator(schema, format_checker=validator.FORMAT_CHECKER).iter_errors(value), None)
     return None if error is None else f"not valid: {error.message}"

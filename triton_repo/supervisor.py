@@ -211,7 +211,7 @@ class Supervisor:
         args = self._args
         secure = ["--tls-cert", str(args.tls_cert), "--tls-key", str(args.tls_key)] if args.tls_cert else []
         url = f"grpc{'s' if secure else ''}://{in_url(reachable(args.host))}:{args.grpc_port}"
-        command = [sys.executable, "-m", "ssv.triton_repo.openai.app", "--url", url, "--host", args.host]
+        command = [sys.executable, "-m", "ssv.triton_repo.openai.process", "--url", url, "--host", args.host]
         command += ["--port", str(args.openai_port), "--bundle", str(args.bundle), *secure]
         command += ["--max-length", str(args.max_model_len)]
         if args.api_key_file is not None:

@@ -151,7 +151,7 @@ def processes(server: Server) -> dict[str, psutil.Process]:
             command = " ".join(process.cmdline())
         except psutil.NoSuchProcess:  # ended meanwhile
             continue
-        if "ssv.triton_repo.openai.app" in command:
+        if "ssv.triton_repo.openai.process" in command:
             found["openai"] = process
         elif "guardian.py" in command:
             found["guardian"] = process

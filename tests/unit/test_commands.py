@@ -24,7 +24,7 @@ MAINS: dict[str, Main] = {
         ("ssv-ab", "ab.cli"),
         ("ssv-eval", "ab.evaluation.cli"),
         ("ssv-serve", "triton_repo.serve"),
-        ("openai", "triton_repo.openai.app"),
+        ("openai", "triton_repo.openai.process"),
     )
 }
 
@@ -174,7 +174,7 @@ BUGS = [
     ("ssv-ab", "ab.cli.parse_arm", [*RUN, "p"]),
     ("ssv-eval", "ab.evaluation.cli._check", ["--bundle", "b", "--tasks", "x"]),
     ("ssv-serve", "triton_repo.serve.check_options", ["--bundle", "b"]),
-    ("openai", "triton_repo.openai.app._check", ["--url", "grpc://h:1", "--bundle", "b", "--port", "0"]),
+    ("openai", "triton_repo.openai.process._check", ["--url", "grpc://h:1", "--bundle", "b", "--port", "0"]),
 ]
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points, version
 
 import pytest
 
-from ssv.triton_repo.openai import app as openai_api
+from ssv.triton_repo.openai import process
 
 COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.value.startswith("ssv.")}
 
@@ -22,7 +22,7 @@ def test_a_command_says_its_version(name: str, capsys: pytest.CaptureFixture[str
 
 
 def test_the_openai_api_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    says_version(openai_api.main, "python -m ssv.triton_repo.openai.app", capsys)
+    says_version(process.main, "python -m ssv.triton_repo.openai.process", capsys)
 
 
 def says_version(main: Callable[[list[str]], int], name: str, capsys: pytest.CaptureFixture[str]) -> None:

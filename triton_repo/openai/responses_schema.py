@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from ssv.triton_repo.openai.errors import ApiError, Caller, invalid_body
-from ssv.triton_repo.openai.schema import (
-    MAX_TOOLS,
-    ApiRequest,
-    ChatRequest,
-    CleanBody,
-    Strict,
-    only,
-    refuse,
-)
+from ssv.triton_repo.openai.conversation import MAX_TOOLS, Function
+from ssv.triton_repo.openai.errors import ApiError, Caller
+from ssv.triton_repo.openai.fields import AnsweredRequest, Int32, Strict, only, refuse
+from ssv.triton_repo.openai.schema import ChatRequest
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
-_HANDED_ON = sorted(set(ApiRequest.model_fields) - {"max_tokens", "stream_options", "response_format", "n", "best_of"})
 
 
 def _text(content: Any) -> Any:
@@ -93,12 +86,8 @@ def _tool(given: Any) -> Any:
     return given
 
 
-class _Tool(Strict):
+class _Tool(Function):
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
     def as_chat_has_it(self) -> dict[str, Any]:
         function = self.model_dump(exclude_none=True, exclude={"type"})
@@ -127,30 +116,18 @@ class _StreamOptions(Strict):
     include_obfuscation: Annotated[Any, only(False)] = None
 
 
-class ResponsesRequest(CleanBody):
+class ResponsesRequest(AnsweredRequest):
     """Body of /v1/responses. What it shares with chat completions has their names and meaning."""
 
-    model: str
     input: Annotated[str | list[_Item], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    max_output_tokens: Annotated[Int32, Field(ge=1)] | None = None
     tools: Annotated[list[Annotated[_Tool, BeforeValidator(_tool)]], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: _TextOptions | None = None
-    stream: bool | None = None
     stream_options: _StreamOptions | None = None
     metadata: dict[str, str] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    ssv_tier: str | None = None
-    ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
-    ssv_timeout: Annotated[float, Field(gt=0)] | None = None
     store: Annotated[Any, only(False)] = None
     background: Annotated[Any, only(False)] = None
     truncation: Annotated[Any, only("disabled")] = None
@@ -168,9 +145,9 @@ class ResponsesRequest(CleanBody):
         """The chat completion that asks for the same.
 
         Raises:
-            ApiError: 400, it cannot be.
+            ApiError: 400, it asks for the form of a schema and has none.
         """
-        body = {name: value for name in _HANDED_ON if (value := getattr(self, name, None)) is not None}
+        body = self.model_dump(include=set(AnsweredRequest.model_fields), exclude_none=True)
         body |= {"messages": self._messages(), "max_completion_tokens": self.max_output_tokens}
         body |= {"parallel_tool_calls": self.parallel_tool_calls, "response_format": self._response_format()}
         if self.tools:
@@ -180,11 +157,7 @@ class ResponsesRequest(CleanBody):
             body["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
         elif choice is not None:
             body["tool_choice"] = choice
-        try:
-            return ChatRequest.model_validate(body)
-        except ValidationError as error:
-            found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-            raise invalid_body(found, ()) from error
+        return ChatRequest.model_validate(body)
 
     def caller(self) -> Caller:
         """How it names things."""

@@ -170,7 +170,7 @@ class EventStream(Response):
     """Server-sent events, whose generator is closed when nobody listens any more.
 
     sse-starlette's response would break streams off as soon as uvicorn is told to stop, where they have
-    `ssv.triton_repo.openai.app.GRACE_SECONDS` here, unless a switch for the whole process is set; and it reads the
+    `ssv.triton_repo.openai.process.GRACE_SECONDS` here, unless a switch for the whole process is set; and it reads the
     connection's messages, as `while_connected` does.
     """
 

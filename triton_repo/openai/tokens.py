@@ -14,8 +14,9 @@ from ssv.bundle.manifest import read_manifest
 from ssv.runtime.request import RequestError
 from ssv.runtime.serving.intake import template_options
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.triton_repo.openai.conversation import Message, TemplateOptions, Tool
 from ssv.triton_repo.openai.errors import ApiError
-from ssv.triton_repo.openai.schema import CleanBody, Message, TemplateOptions, TokenId, Tool
+from ssv.triton_repo.openai.fields import CleanBody, TokenId
 
 
 class TokenizeRequest(TemplateOptions):

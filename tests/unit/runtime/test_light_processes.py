@@ -58,7 +58,7 @@ BODIES = {
     "the OpenAI API": (
         "from ssv.triton_repo.openai.translation import Models\n"
         'assert Models.of_bundle(Path(bundle)).tiers[0] == "premium"\n'
-        'command("ssv.triton_repo.openai.app", "--help")'
+        'command("ssv.triton_repo.openai.process", "--help")'
     ),
     "preprocessing": 'model("preprocessing", bundle=bundle)',
     "postprocessing": 'model("postprocessing", bundle=bundle)',

@@ -42,9 +42,10 @@ from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.runtime.tools import call_grammar
 from ssv.triton_repo.openai import access_log
-from ssv.triton_repo.openai import app as openai_api
+from ssv.triton_repo.openai import process as openai_process
 from ssv.triton_repo.openai.app import create_app
 from ssv.triton_repo.openai.errors import ApiError
+from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
 from ssv.triton_repo.openai.tokens import Tokens
 from ssv.triton_repo.openai.translation import Models
 
@@ -756,10 +757,10 @@ def test_defaults_are_openais() -> None:
 
 def test_null_is_what_is_left_out() -> None:
     backend = FakeBackend()
-    names = set(openai_api.ChatRequest.model_fields) - {"model", "messages"}
+    names = set(ChatRequest.model_fields) - {"model", "messages"}
     assert chat(backend, **dict.fromkeys(names)).status_code == 200
     assert backend.settings == Settings(chat=False, temperature=1.0)
-    names = {f.alias or n for n, f in openai_api.CompletionRequest.model_fields.items()} - {"model", "prompt"}
+    names = {f.alias or n for n, f in CompletionRequest.model_fields.items()} - {"model", "prompt"}
     assert complete(backend, **dict.fromkeys(names)).status_code == 200
 
 
@@ -1867,7 +1868,7 @@ class TritonThread:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ssv.triton_repo.openai.app", *arguments]
+    command = [sys.executable, "-m", "ssv.triton_repo.openai.process", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -2014,10 +2015,10 @@ def test_arguments_that_cannot_be_are_said(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(openai_api, "log_to_stderr", lambda: None)
-    monkeypatch.setattr(openai_api, "_log_warnings_of_uvicorn", lambda: None)
+    monkeypatch.setattr(openai_process, "log_to_stderr", lambda: None)
+    monkeypatch.setattr(openai_process, "_log_warnings_of_uvicorn", lambda: None)
     arguments = {"--url": "grpc://127.0.0.1:1", "--bundle": str(bundle), "--port": "1", **change}
-    assert openai_api.main([part for pair in arguments.items() for part in pair]) == 2
+    assert openai_process.main([part for pair in arguments.items() for part in pair]) == 2
     assert words in capsys.readouterr().err
 
 
