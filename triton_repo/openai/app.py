@@ -49,6 +49,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -60,7 +61,7 @@ from ssv.runtime.serving.metrics import Reader
 from ssv.triton_repo.openai import page
 from ssv.triton_repo.openai.access_key import AccessKey
 from ssv.triton_repo.openai.access_log import HEADER, Access, AccessLog
-from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, json_bytes, translated
+from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, json_bytes, translated, unreadable_body
 from ssv.triton_repo.openai.responses import ResponsesAnswer
 from ssv.triton_repo.openai.responses_schema import ResponsesRequest
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
@@ -255,18 +256,31 @@ def create_app(
     return app
 
 
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
 def _add_error_handlers(app: FastAPI) -> None:
-    kinds = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
-    known = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
+    fields = {
+        path: {field.alias or name for name, field in body.model_fields.items()} for path, body in _BODIES.items()
+    }
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        if error.status_code == 400 and not isinstance(error, ApiError):  # FastAPI's, which says no more than that
+            error = unreadable_body(error.__cause__)
         Access.of(request.scope).fail(error)
         return Response(json_bytes(error_object(error)), error.status_code, error.headers, "application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return await refused(request, invalid_body(error.errors(), known))
+        known = fields.get(request.url.path, ())
+        return await refused(request, invalid_body(error.errors(), error.body, known))
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, _: ClientDisconnect) -> Response:

@@ -63,11 +63,13 @@ class Caller:
         is_chat: whether its prompt is `messages`, or else `prompt`.
         max_tokens: the name under which it gave the limit of its output.
         messages: the name of its conversation.
+        form: the field that gives its output a form.
     """
 
     is_chat: bool
     max_tokens: str = "max_tokens"
     messages: str = "messages"
+    form: str = "response_format"
 
     @property
     def prompt(self) -> str:
@@ -131,6 +133,9 @@ def _invalid(message: str, caller: Caller) -> ApiError:
         "text_input": (prompt, prompt),
         "input_ids": (prompt, prompt),
         "stop_words": ("stop", "stop texts"),
+        "guided_decoding_guide": (caller.form, caller.form),
+        "ssv_top_logprobs": ("logprobs", "logprobs"),
+        "ssv_prompt_logprobs": ("logprobs", "logprobs"),
         "max_tokens": (caller.max_tokens, caller.max_tokens),
         **{name: (name, name) for name in _SAME_HERE},
     }
@@ -139,11 +144,12 @@ def _invalid(message: str, caller: Caller) -> ApiError:
     if first is None and (of_template := _TEMPLATE.search(message)):
         return ApiError(400, message, of_template[0], "invalid_value")
     if first is None and _FORM.search(message):
-        return ApiError(400, message, "response_format", "invalid_value")
+        text = f"{caller.form}: {message.replace('ebnf_grammar', 'grammar')}"
+        return ApiError(400, text, caller.form, "invalid_value")
     param = names[first[1]][0] if first else prompt if "prompt" in message or "messages" in message else None
     text = known.sub(lambda found: names[found[1]][1], message)
     if caller.is_chat:
-        text = text.replace("the prompt is empty", "the last of the messages is empty: give it a text")
+        text = text.replace("the prompt is empty", "the last message is empty: give it a text")
     return ApiError(400, text, param, "invalid_value")
 
 
@@ -167,29 +173,76 @@ _SAME_HERE = (
 )
 
 
-def invalid_body(errors: Sequence[Mapping[str, Any]], known: Collection[str]) -> ApiError:
+def invalid_body(errors: Sequence[Mapping[str, Any]], body: object, fields: Collection[str]) -> ApiError:
     """What is wrong with a body, of all that is: what is not supported before what is missing for it.
 
     Args:
         errors: pydantic's.
-        known: fields, for one that is misspelt.
+        body: that they are of.
+        fields: that the body may have, for one that is misspelt.
     """
-    error = next((one for one in errors if one["type"] in ("unsupported", "extra_forbidden")), errors[0])
+    error = next((one for one in errors if one["type"] in ("unsupported", "extra_forbidden")), None)
+    if error is None:
+        # Of a field that may be of several kinds, what is wrong with the one that was meant: it reaches furthest.
+        same = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
+        is_of_kinds = any(len(one["loc"]) > 1 + len(_place_of(one, body)) for one in same)
+        error = max(same, key=lambda one: _reach(_place_of(one, body))) if is_of_kinds else errors[0]
     _, *path = error["loc"]
     kind = error["type"]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']} at character {path[0]}")
     if not path:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    param = field_name(path)
+    place = _place_of(error, body)
+    param = field_name(place)
     code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(param, known, 1)
+        near = difflib.get_close_matches(param, fields, 1) if len(place) == 1 else []
         cure = f"use {near[0]}, or leave it out" if near else "leave it out"
-        return ApiError(400, f"{param} is unknown or not supported: {cure}", param, code)
+        return ApiError(400, f"{param or 'a field without a name'} is unknown or not supported: {cure}", param, code)
     if kind == "missing":
         return ApiError(400, f"{param} is missing: give it", param, code)
-    return ApiError(400, error["msg"] if kind == "unsupported" else f"{param}: {error['msg']}", param, code)
+    said = "must be an object" if kind in _OBJECTS else error["msg"]
+    return ApiError(400, said if kind == "unsupported" else f"{param}: {said}", param, code)
+
+
+_OBJECTS = ("dict_type", "model_type", "model_attributes_type")
+"""Pydantic's kinds of errors for what is no object."""
+
+
+def _reach(place: Sequence[str | int]) -> tuple[int, list[int]]:
+    return len(place), [step for step in place if isinstance(step, int)]
+
+
+def _place_of(error: Mapping[str, Any], body: object) -> list[str | int]:
+    """The place in the body of an error of pydantic's, whose path also names the kinds that it took values for."""
+    place: list[str | int] = []
+    _, *path = error["loc"]
+    is_missing = error["type"] == "missing"  # the last step then is not there
+    steps = path[:-1] if is_missing else path
+    for step in steps:
+        if isinstance(body, dict) and (step in body or str(step) in body):
+            body = body[step] if step in body else body[str(step)]
+        elif isinstance(body, list) and isinstance(step, int) and step < len(body):
+            body = body[step]
+        else:
+            continue
+        place.append(step)
+    return [*place, *path[-1:]] if is_missing else place
+
+
+def unreadable_body(error: BaseException | None) -> ApiError:
+    """What is wrong with a body that could not be parsed at all.
+
+    Args:
+        error: of the parser.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        what = f"the body is not valid UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        return ApiError(400, f"{what}, send JSON as UTF-8")
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body is nested too deeply: send it flat")
+    return ApiError(400, f"the body cannot be read as JSON ({error}): send a JSON object")
 
 
 def field_name(path: Sequence[str | int]) -> str:

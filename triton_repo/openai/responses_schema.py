@@ -161,7 +161,7 @@ class ResponsesRequest(AnsweredRequest):
 
     def caller(self) -> Caller:
         """How it names things."""
-        return Caller(True, "max_output_tokens", "input")
+        return Caller(True, "max_output_tokens", "input", "tools" if self._response_format() is None else "text.format")
 
     def _response_format(self) -> dict[str, Any] | None:
         given = self.text.format if self.text is not None else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ssv.client.triton import Prompt, Settings
 from ssv.runtime.grammar import guide_of
@@ -22,12 +22,6 @@ MAX_CHOICES = 128
 """Of one request: each is a request of its own to the server."""
 
 _TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
-
-
-def _prompts(prompt: Any) -> Any:
-    """A list of prompts, whatever was given."""
-    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int))
-    return [prompt] if is_one else prompt
 
 
 class StreamOptions(Strict):
@@ -116,11 +110,11 @@ class ApiRequest(AnsweredRequest):
         seeded = [replace(settings, seed=None if seed is None else (seed + k) % 2**64) for k in range(count)]
         return [(prompt, each) for prompt in prompts for each in seeded]
 
-    def guide(self) -> tuple[str, str] | None:
-        """The form of the output, as kind and guide.
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """The forms that are given for the output, as vLLM has them, by field.
 
         Raises:
-            ApiError: 400, it is given twice, or is none.
+            ApiError: 400, one lacks what it is made of.
         """
         guided = {name: getattr(self, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
         forms: dict[str, Any] = {f"guided_{name}": {name: value} for name, value in guided.items() if value is not None}
@@ -133,6 +127,15 @@ class ApiRequest(AnsweredRequest):
                 what = "response_format of type json_schema lacks json_schema.schema: give it"
                 raise ApiError(400, what, "response_format", "invalid_value")
             forms["response_format"] = {"json_object": True} if form.type == "json_object" else {"json": schema}
+        return forms
+
+    def guide(self) -> tuple[str, str] | None:
+        """The form of the output, as kind and guide.
+
+        Raises:
+            ApiError: 400, it is given twice, or is none.
+        """
+        forms = self.forms()
         if len(forms) > 1:
             what = f"{' and '.join(forms)} are both given: give one form of the output"
             raise ApiError(400, what, next(iter(forms)), "invalid_value")
@@ -248,28 +251,28 @@ class ChatRequest(TemplateOptions, ApiRequest):
         return given.pop() if given else None
 
     def caller(self) -> Caller:
-        return Caller(True, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens")
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return Caller(True, limit, form=next(iter(self.forms()), "tools"))
 
 
 class CompletionRequest(ApiRequest):
     """Body of /v1/completions."""
 
-    prompt_list: Annotated[
-        list[str] | list[_TokenPrompt], BeforeValidator(_prompts), Field(alias="prompt", min_length=1)
-    ]
+    prompt: _TokenPrompt | Annotated[list[str] | list[_TokenPrompt], Field(min_length=1)] | str
     echo: bool | None = None
     suffix: Annotated[Any, only()] = None
     logprobs: NumLogprobs | None = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         settings = super().settings(tier, form)
-        if not self.echo or (self.logprobs is None and isinstance(self.prompt_list[0], str)):
+        if not self.echo or (self.logprobs is None and isinstance(self.prompts()[0], str)):
             return settings
         # The prompt's text is that of its tokens, if it was given as these.
         return replace(settings, prompt_logprobs=self.logprobs or 0)
 
     def prompts(self) -> Sequence[Prompt]:
-        return self.prompt_list
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else self.prompt  # type: ignore[list-item, return-value]
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
@@ -281,4 +284,4 @@ class CompletionRequest(ApiRequest):
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def caller(self) -> Caller:
-        return Caller(False)
+        return Caller(False, form=next(iter(self.forms()), "response_format"))

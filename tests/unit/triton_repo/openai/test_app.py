@@ -760,7 +760,7 @@ def test_null_is_what_is_left_out() -> None:
     names = set(ChatRequest.model_fields) - {"model", "messages"}
     assert chat(backend, **dict.fromkeys(names)).status_code == 200
     assert backend.settings == Settings(chat=False, temperature=1.0)
-    names = {f.alias or n for n, f in CompletionRequest.model_fields.items()} - {"model", "prompt"}
+    names = set(CompletionRequest.model_fields) - {"model", "prompt"}
     assert complete(backend, **dict.fromkeys(names)).status_code == 200
 
 
@@ -867,10 +867,78 @@ def test_a_form_that_is_given_twice_is_refused() -> None:
     assert "guided_regex and response_format are both given" in error["message"]
 
 
-def test_a_form_that_the_server_refuses_is_the_response_formats() -> None:
-    what = 'the json_schema of the output is not supported: Unimplemented keys: ["not"]'
-    error = error_of(chat(FakeBackend(ServerError(what, "INVALID_ARGUMENT")), guided_json={}), 400)
-    assert (error["param"], error["message"]) == ("response_format", what)
+FORCED = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+    "tool_choice": "required",
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_json": {}}, "guided_json"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+        (FORCED, "tools"),
+    ],
+    ids=["guided_json", "response_format", "structured_outputs", "tools"],
+)
+def test_a_form_that_the_server_refuses_is_named_as_it_was_given(fields: dict[str, Any], param: str) -> None:
+    what = 'the ebnf_grammar of the output is not supported: Unimplemented keys: ["not"]'
+    error = error_of(chat(FakeBackend(ServerError(what, "INVALID_ARGUMENT")), **fields), 400)
+    assert error["param"] == param
+    assert error["message"] == f'{param}: the grammar of the output is not supported: Unimplemented keys: ["not"]'
+    what = "guided_decoding_guide has 70000 bytes, at most 65536 are taken: shorten it"
+    error = error_of(chat(FakeBackend(ServerError(what, "INVALID_ARGUMENT")), **fields), 400)
+    assert error["param"] == param
+    assert error["message"] == f"{param} has 70000 bytes, at most 65536 are taken: shorten it"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"guided_json": 5}, "guided_json: must be an object"),
+        ({"tool_choice": "any"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name is missing: give it"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]: Input should be less than or equal to 100"),
+        ({"stop": [""]}, "stop[0]: String should have at least 1 character"),
+        ({"stop": ""}, "stop: String should have at least 1 character"),
+        ({"prompt": "x"}, "prompt is unknown or not supported: leave it out"),
+        ({"temprature": 1}, "temprature is unknown or not supported: use temperature, or leave it out"),
+        ({"stream_options": {"messages": 1}}, "stream_options.messages is unknown or not supported: leave it out"),
+        ({"": 1}, "a field without a name is unknown or not supported: leave it out"),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_is_named_as_the_body_has_it(fields: dict[str, Any], message: str) -> None:
+    """And not by the kinds of values that it was taken for."""
+    assert error_of(chat(FakeBackend(), **fields), 400)["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1, "a"], "prompt[1]: Input should be a valid integer"),
+        (["a", 1], "prompt[1]: Input should be a valid string"),
+        ([[1], [-1]], "prompt[1][0]: Input should be greater than or equal to 0"),
+    ],
+    ids=repr,
+)
+def test_of_several_kinds_of_prompts_the_one_that_was_meant_is_wrong(prompt: Any, message: str) -> None:
+    assert error_of(complete(FakeBackend(), prompt=prompt), 400)["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"model": "\xff"}', "the body is not valid UTF-8: byte 11 is 0xff, send JSON as UTF-8"),
+        (b"[" * 100_000, "the body is nested too deeply: send it flat"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "the body cannot be read as JSON"),
+    ],
+    ids=["no UTF-8", "deep", "a number too long"],
+)
+def test_a_body_that_cannot_be_parsed_says_why(body: bytes, message: str) -> None:
+    assert error_of(post_raw(FakeBackend(), "/v1/chat/completions", body), 400)["message"].startswith(message)
 
 
 def test_prompts_of_token_ids() -> None:
@@ -1342,7 +1410,7 @@ CONTEXT = "context_length_exceeded"
             "invalid_value",
             "max_completion_tokens 51 is too large",
         ),
-        ({"messages": ""}, "messages", "invalid_value", "the last of the messages is empty"),
+        ({"messages": ""}, "messages", "invalid_value", "the last message is empty"),
         ({"messages": "refuse me"}, "messages", "invalid_value", "roles must alternate"),
         ({"messages": "x", "stop": ["z" * 2000]}, "stop", "invalid_value", "stop texts"),
     ],
