@@ -41,6 +41,7 @@ class Reply:
     withdrawn_tier: str = _output(
         "ssv_tier_withdrawn", "the tier that was asked for, where it was withdrawn; empty where it was not", default=""
     )
+    arm: str = _output("ssv_arm", "the arm that an A/B router chose; empty where none did", default="")
     logprobs: str = _output("ssv_logprobs", "JSON of log-probabilities that were asked for; empty without", default="")
     fates: str = _output("ssv_fates", "JSON of how each token came about, if asked for; empty without", default="")
     acceptance_rate: float = _output("acceptance_rate", "share of the judged tokens that were kept", init=False)

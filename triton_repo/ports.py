@@ -68,10 +68,7 @@ def ports() -> dict[str, tuple[tuple[Port, ...], tuple[Port, ...]]]:
         "preprocessing": (asked, PROMPT),
         "ssv": (PROMPT, PIECE),
         "postprocessing": (PIECE, answered),
-        "ab_router": (
-            (*asked, Port("ssv_user", meaning="who asks", is_optional=True)),
-            (*answered, Port("ssv_arm", meaning="the arm that answered")),
-        ),
+        "ab_router": ((*asked, Port("ssv_user", meaning="who asks", is_optional=True)), answered),
     }
 
 

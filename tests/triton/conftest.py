@@ -13,10 +13,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
-from triton_asks import free_ports
+from openai import OpenAI
+from triton_asks import SECONDS, free_ports, wait_until
 
+from ssv.bundle.manifest import read_manifest
 from ssv.runtime.llm import LLM
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +122,40 @@ def serving(
 def llm(bundle: Path) -> LLM:
     """The bundle in this process: what the server's answers are compared with."""
     return LLM.load(bundle, verify=False)
+
+
+@pytest.fixture(scope="module")
+def url(server: Server) -> str:
+    """The API's address, once it answers: it is started after the server."""
+    address = urlsplit(server.openai_url).netloc
+
+    def answers() -> bool:
+        try:
+            with urlopen(f"http://{address}/health", timeout=SECONDS) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    wait_until(answers, "it answers")
+    return server.openai_url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600.0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def name(bundle: Path) -> str:
+    return read_manifest(bundle, verify=False).name
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> str:
+    """What is asked for where the tier does not matter: the server's A/B router takes what names none, and decodes
+    some of it by turbo."""
+    return f"{name}:premium"
 
 
 def _announced(process: subprocess.Popen[bytes], log: Path, names: tuple[str, ...]) -> dict[str, str]:

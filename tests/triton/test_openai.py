@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,40 +45,6 @@ class Server(Busy, Protocol):
     def openai_url(self) -> str: ...
     @property
     def log(self) -> Path: ...
-
-
-@pytest.fixture(scope="module")
-def url(server: Server) -> str:
-    """The API's address, once it answers: it is started after the server."""
-    address = urlsplit(server.openai_url).netloc
-
-    def answers() -> bool:
-        try:
-            with urlopen(f"http://{address}/health", timeout=SECONDS) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
-
-    wait_until(answers, "it answers")
-    return server.openai_url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600.0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def name(bundle: Path) -> str:
-    return read_manifest(bundle, verify=False).name
-
-
-@pytest.fixture(scope="module")
-def model(name: str) -> str:
-    """What is asked for where the tier does not matter: the server's A/B router takes what names none, and decodes
-    some of it by turbo."""
-    return f"{name}:premium"
 
 
 def disclosed(response: Any) -> dict[str, Any]:

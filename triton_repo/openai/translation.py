@@ -287,6 +287,7 @@ class Answer:
             "lossless": worst.lossless,
             "divergence_bound": 0.0 if worst.lossless else self._bounds.get(worst.tier),
             "withdrawn_tier": next((reply.withdrawn_tier for reply in replies if reply.withdrawn_tier), None),
+            "arm": replies[0].arm or None,
             "unverified_tokens": sum(reply.unverified for reply in replies),
             "typical_tokens": sum(reply.typical for reply in replies),
             "target_passes": sum(reply.target_passes for reply in replies),

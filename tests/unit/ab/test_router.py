@@ -39,7 +39,7 @@ def response_of(text: str, reason: str = "", num_tokens: int = 2) -> Any:
     outputs |= {"num_output_tokens": num_tokens, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
     outputs |= {"ssv_cached_tokens": 5, "ssv_logprobs": "", "ssv_tier_withdrawn": "", "ssv_fates": ""}
-    outputs |= {"ssv_draft_tokens": 9, "ssv_kept_per_pass": ""}
+    outputs |= {"ssv_arm": "", "ssv_draft_tokens": 9, "ssv_kept_per_pass": ""}
     outputs |= {"ssv_tier_used": "turbo", "ssv_lossless": False}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():

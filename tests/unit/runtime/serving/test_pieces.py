@@ -102,6 +102,7 @@ def test_fields() -> None:
         "ssv_target_passes": 2,
         "ssv_cached_tokens": 4,
         "ssv_tier_withdrawn": "",
+        "ssv_arm": "",
         "ssv_draft_tokens": 8,
         "ssv_kept_per_pass": "",
     }

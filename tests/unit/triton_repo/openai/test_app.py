@@ -166,6 +166,7 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
             "lossless": False,
             "divergence_bound": 0.05,
             "withdrawn_tier": None,
+            "arm": None,
             "unverified_tokens": 1,
             "typical_tokens": 2,
             "target_passes": 2,
@@ -173,6 +174,13 @@ def test_a_chat_completion_is_openais_with_a_disclosure() -> None:
         },
     }
     assert not backend.is_streamed
+
+
+def test_an_arm_that_a_router_chose_is_disclosed() -> None:
+    said = (reply("Hel", arm="fast"), reply("lo", "stop", arm="fast"))
+    assert chat(FakeBackend(*said)).json()["ssv"]["arm"] == "fast"
+    *_, last, _ = events_of(chat(FakeBackend(*said), stream=True))
+    assert last["ssv"]["arm"] == "fast"
 
 
 def test_a_completion_is_openais() -> None:
@@ -1771,7 +1779,7 @@ def response_of(text: str, reason: str) -> Any:
     outputs |= {"num_output_tokens": 2, "total_draft_tokens": 4, "total_accepted_draft_tokens": 3}
     outputs |= {"ssv_unverified_tokens": 1, "ssv_typical_tokens": 2, "ssv_target_passes": 2}
     outputs |= {"ssv_cached_tokens": 5, "ssv_tier_used": "premium", "ssv_lossless": True, "ssv_logprobs": ""}
-    outputs |= {"ssv_tier_withdrawn": ""}
+    outputs |= {"ssv_tier_withdrawn": "", "ssv_arm": ""}
     outputs |= {"ssv_fates": "", "ssv_draft_tokens": 9, "ssv_kept_per_pass": "[1, 0, 2]"}
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     for name, value in outputs.items():
