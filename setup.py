@@ -55,6 +55,7 @@ EXTRAS = {
         "types-grpcio",
         "openai",
         "httpx",
+        "jsonschema",
         "kubernetes-validate",
         "tensorrt-cu13-bindings==11.4.0.106",
         # Compiles the CUDA kernels without a GPU; PyTorch's CUDA builds bring their own.
@@ -73,8 +74,10 @@ CLIENTS = [
     "aiperf==0.13.0",
     "langchain-openai==1.7.4",
     "litellm==1.110.2",
+    "lm-eval[api]==0.4.13",
     "openai",
     "prometheus-client",
+    "pydantic-ai-slim[openai]==2.68.0",
     "click~=8.4.0",
     "culsans~=0.10.0",
     "datasets>=5.0.1",

@@ -28,6 +28,9 @@ from server_under_test import ServerUnderTest, reference
 from ssv.bundle.manifest import read_manifest
 from ssv.support.environment import versions, write_record
 
+ANSWER_SECONDS = 1200
+"""Without an answer it hangs; long, as whatever else the machine does may stop the server meanwhile."""
+
 MAX_EXAMPLES = 400
 """That a record shows."""
 
@@ -123,7 +126,7 @@ def run(server: ServerUnderTest, name: str, num: int, clients: int, seed: int) -
 
 def _ask(url: str, path: str, data: bytes, headers: Mapping[str, str]) -> tuple[str, str, bool]:
     """Outcome of a request, the message of a refusal or what is wrong, and whether that is a fault."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=180)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=ANSWER_SECONDS)
     try:
         connection.request("POST", path, data, {name: value.encode("latin-1") for name, value in headers.items()})
         response = connection.getresponse()

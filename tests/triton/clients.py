@@ -9,7 +9,7 @@ It imports nothing of ssv, and ends with a traceback where a client does not get
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 QUESTION = "Explain how rainbows form."
 TOO_LONG = "word " * 5000
@@ -55,8 +55,19 @@ def use_openai(url: str, _: str, model: str) -> None:
 
 def use_langchain(url: str, _: str, model: str) -> None:
     from langchain_core.exceptions import ContextOverflowError
-    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
     from langchain_openai import ChatOpenAI, OpenAI
+    from pydantic import BaseModel
+
+    class Colour(BaseModel):
+        """A colour."""
+
+        name: Literal["red", "blue"]
+        is_warm: bool
+
+    def weather(town: str) -> str:
+        """Tells the weather of a town."""
+        return "-5 degrees"
 
     chat = ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0, max_tokens=12, max_retries=0)
     messages = [
@@ -71,12 +82,41 @@ def use_langchain(url: str, _: str, model: str) -> None:
     assert "".join(str(chunk.content) for chunk in chunks) == answer.content
     assert [r.content for r in chat.batch([messages, messages])] == [answer.content] * 2
     assert OpenAI(base_url=url, api_key="none", model=model, temperature=0, max_tokens=5).invoke("The sea is")
+    longer = ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0, max_tokens=120, max_retries=0)
+    called = longer.bind_tools([weather], tool_choice="weather").invoke("Is it cold in Oslo?")
+    (call,) = called.tool_calls
+    assert call["name"] == "weather" and isinstance(call["args"]["town"], str)
+    told = ToolMessage("-5 degrees", tool_call_id=call["id"])
+    assert longer.bind_tools([weather]).invoke([HumanMessage("Is it cold in Oslo?"), called, told])
+    for method in ("json_schema", "function_calling"):
+        found = longer.with_structured_output(Colour, method=method).invoke(QUESTION)
+        assert isinstance(found, Colour) and found.name in ("red", "blue"), method
     try:
         chat.invoke(TOO_LONG)
     except ContextOverflowError:
         pass
     else:
         raise AssertionError("a prompt too long was taken")
+
+
+def use_pydantic_ai(url: str, _: str, model: str) -> None:
+    from pydantic import BaseModel
+    from pydantic_ai import Agent, NativeOutput, ToolOutput
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    class Colour(BaseModel):
+        """A colour."""
+
+        name: Literal["red", "blue"]
+        is_warm: bool
+
+    asked = OpenAIChatModel(model, provider=OpenAIProvider(base_url=url, api_key="none"))
+    settings: Any = {"temperature": 0.0, "max_tokens": 120}
+    assert Agent(asked, system_prompt="Be brief.").run_sync(QUESTION, model_settings=settings).output
+    for output in (NativeOutput(Colour), ToolOutput(Colour)):
+        found = Agent(asked, output_type=output).run_sync(QUESTION, model_settings=settings).output
+        assert isinstance(found, Colour), output
 
 
 def use_litellm(url: str, _: str, model: str) -> None:

@@ -20,6 +20,8 @@ from urllib.request import urlopen
 import pytest
 
 from ssv.bundle.manifest import read_manifest
+from ssv.runtime.llm import LLM
+from ssv.runtime.request import Request, SamplingParams
 
 SECONDS = 240.0
 NUM_REQUESTS = 8
@@ -53,9 +55,14 @@ def run(folder: Path, *command: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("client", ["openai", "langchain", "litellm", "prometheus_client"])
+def model_of(bundle: Path) -> str:
+    """With its tier: the server's A/B router takes what names none, and decodes some of it by turbo."""
+    return f"{read_manifest(bundle, verify=False).name}:premium"
+
+
+@pytest.mark.parametrize("client", ["openai", "langchain", "pydantic_ai", "litellm", "prometheus_client"])
 def test_a_python_client(server: Server, bundle: Path, clients: Path, client: str, tmp_path: Path) -> None:
-    model = read_manifest(bundle, verify=False).name
+    model = model_of(bundle)
     program = Path(__file__).with_name("clients.py")
     run(tmp_path, clients / "python", program, client, server.openai_url, server.metrics_url, model)
 
@@ -64,7 +71,7 @@ def test_a_python_client(server: Server, bundle: Path, clients: Path, client: st
 @pytest.mark.parametrize("streaming", [True, False])
 def test_aiperf(server: Server, bundle: Path, clients: Path, tmp_path: Path, kind: str, streaming: bool) -> None:
     address = f"http://{urlsplit(server.openai_url).netloc}"
-    model = read_manifest(bundle, verify=False).name
+    model = model_of(bundle)
     command = [clients / "aiperf", "profile", "--model", model, "--url", address, "--endpoint-type", kind]
     command += [
         "--tokenizer",
@@ -92,6 +99,47 @@ def test_guidellm_in_its_default_mode(server: Server, bundle: Path, clients: Pat
     (benchmark,) = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]
     assert (totals["successful"], totals["errored"]) == (NUM_REQUESTS, 0), totals
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}} It is"
+doc_to_target: "{{{{choices[answer]}}}}"
+"""
+CHOICE = 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]\n'
+TEXT = "output_type: generate_until\ngeneration_kwargs: {until: ['.'], max_gen_toks: 8}\nmetric_list: [{metric: bleu}]\n"
+
+
+def test_lm_eval_by_its_local_completions(
+    server: Server, bundle: Path, clients: Path, tmp_path: Path, llm: LLM
+) -> None:
+    """Which asks for log-probabilities of token ids with `echo`, and for texts."""
+    data = Path(__file__).parents[2] / "benchmarks/tasks/choices.jsonl"
+    for name, kind in (("choice", CHOICE), ("text", TEXT)):
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
+    model = (
+        f"model={model_of(bundle)},base_url={server.openai_url}/completions,tokenizer={bundle.resolve() / 'tokenizer'}"
+    )
+    command = [clients / "lm_eval", "run", "--model", "local-completions", "--model_args", f"{model},num_concurrent=2"]
+    command += ["--tasks", f"{tmp_path / 'choice.yaml'},{tmp_path / 'text.yaml'}", "--limit", "3"]
+    run(tmp_path, *command, "--log_samples", "--output_path", tmp_path / "out")
+    samples = {
+        name: [json.loads(line) for path in (tmp_path / "out").rglob(f"samples_{name}_*") for line in path.open()]
+        for name in ("choice", "text")
+    }
+    assert [len(found) for found in samples.values()] == [3, 3]
+    assert all(sample["resps"][0][0].strip() for sample in samples["text"])
+    for sample in samples["choice"]:
+        for choice, (found, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            prompt, whole = (
+                llm.tokenizer.encode(f"{sample['doc']['question']} It is{end}") for end in ("", f" {choice}")
+            )
+            params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+            logprobs = llm.generate([Request(whole, "autoregressive", params)])[0].prompt_logprobs
+            assert float(found) == pytest.approx(sum(each.logprob for each in logprobs[len(prompt) - 1 :]), abs=0.05)
 
 
 @pytest.fixture

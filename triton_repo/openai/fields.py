@@ -40,9 +40,7 @@ def _biases(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     for token in given:
-        # In JSON names are texts; a body that was read before has numbers.
-        is_number = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10
-        if not (is_number or isinstance(token, int)):
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 10):
             raise PydanticCustomError("token_id", "{token} is no token id", {"token": repr(token)[:40]})
     return {int(token): bias for token, bias in given.items()}
 

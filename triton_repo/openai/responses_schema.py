@@ -148,6 +148,8 @@ class ResponsesRequest(AnsweredRequest):
             ApiError: 400, it asks for the form of a schema and has none.
         """
         body = self.model_dump(include=set(AnsweredRequest.model_fields), exclude_none=True)
+        if self.logit_bias is not None:
+            body["logit_bias"] = {str(token): bias for token, bias in self.logit_bias.items()}
         body |= {"messages": self._messages(), "max_completion_tokens": self.max_output_tokens}
         body |= {"parallel_tool_calls": self.parallel_tool_calls, "response_format": self._response_format()}
         if self.tools:

@@ -69,6 +69,14 @@ def test_settings_are_those_of_a_chat_completion() -> None:
     found = backend.settings
     assert (found.max_tokens, found.temperature, found.top_p, found.top_k) == (9, 0.5, 0.5, 3)
     assert (found.seed, found.timeout) == (2**64 - 1, 2.0)
+    fields = {"min_p": 0.1, "presence_penalty": 1.0, "frequency_penalty": -0.5, "repetition_penalty": 1.2}
+    fields |= {"logit_bias": {"5": 1.5}, "bad_words": ["a"], "stop": "b", "stop_token_ids": [3], "min_tokens": 2}
+    assert respond(backend, **fields, ignore_eos=True, latency_bound_ms=40.0, user="Ann").status_code == 200
+    found = backend.settings
+    assert (found.min_p, found.presence_penalty, found.frequency_penalty) == (0.1, 1.0, -0.5)
+    assert (found.repetition_penalty, found.logit_bias, found.bad_words) == (1.2, {5: 1.5}, ["a"])
+    assert (found.stop, found.stop_token_ids, found.min_tokens) == (["b"], [3], 2)
+    assert (found.ignore_eos, found.latency_bound_ms, found.user) == (True, 40.0, "Ann")
     named = {"type": "function", "name": "weather"}
     assert respond(backend, tools=[TOOL], tool_choice=named).status_code == 200
     tools = [{"type": "function", "function": {name: value for name, value in TOOL.items() if name != "type"}}]
