@@ -110,7 +110,11 @@ doc_to_text: "{{{{question}}}} It is"
 doc_to_target: "{{{{choices[answer]}}}}"
 """
 CHOICE = 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]\n'
-TEXT = "output_type: generate_until\ngeneration_kwargs: {until: ['.'], max_gen_toks: 8}\nmetric_list: [{metric: bleu}]\n"
+TEXT = """
+output_type: generate_until
+generation_kwargs: {until: ["."], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+"""
 
 
 def test_lm_eval_by_its_local_completions(
