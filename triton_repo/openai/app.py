@@ -9,15 +9,17 @@ the last three ask for one.
 A model is a bundle's name, and after a colon how it is decoded: NAME (as NAME:premium), NAME:balanced, NAME:turbo, and
 for comparison NAME:METHOD with any other method of `ssv.runtime.methods`; NAME:medusa where the bundle has heads.
 
-What is left out, or null wherever it stands, is as OpenAI has it: temperature 1.0, top_p 1.0, a seed that nobody knows,
-and 16 tokens for /v1/completions; /v1/chat/completions takes as many as prompt and limits leave. A negative seed
-counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role "developer" is "system".
+What is left out, or null wherever it stands but in a JSON schema, is as OpenAI has it: temperature 1.0, top_p 1.0, a
+seed that nobody knows, and 16 tokens for /v1/completions; /v1/chat/completions takes as many as prompt and limits
+leave. A negative seed counts modulo 2**64. The texts of a message's parts are joined by line feeds, and the role
+"developer" is "system".
 
 A completion's prompt may be token ids, or several of either; each has `n` choices, one after the other. Choice k of a
 prompt has the seed plus k, if there is one. Log-probabilities are the target's, before everything that the request
 changes, and of every token that it says, the last one included.
 
-/v1/responses keeps nothing: what would need that is refused (`ssv.triton_repo.openai.responses_schema`).
+/v1/responses keeps nothing: what would need that is refused (`ssv.triton_repo.openai.responses_schema`). What it has in
+common with the other two is `ssv.triton_repo.openai.fields.AnsweredRequest`.
 
 Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
 ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; ssv_timeout,
