@@ -38,7 +38,7 @@ test: setup lint
 test-triton: setup $(BUNDLE)/manifest.json
 	$(BIN)/pytest tests/triton -rs
 
-# aiperf, guidellm, LangChain, litellm, openai and Prometheus before a real server. guidellm's loader of data wants torch:
+# aiperf, guidellm, LangChain, litellm, lm-eval, openai, pydantic-ai and Prometheus before a real server. guidellm's loader of data wants torch:
 # by version, as in setup.py. Prometheus is the system's, or SSV_PROMETHEUS.
 CLIENTS := build/clients
 test-clients: setup $(BUNDLE)/manifest.json $(CLIENTS)/.ready

@@ -113,7 +113,7 @@ class ServerUnderTest:
         for process in psutil.Process(self.process.pid).children(recursive=True):
             if "ssv.triton_repo.openai.process" in process.cmdline():
                 found["openai"] = process.memory_info().rss / 2**20
-        shared = Path("/dev/shm").glob("triton_python*")  # noqa: S108
+        shared = Path("/dev/shm").glob(f"ssv_{self.process.pid}_*")  # noqa: S108
         found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20
         return {name: round(mb, 1) for name, mb in found.items()}
 

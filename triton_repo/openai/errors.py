@@ -242,7 +242,7 @@ def unreadable_body(error: BaseException | None) -> ApiError:
         return ApiError(400, f"{what}, send JSON as UTF-8")
     if isinstance(error, RecursionError):
         return ApiError(400, "the body is nested too deeply: send it flat")
-    return ApiError(400, f"the body cannot be read as JSON ({error}): send a JSON object")
+    return ApiError(400, "the body cannot be read as JSON: send a JSON object, with numbers of at most 4300 digits")
 
 
 def field_name(path: Sequence[str | int]) -> str:
