@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def main() -> int:
 
     import torch
 
+    from ssv.runtime.engines.linear import processors
     from ssv.runtime.llm import LLM
     from ssv.runtime.request import Request, SamplingParams
 
@@ -97,6 +99,7 @@ def main() -> int:
         "llama_cpp_tokens_per_s": statistics.median(theirs),
         "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "precision": args.precision,
+        "kernels": os.environ.get("SSV_CPU_KERNELS") or processors()[0],
         "threads": settings["threads"],
         "pairs": len(ours),
     }
