@@ -169,7 +169,7 @@ def test_a_schema_that_cannot_be_is_refused(client: OpenAI, model: str) -> None:
         client.chat.completions.create(
             model=model, messages=MESSAGES, extra_body={"guided_json": {"not": {"type": "string"}}}
         )
-    assert raised.value.param == "response_format"
+    assert raised.value.param == "guided_json"
 
 
 TOOLS: Any = [
