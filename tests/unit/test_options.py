@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from ssv.triton_repo.openai import app
+from ssv.triton_repo.openai import process
 
 Option = tuple[str, argparse.ArgumentParser, argparse.Action]
 
@@ -19,7 +19,7 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     """The parsers of all commands, and of their subcommands."""
     commands = [entry for entry in entry_points(group="console_scripts") if entry.name.startswith("ssv-")]
     assert len(commands) == 6
-    for parser in (*(importlib.import_module(entry.module)._parser() for entry in commands), app._parser()):
+    for parser in (*(importlib.import_module(entry.module)._parser() for entry in commands), process._parser()):
         yield parser
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
