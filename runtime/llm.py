@@ -6,6 +6,7 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +30,7 @@ from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
     Precision,
+    TorchEngine,
     cpu_threads,
     draft_engine,
     one_thread,
@@ -390,15 +392,21 @@ class LLM:
     ) -> Costs:
         """Measures steps of its engines (see `ssv.runtime.decode.costs.measure`), which must be idle."""
         assert self.draft is not None
-        return measure(
-            self.target,
-            self.draft,
-            pass_sizes=pass_sizes,
-            draft_sizes=draft_sizes,
-            repeats=repeats,
-            within=within,
-            threads=self.threads,
-        )
+        with self._around():
+            return measure(
+                self.target,
+                self.draft,
+                pass_sizes=pass_sizes,
+                draft_sizes=draft_sizes,
+                repeats=repeats,
+                within=within,
+                threads=self.threads,
+            )
+
+    def _around(self) -> AbstractContextManager[None]:
+        """What the host's own operations run within, beside steps of the engines."""
+        has_own_threads = isinstance(self.target, TorchEngine) and self.target.fused is not None
+        return one_thread() if has_own_threads else nullcontext()
 
     def chat_ids(self, prompt: str, system: str | None = None) -> tuple[int, ...]:
         """Token ids of a user's message in the model's chat template, behind a system message if there is one, up to
@@ -486,6 +494,7 @@ class LLM:
             heads=self.heads,
             grammars=self.grammars,
             rounds=self._rounds,
+            around=self._around,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

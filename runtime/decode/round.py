@@ -15,7 +15,8 @@ Shapes: B rows in use, T tokens of a step, R gathered rows, V vocab, F features.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -110,6 +111,7 @@ class DecodeBatch:
         heads: HeadsEngine | None = None,
         grammars: Grammars | None = None,
         rounds: RoundsEngine | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -122,13 +124,14 @@ class DecodeBatch:
         heads: Medusa's, over the target's hidden states; None where none are loaded.
         grammars: over the target's vocabulary; None where outputs cannot have one.
         rounds: the same engines, where they run rounds by themselves.
+        around: what rounds of the host and chunks of prompts run within.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self._columns, self._grammars = Columns(), grammars
+        self._columns, self._grammars, self._around = Columns(), grammars, around
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
@@ -143,9 +146,13 @@ class DecodeBatch:
         if gained is not None:
             yield gained
             return
-        self.draft()
-        yield self.release()
-        yield self.verify()
+        with self._around():
+            self.draft()
+            released = self.release()
+        yield released
+        with self._around():
+            gained = self.verify()
+        yield gained
 
     def settle(self) -> list[list[int]]:
         """Ends what the engines do by themselves, before rows come or go; returns what each row has gained by it."""
@@ -410,6 +417,10 @@ class DecodeBatch:
 
     def prefill(self) -> int | None:
         """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
+        with self._around():
+            return self._prefill()
+
+    def _prefill(self) -> int | None:
         joining = self._joining
         assert joining is not None
         row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]

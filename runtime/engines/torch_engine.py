@@ -99,7 +99,10 @@ class TorchEngine:
         if features_out and self.tap is None:
             raise EngineError("features_out: this engine was made without the tap of a conditioned draft")
         if self._threads is not None:
+            threads = torch.get_num_threads()
             self._threads.follow()
+            if self.fused is not None:  # whose threads are not torch's
+                torch.set_num_threads(threads)
         # Beside a compiled step torch has copies of some rows to make. With threads of its own for them it would keep
         # the cores that the step needs: they go on spinning for milliseconds.
         with one_thread() if self.fused is not None else nullcontext():
@@ -405,8 +408,9 @@ def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Te
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Has torch use one thread for many small operations: beside another busy process each would wait for the second
-    one."""
+    """Has torch use one thread: for many small operations, as beside another busy process each would wait for the
+    second one; and between compiled steps, as torch's threads go on spinning for milliseconds, on the cores that the
+    next step needs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from ssv.bundle.profile import Conditions
 from ssv.model.checkpoint import CheckpointError
 from ssv.model.heads import load_heads, read_heads, save_heads
 from ssv.runtime import llm as llm_module
+from ssv.runtime.decode import round as round_module
 from ssv.runtime.engines import heads_on_demand
+from ssv.runtime.engines.cpu_layers import FusedLayers
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import PREMIUM
 from ssv.runtime.request import Request, SamplingParams
 from ssv.runtime.serving.service import Service
+from ssv.runtime.threads import ThreadCount
 
 PARAMS = SamplingParams(max_tokens=3, ignore_eos=True)
 
@@ -144,3 +148,28 @@ def test_heads_on_demand_are_those_of_the_file(tmp_path: Path, tied: bool, made:
     assert len(made) == 1 and len(found) == 4
     assert all(torch.allclose(logits, expected.logits(hidden_RH), atol=1e-5) for logits in found)
     assert engine.num_heads == 3 and engine.token_ids_V is not None
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_torch_has_one_thread_beside_compiled_steps(
+    bundle: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other threads would go on spinning on the cores that the next step needs. In fp32 the steps are torch's."""
+    if not FusedLayers.available():
+        pytest.skip("ssv was installed without a C compiler")
+    found: set[int] = set()
+    choose = round_module.choices
+
+    def choices(*args: Any, **options: Any) -> list[int]:
+        found.add(torch.get_num_threads())
+        return choose(*args, **options)
+
+    monkeypatch.setattr(round_module, "choices", choices)
+    monkeypatch.setattr(ThreadCount, "follow", lambda self: self._apply(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ask(LLM.load(bundle, max_length=64, precision=precision, verify=False), "autoregressive")
+        assert found == {1 if precision == "int8" else 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
