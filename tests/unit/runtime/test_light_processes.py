@@ -99,3 +99,23 @@ def test_an_engine_needs_no_transformers(bundle: Path) -> None:
     """Nor half of what torch brings along."""
     body = "from ssv.runtime.llm import LLM\nLLM.load(bundle, max_length=64)\nassert 'sympy' not in sys.modules"
     assert imported(body, bundle) == "torch"
+
+
+DECODES = (
+    "from ssv import LLM, Request, SamplingParams\n"
+    "llm = LLM.load(bundle, max_length=64)\n"
+    'llm.generate([Request((3, 4), "premium", SamplingParams(max_tokens=4))])\n'
+)
+REPORT = """
+print(sorted(name for name in sys.modules if name.startswith(("ssv.builder", "tensorrt"))))
+sys.exit()
+"""
+
+
+@pytest.mark.parametrize("body", ["import ssv.runtime\n", DECODES], ids=["import", "decoding"])
+def test_the_runtime_loads_no_builder_and_no_tensorrt(body: str, bundle: Path) -> None:
+    assert imported(f"{body}{REPORT}", bundle) == "[]"
+
+
+def test_the_check_sees_a_builder(bundle: Path) -> None:
+    assert imported(f"import ssv.builder.place\n{REPORT}", bundle) != "[]"
