@@ -32,16 +32,14 @@ class ServerUnderTest:
     """
 
     def __init__(self, bundle: Path, *options: str, has_openai: bool = False) -> None:
-        ports = _free_ports(4)
+        names = ("--http-port", "--grpc-port", "--metrics-port", *(("--openai-port",) if has_openai else ()))
+        ports = _free_ports(len(names))
         self.grpc_url, self.http_url = f"grpc://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[0]}"
         self._metrics_url = f"http://127.0.0.1:{ports[2]}/metrics"
         self._log_path = Path(tempfile.mkstemp(prefix="ssv-serve-", suffix=".log")[1])
-        names = ("--http-port", "--grpc-port", "--metrics-port")
         command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle.resolve()), *options]
-        command += [part for pair in zip(names, map(str, ports), strict=False) for part in pair]
+        command += [part for pair in zip(names, map(str, ports), strict=True) for part in pair]
         self.openai_url = f"http://127.0.0.1:{ports[3]}" if has_openai else ""
-        if has_openai:
-            command += ["--openai-port", str(ports[3])]
         with self._log_path.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603
         self.wait_serving(1)

@@ -102,7 +102,7 @@ INLINE_512 void tile_w4_512(const Linear *w, const Rows *x, long row, const int 
             tile_w4_512(w, x, row, n, out, stride, add, t)
 
 AVX512 void product_512(const Linear *w, const Rows *x, long rows, float *out, long stride, int add,
-                               long first_tile, long last_tile) {
+                        long first_tile, long last_tile) {
     for (long row = 0; row < rows; row += ROWS_512) {
         switch (rows - row) {
             CASE(TILE_512, 1)
@@ -222,7 +222,7 @@ INLINE_AVX2 void half_w4_avx2(const Linear *w, const Rows *x, long row, const in
                 half_w4_avx2(w, x, row, n, out, stride, add, t, half)
 
 AVX2 void product_avx2(const Linear *w, const Rows *x, long rows, float *out, long stride, int add,
-                              long first_tile, long last_tile) {
+                       long first_tile, long last_tile) {
     for (long row = 0; row < rows; row += ROWS_AVX2) {
         switch (rows - row) {
             CASE(TILE_AVX2, 1)
