@@ -23,6 +23,7 @@ from ssv.model.scorer import Scorer, load_scorer
 from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SECONDS_AT_LOAD, SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.generator import Generator, Host
 from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
 from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, RoundsEngine
@@ -101,7 +102,7 @@ class LLM:
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
-        self._rounds, self._host = rounds, host
+        self._rounds, self._host, self._pace = rounds, host, Pace()
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.precision, self.place, self.threads = precision, place, threads
@@ -495,6 +496,7 @@ class LLM:
             grammars=self.grammars,
             rounds=self._rounds,
             around=self._around,
+            pace=self._pace,
         )
         return DecodeLoop(batch, self.eos_token_ids, max_waiting)
 

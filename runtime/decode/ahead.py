@@ -4,6 +4,7 @@ while the next one runs, and takes the rows back before any of them comes or goe
 What such rounds cannot do is left to the host's own (`ssv.runtime.decode.round`): sampled rows of lossy tiers, changed
 logits, audits, rows of several policies side by side, what was found in the text, rows that tell how their tokens came
 about. Lossless text is the same either way, and so is that of lossy greedy chains: they are cut by the same numbers.
+Trees of lossy tiers have the shape that pays at the load of the moment, and text that goes with it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import replace
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen
-from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, INTERRUPTED, WEIGHT, beam_for
+from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
+from ssv.runtime.decode.pace import Mean
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import LEAST_TEMPERATURE
 from ssv.runtime.engines.contract import (
@@ -46,8 +48,12 @@ class _HostShare:
     engines, and engines wait for one that is slower."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._mean = Mean()
         self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._mean.seconds
 
     def begins(self) -> None:
         """A round has come."""
@@ -57,12 +63,8 @@ class _HostShare:
         """The host waits for the next one."""
         if self._since is None:
             return
-        seconds, self._since = (time.perf_counter() - self._since) / num_rows, None
-        # A graph was captured, or the machine did something else: that is no part of a round, nor is it to stay one.
-        if not self.seconds or INTERRUPTED * seconds < self.seconds:
-            self.seconds = seconds
-        elif seconds <= INTERRUPTED * self.seconds:
-            self.seconds += WEIGHT * (seconds - self.seconds)
+        self._mean.note((time.perf_counter() - self._since) / num_rows)
+        self._since = None
 
     def forget(self) -> None:
         """What the host does now belongs to no round."""
@@ -88,14 +90,21 @@ class Ahead:
         self._chosen: RoundShape | None = None
         self._rounds_until_choice = 0
 
-    def step(self, rows: Sequence[Row]) -> list[list[int]] | None:
+    def plain_seconds(self, num_rows: int) -> float:
+        """What a round without a draft takes."""
+        return self._seconds(num_rows, RoundShape(None, 0))
+
+    def step(self, rows: Sequence[Row], *, may_draft: bool = True) -> list[list[int]] | None:
         """Keeps rounds under way; returns the tokens that each row has gained by the oldest one, or by all of them if
         the rows go back to the host. None where it has none of them, and the host has to run the round.
+
+        Args:
+            may_draft: whether rows may that draft what pays.
 
         Raises:
             EngineError: logits that were no distribution.
         """
-        shape = self._shape(rows)
+        shape = self._shape(rows, may_draft)
         if self.is_under_way and (shape is None or (shape.tree is not None) != self._drafts):
             return self.settle(rows)
         if shape is None:
@@ -127,7 +136,7 @@ class Ahead:
         return gained
 
     def _begin(self, rows: Sequence[Row], shape: RoundShape) -> None:
-        drafter = self._drafter if any(row.policy.max_pending and not row.has_lost_draft for row in rows) else None
+        drafter = self._drafter if any(map(self._has_draft, rows)) else None
         features_BTF = None
         if drafter is not None:
             if shape.tree is not None and sum(len(drafter.unseen(row)) for row in rows) > self._rounds.most_tokens:
@@ -144,7 +153,7 @@ class Ahead:
         if not params.greedy:
             temperature = max(params.temperature, LEAST_TEMPERATURE)
             mine = replace(mine, temperature=temperature, top_k=params.top_k, top_p=params.top_p, seed=params.seed)
-        if drafter is None or row.has_lost_draft:
+        if drafter is None or not self._has_draft(row):
             return mine
         return replace(
             mine,
@@ -175,7 +184,7 @@ class Ahead:
             assert self._drafter is not None and shape.tree is not None
             gains = [result.gains for result in results if result.gains is not None]
             if gains:
-                self._drafter.levels.note_gains(shape.tree.levels, gains)
+                self._drafter.levels(rows[0].policy).note_gains(shape.tree.levels, gains)
         return gained
 
     def _goes_on(self, rows: Sequence[Row]) -> bool:
@@ -185,19 +194,22 @@ class Ahead:
 
     # --- what is drafted --------------------------------------------------------------------------------------------
 
-    def _shape(self, rows: Sequence[Row]) -> RoundShape | None:
+    def _shape(self, rows: Sequence[Row], may_draft: bool) -> RoundShape | None:
         """Of the next round; None where the host has to run it."""
         policy, num = rows[0].policy, len(rows)
-        if not self.is_under_way and not all(self._suits(row) and row.policy == policy for row in rows):
+        is_plain = all(self._is_plain(row, may_draft) for row in rows)
+        if not is_plain and not all(row.policy == policy and self._drafts_here(row) for row in rows):
+            return None
+        if not self.is_under_way and not all(map(self._suits, rows)):
             return None
         self._samples = any(not row.params.greedy for row in rows)
         most = self._rounds.most_tokens // num - 1
         if most < 0:
             return None
-        if not policy.max_pending or (policy.pays and any(row.has_lost_draft for row in rows)):
+        if is_plain or (policy.pays and any(row.has_lost_draft for row in rows)):
             return self._round(None, 0)
         if policy.pays:
-            return self._what_pays(policy, num, sum(len(row.tokens) for row in rows), most)
+            return self._what_pays(policy, num, most)
         levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
         nodes = levels if policy.is_chain else policy.max_pending
         if policy.lossless and policy.is_chain and most < levels:  # its text is the same however long it is
@@ -224,20 +236,15 @@ class Ahead:
         drafted = self._seconds(num_rows, self._round(TreeShape(levels, 1, 1), levels))
         return 1 + gain > drafted / self._seconds(num_rows, self._round(None, 0))
 
-    def _what_pays(self, policy: Policy, num_rows: int, num_tokens: int, most_nodes: int) -> RoundShape:
+    def _what_pays(self, policy: Policy, num_rows: int, most_nodes: int) -> RoundShape:
         """The shape with the most tokens per second, of all that a policy allows.
 
         Args:
-            num_tokens: of all rows' texts.
-            most_nodes: that there is room for in each.
+            most_nodes: that there is room for in each row.
         """
         assert self._drafter is not None
-        measured = self._drafter.levels
-        measured.begin(num_rows, num_tokens)
         self._rounds_until_choice -= 1
         if self._chosen is not None and self.is_under_way and self._rounds_until_choice > 0:
-            if self._chosen.tree is not None:
-                measured.note_drafting()
             return self._chosen
 
         def shape(levels: int, nodes: int) -> RoundShape:
@@ -247,7 +254,7 @@ class Ahead:
             beam = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows)
             return self._round(TreeShape(levels, beam, policy.children[0]), nodes)
 
-        levels, nodes = measured.worth_nodes(
+        levels, nodes = self._drafter.levels(policy).worth_nodes(
             num_rows,
             lambda levels, nodes: self._seconds(num_rows, shape(levels, nodes)),
             min(policy.max_depth or MOST_DEPTH, MOST_DEPTH),
@@ -257,21 +264,43 @@ class Ahead:
         self._chosen, self._rounds_until_choice = shape(levels, nodes), ROUNDS_OF_A_CHOICE if levels else 1
         return self._chosen
 
+    @staticmethod
+    def _is_plain(row: Row, may_draft: bool) -> bool:
+        """Whether a row is to be decoded plainly."""
+        return not row.policy.max_pending or (row.policy.pays and not may_draft)
+
+    def _has_draft(self, row: Row) -> bool:
+        """Whether the draft model takes part in what a row drafts, now or later."""
+        policy = row.policy
+        return (
+            policy.max_pending > 0
+            and policy.drafter == "model"
+            and self._drafter is not None
+            and self._drafter.needs_features
+            and not row.has_lost_draft
+        )
+
+    def _drafts_here(self, row: Row) -> bool:
+        """Whether rounds of the engines can draft as a row's policy wants it."""
+        policy = row.policy
+        return (
+            policy.drafter == "model"
+            and self._drafter is not None
+            and self._drafter.needs_features
+            and (row.params.greedy or policy.lossless_for(greedy=False))
+            and len(policy.children) == 1
+        )
+
     def _suits(self, row: Row) -> bool:
         """Whether a row asks for nothing that the host alone can do."""
-        params, policy, processor = row.params, row.policy, row.processor
-        by_model = policy.drafter == "model" and self._drafter is not None and self._drafter.needs_features
+        params, processor = row.params, row.processor
         return (
-            (params.greedy or policy.lossless_for(greedy=False))
-            and params.logprobs is None
+            params.logprobs is None
             and row.audited is None
             and not params.fates
             and params.latency_bound_ms is None
             and (processor is None or processor.is_idle(row.output_index(0)))
             and len(row.ends(self._eos_ids)) <= MOST_ENDS
-            and (by_model or not policy.max_pending)
-            and len(policy.children) == 1
-            and (policy.is_chain or policy.accept_below == 0)
         )
 
 

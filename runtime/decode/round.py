@@ -36,6 +36,7 @@ from ssv.runtime.decode.drafters.model import MANY_ROWS, ModelDrafter
 from ssv.runtime.decode.fates import fates_of
 from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
 from ssv.runtime.decode.logprobs import logprobs_of
+from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
@@ -112,6 +113,7 @@ class DecodeBatch:
         grammars: Grammars | None = None,
         rounds: RoundsEngine | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pace: Pace | None = None,
     ) -> None:
         """Args:
         draft: None where no draft model is loaded.
@@ -125,13 +127,14 @@ class DecodeBatch:
         grammars: over the target's vocabulary; None where outputs cannot have one.
         rounds: the same engines, where they run rounds by themselves.
         around: what rounds of the host and chunks of prompts run within.
+        pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self._columns, self._grammars, self._around = Columns(), grammars, around
+        self._columns, self._grammars, self._around, self._pace = Columns(), grammars, around, pace or Pace(None)
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
@@ -142,12 +145,17 @@ class DecodeBatch:
     def run(self) -> Iterator[list[list[int]]]:
         """One round over all rows, by the engines themselves where they can; yields what each row gains as it comes:
         trusted tokens before the pass."""
-        gained = self._ahead.step(self.rows) if self._ahead is not None and self._joining is None else None
-        if gained is not None:
-            yield gained
-            return
+        may_draft = self._may_draft()
+        if self._ahead is not None and self._joining is None:
+            was_under_way = self._ahead.is_under_way
+            gained = self._ahead.step(self.rows, may_draft=may_draft)
+            if gained is not None:
+                if was_under_way and not self._ahead.is_under_way:
+                    self._pace.forget()  # several rounds have come to their end at once
+                yield gained
+                return
         with self._around():
-            self.draft()
+            self.draft(may_draft=may_draft)
             released = self.release()
         yield released
         with self._around():
@@ -158,15 +166,39 @@ class DecodeBatch:
         """Ends what the engines do by themselves, before rows come or go; returns what each row has gained by it."""
         return self._ahead.settle(self.rows) if self._ahead is not None else [[] for _ in self.rows]
 
+    def _may_draft(self) -> bool:
+        """Whether rows may in this round that draft what pays, by the clock.
+
+        A single row of a lossy tier always may: its text is to be the same each time. Beside others it may not where
+        that makes all of them slower than plain decoding.
+        """
+        num = len(self.rows)
+        paying = [row for row in self.rows if row.policy.pays and row.policy.max_pending and (row.lossless or num > 1)]
+        if not paying:
+            return True
+        policies = frozenset(row.policy_hash for row in self.rows)
+        return self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
+
+    def _plain_seconds(self) -> float | None:
+        """Of a round without a draft, by costs; None where they are not known."""
+        if self._ahead is not None:
+            return self._ahead.plain_seconds(len(self.rows))
+        return self.costs.target.at(len(self.rows)) if self.costs is not None else None
+
     # --- the round --------------------------------------------------------------------------------------------------
 
-    def draft(self) -> None:
-        """Drafts in every row until it asks for a target pass."""
+    def draft(self, *, may_draft: bool = True) -> None:
+        """Drafts in every row until it asks for a target pass.
+
+        Args:
+            may_draft: whether rows do that draft what pays.
+        """
         limits = [self._most_pending(row) for row in self.rows]
         prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
         for b, row in enumerate(self.rows):
             row.tree = Tree()
-            if row.processor is not None and self._jump(row, limits[b]):
+            jumps = row.processor is not None and self._jump(row, limits[b])
+            if jumps or (row.policy.pays and not may_draft):
                 limits[b] = 0
         for drafter in self.drafters.values():
             own = [
@@ -448,6 +480,7 @@ class DecodeBatch:
             return None
         self._joining = None
         self.rows.append(row)
+        self._pace.forget()
         (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns)
         check_chosen(chosen)
         if row.params.logprobs is not None:
@@ -474,6 +507,7 @@ class DecodeBatch:
             if (drafter := self.drafter_of(self.rows[row])) is not None:
                 drafter.move(moved, row, self.rows[row])
         self.rows.pop()
+        self._pace.forget()
         if self._joining is not None:
             source, dest, done = len(self.rows) + 1, len(self.rows), self._joining.done
             self.target.move_row(source, dest, done)

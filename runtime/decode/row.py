@@ -36,6 +36,7 @@ class Row:
         ended: its output has come to its end, though it is still in use.
         audited: of a row that is audited, the drafted tokens of the text, by place, that the target's choices are ahead
             of, and by how much (see `ssv.runtime.decode.choice.gaps`).
+        policy_hash: tells policies apart.
     """
 
     params: SamplingParams
@@ -54,12 +55,14 @@ class Row:
     ended: bool = False
     last_commit: float = 0.0
     audited: list[tuple[int, float]] | None = None
+    policy_hash: int = 0
 
     def __post_init__(self) -> None:
         # Probabilities are fp32: a threshold must be the same number beside a tensor and beside a float.
         names = ("accept_below", "verify_above", "risk_budget")
         rounded = torch.tensor([getattr(self.policy, name) for name in names]).tolist()
         self.policy = self.policy.model_copy(update=dict(zip(names, rounded, strict=True)))
+        self.policy_hash = hash(self.policy)
 
     @property
     def lossless(self) -> bool:

@@ -1,20 +1,16 @@
-"""How deep trees are worth growing where an engine grows them without asking between their levels.
-
-Two things decide: what levels brought by their survival, against costs that were measured before; and what rounds with
-and without a draft really gave, in tokens per second, with all that the host does around them.
+"""How deep trees are worth growing where an engine grows them without asking between their levels: by what levels
+brought, as far as the survival of their nodes tells, against costs that were measured before.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssv.bundle.policy import MAX_PENDING
 from ssv.runtime.decode.costs import Prices
+from ssv.runtime.decode.pace import WEIGHT, Patience
 from ssv.runtime.engines.contract import GAIN_SIZES
 
 FIRST_SURVIVAL, FIRST_NODES, FADING = 0.8, 2.0, 0.8
@@ -24,82 +20,26 @@ what of it each further level has."""
 STAYING = 1.03
 """A tree of another shape has to be better by so much: a new one is captured when it is first run."""
 
-WEIGHT = 0.1
-"""Of a round in the running means."""
-
-RETRY = 64
-"""Rounds, times the rows that share them, after which what did not pay is tried again: texts change, and the load does.
-Twice as many after each trial in vain."""
-
-MOST_PATIENCE = 16 * RETRY
-
-TRIALS = 8
-"""Rounds before their rate is believed."""
-
-INTERRUPTED = 4.0
-"""A round that took so many times the mean was not only a round: a prompt came, or the machine did something else."""
-
 
 def beam_for(nodes: int) -> int:
     """Nodes of a level that get children, in a tree of so many: more would find little that is kept."""
     return min(max((nodes + 1) // 2, 1), 8)
 
 
-@dataclass(slots=True)
-class _Rate:
-    """Running means of rounds: tokens of all rows, and seconds."""
-
-    tokens: float = 0.0
-    seconds: float = 0.0
-    count: int = 0
-
-    def note(self, tokens: float, seconds: float) -> None:
-        if self.count and seconds > INTERRUPTED * self.seconds:
-            return
-        self.count += 1
-        weight = max(WEIGHT, 1 / self.count)
-        self.tokens += weight * (tokens - self.tokens)
-        self.seconds += weight * (seconds - self.seconds)
-
-    @property
-    def per_second(self) -> float:
-        return self.tokens / self.seconds
-
-
 class Levels:
-    """Running means, by depth, of the nodes that trees kept and of what these were worth; and of whole rounds."""
+    """Running means, by depth, of the nodes that trees kept and of what these were worth."""
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, most: int) -> None:
         """Args:
         most: levels.
-        clock: seconds.
         """
-        self._most, self._clock = most, clock
-        self._waited, self._patience = 0, RETRY
+        self._most, self._patience = most, Patience()
         # Of trees that are no deeper than a level, from the first on, and of so many nodes: what they bring.
         by_rank = np.cumsum(FIRST_SURVIVAL / np.arange(1, GAIN_SIZES[-1] + 1) ** 1.3)[[n - 1 for n in GAIN_SIZES]]
         by_level = np.cumsum(FIRST_SURVIVAL * FADING ** np.arange(most))
         self._gains = np.minimum(by_rank, by_level[:, None])
         self._nodes = [FIRST_NODES] * most
         self._survival = [FIRST_SURVIVAL * FADING**depth for depth in range(most)]
-        # By rows side by side, and whether they drafted.
-        self._rates: dict[tuple[int, bool], _Rate] = {}
-        self._last: tuple[int, int, bool, float] | None = None
-
-    def begin(self, num_rows: int, num_tokens: int) -> None:
-        """A round begins.
-
-        Args:
-            num_rows: side by side.
-            num_tokens: of their texts together.
-        """
-        now = self._clock()
-        if self._last is not None:
-            rows, tokens, drafted, then = self._last
-            gained = num_tokens - tokens
-            if rows == num_rows and 0 < gained <= rows * (1 + MAX_PENDING):  # the same rows, as far as can be seen
-                self._rates.setdefault((rows, drafted), _Rate()).note(gained, now - then)
-        self._last = num_rows, num_tokens, False, now
 
     def worth(self, prices: Prices, most: int, width: int) -> int:
         """Levels with the most tokens per second; 0 where plain decoding has more.
@@ -115,8 +55,7 @@ class Levels:
             nodes, gain = nodes + self._nodes[level], gain + self._survival[level]
             if (rate := gain / prices.of_round(nodes, level + 1, width)) > best_rate:
                 best, best_rate = level + 1, rate
-        plain = 1 / prices.of_round(0, 0, 1)
-        return max(best, 1) if most and self._is_tried(prices.num_rows, plain, bool(best)) else 0
+        return max(best, 1) if most and self._is_tried(prices.num_rows, bool(best)) else 0
 
     def worth_nodes(
         self,
@@ -147,40 +86,15 @@ class Levels:
             best = current
         if best in rates and rates[best] <= plain:
             best = (0, 0)
-        if not most or not most_nodes or not self._is_tried(num_rows, num_rows * plain, bool(best[0])):
+        if not most or not most_nodes or not self._is_tried(num_rows, bool(best[0])):
             return 0, 0
         return best if best[0] else (1, 1)
 
-    def _is_tried(self, num_rows: int, plain: float, pays: bool) -> bool:
-        """Whether a round drafts: where it pays by costs and by the clock, and now and then where it did not.
-
-        Args:
-            plain: tokens per second of plain decoding, by costs.
-        """
-        if not pays or self._loses(num_rows, plain):
-            self._waited += 1
-            if self._waited < self._patience * num_rows:
-                return False
-            self._waited, self._patience = 0, min(2 * self._patience, MOST_PATIENCE)
-            self._rates.pop((num_rows, True), None)
-        else:
-            self._patience = RETRY
-        self.note_drafting()
-        return True
-
-    def note_drafting(self) -> None:
-        """The round that has begun drafts."""
-        if self._last is not None:
-            rows, tokens, _, then = self._last
-            self._last = rows, tokens, True, then
-
-    def _loses(self, num_rows: int, plain: float) -> bool:
-        """Whether rounds with a draft had fewer tokens per second than those without, or than a pass alone has."""
-        drafted = self._rates.get((num_rows, True))
-        if drafted is None or drafted.count < TRIALS:
-            return False
-        rate = self._rates.get((num_rows, False))
-        return drafted.per_second < (rate.per_second if rate is not None and rate.count >= TRIALS else plain)
+    def _is_tried(self, num_rows: int, pays: bool) -> bool:
+        """Whether a round drafts: where it pays, and now and then where it did not."""
+        if pays:
+            self._patience.renew()
+        return pays or self._patience.is_over(num_rows)
 
     def note(self, levels: int, kept: Sequence[Sequence[tuple[int, float]]]) -> None:
         """What trees of so many levels kept: nodes and the sum of their survivals by depth, from 1 on."""

@@ -70,8 +70,6 @@ class ModelDrafter(Drafter):
 
     A conditioned draft's entry i joins token i + 1 with the features of token i, so its cache runs one token behind.
 
-    Attributes:
-        levels: how deep trees are worth growing, where an engine grows them by itself.
     """
 
     has_cache = True
@@ -96,7 +94,7 @@ class ModelDrafter(Drafter):
         # Of the tokens of each row's text that have no entry yet.
         self._features_BTF: Tensor | None = None
         self._growing: dict[int, _Growing] = {}
-        self.levels = Levels(MOST_LEVELS)
+        self._levels: dict[float, Levels] = {}
         self._num_rows = 0
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
@@ -185,7 +183,6 @@ class ModelDrafter(Drafter):
         Returns:
             The rows that have their trees.
         """
-        self.levels.begin(len(rows), sum(len(row.tokens) for row in rows))
         alike: dict[tuple[object, ...], list[int]] = {}
         for b, growing in self._growing.items():
             params, policy = rows[b].params, rows[b].policy
@@ -215,7 +212,7 @@ class ModelDrafter(Drafter):
         levels = min(levels, MOST_LEVELS, 1 + (MAX_PENDING - 1) // max(beam, 1))
         counts = [len(row.tokens) - self._offset - row.draft_length if b in chosen else 0 for b, row in enumerate(rows)]
         if policy.pays and prices is not None:
-            levels = self.levels.worth(replace(prices, sharing=len(chosen)), levels, beam)
+            levels = self.levels(policy).worth(replace(prices, sharing=len(chosen)), levels, beam)
         if levels < 1 or beam < 1 or sum(counts) > engine.most_growing:
             for b in chosen:
                 if policy.pays:
@@ -245,7 +242,7 @@ class ModelDrafter(Drafter):
             if not policy.is_chain:  # that of a chain was made when it was asked for
                 row.tree = growing.growth.tree()
         if policy.pays:
-            self.levels.note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
+            self.levels(policy).note(levels, [self._growing[b].growth.survival_by_depth() for b in chosen])
         return True
 
     def _let_wait(self, rows: Sequence[Row], prices: Prices | None) -> None:
@@ -303,6 +300,10 @@ class ModelDrafter(Drafter):
     def features(self, num_rows: int) -> Tensor | None:
         """Of the unseen tokens of the first rows, [B, T, F]."""
         return self._features_BTF[:num_rows] if self._features_BTF is not None else None
+
+    def levels(self, policy: Policy) -> Levels:
+        """How deep trees are worth growing, where an engine grows them by itself: trusted tokens are worth more."""
+        return self._levels.setdefault(policy.accept_below, Levels(MOST_LEVELS))
 
     def corrections(self, policy: Policy) -> tuple[Corrections, Corrections]:
         """By which shares of guesses are corrected, of greedy rows and of those that sample. A chain goes by its

@@ -9,8 +9,9 @@ import pytest
 
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode.costs import Prices
-from ssv.runtime.decode.drafters.levels import RETRY, TRIALS, Levels
+from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.growth import likely_groups
+from ssv.runtime.decode.pace import RETRY
 from ssv.runtime.engines.contract import Grown, TreeShape
 
 
@@ -19,13 +20,6 @@ def prices(level: float, begin: float = 0.1, further: float = 0.01, num_rows: in
     target = Curve(tokens=(1, 101), seconds=(1.0, 1.0 + 100 * further))
     costs = Costs(target=target, draft=Curve(tokens=(1, 2), seconds=(level, level)), begin=begin)
     return Prices(costs, num_rows)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_cheap_levels_are_many_and_dear_ones_few() -> None:
@@ -83,31 +77,11 @@ def test_levels_that_were_not_seen_add_what_the_last_one_did_faded() -> None:
     assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.25 * levels, 4, 63)[0] == 1
 
 
-def run(levels: Levels, clock: Clock, drafted: tuple[float, int], plain: float, rounds: int) -> list[int]:
-    """Rounds of one row: seconds and tokens with a draft, seconds without; returns the levels of each."""
-    found, tokens = [], 10
-    for _ in range(rounds):
-        levels.begin(1, tokens)
-        found.append(levels.worth(prices(0.01), 8, 4))
-        clock.now += drafted[0] if found[-1] else plain
-        tokens += drafted[1] if found[-1] else 1
-    return found
-
-
-def test_what_loses_by_the_clock_is_left_though_its_costs_said_otherwise() -> None:
-    """A draft gives two tokens a round, in three times the time: the host's, which nobody had measured."""
-    clock = Clock()
-    found = run(levels := Levels(8, clock), clock, (3.0, 2), 1.0, 300)
-    assert all(found[:TRIALS]) and sum(map(bool, found)) < 5 * (TRIALS + 2)
-    assert any(found[RETRY:])  # it is tried again
-    clock.now += 1000.0  # an interruption is not a round
-    found = run(levels, clock, (1.1, 3), 1.0, 2 * RETRY)
-    assert all(found[-RETRY // 2 :])  # and taken up where it has come to pay
-
-
-def test_what_wins_by_the_clock_stays() -> None:
-    clock = Clock()
-    assert all(run(Levels(8, clock), clock, (1.2, 3), 1.0, 100))
+def test_what_costs_say_does_not_pay_is_tried_again_now_and_then() -> None:
+    levels = Levels(8)
+    found = [levels.worth(prices(1.0), 8, 4) for _ in range(4 * RETRY)]
+    assert [n for n, level in enumerate(found, start=1) if level] == [RETRY, 3 * RETRY]  # half as often each time
+    assert set(found) == {0, 1}
 
 
 def test_the_candidates_that_survive_most_probably_are_told_apart() -> None:

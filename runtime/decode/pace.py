@@ -1,0 +1,190 @@
+"""Whether rounds that draft are faster than rounds that do not, by the clock.
+
+Costs that were measured beforehand know nothing of what the host does around an engine's steps, of how long the texts
+are, or of what else the machine does. So the last word on what pays has what rounds really gave: tokens of all rows
+over the seconds between one round's beginning and the next one's. A rate is believed only against one that was measured
+shortly before, as machines change too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ssv.bundle.policy import MAX_PENDING
+
+WEIGHT = 0.1
+"""Of a round in the running means."""
+
+TRIALS = 8
+"""Rounds before their rate is believed."""
+
+SETTLING = 2
+"""Rounds after a change from one to the other that are not counted: some of what went before is still under way."""
+
+RETRY = 64
+"""Rounds, times the rows that share them, after which what did not pay is tried again: texts change, and the load does.
+Twice as many after each trial in vain."""
+
+MOST_PATIENCE = 16 * RETRY
+
+INTERRUPTED = 4.0
+"""A round that took so many times the mean was not only a round: a prompt came, a graph was captured, or the machine
+did something else."""
+
+
+@dataclass(slots=True)
+class Patience:
+    """When something that did not pay is tried again."""
+
+    waited: int = 0
+    most: int = RETRY
+
+    def is_over(self, num_rows: int) -> bool:
+        """Whether it is, after a round of so many rows without it."""
+        self.waited += 1
+        if self.waited < self.most * num_rows:
+            return False
+        self.waited, self.most = 0, min(2 * self.most, MOST_PATIENCE)
+        return True
+
+    def renew(self) -> None:
+        """It pays."""
+        self.waited, self.most = 0, RETRY
+
+
+@dataclass(slots=True)
+class Mean:
+    """A running mean of seconds that leaves interruptions out, and lets none stay that it began with."""
+
+    seconds: float = 0.0
+    count: int = 0
+
+    def note(self, seconds: float) -> bool:
+        """Whether it was taken in."""
+        if self.count and seconds > INTERRUPTED * self.seconds:
+            return False
+        if self.count and INTERRUPTED * seconds < self.seconds:
+            self.count = 0
+        self.count += 1
+        self.seconds += max(WEIGHT, 1 / self.count) * (seconds - self.seconds)
+        return True
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Running means of rounds: tokens of all rows, and seconds."""
+
+    time: Mean = field(default_factory=Mean)
+    tokens: float = 0.0
+
+    def note(self, tokens: float, seconds: float) -> None:
+        if self.time.note(seconds):
+            self.tokens += max(WEIGHT, 1 / self.time.count) * (tokens - self.tokens)
+
+    @property
+    def is_believed(self) -> bool:
+        return self.time.count >= TRIALS
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.time.seconds
+
+
+@dataclass(slots=True)
+class _Company:
+    """Rows side by side: whether they may draft now, and what rounds gave in which they might and might not."""
+
+    drafts: bool = True
+    drafted: _Rate = field(default_factory=_Rate)
+    plain: _Rate = field(default_factory=_Rate)
+    settling: int = 0
+    is_compared: bool = False
+    patience: Patience = field(default_factory=Patience)
+
+    def change(self, *, drafts: bool) -> None:
+        self.drafts, self.settling = drafts, SETTLING
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The round under way."""
+
+    company: _Company
+    num_tokens: int
+    began: float
+    drafts: bool
+
+
+class Pace:
+    """Lets rows draft as long as that gives more tokens per second than plain decoding of the same rows.
+
+    Rows of the same number and the same policies are taken to be alike.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = time.perf_counter) -> None:
+        """Args:
+        clock: seconds; None leaves what pays to costs alone.
+        """
+        self._clock = clock
+        self._companies: dict[tuple[int, frozenset[int]], _Company] = {}
+        self._under_way: _Round | None = None
+
+    def begin(self, num_rows: int, policies: frozenset[int], num_tokens: int, plain_s: float | None) -> bool:
+        """A round begins; returns whether its rows may draft.
+
+        Args:
+            policies: whatever tells them apart.
+            num_tokens: of the rows' texts together.
+            plain_s: of a round without a draft, by costs: what drafting is held against until plain decoding has been
+                tried; None where nobody knows.
+        """
+        if self._clock is None:
+            return True
+        now = self._clock()
+        company = self._companies.setdefault((num_rows, policies), _Company())
+        self._close(company, num_rows, num_tokens, now)
+        if company.drafts:
+            self._consider_plain(company, num_rows / plain_s if plain_s else None)
+        else:
+            self._consider_drafting(company, num_rows)
+        self._under_way = _Round(company, num_tokens, now, company.drafts)
+        return company.drafts
+
+    def forget(self) -> None:
+        """What the round under way takes is not only its own: rows come or go."""
+        self._under_way = None
+
+    def _close(self, company: _Company, num_rows: int, num_tokens: int, now: float) -> None:
+        if (last := self._under_way) is None or last.company is not company:
+            return
+        if company.settling:
+            company.settling -= 1
+            return
+        gained = num_tokens - last.num_tokens
+        if 0 < gained <= num_rows * (1 + MAX_PENDING):
+            (company.drafted if last.drafts else company.plain).note(gained, now - last.began)
+
+    @staticmethod
+    def _consider_plain(company: _Company, by_costs: float | None) -> None:
+        """Tries plain decoding where it seems to be faster."""
+        if not company.drafted.is_believed:
+            return
+        known = company.plain.per_second if company.plain.is_believed else by_costs
+        if known is not None and company.drafted.per_second < known:
+            company.change(drafts=False)
+            company.is_compared, company.plain = False, _Rate()
+        else:
+            company.patience.renew()
+
+    @staticmethod
+    def _consider_drafting(company: _Company, num_rows: int) -> None:
+        """Goes back to drafting if plain decoding turns out to be no faster; tries it again after a while if it is."""
+        if company.plain.is_believed and not company.is_compared:
+            company.is_compared = True
+            if company.plain.per_second <= company.drafted.per_second:
+                company.change(drafts=True)
+        elif company.patience.is_over(num_rows):
+            company.change(drafts=True)
+            company.drafted = _Rate()

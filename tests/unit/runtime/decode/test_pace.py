@@ -1,0 +1,102 @@
+"""Rows draft as long as that is faster than plain decoding, by the clock."""
+
+from __future__ import annotations
+
+from ssv.runtime.decode.pace import RETRY, SETTLING, TRIALS, Mean, Pace
+
+PREMIUM = frozenset([1])
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rounds:
+    """Rounds of rows: their seconds and tokens where they may draft, and where they may not."""
+
+    def __init__(self, drafted: tuple[float, int], plain: tuple[float, int], num_rows: int = 1) -> None:
+        self.clock = Clock()
+        self.pace = Pace(self.clock)
+        self.drafted, self.plain, self.num_rows, self.tokens = drafted, plain, num_rows, 10
+
+    def run(self, num: int, plain_s: float | None = None, policies: frozenset[int] = PREMIUM) -> list[bool]:
+        """Of each whether rows might draft."""
+        found = []
+        for _ in range(num):
+            found.append(self.pace.begin(self.num_rows, policies, self.tokens, plain_s))
+            seconds, tokens = self.drafted if found[-1] else self.plain
+            self.clock.now += seconds
+            self.tokens += tokens
+        return found
+
+
+def test_what_wins_goes_on() -> None:
+    assert all(Rounds((1.2, 3), (1.0, 1)).run(300, plain_s=1.0))
+
+
+def test_what_loses_is_left_and_tried_again() -> None:
+    """Two tokens a round, in three times the time: the host's, which nobody had measured."""
+    found = Rounds((3.0, 2), (1.0, 1)).run(2000, plain_s=1.0)
+    first = found.index(False)
+    assert first == TRIALS
+    assert found.index(True, first) - first == RETRY + 1  # in one of them plain decoding was compared
+    assert sum(found) < 5 * (TRIALS + SETTLING + 1)  # less and less often
+
+
+def test_what_has_come_to_pay_is_taken_up_again() -> None:
+    rounds = Rounds((3.0, 2), (1.0, 1))
+    rounds.run(100, plain_s=1.0)
+    rounds.drafted = (1.1, 3)
+    assert all(rounds.run(4 * RETRY, plain_s=1.0)[-RETRY:])
+
+
+def test_costs_that_promise_too_much_of_plain_decoding_are_found_out() -> None:
+    """They say a round takes half of what it takes: drafting loses against that, but not against what is so."""
+    rounds = Rounds((1.2, 2), (1.0, 1))
+    found = rounds.run(300, plain_s=0.5)
+    assert found.count(False) == TRIALS + SETTLING and all(found[-200:])
+
+
+def test_a_machine_that_has_become_slow_is_not_the_drafts_fault() -> None:
+    """Plain decoding was measured while it was fast: it is measured again before it is preferred."""
+    rounds = Rounds((1.2, 3), (1.0, 1))
+    rounds.run(100, plain_s=0.3)
+    rounds.drafted, rounds.plain = (4.0, 3), (3.3, 1)
+    found = rounds.run(300)
+    assert found.count(False) == TRIALS + SETTLING and all(found[-200:])
+
+
+def test_nothing_is_held_against_what_nobody_knows() -> None:
+    assert all(Rounds((9.0, 1), (1.0, 1)).run(100, plain_s=None))
+
+
+def test_a_pace_without_a_clock_leaves_it_to_costs() -> None:
+    pace = Pace(None)
+    assert all(pace.begin(1, PREMIUM, tokens, 1e-9) for tokens in range(100))
+
+
+def test_rows_of_other_policies_and_of_another_number_are_judged_by_themselves() -> None:
+    rounds = Rounds((3.0, 2), (1.0, 1))
+    assert not all(rounds.run(30, plain_s=1.0))
+    assert all(rounds.run(TRIALS, plain_s=1.0, policies=frozenset([2])))
+    rounds.num_rows = 2
+    assert all(rounds.run(TRIALS, plain_s=1.0))
+
+
+def test_rounds_in_which_rows_come_or_go_do_not_count() -> None:
+    rounds = Rounds((3.0, 2), (1.0, 1))
+    for _ in range(3 * TRIALS):
+        assert rounds.run(1, plain_s=1.0) == [True]
+        rounds.pace.forget()
+
+
+def test_interruptions_are_left_out_wherever_they_come() -> None:
+    mean = Mean()
+    assert mean.note(50.0)  # a graph was captured
+    for _ in range(5):
+        assert mean.note(1.0)
+    assert not mean.note(9.0)
+    assert mean.seconds == 1.0 and mean.count == 5
