@@ -157,7 +157,7 @@ def calibrate(
         UserError: a lossy tier's limit is not shown to be kept even by the smallest threshold, or there are too few
             prompts (`check_num_prompts`).
     """
-    families = [Policy(accept_below=0.0, verify_above=v, risk_budget=b, max_pending=k) for v, b, k in config.families]
+    families = [PREMIUM if family == "tree" else _chain(*family) for family in config.families]
     num_runs = 1 + len(families) * len(config.accept_below)
     trials: list[Trial] = []
     safest: Sequence[PromptResult] = ()
@@ -190,6 +190,10 @@ def calibrate(
             raise _nothing_shown(tier, limits[tier], config, safest)
         tiers[tier] = min(candidates, key=lambda t: t.cost)
     return Calibration(trials, tiers, costs)
+
+
+def _chain(verify_above: float, risk_budget: float, max_pending: int) -> Policy:
+    return Policy(accept_below=0.0, verify_above=verify_above, risk_budget=risk_budget, max_pending=max_pending)
 
 
 def _nothing_shown(tier: str, limit: float, config: CalibrationConfig, safest: Sequence[PromptResult]) -> UserError:

@@ -326,7 +326,8 @@ class CalibrationConfig(_Strict):
         num_prompts: only the first so many; null for all. Fewer prompts give a wider bound, hence smaller thresholds;
             too few are refused (`ssv.builder.calibrate.check_num_prompts`).
         max_tokens: of each output.
-        families: settings tried of (verify_above, risk_budget, max_pending), for the lossy tiers.
+        families: of policies tried for the lossy tiers: `tree` is premium's tree, with trust; a chain has
+            (verify_above, risk_budget, max_pending).
         accept_below: thresholds tried with each.
         limits: largest divergence of each lossy tier; {} for none of them.
         confidence: that a tier's true divergence on such prompts is below its limit: of all calibrations a share of
@@ -336,9 +337,9 @@ class CalibrationConfig(_Strict):
     prompts_file: Path
     num_prompts: PositiveInt | None = None
     max_tokens: PositiveInt = 128
-    families: Annotated[list[tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent] = Field(
-        default_factory=lambda: [(0.3, 0.5, 6), (0.4, 0.6, 10)]
-    )
+    families: Annotated[
+        list[Literal["tree"] | tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent
+    ] = Field(default_factory=lambda: ["tree"])
     accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent] = Field(
         default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3]
     )

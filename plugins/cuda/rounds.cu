@@ -58,6 +58,7 @@ enum {
     O_SIZE = O_GAINS + LEVELS * SIZES
 };
 
+#define UNTRUSTED 2.0f /* the risk of a node beside the first path */
 #define WHOLE (1 << 30) /* the prefix of a token of a chain */
 
 __device__ __forceinline__ bool is_end(const int *row, int token) {
@@ -80,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
     __shared__ short number[FOUND];
     __shared__ unsigned char level_of[FOUND], best_level[NODES];
     __shared__ float best[NODES];
-    __shared__ int total;
+    __shared__ int total, path[LEVELS + 1];
     const int g = blockIdx.x, t = threadIdx.x;
     release_next();
     wait_for_previous();
@@ -109,14 +110,24 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
         tree[T_COUNT] = count;
         return;
     }
+    /* The candidates of the first path, that of the likeliest tokens: a trusted one of them is as good as chosen. */
+    const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]);
+    if (t <= LEVELS) path[t] = t ? -2 : -1;
+    __syncthreads();
     int first = 0, last = 0;
     for (int level = 0, open = 1; level < p.levels; level++, open = min(p.beam, open * p.children)) {
         first = last, last = first + open * p.children;
         for (int c = first + t; c < last; c += 256) {
             const int4 it = found[c];
             float above = 1.0f;
+            float share = __int_as_float(it.z);
+            if (it.y == path[level]) {
+                const int rank = (c - first) % p.children;
+                if (!rank) path[level + 1] = c;
+                if (__int_as_float(found[c - rank].w) < accept_below) share = rank ? 0.0f : 1.0f;
+            }
             if (it.y >= 0) above = is_end(row, found[it.y].x) ? 0.0f : survival[it.y];
-            survival[c] = it.x < 0 || level >= rest ? 0.0f : above * __int_as_float(it.z);
+            survival[c] = it.x < 0 || level >= rest ? 0.0f : above * share;
             level_of[c] = level;
         }
         __syncthreads();
@@ -161,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
         for (int up = found[c].y; up >= 0; up = found[up].y) depth++;
         const int4 it = found[c];
         tree[T_TOKEN + node] = it.x, tree[T_PARENT + node] = it.y < 0 ? -1 : number[it.y], tree[T_DEPTH + node] = depth;
-        tree[T_RISK + node] = it.w;
+        tree[T_RISK + node] = path[level_of[c] + 1] == c ? it.w : __float_as_int(UNTRUSTED);
     }
 }
 
@@ -247,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
                 const int n = lane + 32 * i;
                 const bool is_there = n < count;
                 parent[i] = is_there ? tree[T_PARENT + n] : -2, token[i] = is_there ? tree[T_TOKEN + n] : -2;
-                is_trusted[i] = is_there && p.is_chain && __int_as_float(tree[T_RISK + n]) < accept_below;
+                is_trusted[i] = is_there && __int_as_float(tree[T_RISK + n]) < accept_below;
                 num_trusted += __popc(__ballot_sync(~0u, is_trusted[i]));
             }
             int node = -1, kept = 0, judged = 0, choice;

@@ -49,6 +49,10 @@ class Prices:
         """A row's part of a pass over root and nodes."""
         return self.costs.target.at(self.num_rows * (1 + nodes)) / self.num_rows
 
+    def alone(self) -> Prices:
+        """Of a row by itself: the text of a lossy one must not depend on its company."""
+        return Prices(self.costs, 1)
+
     def of_draft(self, width: float) -> float:
         """A row's part of a draft step of so many tokens of each."""
         return self.costs.draft.at(self.sharing * width) / self.sharing

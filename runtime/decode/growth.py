@@ -6,6 +6,8 @@ arXiv:2406.16858). With `pays` the tree ends where more of it would cost more ti
 (`ssv.runtime.decode.costs`).
 
 Survival of a node is the probability that the target chooses it and all before it: the product of that along its path.
+On the first path, that of the draft's likeliest tokens, a trusted token is as good as chosen, and has no siblings:
+nobody will ask for them.
 
 A tree may begin with what was found in the text: candidates that took no step of the draft. They are kept where they
 survive more probably than what the draft offers, and the draft is asked for what they leave over.
@@ -80,6 +82,7 @@ class Growth:
         self._spent = 0.0
         self._num_found = len(found)
         self._taken: dict[int, int] = {}
+        self._first_path: set[int] = {ROOT}
         self.candidates: list[Candidate] = list(found)
         self.candidate_of: list[int] = []
         self.open: list[int] = [ROOT] if limit > 0 else []
@@ -97,17 +100,19 @@ class Growth:
             sharing: rows that were drafted for in the same step.
         """
         if self._prices is not None:
-            self._prices = replace(self._prices, sharing=sharing)
+            if self._policy.lossless:  # the text of others must not depend on their company
+                self._prices = replace(self._prices, sharing=sharing)
             self._spent += self._prices.of_draft(len(self.open))
         level: list[int] = []
-        for parent, children in zip(self.open, guesses, strict=True):
-            known = self._weigh_found(parent, children)
+        for parent, guessed in zip(self.open, guesses, strict=True):
+            children = self._trusting(parent, guessed[: self.num_children(parent)])
+            known = self._weigh_found(parent, guessed)
             level += known.values()
             survival, depth = self._place(parent)
-            for guess in children[: self.num_children(parent)]:
+            for rank, guess in enumerate(children):
                 if guess.token not in known:
-                    level.append(len(self.candidates))
-                    self.candidates.append(Candidate(guess, parent, depth + 1, survival * guess.share))
+                    self._add(parent, rank, Candidate(guess, parent, depth + 1, survival * guess.share))
+                    level.append(len(self.candidates) - 1)
         self._value_found()
         self.open = self._next(level)
 
@@ -130,13 +135,25 @@ class Growth:
             if depth >= self._max_depth:
                 continue
             known = self._weigh_found(above, [guess for _, guess in children])
-            for number, guess in children:
+            guesses = self._trusting(above, [guess for _, guess in children])
+            for rank, ((number, _), guess) in enumerate(zip(children, guesses, strict=False)):
                 if (i := known.get(guess.token)) is None:
                     i = len(self.candidates)
-                    self.candidates.append(Candidate(guess, above, depth + 1, survival * guess.share))
+                    self._add(above, rank, Candidate(guess, above, depth + 1, survival * guess.share))
                 self._taken[number] = i
         self._value_found()
         return self._taken
+
+    def _add(self, parent: int, rank: int, candidate: Candidate) -> None:
+        if not rank and parent in self._first_path:
+            self._first_path.add(len(self.candidates))
+        self.candidates.append(candidate)
+
+    def _trusting(self, parent: int, guesses: Sequence[Guess]) -> Sequence[Guess]:
+        """A node's children, or the one that is trusted."""
+        if guesses and parent in self._first_path and guesses[0].risk < self._policy.accept_below:
+            return [replace(guesses[0], share=1.0)]
+        return guesses
 
     def _weigh_found(self, parent: int, guesses: Sequence[Guess]) -> dict[int, int]:
         """Corrects what was found behind a candidate by what the draft says of it; returns these candidates by token.
@@ -226,9 +243,9 @@ class Growth:
         return found
 
     def tree(self) -> Tree:
-        """The tree of the candidates that are kept."""
+        """The tree of the candidates that are kept, in their order: the first path is that of the likeliest tokens."""
         tree, node_of = Tree(), {ROOT: ROOT}
-        self.candidate_of = self._kept()
+        self.candidate_of = sorted(self._kept())
         for i in self.candidate_of:
             guess, parent = self.candidates[i].guess, node_of[self.candidates[i].parent]
             node_of[i] = tree.add(guess.token, guess.risk, parent)
@@ -236,7 +253,7 @@ class Growth:
 
 
 def likely_groups(
-    grown: Grown, shape: TreeShape, ends: Collection[int], most: int, max_depth: int
+    grown: Grown, shape: TreeShape, ends: Collection[int], most: int, max_depth: int, accept_below: float = 0.0
 ) -> list[list[tuple[int, list[tuple[int, Guess]]]]]:
     """Of what an engine has grown, the candidates that survive most probably, by level, each node's together.
 
@@ -247,14 +264,25 @@ def likely_groups(
         ends: tokens that get no children.
         most: candidates, beside all that follow the text.
         max_depth: most tokens of a path.
+        accept_below: trusts tokens of the first path, see `Policy`.
     """
     survival_N, going_N = np.zeros(len(grown.tokens)), np.ones(len(grown.tokens), dtype=bool)
     for token in ends:
         going_N &= grown.tokens != token
     firsts = shape.firsts[: max_depth + 1]
+    last_of_path = ROOT
     for first, last in pairwise(firsts):
         at, parents = slice(first, last), grown.parents[first:last]
-        survival_N[at] = grown.shares[at] if not first else survival_N[parents] * going_N[parents] * grown.shares[at]
+        above_N = survival_N[parents] * going_N[parents] if first else np.ones(last)
+        survival_N[at] = above_N * grown.shares[at]
+        on_path = np.flatnonzero(parents == last_of_path)
+        if not len(on_path):
+            last_of_path = len(grown.tokens)  # no one's parent
+            continue
+        last_of_path = first + int(on_path[0])
+        if grown.risks[last_of_path] < accept_below:
+            survival_N[first + on_path] = 0.0
+            survival_N[last_of_path] = above_N[last_of_path - first]
     survival_N[grown.tokens < 0] = 0.0
     kept_N = survival_N > 0
     best = np.argsort(-survival_N, kind="stable")

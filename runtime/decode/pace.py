@@ -29,6 +29,9 @@ Twice as many after each trial in vain."""
 
 MOST_PATIENCE = 16 * RETRY
 
+MOST_COMPANIES = 1024
+"""That are remembered; requests may bring policies of their own."""
+
 INTERRUPTED = 4.0
 """A round that took so many times the mean was not only a round: a prompt came, a graph was captured, or the machine
 did something else."""
@@ -120,7 +123,8 @@ class _Round:
 class Pace:
     """Lets rows draft as long as that gives more tokens per second than plain decoding of the same rows.
 
-    Rows of the same number and the same policies are taken to be alike.
+    Rows of the same number and the same policies are taken to be alike; of a number that was not seen, like those of
+    the nearest that was.
     """
 
     def __init__(self, clock: Callable[[], float] | None = time.perf_counter) -> None:
@@ -143,7 +147,7 @@ class Pace:
         if self._clock is None:
             return True
         now = self._clock()
-        company = self._companies.setdefault((num_rows, policies), _Company())
+        company = self._company(num_rows, policies)
         self._close(company, num_rows, num_tokens, now)
         if company.drafts:
             self._consider_plain(company, num_rows / plain_s if plain_s else None)
@@ -155,6 +159,18 @@ class Pace:
     def forget(self) -> None:
         """What the round under way takes is not only its own: rows come or go."""
         self._under_way = None
+
+    def _company(self, num_rows: int, policies: frozenset[int]) -> _Company:
+        if (known := self._companies.get((num_rows, policies))) is not None:
+            return known
+        judged = {num: it for (num, of), it in self._companies.items() if of == policies and it.drafted.is_believed}
+        nearest = min(judged, key=lambda num: max(num, num_rows) / min(num, num_rows), default=None)
+        drafts = nearest is None or judged[nearest].drafts
+        if len(self._companies) >= MOST_COMPANIES:
+            self._companies.pop(next(iter(self._companies)))
+        # What is only supposed is not measured again at once: the next trial is a draft's.
+        found = self._companies[num_rows, policies] = _Company(drafts, is_compared=not drafts)
+        return found
 
     def _close(self, company: _Company, num_rows: int, num_tokens: int, now: float) -> None:
         if (last := self._under_way) is None or last.company is not company:

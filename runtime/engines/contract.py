@@ -265,7 +265,8 @@ class RoundRow:
         root: the token behind them.
         rest: tokens that a draft may add to the output.
         limit: most nodes of its tree.
-        accept_below, verify_above, risk_budget: see `Policy`; of chains.
+        accept_below: see `Policy`.
+        verify_above, risk_budget: see `Policy`; of chains.
         ends: tokens that end its output, at most `MOST_ENDS`.
         draft_length: entries of the draft's cache.
         pending: tokens of the text that have none yet, the root last; none in rows that do not draft.

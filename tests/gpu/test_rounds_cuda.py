@@ -40,6 +40,10 @@ TREES = {
     "wide": verify_all(15, children=(9,), beam=7, max_depth=4),
     "deep": verify_all(15, children=(2,), beam=2, max_depth=9),
 }
+TRUSTING = {
+    "bushy": Policy(accept_below=0.45, verify_above=1, risk_budget=1, max_pending=12, children=(4,), beam=3, max_depth=3),
+    "deep": Policy(accept_below=0.5, verify_above=1, risk_budget=1, max_pending=15, children=(2,), beam=2, max_depth=9),
+}
 
 
 class Counted(CudaRounds):
@@ -124,6 +128,18 @@ def test_trees_give_plain_text(pair: tuple[Any, Any], name: str, count: int) -> 
     # Ties aside, the same nodes are kept.
     accepted, of_host = (sum(c.accepted for c in each) for each in (counted, by_host))
     assert abs(accepted - of_host) <= 0.05 * of_host + 2
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize("name", TRUSTING)
+def test_trees_trust_what_the_hosts_trust(pair: tuple[Any, Any], name: str, count: int) -> None:
+    policies, rounds = [TRUSTING[name]] * count, Counted(*pair)
+    expected, counted = decoded(pair, requests(count), policies, None)
+    found, counted_here = decoded(pair, requests(count), policies, rounds)
+    assert found == expected
+    assert [facts(c) for c in counted_here] == [facts(c) for c in counted]
+    assert rounds.num > 5 and sum(c.trusted for c in counted) > 0
+    assert found != decoded(pair, requests(count), [AUTOREGRESSIVE] * count, None)[0]
 
 
 SAMPLED = ({"temperature": 0.8}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.2, "top_k": 9, "top_p": 0.8})

@@ -50,7 +50,17 @@ def gains_of(state: _State, grown: Grown | None, shape: TreeShape) -> NDArray[np
     assert grown is not None
     survival = {ROOT: 1.0}
     level = {ROOT: -1}
-    for c, (token, parent, share) in enumerate(zip(grown.tokens, grown.parents, grown.shares, strict=True)):
+    first_path, trusted = {ROOT}, set[int]()
+    for c, (token, parent, share, risk) in enumerate(
+        zip(grown.tokens, grown.parents, grown.shares, grown.risks, strict=True)
+    ):
+        if parent in trusted:
+            share = 0.0  # beside a trusted one
+        elif parent in first_path and not any(grown.parents[:c] == parent):
+            first_path.add(c)
+            if risk < state.row.accept_below:
+                share = 1.0
+                trusted.add(parent)
         level[c] = level[parent] + 1
         ended = parent != ROOT and grown.tokens[parent] in state.row.ends
         is_there = token >= 0 and not ended and level[c] < max(state.rest, 0)
@@ -208,7 +218,7 @@ class FakeRounds:
             beam=shape.tree.beam,
         )
         growth = Growth(policy, most, max(state.rest, 0), ends)
-        for group in likely_groups(grown, shape.tree, ends, most, max(state.rest, 0)):
+        for group in likely_groups(grown, shape.tree, ends, most, max(state.rest, 0), row.accept_below):
             growth.take(group)
             made = growth.tree()
             if shape.is_chain and (asks_for_pass(made.risks, policy, most) or made.tokens[-1] in ends):
@@ -224,7 +234,7 @@ class FakeRounds:
         features_BTF: Tensor | None,
         gains: NDArray[np.float32] | None,
     ) -> RoundResult:
-        state, accept_below = self._states[b], self._states[b].row.accept_below if shape.is_chain else 0.0
+        state, accept_below = self._states[b], self._states[b].row.accept_below
         judged = judged_rows(tree, accept_below)
         verdict = walk(tree, judged, [token for token, is_judged in zip(chosen, judged, strict=True) if is_judged])
         self._target.keep(b, state.length + 1, [state.length + 1 + node for node in verdict.path])

@@ -172,6 +172,8 @@ class ModelDrafter(Drafter):
         recalls = row.policy.recalls and row.params.grammar is None
         found = self._recall.found(b, row, limit) if recalls else ()
         ends = row.ends(self._eos_ids)
+        if prices is not None and not row.policy.lossless:
+            prices = prices.alone()
         return Growth(row.policy, limit, row.rest, ends, prices if row.policy.pays else None, found)
 
     def _grow(
@@ -232,7 +234,9 @@ class ModelDrafter(Drafter):
             assert grown is not None
             row.draft_length += counts[b]
             growing.end = row.draft_length
-            groups = likely_groups(grown, shape, row.ends(self._eos_ids), limits[b], row.rest)
+            groups = likely_groups(
+                grown, shape, row.ends(self._eos_ids), limits[b], row.rest, policy.accept_below
+            )
             for (first, last), of_level in zip(pairwise(shape.firsts), groups, strict=False):
                 taken = growing.growth.take(of_level)
                 if first:
@@ -246,17 +250,21 @@ class ModelDrafter(Drafter):
         return True
 
     def _let_wait(self, rows: Sequence[Row], prices: Prices | None) -> None:
-        """Ends the trees of rows that draft what pays with what was found in their texts, if no step of the draft
-        does."""
-        paying = {b: growing.growth for b, growing in self._growing.items() if rows[b].policy.pays}
-        if not paying or prices is None:
+        """Ends the trees of rows that draft what pays with what was found in their texts, if no step of the draft does:
+        of lossless rows together, of each lossy one by itself."""
+        if prices is None:
             return
-        unseen = [len(rows[b].tokens) - self._offset - rows[b].draft_length for b in paying]
-        kept = [growth.kept_survival() for growth in paying.values()]
-        left_over = [growth.left_over(ROOT) for growth in paying.values()]
-        if not prices.worth_beginning(unseen, kept, left_over):
-            for growth in paying.values():
-                growth.open = []
+        paying = [b for b in self._growing if rows[b].policy.pays]
+        lossless = [b for b in paying if rows[b].policy.lossless]
+        asked = [([b], prices.alone()) for b in paying if b not in lossless]
+        for together, at in [*asked, (lossless, prices)]:
+            growths = [self._growing[b].growth for b in together]
+            unseen = [len(rows[b].tokens) - self._offset - rows[b].draft_length for b in together]
+            kept = [growth.kept_survival() for growth in growths]
+            left_over = [growth.left_over(ROOT) for growth in growths]
+            if growths and not at.worth_beginning(unseen, kept, left_over):
+                for growth in growths:
+                    growth.open = []
 
     def _asks(self, row: Row, growth: Growth, limit: int) -> bool:
         """Whether a row asks for its pass before its tree has its full shape."""

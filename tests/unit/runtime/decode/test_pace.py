@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssv.runtime.decode.pace import RETRY, SETTLING, TRIALS, Mean, Pace
+from ssv.runtime.decode.pace import MOST_COMPANIES, RETRY, SETTLING, TRIALS, Mean, Pace
 
 PREMIUM = frozenset([1])
 
@@ -78,12 +78,32 @@ def test_a_pace_without_a_clock_leaves_it_to_costs() -> None:
     assert all(pace.begin(1, PREMIUM, tokens, 1e-9) for tokens in range(100))
 
 
-def test_rows_of_other_policies_and_of_another_number_are_judged_by_themselves() -> None:
+def test_rows_of_other_policies_are_judged_by_themselves_and_of_another_number_in_time() -> None:
     rounds = Rounds((3.0, 2), (1.0, 1))
     assert not all(rounds.run(30, plain_s=1.0))
     assert all(rounds.run(TRIALS, plain_s=1.0, policies=frozenset([2])))
     rounds.num_rows = 2
-    assert all(rounds.run(TRIALS, plain_s=1.0))
+    found = rounds.run(4 * RETRY, plain_s=1.0)
+    assert found.index(True) == 2 * RETRY - 1  # like one row, until it is tried
+
+
+def test_rows_of_a_number_that_was_not_seen_do_as_the_nearest_did() -> None:
+    """Rows join one after the other: each number of them is there for a round or two."""
+    rounds = Rounds((1.2, 3), (1.0, 1))
+    rounds.run(TRIALS + 1, plain_s=1.0)  # a single row gains by its draft
+    rounds.num_rows, rounds.drafted, rounds.plain = 32, (9.0, 60), (2.0, 32)
+    assert not all(rounds.run(TRIALS + 1, plain_s=2.0))
+    found = []
+    for rounds.num_rows in range(2, 32):
+        found += rounds.run(1, plain_s=1.0)
+    assert found == [True] * 4 + [False] * 26  # 5 is nearer to 1 than to 32, 6 is not
+
+
+def test_companies_are_forgotten_where_there_are_too_many() -> None:
+    rounds = Rounds((1.2, 3), (1.0, 1))
+    for number in range(2 * MOST_COMPANIES):
+        rounds.run(1, policies=frozenset([number]))
+    assert len(rounds.pace._companies) == MOST_COMPANIES
 
 
 def test_rounds_in_which_rows_come_or_go_do_not_count() -> None:

@@ -80,7 +80,7 @@ def test_where_both_say_the_same_there_is_one_node_and_the_larger_share_stands()
     # 2 is not the draft's first: 0.5 * 0.3 / (1 - 0.5 * 0.7) = 0.2308, and the draft gives it more.
     assert [each.guess.token for each in growth.candidates] == [1, 2, 7, 8]
     assert [each.survival for each in growth.candidates] == pytest.approx([0.8, 0.2, 0.02, 0.56])
-    assert paths_of(growth)[:2] == [(1,), (1, 8)]
+    assert {(1,), (1, 8)} <= set(paths_of(growth))
 
 
 def test_what_the_draft_contradicts_is_worth_less() -> None:
