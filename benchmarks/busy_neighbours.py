@@ -130,9 +130,11 @@ def _measured(
 
 
 def _rows(cells: Cells, fixed: str, own_server: str | None) -> list[dict[str, object]]:
-    """Args:
-    fixed: the setting that others are compared with.
-    own_server: the server that servers are compared with.
+    """The record's rows.
+
+    Args:
+        fixed: the setting that others are compared with.
+        own_server: the server that servers are compared with.
     """
     rows: list[dict[str, object]] = []
     for (name, method, number), rates in cells.items():
