@@ -92,7 +92,9 @@ class OpenAIEndpoint:
             # What was found out of a response before it was read is behind an error of the connection.
             if isinstance(error.__cause__, EndpointError):
                 raise error.__cause__ from None
-            raise EndpointError(self._without_key(f"{type(error).__name__}: {error}")) from error
+            body = getattr(error, "body", None)  # what a stream says of its end; the package passes on objects alone
+            said = f"{error}: {body}" if isinstance(body, str) else str(error)
+            raise EndpointError(self._without_key(f"{type(error).__name__}: {said}")) from error
         except Exception as error:
             # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a
             # stream breaks.

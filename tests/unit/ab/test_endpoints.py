@@ -279,6 +279,7 @@ def broken(reason: str, error: Any) -> dict[str, Any]:
         ({"message": "overloaded"}, "no stream of chat completions: overloaded"),
         ({**chunk("b"), "choices": [{"index": 1, "delta": {"content": "b"}}]}, "several answers came"),
         ({"error": {"message": "engine died"}}, "engine died"),
+        ({"error": "out of memory"}, "out of memory"),
         (broken("stop", {"code": 502, "message": "provider died"}), "the answer broke off: provider died"),
         (broken("error", "provider died"), "the answer broke off: provider died"),
     ],
