@@ -92,7 +92,9 @@ class OpenAIEndpoint:
             # What was found out of a response before it was read is behind an error of the connection.
             if isinstance(error.__cause__, EndpointError):
                 raise error.__cause__ from None
-            raise EndpointError(self._without_key(f"{type(error).__name__}: {error}")) from error
+            body = getattr(error, "body", None)  # what a stream says of its end; the package passes on objects alone
+            said = f"{error}: {body}" if isinstance(body, str) else str(error)
+            raise EndpointError(self._without_key(f"{type(error).__name__}: {said}")) from error
         except Exception as error:
             # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a
             # stream breaks.
@@ -134,6 +136,8 @@ class OpenAIEndpoint:
             for choice in chunk.choices:
                 if getattr(choice, "index", 0):
                     raise EndpointError("several answers came to one question")
+                if failed := (choice.model_extra or {}).get("error"):  # OpenRouter: the provider's, under status 200
+                    raise EndpointError(f"the answer broke off: {self._without_key(_said(failed))}")
                 pieces += _pieces(choice.delta if self._arm.stream else choice.message, at)
                 reason = choice.finish_reason or reason
             usage = chunk.usage or usage
@@ -217,8 +221,7 @@ def _pieces(message: Any, at: float | None) -> list[Piece]:
         raise EndpointError(f"the model refused to answer: {refusal}")
     if getattr(message, "tool_calls", None) or getattr(message, "function_call", None):
         raise EndpointError("the model called a tool, and none was given to it")
-    # Some servers send the same under both names.
-    parts = [(extra.get("reasoning_content") or extra.get("reasoning"), True)]
+    parts = [(_reasoning(extra), True)]
     content = message.content
     for part in content if isinstance(content, list) else ():
         thought = part.get("thinking")
@@ -228,6 +231,17 @@ def _pieces(message: Any, at: float | None) -> list[Piece]:
     if wrong := [text for text, _ in parts if text and not isinstance(text, str)]:
         raise TypeError(f"a text is {type(wrong[0]).__name__}")
     return [Piece(at, text, is_reasoning=is_reasoning) for text, is_reasoning in parts if text]
+
+
+def _reasoning(extra: dict[str, Any]) -> Any:
+    """What a message was thought before, by the names that servers give it; some send the same under several."""
+    details = extra.get("reasoning_details")
+    return (
+        extra.get("reasoning_content")
+        or extra.get("reasoning")
+        or extra.get("thinking")
+        or "".join(each.get("text") or each.get("summary") or "" for each in details or () if isinstance(each, dict))
+    )
 
 
 def _parsed(text: str) -> Any:

@@ -497,7 +497,7 @@ def checked(kind: type[C], **settings: object) -> C:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(problems(error, "recipe")) from error
+        raise RecipeError(problems(error)) from error
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -389,8 +389,10 @@ def _manifest(
     calibration: ReadCalibration | None,
     heads: Heads | None = None,
 ) -> Manifest:
-    """Args:
-    calibration: None of a bundle that is to be calibrated, which decodes losslessly.
+    """The manifest of a bundle whose files are written.
+
+    Args:
+        calibration: None of a bundle that is to be calibrated, which decodes losslessly.
     """
     uncalibrated = {"premium": TierEntry(policy=UNCALIBRATED, lossless=True)}
     of_engines = {PACKAGES[engine.flavor]: engine.tensorrt for engine in parts.engines.values()}

@@ -41,8 +41,6 @@ _PART_FILES = {
 class _Part(Strict):
     """A finished part: what it was made from, by SHA-256, its files, and its entry if it is an engine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     source: str
     files: dict[str, FileEntry]
     engine: EngineEntry | None = None

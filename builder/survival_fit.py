@@ -55,9 +55,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class SurvivalFit:
-    """Attributes:
-    survival: the corrections.
-    reliability: rows of what was said, what is said now and what came true, by sampling, rank and eighth.
+    """How far the draft's shares are to be trusted, as it was fitted.
+
+    Attributes:
+        survival: the corrections.
+        reliability: rows of what was said, what is said now and what came true, by sampling, rank and eighth.
     """
 
     survival: Survival

@@ -213,7 +213,7 @@ def state_from_weights(spec: DecoderSpec, weights: Weights, dtype: torch.dtype |
 
 
 def fused_state(spec: DecoderSpec, weights: Weights, dtype: torch.dtype | None = None) -> Weights:
-    """Of the state dict what a checkpoint has of layers, final norm and LM head, without what is quantized."""
+    """The state dict's part that a checkpoint has of layers, final norm and LM head, without what is quantized."""
     state = {}
     for module, sources in _sources(spec).items():
         if any(is_quantized(weights, source) for source in sources):

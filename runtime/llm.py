@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ssv.bundle.manifest import SCORER, Manifest, read_manifest, unused_files, verify_files
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
@@ -30,7 +30,6 @@ from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, Round
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
-    Precision,
     TorchEngine,
     cpu_threads,
     draft_engine,
@@ -43,6 +42,7 @@ from ssv.runtime.request import Chunk, Output, Request, RequestError, TokenFate,
 from ssv.runtime.threads import ThreadCount
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.background import begun
+from ssv.support.precisions import TORCH_PRECISIONS
 from ssv.support.waiting import Say, say_nothing, waiting
 
 log = logging.getLogger(__name__)
@@ -204,8 +204,8 @@ class LLM:
         import torch
 
         on_cpu = torch.device(device).type == "cpu"
-        if precision is not None and precision not in get_args(Precision):
-            raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
+        if precision is not None and precision not in TORCH_PRECISIONS:
+            raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(TORCH_PRECISIONS)}")
         if not on_cpu and not torch.cuda.is_available():
             raise EngineError(f"device {device!r}: torch finds no CUDA GPU on this machine", "use the device cpu")
         precision = precision or (manifest.default_precision if on_cpu else "bf16")

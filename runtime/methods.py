@@ -83,7 +83,7 @@ def policy_of(request: Request, tiers: Mapping[str, Policy]) -> Policy:
 
 
 def baselines(has_heads: bool) -> tuple[str, ...]:
-    """Of `BASELINES` those that a bundle with or without heads can be decoded by."""
+    """Those of `BASELINES` that a bundle with or without heads can be decoded by."""
     return tuple(name for name in BASELINES if has_heads or name not in NEEDS_HEADS)
 
 

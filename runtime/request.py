@@ -200,7 +200,7 @@ class Audit:
 
     @classmethod
     def of(cls, gaps: Iterable[float]) -> Audit:
-        """Of tokens that the target's choices are ahead of by so much (see `ssv.runtime.decode.sampling.gaps`)."""
+        """The audit of tokens that the target's choices are ahead of by so much: `ssv.runtime.decode.sampling.gaps`."""
         found = list(gaps)
         return cls(sum(gap > 0 for gap in found), sum(gap > 1 for gap in found))
 

@@ -118,8 +118,10 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser, *, hosted: bool = False) -> None:
-    """Args:
-    hosted: whether TensorRT-LLM is a choice too.
+    """Adds `--engine`.
+
+    Args:
+        hosted: whether TensorRT-LLM is a choice too.
     """
     help = "torch, or the bundle's compiled engines on this GPU"
     help += ", or TensorRT-LLM on one or several (default: torch)" if hosted else " (default: torch)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def write_record(figures: dict[str, Any], out: Path | None, packages: dict[str, 
     """
     record = {
         **figures,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": machine(device),
         "versions": packages,
         "commit": commit(),

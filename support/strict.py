@@ -11,10 +11,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def problems(error: ValidationError, whole: str) -> str:
+def problems(error: ValidationError, whole: str = "") -> str:
     """All that is wrong with settings, each with the key that it is about.
 
     Args:
-        whole: what to call the settings as a whole.
+        whole: what to call the settings as a whole; nothing where a message says it itself.
     """
-    return "; ".join(f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}" for each in error.errors())
+    return "; ".join(_problem(each["loc"], each["msg"], whole) for each in error.errors())
+
+
+def _problem(place: tuple[int | str, ...], message: str, whole: str) -> str:
+    name = ".".join(map(str, place)) or whole
+    message = message.removeprefix("Value error, ")  # pydantic's, before what a check of ours says
+    return f"{name}: {message}" if name else message

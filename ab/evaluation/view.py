@@ -160,7 +160,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def frontiers(document: Mapping[str, Any]) -> list[Figure]:
-    """Of each task that is judged: quality over speed-up by method, and the methods that nobody beats in both."""
+    """A figure of each judged task: quality over speed-up by method, and the methods that nobody beats in both."""
     figures = []
     for task in document["tasks"]:
         points = [

@@ -53,12 +53,12 @@ class Shape:
     is_head: bool = False
 
     def cache_bytes(self, context: int) -> int:
-        """Of one row of so many tokens."""
+        """Bytes of the cache that one row of so many tokens takes."""
         spec = self.spec
         return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context * CACHE_BYTES
 
     def flops(self, context: int) -> int:
-        """Of one token behind so many."""
+        """Floating-point operations of one token behind so many."""
         spec = self.spec
         return 2 * self.multiplied + 4 * spec.num_layers * spec.num_heads * spec.head_dim * context
 

@@ -170,7 +170,7 @@ class Windows:
 
 
 def learning_rate(config: TrainingConfig, step: int, num_steps: int, spent: float = 0.0) -> float:
-    """Of a step: a warm-up, then a cosine down to a fiftieth.
+    """The learning rate of a step: a warm-up, then a cosine down to a fiftieth.
 
     Args:
         spent: share of the time that there is for training, if it has a limit.

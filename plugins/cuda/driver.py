@@ -85,8 +85,10 @@ class Module:
         _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")
 
     def kernel(self, name: str) -> Kernel:
-        """Raises:
-        DriverError: the cubin has none of this name.
+        """A kernel by its name.
+
+        Raises:
+            DriverError: the cubin has none of this name.
         """
         function = ctypes.c_void_p()
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ssv.model.heads import HeadsParts
 from ssv.runtime.engines.contract import HeadsEngine
-from ssv.runtime.engines.torch_engine import Precision, heads_engine, vocabulary_ids
+from ssv.runtime.engines.torch_engine import heads_engine, vocabulary_ids
+from ssv.support.precisions import TorchPrecision
 
 
 class HeadsOnDemand:
     """Heads beside a target's torch engine, see `HeadsEngine`; from any thread."""
 
-    def __init__(self, parts: HeadsParts, *, precision: Precision, device: str = "cpu") -> None:
+    def __init__(self, parts: HeadsParts, *, precision: TorchPrecision, device: str = "cpu") -> None:
         """Args:
         precision, device: the target's engine's.
         """

@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,7 @@ from ssv.runtime.engines.linear import (
     of_each_input,
 )
 from ssv.runtime.threads import MAX_THREADS, ThreadCount, chosen_by_operator, default_threads
-
-Precision = Literal["fp32", "bf16", "int8", "int4"]
+from ssv.support.precisions import TORCH_PRECISIONS, TorchPrecision
 
 
 class TorchEngine:
@@ -223,7 +222,7 @@ class TorchEngine:
 def target_engine(
     decoder: Decoder,
     *,
-    precision: Precision,
+    precision: TorchPrecision,
     max_batch: int,
     max_length: int,
     device: str = "cpu",
@@ -252,7 +251,7 @@ def target_engine(
 def draft_engine(
     draft: Draft,
     *,
-    precision: Precision,
+    precision: TorchPrecision,
     max_batch: int,
     max_length: int,
     device: str = "cpu",
@@ -298,7 +297,7 @@ class TorchHeads:
         return self._heads.logits(hidden_RH.to(weight_H.device, weight_H.dtype)).float()
 
 
-def heads_engine(heads: Heads, *, precision: Precision, device: str = "cpu") -> TorchHeads:
+def heads_engine(heads: Heads, *, precision: TorchPrecision, device: str = "cpu") -> TorchHeads:
     """Heads in the precision of their target's engine.
 
     Raises:
@@ -354,7 +353,7 @@ N = TypeVar("N", bound=nn.Module)
 
 def prepare(
     module: M,
-    precision: Precision,
+    precision: TorchPrecision,
     device: str,
     smooth: Callable[[M], Iterable[nn.Module]],
     *,
@@ -366,8 +365,8 @@ def prepare(
         smooth: smooths the copy for int8, part by part: each is packed before the next one.
         keeps_quantized: leaves a quantized checkpoint's layers as they are.
     """
-    if precision not in get_args(Precision):
-        raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(get_args(Precision))}")
+    if precision not in TORCH_PRECISIONS:
+        raise EngineError(f"precision {precision!r} is unknown; known: {', '.join(TORCH_PRECISIONS)}")
     if (found := precision_of(module)) is not None and precision in ("int8", "int4"):
         raise EngineError(
             f"this checkpoint is quantized to {found} already, and cannot run in {precision}", "use bf16 or fp32"
@@ -396,7 +395,7 @@ def prepare(
     return module
 
 
-def _prepare_tap(tap: FeatureTap, precision: Precision, device: str, range_X: Tensor | None) -> FeatureTap:
+def _prepare_tap(tap: FeatureTap, precision: TorchPrecision, device: str, range_X: Tensor | None) -> FeatureTap:
     prepared = prepare(tap, precision, device, lambda _: ())
     if range_X is not None and precision == "int8" and _is_cpu(device):
         # No norm comes before the tap that could take the factor: it is applied to the features.

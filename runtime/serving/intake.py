@@ -338,7 +338,7 @@ class Intake:
         return tier
 
     def _bound(self, method: str, greedy: bool) -> float:
-        """Of the divergence of a method's greedy or sampled output."""
+        """The bound on the divergence of a method's greedy or sampled output; infinite where none is known."""
         entry = self._manifest.tiers.get(method)
         if entry is None:
             is_known = method in baselines(self._manifest.heads is not None)

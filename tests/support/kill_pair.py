@@ -54,12 +54,12 @@ def main() -> int:
     args.work.mkdir(parents=True)
     recipe, out, rng = write_recipe(args.work), args.work / "bundle", random.Random(args.seed)
     recipe.write_text(RECIPES[0])
-    started = time.monotonic()
     finish(recipe, out)
-    duration = time.monotonic() - started
     hashes = [whole(out)]
     recipe.write_text(RECIPES[1])
+    started = time.monotonic()  # of a run whose libraries are in memory, like those that are interrupted
     finish(recipe, args.work / "other")
+    duration = time.monotonic() - started
     hashes.append(whole(args.work / "other"))
     shutil.rmtree(args.work / "other")
     found = {"old": 0, "new": 0}
@@ -67,7 +67,9 @@ def main() -> int:
         recipe.write_text(RECIPES[(kill + 1) % 2])
         before, after = hashes[kill % 2], hashes[(kill + 1) % 2]
         process = start(recipe, out)
-        delay, what = rng.uniform(0, duration), SIGNALS[kill % len(SIGNALS)]
+        # Every second one towards the end, where the bundles are exchanged: the old one would be there nearly always.
+        earliest = 0.0 if kill % 2 == 0 else 0.85 * duration
+        delay, what = rng.uniform(earliest, max(1.15 * earliest, duration)), SIGNALS[kill % len(SIGNALS)]
         time.sleep(delay)
         process.send_signal(what)
         process.wait()

@@ -5,8 +5,9 @@ built the network: layer types, attributes, constants, shapes and dtypes are rea
 layer, attribute or operation that it does not know raises NotImplementedError; nothing is approximated.
 
 Numerics are those of a strongly typed network: each layer's output is rounded once to the dtype that the network
-declares for it; matrix products, attention, reductions, softmax and transcendental functions of half types are computed
-in fp32 before that.
+declares for it. Before that, matrix products, attention, reductions, softmax and transcendental functions are computed
+in fp64: so a token's result does not depend on the order in which a library sums or on the tokens beside it, and trees
+can be compared with their chains bit for bit.
 
 Shapes: B rows, N query heads, M key/value heads, T tokens, S positions of the cache, D head size, R rotated part of D.
 """
@@ -221,7 +222,7 @@ def _unary(layer: Any) -> Operation:
         raise NotImplementedError(f"unary {operation} of {dtype}")
     function = _UNARY[operation]
     if dtype.is_floating_point:
-        return lambda x: function(x.float()).to(result)
+        return lambda x: function(x.double()).to(result)
     return function
 
 
@@ -248,7 +249,7 @@ def _activation(layer: Any) -> Operation:
     if name not in _ACTIVATION or not dtype.is_floating_point:
         raise NotImplementedError(f"activation {name} of {dtype}")
     function = _ACTIVATION[name]
-    return lambda x: function(x.float(), alpha, beta).to(dtype)
+    return lambda x: function(x.double(), alpha, beta).to(dtype)
 
 
 def _cast(layer: Any) -> Operation:
@@ -281,7 +282,7 @@ def _select(layer: Any) -> Operation:
 
 def _softmax(layer: Any) -> Operation:
     axis, dtype = _single_axis(layer.axes), _torch_dtype(layer.get_input(0))
-    return lambda x: x.float().softmax(axis).to(dtype)
+    return lambda x: x.double().softmax(axis).to(dtype)
 
 
 def _product(x: Tensor, axes: Sequence[int], keep: bool, dtype: torch.dtype) -> Tensor:
@@ -293,7 +294,7 @@ def _product(x: Tensor, axes: Sequence[int], keep: bool, dtype: torch.dtype) -> 
 def _reduce(layer: Any) -> Operation:
     axes, keep, dtype = _bits(layer.axes), layer.keep_dims, _torch_dtype(layer.get_input(0))
     # Integers are summed in their own type, which torch would widen.
-    accumulator = torch.float32 if dtype.is_floating_point else dtype
+    accumulator = torch.float64 if dtype.is_floating_point else dtype
     operations: dict[str, Callable[[Tensor], Tensor]] = {
         "SUM": lambda x: x.sum(axes, keepdim=keep, dtype=accumulator),
         "PROD": lambda x: _product(x, axes, keep, accumulator),
@@ -311,7 +312,7 @@ def _cumulative(layer: Any) -> Operation:
     """Sums along an axis up to each element, or from it on; that one is left out if `exclusive`."""
     _require("cumulative operation", layer.op.name, "SUM")
     exclusive, reverse, dtype = layer.exclusive, layer.reverse, _torch_dtype(layer.get_input(0))
-    accumulator = torch.float32 if dtype.is_floating_point else dtype
+    accumulator = torch.float64 if dtype.is_floating_point else dtype
 
     def cumulative(x: Tensor, axis: Tensor) -> Tensor:
         at = int(axis)  # raises unless it is one number
@@ -482,7 +483,7 @@ def _matrix_multiply(layer: Any) -> Operation:
     def matrix_multiply(a: Tensor, b: Tensor) -> Tensor:
         a = a.unsqueeze(-2) if op0 == "VECTOR" else a.mT if op0 == "TRANSPOSE" else a
         b = b.unsqueeze(-1) if op1 == "VECTOR" else b.mT if op1 == "TRANSPOSE" else b
-        product = a.float() @ b.float()
+        product = a.double() @ b.double()
         product = product.squeeze(-1) if op1 == "VECTOR" else product
         product = product.squeeze(-1 if op1 == "VECTOR" else -2) if op0 == "VECTOR" else product
         return product.to(dtype)
@@ -555,15 +556,15 @@ def _attention_input(layer: Any) -> Operation:
     def attend(q_BNTD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, mask: Tensor | None = None) -> Tensor:
         rows, heads, tokens, size = q_BNTD.shape
         # Query heads n of a group share key/value head n // (N/M): stacked along the tokens, they need no copied keys.
-        grouped = q_BNTD.float().reshape(rows, k_BMSD.shape[1], -1, size)
-        score_BNTS = (grouped @ k_BMSD.float().mT).view(rows, heads, tokens, -1)
+        grouped = q_BNTD.double().reshape(rows, k_BMSD.shape[1], -1, size)
+        score_BNTS = (grouped @ k_BMSD.double().mT).view(rows, heads, tokens, -1)
         if mask is not None:
             hidden = (
-                score_BNTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BNTS + mask.float()
+                score_BNTS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BNTS + mask.double()
             )
             score_BNTS = hidden
         weight = score_BNTS.softmax(-1).view(rows, k_BMSD.shape[1], -1, score_BNTS.shape[-1])
-        return (weight @ v_BMSD.float()).view(rows, heads, tokens, -1).to(dtype)
+        return (weight @ v_BMSD.double()).view(rows, heads, tokens, -1).to(dtype)
 
     return attend
 
@@ -780,7 +781,7 @@ class NetworkInterpreter:
         return remaining
 
     def _widen_constant_factors(self) -> None:
-        """Gives matrix products their constants in fp32, in which they compute: else each run would convert them."""
+        """Gives matrix products their constants in fp64, in which they compute: else each run would convert them."""
         wide: dict[int, int] = {}
 
         def widened(number: int | None) -> int | None:
@@ -788,7 +789,7 @@ class NetworkInterpreter:
                 return number
             if number not in wide:
                 wide[number] = len(self._tensors) + len(wide)
-                self._constants[wide[number]] = self._constants[number].float()
+                self._constants[wide[number]] = self._constants[number].double()
             return wide[number]
 
         self._steps = [

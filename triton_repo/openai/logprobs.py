@@ -43,7 +43,7 @@ def tokens_of(reply: Reply) -> tuple[list[Token], list[Token]]:
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
-    """Of a chat completion."""
+    """The `logprobs` of a chat completion."""
     return {
         "content": [_named(token) | {"top_logprobs": [_named(each) for each in token.top]} for token in tokens],
         "refusal": None,
@@ -51,7 +51,7 @@ def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
 
 
 def completion_logprobs(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-    """Of a completion.
+    """The `logprobs` of a completion.
 
     Args:
         offset: characters of the tokens before.

@@ -265,6 +265,12 @@ def delta(**fields: Any) -> dict[str, Any]:
     return made
 
 
+def broken(reason: str, error: Any) -> dict[str, Any]:
+    made = chunk(reason=reason)
+    made["choices"][0]["error"] = error
+    return made
+
+
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
@@ -273,6 +279,9 @@ def delta(**fields: Any) -> dict[str, Any]:
         ({"message": "overloaded"}, "no stream of chat completions: overloaded"),
         ({**chunk("b"), "choices": [{"index": 1, "delta": {"content": "b"}}]}, "several answers came"),
         ({"error": {"message": "engine died"}}, "engine died"),
+        ({"error": "out of memory"}, "out of memory"),
+        (broken("stop", {"code": 502, "message": "provider died"}), "the answer broke off: provider died"),
+        (broken("error", "provider died"), "the answer broke off: provider died"),
     ],
 )
 def test_what_comes_among_an_answer_and_spoils_it_is_named(sent: Any, message: str) -> None:
@@ -295,14 +304,18 @@ def timed(monkeypatch: pytest.MonkeyPatch, *sent: tuple[float, dict[str, Any]], 
     return OpenAIEndpoint(parse_arm(f"api=http://127.0.0.1:1/v1?model=m{address}")).ask("Hi", SAMPLING, 0)
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "reasoning_details"])
 def test_reasoning_is_tokens_in_time_and_count_apart_from_the_answer(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def thought(second: int) -> Any:
+        text = f"t{second} "
+        return text if name != "reasoning_details" else [{"type": "reasoning.text", "text": text}]
+
     answer = timed(
         monkeypatch,
         (0.5, chunk("")),
-        *((second, delta(content=None, **{name: f"t{second} "})) for second in (1, 2, 3)),
+        *((second, delta(content=None, **{name: thought(second)})) for second in (1, 2, 3)),
         (4, chunk("\n")),
         (5, chunk("Os")),
         (6, chunk("lo")),

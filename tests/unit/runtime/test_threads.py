@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssv.runtime.engines import torch_engine
 from ssv.runtime.engines.contract import EngineError
-from ssv.runtime.engines.torch_engine import Precision, TorchEngine, cpu_threads, target_engine
+from ssv.runtime.engines.torch_engine import TorchEngine, cpu_threads, target_engine
 from ssv.runtime.threads import (
     INTERVAL_SECONDS,
     CpuTimes,
@@ -24,6 +24,7 @@ from ssv.runtime.threads import (
     read_cpu_times,
     threads_for,
 )
+from ssv.support.precisions import TorchPrecision
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_engines_of_a_process_follow_the_same_count() -> None:
 
 @pytest.mark.usefixtures("torchs_threads")
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_packed_weights_give_the_same_bits_while_the_number_of_threads_changes(precision: Precision) -> None:
+def test_packed_weights_give_the_same_bits_while_the_number_of_threads_changes(precision: TorchPrecision) -> None:
     decoder = tiny_decoder()
     outputs = []
     for numbers in ([1], [2], [2, 1, 1, 2]):

@@ -22,12 +22,13 @@ from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import DecodeBatch, PromptBlock
 from ssv.runtime.decode.scheduler import QueueFull
-from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
+from ssv.runtime.engines.torch_engine import draft_engine, target_engine
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.runtime.text import TextStream
 from ssv.runtime.tokenizer import BundleTokenizer
+from ssv.support.precisions import TorchPrecision
 
 TIERS = {
     "premium": Policy(accept_below=0.0, verify_above=0.3, risk_budget=0.6, max_pending=6),
@@ -622,7 +623,7 @@ def test_without_a_cache_of_prompts() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_what_comes_from_the_cache_is_what_was_computed_to_the_last_bit(precision: Precision) -> None:
+def test_what_comes_from_the_cache_is_what_was_computed_to_the_last_bit(precision: TorchPrecision) -> None:
     """Of real engines: keys and values of the whole prompt, and the output."""
     decoder = tiny_decoder()
     draft = random_draft(decoder, "conditioned")

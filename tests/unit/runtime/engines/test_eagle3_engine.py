@@ -16,13 +16,14 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.smoothing import Ranges, activation_ranges
 from ssv.runtime.engines.cpu_layers import FusedLayers
-from ssv.runtime.engines.torch_engine import Precision, TorchEngine, draft_engine, target_engine
+from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
+from ssv.support.precisions import TorchPrecision
 
 SIZES: dict[str, Any] = {"max_batch": 2, "max_length": 32}
 
 
 def engines_of(
-    draft: Draft, target: Decoder, precision: Precision = "fp32", ranges: Ranges | None = None
+    draft: Draft, target: Decoder, precision: TorchPrecision = "fp32", ranges: Ranges | None = None
 ) -> tuple[TorchEngine, TorchEngine]:
     return (
         target_engine(target, precision="fp32", draft=draft, **SIZES),

@@ -203,7 +203,7 @@ def test_unary(net: _Network, name: str, dtype: torch.dtype) -> None:
     x = _rand(5, 7, dtype=dtype).abs() + 0.5
     layer = net.network.add_unary(net.input(dtype, -1, 7), getattr(trt.UnaryOperation, name))
     (result,) = net.run(layer.get_output(0), x)
-    _same(result, getattr(torch, {"RECIP": "reciprocal"}.get(name, name.lower()))(x.float()).to(dtype))
+    _same(result, getattr(torch, {"RECIP": "reciprocal"}.get(name, name.lower()))(x.double()).to(dtype))
 
 
 def test_unary_not_and_negation_of_integers(net: _Network) -> None:
@@ -239,7 +239,7 @@ def test_activation(net: _Network, activation: Any, function: Callable[[Tensor],
     layer = net.network.add_activation(net.input(dtype, -1, 8), activation)
     layer.alpha, layer.beta = -0.5, 0.25
     (result,) = net.run(layer.get_output(0), x)
-    _same(result, function(x.float()).to(dtype))
+    _same(result, function(x.double()).to(dtype))
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool])
@@ -304,7 +304,7 @@ def test_softmax(net: _Network, dtype: torch.dtype, axis: int) -> None:
     layer = net.network.add_softmax(net.input(dtype, -1, 5, 7))
     layer.axes = 1 << axis
     (result,) = net.run(layer.get_output(0), x)
-    _same(result, x.float().softmax(axis).to(dtype))
+    _same(result, x.double().softmax(axis).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", _FLOATS)
@@ -324,7 +324,7 @@ def test_reduce(net: _Network, operation: Any, function: Any, keep: bool, dtype:
     x = _rand(2, 5, 7, dtype=dtype)
     layer = net.network.add_reduce(net.input(dtype, -1, 5, 7), operation, 0b101, keep)
     (result,) = net.run(layer.get_output(0), x)
-    _same(result, function(x.float(), (0, 2), keepdim=keep).to(dtype))
+    _same(result, function(x.double(), (0, 2), keepdim=keep).to(dtype))
 
 
 def test_reduce_of_half_accumulates_in_fp32_and_of_int32_stays_int32(net: _Network) -> None:
@@ -689,7 +689,7 @@ def test_matrix_multiply_broadcasts(net: _Network, op0: Any, op1: Any, dtype: to
     x = (a.mT.contiguous() if op0 == _TRANSPOSE else a), (b.mT.contiguous() if op1 == _TRANSPOSE else b)
     tensors = [net.input(dtype, *value.shape) for value in x]
     (result,) = net.run(net.network.add_matrix_multiply(tensors[0], op0, tensors[1], op1).get_output(0), *x)
-    _same(result, (x[0].float().mT if op0 == _TRANSPOSE else x[0].float()).matmul(b.float()).to(dtype))
+    _same(result, (x[0].double().mT if op0 == _TRANSPOSE else x[0].double()).matmul(b.double()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", _HALVES)
@@ -909,9 +909,9 @@ def test_dequantized_weights_are_evaluated_once(net: _Network) -> None:
     product = net.network.add_matrix_multiply(net.input(torch.float16, -1, 4), _NONE, weights, _NONE)
     interpreter = net.interpreter(product.get_output(0))
     assert [step.kind for step in interpreter._steps] == ["MATRIX_MULTIPLY"]
-    assert [(c.dtype, tuple(c.shape)) for c in interpreter._constants.values()] == [(torch.float32, (4, 3))]
+    assert [(c.dtype, tuple(c.shape)) for c in interpreter._constants.values()] == [(torch.float64, (4, 3))]
     for _ in range(2):
-        _same(interpreter.run({"x0": x})["y0"], (x.float() @ (codes * 0.5)).half())
+        _same(interpreter.run({"x0": x})["y0"], (x.double() @ (codes.double() * 0.5)).half())
 
 
 # --- the network -----------------------------------------------------------------------------------------------------

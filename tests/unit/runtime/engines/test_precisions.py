@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from tiny_bundle import build, write_recipe
 
-from ssv.runtime.engines.torch_engine import Precision
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
+from ssv.support.precisions import TORCH_PRECISIONS
 from ssv.support.prompts import read_prompts
 
 MODEL_FREE = ("autoregressive", "lookahead", "prompt-lookup", "suffix")
@@ -26,7 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("precision", TORCH_PRECISIONS)
 def test_every_method_decodes(bundle: Path, precision: str, batch: int) -> None:
     """Greedy and sampled rows of every method; the company changes as answers end at different lengths."""
     llm = LLM.load(bundle, precision=precision, max_batch=batch, verify=False)

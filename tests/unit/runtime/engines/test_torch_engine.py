@@ -21,7 +21,8 @@ from ssv.runtime.engines import torch_engine
 from ssv.runtime.engines.contract import EngineError, StepOutput
 from ssv.runtime.engines.cpu_layers import FusedScorer
 from ssv.runtime.engines.kv_cache import KVCache
-from ssv.runtime.engines.torch_engine import Precision, TorchEngine, draft_engine, target_engine
+from ssv.runtime.engines.torch_engine import TorchEngine, draft_engine, target_engine
+from ssv.support.precisions import TorchPrecision
 
 BIASES: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ any_chunks = pytest.mark.parametrize("chunks", [[24], [1] * 24, [5, 1, 8, 10]], 
 
 def make_engine(
     decoder: Decoder,
-    precision: Precision = "fp32",
+    precision: TorchPrecision = "fp32",
     *,
     max_batch: int = 8,
     max_length: int = 128,
@@ -156,7 +157,7 @@ def test_rows_roll_back_by_themselves() -> None:
 
 @pytest.mark.parametrize("gather", [[7, 0, 3], [2, 2, 2], [5]])
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_gathered_rows_come_in_the_order_asked_for(gather: list[int], precision: Precision) -> None:
+def test_gathered_rows_come_in_the_order_asked_for(gather: list[int], precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(2, 4)
     every = step(make_engine(decoder, precision), ids_BT, [0, 0])
     some = step(make_engine(decoder, precision), ids_BT, [0, 0], gather)
@@ -165,7 +166,7 @@ def test_gathered_rows_come_in_the_order_asked_for(gather: list[int], precision:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
-def test_a_step_that_gathers_nothing_fills_the_cache(precision: Precision) -> None:
+def test_a_step_that_gathers_nothing_fills_the_cache(precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(2, 8)
     engine, other = make_engine(decoder, precision), make_engine(decoder, precision)
     out = step(engine, ids_BT, [0, 0], [])
@@ -177,7 +178,7 @@ def test_a_step_that_gathers_nothing_fills_the_cache(precision: Precision) -> No
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_first_row_steps_only_its_rows(precision: Precision) -> None:
+def test_first_row_steps_only_its_rows(precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(5, 10)
     engine = make_engine(decoder, precision, max_batch=5)
     step(engine, ids_BT, [0] * 5)
@@ -215,7 +216,7 @@ def assert_same_cache(found: TorchEngine, expected: TorchEngine) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_reading_and_writing_the_cache_is_moving_a_row(precision: Precision) -> None:
+def test_reading_and_writing_the_cache_is_moving_a_row(precision: TorchPrecision) -> None:
     """In pieces, one of them empty."""
     engine, moved = (make_engine(tiny_decoder(), precision, max_batch=3) for _ in range(2))
     for each in (engine, moved):
@@ -243,16 +244,16 @@ def test_what_was_read_outlives_its_row() -> None:
 # --- Padding --------------------------------------------------------------------------------------------------------
 
 
-def without_a_compiler(precision: Precision) -> TorchEngine:
+def without_a_compiler(precision: TorchPrecision) -> TorchEngine:
     return without_stages(make_engine(tiny_decoder(), precision, max_batch=4))
 
 
-def tapped_engine(precision: Precision) -> TorchEngine:
+def tapped_engine(precision: TorchPrecision) -> TorchEngine:
     decoder = tiny_decoder(**BIASES)
     return make_engine(decoder, precision, max_batch=4, draft=make_draft(decoder, "conditioned", (0, 1)))
 
 
-def scored_draft(kind: DraftKind, precision: Precision) -> TorchEngine:
+def scored_draft(kind: DraftKind, precision: TorchPrecision) -> TorchEngine:
     weight_F = torch.randn(67, generator=torch.Generator().manual_seed(0)) / 5
     return make_draft_engine(
         make_draft(tiny_decoder(), kind, (0, 1)), precision, Scorer(weight_F, torch.tensor(0.3), True)
@@ -309,7 +310,7 @@ def test_what_padding_is_told_changes_nothing(make: Callable[[], TorchEngine], c
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_what_padding_holds_is_not_seen(precision: Precision) -> None:
+def test_what_padding_holds_is_not_seen(precision: TorchPrecision) -> None:
     first, second = (make_engine(tiny_decoder(), precision) for _ in range(2))
     ids_BT, counts = tiny_ids(2, 5), [2, 4]
     other_BT = tiny_ids(2, 5, seed=9)
@@ -330,7 +331,7 @@ def test_the_cache_can_be_filled_to_its_last_position() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_step_beyond_the_cache(precision: Precision) -> None:
+def test_step_beyond_the_cache(precision: TorchPrecision) -> None:
     engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
     with pytest.raises(EngineError, match="writes slot 16, the cache holds 16"):
         step(engine, tiny_ids(2, 4), [0, 13])
@@ -355,7 +356,7 @@ def test_step_beyond_the_cache(precision: Precision) -> None:
 )
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_indices_that_point_elsewhere(
-    precision: Precision, position: Tensor, gather: list[int], first_row: int, named: str
+    precision: TorchPrecision, position: Tensor, gather: list[int], first_row: int, named: str
 ) -> None:
     """Compiled code reads and writes where they say."""
     engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
@@ -389,7 +390,7 @@ OUT_OF_RANGE = "count must be int32, 0 to 3 for each of 2 rows, got torch"
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_counts_that_cannot_be(precision: Precision, count: Tensor, gather: list[int], named: str) -> None:
+def test_counts_that_cannot_be(precision: TorchPrecision, count: Tensor, gather: list[int], named: str) -> None:
     engine = make_engine(tiny_decoder(), precision, max_batch=2, max_length=16)
     position, gathered = torch.tensor([0, 0], dtype=torch.int32), torch.tensor(gather, dtype=torch.int64)
     with pytest.raises(EngineError, match=named):
@@ -440,7 +441,7 @@ def ranges_of(decoder: Decoder) -> Ranges:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
-def test_engines_leave_the_decoder_as_it_is(precision: Precision) -> None:
+def test_engines_leave_the_decoder_as_it_is(precision: TorchPrecision) -> None:
     decoder = tiny_decoder(qk_norm=True, qkv_bias=True)
     before, ids_BT = state_of(decoder), tiny_ids(1, 5)
     expected = whole_window(decoder, ids_BT)[1]
@@ -544,7 +545,7 @@ def stored(kind: torch.dtype) -> tuple[Decoder, Decoder]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("smooth", [True, False], ids=["smoothed", "plain"])
 def test_engines_of_what_is_stored_and_of_fp32_are_the_same(
-    kind: torch.dtype, precision: Precision, smooth: bool
+    kind: torch.dtype, precision: TorchPrecision, smooth: bool
 ) -> None:
     fp32, as_stored = stored(kind)
     assert as_stored.layers[0].qkv.weight.dtype == kind
@@ -622,7 +623,7 @@ def assert_equal_but_for_flips(found_RX: Tensor, expected_RX: Tensor) -> None:
 
 
 def fused_and_not(
-    decoder: Decoder, precision: Precision, draft: Draft | None = None
+    decoder: Decoder, precision: TorchPrecision, draft: Draft | None = None
 ) -> tuple[TorchEngine, TorchEngine]:
     fused, modules = (make_engine(decoder, precision, draft=draft) for _ in range(2))
     assert fused.fused is not None, "runtime/engines/_cpu.c was not compiled"
@@ -637,7 +638,7 @@ def without_stages(engine: TorchEngine, scorer: Scorer | None = None) -> TorchEn
 @any_packed
 @any_shape
 @any_chunks
-def test_fused_layers_equal_their_modules(precision: Precision, shape: dict[str, Any], chunks: list[int]) -> None:
+def test_fused_layers_equal_their_modules(precision: TorchPrecision, shape: dict[str, Any], chunks: list[int]) -> None:
     fused, modules = fused_and_not(tiny_decoder(**shape), precision)
     ids_BT = tiny_ids(8, 24)
     assert_equal_but_for_flips(
@@ -647,7 +648,7 @@ def test_fused_layers_equal_their_modules(precision: Precision, shape: dict[str,
 
 @any_packed
 @any_shape
-def test_fused_layers_equal_their_modules_on_ragged_rows(precision: Precision, shape: dict[str, Any]) -> None:
+def test_fused_layers_equal_their_modules_on_ragged_rows(precision: TorchPrecision, shape: dict[str, Any]) -> None:
     ids_BT, logits = tiny_ids(8, 24), []
     for engine in fused_and_not(tiny_decoder(**shape), precision):
         starts, rows = [0] * 8, []
@@ -660,7 +661,7 @@ def test_fused_layers_equal_their_modules_on_ragged_rows(precision: Precision, s
 
 @any_packed
 @any_shape
-def test_fused_layers_equal_their_modules_on_long_sequences(precision: Precision, shape: dict[str, Any]) -> None:
+def test_fused_layers_equal_their_modules_on_long_sequences(precision: TorchPrecision, shape: dict[str, Any]) -> None:
     fused, modules = fused_and_not(tiny_decoder(**shape), precision)
     ids_BT = tiny_ids(8, 83)
     found, expected = (run_chunks(engine, ids_BT, [80, 1, 1, 1]).flatten(0, 1) for engine in (fused, modules))
@@ -671,7 +672,7 @@ def test_fused_layers_equal_their_modules_on_long_sequences(precision: Precision
 @pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
 @pytest.mark.parametrize("shape", [{}, BIASES], ids=["plain", "biases"])
 def test_fused_layers_tap_what_their_modules_do(
-    precision: Precision, layers: tuple[int, ...], shape: dict[str, Any]
+    precision: TorchPrecision, layers: tuple[int, ...], shape: dict[str, Any]
 ) -> None:
     decoder, ids_BT = tiny_decoder(num_layers=3, **shape), tiny_ids(8, 6)
     fused, modules = fused_and_not(decoder, precision, make_draft(decoder, "conditioned", layers))
@@ -688,7 +689,7 @@ def test_fused_layers_tap_what_their_modules_do(
 @torch.inference_mode()
 @pytest.mark.parametrize("uses_hidden", [True, False])
 @pytest.mark.parametrize("shape", [{}, BIASES, SHAPES["nine-heads"]], ids=["plain", "biases", "nine-heads"])
-def test_a_fused_draft_equals_its_modules(precision: Precision, shape: dict[str, Any], uses_hidden: bool) -> None:
+def test_a_fused_draft_equals_its_modules(precision: TorchPrecision, shape: dict[str, Any], uses_hidden: bool) -> None:
     decoder = tiny_decoder(**shape)
     draft, hidden = make_draft(decoder, "conditioned", (0, 1)), decoder.spec.hidden_size
     scorer = Scorer(torch.randn(3 + hidden * uses_hidden) / 8, torch.tensor(-0.3), uses_hidden)
@@ -759,7 +760,7 @@ def test_int8_is_near_fp32(shape: dict[str, Any]) -> None:
 @any_shape
 @any_chunks
 def test_packed_weights_give_the_same_to_the_bit_in_any_chunks(
-    precision: Precision, shape: dict[str, Any], chunks: list[int]
+    precision: TorchPrecision, shape: dict[str, Any], chunks: list[int]
 ) -> None:
     decoder, ids_BT = tiny_decoder(**shape), tiny_ids(2, 24)
     together = run_chunks(make_engine(decoder, precision), ids_BT, [12, 12])
@@ -768,7 +769,7 @@ def test_packed_weights_give_the_same_to_the_bit_in_any_chunks(
 
 @any_packed
 @any_shape
-def test_packed_rows_do_not_see_their_neighbours(precision: Precision, shape: dict[str, Any]) -> None:
+def test_packed_rows_do_not_see_their_neighbours(precision: TorchPrecision, shape: dict[str, Any]) -> None:
     decoder, ids_BT = tiny_decoder(**shape), tiny_ids(3, 24)
     engine, starts = make_engine(decoder, precision), RAGGED_STARTS
     alone = [run_chunks(make_engine(decoder, precision), ids_BT[b : b + 1], [1] * 24)[0] for b in range(3)]
@@ -779,14 +780,14 @@ def test_packed_rows_do_not_see_their_neighbours(precision: Precision, shape: di
 
 
 @any_packed
-def test_packed_weights_give_the_same_to_the_bit_on_long_sequences(precision: Precision) -> None:
+def test_packed_weights_give_the_same_to_the_bit_on_long_sequences(precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(2, 83)
     expected = run_chunks(make_engine(decoder, precision), ids_BT, [1] * 83)
     assert torch.equal(run_chunks(make_engine(decoder, precision), ids_BT, [80, 3]), expected)
 
 
 @any_packed
-def test_packed_rows_do_not_see_how_long_their_neighbours_are(precision: Precision) -> None:
+def test_packed_rows_do_not_see_how_long_their_neighbours_are(precision: TorchPrecision) -> None:
     decoder, long, short = tiny_decoder(), tiny_ids(7, 108), tiny_ids(1, 8)
     engine = make_engine(decoder, precision)
     run_chunks(engine, long[:, :100], [10] * 10)
@@ -797,7 +798,7 @@ def test_packed_rows_do_not_see_how_long_their_neighbours_are(precision: Precisi
 @any_packed
 @any_shape
 def test_packed_does_not_depend_on_the_number_of_threads(
-    precision: Precision, shape: dict[str, Any], two_threads: None
+    precision: TorchPrecision, shape: dict[str, Any], two_threads: None
 ) -> None:
     decoder, ids_BT = tiny_decoder(**shape), tiny_ids(2, 24)
     on_two = run_chunks(make_engine(decoder, precision), ids_BT, [16, 1, 7])
@@ -814,7 +815,7 @@ def two_threads() -> Iterator[None]:
 
 
 @any_packed
-def test_packed_rollback_is_exact(precision: Precision) -> None:
+def test_packed_rollback_is_exact(precision: TorchPrecision) -> None:
     decoder, first, second = tiny_decoder(), tiny_ids(2, 20, seed=1), tiny_ids(2, 20, seed=2)
     engine, fresh = make_engine(decoder, precision), make_engine(decoder, precision)
     run_chunks(engine, first, [20])
@@ -824,7 +825,7 @@ def test_packed_rollback_is_exact(precision: Precision) -> None:
 
 
 @any_packed
-def test_packed_gathered_rows_are_the_same_to_the_bit(precision: Precision) -> None:
+def test_packed_gathered_rows_are_the_same_to_the_bit(precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(2, 8)
     every = step(make_engine(decoder, precision), ids_BT, [0, 0]).logits_RV
     for row in range(16):
@@ -832,7 +833,7 @@ def test_packed_gathered_rows_are_the_same_to_the_bit(precision: Precision) -> N
 
 
 @any_packed
-def test_packed_features_are_the_same_to_the_bit(precision: Precision) -> None:
+def test_packed_features_are_the_same_to_the_bit(precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(1, 8)
     draft = make_draft(decoder, "conditioned", (0, 1))
     engine, together = make_engine(decoder, precision, draft=draft), make_engine(decoder, precision, draft=draft)
@@ -842,7 +843,7 @@ def test_packed_features_are_the_same_to_the_bit(precision: Precision) -> None:
 
 
 @any_packed
-def test_packed_steps_may_grow_and_shrink(precision: Precision) -> None:
+def test_packed_steps_may_grow_and_shrink(precision: TorchPrecision) -> None:
     decoder, ids_BT = tiny_decoder(), tiny_ids(4, 60)
     engine, chunks = make_engine(decoder, precision), [1, 2, 5, 6, 1, 20, 3, 22]
     assert_equal_but_for_flips(
@@ -870,7 +871,7 @@ def rounded_to_int8(weight_OI: Tensor) -> Tensor:
     return (weight_OI / scale).round() * scale
 
 
-def with_rounded(decoder: Decoder, precision: Precision) -> Decoder:
+def with_rounded(decoder: Decoder, precision: TorchPrecision) -> Decoder:
     """With the weights that a precision has; the LM head has 8 bits in int4 too."""
     decoder = copy.deepcopy(decoder)
     for name, module in decoder.named_modules():
@@ -882,7 +883,7 @@ def with_rounded(decoder: Decoder, precision: Precision) -> Decoder:
 
 @any_shape
 @any_packed
-def test_packed_weights_are_rounded_weights(shape: dict[str, Any], precision: Precision) -> None:
+def test_packed_weights_are_rounded_weights(shape: dict[str, Any], precision: TorchPrecision) -> None:
     """But for the rounding of activations, in blocks of 32 to 127 levels either side."""
     decoder, ids_BT = tiny_decoder(**shape), tiny_ids(2, 24)
     expected = whole_window(with_rounded(decoder, precision), ids_BT)[1]
@@ -895,7 +896,7 @@ def test_packed_weights_are_rounded_weights(shape: dict[str, Any], precision: Pr
 
 @any_packed
 def test_elsewhere_than_on_the_cpu_weights_are_rounded_alike(
-    precision: Precision, monkeypatch: pytest.MonkeyPatch
+    precision: TorchPrecision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, ids_BT = tiny_decoder(**BIASES), tiny_ids(2, 24)
     with monkeypatch.context() as elsewhere:
@@ -929,7 +930,7 @@ def make_draft(target: Decoder, kind: DraftKind, layers: tuple[int, ...], head_s
 
 
 def make_draft_engine(
-    draft: Draft, precision: Precision = "fp32", scorer: Scorer | None = None, ranges: Ranges | None = None
+    draft: Draft, precision: TorchPrecision = "fp32", scorer: Scorer | None = None, ranges: Ranges | None = None
 ) -> TorchEngine:
     return draft_engine(draft, precision=precision, max_batch=4, max_length=64, scorer=scorer, ranges=ranges)
 
@@ -1052,7 +1053,7 @@ def test_draft_tells_how_likely_a_rejection_is(kind: DraftKind, uses_hidden: boo
 
 @pytest.mark.parametrize("head", ["subset", "reordered", "whole"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
-def test_draft_with_a_scorer_tells_its_argmax(precision: Precision, head: str) -> None:
+def test_draft_with_a_scorer_tells_its_argmax(precision: TorchPrecision, head: str) -> None:
     """As an id of the target's vocabulary; the fused scorer does not look for it."""
     target = tiny_decoder()
     draft = make_draft(target, "standalone", (0, 1), 48 if head == "subset" else None)
@@ -1081,7 +1082,7 @@ def test_engines_without_a_scorer_do_not_tell_their_argmax() -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 3e-2), ("int8", 0.12), ("int4", 0.4)])
 @pytest.mark.parametrize("kind", ["standalone", "conditioned"])
-def test_drafts_of_other_precisions(kind: DraftKind, precision: Precision, tolerance: float) -> None:
+def test_drafts_of_other_precisions(kind: DraftKind, precision: TorchPrecision, tolerance: float) -> None:
     draft, ids_BT = make_draft(tiny_decoder(), kind, (0, 1)), tiny_ids(2, 16)
     before = state_of(draft)
     features = torch.randn(2, 16, 64) if draft.conditioned else None

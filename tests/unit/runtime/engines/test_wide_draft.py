@@ -16,7 +16,8 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.smoothing import activation_ranges
 from ssv.runtime.engines.cpu_layers import FusedLayers
-from ssv.runtime.engines.torch_engine import Precision, draft_engine, target_engine
+from ssv.runtime.engines.torch_engine import draft_engine, target_engine
+from ssv.support.precisions import TorchPrecision
 
 SIZES: dict[str, Any] = {"max_batch": 2, "max_length": 40}
 LENGTH = 11
@@ -40,7 +41,9 @@ def trained(draft: Draft, target: Decoder, ids_BT: Tensor) -> tuple[Tensor, Tens
     return features_BTF, draft.logits(hidden_MH).view(rows, length, -1)
 
 
-def by_engines(target: Decoder, draft: Draft, precision: Precision, ids_BT: Tensor, **options: Any) -> list[Tensor]:
+def by_engines(
+    target: Decoder, draft: Draft, precision: TorchPrecision, ids_BT: Tensor, **options: Any
+) -> list[Tensor]:
     """The same, in a prompt's step and steps of one and two tokens."""
     ranges = options.get("ranges")
     theirs = {name.removeprefix("draft."): value for name, value in ranges.items()} if ranges else None
@@ -76,7 +79,7 @@ def test_in_fp32_it_is_what_was_trained(num_layers: int) -> None:
 @either_depth
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.1), ("int4", 0.35)])
 def test_packed_it_is_near_fused_or_not(
-    precision: Precision, most: float, num_layers: int, monkeypatch: pytest.MonkeyPatch
+    precision: TorchPrecision, most: float, num_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tiny_decoder(num_layers=7)
     draft, _ = wide_draft(target, num_layers)
