@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.tensorrt_api import Capability, Flavor, refuse_capabilities
@@ -318,6 +318,12 @@ def _usual_limits() -> Limits:
     return {"balanced": 0.02, "turbo": 0.05}
 
 
+PolicyFamily = Annotated[
+    Annotated[Literal["tree"], Tag("tree")] | Annotated[tuple[Share, Share, MaxPending], Tag("chain")],
+    Discriminator(lambda value: "tree" if isinstance(value, str) else "chain"),
+]
+
+
 class CalibrationConfig(_Strict):
     """How the tiers' thresholds are found.
 
@@ -337,9 +343,7 @@ class CalibrationConfig(_Strict):
     prompts_file: Path
     num_prompts: PositiveInt | None = None
     max_tokens: PositiveInt = 128
-    families: Annotated[
-        list[Literal["tree"] | tuple[Share, Share, MaxPending]], Field(min_length=1), AllDifferent
-    ] = Field(default_factory=lambda: ["tree"])
+    families: Annotated[list[PolicyFamily], Field(min_length=1), AllDifferent] = Field(default_factory=lambda: ["tree"])
     accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent] = Field(
         default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3]
     )

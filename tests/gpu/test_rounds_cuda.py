@@ -41,8 +41,8 @@ TREES = {
     "deep": verify_all(15, children=(2,), beam=2, max_depth=9),
 }
 TRUSTING = {
-    "bushy": Policy(accept_below=0.45, verify_above=1, risk_budget=1, max_pending=12, children=(4,), beam=3, max_depth=3),
-    "deep": Policy(accept_below=0.5, verify_above=1, risk_budget=1, max_pending=15, children=(2,), beam=2, max_depth=9),
+    name: policy.model_copy(update={"accept_below": threshold})
+    for name, policy, threshold in (("bushy", TREES["bushy"], 0.45), ("deep", TREES["deep"], 0.5))
 }
 
 

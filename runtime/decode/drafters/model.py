@@ -234,9 +234,7 @@ class ModelDrafter(Drafter):
             assert grown is not None
             row.draft_length += counts[b]
             growing.end = row.draft_length
-            groups = likely_groups(
-                grown, shape, row.ends(self._eos_ids), limits[b], row.rest, policy.accept_below
-            )
+            groups = likely_groups(grown, shape, row.ends(self._eos_ids), limits[b], row.rest, policy.accept_below)
             for (first, last), of_level in zip(pairwise(shape.firsts), groups, strict=False):
                 taken = growing.growth.take(of_level)
                 if first:

@@ -121,7 +121,7 @@ def test_file_of_a_package_is_left_alone(tmp_path: Path) -> None:
         ("[0.0, 0.1]", "[0.1, 0.1]", "calibration.make.accept_below: 0.1 is given twice"),
         ("[0.0, 0.1]", "[.nan]", "calibration.make.accept_below.0: "),
         ("[[0.5, 0.9, 8]]", "[[0.5, 0.9, 8], [0.5, 0.9, 8]]", "is given twice"),
-        ("[[0.5, 0.9, 8]]", "[[0.5, 0.9, 65]]", "calibration.make.families.0.2: "),
+        ("[[0.5, 0.9, 8]]", "[[0.5, 0.9, 65]]", "calibration.make.families.0.chain.2: "),
         ("families:", "limits: {turbo: 0}\n    families:", "calibration.make.limits.turbo: "),
         ("families:", "confidence: .nan\n    families:", "calibration.make.confidence: "),
         (

@@ -20,9 +20,10 @@ from ssv.bundle.profile import Costs
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import ahead
 from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.contract import EngineError, RoundShape
-from ssv.runtime.methods import AUTOREGRESSIVE, PREMIUM
+from ssv.runtime.methods import AUTOREGRESSIVE, PREMIUM, PROMPT_LOOKUP, SUFFIX
 from ssv.runtime.request import Request, SamplingParams
 
 LENGTH = 160
@@ -37,6 +38,22 @@ TREES = {
     "bushy": verify_all(12, children=(4,), beam=3, max_depth=3),
     "deep": verify_all(15, children=(2,), beam=2, max_depth=9),
 }
+TRUSTING = {
+    name: policy.model_copy(update={"accept_below": 0.3, "verify_above": 1.0, "risk_budget": 1.0})
+    for name, policy in TREES.items()
+}
+
+
+class Moody(Pace):
+    """Lets rows draft for some rounds, and then not for as many."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__(None)
+        self._rounds, self._num = rounds, 0
+
+    def begin(self, *_: Any) -> bool:
+        self._num += 1
+        return self._num // self._rounds % 2 == 0
 
 
 def cheap(num_rows: int, shape: RoundShape) -> float:
@@ -65,6 +82,7 @@ class Setup:
         by_engines: bool,
         max_steps: int | None = None,
         are_audited: bool = False,
+        pace: Pace | None = None,
     ) -> tuple[list[tuple[int, ...]], list[Counters]]:
         """The outputs' tokens, and what was counted."""
         costs = Costs.model_validate(
@@ -81,6 +99,7 @@ class Setup:
             prefill_chunk=16,
             costs=costs,
             rounds=self.rounds if by_engines else None,
+            pace=pace,
         )
         loop = DecodeLoop(batch, frozenset([EOS]))
         for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
@@ -125,6 +144,44 @@ def test_chains_are_the_hosts(name: str, count: int) -> None:
     assert len(setup.rounds.shapes) > 5
     if name == "lossy":
         assert sum(c.trusted for c in counted) > 0
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("name", TRUSTING)
+def test_trees_trust_what_the_hosts_trust(name: str, count: int) -> None:
+    setup, policies = Setup(noise=0.3), [TRUSTING[name]] * count
+    expected, counted = setup.decoded(requests(count), policies, by_engines=False)
+    found, counted_here = setup.decoded(requests(count), policies, by_engines=True)
+    assert found == expected
+    assert [facts(c) for c in counted_here] == [facts(c) for c in counted]
+    assert len(setup.rounds.shapes) > 5 and sum(c.trusted for c in counted) > 0
+
+
+def test_a_tier_that_trusts_grows_deeper_trees_than_one_that_does_not() -> None:
+    """By what they are worth: the levels of one are none of the other's."""
+    setup = Setup(noise=0.3, seconds=lambda num_rows, shape: 1.0 + 0.15 * shape.depth)
+    depths = []
+    for policy in (PREMIUM, PREMIUM.model_copy(update={"accept_below": 0.6})):
+        setup.rounds.shapes.clear()
+        _, counted = setup.decoded(requests(8), [policy] * 8, by_engines=True)
+        depths.append(sum(shape.depth for shape in setup.rounds.shapes) / len(setup.rounds.shapes))
+    assert sum(c.trusted for c in counted) > 0
+    assert depths[1] > depths[0]
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize(
+    "policies", [[PREMIUM], [PROMPT_LOOKUP], [SUFFIX], [PREMIUM, SUFFIX, AUTOREGRESSIVE]], ids=lambda p: f"{len(p)}"
+)
+def test_rows_that_may_not_draft_are_decoded_by_the_engines_and_may_draft_again(
+    policies: list[Policy], rounds: int
+) -> None:
+    setup, many = Setup(noise=0.3), requests(9)
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 9, by_engines=False)
+    found, counted = setup.decoded(many, [*policies] * (9 // len(policies)), by_engines=True, pace=Moody(rounds))
+    assert found == expected
+    assert sum(shape.tree is None for shape in setup.rounds.shapes) > 5  # rows of several policies too
+    assert sum(c.drafted for c in counted) > 0
 
 
 @pytest.mark.parametrize("seconds", [cheap, dear])
