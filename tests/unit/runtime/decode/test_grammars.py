@@ -37,6 +37,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "nested": ("ebnf_grammar", 'root ::= "a" root "b" | "c"'),
     "choice": ("choice", '["abab", "abc", "cab01"]'),
 }
+NUM_ROWS = 60
 HALF = [0, 3, 5, 7, 9, 10, 11, 13, 14, 16]
 
 
@@ -122,9 +123,10 @@ def test_choices_and_rankings_are_those_of_masked_logits(seed: int) -> None:
     llm, grammar = lettered_llm(0), grammar_of("regex", "[abc01]*")
     batch = DecodeBatch(llm.target, None, [0], 64, grammars=llm.grammars)
     rows = []
-    for i in range(8):
+    for i in range(NUM_ROWS):
         params = replace(random_params(rng), min_p=0.0, ignore_eos=False, stop_token_ids=())
-        params = SamplingParams(temperature=(0.0, 0.8)[i % 2], top_k=(0, 3)[i // 2 % 2], seed=i) if i < 6 else params
+        if i % 4:
+            params = SamplingParams(temperature=(0.0, 1.5)[i % 2], top_k=(0, 9)[i // 3 % 2], seed=i)
         row = Row(
             replace(params, grammar=grammar),
             policy_for("autoregressive", {}),
@@ -134,11 +136,11 @@ def test_choices_and_rankings_are_those_of_masked_logits(seed: int) -> None:
         )
         row.processor = batch.processor(row.params, row.tokens)
         rows.append(row)
-    logits_RV = torch.randn(8, NUM_TOKENS, generator=generator) * 3
-    at = [(b, 0) for b in range(8)]
+    logits_RV = torch.randn(NUM_ROWS, NUM_TOKENS, generator=generator)
+    at = [(b, 0) for b in range(NUM_ROWS)]
     edits = [row.processor.edit(row.tokens, (), 0) for row in rows if row.processor is not None]
     masked_RV = processed(logits_RV, edits, Columns())
-    sampling = Sampling.of([row.params for row in rows], [2] * 8)
+    sampling = Sampling.of([row.params for row in rows], [2] * NUM_ROWS)
     assert choices(rows, logits_RV, at, Columns()) == choose(masked_RV, sampling).tolist()
     found = [tokens for tokens, _ in ranking(rows, logits_RV, at, Columns(), 3)]
     assert found == [[t for t in tokens if t >= 0] for tokens in ranked(masked_RV, sampling, 3)[0].tolist()]
