@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from ssv.support.json_text import parse_json
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+T = TypeVar("T")
+
 KINDS = ("json", "json_schema", "regex", "ebnf_grammar", "choice")
 """Forms: any JSON object; JSON of a schema; a regular expression (of Rust's `regex`, without look-around); a grammar in
 Lark's form or llama.cpp's GBNF; one of a JSON list of texts."""
@@ -30,8 +32,16 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 """JSON is written as Python does it: where white space may be anything, small models write nothing else. A schema's own
 `x-guidance` can say otherwise."""
 
-MAX_HELD = 64
-"""Grammars that are held ready."""
+MAX_HELD = 32
+"""Grammars that are held ready. What one of them knows of texts grows while it is used, within `NARROW`: the worst
+that were tried took 5 MB, and those of common schemas less than one."""
+
+NARROW = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 20_000, "max_lexer_states": 100_000}
+"""Limits of llguidance for what is held and shared. Few grammars need more."""
+
+WIDE = {"max_lexer_states": 100_000}
+"""Limits for those that do, of which each output has one of its own, until it ends: up to 160 MB, as was tried. What is
+not named is llguidance's own limit."""
 
 
 def grammar_of(kind: str, guide: str = "") -> str:
@@ -141,28 +151,17 @@ class Grammars:
         self._tokenizer_json, self._vocab_size, self._eos_ids = tokenizer_json, vocab_size, sorted(eos_ids)
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, LLMatcher] = OrderedDict()
+        # Copies of a matcher share what it has learned of texts. None: it needs more than `NARROW`, and is not shared.
+        self._held: OrderedDict[str, LLMatcher | None] = OrderedDict()
 
-    def prepare(self, grammar: str) -> LLMatcher:
-        """The matcher of a grammar, where nothing has been said. It is to be copied.
+    def prepare(self, grammar: str) -> None:
+        """Makes a grammar ready, which may take long.
 
         Raises:
             RequestError: it cannot be used with this vocabulary.
         """
         with self._lock:
-            if (held := self._held.get(grammar)) is None:
-                library = _library()
-                if self._tokenizer is None:
-                    text, eos = self._tokenizer_json(), self._eos_ids
-                    self._tokenizer = library.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
-                held = library.LLMatcher(self._tokenizer, grammar, log_level=0)
-                if held.is_error():
-                    raise RequestError(f"the form of the output is not supported: {held.get_error()[:400]}")
-            self._held[grammar] = held
-            self._held.move_to_end(grammar)
-            while len(self._held) > MAX_HELD:
-                self._held.popitem(last=False)
-            return held
+            self._prepared(grammar)
 
     def begin(self, grammar: str) -> GrammarState:
         """The state of an output that begins.
@@ -170,7 +169,41 @@ class Grammars:
         Raises:
             RequestError: see `prepare`.
         """
-        return GrammarState(self.prepare(grammar).deep_copy(), self._vocab_size, frozenset(self._eos_ids))
+        with self._lock:
+            held = self._prepared(grammar)
+            matcher = self._matcher(grammar, WIDE) if held is None else held.deep_copy()
+        renew = None if held is None else lambda: self._renewed(grammar)
+        return GrammarState(matcher, self._vocab_size, frozenset(self._eos_ids), renew)
+
+    def _prepared(self, grammar: str) -> LLMatcher | None:
+        """What is held of a grammar from now on."""
+        if grammar in self._held:
+            held = self._held[grammar]
+        else:
+            held = self._matcher(grammar, NARROW)
+            if held.is_error():
+                held, wide = None, self._matcher(grammar, WIDE)
+                if wide.is_error():
+                    raise RequestError(f"the form of the output is not supported: {wide.get_error()[:400]}")
+        self._held[grammar] = held
+        self._held.move_to_end(grammar)
+        while len(self._held) > MAX_HELD:
+            self._held.popitem(last=False)
+        return held
+
+    def _renewed(self, grammar: str) -> LLMatcher:
+        """A matcher that nobody else has, of a grammar that came to the limits of what is shared: by itself, or because
+        of other outputs."""
+        with self._lock:
+            self._held[grammar] = None
+            return self._matcher(grammar, WIDE)
+
+    def _matcher(self, grammar: str, limits: Mapping[str, int]) -> LLMatcher:
+        library = _library()
+        if self._tokenizer is None:
+            text, eos = self._tokenizer_json(), self._eos_ids
+            self._tokenizer = library.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
+        return library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**limits))
 
 
 _BIAS_OF_BYTE = np.where(
@@ -202,6 +235,10 @@ class TokenMask:
         return _BIAS_OF_BYTE.take(self.bits, axis=0).reshape(-1)[: self.vocab_size]
 
 
+class _Exhausted(Exception):
+    """A matcher has come to a limit that a fresh one may not come to."""
+
+
 class GrammarState:
     """Where an output is in its grammar, and where it would be behind the paths of a tree.
 
@@ -209,12 +246,22 @@ class GrammarState:
     own `rollback` would be cheaper still, but masks were wrong now and then behind it (llguidance 1.9.1).
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        self._vocab_size, self._eos_ids = vocab_size, eos_ids
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        renew: Callable[[], LLMatcher] | None = None,
+    ) -> None:
+        """Args:
+        renew: gives a fresh matcher where this one has come to a limit; None where there is none that goes further.
+        """
+        self._vocab_size, self._eos_ids, self._renew = vocab_size, eos_ids, renew
         # Matchers and masks behind the settled tokens, by the tokens of a path; None where it is none of the grammar's.
         self._num_settled = 0
         self._places: dict[tuple[int, ...], LLMatcher | None] = {(): matcher}
         self._masks: dict[tuple[int, ...], TokenMask | None] = {}
+        self._forced_at: dict[tuple[int, ...], list[int]] = {}
         self._has_failed = False
 
     @property
@@ -233,28 +280,48 @@ class GrammarState:
         Returns:
             None where the path is none of the grammar's or has come to an end: nothing that matters follows.
         """
-        self._settle(output)
-        key = tuple(path)
-        if key not in self._masks:
-            place = self._place(key)
-            self._masks[key] = self._mask(place) if place is not None else None
-        return self._masks[key]
+        return self._tried(output, lambda: self._mask(tuple(path)))
+
+    def accepts(self, output: Sequence[int], path: Sequence[int], token: int) -> bool | None:
+        """Whether `allowed` has a token, which takes less than to say which tokens it has; None where that is None."""
+        return self._tried(output, lambda: self._has(tuple(path), token))
 
     def forced(self, output: Sequence[int]) -> list[int]:
         """Tokens behind the settled ones in whose places no others may stand."""
-        self._settle(output)
-        place = self._place(())
-        return [] if place is None else list(place.compute_ff_tokens())
+        return self._tried(output, lambda: self._forced(()))
+
+    def _tried(self, output: Sequence[int], ask: Callable[[], T]) -> T:
+        """The answer to a question behind the settled tokens: of another matcher, where this one is exhausted."""
+        try:
+            self._settle(output)
+            return ask()
+        except _Exhausted:
+            assert self._renew is not None
+            self._begin_at(self._renew(), 0)
+            self._renew = None
+            self._settle(output)
+            return ask()
 
     def _settle(self, output: Sequence[int]) -> None:
         """Takes what the output has more now."""
         if new := tuple(output[self._num_settled :]):
-            self._places, self._masks, self._num_settled = {(): self._place(new)}, {}, len(output)
+            self._begin_at(self._place(new), len(output))
             self._note_failure()
+
+    def _begin_at(self, place: LLMatcher | None, num_settled: int) -> None:
+        self._places, self._masks, self._forced_at, self._num_settled = {(): place}, {}, {}, num_settled
 
     def _note_failure(self) -> None:
         settled = self._places[()]
-        self._has_failed = self._has_failed or (settled is not None and settled.is_error())
+        self._has_failed = self._has_failed or (settled is not None and self._is_exhausted(settled))
+
+    def _is_exhausted(self, place: LLMatcher) -> bool:
+        """Whether a matcher has come to its limits, and there is no other."""
+        if not place.is_error():
+            return False
+        if self._renew is not None:
+            raise _Exhausted
+        return True
 
     def _place(self, path: tuple[int, ...]) -> LLMatcher | None:
         """The matcher behind a path."""
@@ -264,12 +331,36 @@ class GrammarState:
             token = path[end]
             place = None if place is None or token in self._eos_ids else place.deep_copy()
             if place is not None and place.try_consume_tokens([token]) != 1:
+                self._is_exhausted(place)
                 place = None
             self._places[path[: end + 1]] = place
         return place
 
-    def _mask(self, place: LLMatcher) -> TokenMask:
+    def _mask(self, path: tuple[int, ...]) -> TokenMask | None:
+        if path not in self._masks:
+            place = self._place(path)
+            self._masks[path] = self._computed(place) if place is not None else None
+        return self._masks[path]
+
+    def _has(self, path: tuple[int, ...], token: int) -> bool | None:
+        # Masks that are there already are not asked: the same answer whatever was asked before.
+        if token not in self._eos_ids:
+            # Where a text has no alternative, a mask has the one token that the library itself would write next.
+            forced, place = self._forced(path), self._place(path)
+            if place is None or not self._is_exhausted(place):
+                return None if place is None else forced[0] == token if forced else place.validate_tokens([token]) == 1
+        mask = self._mask(path)
+        return None if mask is None else token in mask
+
+    def _forced(self, path: tuple[int, ...]) -> list[int]:
+        if path not in self._forced_at:
+            place = self._place(path)
+            self._forced_at[path] = [] if place is None else list(place.compute_ff_tokens())
+        return self._forced_at[path]
+
+    def _computed(self, place: LLMatcher) -> TokenMask:
         bits = np.frombuffer(place.compute_bitmask(), dtype=np.uint8)
+        self._is_exhausted(place)
         if not bits.any():
             bits = bits.copy()
             for token in self._eos_ids:

@@ -147,9 +147,25 @@ class LogitsProcessor:
 
     def is_idle(self, num_output: int) -> bool:
         """Whether it changes nothing from so many tokens of the output on."""
+        return self._grammar is None and self._only_masks(num_output)
+
+    def may_keep(self, num_output: int) -> bool:
+        """Whether what would be chosen of unchanged logits is chosen of the changed ones too, if it is allowed: nothing
+        but a grammar changes them, and no other token's absence lets further ones in, as with top-k and top-p."""
         params = self._params
-        lasting = len(self._biased) or len(self._banned) or self._bad or self._penalises or self._grammar is not None
-        return not lasting and self._least == -math.inf and num_output >= params.min_tokens
+        return self._only_masks(num_output) and (params.greedy or (params.top_k == 0 and params.top_p == 1))
+
+    def keeps(self, tokens: Sequence[int], path: Sequence[int], num_output: int, token: int) -> bool:
+        """Whether a token that is chosen of unchanged logits is allowed, where `may_keep` says so; arguments as for
+        `edit`."""
+        if self._grammar is None or num_output != len(tokens) - self._num_prompt + len(path):
+            return True
+        return token >= 0 and self._grammar.accepts(tokens[self._num_prompt :], path, token) is not False
+
+    def _only_masks(self, num_output: int) -> bool:
+        """Whether nothing but a grammar changes logits from so many tokens of the output on."""
+        lasting = len(self._biased) or len(self._banned) or self._bad or self._penalises
+        return not lasting and self._least == -math.inf and num_output >= self._params.min_tokens
 
     def forced(self, tokens: Sequence[int]) -> list[int]:
         """Tokens behind the settled ones that the grammar leaves no choice for."""
@@ -159,8 +175,7 @@ class LogitsProcessor:
         """Whether the grammar allows a token behind a path."""
         if self._grammar is None:
             return True
-        allowed = self._grammar.allowed(tokens[self._num_prompt :], path)
-        return allowed is not None and token in allowed
+        return self._grammar.accepts(tokens[self._num_prompt :], path, token) is True
 
     @property
     def has_failed(self) -> bool:

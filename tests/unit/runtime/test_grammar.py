@@ -5,13 +5,18 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lettered import NUM_TOKENS, lettered
 
-from ssv.runtime.grammar import MAX_HELD, Grammars, grammar_of
+import ssv.runtime.grammar as grammar_module
+from ssv.runtime.grammar import MAX_HELD, Grammars, GrammarState, grammar_of
 from ssv.runtime.request import RequestError, SamplingParams
 
 SCHEMA = {
@@ -111,6 +116,10 @@ def test_a_state_goes_along_paths_and_back(seed: int) -> None:
                 break
             assert found.tokens() == fresh.tokens() != []
             assert [token for token in range(NUM_TOKENS) if token in found] == found.tokens()
+            assert [token for token in range(NUM_TOKENS) if state.accepts(output, path, token)] == found.tokens()
+            assert [
+                token for token in range(NUM_TOKENS) if held.begin(grammar).accepts([*output, *path], (), token)
+            ] == (found.tokens())
             assert (found.bias() == 0).nonzero()[0].tolist() == found.tokens() and found.bias().min() in (0, -math.inf)
             known = rng.random() < 0.9
             path.append(rng.choice(found.tokens()) if known else rng.randrange(NUM_TOKENS))
@@ -136,3 +145,89 @@ def test_what_is_held_is_bounded_and_what_fails_is_refused() -> None:
     assert len(held._held) == MAX_HELD
     with pytest.raises(RequestError, match="the form of the output is not supported"):
         held.prepare("{")
+
+
+EXHAUSTING = "[ab]*a[ab]{9}0"
+"""Of which the library learns more with each text that it is asked about."""
+
+
+def walked(state: GrammarState, rng: random.Random, length: int) -> list[tuple[list[int], list[int]]]:
+    """Outputs, and what may follow them."""
+    output, found = list[int](), []
+    for _ in range(length):
+        way = state.allowed(output, ())
+        assert way is not None
+        found.append((list(output), way.tokens()))
+        output.append(rng.choice([token for token in way.tokens() if token]))
+        if lettered().decode(output[-1:]) == "0":
+            break
+    return found
+
+
+def test_no_output_fails_by_what_others_have_had_the_library_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shared has limits, and an output that comes to them goes on by itself."""
+    fresh, grammar = grammars(), grammar_of("regex", EXHAUSTING)
+    monkeypatch.setattr(grammar_module, "NARROW", {"max_lexer_states": 60})
+    held, was_renewed = grammars(), 0
+    for seed in range(20):
+        state = held.begin(grammar)
+        is_shared = state._renew is not None
+        ways = walked(state, random.Random(seed), 30)
+        was_renewed += is_shared and state._renew is None
+        assert not state.has_failed
+        expected = fresh.begin(grammar)
+        for output, tokens in ways:
+            way = expected.allowed(output, ())
+            assert way is not None and way.tokens() == tokens
+        assert len(held._held) == 1
+    assert was_renewed == 1, "from then on, each output has its own"
+
+
+def test_a_grammar_that_is_too_much_by_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but an end may follow, and nobody asks without end for another matcher."""
+    monkeypatch.setattr(grammar_module, "NARROW", {"max_lexer_states": 60})
+    monkeypatch.setattr(grammar_module, "WIDE", {"max_lexer_states": 60})
+    held, grammar, rng = grammars(), grammar_of("regex", EXHAUSTING), random.Random(1)
+    state, output = held.begin(grammar), list[int]()
+    letters = lettered().inner.encode("a") + lettered().inner.encode("b")
+    for _ in range(100):
+        way = state.allowed(output, ())
+        assert way is not None
+        if state.has_failed:
+            break
+        assert set(letters) <= set(way.tokens())
+        output.append(rng.choice(letters))
+    assert way.tokens() == [0]
+    assert state.accepts(output, (), 0) is True and state.accepts(output, (), letters[0]) is False
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_grammar import grammars
+from ssv.runtime.grammar import grammar_of
+from lettered import lettered
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+held, begun = grammars(), lettered().inner.encode("a")
+held.begin(grammar_of("json")).allowed([], ())
+before = resident()
+for i in range(8):
+    state = held.begin(grammar_of("regex", f"a{{{1000000 + i}}}"))
+    state.allowed([], ())
+    state.allowed(begun, ())
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_hostile_grammars_leave_no_memory_behind() -> None:
+    """The library takes 80 MB for each of these eight, within its own limits. Held, they would have 640 MB."""
+    support = os.pathsep.join([*sys.path, str(Path(__file__).parents[2] / "support")])
+    command = [sys.executable, "-c", MEMORY, str(Path(__file__).parent)]
+    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": support}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 320

@@ -10,13 +10,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from changed_logits import LOSSLESS, make_llm, random_params
 from drive import run, text_of
 from lettered import NUM_TOKENS, lettered
 
+from ssv.runtime.counters import Counters
+from ssv.runtime.decode.choice import choices, ranking
+from ssv.runtime.decode.logits_processor import Columns, processed
 from ssv.runtime.decode.round import MIN_JUMP, DecodeBatch
+from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.sampling import Sampling, choose, ranked
 from ssv.runtime.grammar import GrammarState, grammar_of
 from ssv.runtime.llm import LLM
+from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Request, RequestError, SamplingParams
 
 FORMS: dict[str, tuple[str, str]] = {
@@ -30,6 +37,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "nested": ("ebnf_grammar", 'root ::= "a" root "b" | "c"'),
     "choice": ("choice", '["abab", "abc", "cab01"]'),
 }
+NUM_ROWS = 60
 HALF = [0, 3, 5, 7, 9, 10, 11, 13, 14, 16]
 
 
@@ -49,10 +57,12 @@ def is_valid(form: str, text: str) -> bool:
 
 
 def requests_of(form: str, rng: random.Random, count: int) -> list[Request]:
-    """With settings that change logits as well, and some that have no form beside them."""
+    """With settings that change logits as well, some with none, and some that have no form beside them."""
     found = []
     for i in range(count):
         params = replace(random_params(rng), ignore_eos=False, stop_token_ids=(), max_tokens=40)
+        if i % 4 == 1:
+            params = SamplingParams(temperature=(0.0, 0.9)[i // 4 % 2], seed=i, max_tokens=40)
         params = params if i % 4 == 3 else replace(params, grammar=grammar_of(*FORMS[form]))
         found.append(Request(tuple(rng.randrange(NUM_TOKENS) for _ in range(4)), "autoregressive", params))
     return found
@@ -83,6 +93,58 @@ def test_a_mask_that_forgets_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(GrammarState, "allowed", lambda self, output, path: allowed(self, output, ()))
     with pytest.raises(AssertionError):
         test_every_method_gives_the_text_of_plain_decoding("schema", False)
+
+
+def test_a_choice_that_forgets_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepts = GrammarState.accepts
+    monkeypatch.setattr(GrammarState, "accepts", lambda self, output, path, token: accepts(self, output, (), token))
+    with pytest.raises(AssertionError):
+        test_every_method_gives_the_text_of_plain_decoding("schema", False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("method", ["autoregressive", "premium", "prompt-lookup"])
+def test_where_the_choice_is_allowed_no_mask_is_made(
+    monkeypatch: pytest.MonkeyPatch, method: str, temperature: float
+) -> None:
+    """And the text is the one without a form."""
+    params = SamplingParams(max_tokens=30, temperature=temperature, seed=5)
+    (expected,) = run(lettered_llm(3), [Request((1, 2, 3), method, params)])
+    monkeypatch.delattr(GrammarState, "allowed")
+    masked = replace(params, grammar=grammar_of("regex", "(?s:.*)"))
+    (output,) = run(lettered_llm(3), [Request((1, 2, 3), method, masked)])
+    assert text_of(output) == text_of(expected) and output.token_ids
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_choices_and_rankings_are_those_of_masked_logits(seed: int) -> None:
+    """Whatever else changes the logits, with top-k and top-p, and where the unmasked choice is or is not allowed."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    llm, grammar = lettered_llm(0), grammar_of("regex", "[abc01]*")
+    batch = DecodeBatch(llm.target, None, [0], 64, grammars=llm.grammars)
+    rows = []
+    for i in range(NUM_ROWS):
+        params = replace(random_params(rng), min_p=0.0, ignore_eos=False, stop_token_ids=())
+        if i % 4:
+            params = SamplingParams(temperature=(0.0, 1.5)[i % 2], top_k=(0, 9)[i // 3 % 2], seed=i)
+        row = Row(
+            replace(params, grammar=grammar),
+            policy_for("autoregressive", {}),
+            lambda _: False,
+            Counters(prompt_tokens=2),
+            [1, 2],
+        )
+        row.processor = batch.processor(row.params, row.tokens)
+        rows.append(row)
+    logits_RV = torch.randn(NUM_ROWS, NUM_TOKENS, generator=generator)
+    at = [(b, 0) for b in range(NUM_ROWS)]
+    edits = [row.processor.edit(row.tokens, (), 0) for row in rows if row.processor is not None]
+    masked_RV = processed(logits_RV, edits, Columns())
+    sampling = Sampling.of([row.params for row in rows], [2] * NUM_ROWS)
+    assert choices(rows, logits_RV, at, Columns()) == choose(masked_RV, sampling).tolist()
+    found = [tokens for tokens, _ in ranking(rows, logits_RV, at, Columns(), 3)]
+    assert found == [[t for t in tokens if t >= 0] for tokens in ranked(masked_RV, sampling, 3)[0].tolist()]
+    assert len({token in (0, *lettered().inner.encode("abc01")) for token in logits_RV.argmax(dim=1).tolist()}) == 2
 
 
 def test_what_has_no_choice_is_drafted_without_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
