@@ -32,6 +32,9 @@ MOST_PATIENCE = 16 * RETRY
 MOST_COMPANIES = 1024
 """That are remembered; requests may bring policies of their own."""
 
+MARGIN = 1.02
+"""By so much plain decoding has to be faster before drafting is left: going back and forth costs some rounds, too."""
+
 INTERRUPTED = 4.0
 """A round that took so many times the mean was not only a round: a prompt came, a graph was captured, or the machine
 did something else."""
@@ -97,7 +100,13 @@ class _Rate:
 
 @dataclass(slots=True)
 class _Company:
-    """Rows side by side: whether they may draft now, and what rounds gave in which they might and might not."""
+    """Rows side by side: whether they may draft now, and what rounds gave in which they might and might not.
+
+    Attributes:
+        is_compared: whether both rates have been, since plain decoding was tried.
+        patience: until drafting is tried again.
+        calm: until plain decoding is, once drafting was found no slower.
+    """
 
     drafts: bool = True
     drafted: _Rate = field(default_factory=_Rate)
@@ -105,6 +114,7 @@ class _Company:
     settling: int = 0
     is_compared: bool = False
     patience: Patience = field(default_factory=Patience)
+    calm: Patience | None = None
 
     def change(self, *, drafts: bool) -> None:
         self.drafts, self.settling = drafts, SETTLING
@@ -156,6 +166,11 @@ class Pace:
         self._under_way = _Round(company, num_tokens, now, company.drafts)
         return company.drafts
 
+    def would_draft(self, num_rows: int, policies: frozenset[int]) -> bool:
+        """Whether rows of such a number and such policies might draft, as far as is known."""
+        known = self._companies.get((num_rows, policies))
+        return known.drafts if known is not None else self._nearest_drafts(num_rows, policies)
+
     def forget(self) -> None:
         """What the round under way takes is not only its own: rows come or go."""
         self._under_way = None
@@ -163,14 +178,18 @@ class Pace:
     def _company(self, num_rows: int, policies: frozenset[int]) -> _Company:
         if (known := self._companies.get((num_rows, policies))) is not None:
             return known
-        judged = {num: it for (num, of), it in self._companies.items() if of == policies and it.drafted.is_believed}
-        nearest = min(judged, key=lambda num: max(num, num_rows) / min(num, num_rows), default=None)
-        drafts = nearest is None or judged[nearest].drafts
+        drafts = self._nearest_drafts(num_rows, policies)
         if len(self._companies) >= MOST_COMPANIES:
             self._companies.pop(next(iter(self._companies)))
         # What is only supposed is not measured again at once: the next trial is a draft's.
         found = self._companies[num_rows, policies] = _Company(drafts, is_compared=not drafts)
         return found
+
+    def _nearest_drafts(self, num_rows: int, policies: frozenset[int]) -> bool:
+        """Whether the rows do whose number is the nearest, of those that were seen to."""
+        judged = {num: it for (num, of), it in self._companies.items() if of == policies and it.drafted.is_believed}
+        nearest = min(judged, key=lambda num: max(num, num_rows) / min(num, num_rows), default=None)
+        return nearest is None or judged[nearest].drafts
 
     def _close(self, company: _Company, num_rows: int, num_tokens: int, now: float) -> None:
         if (last := self._under_way) is None or last.company is not company:
@@ -187,20 +206,26 @@ class Pace:
         """Tries plain decoding where it seems to be faster."""
         if not company.drafted.is_believed:
             return
+        if company.calm is not None and not company.calm.is_over(1):
+            return
         known = company.plain.per_second if company.plain.is_believed else by_costs
-        if known is not None and company.drafted.per_second < known:
+        if known is not None and MARGIN * company.drafted.per_second < known:
             company.change(drafts=False)
             company.is_compared, company.plain = False, _Rate()
         else:
             company.patience.renew()
+            company.calm = None
 
     @staticmethod
     def _consider_drafting(company: _Company, num_rows: int) -> None:
         """Goes back to drafting if plain decoding turns out to be no faster; tries it again after a while if it is."""
         if company.plain.is_believed and not company.is_compared:
             company.is_compared = True
-            if company.plain.per_second <= company.drafted.per_second:
+            if company.plain.per_second <= MARGIN * company.drafted.per_second:
                 company.change(drafts=True)
+                company.calm = company.calm or Patience()
+            else:
+                company.calm = None
         elif company.patience.is_over(num_rows):
             company.change(drafts=True)
             company.drafted = _Rate()

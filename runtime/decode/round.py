@@ -52,6 +52,9 @@ PREFILL_CHUNK = 64
 MIN_JUMP = 3
 """Tokens without a choice that are drafted by themselves. Fewer are left to the drafter, which goes on behind them."""
 
+ALONE = 3
+"""With fewer beside it a row that joins gets a draft in any case: it may soon be the only one, and gain by it."""
+
 _LACKING = {
     "model": ("this method needs a draft, and none is loaded",),
     "heads": (
@@ -427,12 +430,18 @@ class DecodeBatch:
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
         row.processor = self.processor(row.params, prompt_ids)
-        # A draft that will hardly be asked is not made ready.
-        row.has_lost_draft = self._ahead is not None and row.policy.pays and len(self.rows) >= MANY_ROWS
+        row.has_lost_draft = row.policy.pays and not self._would_draft(row)
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self.drafter_of(row)) is not None:
             drafter.begin()
         self._restore(self._joining)
+
+    def _would_draft(self, row: Row) -> bool:
+        """Whether a row that joins will be let draft: a draft that will hardly be asked is not made ready."""
+        if self._ahead is not None and len(self.rows) >= MANY_ROWS:
+            return False
+        policies = frozenset(each.policy_hash for each in (*self.rows, row))
+        return len(self.rows) < ALONE or self._pace.would_draft(1 + len(self.rows), policies)
 
     def processor(self, params: SamplingParams, prompt_ids: Sequence[int]) -> LogitsProcessor | None:
         """What a request that begins changes of its logits; None of one that changes nothing."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
+
 from ssv.runtime.decode.pace import MOST_COMPANIES, RETRY, SETTLING, TRIALS, Mean, Pace
 
 PREMIUM = frozenset([1])
@@ -60,6 +63,20 @@ def test_costs_that_promise_too_much_of_plain_decoding_are_found_out() -> None:
     assert found.count(False) == TRIALS + SETTLING and all(found[-200:])
 
 
+def changes(rounds: Rounds, num: int, seed: int) -> int:
+    """How often rows go from one to the other, on a machine whose rounds take 0.6 to 1.4 times their mean."""
+    rng, found = random.Random(seed), []
+    for _ in range(num):
+        rounds.drafted = rounds.plain = (rng.uniform(0.6, 1.4), 1)
+        found += rounds.run(1, plain_s=0.5)
+    return sum(a != b for a, b in pairwise(found))
+
+
+def test_what_is_about_as_fast_as_plain_decoding_is_not_compared_all_the_time() -> None:
+    """Each change costs some rounds."""
+    assert sum(changes(Rounds((1.0, 1), (1.0, 1)), 1000, seed) for seed in range(20)) / 20 < 12
+
+
 def test_a_machine_that_has_become_slow_is_not_the_drafts_fault() -> None:
     """Plain decoding was measured while it was fast: it is measured again before it is preferred."""
     rounds = Rounds((1.2, 3), (1.0, 1))
@@ -97,6 +114,15 @@ def test_rows_of_a_number_that_was_not_seen_do_as_the_nearest_did() -> None:
     for rounds.num_rows in range(2, 32):
         found += rounds.run(1, plain_s=1.0)
     assert found == [True] * 4 + [False] * 26  # 5 is nearer to 1 than to 32, 6 is not
+
+
+def test_whether_a_row_that_joins_would_draft_is_told_beforehand() -> None:
+    rounds = Rounds((3.0, 2), (1.0, 1), num_rows=8)
+    assert rounds.pace.would_draft(8, PREMIUM)
+    rounds.run(2 * TRIALS, plain_s=1.0)
+    assert not rounds.pace.would_draft(8, PREMIUM) and not rounds.pace.would_draft(7, PREMIUM)
+    assert rounds.pace.would_draft(8, frozenset([2]))
+    assert len(rounds.pace._companies) == 1
 
 
 def test_companies_are_forgotten_where_there_are_too_many() -> None:
