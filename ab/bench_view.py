@@ -17,6 +17,9 @@ from ssv.runtime.request import RequestError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_LABELS, MOST_NUMBERS = 12, 24
+"""Of an axis, and of a map's cells, beside one another without touching."""
+
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
@@ -196,9 +199,12 @@ def _draw_kept(axes: Any, rows: Sequence[MethodRow]) -> None:
     depths = max(1, max(len(row.kept_by_depth) for row in rows))
     shares = [[*row.kept_by_depth, *[0.0] * (depths - len(row.kept_by_depth))] for row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    step = 1 + depths // MOST_LABELS
     for y, row in enumerate(rows):
         for depth, share in enumerate(row.kept_by_depth):
+            if depths > MOST_NUMBERS and depth % step:
+                continue
             color = "white" if share > 0.5 else "black"
             axes.text(depth, y, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(depths), [str(depth) for depth in range(1, depths + 1)])
+    axes.set_xticks(range(0, depths, step), [str(depth) for depth in range(1, depths + 1, step)])
     axes.set_xlabel("passes that kept the n-th drafted token, %")
