@@ -324,6 +324,10 @@ PolicyFamily = Annotated[
 ]
 
 
+def _usual_families() -> list[PolicyFamily]:
+    return ["tree"]
+
+
 class CalibrationConfig(_Strict):
     """How the tiers' thresholds are found.
 
@@ -343,7 +347,7 @@ class CalibrationConfig(_Strict):
     prompts_file: Path
     num_prompts: PositiveInt | None = None
     max_tokens: PositiveInt = 128
-    families: Annotated[list[PolicyFamily], Field(min_length=1), AllDifferent] = Field(default_factory=lambda: ["tree"])
+    families: Annotated[list[PolicyFamily], Field(min_length=1), AllDifferent] = Field(default_factory=_usual_families)
     accept_below: Annotated[list[Share], Field(min_length=1), AllDifferent] = Field(
         default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3]
     )
