@@ -491,6 +491,7 @@ class LLM:
             prompt_cache=cache,
             pass_tokens=self.pass_tokens,
             costs=self.know_costs() if priced else self.costs,
+            recorded_costs=None if self.measured else self.costs,
             survival=self.survival,
             heads=self.heads,
             grammars=self.grammars,

@@ -111,6 +111,7 @@ class DecodeBatch:
         prompt_cache: PromptCache[PromptBlock] | None = None,
         pass_tokens: int | None = None,
         costs: Costs | None = None,
+        recorded_costs: Costs | None = None,
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
         grammars: Grammars | None = None,
@@ -125,6 +126,7 @@ class DecodeBatch:
         prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
         pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
         costs: of steps here, for policies that draft only what pays.
+        recorded_costs: those that the bundle has for this place, which lossy rows go by; None where it has none.
         survival: how far the draft's shares are to be trusted; None to take them as they are.
         heads: Medusa's, over the target's hidden states; None where none are loaded.
         grammars: over the target's vocabulary; None where outputs cannot have one.
@@ -134,7 +136,7 @@ class DecodeBatch:
         """
         # A block of another length would be put where others belong.
         assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
-        self.target, self.pass_tokens, self.costs = target, pass_tokens, costs
+        self.target, self.pass_tokens, self.costs, self._recorded_costs = target, pass_tokens, costs, recorded_costs
         self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self._columns, self._grammars, self._around, self._pace = Columns(), grammars, around, pace or Pace(None)
@@ -170,17 +172,18 @@ class DecodeBatch:
         return self._ahead.settle(self.rows) if self._ahead is not None else [[] for _ in self.rows]
 
     def _may_draft(self) -> bool:
-        """Whether rows may in this round that draft what pays, by the clock.
-
-        A single row of a lossy tier always may: its text is to be the same each time. Beside others it may not where
-        that makes all of them slower than plain decoding.
-        """
+        """Whether rows may in this round whose drafts follow the load, by the clock."""
         num = len(self.rows)
-        paying = [row for row in self.rows if row.policy.pays and row.policy.max_pending and (row.lossless or num > 1)]
-        if not paying:
+        if not any(map(self._follows_load, self.rows)):
             return True
         policies = frozenset(row.policy_hash for row in self.rows)
         return self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
+
+    def _follows_load(self, row: Row) -> bool:
+        """Whether a row drafts what pays in the company it has. The text of lossy rows is to be the same in any, but
+        where engines run rounds by themselves: their trees have one shape, that of the moment."""
+        is_free = row.lossless or (self._ahead is not None and len(self.rows) > 1)
+        return row.policy.pays and row.policy.max_pending > 0 and is_free
 
     def _plain_seconds(self) -> float | None:
         """Of a round without a draft, by costs; None where they are not known."""
@@ -197,11 +200,13 @@ class DecodeBatch:
             may_draft: whether rows do that draft what pays.
         """
         limits = [self._most_pending(row) for row in self.rows]
-        prices = Prices(self.costs, len(self.rows)) if self.costs is not None else None
+        prices = None
+        if self.costs is not None:
+            prices = Prices(self.costs, len(self.rows), recorded=self._recorded_costs)
         for b, row in enumerate(self.rows):
             row.tree = Tree()
             jumps = row.processor is not None and self._jump(row, limits[b])
-            if jumps or (row.policy.pays and not may_draft):
+            if jumps or (self._follows_load(row) and not may_draft):
                 limits[b] = 0
         for drafter in self.drafters.values():
             own = [
@@ -430,7 +435,7 @@ class DecodeBatch:
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
         row.processor = self.processor(row.params, prompt_ids)
-        row.has_lost_draft = row.policy.pays and not self._would_draft(row)
+        row.has_lost_draft = self._follows_load(row) and not self._would_draft(row)
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self.drafter_of(row)) is not None:
             drafter.begin()
