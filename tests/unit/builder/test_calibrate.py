@@ -51,6 +51,13 @@ def test_each_tier_gets_the_cheapest_policy_within_its_limit() -> None:
     assert chosen["turbo"].policy.accept_below == 0.3
 
 
+def test_a_tree_that_trusts_is_premiums_with_a_threshold() -> None:
+    chosen = calibrate(run_with_rising_divergence, config(families=["tree"]), COSTS, silent)
+    assert chosen.tiers["turbo"].policy == PREMIUM.model_copy(update={"accept_below": 0.3})
+    assert [t.policy.children for t in chosen.trials] == [PREMIUM.children] * 4
+    assert not chosen.tiers["turbo"].policy.lossless
+
+
 def test_testing_stops_at_the_first_failure() -> None:
     """A larger threshold that happens to look good again must not be taken."""
 

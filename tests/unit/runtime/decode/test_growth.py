@@ -14,11 +14,20 @@ from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.growth import Growth, Guess, likely_groups
 from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.verify import judged_rows
 from ssv.runtime.engines.contract import Grown, TreeShape
 from ssv.runtime.methods import PREMIUM, SUFFIX
 from ssv.runtime.request import Request, SamplingParams
+
+
+class Never(Pace):
+    """Lets no row draft."""
+
+    def begin(self, *_: object) -> bool:
+        return False
+
 
 TRUSTING = PREMIUM.model_copy(update={"accept_below": 0.3, "pays": False, "children": (2,), "beam": 2})
 COSTS = Costs(
@@ -110,10 +119,10 @@ def test_a_lossy_row_says_the_same_alone_and_in_any_company(sampled: bool) -> No
     settings = {"temperature": 0.8, "seed": 5} if sampled else {}
     prompts = [[1 + (7 * n + 3 * i) % 8 for i in range(n)] for n in (5, 9, 14)]
 
-    def decoded(policies: list[Policy]) -> tuple[int, ...]:
+    def decoded(policies: list[Policy], pace: Pace | None = None, costs: Costs = COSTS) -> tuple[int, ...]:
         target = FakeTarget(max_batch=3, max_length=200 + 2 * MAX_PENDING, eos_bias=-9.0)
         draft = FakeDraft(target, conditioned=True, noise=0.3)
-        loop = DecodeLoop(DecodeBatch(target, draft, [EOS], 200, costs=COSTS), frozenset([EOS]))
+        loop = DecodeLoop(DecodeBatch(target, draft, [EOS], 200, costs=costs, pace=pace), frozenset([EOS]))
         for i, policy in enumerate(policies):
             params = SamplingParams(max_tokens=60, **(settings if not i else {}))
             loop.submit(i, Request(tuple(prompts[i]), "own", params, policy=policy), policy, None)
@@ -127,3 +136,6 @@ def test_a_lossy_row_says_the_same_alone_and_in_any_company(sampled: bool) -> No
     alone = decoded([lossy])
     assert alone != decoded([PREMIUM])  # it does trust
     assert decoded([lossy, PREMIUM]) == decoded([lossy, lossy, SUFFIX]) == alone
+    assert decoded([lossy, PREMIUM], Never(None)) == alone  # lossless rows may be told not to draft, lossy ones not
+    dear = Costs(target=COSTS.target, draft=Curve(tokens=(1, 64), seconds=(0.9, 9.0)))
+    assert decoded([lossy], costs=dear) == alone  # what was measured at load is none of its business
