@@ -271,24 +271,18 @@ class Ahead:
 
     def _has_draft(self, row: Row) -> bool:
         """Whether the draft model takes part in what a row drafts, now or later."""
-        policy = row.policy
-        return (
-            policy.max_pending > 0
-            and policy.drafter == "model"
-            and self._drafter is not None
-            and self._drafter.needs_features
-            and not row.has_lost_draft
-        )
+        return row.policy.max_pending > 0 and self._is_by_model(row) and not row.has_lost_draft
+
+    def _is_by_model(self, row: Row) -> bool:
+        """Whether a row's policy drafts by the draft that the engines run."""
+        return row.policy.drafter == "model" and self._drafter is not None and self._drafter.needs_features
 
     def _drafts_here(self, row: Row) -> bool:
         """Whether rounds of the engines can draft as a row's policy wants it."""
-        policy = row.policy
         return (
-            policy.drafter == "model"
-            and self._drafter is not None
-            and self._drafter.needs_features
-            and (row.params.greedy or policy.lossless_for(greedy=False))
-            and len(policy.children) == 1
+            self._is_by_model(row)
+            and (row.params.greedy or row.policy.lossless_for(greedy=False))
+            and len(row.policy.children) == 1
         )
 
     def _suits(self, row: Row) -> bool:

@@ -6,6 +6,7 @@ Shapes: R rows of logits, V columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from ssv.runtime.decode.logits_processor import Columns, processed
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import Sampling, choose, filtered, ranked
 from ssv.runtime.engines.contract import EngineError
+
+T = TypeVar("T")
 
 At = Sequence[tuple[int, int]]
 """Of each row of logits, the row in use that it belongs to, and the tokens of the current round before the one that is
@@ -38,22 +41,11 @@ def choices(
     Args:
         token_R: tokens of the largest logits, if they were found on the way.
     """
-    if all(row.processor is None for row in rows):
-        return _chosen(rows, logits_RV, at, columns, token_R)
-    may_keep = _may_keep(rows, at)
-    if not any(may_keep):
-        return _chosen(rows, _own_logits(rows, logits_RV, at, columns, before), at, columns)
-    chosen = _chosen(rows, logits_RV, at, columns, token_R)
-    rest = [
-        r
-        for r, (b, ahead) in enumerate(at)
-        if not (may_keep[r] and _keeps(rows[b], before, r, ahead, chosen[r : r + 1]))
-    ]
-    if rest:
-        own = _chosen(rows, *_own_part(rows, logits_RV, at, columns, before, rest), columns)
-        for r, token in zip(rest, own, strict=True):
-            chosen[r] = token
-    return chosen
+
+    def ask(some_RV: Tensor, some_at: At) -> list[int]:
+        return _chosen(rows, some_RV, some_at, columns, token_R if some_RV is logits_RV else None)
+
+    return _asked(rows, logits_RV, at, columns, before, ask, lambda token: [token])
 
 
 def ranking(
@@ -65,20 +57,11 @@ def ranking(
     A row has `count` of them, or as many as it can choose from; a single -1 where the logits are no distribution. Where
     a grammar allows all of them anyhow, shares are of all tokens, and of those that it allows elsewhere.
     """
-    if all(row.processor is None for row in rows):
-        return _ranked(rows, logits_RV, at, columns, count)
-    may_keep = _may_keep(rows, at)
-    if not any(may_keep):
-        return _ranked(rows, _own_logits(rows, logits_RV, at, columns, before), at, columns, count)
-    found = _ranked(rows, logits_RV, at, columns, count)
-    rest = [
-        r for r, (b, ahead) in enumerate(at) if not (may_keep[r] and _keeps(rows[b], before, r, ahead, found[r][0]))
-    ]
-    if rest:
-        own = _ranked(rows, *_own_part(rows, logits_RV, at, columns, before, rest), columns, count)
-        for r, ranking_r in zip(rest, own, strict=True):
-            found[r] = ranking_r
-    return found
+
+    def ask(some_RV: Tensor, some_at: At) -> list[tuple[list[int], list[float]]]:
+        return _ranked(rows, some_RV, some_at, columns, count)
+
+    return _asked(rows, logits_RV, at, columns, before, ask, lambda found: found[0])
 
 
 def scaled(rows: Sequence[Row], logits_RV: Tensor, at: At, columns: Columns, before: Before) -> Tensor:
@@ -140,6 +123,39 @@ def _ranked(
     for tokens, shares in zip(token_RK.tolist(), share_RK.tolist(), strict=True):
         num = max(sum(token >= 0 for token in tokens), 1)
         found.append((tokens[:num], shares[:num]))
+    return found
+
+
+def _asked(
+    rows: Sequence[Row],
+    logits_RV: Tensor,
+    at: At,
+    columns: Columns,
+    before: Before,
+    ask: Callable[[Tensor, At], list[T]],
+    tokens_of: Callable[[T], Sequence[int]],
+) -> list[T]:
+    """What is chosen of each row of logits: of what they are, where that may stay, and else of what the rows' requests
+    make of them.
+
+    Args:
+        ask: chooses of some rows of logits, which stand at these places.
+        tokens_of: that were chosen of one.
+    """
+    if all(row.processor is None for row in rows):
+        return ask(logits_RV, at)
+    may_keep = _may_keep(rows, at)
+    if not any(may_keep):
+        return ask(_own_logits(rows, logits_RV, at, columns, before), at)
+    found = ask(logits_RV, at)
+    rest = [
+        r
+        for r, (b, ahead) in enumerate(at)
+        if not (may_keep[r] and _keeps(rows[b], before, r, ahead, tokens_of(found[r])))
+    ]
+    if rest:
+        for r, own in zip(rest, ask(*_own_part(rows, logits_RV, at, columns, before, rest)), strict=True):
+            found[r] = own
     return found
 
 

@@ -178,7 +178,7 @@ class Pace:
     def _company(self, num_rows: int, policies: frozenset[int]) -> _Company:
         if (known := self._companies.get((num_rows, policies))) is not None:
             return known
-        drafts = self._nearest_drafts(num_rows, policies)
+        drafts = self.would_draft(num_rows, policies)
         if len(self._companies) >= MOST_COMPANIES:
             self._companies.pop(next(iter(self._companies)))
         # What is only supposed is not measured again at once: the next trial is a draft's.

@@ -182,8 +182,9 @@ class DecodeBatch:
     def _follows_load(self, row: Row) -> bool:
         """Whether a row drafts what pays in the company it has. The text of lossy rows is to be the same in any, but
         where engines run rounds by themselves: their trees have one shape, that of the moment."""
-        is_free = row.lossless or (self._ahead is not None and len(self.rows) > 1)
-        return row.policy.pays and row.policy.max_pending > 0 and is_free
+        if not row.policy.pays or not row.policy.max_pending:
+            return False
+        return row.lossless or (self._ahead is not None and len(self.rows) > 1)
 
     def _plain_seconds(self) -> float | None:
         """Of a round without a draft, by costs; None where they are not known."""

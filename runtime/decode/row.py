@@ -36,7 +36,7 @@ class Row:
         ended: its output has come to its end, though it is still in use.
         audited: of a row that is audited, the drafted tokens of the text, by place, that the target's choices are ahead
             of, and by how much (see `ssv.runtime.decode.choice.gaps`).
-        policy_hash: tells policies apart.
+        policy_hash: tells policies apart, at no cost in each round.
     """
 
     params: SamplingParams
@@ -55,7 +55,7 @@ class Row:
     ended: bool = False
     last_commit: float = 0.0
     audited: list[tuple[int, float]] | None = None
-    policy_hash: int = 0
+    policy_hash: int = field(init=False)
 
     def __post_init__(self) -> None:
         # Probabilities are fp32: a threshold must be the same number beside a tensor and beside a float.

@@ -234,8 +234,8 @@ class FakeRounds:
         features_BTF: Tensor | None,
         gains: NDArray[np.float32] | None,
     ) -> RoundResult:
-        state, accept_below = self._states[b], self._states[b].row.accept_below
-        judged = judged_rows(tree, accept_below)
+        state = self._states[b]
+        judged = judged_rows(tree, state.row.accept_below)
         verdict = walk(tree, judged, [token for token, is_judged in zip(chosen, judged, strict=True) if is_judged])
         self._target.keep(b, state.length + 1, [state.length + 1 + node for node in verdict.path])
         gained = [*(tree.tokens[node] for node in verdict.path), verdict.next_token]
