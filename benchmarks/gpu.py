@@ -1,7 +1,8 @@
 """What the CUDA engine takes for its steps, and what every method makes of it, on one GPU.
 
 Steps: milliseconds of a replayed graph alone, and of a whole step with its answer on the host. Methods: tokens/s over
-prompts, the rows of a batch side by side, greedy and sampled, and whether lossless methods give plain decoding's text.
+prompts that follow one another in so many rows, greedy and sampled, and whether lossless methods give plain decoding's
+text.
 
     python benchmarks/gpu.py --bundle bundles/smollm2-135m --out benchmarks/records/gpu.json
 """
@@ -41,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
-    parser.add_argument("--num-prompts", type=int, default=16, help="(default: 16)")
+    parser.add_argument("--waves", type=int, default=4, help="prompts for each row, 16 in all at least (default: 4)")
     parser.add_argument("--max-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--methods", default=METHODS, help=f"(default: {METHODS})")
     parser.add_argument("--settings", default="greedy", help=f"separated by semicolons, of: {'; '.join(SETTINGS)}")
@@ -51,7 +52,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [int(word) for word in args.rows.split(",")]
-    llm = LLM.load(args.bundle, device="cuda", max_batch=max(rows), say=lambda text: print(text, file=sys.stderr))
+    llms = {num: load(args.bundle, num) for num in rows}
+    llm = llms[rows[0]]
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "costs": llm.costs and llm.costs.model_dump()}
     tokens = [int(word) for word in args.tokens.split(",")]
     for name, engine in (("pass", llm.target), ("draft_step", llm.draft)):
@@ -61,7 +63,7 @@ def main() -> int:
             print(name, context, figures[f"{name}_at_{context}"], file=sys.stderr)
     figures["chosen_ms"] = {setting: choosing_times(llm, setting) for setting in SETTINGS}
     print("chosen", figures["chosen_ms"], file=sys.stderr)
-    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)[: args.num_prompts]]
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)]
     names = args.methods.split(",")
     for setting in args.settings.split(";"):
         params = [
@@ -69,9 +71,13 @@ def main() -> int:
         ]
         requests = list(zip(prompts, params, strict=True))
         key = "methods" if setting == "greedy" else f"methods, {setting.strip()}"
-        figures[key] = {num: methods(llm, requests, names, num) for num in rows}
+        figures[key] = {num: methods(llms[num], requests[: max(16, args.waves * num)], names, num) for num in rows}
     write_record(figures, args.out, versions("torch", "triton", "transformers"))
     return 0
+
+
+def load(bundle: Path, rows: int) -> LLM:
+    return LLM.load(bundle, device="cuda", max_batch=rows, say=lambda text: print(text, file=sys.stderr))
 
 
 def step_times(engine: CudaEngine, num: int, context: int) -> dict[str, float]:
@@ -147,18 +153,15 @@ def median_ms(run: Callable[[], object], *, on_device: bool, repeats: int = 60) 
 def methods(
     llm: LLM, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]], names: Sequence[str], rows: int
 ) -> dict[str, dict[str, Any]]:
-    """Each method over all prompts, so many rows at a time: the middle of three runs behind one that captures
-    graphs."""
+    """Each method over all prompts, a row taking the next one when its own has ended: the middle of three runs behind
+    one that captures graphs."""
     found: dict[str, dict[str, Any]] = {}
     plain: list[tuple[int, ...]] = []
     for name in names:
-        batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
         runs = []
         for _ in range(4):
             began = time.perf_counter()
-            outputs = [
-                o for batch in batches for o in llm.generate([Request(ids, name, params) for ids, params in batch])
-            ]
+            outputs = llm.generate([Request(ids, name, params) for ids, params in prompts])
             runs.append((time.perf_counter() - began, outputs))
         seconds, outputs = sorted(runs[1:], key=lambda run: run[0])[1]
         texts = [output.token_ids for output in outputs]
