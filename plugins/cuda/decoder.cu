@@ -48,10 +48,10 @@ __device__ __forceinline__ float sum_of_warp(float x) {
     for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
-__device__ __forceinline__ float most_of_warp(float x) {
-#pragma unroll
-    for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-    return x;
+__device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 #ifdef TILES
@@ -76,12 +76,6 @@ struct Linear {
 };
 
 enum { STORE, ADD, GATE };
-
-__device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
 
 /* A pair is 32 of K: two fragments. AHEAD: pairs that a warp has on the way before it waits. */
 #if BITS == 16
@@ -128,7 +122,10 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
 #endif
 }
 
-#define AT_ONCE (TILES > 4 ? 1 : TILES > 2 ? 2 : 4) /* pairs of the other operand: as many as registers hold */
+/* Pairs of the other operand: as many as registers hold. */
+#define AT_ONCE (TILES > 4 ? 1 : TILES > 2 && THREADS * BLOCKS > 384 ? 2 : 4)
+/* Many tokens of a block with many tiles of channels are read once and held in shared memory. */
+#define HOLDS (SEVERAL && TILES > 2)
 
 /* What a warp has on the way: AHEAD pairs. Where all of them are its own nothing is compared, since a step of INT4 is bound by
  * instructions before it is by memory. */
@@ -179,9 +176,14 @@ struct Ahead {
     }
 };
 
-/* The other operand of AT_ONCE pairs. */
-__device__ __forceinline__ void load_tokens(uint4 (&b)[AT_ONCE][TILES], const uint4 *const (&x)[TILES], int at, int last) {
-    if (at + AT_ONCE <= last) {
+/* The other operand of AT_ONCE pairs; `held`: those that `hold_tokens` has put there. */
+__device__ __forceinline__ void load_tokens(uint4 (&b)[AT_ONCE][TILES], const uint4 *const (&x)[TILES], const uint4 *held, int at, int last) {
+    if (HOLDS) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) b[i][t] = at + i < last ? held[((at + i) * TILES + t) * 32] : make_uint4(0, 0, 0, 0);
+    } else if (at + AT_ONCE <= last) {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
 #pragma unroll
@@ -194,40 +196,53 @@ __device__ __forceinline__ void load_tokens(uint4 (&b)[AT_ONCE][TILES], const ui
     }
 }
 
-/* One block computes TILE channels of up to 8 * TILES tokens, and then others, of which the first weights are on their way before
- * it ends with those before; the sums of `together` tiles are added up at once, each by another warp. Its warps share K: `share` pairs each, which K alone decides, and their sums are added in their order.
- * What the epilogue needs is on its way before the products are there. */
+/* Every lane puts there what it will read itself. */
+__device__ __forceinline__ void hold_tokens(uint4 *held, const uint4 *const (&x)[TILES], int first, int last) {
+#pragma unroll 2
+    for (int at = first; at < last; at++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++) held[(at * TILES + t) * 32] = x[t][at * 4];
+}
+
+/* One block computes TILE channels of up to 8 * TILES tokens, those from 8 * TILES * blockIdx.x on (blocks of the same channels are
+ * side by side, so that weights are read from memory once). Then it computes others, of which the first weights are on their way
+ * before it ends with those before; the sums of `together` tiles are added up at once, each by another warp. Its warps share K:
+ * `share` pairs each, which K alone decides, and their sums are added in their order. What the epilogue needs is on its way before
+ * the products are there. */
 template <int KIND>
 __device__ __forceinline__ void linear(const Linear &p) {
-    extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][together][warps][TILES][32] */
+    extern __shared__ float4 shared[]; /* [1, or 2 by turns if blocks have several][together][warps][TILES][32]; held: [pairs][TILES][32] */
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int first = warp * p.share, last = min(first + p.share, p.pairs), active = (p.pairs + p.share - 1) / p.share;
     release_next();
-    const uint4 *weight = p.weight + ((size_t)blockIdx.x * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
-    const size_t stride = (size_t)gridDim.x * PIECES(p.pairs) * 32;
+    const uint4 *weight = p.weight + ((size_t)blockIdx.y * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
+    const size_t stride = (size_t)gridDim.y * PIECES(p.pairs) * 32;
     Ahead ahead;
 #if BITS == 4
-    const float2 *scales = (const float2 *)p.scale + (size_t)blockIdx.x * p.groups * 8 + g;
-    const size_t scales_stride = (size_t)gridDim.x * p.groups * 8;
+    const float2 *scales = (const float2 *)p.scale + (size_t)blockIdx.y * p.groups * 8 + g;
+    const size_t scales_stride = (size_t)gridDim.y * p.groups * 8;
 #else
     const float2 *scales = nullptr;
 #endif
     ahead.load(weight, scales, first, first, last);
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
-    const int which = warp % TILES * 8, behind = warp / TILES; /* tokens that it finishes, and of which of the tiles */
+    const int begin = blockIdx.x * 8 * TILES;
+    const int which = begin + warp % TILES * 8, behind = warp / TILES; /* tokens that it finishes, and of which of the tiles */
+    if (begin >= num) return;
     const bool may_finish = behind < (SEVERAL ? p.together : 1) && which < num;
     const uint4 *x[TILES]; /* where the tokens begin; behind the last the first, whose columns nobody reads */
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        const int m = t * 8 + g < num ? t * 8 + g : 0;
+        const int m = begin + t * 8 + g < num ? begin + t * 8 + g : begin;
         x[t] = (const uint4 *)p.x + (size_t)(p.gathered ? p.step[GATHER + m] : m) * 4 * p.pairs + q;
     }
     float squares[2] = {}, factor[2] = {1.0f, 1.0f};
     float4 *sums = shared;
-    for (int next = blockIdx.x;;) {
-        const bool is_first = !SEVERAL || next == blockIdx.x;
-        const int tile = next + (SEVERAL ? behind * gridDim.x : 0), n = tile * TILE + g;
+    uint4 *held = HOLDS ? (uint4 *)(shared + 2 * p.together * active * TILES * 32) + lane : nullptr;
+    for (int next = blockIdx.y;;) {
+        const bool is_first = !SEVERAL || next == blockIdx.y;
+        const int tile = next + (SEVERAL ? behind * gridDim.y : 0), n = tile * TILE + g;
         const bool finishes = may_finish && tile < p.tiles;
         float bias[2] = {}, next_norm[2];
 #if BITS == 8
@@ -242,9 +257,10 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #endif
         }
         if (is_first) wait_for_previous();
+        if (HOLDS && is_first) hold_tokens(held, x, first, last);
 
         uint4 b[AT_ONCE][TILES];
-        load_tokens(b, x, first, last);
+        load_tokens(b, x, held, first, last);
         float residual[2][2] = {};
         if (finishes)
 #pragma unroll
@@ -264,13 +280,13 @@ __device__ __forceinline__ void linear(const Linear &p) {
                 }
             }
         for (int s = 0, of = next;;) {
-            const bool is_last = !SEVERAL || of + gridDim.x >= p.tiles;
-            if (s) load_tokens(b, x, first, last);
+            const bool is_last = !SEVERAL || of + gridDim.y >= p.tiles;
+            if (s) load_tokens(b, x, held, first, last);
             float c[TILES][4] = {};
             for (int base = first; base < last; base += AHEAD) {
 #pragma unroll
                 for (int part = 0; part < AHEAD; part += AT_ONCE) {
-                    if (part || base > first) load_tokens(b, x, base + part, last);
+                    if (part || base > first) load_tokens(b, x, held, base + part, last);
                     ahead.multiply_by(c, b, part);
                 }
                 int at = base + AHEAD;
@@ -286,7 +302,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
 #pragma unroll
                 for (int t = 0; t < TILES; t++)
                     sums[((s * active + warp) * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
-            if (!SEVERAL || ++s == p.together || (of += gridDim.x) >= p.tiles) break;
+            if (!SEVERAL || ++s == p.together || (of += gridDim.y) >= p.tiles) break;
         }
         __syncthreads();
         if (finishes) {
@@ -334,11 +350,11 @@ __device__ __forceinline__ void linear(const Linear &p) {
             }
         }
         /* Who is still adding these up is waited for at the next barrier, before they are written again. */
-        if (!SEVERAL || (next += p.together * gridDim.x) >= p.tiles) break;
+        if (!SEVERAL || (next += p.together * gridDim.y) >= p.tiles) break;
         sums = sums == shared ? shared + p.together * active * TILES * 32 : shared;
     }
-    if (KIND == STORE && p.from)
-        for (int m = blockIdx.x; m < num; m += gridDim.x) {
+    if (KIND == STORE && p.from && !blockIdx.x)
+        for (int m = blockIdx.y; m < num; m += gridDim.y) {
             const float *from = p.from + (size_t)p.step[GATHER + m] * p.pairs * 32;
             for (int i = threadIdx.x; i < p.pairs * 32; i += blockDim.x) p.copied[(size_t)m * p.pairs * 32 + i] = from[i];
         }
@@ -646,11 +662,16 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
 /* --- attention -------------------------------------------------------------------------------------------------------- */
 
 #define WARPS 8
-#define KEYS (32 * WARPS) /* of a block, in the order of their positions */
+#define CHUNK 32              /* keys that are weighed together, in the order of their positions */
+#define KEYS (CHUNK * WARPS)  /* of a block */
 #define HALF (HEAD_DIM / 2)
-#define LANE_PAIRS ((HALF + 31) / 32) /* pairs of dims that a lane owns */
-#define NEW_STRIDE (HEAD_DIM + 8)     /* rows of 16-byte pieces in banks of their own */
-#define PARTIAL (HEAD_DIM + 2)        /* of a block's share: values, largest score, sum of weights */
+#define LANE_PAIRS ((HALF + 31) / 32)           /* pairs of dims that a lane rotates */
+#define KEY_PIECES ((HEAD_DIM + 31) / 32)       /* of 32 dims: two products each */
+#define VALUE_PIECES ((HEAD_DIM + 63) / 64)     /* of 64 dims: eight products side by side */
+#define STRIDE (HEAD_DIM + 8)                   /* of bf16 rows in shared memory: 16-byte pieces of rows in banks of their own */
+#define MIXED (HEAD_DIM + 4)
+#define PARTIAL (HEAD_DIM + 2) /* of a block's share: values, largest score, sum of weights */
+#define ON_THE_WAY 4           /* heads that a warp loads at once */
 
 struct Attention {
     const int *step;
@@ -666,50 +687,196 @@ struct Attention {
     float eps;
 };
 
-/* A head, normed if the model does and rotated by its position, into shared memory: fp32 times `factor`, or bf16. */
-template <bool WIDE>
-__device__ __forceinline__ void rotate(const float *head, const float *norm, const Attention &p, int position, int lane, float factor,
-                                       float *wide, u16 *narrow) {
-    float first[LANE_PAIRS], second[LANE_PAIRS], squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < LANE_PAIRS; i++) {
-        const int d = lane + 32 * i;
-        first[i] = d < HALF ? head[d] : 0.0f;
-        second[i] = d < HALF ? head[d + HALF] : 0.0f;
-        squares += first[i] * first[i] + second[i] * second[i];
-    }
-    if (QK_NORM) {
-        const float scale = rsqrtf(sum_of_warp(squares) / (float)HEAD_DIM + p.eps);
+/* A query, a key or a value of one token, as it comes from its product, with the rotation of its position. */
+struct Head {
+    float first[LANE_PAIRS], second[LANE_PAIRS], cosine[LANE_PAIRS], sine[LANE_PAIRS];
+
+    __device__ __forceinline__ void load_rotation(const Attention &p, bool rotates, int position, int lane) {
 #pragma unroll
         for (int i = 0; i < LANE_PAIRS; i++) {
             const int d = lane + 32 * i;
-            if (d < HALF) first[i] *= scale * norm[d], second[i] *= scale * norm[d + HALF];
+            const size_t at = (size_t)position * HALF + d;
+            cosine[i] = rotates && d < HALF ? p.cosine[at] : 1.0f, sine[i] = rotates && d < HALF ? p.sine[at] : 0.0f;
         }
     }
+
+    __device__ __forceinline__ void load(const float *head, int lane) {
 #pragma unroll
-    for (int i = 0; i < LANE_PAIRS; i++) {
-        const int d = lane + 32 * i;
-        if (d >= HALF) continue;
-        const float c = p.cosine[(size_t)position * HALF + d], s = p.sine[(size_t)position * HALF + d];
-        const float a = first[i] * c - second[i] * s, b = second[i] * c + first[i] * s;
-        if (WIDE) wide[d] = a * factor, wide[d + HALF] = b * factor;
-        else narrow[d] = round_one(a), narrow[d + HALF] = round_one(b);
+        for (int i = 0; i < LANE_PAIRS; i++) {
+            const int d = lane + 32 * i;
+            first[i] = d < HALF ? head[d] : 0.0f, second[i] = d < HALF ? head[d + HALF] : 0.0f;
+        }
     }
+
+    /* Normed if the model does so, rotated and rounded. */
+    __device__ __forceinline__ void store(const Attention &p, const float *norm, int lane, u16 *to, u16 *also) {
+        if (QK_NORM && norm) {
+            float squares = 0.0f;
+#pragma unroll
+            for (int i = 0; i < LANE_PAIRS; i++) squares += first[i] * first[i] + second[i] * second[i];
+            const float scale = rsqrtf(sum_of_warp(squares) / (float)HEAD_DIM + p.eps);
+#pragma unroll
+            for (int i = 0; i < LANE_PAIRS; i++) {
+                const int d = lane + 32 * i;
+                if (d < HALF) first[i] *= scale * norm[d], second[i] *= scale * norm[d + HALF];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < LANE_PAIRS; i++) {
+            const int d = lane + 32 * i;
+            if (d >= HALF) continue;
+            const u16 one = round_one(first[i] * cosine[i] - second[i] * sine[i]);
+            const u16 other = round_one(second[i] * cosine[i] + first[i] * sine[i]);
+            to[d] = one, to[d + HALF] = other;
+            if (also) also[d] = one, also[d + HALF] = other;
+        }
+    }
+};
+
+/* Keys and values of a chunk as the other operands of products: of lane (g, q) the keys 8 t + g, and the values of keys
+ * 16 u + 2 q, that and 1, 8 and 9 more. */
+struct Chunk {
+    uint4 key[CHUNK / 8][KEY_PIECES], value[CHUNK / 4][VALUE_PIECES];
+
+    static __device__ __forceinline__ int key_of(int t, int g) { return 8 * t + g; }
+    static __device__ __forceinline__ int value_of(int v, int q) { return v / 4 * 16 + 2 * q + (v & 1) + (v & 2) * 4; }
+    static __device__ __forceinline__ bool has_key(int i, int q) { return HEAD_DIM % 32 == 0 || 32 * i + 8 * q < HEAD_DIM; }
+    static __device__ __forceinline__ bool has_value(int i, int g) { return HEAD_DIM % 64 == 0 || 64 * i + 8 * g < HEAD_DIM; }
+
+    /* Those of the text before, from position `from` on. */
+    __device__ __forceinline__ void load(const u16 *keys, const u16 *values, int from, int before, int g, int q) {
+        const uint4 none = {0, 0, 0, 0};
+#pragma unroll
+        for (int t = 0; t < CHUNK / 8; t++)
+#pragma unroll
+            for (int i = 0; i < KEY_PIECES; i++) {
+                const int j = from + key_of(t, g);
+                key[t][i] = j < before && has_key(i, q) ? load_weights((const uint4 *)(keys + (size_t)j * HEAD_DIM + 32 * i + 8 * q)) : none;
+            }
+#pragma unroll
+        for (int v = 0; v < CHUNK / 4; v++)
+#pragma unroll
+            for (int i = 0; i < VALUE_PIECES; i++) {
+                const int j = from + value_of(v, q);
+                value[v][i] = j < before && has_value(i, g) ? load_weights((const uint4 *)(values + (size_t)j * HEAD_DIM + 64 * i + 8 * g)) : none;
+            }
+    }
+
+    /* Those behind it: of this step, or of a path's earlier ones. `key_at` and `value_at` say where one lies; NULL: nowhere. */
+    template <typename KeyAt, typename ValueAt>
+    __device__ __forceinline__ void load_rest(int from, int before, int g, int q, KeyAt key_at, ValueAt value_at) {
+        const uint4 none = {0, 0, 0, 0};
+#pragma unroll
+        for (int t = 0; t < CHUNK / 8; t++) {
+            const int j = from + key_of(t, g);
+            if (j < before) continue;
+            const u16 *at = key_at(j);
+#pragma unroll
+            for (int i = 0; i < KEY_PIECES; i++) key[t][i] = at && has_key(i, q) ? *(const uint4 *)(at + 32 * i + 8 * q) : none;
+        }
+#pragma unroll
+        for (int v = 0; v < CHUNK / 4; v++) {
+            const int j = from + value_of(v, q);
+            if (j < before) continue;
+            const u16 *at = value_at(j);
+#pragma unroll
+            for (int i = 0; i < VALUE_PIECES; i++) value[v][i] = at && has_value(i, g) ? *(const uint4 *)(at + 64 * i + 8 * g) : none;
+        }
+    }
+};
+
+__device__ __forceinline__ u32 word_of(const uint4 &piece, int i) { return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w; }
+
+/* What up to 16 queries take of a chunk: the sums of its values by their weights, the largest score and the sum of weights.
+ * `queries` is the first one's row, `seen` says how many of the chunk's keys rows g and g + 8 see: none of rows that are none. */
+__device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, const int (&seen)[2], int g, int q, float *mixed, float *largest,
+                                      float *total) {
+    float score[CHUNK / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < KEY_PIECES; i++) {
+        uint4 one = {0, 0, 0, 0}, other = one;
+        if (Chunk::has_key(i, q)) {
+            one = *(const uint4 *)(queries + g * STRIDE + 32 * i + 8 * q);
+            other = *(const uint4 *)(queries + (g + 8) * STRIDE + 32 * i + 8 * q);
+        }
+#pragma unroll
+        for (int t = 0; t < CHUNK / 8; t++) {
+            multiply(score[t], make_uint4(one.x, other.x, one.y, other.y), chunk.key[t][i].x, chunk.key[t][i].y);
+            multiply(score[t], make_uint4(one.z, other.z, one.w, other.w), chunk.key[t][i].z, chunk.key[t][i].w);
+        }
+    }
+    const float scale = rsqrtf((float)HEAD_DIM);
+    float most[2] = {-1.0e30f, -1.0e30f}, sum[2] = {};
+#pragma unroll
+    for (int t = 0; t < CHUNK / 8; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const bool is_seen = 8 * t + 2 * q + (i & 1) < seen[i / 2];
+            score[t][i] = is_seen ? score[t][i] * scale : -1.0e30f;
+            most[i / 2] = fmaxf(most[i / 2], score[t][i]);
+        }
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+#pragma unroll
+        for (int step = 1; step < 4; step <<= 1) most[row] = fmaxf(most[row], __shfl_xor_sync(~0u, most[row], step));
+    u32 weight[CHUNK / 8][2]; /* of two keys each: what is multiplied is also what is added up */
+#pragma unroll
+    for (int t = 0; t < CHUNK / 8; t++)
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const float *two = score[t] + 2 * row;
+            const int at = 8 * t + 2 * q;
+            weight[t][row] = round_pair(at < seen[row] ? __expf(two[0] - most[row]) : 0.0f, at + 1 < seen[row] ? __expf(two[1] - most[row]) : 0.0f);
+            sum[row] += low(weight[t][row]) + high(weight[t][row]);
+        }
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+#pragma unroll
+        for (int step = 1; step < 4; step <<= 1) sum[row] += __shfl_xor_sync(~0u, sum[row], step);
+#pragma unroll
+    for (int i = 0; i < VALUE_PIECES; i++) {
+        float out[8][4] = {};
+#pragma unroll
+        for (int u = 0; u < CHUNK / 16; u++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const uint4 weights = make_uint4(weight[2 * u][0], weight[2 * u][1], weight[2 * u + 1][0], weight[2 * u + 1][1]);
+                const u32 of = e % 2 ? 0x7632 : 0x5410;
+                multiply(out[e], weights, __byte_perm(word_of(chunk.value[4 * u][i], e / 2), word_of(chunk.value[4 * u + 1][i], e / 2), of),
+                         __byte_perm(word_of(chunk.value[4 * u + 2][i], e / 2), word_of(chunk.value[4 * u + 3][i], e / 2), of));
+            }
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) { /* dims 16 q and on, and 8 more */
+                const int d = 64 * i + 16 * q + 8 * half, c = 2 * row + half;
+                if (!seen[row] || (HEAD_DIM % 64 && d >= HEAD_DIM)) continue;
+                float4 *to = (float4 *)(mixed + (g + 8 * row) * MIXED + d);
+                to[0] = make_float4(out[0][c], out[1][c], out[2][c], out[3][c]);
+                to[1] = make_float4(out[4][c], out[5][c], out[6][c], out[7][c]);
+            }
+    }
+    if (q) return;
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+        if (seen[row]) largest[g + 8 * row] = most[row], total[g + 8 * row] = sum[row];
 }
 
-/* A block attends for the queries of one group to KEYS keys of one key/value head, a warp to 32 of them. A lane scores the key of
- * one position, and then mixes its dims of the values of all 32. Keys and values of the text before are loaded before the wait. */
+/* A block attends for the queries of one group to KEYS keys of one key/value head, a warp to a chunk of them. Keys and values of the
+ * text before are loaded before the wait. Behind it the tokens of a tree see different ones: there a warp weighs for one of them at a
+ * time, and warps that have nothing else to do share the tokens. */
 extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention p) {
     extern __shared__ uint4 shared[];
     const int num_queries = p.group_tokens * GROUP;
-    float *queries = (float *)shared;                            /* [num_queries][HEAD_DIM] */
-    float *weights = queries + num_queries * HEAD_DIM;           /* [WARPS][num_queries][32] */
-    float *mixed = weights + WARPS * num_queries * 32;           /* [WARPS][num_queries][HEAD_DIM] */
-    float *largest = mixed + WARPS * num_queries * HEAD_DIM;     /* [WARPS][num_queries] */
-    float *total = largest + WARPS * num_queries;                /* [WARPS][num_queries] */
-    u16 *new_keys = (u16 *)(total + WARPS * num_queries);        /* [num_new][NEW_STRIDE] */
+    u16 *queries = (u16 *)shared;                                    /* [num_queries + 16][STRIDE]: tiles of 16 begin anywhere */
+    float *mixed = (float *)(queries + (num_queries + 16) * STRIDE); /* [WARPS][num_queries][MIXED] */
+    float *largest = mixed + WARPS * num_queries * MIXED;            /* [WARPS][num_queries] */
+    float *total = largest + WARPS * num_queries;                    /* [WARPS][num_queries] */
+    int *seen_by = (int *)(total + WARPS * num_queries);             /* [TOKENS] keys that the group's tokens see */
+    int *paths = seen_by + TOKENS;                                   /* [group_tokens][DEPTH] */
+    u16 *new_keys = (u16 *)(paths + p.group_tokens * DEPTH);         /* [num_new][STRIDE] */
     const int *step = p.step;
-    const int block = blockIdx.x, kv = blockIdx.y, group = blockIdx.z, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int block = blockIdx.x, kv = blockIdx.y, group = blockIdx.z, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     release_next();
     if (group >= step[NUM_GROUPS]) return;
     const int first = step[GROUP_FIRST + group], count = step[GROUP_COUNT + group];
@@ -717,145 +884,106 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
     const bool has_paths = step[HAS_PATHS];
     int most_seen = 0;
     for (int i = 0; i < count; i++) most_seen = max(most_seen, step[SEEN + first + i]);
-    if (block * KEYS >= most_seen) return;
-    u16 *new_values = new_keys + num_new * NEW_STRIDE;
+    const int first_key = block * KEYS;
+    if (first_key >= most_seen) return;
+    u16 *new_values = new_keys + num_new * STRIDE;
     const int first_slot = step[SLOT + first_new], prefix = step[PREFIX + first], before = min(prefix, first_slot);
     const size_t row = ((size_t)step[ROW + first] * p.kv_heads + kv) * p.slots * HEAD_DIM;
     const u16 *keys = p.keys + row, *values = p.values + row;
-    const int warp_first = block * KEYS + warp * 32, j = warp_first + lane;
 
-    uint4 key[HEAD_DIM / 8];
-    u32 value[32][LANE_PAIRS];
-    const uint4 none = {0, 0, 0, 0};
+    /* Chunks of the text before, and others; of these, in a tree, each is the chunk of several warps if there are as many. */
+    const int num_before = min(max(before - first_key, 0) / CHUNK, WARPS);
+    const int num_others = min((most_seen - first_key + CHUNK - 1) / CHUNK, WARPS) - num_before;
+    const bool is_before = warp < num_before, by_token = has_paths && !is_before;
+    const int other = warp - num_before, sharers = by_token && num_others ? (WARPS - num_before) / num_others : 1;
+    const int c = is_before ? warp : num_others ? num_before + (by_token ? other % num_others : other) : WARPS;
+    const int sharer = by_token && num_others ? other / num_others : 0, from = first_key + c * CHUNK;
+    const bool takes_part = c < num_before + num_others && sharer < sharers;
+    Chunk chunk;
+    if (takes_part) chunk.load(keys, values, from, before, g, q);
+    if (has_paths)
+        for (int i = threadIdx.x; i < count * DEPTH; i += 32 * WARPS) paths[i] = step[PATH + first * DEPTH + i];
+    if (threadIdx.x < count) seen_by[threadIdx.x] = step[SEEN + first + threadIdx.x];
+    const int width = (p.heads + 2 * p.kv_heads) * HEAD_DIM, num_heads = count * GROUP;
+    /* A block that sees tokens of this step takes those that its own may see, and one block of a group stores the group's. */
+    const bool sees_new = first_key + KEYS > before, stores = block == before / KEYS;
+    const int num_shown = !sees_new ? 0 : has_paths ? num_new : first + count - first_new, num_vectors = num_heads + 2 * num_shown;
+    /* Of queries, keys and values, in this order, which token's and which head the t-th is. */
+    const auto is_key = [&](int t) { return t >= num_heads && t < num_heads + num_shown; };
+    const auto token_of = [&](int t) { return t < num_heads ? first + t / GROUP : first_new + (t - num_heads) % num_shown; };
+    const auto head_of = [&](int t) { return t < num_heads ? kv * GROUP + t % GROUP : p.heads + (is_key(t) ? 0 : p.kv_heads) + kv; };
+    Head head[ON_THE_WAY];
+    for (int base = warp; base == warp || base < num_vectors; base += WARPS * ON_THE_WAY) {
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 8; d++) key[d] = j < before ? load_weights((const uint4 *)(keys + (size_t)j * HEAD_DIM) + d) : none;
-#pragma unroll
-    for (int k = 0; k < 32; k++)
-#pragma unroll
-        for (int i = 0; i < LANE_PAIRS; i++) {
-            const int pair = lane + 32 * i;
-            value[k][i] = 0;
-            if (warp_first + k < before && pair < HALF)
-                asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value[k][i]) : "l"((const u32 *)(values + (size_t)(warp_first + k) * HEAD_DIM) + pair));
+        for (int u = 0; u < ON_THE_WAY; u++) {
+            const int t = base + u * WARPS;
+            if (t < num_vectors) head[u].load_rotation(p, t < num_heads || is_key(t), step[SEEN + token_of(t)] - 1, lane);
         }
-    wait_for_previous();
-
-    const int width = (p.heads + 2 * p.kv_heads) * HEAD_DIM;
-    const float scale = rsqrtf((float)HEAD_DIM);
-    for (int n = warp; n < count * GROUP; n += WARPS) {
-        const int m = first + n / GROUP, head = kv * GROUP + n % GROUP;
-        rotate<true>(p.qkv + (size_t)m * width + head * HEAD_DIM, p.q_norm, p, step[SEEN + m] - 1, lane, scale, queries + n * HEAD_DIM, nullptr);
+        if (base == warp) wait_for_previous();
+#pragma unroll
+        for (int u = 0; u < ON_THE_WAY; u++) {
+            const int t = base + u * WARPS;
+            if (t < num_vectors) head[u].load(p.qkv + (size_t)token_of(t) * width + head_of(t) * HEAD_DIM, lane);
+        }
+#pragma unroll
+        for (int u = 0; u < ON_THE_WAY; u++) {
+            const int t = base + u * WARPS;
+            if (t >= num_vectors) continue;
+            const bool is_query = t < num_heads;
+            const int m = token_of(t), which = m - first_new;
+            u16 *to = is_query ? queries + t * STRIDE : (is_key(t) ? new_keys : new_values) + which * STRIDE, *also = nullptr;
+            if (!is_query && stores && m >= first && m < first + count)
+                also = (is_key(t) ? p.keys : p.values) + row + (size_t)(first_slot + which) * HEAD_DIM;
+            head[u].store(p, is_query ? p.q_norm : is_key(t) ? p.k_norm : nullptr, lane, to, also);
+        }
     }
-    if ((block + 1) * KEYS > before) {
-        /* One block of the row's first group stores what all of them see. */
-        const bool stores = first == first_new && block == before / KEYS;
-        for (int t = WARPS - 1 - warp; t < 2 * num_new; t += WARPS) { /* from the last warp on: the first have queries */
-            const bool is_key = t < num_new;
-            const int which = is_key ? t : t - num_new, m = first_new + which;
-            const float *head = p.qkv + (size_t)m * width + (p.heads + (is_key ? 0 : p.kv_heads) + kv) * HEAD_DIM;
-            u16 *to = is_key ? new_keys + which * NEW_STRIDE : new_values + which * HEAD_DIM;
-            if (is_key) rotate<false>(head, p.k_norm, p, step[SEEN + m] - 1, lane, 1.0f, nullptr, to);
-            else
-                for (int d = lane; d < HEAD_DIM; d += 32) to[d] = round_one(head[d]);
-            __syncwarp();
-            u16 *cache = (is_key ? p.keys : p.values) + row + (size_t)(first_slot + which) * HEAD_DIM;
-            if (stores)
-                for (int d = lane; d < HEAD_DIM; d += 32) cache[d] = to[d];
+    __syncthreads();
+
+    if (takes_part) {
+        /* All tokens at once, or one of each sharer's at a time. */
+        for (int i = by_token ? sharer : 0; i < count; i += by_token ? sharers : count) {
+            const int end = by_token ? seen_by[i] : most_seen;
+            if (!is_before) {
+                const int *path = paths + i * DEPTH;
+                auto slot_of = [&](int j) { return !has_paths || j < prefix ? j : path[j - prefix]; };
+                chunk.load_rest(
+                    from, before, g, q,
+                    [&](int j) -> const u16 * {
+                        if (j >= end) return nullptr;
+                        const int slot = slot_of(j);
+                        return slot >= first_slot ? new_keys + (slot - first_slot) * STRIDE : keys + (size_t)slot * HEAD_DIM;
+                    },
+                    [&](int j) -> const u16 * {
+                        if (j >= end) return nullptr;
+                        const int slot = slot_of(j);
+                        return slot >= first_slot ? new_values + (slot - first_slot) * STRIDE : values + (size_t)slot * HEAD_DIM;
+                    });
+            }
+            const int last_query = by_token ? (i + 1) * GROUP : num_heads;
+            for (int n = i * GROUP; n < last_query; n += 16) {
+                int seen[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int at = n + g + 8 * half;
+                    seen[half] = at < last_query ? min(max(seen_by[at / GROUP] - from, 0), CHUNK) : 0;
+                }
+                const int to = c * num_queries + n;
+                weigh(chunk, queries + n * STRIDE, seen, g, q, mixed + to * MIXED, largest + to, total + to);
+            }
         }
     }
     __syncthreads();
 
-#define SLOT_OF(m, at) (!has_paths || (at) < prefix ? (at) : step[PATH + (m) * DEPTH + (at) - prefix])
-#pragma unroll 1 /* or its code would not fit the cache of instructions */
-    for (int i = 0; i < count; i++) {
-        const int m = first + i, seen = step[SEEN + m];
-        const bool is_seen = j < seen;
-        if (is_seen && j >= before) {
-            const int slot = SLOT_OF(m, j);
-            const uint4 *from = (const uint4 *)(slot >= first_slot ? new_keys + (slot - first_slot) * NEW_STRIDE : keys + (size_t)slot * HEAD_DIM);
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; d++) key[d] = from[d];
-        }
-        float score[GROUP];
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) {
-            const float4 *query = (const float4 *)(queries + (i * GROUP + h) * HEAD_DIM);
-            float even = 0.0f, odd = 0.0f;
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; d++) {
-                const float4 x = query[2 * d], y = query[2 * d + 1];
-                even = fmaf(x.x, low(key[d].x), even), odd = fmaf(x.y, high(key[d].x), odd);
-                even = fmaf(x.z, low(key[d].y), even), odd = fmaf(x.w, high(key[d].y), odd);
-                even = fmaf(y.x, low(key[d].z), even), odd = fmaf(y.y, high(key[d].z), odd);
-                even = fmaf(y.z, low(key[d].w), even), odd = fmaf(y.w, high(key[d].w), odd);
-            }
-            score[h] = is_seen ? even + odd : -1.0e30f;
-        }
-        /* All heads side by side: a reduction is five exchanges that wait for one another. */
-        float most[GROUP], sum[GROUP];
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) most[h] = most_of_warp(score[h]);
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) score[h] = is_seen ? __expf(score[h] - most[h]) : 0.0f, sum[h] = sum_of_warp(score[h]);
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) {
-            const int n = warp * num_queries + i * GROUP + h;
-            weights[n * 32 + lane] = score[h];
-            if (!lane) largest[n] = most[h], total[n] = sum[h];
-        }
-    }
-    __syncwarp();
-
-#pragma unroll 1
-    for (int i = 0; i < count; i++) {
-        const int m = first + i, seen = step[SEEN + m];
-        float sum[GROUP][LANE_PAIRS][2] = {};
-#pragma unroll
-        for (int k = 0; k < 32; k++)
-#pragma unroll
-            for (int h = 0; h < GROUP; h++) {
-                const float weight = weights[(warp * num_queries + i * GROUP + h) * 32 + k];
-#pragma unroll
-                for (int l = 0; l < LANE_PAIRS; l++) {
-                    sum[h][l][0] = fmaf(weight, low(value[k][l]), sum[h][l][0]);
-                    sum[h][l][1] = fmaf(weight, high(value[k][l]), sum[h][l][1]);
-                }
-            }
-        /* Of the text before these were added in their order, nothing of others; those of this step and of its paths follow. */
-#pragma unroll 4
-        for (int k = max(before - warp_first, 0); k < min(32, seen - warp_first); k++) {
-            const int slot = SLOT_OF(m, warp_first + k);
-            const u32 *from = (const u32 *)(slot >= first_slot ? new_values + (slot - first_slot) * HEAD_DIM : values + (size_t)slot * HEAD_DIM);
-#pragma unroll
-            for (int l = 0; l < LANE_PAIRS; l++) {
-                const u32 pair = lane + 32 * l < HALF ? from[lane + 32 * l] : 0;
-#pragma unroll
-                for (int h = 0; h < GROUP; h++) {
-                    const float weight = weights[(warp * num_queries + i * GROUP + h) * 32 + k];
-                    sum[h][l][0] = fmaf(weight, low(pair), sum[h][l][0]);
-                    sum[h][l][1] = fmaf(weight, high(pair), sum[h][l][1]);
-                }
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < GROUP; h++)
-#pragma unroll
-            for (int l = 0; l < LANE_PAIRS; l++) {
-                const int pair = lane + 32 * l;
-                if (pair < HALF) *(float2 *)(mixed + (warp * num_queries + i * GROUP + h) * HEAD_DIM + 2 * pair) = make_float2(sum[h][l][0], sum[h][l][1]);
-            }
-    }
-    __syncthreads();
-
-    for (int at = threadIdx.x; at < count * GROUP * HEAD_DIM; at += 32 * WARPS) {
-        const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = step[SEEN + m];
-        if (block * KEYS >= seen) continue;
+    for (int at = threadIdx.x; at < num_heads * HEAD_DIM; at += 32 * WARPS) {
+        const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = seen_by[n / GROUP];
+        const int chunks = min((seen - first_key + CHUNK - 1) / CHUNK, WARPS);
+        if (chunks <= 0) continue;
         float most = largest[n], sum = 0.0f, result = 0.0f;
-        for (int w = 1; w < WARPS; w++) most = fmaxf(most, largest[w * num_queries + n]);
-        for (int w = 0; w < WARPS; w++) {
+        for (int w = 1; w < chunks; w++) most = fmaxf(most, largest[w * num_queries + n]);
+        for (int w = 0; w < chunks; w++) {
             const float factor = __expf(largest[w * num_queries + n] - most);
             sum += total[w * num_queries + n] * factor;
-            result += mixed[(w * num_queries + n) * HEAD_DIM + d] * factor;
+            result += mixed[(w * num_queries + n) * MIXED + d] * factor;
         }
         if (seen <= KEYS) {
             p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
@@ -879,8 +1007,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    for (int at = threadIdx.x; at < count * GROUP * HEAD_DIM; at += 32 * WARPS) {
-        const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = step[SEEN + m];
+    for (int at = threadIdx.x; at < num_heads * HEAD_DIM; at += 32 * WARPS) {
+        const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = seen_by[n / GROUP];
         if (seen <= KEYS) continue;
         const volatile float *partial = p.partial + ((size_t)m * p.heads + head) * p.most_blocks * PARTIAL;
         const int blocks = (seen + KEYS - 1) / KEYS;

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from ssv.model.spec import DecoderSpec
 from ssv.plugins.cuda.compiler import compile_source, source_of, version
 from ssv.plugins.cuda.driver import Kernel, Module
-from ssv.runtime.engines.cuda.weights import KEYS, MOST_WARPS, Buffers, Linear
+from ssv.runtime.engines.cuda import places
+from ssv.runtime.engines.cuda.weights import KEYS, Buffers, Linear
 from ssv.support.files import write_whole
 
 WIDTHS = (8, 16, 32, 64)
@@ -34,6 +36,13 @@ kernel's find room beside them, and have their weights on the way."""
 
 TOGETHER = 4
 """Most tiles of a block whose sums are added up at once."""
+
+FEW = 2
+"""Tiles of eight tokens that a block with several tiles of channels reads again for each of them; more it holds."""
+
+MOST_TILES = 4
+"""Of eight tokens, of a block with one tile of channels: more are shared between blocks, which read the weights again
+(from the GPU's cache), as what counts is how long a block waits for its tokens."""
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -127,25 +136,55 @@ class Launcher:
     def _product(
         self, kind: str, linear: Linear, x: Tensor, eps: float = 0.0, normed: bool = False, **rest: int
     ) -> None:
-        b = self._buffers
-        shared = linear.warps * self._tiles * 32 * 16
-        blocks, together = linear.tiles, 1
-        if self._tiles <= 2 and blocks > (most := RESIDENT * _num_multiprocessors(b.step.device)):
-            blocks, together = most, min(TOGETHER, -(-blocks // most))
-            shared *= 2 * together
+        b, device = self._buffers, self._buffers.step.device
+        plan = plan_of(linear, self._tiles, _num_multiprocessors(device))
         argument = Product(
             step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
             x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
-            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, together=together, pairs=linear.pairs,
+            num_squares=b.squares_MH.shape[1], tiles=linear.tiles, together=plan.together, pairs=linear.pairs,
             share=linear.share, groups=linear.packed.groups, outputs=linear.outputs, eps=eps, **rest,
         )  # fmt: skip
-        # A warp finishes eight tokens of a tile of channels.
-        threads = 32 * max(linear.warps, self._tiles * together)
-        device = b.step.device
-        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, self._tiles, blocks < linear.tiles))[
-            kind
-        ]
-        self._launch(kernel, (blocks, 1, 1), threads, argument, shared)
+        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, plan))[kind]
+        self._launch(kernel, (plan.parts, plan.blocks, 1), plan.threads, argument, plan.shared)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is cut into blocks.
+
+    Attributes:
+        tiles: of eight tokens each, of a block.
+        parts: blocks for the step's tokens.
+        blocks: for the channels.
+        together: tiles of channels whose sums are added up at once.
+        several: whether a block has several tiles of channels.
+        shared: bytes of shared memory of a block.
+    """
+
+    tiles: int
+    parts: int
+    blocks: int
+    together: int
+    several: bool
+    threads: int
+    shared: int
+
+
+def plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
+    """How a product of up to 8 * tiles tokens is cut: what a token gives does not depend on it."""
+    sums, held = linear.warps * 32 * 16, linear.pairs * 32 * 16
+    # Of few tokens two such blocks find room beside one another, and the next kernel's beside them. Of many there is
+    # one, which holds them.
+    blocks = (RESIDENT if tiles <= FEW else 1) * multiprocessors
+    if linear.tiles > blocks:
+        together = min(TOGETHER, -(-linear.tiles // blocks)) if tiles <= FEW else 1
+        shared = 2 * together * sums * tiles + (held * tiles if tiles > FEW else 0)
+        if tiles <= FEW or (linear.tiles > RESIDENT * multiprocessors and shared <= _most_shared()):
+            threads = 32 * max(linear.warps, tiles * together)
+            return Plan(tiles, 1, blocks, together, True, threads, shared)
+    parts = max(tiles // MOST_TILES, 1)
+    tiles //= parts
+    return Plan(tiles, parts, linear.tiles, 1, False, 32 * max(linear.warps, tiles), sums * tiles)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -177,8 +216,8 @@ def attention_bytes(spec: DecoderSpec, width: int) -> int:
 
 def _attention_bytes(spec: DecoderSpec, width: int, group_tokens: int) -> int:
     queries, warps, dim = group_tokens * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
-    floats = queries * (dim + warps * (32 + dim + 2))
-    return 4 * floats + 2 * width * (2 * dim + 8)
+    floats = warps * queries * (dim + 4 + 2)
+    return 2 * (queries + 16 + 2 * width) * (dim + 8) + 4 * (floats + places.TOKENS + group_tokens * places.DEPTH)
 
 
 @cache
@@ -203,12 +242,12 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
     }
 
 
-def product_macros(linear: Linear, tiles: int, several: bool) -> dict[str, int]:
-    """What the kernels of a product for up to 8 * tiles tokens are specialised to; `several`: tiles of channels that a
-    block has."""
-    blocks = MOST_WARPS // linear.most_warps
-    chosen = {"TILES": tiles, "AHEAD": linear.ahead, "THREADS": 32 * linear.most_warps, "BLOCKS": blocks}
-    chosen["SEVERAL"] = int(several)
+def product_macros(linear: Linear, plan: Plan) -> dict[str, int]:
+    """What the kernels of a product are specialised to."""
+    most_threads = next(num for num in (256, 384, 512) if plan.threads <= num)
+    chosen = {"TILES": plan.tiles, "AHEAD": linear.ahead, "THREADS": most_threads, "SEVERAL": int(plan.several)}
+    # Where there are many blocks, two find room beside one another.
+    chosen["BLOCKS"] = 2 if most_threads == 256 and plan.tiles <= FEW else 1
     return chosen | dict(linear.packed.macros)
 
 

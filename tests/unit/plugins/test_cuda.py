@@ -8,7 +8,15 @@ from ssv.plugins.cuda.compiler import CAPABILITIES, CompileError, compile_source
 
 PARTS: dict[str, dict[str, int]] = {
     "products of 8 tokens": {"TILES": 1, "BITS": 16, "AHEAD": 4, "THREADS": 512, "BLOCKS": 1, "SEVERAL": 0},
-    "products of 64 tokens": {"TILES": 8, "BITS": 16, "AHEAD": 4, "THREADS": 512, "BLOCKS": 1, "SEVERAL": 0},
+    "products of 32 tokens": {"TILES": 4, "BITS": 16, "AHEAD": 4, "THREADS": 384, "BLOCKS": 1, "SEVERAL": 0},
+    "products of 64 tokens that are held": {
+        "TILES": 8,
+        "BITS": 16,
+        "AHEAD": 4,
+        "THREADS": 256,
+        "BLOCKS": 1,
+        "SEVERAL": 1,
+    },
     "FP8": {"TILES": 1, "BITS": 8, "AHEAD": 8, "THREADS": 256, "BLOCKS": 2, "SEVERAL": 1},
     "INT4": {"TILES": 1, "BITS": 4, "AHEAD": 8, "GROUP_PAIRS": 1, "THREADS": 256, "BLOCKS": 2, "SEVERAL": 1},
     "one group of heads": {"HEAD_DIM": 64, "GROUP": 3, "QK_NORM": 0},
