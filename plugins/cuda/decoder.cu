@@ -494,71 +494,169 @@ extern "C" __global__ void __launch_bounds__(1024) largest(const Largest p) {
 #define MOST_CHILDREN 16 /* of a node, and most nodes of a level that get children */
 #define MOST_LEVELS 16
 
-struct Best {
+#define SLICES 16 /* of a row's columns, a block each */
+
+struct Sift {
     const int *step;
-    const float *logits;     /* [rows, V] */
-    const long long *tokens; /* [V], of the columns; NULL: their numbers */
-    int *token;              /* [rows, MOST_CHILDREN] of the largest logits, the first of equals first */
-    float *share;            /* [rows, MOST_CHILDREN] their softmax */
-    const float *extra;      /* [rows] that the softmax has below its line besides; NULL: nothing */
+    const float *logits; /* [rows, V] */
+    float *value;        /* [rows, MOST_CHILDREN, SLICES] the largest logits of each slice, the first of equals first */
+    int *column;         /* the same of their columns; V: there are no more */
+    float *sums;         /* [rows, 2, SLICES] of the others' e^d and d e^d, d being how far they are below the slice's largest */
     int vocab, count;
 };
 
-/* One block of 512 threads a row. Each thread has the best of its own columns that is not taken yet. */
-extern "C" __global__ void __launch_bounds__(512) best(const Best p) {
-    __shared__ float values[16], sums[16];
-    __shared__ int columns[16];
-    const int r = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#define FARTHEST 1.0e4f /* logits count as at most so far below */
+
+/* A slice of a row. A warp sifts a part of its columns, of which each thread has the best that is not taken yet. */
+extern "C" __global__ void __launch_bounds__(256) sift(const Sift p) {
+    __shared__ float values[8 * MOST_CHILDREN], others[8], dots[8];
+    __shared__ int columns[8 * MOST_CHILDREN];
+    const int slice = blockIdx.x, r = blockIdx.y, t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const float lowest = -1.0f / 0.0f;
     release_next();
-    wait_for_previous();
     if (r >= p.step[NUM_GATHERED]) return;
+    const int size = (p.vocab + SLICES - 1) / SLICES, first = slice * size + t, last = min((slice + 1) * size, p.vocab);
     const float *row = p.logits + (size_t)r * p.vocab;
-    float own = lowest, top = 0.0f, total = 0.0f;
+    wait_for_previous();
+    float own = lowest;
     int column = p.vocab;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < p.vocab; i += 512)
+#pragma unroll 4
+    for (int i = first; i < last; i += 256)
         if (const float value = row[i]; value > own) own = value, column = i;
+    float other = 0.0f, dot = 0.0f;
     for (int k = 0; k < p.count; k++) {
         float most = own;
         int at = column;
         largest_of_warp(most, at);
-        if (!lane) values[warp] = most, columns[warp] = at;
-        __syncthreads();
-        most = lane < 16 ? values[lane] : lowest, at = lane < 16 ? columns[lane] : p.vocab;
-        largest_of_warp(most, at);
-        if (!k) {
-            top = most;
-#pragma unroll 8
-            for (int i = threadIdx.x; i < p.vocab; i += 512) total += __expf(row[i] - top);
-            total = sum_of_warp(total);
-            if (!lane) sums[warp] = total;
-            __syncthreads();
-            total = 0.0f;
-            for (int w = 0; w < 16; w++) total += sums[w];
-            if (p.extra) total += p.extra[r] * __expf(-top);
-        }
-        if (!threadIdx.x) {
-            const bool is_there = at < p.vocab;
-            p.token[r * MOST_CHILDREN + k] = !is_there ? -1 : p.tokens ? (int)p.tokens[at] : at;
-            p.share[r * MOST_CHILDREN + k] = is_there ? __expf(most - top) / total : 0.0f;
-        }
-        if (at < p.vocab && at % 512 == threadIdx.x) { /* its next best: smaller, or the same and behind it */
+        if (!lane) values[warp * p.count + k] = most, columns[warp * p.count + k] = at;
+        if (!k)
+#pragma unroll 4
+            for (int i = first; i < last; i += 256) {
+                const float value = row[i], below = fmaxf(value - most, -FARTHEST), part = i == at ? 0.0f : __expf(below);
+                other += value == value ? part : value, dot = fmaf(below, part, dot);
+            }
+        if (at == column && at < p.vocab) { /* its next best: smaller, or the same and behind it */
             own = lowest, column = p.vocab;
-            for (int i = threadIdx.x; i < p.vocab; i += 512) {
+            for (int i = first; i < last; i += 256) {
                 const float value = row[i];
                 if ((value < most || (value == most && i > at)) && value > own) own = value, column = i;
             }
         }
-        __syncthreads();
     }
+    other = sum_of_warp(other), dot = sum_of_warp(dot);
+    if (!lane) others[warp] = other, dots[warp] = dot;
+    __syncthreads();
+    if (t < 8 * p.count) {
+        const float value = values[t];
+        int place = 0;
+        for (int u = 0; u < 8 * p.count; u++) place += values[u] > value || (values[u] == value && (columns[u] < columns[t] || (columns[u] == columns[t] && u < t)));
+        if (place < p.count) {
+            const size_t to = ((size_t)r * MOST_CHILDREN + place) * SLICES + slice;
+            p.value[to] = value, p.column[to] = columns[t];
+        }
+    }
+    if (warp) return;
+    const float top = lane < 8 ? values[lane * p.count] : lowest;
+    const int of = lane < 8 ? columns[lane * p.count] : p.vocab;
+    float most = top;
+    int at = of;
+    largest_of_warp(most, at);
+    /* The largest of all is left out; those of other warps are not. */
+    const float below = fmaxf(top - most, -FARTHEST), factor = lane < 8 ? __expf(below) : 0.0f;
+    const float left = lane < 8 ? others[lane] + (of < p.vocab && of != at ? 1.0f : 0.0f) : 0.0f;
+    other = sum_of_warp(factor * left);
+    dot = sum_of_warp(lane < 8 ? factor * fmaf(below, left, dots[lane]) : 0.0f);
+    if (!lane) p.sums[(size_t)r * 2 * SLICES + slice] = other, p.sums[((size_t)r * 2 + 1) * SLICES + slice] = dot;
+}
+
+/* What a warp knows of a sifted row. */
+struct Sifted {
+    float value; /* lane k: the k-th largest logit */
+    int column;  /* and its column */
+    float top, others, dot; /* the largest, and of all others the sums of e^d and d e^d; NaN where there is no distribution */
+};
+
+/* Joins the slices of row r; `values` and `columns` are shared memory for a warp's [MOST_CHILDREN, SLICES]. */
+__device__ __forceinline__ Sifted join_slices(const float *value, const int *column, const float *sums, int r, int count, int vocab, float *values,
+                                              int *columns) {
+    const int lane = threadIdx.x & 31;
+    const size_t from = (size_t)r * MOST_CHILDREN * SLICES;
+    for (int i = lane; i < count * SLICES; i += 32) values[i] = value[from + i], columns[i] = column[from + i];
+    const bool is_slice = lane < SLICES;
+    const float other = is_slice ? sums[(size_t)r * 2 * SLICES + lane] : 0.0f, dot = is_slice ? sums[((size_t)r * 2 + 1) * SLICES + lane] : 0.0f;
+    __syncwarp();
+    Sifted row = {};
+    float own = is_slice ? values[lane] : -1.0f / 0.0f;
+    int at = is_slice ? columns[lane] : vocab;
+    const float first = own;
+    const int of = at;
+    for (int k = 0, next = 0; k < count; k++) {
+        float most = own;
+        int which = at;
+        largest_of_warp(most, which);
+        if (lane == k) row.value = most, row.column = which;
+        if (!k) {
+            const float below = fmaxf(first - most, -FARTHEST), factor = is_slice ? __expf(below) : 0.0f;
+            const float left = other + (is_slice && of < vocab && of != which ? 1.0f : 0.0f);
+            row.top = most, row.others = sum_of_warp(factor * left), row.dot = sum_of_warp(factor * fmaf(below, left, dot));
+            if (!(fabsf(most) < 2.0e38f)) row.others = __int_as_float(0x7fffffff);
+        }
+        if (at == which && at < vocab) { /* what this slice has next */
+            next++;
+            own = next < count ? values[next * SLICES + lane] : -1.0f / 0.0f, at = next < count ? columns[next * SLICES + lane] : vocab;
+        }
+    }
+    return row;
+}
+
+/* The scorer's r of a row, all lanes of a warp: see `score` of ssv.plugins.reference. Without weights what the first share leaves. */
+__device__ __forceinline__ float risk_of(const Sifted &row, const float *hidden, const float *weight, const float *bias, int hidden_size, bool uses_hidden) {
+    const int lane = threadIdx.x & 31;
+    float squares = 0.0f, dot = 0.0f;
+    if (uses_hidden) {
+#pragma unroll 4
+        for (int i = lane; i < hidden_size; i += 32) squares = fmaf(hidden[i], hidden[i], squares), dot = fmaf(hidden[i], weight[i], dot);
+        squares = sum_of_warp(squares), dot = sum_of_warp(dot);
+        dot *= rsqrtf(squares / (float)hidden_size + 1.0e-6f);
+        weight += hidden_size;
+    }
+    const float total = 1.0f + row.others, second = __shfl_sync(~0u, row.value, 1);
+    const float rest = __logf(fmaxf(row.others / total, 1.0e-7f)), entropy = __logf(total) - row.dot / total;
+    const float margin = fminf(row.top - second, FARTHEST);
+    const float sum = dot + *bias + weight[0] * rest + weight[1] * entropy + weight[2] * margin;
+    return 1.0f / (1.0f + __expf(-sum));
+}
+
+struct Judge {
+    const int *step;
+    const float *value; /* see Sift */
+    const int *column;
+    const float *sums, *hidden, *weight, *bias; /* hidden: [rows, H] of those that were gathered; weight, bias: the scorer's */
+    float *risk;        /* [rows] that the target rejects the first guess */
+    int vocab, hidden_size, uses_hidden;
+};
+
+/* A warp a row. */
+extern "C" __global__ void __launch_bounds__(32) judge(const Judge p) {
+    __shared__ float values[MOST_CHILDREN * SLICES];
+    __shared__ int columns[MOST_CHILDREN * SLICES];
+    const int r = blockIdx.x;
+    release_next();
+    if (r >= p.step[NUM_GATHERED]) return;
+    wait_for_previous();
+    const Sifted row = join_slices(p.value, p.column, p.sums, r, 2, p.vocab, values, columns);
+    const float risk = risk_of(row, p.hidden + (size_t)r * p.hidden_size, p.weight, p.bias, p.hidden_size, p.uses_hidden);
+    if (!threadIdx.x) p.risk[r] = risk;
 }
 
 struct Grow {
     int *step;
-    const int *token;  /* see Best */
-    const float *share;
-    const float *risk; /* [rows]: that the target rejects the first guess; NULL: what its share leaves */
+    const float *value;  /* see Sift */
+    const int *column;
+    const float *sums;
+    const long long *tokens; /* [V], of the columns; NULL: their numbers */
+    const float *extra;      /* [rows] that the softmax has below its line besides; NULL: nothing */
+    const float *weight, *bias; /* the scorer's; NULL: the risk of a guess is what its share leaves */
     const float *hidden; /* [rows, H] of those that were gathered */
     float *features;     /* [TOKENS, H] of the level that comes */
     const float *corrections; /* [2, MOST_CHILDREN, 2] offset and slope of log odds, by rank; of greedy rows, of others */
@@ -567,7 +665,7 @@ struct Grow {
     float *survival;          /* [growing rows, MOST_CHILDREN] of the nodes that were run */
     int *candidate;           /* [growing rows, MOST_CHILDREN] which candidates they are */
     int *path;                /* [growing rows, MOST_CHILDREN, MOST_LEVELS] their slots */
-    int hidden_size, beam, children, most_found, group_tokens;
+    int vocab, hidden_size, uses_hidden, beam, children, most_found, group_tokens;
 };
 
 /* How many nodes of a level get children; of level 0 it is the root. */
@@ -580,8 +678,8 @@ __device__ __forceinline__ int opened(int level, int beam, int children) {
 /* Takes the guesses of a level as candidates and makes the step of the next: those that survive most probably, each behind its
  * ancestors. One block of 256 threads a growing row, whose g-th has row g of level 0 and `opened` rows of the others. */
 extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
-    __shared__ float survival[256];
-    __shared__ int chosen[MOST_CHILDREN], before[MOST_CHILDREN][MOST_LEVELS];
+    __shared__ float survival[256], values[8][MOST_CHILDREN * SLICES], shares[MOST_CHILDREN][MOST_CHILDREN], risks[MOST_CHILDREN];
+    __shared__ int chosen[MOST_CHILDREN], before[MOST_CHILDREN][MOST_LEVELS], columns[8][MOST_CHILDREN * SLICES], guesses[MOST_CHILDREN][MOST_CHILDREN];
     const int g = blockIdx.x, t = threadIdx.x;
     release_next();
     wait_for_previous();
@@ -592,16 +690,32 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     const int open = opened(level, p.beam, p.children), next = min(p.beam, open * p.children), num = open * p.children;
     for (int i = t; i < open * MOST_LEVELS; i += 256)
         before[i / MOST_LEVELS][i % MOST_LEVELS] = p.path[g * MOST_CHILDREN * MOST_LEVELS + i];
-    const int from = t / p.children, rank = t % p.children, row = g * open + from;
+    /* The scorer does not see the noise of a row that samples: there the draft's shares stand. */
+    const bool samples = p.settings && p.settings[p.step[GROW_ROW + g] * S_SIZE + S_TEMPERATURE], scores = p.weight && !samples;
+    for (int i = t >> 5; i < open; i += 8) {
+        const int r = g * open + i, lane = t & 31;
+        const Sifted row = join_slices(p.value, p.column, p.sums, r, max(p.children, 2), p.vocab, values[t >> 5], columns[t >> 5]);
+        const float total = 1.0f + row.others + (p.extra ? p.extra[r] * __expf(-row.top) : 0.0f);
+        if (lane < p.children) {
+            const bool is_there = row.column < p.vocab;
+            guesses[i][lane] = !is_there ? -1 : p.tokens ? (int)p.tokens[row.column] : row.column;
+            shares[i][lane] = is_there ? __expf(row.value - row.top) / total : 0.0f;
+        }
+        if (scores) {
+            const float risk = risk_of(row, p.hidden + (size_t)r * p.hidden_size, p.weight, p.bias, p.hidden_size, p.uses_hidden);
+            if (!lane) risks[i] = risk;
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    const int from = t / p.children, rank = t % p.children;
     int token = -1;
     float own = -1.0f;
     if (t < num) {
-        token = p.token[row * MOST_CHILDREN + rank];
-        const float first = p.share[row * MOST_CHILDREN], share = p.share[row * MOST_CHILDREN + rank];
-        /* The scorer does not see the noise of a row that samples: there the draft's shares stand. */
-        const bool samples = p.settings && p.settings[p.step[GROW_ROW + g] * S_SIZE + S_TEMPERATURE];
+        token = guesses[from][rank];
+        const float first = shares[from][0], share = shares[from][rank];
         const float *correction = p.corrections + 2 * (samples * MOST_CHILDREN + rank);
-        const float risk = p.risk && !samples ? p.risk[row] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
+        const float risk = scores ? risks[from] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
         const float said = fminf(fmaxf(rank ? share * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
         const float odds = correction[0] + correction[1] * __logf(said / (1.0f - said));
         const float corrected = 1.0f / (1.0f + __expf(-odds));
@@ -610,7 +724,7 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
         out[0] = token;
         out[1] = level ? p.candidate[g * MOST_CHILDREN + from] : -1;
         out[2] = __float_as_int(corrected);
-        out[3] = __float_as_int(!rank && p.risk ? risk : 1.0f - corrected);
+        out[3] = __float_as_int(!rank && scores ? risk : 1.0f - corrected);
     }
     survival[t] = own;
     __syncthreads();
@@ -687,6 +801,12 @@ struct Attention {
     float eps;
 };
 
+__device__ __forceinline__ float power_of_two(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 /* A query, a key or a value of one token, as it comes from its product, with the rotation of its position. */
 struct Head {
     float first[LANE_PAIRS], second[LANE_PAIRS], cosine[LANE_PAIRS], sine[LANE_PAIRS];
@@ -694,9 +814,9 @@ struct Head {
     __device__ __forceinline__ void load_rotation(const Attention &p, bool rotates, int position, int lane) {
 #pragma unroll
         for (int i = 0; i < LANE_PAIRS; i++) {
-            const int d = lane + 32 * i;
-            const size_t at = (size_t)position * HALF + d;
-            cosine[i] = rotates && d < HALF ? p.cosine[at] : 1.0f, sine[i] = rotates && d < HALF ? p.sine[at] : 0.0f;
+            const int d = lane + 32 * i, at = position * HALF + d;
+            rotates &= HALF % 32 == 0 || d < HALF;
+            cosine[i] = rotates ? p.cosine[at] : 1.0f, sine[i] = rotates ? p.sine[at] : 0.0f;
         }
     }
 
@@ -704,7 +824,8 @@ struct Head {
 #pragma unroll
         for (int i = 0; i < LANE_PAIRS; i++) {
             const int d = lane + 32 * i;
-            first[i] = d < HALF ? head[d] : 0.0f, second[i] = d < HALF ? head[d + HALF] : 0.0f;
+            const bool is_there = HALF % 32 == 0 || d < HALF;
+            first[i] = is_there ? head[d] : 0.0f, second[i] = is_there ? head[d + HALF] : 0.0f;
         }
     }
 
@@ -724,7 +845,7 @@ struct Head {
 #pragma unroll
         for (int i = 0; i < LANE_PAIRS; i++) {
             const int d = lane + 32 * i;
-            if (d >= HALF) continue;
+            if (HALF % 32 && d >= HALF) continue;
             const u16 one = round_one(first[i] * cosine[i] - second[i] * sine[i]);
             const u16 other = round_one(second[i] * cosine[i] + first[i] * sine[i]);
             to[d] = one, to[d + HALF] = other;
@@ -738,57 +859,55 @@ struct Head {
 struct Chunk {
     uint4 key[CHUNK / 8][KEY_PIECES], value[CHUNK / 4][VALUE_PIECES];
 
-    static __device__ __forceinline__ int key_of(int t, int g) { return 8 * t + g; }
-    static __device__ __forceinline__ int value_of(int v, int q) { return v / 4 * 16 + 2 * q + (v & 1) + (v & 2) * 4; }
+    static __device__ __forceinline__ constexpr int value_of(int v) { return v / 4 * 16 + (v & 1) + (v & 2) * 4; }
     static __device__ __forceinline__ bool has_key(int i, int q) { return HEAD_DIM % 32 == 0 || 32 * i + 8 * q < HEAD_DIM; }
     static __device__ __forceinline__ bool has_value(int i, int g) { return HEAD_DIM % 64 == 0 || 64 * i + 8 * g < HEAD_DIM; }
 
-    /* Those of the text before, from position `from` on. */
-    __device__ __forceinline__ void load(const u16 *keys, const u16 *values, int from, int before, int g, int q) {
+    /* The first `num` of them, from where they lie. */
+    __device__ __forceinline__ void load(const u16 *keys, const u16 *values, int num, int g, int q) {
         const uint4 none = {0, 0, 0, 0};
+        keys += g * HEAD_DIM + 8 * q, values += 2 * q * HEAD_DIM + 8 * g;
 #pragma unroll
         for (int t = 0; t < CHUNK / 8; t++)
 #pragma unroll
-            for (int i = 0; i < KEY_PIECES; i++) {
-                const int j = from + key_of(t, g);
-                key[t][i] = j < before && has_key(i, q) ? load_weights((const uint4 *)(keys + (size_t)j * HEAD_DIM + 32 * i + 8 * q)) : none;
-            }
+            for (int i = 0; i < KEY_PIECES; i++)
+                key[t][i] = 8 * t + g < num && has_key(i, q) ? load_weights((const uint4 *)(keys + 8 * t * HEAD_DIM + 32 * i)) : none;
 #pragma unroll
         for (int v = 0; v < CHUNK / 4; v++)
 #pragma unroll
-            for (int i = 0; i < VALUE_PIECES; i++) {
-                const int j = from + value_of(v, q);
-                value[v][i] = j < before && has_value(i, g) ? load_weights((const uint4 *)(values + (size_t)j * HEAD_DIM + 64 * i + 8 * g)) : none;
-            }
+            for (int i = 0; i < VALUE_PIECES; i++)
+                value[v][i] = value_of(v) + 2 * q < num && has_value(i, g) ? load_weights((const uint4 *)(values + value_of(v) * HEAD_DIM + 64 * i)) : none;
     }
 
-    /* Those behind it: of this step, or of a path's earlier ones. `key_at` and `value_at` say where one lies; NULL: nowhere. */
+    /* Those from `num` to `end`: where they lie is asked for. */
     template <typename KeyAt, typename ValueAt>
-    __device__ __forceinline__ void load_rest(int from, int before, int g, int q, KeyAt key_at, ValueAt value_at) {
-        const uint4 none = {0, 0, 0, 0};
+    __device__ __forceinline__ void load_rest(int num, int end, int g, int q, KeyAt key_at, ValueAt value_at) {
 #pragma unroll
         for (int t = 0; t < CHUNK / 8; t++) {
-            const int j = from + key_of(t, g);
-            if (j < before) continue;
-            const u16 *at = key_at(j);
+            const int j = 8 * t + g;
+            if (j < num || j >= end) continue;
+            const u16 *at = key_at(j) + 8 * q;
 #pragma unroll
-            for (int i = 0; i < KEY_PIECES; i++) key[t][i] = at && has_key(i, q) ? *(const uint4 *)(at + 32 * i + 8 * q) : none;
+            for (int i = 0; i < KEY_PIECES; i++)
+                if (has_key(i, q)) key[t][i] = *(const uint4 *)(at + 32 * i);
         }
 #pragma unroll
         for (int v = 0; v < CHUNK / 4; v++) {
-            const int j = from + value_of(v, q);
-            if (j < before) continue;
-            const u16 *at = value_at(j);
+            const int j = value_of(v) + 2 * q;
+            if (j < num || j >= end) continue;
+            const u16 *at = value_at(j) + 8 * g;
 #pragma unroll
-            for (int i = 0; i < VALUE_PIECES; i++) value[v][i] = at && has_value(i, g) ? *(const uint4 *)(at + 64 * i + 8 * g) : none;
+            for (int i = 0; i < VALUE_PIECES; i++)
+                if (has_value(i, g)) value[v][i] = *(const uint4 *)(at + 64 * i);
         }
     }
 };
 
 __device__ __forceinline__ u32 word_of(const uint4 &piece, int i) { return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w; }
 
-/* What up to 16 queries take of a chunk: the sums of its values by their weights, the largest score and the sum of weights.
- * `queries` is the first one's row, `seen` says how many of the chunk's keys rows g and g + 8 see: none of rows that are none. */
+/* What up to 16 queries take of a chunk: the sums of its values by their weights, the largest score (times log2(e)) and the sum of
+ * weights. `queries` is the first one's row, `seen` says how many of the chunk's keys rows g and g + 8 see: none of rows that are
+ * none. */
 __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, const int (&seen)[2], int g, int q, float *mixed, float *largest,
                                       float *total) {
     float score[CHUNK / 8][4] = {};
@@ -805,34 +924,37 @@ __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, co
             multiply(score[t], make_uint4(one.z, other.z, one.w, other.w), chunk.key[t][i].z, chunk.key[t][i].w);
         }
     }
-    const float scale = rsqrtf((float)HEAD_DIM);
+    const float scale = 1.44269504f * rsqrtf((float)HEAD_DIM);
     float most[2] = {-1.0e30f, -1.0e30f}, sum[2] = {};
 #pragma unroll
     for (int t = 0; t < CHUNK / 8; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const bool is_seen = 8 * t + 2 * q + (i & 1) < seen[i / 2];
-            score[t][i] = is_seen ? score[t][i] * scale : -1.0e30f;
+            score[t][i] = 8 * t + 2 * q + (i & 1) < seen[i / 2] ? score[t][i] * scale : -1.0e30f;
             most[i / 2] = fmaxf(most[i / 2], score[t][i]);
         }
 #pragma unroll
-    for (int row = 0; row < 2; row++)
+    for (int row = 0; row < 2; row++) {
 #pragma unroll
         for (int step = 1; step < 4; step <<= 1) most[row] = fmaxf(most[row], __shfl_xor_sync(~0u, most[row], step));
+        most[row] = fmaxf(most[row], -0.9e30f); /* of a row without keys, whose weights are to be 0 */
+    }
     u32 weight[CHUNK / 8][2]; /* of two keys each: what is multiplied is also what is added up */
 #pragma unroll
     for (int t = 0; t < CHUNK / 8; t++)
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            const float *two = score[t] + 2 * row;
-            const int at = 8 * t + 2 * q;
-            weight[t][row] = round_pair(at < seen[row] ? __expf(two[0] - most[row]) : 0.0f, at + 1 < seen[row] ? __expf(two[1] - most[row]) : 0.0f);
+            weight[t][row] = round_pair(power_of_two(score[t][2 * row] - most[row]), power_of_two(score[t][2 * row + 1] - most[row]));
             sum[row] += low(weight[t][row]) + high(weight[t][row]);
         }
 #pragma unroll
     for (int row = 0; row < 2; row++)
 #pragma unroll
         for (int step = 1; step < 4; step <<= 1) sum[row] += __shfl_xor_sync(~0u, sum[row], step);
+    if (!q)
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+            if (seen[row]) largest[g + 8 * row] = most[row], total[g + 8 * row] = sum[row];
 #pragma unroll
     for (int i = 0; i < VALUE_PIECES; i++) {
         float out[8][4] = {};
@@ -856,16 +978,21 @@ __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, co
                 to[1] = make_float4(out[4][c], out[5][c], out[6][c], out[7][c]);
             }
     }
-    if (q) return;
-#pragma unroll
-    for (int row = 0; row < 2; row++)
-        if (seen[row]) largest[g + 8 * row] = most[row], total[g + 8 * row] = sum[row];
 }
 
 /* A block attends for the queries of one group to KEYS keys of one key/value head, a warp to a chunk of them. Keys and values of the
  * text before are loaded before the wait. Behind it the tokens of a tree see different ones: there a warp weighs for one of them at a
- * time, and warps that have nothing else to do share the tokens. */
-extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention p) {
+ * time, and warps that have nothing else to do share the tokens.
+ *
+ * How long this takes for one token is how long a layer waits for it, and much of that is fetching its code: what one token needs is
+ * kept short. */
+#if HEAD_DIM <= 64
+#define AT_A_TIME 2 /* blocks of a multiprocessor: more than 128 registers find no room beside the kernels before and behind */
+#else
+#define AT_A_TIME 1
+#endif
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, AT_A_TIME) attend(const Attention p) {
     extern __shared__ uint4 shared[];
     const int num_queries = p.group_tokens * GROUP;
     u16 *queries = (u16 *)shared;                                    /* [num_queries + 16][STRIDE]: tiles of 16 begin anywhere */
@@ -883,6 +1010,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
     const int first_new = step[GROUP_NEW + group], num_new = step[GROUP_NUM_NEW + group];
     const bool has_paths = step[HAS_PATHS];
     int most_seen = 0;
+#pragma unroll 1
     for (int i = 0; i < count; i++) most_seen = max(most_seen, step[SEEN + first + i]);
     const int first_key = block * KEYS;
     if (first_key >= most_seen) return;
@@ -895,71 +1023,83 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
     const int num_before = min(max(before - first_key, 0) / CHUNK, WARPS);
     const int num_others = min((most_seen - first_key + CHUNK - 1) / CHUNK, WARPS) - num_before;
     const bool is_before = warp < num_before, by_token = has_paths && !is_before;
-    const int other = warp - num_before, sharers = by_token && num_others ? (WARPS - num_before) / num_others : 1;
-    const int c = is_before ? warp : num_others ? num_before + (by_token ? other % num_others : other) : WARPS;
-    const int sharer = by_token && num_others ? other / num_others : 0, from = first_key + c * CHUNK;
+    int c = warp, sharer = 0, sharers = 1;
+    if (by_token && num_others) {
+        sharers = (WARPS - num_before) / num_others, sharer = (warp - num_before) / num_others;
+        c = num_before + (warp - num_before) % num_others;
+    }
+    const int from = first_key + c * CHUNK;
     const bool takes_part = c < num_before + num_others && sharer < sharers;
     Chunk chunk;
-    if (takes_part) chunk.load(keys, values, from, before, g, q);
+    if (takes_part) chunk.load(keys + (size_t)from * HEAD_DIM, values + (size_t)from * HEAD_DIM, before - from, g, q);
     if (has_paths)
+#pragma unroll 1
         for (int i = threadIdx.x; i < count * DEPTH; i += 32 * WARPS) paths[i] = step[PATH + first * DEPTH + i];
     if (threadIdx.x < count) seen_by[threadIdx.x] = step[SEEN + first + threadIdx.x];
-    const int width = (p.heads + 2 * p.kv_heads) * HEAD_DIM, num_heads = count * GROUP;
+
     /* A block that sees tokens of this step takes those that its own may see, and one block of a group stores the group's. */
+    const int width = (p.heads + 2 * p.kv_heads) * HEAD_DIM, num_heads = count * GROUP;
     const bool sees_new = first_key + KEYS > before, stores = block == before / KEYS;
     const int num_shown = !sees_new ? 0 : has_paths ? num_new : first + count - first_new, num_vectors = num_heads + 2 * num_shown;
-    /* Of queries, keys and values, in this order, which token's and which head the t-th is. */
-    const auto is_key = [&](int t) { return t >= num_heads && t < num_heads + num_shown; };
-    const auto token_of = [&](int t) { return t < num_heads ? first + t / GROUP : first_new + (t - num_heads) % num_shown; };
-    const auto head_of = [&](int t) { return t < num_heads ? kv * GROUP + t % GROUP : p.heads + (is_key(t) ? 0 : p.kv_heads) + kv; };
-    Head head[ON_THE_WAY];
-    for (int base = warp; base == warp || base < num_vectors; base += WARPS * ON_THE_WAY) {
+    /* Queries, keys and values, in this order. */
+    const auto token_of = [&](int t) {
+        return t < num_heads ? first + t / GROUP : first_new + t - num_heads - (t < num_heads + num_shown ? 0 : num_shown);
+    };
+    const auto load_rotation = [&](Head &head, int t) {
+        if (t < num_vectors) head.load_rotation(p, t < num_heads + num_shown, step[SEEN + token_of(t)] - 1, lane);
+    };
+    const auto load = [&](Head &head, int t) {
+        if (t >= num_vectors) return;
+        const int channel = t < num_heads ? kv * GROUP + t % GROUP : p.heads + kv + (t < num_heads + num_shown ? 0 : p.kv_heads);
+        head.load(p.qkv + token_of(t) * width + channel * HEAD_DIM, lane);
+    };
+    const auto store = [&](Head &head, int t) {
+        if (t >= num_vectors) return;
+        const bool is_query = t < num_heads, is_key = t < num_heads + num_shown;
+        const int m = token_of(t), which = m - first_new;
+        u16 *to = is_query ? queries + t * STRIDE : (is_key ? new_keys : new_values) + which * STRIDE, *also = nullptr;
+        if (!is_query && stores && m >= first && m < first + count)
+            also = (is_key ? p.keys : p.values) + row + (first_slot + which) * HEAD_DIM;
+        head.store(p, is_query ? p.q_norm : is_key ? p.k_norm : nullptr, lane, to, also);
+    };
+    {
+        Head head;
+        load_rotation(head, warp);
+        wait_for_previous();
+        load(head, warp);
+        store(head, warp);
+    }
+#pragma unroll 1
+    for (int t = warp + WARPS; t < num_vectors; t += WARPS * ON_THE_WAY) {
+        Head head[ON_THE_WAY];
 #pragma unroll
-        for (int u = 0; u < ON_THE_WAY; u++) {
-            const int t = base + u * WARPS;
-            if (t < num_vectors) head[u].load_rotation(p, t < num_heads || is_key(t), step[SEEN + token_of(t)] - 1, lane);
-        }
-        if (base == warp) wait_for_previous();
+        for (int u = 0; u < ON_THE_WAY; u++) load_rotation(head[u], t + u * WARPS), load(head[u], t + u * WARPS);
 #pragma unroll
-        for (int u = 0; u < ON_THE_WAY; u++) {
-            const int t = base + u * WARPS;
-            if (t < num_vectors) head[u].load(p.qkv + (size_t)token_of(t) * width + head_of(t) * HEAD_DIM, lane);
-        }
-#pragma unroll
-        for (int u = 0; u < ON_THE_WAY; u++) {
-            const int t = base + u * WARPS;
-            if (t >= num_vectors) continue;
-            const bool is_query = t < num_heads;
-            const int m = token_of(t), which = m - first_new;
-            u16 *to = is_query ? queries + t * STRIDE : (is_key(t) ? new_keys : new_values) + which * STRIDE, *also = nullptr;
-            if (!is_query && stores && m >= first && m < first + count)
-                also = (is_key(t) ? p.keys : p.values) + row + (size_t)(first_slot + which) * HEAD_DIM;
-            head[u].store(p, is_query ? p.q_norm : is_key(t) ? p.k_norm : nullptr, lane, to, also);
-        }
+        for (int u = 0; u < ON_THE_WAY; u++) store(head[u], t + u * WARPS);
     }
     __syncthreads();
 
     if (takes_part) {
         /* All tokens at once, or one of each sharer's at a time. */
+#pragma unroll 1
         for (int i = by_token ? sharer : 0; i < count; i += by_token ? sharers : count) {
-            const int end = by_token ? seen_by[i] : most_seen;
-            if (!is_before) {
-                const int *path = paths + i * DEPTH;
-                auto slot_of = [&](int j) { return !has_paths || j < prefix ? j : path[j - prefix]; };
+            const int end = (by_token ? seen_by[i] : most_seen) - from;
+            if (by_token) {
+                const int *path = paths + i * DEPTH + from - prefix;
+                const auto at = [&](const u16 *news, const u16 *olds, int j) {
+                    const int slot = from + j < prefix ? from + j : path[j];
+                    return slot >= first_slot ? news + (slot - first_slot) * STRIDE : olds + slot * HEAD_DIM;
+                };
                 chunk.load_rest(
-                    from, before, g, q,
-                    [&](int j) -> const u16 * {
-                        if (j >= end) return nullptr;
-                        const int slot = slot_of(j);
-                        return slot >= first_slot ? new_keys + (slot - first_slot) * STRIDE : keys + (size_t)slot * HEAD_DIM;
-                    },
-                    [&](int j) -> const u16 * {
-                        if (j >= end) return nullptr;
-                        const int slot = slot_of(j);
-                        return slot >= first_slot ? new_values + (slot - first_slot) * STRIDE : values + (size_t)slot * HEAD_DIM;
-                    });
+                    before - from, end, g, q, [&](int j) { return at(new_keys, keys, j); }, [&](int j) { return at(new_values, values, j); });
+            } else if (!is_before) {
+                const int skipped = from - first_slot;
+                chunk.load_rest(
+                    before - from, end, g, q, [&](int j) { return new_keys + (skipped + j) * STRIDE; },
+                    [&](int j) { return new_values + (skipped + j) * STRIDE; });
             }
             const int last_query = by_token ? (i + 1) * GROUP : num_heads;
+#pragma unroll 1
             for (int n = i * GROUP; n < last_query; n += 16) {
                 int seen[2];
 #pragma unroll
@@ -974,21 +1114,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
     }
     __syncthreads();
 
+#pragma unroll 1
     for (int at = threadIdx.x; at < num_heads * HEAD_DIM; at += 32 * WARPS) {
         const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = seen_by[n / GROUP];
-        const int chunks = min((seen - first_key + CHUNK - 1) / CHUNK, WARPS);
+        const int chunks = (seen - first_key + CHUNK - 1) / CHUNK;
         if (chunks <= 0) continue;
-        float most = largest[n], sum = 0.0f, result = 0.0f;
-        for (int w = 1; w < chunks; w++) most = fmaxf(most, largest[w * num_queries + n]);
-        for (int w = 0; w < chunks; w++) {
-            const float factor = __expf(largest[w * num_queries + n] - most);
-            sum += total[w * num_queries + n] * factor;
-            result += mixed[(w * num_queries + n) * MIXED + d] * factor;
+        /* All are read at once, also what nobody has written. */
+        float scores[WARPS], totals[WARPS], sums[WARPS], most = -1.0e30f, sum = 0.0f, result = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const int of = w * num_queries + n;
+            scores[w] = largest[of], totals[w] = total[of], sums[w] = mixed[of * MIXED + d];
+        }
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) most = w < chunks ? fmaxf(most, scores[w]) : most;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float factor = power_of_two(scores[w] - most);
+            sum = w < chunks ? fmaf(totals[w], factor, sum) : sum, result = w < chunks ? fmaf(sums[w], factor, result) : result;
         }
         if (seen <= KEYS) {
-            p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
+            p.out[(m * p.heads + head) * HEAD_DIM + d] = round_one(__fdividef(result, sum) * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
         } else {
-            float *partial = p.partial + (((size_t)m * p.heads + head) * p.most_blocks + block) * PARTIAL;
+            float *partial = p.partial + ((size_t)(m * p.heads + head) * p.most_blocks + block) * PARTIAL;
             partial[d] = result;
             if (!d) partial[HEAD_DIM] = most, partial[HEAD_DIM + 1] = sum;
         }
@@ -1007,19 +1155,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const Attention 
     __syncthreads();
     if (!is_last) return;
     __threadfence();
+#pragma unroll 1
     for (int at = threadIdx.x; at < num_heads * HEAD_DIM; at += 32 * WARPS) {
         const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = seen_by[n / GROUP];
         if (seen <= KEYS) continue;
-        const volatile float *partial = p.partial + ((size_t)m * p.heads + head) * p.most_blocks * PARTIAL;
+        const volatile float *partial = p.partial + (size_t)(m * p.heads + head) * p.most_blocks * PARTIAL;
         const int blocks = (seen + KEYS - 1) / KEYS;
         float most = -1.0e30f, sum = 0.0f, result = 0.0f;
+#pragma unroll 4
         for (int b = 0; b < blocks; b++) most = fmaxf(most, partial[b * PARTIAL + HEAD_DIM]);
+#pragma unroll 4
         for (int b = 0; b < blocks; b++) {
-            const float factor = __expf(partial[b * PARTIAL + HEAD_DIM] - most);
-            sum += partial[b * PARTIAL + HEAD_DIM + 1] * factor;
-            result += partial[b * PARTIAL + d] * factor;
+            const float factor = power_of_two(partial[b * PARTIAL + HEAD_DIM] - most);
+            sum = fmaf(partial[b * PARTIAL + HEAD_DIM + 1], factor, sum), result = fmaf(partial[b * PARTIAL + d], factor, result);
         }
-        p.out[((size_t)m * p.heads + head) * HEAD_DIM + d] = round_one(result / sum * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
+        p.out[(m * p.heads + head) * HEAD_DIM + d] = round_one(__fdividef(result, sum) * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
     }
 }
 

@@ -51,7 +51,8 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-/* Of the lanes of a warp, all of them learn the largest value, and the first column that has it. */
+/* Of the lanes of a warp, all of them learn the largest value, and the first column that has it. Columns are not negative; what is
+ * not a number must not be among the values. */
 template <typename V>
 __device__ __forceinline__ void largest_of_warp(V &most, int &column) {
 #pragma unroll
@@ -60,4 +61,11 @@ __device__ __forceinline__ void largest_of_warp(V &most, int &column) {
         const int its = __shfl_xor_sync(~0u, column, step);
         if (other > most || (other == most && its < column)) most = other, column = its;
     }
+}
+template <>
+__device__ __forceinline__ void largest_of_warp(float &most, int &column) {
+    const int bits = __float_as_int(most + 0.0f); /* 0 and -0 are equal */
+    const u32 key = bits ^ (bits >> 31 | 0x80000000u), largest = __reduce_max_sync(~0u, key); /* in the order of the numbers */
+    column = __reduce_min_sync(~0u, key == largest ? (u32)column : ~0u);
+    most = __uint_as_float(largest ^ (largest >> 31 ? 0x80000000u : ~0u));
 }

@@ -22,7 +22,6 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.scorer import Scorer
 from ssv.model.spec import DecoderSpec
-from ssv.plugins.ops import on
 from ssv.runtime.engines.contract import (
     Branches,
     Corrections,
@@ -38,14 +37,15 @@ from ssv.runtime.engines.cuda.launching import (
     OVERLAPPING,
     SAMPLING,
     Attention,
-    Best,
     Draw,
     Embed,
     Grow,
     Join,
+    Judge,
     Largest,
     Launcher,
     Perturb,
+    Sift,
     address,
     attention_bytes,
     group_tokens_for,
@@ -55,7 +55,7 @@ from ssv.runtime.engines.cuda.launching import (
     width_for,
 )
 from ssv.runtime.engines.cuda.packing import PAIR, inputs_of
-from ssv.runtime.engines.cuda.weights import MOST_CHILDREN, MOST_FOUND, Buffers, Weights
+from ssv.runtime.engines.cuda.weights import MOST_CHILDREN, MOST_FOUND, SLICES, Buffers, Weights
 from ssv.runtime.engines.kv_cache import KVCache
 from ssv.runtime.engines.torch_engine import vocabulary_ids
 
@@ -116,7 +116,8 @@ class CudaEngine:
             raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
         self.max_batch, self.max_length, self.spec = max_batch, max_length, spec
         self.device = decoder.embed.weight.device
-        self.has_scorer, self._scorer = scorer is not None, scorer
+        self._scorer = scorer.to(self.device) if scorer is not None else None
+        self.has_scorer = scorer is not None
         conditioned = draft is not None and draft.conditioned
         self.num_features = spec.hidden_size if conditioned else 0
         self.token_ids_V = None if draft is None else vocabulary_ids(draft.token_ids, spec.vocab_size)
@@ -132,7 +133,6 @@ class CudaEngine:
         self._stream = torch.cuda.Stream(self.device)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._warmed: set[Shape] = set()
-        self._scored: dict[Shape, Tensor] = {}
         self._numbers = cycle([Numbers(self.device) for _ in range(_NUM_IN_FLIGHT)])
 
     @torch.inference_mode()
@@ -221,12 +221,11 @@ class CudaEngine:
         graph.replay()
         self.last_graph = graph
         b = self.buffers
-        scored = self._scored.get(shape)
         return _Block(
             b.hidden_RH[:num_gathered],
             b.logits_RV[:num_gathered],
             b.token_R[:num_gathered],
-            scored[:num_gathered] if scored is not None else None,
+            b.risk_R[:num_gathered] if self._scorer is not None else None,
             b.features_MF[:num_tokens] if features else None,
         )
 
@@ -329,14 +328,14 @@ class CudaEngine:
                 launch("largest", (shape.width, 1, 1), 1024, Largest(
                     step, b.logits_RV.data_ptr(), ids, b.token_R.data_ptr(), self.vocab_size
                 ))  # fmt: skip
-            if (scorer := self._scorer) is not None:
-                rows = slice(0, shape.width)
-                score = on(self.device).score(
-                    b.hidden_RH[rows], b.logits_RV[rows], scorer.weight_F, scorer.bias.view(1)
-                )
-                self._scored[shape] = score.reject_prob_R
             if shape.grows is not None:
                 self._enqueue_growth(launch, shape, *shape.grows, ids)
+            elif self._scorer is not None:
+                self._enqueue_sifting(launch, shape, 2)
+                launch("judge", (shape.width, 1, 1), 32, Judge(
+                    *self._sifted(), b.hidden_RH.data_ptr(), *self._scorer_at(), b.risk_R.data_ptr(),
+                    self.vocab_size, spec.hidden_size, self._uses_hidden,
+                ))  # fmt: skip
 
     def _enqueue_growth(self, launch: Launcher, shape: Shape, beam: int, children: int, ids: int) -> None:
         """What makes candidates of a level's logits, and the step of the next level."""
@@ -346,16 +345,33 @@ class CudaEngine:
             launch("perturb", (shape.width, 1, 1), 1024, Perturb(
                 step, b.logits_RV.data_ptr(), ids, settings, extra, self.vocab_size
             ))  # fmt: skip
-        launch("best", (shape.width, 1, 1), 512, Best(
-            step, b.logits_RV.data_ptr(), ids, b.best_token.data_ptr(), b.best_share.data_ptr(), extra,
-            self.vocab_size, children,
-        ))  # fmt: skip
+        self._enqueue_sifting(launch, shape, max(children, 2))
         launch("grow", (places.TOKENS, 1, 1), 256, Grow(
-            step, b.best_token.data_ptr(), b.best_share.data_ptr(), address(self._scored.get(shape)),
+            *self._sifted(), ids, extra, *self._scorer_at(),
             b.hidden_RH.data_ptr(), b.features_in_MF.data_ptr() if self.num_features else 0, b.corrections.data_ptr(),
             settings, b.found.data_ptr(), b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(),
-            self.spec.hidden_size, beam, children, MOST_FOUND, 1,
+            self.vocab_size, self.spec.hidden_size, self._uses_hidden, beam, children, MOST_FOUND, 1,
         ))  # fmt: skip
+
+    def _enqueue_sifting(self, launch: Launcher, shape: Shape, count: int) -> None:
+        """What finds the largest logits of each row."""
+        b = self.buffers
+        step, *sifted = self._sifted()
+        launch("sift", (SLICES, shape.width, 1), 256, Sift(
+            step, b.logits_RV.data_ptr(), *sifted, self.vocab_size, count
+        ))  # fmt: skip
+
+    def _sifted(self) -> tuple[int, int, int, int]:
+        b = self.buffers
+        return b.step.data_ptr(), b.sifted_value.data_ptr(), b.sifted_column.data_ptr(), b.sifted_sums.data_ptr()
+
+    def _scorer_at(self) -> tuple[int, int]:
+        """Where the scorer's weights and its bias lie; nowhere without one."""
+        return (0, 0) if (scorer := self._scorer) is None else (scorer.weight_F.data_ptr(), scorer.bias.data_ptr())
+
+    @property
+    def _uses_hidden(self) -> int:
+        return int(self._scorer is not None and self._scorer.uses_hidden)
 
     @torch.inference_mode()
     def grow(

@@ -27,7 +27,7 @@ OVERLAPPING = (9, 0)
 """Compute capability from which a kernel may begin while the one before it runs."""
 
 PRODUCTS = ("store", "add", "gate")
-OTHERS = ("embed", "join", "attend", "largest", "best", "grow")
+OTHERS = ("embed", "join", "attend", "largest", "sift", "judge", "grow")
 SAMPLING = ("draw", "perturb")
 
 RESIDENT = 2
@@ -63,11 +63,13 @@ Product = structure(
     "eps",
 )
 Largest = structure("Largest", "step logits tokens token", "vocab")
-Best = structure("Best", "step logits tokens token share extra", "vocab count")
+Sift = structure("Sift", "step logits value column sums", "vocab count")
+Judge = structure("Judge", "step value column sums hidden weight bias risk", "vocab hidden_size uses_hidden")
 Grow = structure(
     "Grow",
-    "step token share risk hidden features corrections settings found survival candidate path",
-    "hidden_size beam children most_found group_tokens",
+    "step value column sums tokens extra weight bias hidden features corrections settings found survival candidate "
+    "path",
+    "vocab hidden_size uses_hidden beam children most_found group_tokens",
 )
 Attention = structure(
     "Attention",

@@ -28,6 +28,9 @@ FEW_TILES = 256
 """A product with fewer tiles of channels has MOST_WARPS warps a block, or a multiprocessor would have little to do; one
 with more has half as many, and several blocks a multiprocessor."""
 
+SLICES = 16
+"""Of a row's logits, which blocks sift side by side for the largest."""
+
 MOST_WARPS = 16
 PAIRS_OF_A_WARP = 4
 
@@ -132,8 +135,9 @@ class Buffers:
         self.hidden_RH, self.logits_RV = room(hidden), room(vocab)
         self.token_R = torch.zeros(places.TOKENS, dtype=torch.int64, device=device)
         # Of trees that grow.
-        self.best_token = torch.zeros(places.TOKENS, MOST_CHILDREN, dtype=torch.int32, device=device)
-        self.best_share = room(MOST_CHILDREN)
+        self.sifted_value, self.sifted_sums = room(MOST_CHILDREN * SLICES), room(2 * SLICES)
+        self.sifted_column = room(MOST_CHILDREN * SLICES, torch.int32)
+        self.risk_R = torch.zeros(places.TOKENS, device=device)
         self.corrections = torch.zeros(2, MOST_CHILDREN, 2, device=device)
         # Of rows that sample; see S_TEMPERATURE of step.cuh.
         self.settings = torch.zeros(places.TOKENS, places.SETTINGS, dtype=torch.int32, device=device)

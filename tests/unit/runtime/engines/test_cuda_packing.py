@@ -92,7 +92,7 @@ def test_how_rows_choose_is_where_the_kernels_look_for_it() -> None:
 
 
 STRUCTURES = {
-    "decoder": ["Embed", "Join", "Linear", "Attention", "Largest", "Best", "Grow"],
+    "decoder": ["Embed", "Join", "Linear", "Attention", "Largest", "Sift", "Judge", "Grow"],
     "sample": ["Draw", "Perturb"],
     "rounds": ["Plant", "Lay", "Settle", "Compact"],
 }
