@@ -59,6 +59,7 @@ enum {
 };
 
 #define UNTRUSTED 2.0f /* the risk of a node beside the first path */
+#define AT_ONCE 8 /* entries of a cache that are moved side by side */
 #define WHOLE (1 << 30) /* the prefix of a token of a chain */
 
 __device__ __forceinline__ bool is_end(const int *row, int token) {
@@ -77,19 +78,23 @@ __device__ __forceinline__ int size_of(int i) { return i ? (2 << i) - 1 : 1; }
 
 /* One block of 256 threads a row. */
 extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
+    __shared__ int4 found[FOUND]; /* token, parent, share, risk */
     __shared__ float survival[FOUND];
     __shared__ short number[FOUND];
     __shared__ unsigned char level_of[FOUND], best_level[NODES];
     __shared__ float best[NODES];
-    __shared__ int total, path[LEVELS + 1];
+    __shared__ int path[LEVELS + 1];
     const int g = blockIdx.x, t = threadIdx.x;
     release_next();
     wait_for_previous();
     if (g >= p.header[NUM_ROWS]) return;
     const int *row = p.rows + g * R_SIZE;
     int *tree = p.trees + g * T_SIZE;
-    const int4 *found = (const int4 *)p.found + (size_t)g * FOUND; /* token, parent, share, risk */
+    int num = 0;
+    for (int level = 0, open = 1; level < p.levels; level++, open = min(p.beam, open * p.children)) num += open * p.children;
+    for (int c = t; c < num; c += 256) found[c] = ((const int4 *)p.found)[(size_t)g * FOUND + c];
     const int rest = row[R_REST], most = min(p.nodes, rest > 0 ? row[R_LIMIT] : 0);
+    __syncthreads();
     if (p.children == 1) {
         if (t) return;
         const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]), verify_above = __int_as_float(row[R_VERIFY_ABOVE]);
@@ -156,12 +161,9 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
         own[i] = 0;
         for (int u = 0; u < c; u++) own[i] += number[u];
     }
-    if (!t) {
-        total = 0;
-        for (int c = 0; c < last; c++) total += number[c];
-        tree[T_COUNT] = total;
-    }
-    __syncthreads();
+    int total = 0;
+    for (int c = 0; c < last; c += 256) total += __syncthreads_count(c + t < last && number[c + t]);
+    if (!t) tree[T_COUNT] = total;
     for (int i = 0; i < FOUND / 256; i++)
         if (t + 256 * i < last) number[t + 256 * i] = own[i];
     __syncthreads();
@@ -184,7 +186,7 @@ struct Lay {
 
 /* One block of 1,024 threads, a warp a row. */
 extern "C" __global__ void __launch_bounds__(1024) lay(const Lay p) {
-    __shared__ int count[TOKENS], first[TOKENS], groups[TOKENS];
+    __shared__ int count[TOKENS], first[TOKENS], groups[TOKENS], parents[32][NODES];
     const int num = p.header[NUM_ROWS], t = threadIdx.x, lane = t & 31;
     release_next();
     wait_for_previous();
@@ -204,6 +206,10 @@ extern "C" __global__ void __launch_bounds__(1024) lay(const Lay p) {
     for (int g = t >> 5; g < num; g += 32) {
         const int *row = p.rows + g * R_SIZE, length = row[R_LENGTH];
         int *tree = p.trees + g * T_SIZE;
+        int *parent = parents[t >> 5];
+        if (p.has_paths)
+            for (int i = lane; i < count[g] - 1; i += 32) parent[i] = tree[T_PARENT + i];
+        __syncwarp();
         if (!lane) tree[T_FIRST] = first[g], tree[T_START] = length + 1, tree[T_COUNT] = count[g] - 1;
         for (int i = lane; i < count[g]; i += 32) {
             const int m = first[g] + i, depth = i ? tree[T_DEPTH + i - 1] : 0;
@@ -215,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(1024) lay(const Lay p) {
             p.step[GATHER + m] = m;
             if (p.has_paths) {
                 int *path = p.step + PATH + m * DEPTH;
-                for (int at = depth, node = i - 1; node >= 0; node = tree[T_PARENT + node]) path[at--] = length + 1 + node;
+                for (int at = depth, node = i - 1; node >= 0; node = parent[node]) path[at--] = length + 1 + node;
                 path[0] = length;
             }
         }
@@ -251,19 +257,23 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
             int *row = p.rows + g * R_SIZE, *tree = p.trees + g * T_SIZE, *out = results + g * O_SIZE;
             const int count = tree[T_COUNT];
             const float accept_below = __int_as_float(row[R_ACCEPT_BELOW]);
-            int parent[2], token[2];
+            /* Everything that the walk asks for is there before it begins. */
+            const int root_choice = (int)p.chosen[tree[T_FIRST]];
+            int parent[2], token[2], choices[2];
             bool is_trusted[2];
             int num_trusted = 0;
             for (int i = 0; i < 2; i++) {
                 const int n = lane + 32 * i;
                 const bool is_there = n < count;
                 parent[i] = is_there ? tree[T_PARENT + n] : -2, token[i] = is_there ? tree[T_TOKEN + n] : -2;
+                choices[i] = is_there ? (int)p.chosen[tree[T_FIRST] + n + 1] : -1;
                 is_trusted[i] = is_there && __int_as_float(tree[T_RISK + n]) < accept_below;
                 num_trusted += __popc(__ballot_sync(~0u, is_trusted[i]));
             }
             int node = -1, kept = 0, judged = 0, choice;
             for (;;) {
-                choice = (int)p.chosen[tree[T_FIRST] + node + 1];
+                choice = __shfl_sync(~0u, node < 32 ? choices[0] : choices[1], node & 31);
+                if (node < 0) choice = root_choice;
                 int child = -1;
                 bool trusted = false;
                 for (int i = 1; i >= 0; i--) { /* the first child that is it */
@@ -273,7 +283,8 @@ extern "C" __global__ void __launch_bounds__(1024) settle(const Settle p) {
                 }
                 if (child < 0 || kept == LEVELS) break;
                 judged += !trusted;
-                if (!lane) tree[T_PATH + kept] = child, path_token[warp][kept] = tree[T_TOKEN + child];
+                const int its = __shfl_sync(~0u, child < 32 ? token[0] : token[1], child & 31);
+                if (!lane) tree[T_PATH + kept] = child, path_token[warp][kept] = its;
                 kept++, node = child;
             }
             if (!lane) path_token[warp][kept] = choice;
@@ -345,6 +356,7 @@ struct Compact {
 
 /* Of each row a block a layer, and one for its features; without layers that alone. */
 extern "C" __global__ void __launch_bounds__(128) compact(const Compact p) {
+    __shared__ int path[LEVELS];
     const int g = blockIdx.y, layer = blockIdx.x, t = threadIdx.x;
     release_next();
     wait_for_previous();
@@ -353,12 +365,20 @@ extern "C" __global__ void __launch_bounds__(128) compact(const Compact p) {
     if (layer < p.layers) {
         const int pieces = p.dim / 8; /* of 16 bytes */
         const size_t row = ((size_t)layer * p.batch + p.rows[g * R_SIZE + R_ROW]) * p.kv_heads;
+        if (t < LEVELS) path[t] = tree[T_PATH + t];
+        __syncthreads();
+        if (!kept || path[kept - 1] == kept - 1) return; /* nodes ascend along a path: all of them are in their places */
         for (int at = t; at < 2 * p.kv_heads * pieces; at += 128) {
             const int piece = at % pieces, head = at / pieces % p.kv_heads;
-            uint4 *cache = (uint4 *)((at < p.kv_heads * pieces ? p.keys : p.values) + (row + head) * p.slots * p.dim) + piece;
-            for (int i = 0; i < kept; i++) { /* nodes ascend along a path: none is overwritten before it has moved */
-                const int node = tree[T_PATH + i];
-                if (node != i) cache[(size_t)(start + i) * pieces] = cache[(size_t)(start + node) * pieces];
+            uint4 *cache = (uint4 *)((at < p.kv_heads * pieces ? p.keys : p.values) + ((row + head) * p.slots + start) * p.dim) + piece;
+            for (int first = 0; first < kept; first += AT_ONCE) { /* none is overwritten before it has moved */
+                uint4 moved[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++)
+                    if (first + i < kept) moved[i] = cache[(size_t)path[first + i] * pieces];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++)
+                    if (first + i < kept) cache[(size_t)(first + i) * pieces] = moved[i];
             }
         }
         return;
@@ -366,8 +386,10 @@ extern "C" __global__ void __launch_bounds__(128) compact(const Compact p) {
     if (!p.features) return;
     const int from = tree[T_FIRST], to = tree[T_DEST];
     if (to < 0) return;
-    for (int i = 0; i <= kept; i++) {
-        const float *source = p.features + (size_t)(from + (i ? tree[T_PATH + i - 1] + 1 : 0)) * p.hidden;
-        for (int h = t; h < p.hidden; h += 128) p.dest[(size_t)(to + i) * p.hidden + h] = source[h];
+    for (int i = t >> 5; i <= kept; i += 4) { /* a warp a token: its loads are under way side by side */
+        const float4 *source = (const float4 *)(p.features + (size_t)(from + (i ? tree[T_PATH + i - 1] + 1 : 0)) * p.hidden);
+        float4 *dest = (float4 *)(p.dest + (size_t)(to + i) * p.hidden);
+#pragma unroll 8
+        for (int h = t & 31; h < p.hidden / 4; h += 32) dest[h] = source[h];
     }
 }
