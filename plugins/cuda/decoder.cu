@@ -494,7 +494,8 @@ extern "C" __global__ void __launch_bounds__(1024) largest(const Largest p) {
 #define MOST_CHILDREN 16 /* of a node, and most nodes of a level that get children */
 #define MOST_LEVELS 16
 
-#define SLICES 16 /* of a row's columns, a block each */
+#define SLICES 32 /* of a row's columns: a block each, and a lane of the warp that joins them */
+#define SIFTERS 4 /* warps of a block */
 
 struct Sift {
     const int *step;
@@ -508,9 +509,9 @@ struct Sift {
 #define FARTHEST 1.0e4f /* logits count as at most so far below */
 
 /* A slice of a row. A warp sifts a part of its columns, of which each thread has the best that is not taken yet. */
-extern "C" __global__ void __launch_bounds__(256) sift(const Sift p) {
-    __shared__ float values[8 * MOST_CHILDREN], others[8], dots[8];
-    __shared__ int columns[8 * MOST_CHILDREN];
+extern "C" __global__ void __launch_bounds__(32 * SIFTERS) sift(const Sift p) {
+    __shared__ float values[SIFTERS * MOST_CHILDREN], others[SIFTERS], dots[SIFTERS];
+    __shared__ int columns[SIFTERS * MOST_CHILDREN];
     const int slice = blockIdx.x, r = blockIdx.y, t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const float lowest = -1.0f / 0.0f;
     release_next();
@@ -521,7 +522,7 @@ extern "C" __global__ void __launch_bounds__(256) sift(const Sift p) {
     float own = lowest;
     int column = p.vocab;
 #pragma unroll 4
-    for (int i = first; i < last; i += 256)
+    for (int i = first; i < last; i += 32 * SIFTERS)
         if (const float value = row[i]; value > own) own = value, column = i;
     float other = 0.0f, dot = 0.0f;
     for (int k = 0; k < p.count; k++) {
@@ -531,13 +532,13 @@ extern "C" __global__ void __launch_bounds__(256) sift(const Sift p) {
         if (!lane) values[warp * p.count + k] = most, columns[warp * p.count + k] = at;
         if (!k)
 #pragma unroll 4
-            for (int i = first; i < last; i += 256) {
+            for (int i = first; i < last; i += 32 * SIFTERS) {
                 const float value = row[i], below = fmaxf(value - most, -FARTHEST), part = i == at ? 0.0f : __expf(below);
                 other += value == value ? part : value, dot = fmaf(below, part, dot);
             }
         if (at == column && at < p.vocab) { /* its next best: smaller, or the same and behind it */
             own = lowest, column = p.vocab;
-            for (int i = first; i < last; i += 256) {
+            for (int i = first; i < last; i += 32 * SIFTERS) {
                 const float value = row[i];
                 if ((value < most || (value == most && i > at)) && value > own) own = value, column = i;
             }
@@ -546,26 +547,28 @@ extern "C" __global__ void __launch_bounds__(256) sift(const Sift p) {
     other = sum_of_warp(other), dot = sum_of_warp(dot);
     if (!lane) others[warp] = other, dots[warp] = dot;
     __syncthreads();
-    if (t < 8 * p.count) {
+    if (t < SIFTERS * p.count) {
         const float value = values[t];
         int place = 0;
-        for (int u = 0; u < 8 * p.count; u++) place += values[u] > value || (values[u] == value && (columns[u] < columns[t] || (columns[u] == columns[t] && u < t)));
+#pragma unroll 8
+        for (int u = 0; u < SIFTERS * p.count; u++)
+            place += values[u] > value || (values[u] == value && (columns[u] < columns[t] || (columns[u] == columns[t] && u < t)));
         if (place < p.count) {
             const size_t to = ((size_t)r * MOST_CHILDREN + place) * SLICES + slice;
             p.value[to] = value, p.column[to] = columns[t];
         }
     }
     if (warp) return;
-    const float top = lane < 8 ? values[lane * p.count] : lowest;
-    const int of = lane < 8 ? columns[lane * p.count] : p.vocab;
+    const float top = lane < SIFTERS ? values[lane * p.count] : lowest;
+    const int of = lane < SIFTERS ? columns[lane * p.count] : p.vocab;
     float most = top;
     int at = of;
     largest_of_warp(most, at);
     /* The largest of all is left out; those of other warps are not. */
-    const float below = fmaxf(top - most, -FARTHEST), factor = lane < 8 ? __expf(below) : 0.0f;
-    const float left = lane < 8 ? others[lane] + (of < p.vocab && of != at ? 1.0f : 0.0f) : 0.0f;
+    const float below = fmaxf(top - most, -FARTHEST), factor = lane < SIFTERS ? __expf(below) : 0.0f;
+    const float left = lane < SIFTERS ? others[lane] + (of < p.vocab && of != at ? 1.0f : 0.0f) : 0.0f;
     other = sum_of_warp(factor * left);
-    dot = sum_of_warp(lane < 8 ? factor * fmaf(below, left, dots[lane]) : 0.0f);
+    dot = sum_of_warp(lane < SIFTERS ? factor * fmaf(below, left, dots[lane]) : 0.0f);
     if (!lane) p.sums[(size_t)r * 2 * SLICES + slice] = other, p.sums[((size_t)r * 2 + 1) * SLICES + slice] = dot;
 }
 
@@ -582,12 +585,11 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
     const int lane = threadIdx.x & 31;
     const size_t from = (size_t)r * MOST_CHILDREN * SLICES;
     for (int i = lane; i < count * SLICES; i += 32) values[i] = value[from + i], columns[i] = column[from + i];
-    const bool is_slice = lane < SLICES;
-    const float other = is_slice ? sums[(size_t)r * 2 * SLICES + lane] : 0.0f, dot = is_slice ? sums[((size_t)r * 2 + 1) * SLICES + lane] : 0.0f;
+    const float other = sums[(size_t)r * 2 * SLICES + lane], dot = sums[((size_t)r * 2 + 1) * SLICES + lane];
     __syncwarp();
     Sifted row = {};
-    float own = is_slice ? values[lane] : -1.0f / 0.0f;
-    int at = is_slice ? columns[lane] : vocab;
+    float own = values[lane];
+    int at = columns[lane];
     const float first = own;
     const int of = at;
     for (int k = 0, next = 0; k < count; k++) {
@@ -596,8 +598,8 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
         largest_of_warp(most, which);
         if (lane == k) row.value = most, row.column = which;
         if (!k) {
-            const float below = fmaxf(first - most, -FARTHEST), factor = is_slice ? __expf(below) : 0.0f;
-            const float left = other + (is_slice && of < vocab && of != which ? 1.0f : 0.0f);
+            const float below = fmaxf(first - most, -FARTHEST), factor = __expf(below);
+            const float left = other + (of < vocab && of != which ? 1.0f : 0.0f);
             row.top = most, row.others = sum_of_warp(factor * left), row.dot = sum_of_warp(factor * fmaf(below, left, dot));
             if (!(fabsf(most) < 2.0e38f)) row.others = __int_as_float(0x7fffffff);
         }
@@ -730,6 +732,7 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     __syncthreads();
     int place = 0;
     if (t < num)
+#pragma unroll 8
         for (int u = 0; u < num; u++) place += survival[u] > own || (survival[u] == own && u < t);
     const bool goes_on = t < num && place < next && level + 1 < MOST_LEVELS;
     if (goes_on) {

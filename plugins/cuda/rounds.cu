@@ -141,6 +141,7 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
     __syncthreads();
     for (int c = t; c < last; c += 256) {
         int place = 0;
+#pragma unroll 8
         for (int u = 0; u < last; u++) place += survival[u] > survival[c] || (survival[u] == survival[c] && u < c);
         number[c] = place < most && survival[c] > 0.0f;
         if (place < NODES) best[place] = survival[c], best_level[place] = level_of[c];
@@ -159,6 +160,7 @@ extern "C" __global__ void __launch_bounds__(256) plant(const Plant p) {
         own[i] = -1;
         if (c >= last || !number[c]) continue;
         own[i] = 0;
+#pragma unroll 8
         for (int u = 0; u < c; u++) own[i] += number[u];
     }
     int total = 0;

@@ -357,7 +357,7 @@ class CudaEngine:
         """What finds the largest logits of each row."""
         b = self.buffers
         step, *sifted = self._sifted()
-        launch("sift", (SLICES, shape.width, 1), 256, Sift(
+        launch("sift", (SLICES, shape.width, 1), 128, Sift(
             step, b.logits_RV.data_ptr(), *sifted, self.vocab_size, count
         ))  # fmt: skip
 

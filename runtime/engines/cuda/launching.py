@@ -40,9 +40,9 @@ TOGETHER = 4
 FEW = 2
 """Tiles of eight tokens that a block with several tiles of channels reads again for each of them; more it holds."""
 
-MOST_TILES = 4
-"""Of eight tokens, of a block with one tile of channels: more are shared between blocks, which read the weights again
-(from the GPU's cache), as what counts is how long a block waits for its tokens."""
+PARTS = 2
+"""Blocks with one tile of channels share more than eight tokens: what counts is how long a block waits for its tokens,
+and the weights come from the GPU's cache the second time."""
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ def plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
         if tiles <= FEW or (linear.tiles > RESIDENT * multiprocessors and shared <= _most_shared()):
             threads = 32 * max(linear.warps, tiles * together)
             return Plan(tiles, 1, blocks, together, True, threads, shared)
-    parts = max(tiles // MOST_TILES, 1)
+    parts = min(PARTS, tiles)
     tiles //= parts
     return Plan(tiles, parts, linear.tiles, 1, False, 32 * max(linear.warps, tiles), sums * tiles)
 

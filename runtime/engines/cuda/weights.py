@@ -28,7 +28,7 @@ FEW_TILES = 256
 """A product with fewer tiles of channels has MOST_WARPS warps a block, or a multiprocessor would have little to do; one
 with more has half as many, and several blocks a multiprocessor."""
 
-SLICES = 16
+SLICES = 32
 """Of a row's logits, which blocks sift side by side for the largest."""
 
 MOST_WARPS = 16
