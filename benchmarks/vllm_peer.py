@@ -240,4 +240,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--arm-of"]:
         run_arm(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
         sys.exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that an arm is ended with it
     sys.exit(main())
