@@ -49,6 +49,7 @@ from ssv.model.checkpoint import (
 )
 from ssv.model.decoder import Decoder, fused_state, hf_names, hf_tensors
 from ssv.model.draft import Draft, DraftSpec, Eagle3, StoredDraft, TapNorm, check_fits
+from ssv.model.join_layer import with_join_as_layer
 from ssv.model.quantized import QuantizedLinear
 from ssv.support.errors import UserError
 
@@ -135,7 +136,8 @@ def published(
 ) -> tuple[dict[str, Any], Weights]:
     """config.json and tensors of a draft in a layout that others load: vLLM `speculators`, SGLang `eagle3`.
 
-    Rows of the LM head are put in the order of their tokens, as others have them.
+    Rows of the LM head are put in the order of their tokens, as others have them. A draft that joins token and features
+    in our way has a layer more in `speculators`, which makes the join (`ssv.model.join_layer`).
 
     Args:
         dtype: of what is not a number of a token.
@@ -152,15 +154,18 @@ def published(
             "the draft stands alone, and an EAGLE-3 head sees its target's features",
             "give the model itself to the other engine",
         )
-    if form is None:
-        raise UserError(
-            "the draft joins token and features before its first layer, and an EAGLE-3 head does in its first layer's "
-            "query, key and value",
-            "distill one with `draft: {distill: {join: eagle3}}` in the recipe",
-        )
-    assert draft.tap is not None
     if any(isinstance(part, QuantizedLinear) for part in draft.modules()):
         raise UserError("the draft is quantized, and the layout has no quantized tensors", "export the original draft")
+    if form is None:
+        if layout == "eagle3":  # its readers run a single layer
+            raise UserError(
+                "the draft joins token and features before its first layer, and an EAGLE-3 head does in its first "
+                "layer's query, key and value",
+                "distill one with `draft: {distill: {join: eagle3}}` in the recipe",
+            )
+        draft = with_join_as_layer(draft)
+        spec, form = draft.spec, draft.spec.eagle3
+    assert draft.tap is not None and form is not None
     _refuse_what_readers_lack(spec, layout, reader)
     order = draft.token_ids.argsort()
     weights: Weights = {

@@ -436,12 +436,18 @@ def test_what_does_not_fit_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_draft_that_joins_in_our_way_is_refused(tmp_path: Path) -> None:
+def test_a_draft_that_joins_in_our_way_is_for_vllm_alone(tmp_path: Path) -> None:
+    """It takes a layer more, and the others run one."""
     bundle = made(tmp_path, "join: input")
-    for host in HOSTS:
+    for host in ("trtllm", "sglang"):
         with pytest.raises(UserError, match="joins token and features before its first layer"):
             export_for(host, bundle, tmp_path / "out", tensor_parallel=1)
     assert not (tmp_path / "out").exists()
+    export_for("vllm", bundle, tmp_path / "out", tensor_parallel=2)
+    target = Decoder.from_weights(*load_checkpoint(bundle / "target"))
+    draft = load_draft(bundle / "draft" / "draft.safetensors", target)
+    layers = read_eagle3(tmp_path / "out" / "draft", target).spec.decoder
+    assert layers.num_layers == draft.spec.decoder.num_layers + 1 and layers.num_kv_heads == layers.num_heads
 
 
 def test_a_head_that_covers_a_part_of_the_vocabulary_is_refused_of_a_language_model(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_what_the_readers_of_a_layout_find() -> None:
 @pytest.mark.parametrize(
     ("draft", "layout", "named"),
     [
-        (lambda t, _: random_draft(t, "conditioned"), "speculators", "joins token and features before .*join: eagle3"),
+        (lambda t, _: random_draft(t, "conditioned"), "eagle3", "joins token and features before .*join: eagle3"),
         (lambda t, _: random_draft(t, "standalone"), "speculators", "the draft stands alone"),
         (lambda t, f: loaded(published("speculators", family="qwen3"), t, f), "speculators", "norms of query and key"),
         (
