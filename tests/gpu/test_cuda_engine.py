@@ -31,6 +31,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases": {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "family": "qwen2"},
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64},
     "one-head-for-eight": {"hidden_size": 128, "num_heads": 8, "num_kv_heads": 1, "head_dim": 128, "vocab_size": 117},
+    "sixteen-for-one": {"hidden_size": 128, "num_heads": 16, "num_kv_heads": 1, "head_dim": 24},
+    "heads-of-80": {"hidden_size": 160, "num_heads": 4, "num_kv_heads": 2, "head_dim": 80},
+    "heads-of-256": {"hidden_size": 256, "num_heads": 2, "num_kv_heads": 1, "head_dim": 256},
+    "many-channels": {"vocab_size": 5003},
     "long-sums": {"hidden_size": 2048, "intermediate_size": 8192, "num_heads": 16, "num_kv_heads": 4, "head_dim": 128},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -197,3 +201,14 @@ def test_a_row_without_numbers_has_no_token() -> None:
     decoder.lm_head.weight.data[7] = float("nan")
     out = run(cuda(decoder), tiny_ids(1, 3), [0])
     assert out.token_R is not None and out.token_R.tolist() == [-1] * 3
+
+
+def test_a_row_without_numbers_has_no_risk() -> None:
+    """So it is not trusted: nothing is below a limit."""
+    draft: Draft = random_draft(tiny_decoder(), "standalone")
+    scorer = Scorer(torch.zeros(draft.decoder.spec.hidden_size + 3), torch.tensor(0.1), True)
+    found = run(cuda(draft.decoder, draft=draft, scorer=scorer), tiny_ids(1, 3), [0]).reject_prob_R
+    assert found is not None and torch.allclose(found.cpu(), torch.tensor(0.1).sigmoid())
+    draft.decoder.lm_head.weight.data[7] = float("nan")
+    found = run(cuda(draft.decoder, draft=draft, scorer=scorer), tiny_ids(1, 3), [0]).reject_prob_R
+    assert found is not None and found.isnan().all()
