@@ -6,7 +6,7 @@
  *
  * Every token is computed by itself, in an order that depends neither on the tokens beside it nor on where its keys lie: its
  * logits are the same bits alone, in a chain, in a tree and beside other rows. So the sums of a product are split by its width
- * alone, and those of attention by logical position.
+ * alone, and those of attention by logical position; and products are fused with sums only where it says `fmaf`.
  *
  * Weights are bf16, FP8 (E4M3) or INT4, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are
  * its columns. The narrow ones become bf16 in registers, which holds all of their values, and their scales are multiplied with
@@ -323,7 +323,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
                     for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
                     factor[i] = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
                 }
-                float one = s[i] * factor[i] + bias[0], other = s[i + 2] * factor[i] + bias[1];
+                float one = fmaf(s[i], factor[i], bias[0]), other = fmaf(s[i + 2], factor[i], bias[1]);
                 if (KIND == STORE && is_token) {
                     float *out = p.out + (size_t)m * p.outputs;
                     if (n < p.outputs) out[n] = one;
@@ -342,7 +342,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
                             tapped[0] = round_one(one), tapped[8] = round_one(other);
                         }
                     }
-                    float sum = one * one + other * other;
+                    float sum = fmaf(one, one, other * other);
 #pragma unroll
                     for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
                     if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
@@ -389,7 +389,7 @@ extern "C" __global__ void embed(const Embed p) {
             float value = widen(row[i]);
             p.x[m * p.hidden + i] = value;
             p.scaled[m * p.hidden + i] = round_one(value * p.norm[i]);
-            sum += value * value;
+            sum = fmaf(value, value, sum);
         }
         p.squares[m * (p.hidden / TILE) + tile] = sum;
     }
@@ -418,8 +418,8 @@ extern "C" __global__ void join(const Join p) {
     float sum[2] = {0.0f, 0.0f};
     for (int i = threadIdx.x; i < p.hidden; i += 256) {
         float e = widen(embedded[i]), f = features[i];
-        sum[0] += e * e;
-        sum[1] += f * f;
+        sum[0] = fmaf(e, e, sum[0]);
+        sum[1] = fmaf(f, f, sum[1]);
     }
     for (int part = 0; part < 2; part++) {
         sum[part] = sum_of_warp(sum[part]);
@@ -719,7 +719,7 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
         const float *correction = p.corrections + 2 * (samples * MOST_CHILDREN + rank);
         const float risk = scores ? risks[from] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
         const float said = fminf(fmaxf(rank ? share * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
-        const float odds = correction[0] + correction[1] * __logf(said / (1.0f - said));
+        const float odds = fmaf(correction[1], __logf(said / (1.0f - said)), correction[0]);
         const float corrected = 1.0f / (1.0f + __expf(-odds));
         own = token < 0 ? 0.0f : (level ? p.survival[g * MOST_CHILDREN + from] : 1.0f) * corrected;
         int *out = p.found + ((size_t)g * p.most_found + found + t) * 4;
@@ -838,7 +838,7 @@ struct Head {
         if (QK_NORM && norm) {
             float squares = 0.0f;
 #pragma unroll
-            for (int i = 0; i < LANE_PAIRS; i++) squares += first[i] * first[i] + second[i] * second[i];
+            for (int i = 0; i < LANE_PAIRS; i++) squares = fmaf(first[i], first[i], fmaf(second[i], second[i], squares));
             const float scale = rsqrtf(sum_of_warp(squares) / (float)HEAD_DIM + p.eps);
 #pragma unroll
             for (int i = 0; i < LANE_PAIRS; i++) {
@@ -850,8 +850,8 @@ struct Head {
         for (int i = 0; i < LANE_PAIRS; i++) {
             const int d = lane + 32 * i;
             if (HALF % 32 && d >= HALF) continue;
-            const u16 one = round_one(first[i] * cosine[i] - second[i] * sine[i]);
-            const u16 other = round_one(second[i] * cosine[i] + first[i] * sine[i]);
+            const u16 one = round_one(fmaf(first[i], cosine[i], -(second[i] * sine[i])));
+            const u16 other = round_one(fmaf(second[i], cosine[i], first[i] * sine[i]));
             to[d] = one, to[d + HALF] = other;
             if (also) also[d] = one, also[d + HALF] = other;
         }
