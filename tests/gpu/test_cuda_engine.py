@@ -196,6 +196,17 @@ def test_steps_of_more_tokens_than_a_graph_has_room_for() -> None:
     assert torch.equal(rows.logits_RV, torch.stack(singles[:90]).repeat(3, 1))
 
 
+@pytest.mark.parametrize("size", [6, 16, 48])
+def test_many_tokens_of_a_deep_model_have_the_same_bits_together(size: int) -> None:
+    """What rounds differently once in a hundred thousand numbers is seen only in many of them."""
+    engine = cuda(tiny_decoder(**SHAPES["smollm2"] | {"num_layers": 12}))
+    ids = tiny_ids(1, 384, seed=4)
+    singles = torch.stack([bits(engine, ids[:, t : t + 1], [t])[0] for t in range(384)])
+    for start in range(0, 384, size):
+        part = bits(engine, ids[:, start : start + size], [start], first_row=1)
+        assert torch.equal(torch.stack(part), singles[start : start + size]), start
+
+
 def test_a_row_without_numbers_has_no_token() -> None:
     decoder = tiny_decoder()
     decoder.lm_head.weight.data[7] = float("nan")
@@ -205,7 +216,7 @@ def test_a_row_without_numbers_has_no_token() -> None:
 
 def test_a_row_without_numbers_has_no_risk() -> None:
     """So it is not trusted: nothing is below a limit."""
-    draft: Draft = random_draft(tiny_decoder(), "standalone")
+    draft: Draft = random_draft(tiny_decoder(), "standalone").cuda()
     scorer = Scorer(torch.zeros(draft.decoder.spec.hidden_size + 3), torch.tensor(0.1), True)
     found = run(cuda(draft.decoder, draft=draft, scorer=scorer), tiny_ids(1, 3), [0]).reject_prob_R
     assert found is not None and torch.allclose(found.cpu(), torch.tensor(0.1).sigmoid())

@@ -1,0 +1,151 @@
+"""The CUDA kernels on the CPU: compiled as C++, every thread a fiber (`cuda_on_cpu.h`), and an engine that runs them.
+
+It shows what kernels compute; what only a GPU shows (races, the compiler's code for it, speed) is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssv.model.decoder import Decoder
+from ssv.plugins.cuda.compiler import source_of
+from ssv.runtime.engines.contract import Branches
+from ssv.runtime.engines.cuda import engine, launching, places
+from ssv.runtime.engines.cuda.weights import Buffers, Weights
+from ssv.runtime.engines.kv_cache import KVCache
+
+BODIES = {
+    "load_weights": "return *p;",
+    "load_scales": "return *p;",
+    "round_pair": "return to_bf16(lo) | to_bf16(hi) << 16;",
+    "multiply": "tensor_core(c, a, b0, b1);",
+    "scale_and_shift": "u32 r = 0; for (int i = 0; i < 32; i += 16) r |= to_bf16(fmaf(from_bf16(pair >> i & 0xffff), "
+    "from_bf16(factor >> i & 0xffff), from_bf16(offset >> i & 0xffff))) << i; return r;",
+    "widen_nibbles": "return scale_and_shift((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);",
+    "power_of_two": "const float r = std::exp2(x); return std::fpclassify(r) == FP_SUBNORMAL ? 0.0f : r;",
+}
+"""Of the functions that are assembly."""
+
+ARGUMENTS = {"store": "Linear", "add": "Linear", "gate": "Linear", "attend": "Attention"}
+"""Of kernels whose structure is not named like them."""
+
+
+class CpuKernel:
+    """`ssv.plugins.cuda.driver.Kernel`, at once."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def launch(
+        self,
+        argument: ctypes.Structure,
+        grid: tuple[int, int, int],
+        threads: int,
+        stream: int,
+        *,
+        shared: int = 0,
+        overlaps: bool = False,
+    ) -> None:
+        self._function(ctypes.byref(argument), *grid, threads, shared)
+
+
+@cache
+def kernels_of(device: object, source: str, names: tuple[str, ...], **chosen: int) -> dict[str, CpuKernel]:
+    """`ssv.runtime.engines.cuda.launching.kernels_of`."""
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("there is no C++ compiler")
+    text = source_of(source)
+    for name, body in BODIES.items():
+        text = _with_body(text, name, body)
+    text = re.sub(r"extern __shared__ (\w+) shared\[\];", r"\1 *shared = (\1 *)dynamic_shared;", text)
+    assert "asm" not in text.replace('asm volatile("griddepcontrol', "")
+    for name in names:
+        argument = ARGUMENTS.get(name, name.capitalize())
+        text += (
+            f'extern "C" void run_{name}(const {argument} *p, int x, int y, int z, int threads, int shared) '
+            f"{{ run_grid([p] {{ {name}(*p); }}, x, y, z, threads, shared); }}\n"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels.cpp")
+        path.write_text(f'#include "cuda_on_cpu.h"\n{text}')
+        command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fpermissive", "-w", "-fPIC", "-shared"]
+        command += [f"-I{Path(__file__).parent}", *(f"-D{name}={value}" for name, value in chosen.items())]
+        subprocess.run([*command, "-o", str(path.with_suffix(".so")), str(path)], check=True)
+        library = ctypes.CDLL(str(path.with_suffix(".so")))
+    return {name: CpuKernel(library[f"run_{name}"]) for name in names}
+
+
+def _with_body(text: str, name: str, body: str) -> str:
+    if (head := re.search(rf"^__device__ __forceinline__ [\w ]*?\b{name}\([^)]*\) \{{", text, re.MULTILINE)) is None:
+        return text
+    end, depth = head.end(), 1
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return f"{text[: head.end()]} {body} }}{text[end:]}"
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the engine's modules launch such kernels, as for a GPU of 132 multiprocessors."""
+    for module in (launching, engine):
+        monkeypatch.setattr(module, "kernels_of", kernels_of)
+    monkeypatch.setattr(launching, "_num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launching, "_most_shared", lambda: 226 * 1024)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, pin_memory=False, **rest: zeros(*sizes, **rest))
+
+
+class CpuEngine(engine.CudaEngine):
+    """A target whose kernels run here; its cache is NaN where nobody has written."""
+
+    def __init__(self, decoder: Decoder, *, max_batch: int, max_length: int) -> None:
+        self.spec, self.max_batch, self.max_length = decoder.spec, max_batch, max_length
+        self.device, self.vocab_size, self.token_ids_V = torch.device("cpu"), decoder.spec.vocab_size, None
+        self.num_features, self._tapped, self._scorer, self.overlaps = 0, (), None, False
+        self.cache = KVCache(decoder.spec, max_batch, max_length, torch.bfloat16, self.device)
+        self.cache.keys.fill_(torch.nan)
+        self.cache.values.fill_(torch.nan)
+        self._weights = Weights(decoder, None, None)
+        own = launching.macros(decoder.spec)
+        self._kernels = kernels_of(self.device, "decoder", launching.OTHERS, **own)  # type: ignore[assignment]
+        self.buffers = Buffers(decoder.spec, self.device, max_length, self.vocab_size, 0)
+
+    def logits(
+        self,
+        ids_BT: Tensor,
+        first_slots: list[int],
+        *,
+        branches: Branches | None = None,
+        counts: list[int] | None = None,
+        first_row: int = 0,
+    ) -> Tensor:
+        """Of all tokens of a step, [M, V]; and the likeliest of each is what the kernel says."""
+        found = []
+        for block in places.blocks(counts or [ids_BT.shape[1]] * len(ids_BT)):
+            num = block.num_tokens
+            group_tokens = launching.group_tokens_for(self.spec, launching.width_for(num))
+            numbers = np.zeros(places.SIZE, dtype=np.int32)
+            most_seen = places.write(
+                numbers, block, ids_BT.numpy(), first_slots, first_row, list(range(num)), branches, group_tokens
+            )
+            self.buffers.step.copy_(torch.from_numpy(numbers))
+            width, key_blocks = launching.width_for(num), launching.key_blocks_for(most_seen)
+            self.enqueue(engine.Shape(width, key_blocks, True, False))
+            logits_MV = self.buffers.logits_RV[:num].clone()
+            assert torch.equal(self.buffers.token_R[:num], logits_MV.argmax(dim=1))
+            found.append(logits_MV)
+        return torch.cat(found)

@@ -1,0 +1,69 @@
+"""What the CUDA kernels compute, on the CPU: the model's logits, and the same bits for a token in whatever company."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu import CpuEngine, as_on_a_gpu
+from tiny import relative_error, tiny_decoder, tiny_ids
+from trees import branches, path_to, random_parents, run
+
+from ssv.plugins.cuda.compiler import compile_source
+from ssv.runtime.engines.torch_engine import target_engine
+
+MANY = "normed heads of 24, many channels"
+SHAPES: dict[str, dict[str, Any]] = {
+    "heads of 64": {"hidden_size": 192, "num_heads": 3, "num_kv_heads": 1, "head_dim": 64, "num_layers": 1},
+    MANY: {"head_dim": 24, "qk_norm": True, "family": "qwen3", "num_layers": 1,
+                                          "vocab_size": 4300},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "length"), [("heads of 64", 27), ("heads of 64", 250), (MANY, 251)])
+def test_a_token_has_the_same_bits_alone_in_a_chain_in_a_tree_and_beside_other_rows(
+    name: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new tokens are in two of the chunks that keys are weighed in, or in two blocks of them."""
+    as_on_a_gpu(monkeypatch)
+    engine = CpuEngine(tiny_decoder(**SHAPES[name]), max_batch=3, max_length=320)
+    for entries in (engine.cache.keys, engine.cache.values):  # [layers, rows, heads, slots, dims]
+        entries[:, :, :, :length] = torch.randn_like(entries[:, :1, :, :length])
+    tokens = tiny_ids(1, 9, seed=2)
+    alone = torch.cat([engine.logits(tokens[:, t : t + 1], [length + t]) for t in range(9)])
+    assert torch.equal(engine.logits(tokens, [length], first_row=1), alone)
+    beside = engine.logits(torch.cat((tiny_ids(1, 9, seed=5), tokens, tokens)), [length] * 3, counts=[3, 9, 9])
+    assert torch.equal(beside[3:12], alone) and torch.equal(beside[12:], alone)
+    parents, nodes = random_parents(18, seed=length), tiny_ids(1, 18, seed=7)
+    tree = engine.logits(nodes, [length], branches=branches([length], [parents]))
+    for node in (2, 17):
+        path = path_to(parents, node)
+        assert torch.equal(engine.logits(nodes[:, path], [length], first_row=2)[-1], tree[node]), node
+
+
+def test_logits_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    decoder = tiny_decoder(**SHAPES["heads of 64"])
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
+    expected = run(target_engine(decoder, precision="fp32", max_batch=1, max_length=320), tiny_ids(1, 40), [0])
+    found = CpuEngine(decoder, max_batch=1, max_length=320).logits(tiny_ids(1, 40), [0])
+    assert relative_error(found, expected.logits_RV) < 2e-2
+
+
+def test_the_compiler_fuses_no_product_with_a_sum(tmp_path: Path) -> None:
+    """Or two copies of the same lines could round differently."""
+    cuobjdump = next(
+        iter(Path(sys.prefix).glob("lib/python3*/site-packages/triton/backends/nvidia/bin/cuobjdump")), None
+    )
+    if (tool := shutil.which("cuobjdump") or cuobjdump) is None:
+        pytest.skip("there is no cuobjdump")
+    source = 'extern "C" __global__ void f(float *x) { x[0] = x[1] * x[2] + x[3]; x[4] = fmaf(x[5], x[6], x[7]); }'
+    (tmp_path / "f.cubin").write_bytes(compile_source(source, "9.0", {}))
+    code = subprocess.run([tool, "-sass", tmp_path / "f.cubin"], capture_output=True, check=True, text=True).stdout
+    assert code.count("FMUL") == 1 and code.count("FADD") == 1 and code.count("FFMA") == 1
