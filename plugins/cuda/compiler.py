@@ -38,8 +38,8 @@ def compile_source(source: str, capability: str, macros: Mapping[str, int]) -> b
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), "create")
     try:
-        # Sums of products are fused where the source says so (`fmaf`) and nowhere else. Left to the compiler, two copies
-        # of the same lines may round differently, and a token's bits then depend on which of them it went through.
+        # Products are fused with sums where the source says so (`fmaf`) and nowhere else. Left to the compiler, two
+        # copies of the same lines may round differently, and a token's bits depend on which of them it went through.
         words = [f"--gpu-architecture=sm_{capability.replace('.', '')}", "--std=c++17", "--fmad=false"]
         words += [f"-D{name}={value}" for name, value in macros.items()]
         options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
