@@ -58,6 +58,12 @@ class ApiRequest(AnsweredRequest):
     guided_grammar: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[Any, only(1)] = None
+    # vLLM's, at the values that it has where nothing is said.
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, only(True)] = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1)] = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         """What is asked of the server for one choice, but for its seed.
