@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from changed_logits import LOSSLESS, make_llm, random_params
+from changed_logits import LOSSLESS, TRUSTING_TREE, make_llm, random_params
 from drive import run, text_of
 from lettered import NUM_TOKENS, lettered
 
@@ -86,6 +86,24 @@ def test_every_method_gives_the_text_of_plain_decoding(form: str, half: bool) ->
                 assert is_valid(form, output.text), (method, output.text)
                 ended += 1
     assert ended > 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("half", [False, True], ids=["whole_head", "half_head"])
+def test_trees_that_trust_keep_the_form(form: str, half: bool) -> None:
+    rng = random.Random(f"{form} {half}")
+    llm = lettered_llm(rng.randrange(100), token_ids=HALF if half else None, turbo=TRUSTING_TREE)
+    requests = [replace(request, method="turbo") for request in requests_of(form, rng, 24)]
+    masked = [
+        output
+        for request, output in zip(requests, run(llm, requests), strict=True)
+        if request.params.grammar is not None
+    ]
+    assert all(is_valid(form, output.text) for output in masked if output.finish_reason == "stop")
+    assert any(output.finish_reason == "stop" for output in masked)
+    counters = [output.counters for output in masked]
+    assert sum(each.trusted for each in counters) > 0
+    assert half or sum(each.drafted - each.accepted - each.trusted for each in counters) > 0
 
 
 def test_a_mask_that_forgets_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
