@@ -134,6 +134,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "input": INPUTS,
     "instructions": ("Be brief.", "", "\u0000"),
     "metadata": ({}, {"a": "b"}, {"a": 1}),
+    "prompt_cache_retention": ("24h", "in_memory", "forever"),
+    "length_penalty": (1, 1.0, 0.5),
     "service_tier": ("auto", "default", "flex"),
     "top_logprobs": (0, 2, 20, 21, -1),
     "modalities": (["text"], ["audio"]),

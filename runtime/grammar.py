@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ssv.runtime.memory import give_back
 from ssv.runtime.request import RequestError
 from ssv.support.json_text import parse_json
 
@@ -182,14 +183,22 @@ class Grammars:
         else:
             held = self._matcher(grammar, NARROW)
             if held.is_error():
-                held, wide = None, self._matcher(grammar, WIDE)
-                if wide.is_error():
-                    raise RequestError(f"the form of the output is not supported: {wide.get_error()[:400]}")
+                held = None
+                self._try_wide(grammar)
         self._held[grammar] = held
         self._held.move_to_end(grammar)
         while len(self._held) > MAX_HELD:
             self._held.popitem(last=False)
         return held
+
+    def _try_wide(self, grammar: str) -> None:
+        """Raises RequestError: a grammar is more than `WIDE` takes."""
+        matcher = self._matcher(grammar, WIDE)
+        why = matcher.get_error() if matcher.is_error() else None
+        del matcher
+        give_back()  # see `GrammarState.end`
+        if why is not None:
+            raise RequestError(f"the form of the output is not supported: {why[:400]}")
 
     def _renewed(self, grammar: str) -> LLMatcher:
         """A matcher that nobody else has, of a grammar that came to the limits of what is shared: by itself, or because
@@ -203,6 +212,8 @@ class Grammars:
         if self._tokenizer is None:
             text, eos = self._tokenizer_json(), self._eos_ids
             self._tokenizer = library.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
+            del text
+            give_back()  # what it was made from: 60 MB and more
         return library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**limits))
 
 
@@ -289,6 +300,17 @@ class GrammarState:
     def forced(self, output: Sequence[int]) -> list[int]:
         """Tokens behind the settled ones in whose places no others may stand."""
         return self._tried(output, lambda: self._forced(()))
+
+    def end(self) -> None:
+        """Lets go of all that is known, as nothing will be asked any more.
+
+        What a matcher of one's own has learned can be 160 MB in small pieces. malloc would keep them in the arena of
+        the thread that asked, and the next of these outputs takes others: so they are given back to the system, which
+        takes some milliseconds. What is held stays in use, and there is nothing to give back.
+        """
+        self._begin_at(None, self._num_settled)
+        if self._renew is None:
+            give_back()
 
     def _tried(self, output: Sequence[int], ask: Callable[[], T]) -> T:
         """The answer to a question behind the settled tokens: of another matcher, where this one is exhausted."""

@@ -220,7 +220,7 @@ def read_chat_template(folder: Path, chat_template: Path | None = None) -> str |
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a mark of the byte order is none of the template's text
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerFileError(f"{path} cannot be read ({error})", "give a text file in UTF-8") from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from ssv.bundle.manifest import Manifest
+from ssv.runtime.request import RequestError
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.live_audit import read_state
 from ssv.runtime.serving.tls import certificate_name
@@ -29,7 +30,12 @@ _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625, "fp16": 2
 _CACHE_BYTES = {"fp32": 4, "int8": 4, "int4": 4}
 """Of a number in the cache on a CPU; 2 otherwise."""
 
-_PROBE = "What a user says."
+_CONVERSATION = (
+    {"role": "user", "content": "What a user says."},
+    {"role": "assistant", "content": "What is answered."},
+    {"role": "user", "content": "What is said then."},
+)
+"""What any chat template takes: some know no system message."""
 
 _LEAST_SHARED_MEMORY = 16 << 20
 
@@ -101,18 +107,39 @@ def ports(args: argparse.Namespace) -> dict[str, int]:
     return {option: port for option, port in given.items() if port is not None}
 
 
-def check_chat_template(path: Path, bundle: Path) -> None:
-    """Raises ServeError: it cannot be read, does not compile, or refuses or leaves out what a user says."""
-    from ssv.runtime.tokenizer_files import FileTokenizer  # with the library, which ssv-serve does without
+def checked_chat_template(path: Path, bundle: Path) -> str:
+    """The text of a chat template, tried on a small conversation with the bundle's tokenizer.
+
+    Raises:
+        ServeError: it cannot be read, is no UTF-8, does not compile, or refuses the conversation or leaves some of it
+            out.
+        UserError: the bundle's tokenizer cannot be read.
+    """
+    from jinja2 import TemplateSyntaxError  # with the libraries, which ssv-serve does without
+
+    from ssv.runtime.tokenizer import BundleTokenizer
+    from ssv.runtime.tokenizer_files import FileTokenizer
 
     cure = "mend it, or leave --chat-template out"
-    tokenizer = FileTokenizer.load(bundle / "tokenizer", path)
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], add_generation_prompt=True)
-    except Exception as error:  # whatever the template's author lets it raise
-        raise ServeError(f"--chat-template {path} cannot be used ({error})", cure) from error
-    if _PROBE not in text:
-        raise ServeError(f"--chat-template {path} leaves out what a user says", cure)
+        source = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        why = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ServeError(f"--chat-template {path} is not UTF-8 ({why})", "save it as UTF-8") from error
+    except OSError as error:
+        raise ServeError(f"--chat-template {path} cannot be read ({error.strerror})", "give a text file") from error
+    own = FileTokenizer.load(bundle / "tokenizer")
+    tokenizer = BundleTokenizer(FileTokenizer(own.backend, own.special_tokens, source))
+    try:
+        text = tokenizer.render(_CONVERSATION)
+        tokenizer.chat_ids(_CONVERSATION)
+    except RequestError as error:
+        if isinstance(wrong := error.__cause__, TemplateSyntaxError):
+            raise ServeError(f"--chat-template {path}, line {wrong.lineno}: {wrong.message}", cure) from error
+        raise ServeError(f"--chat-template {path} fails on a small conversation ({wrong})", cure) from error
+    if left_out := [message["role"] for message in _CONVERSATION if message["content"] not in text]:
+        raise ServeError(f"--chat-template {path} leaves out what is said by: {', '.join(left_out)}", cure)
+    return source
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:

@@ -32,10 +32,10 @@ from ssv.triton_repo.admin_key import admin_key, hide_or_say
 from ssv.triton_repo.checks import (
     ServeError,
     check_audit_state,
-    check_chat_template,
     check_machine,
     check_options,
     check_tls,
+    checked_chat_template,
     listen,
 )
 from ssv.triton_repo.installation import bundled, given
@@ -175,13 +175,15 @@ def _run(args: argparse.Namespace) -> int:
     check_tls(args.tls_cert, args.tls_key)
     access_keys(args.api_key_file)
     check_audit_state(args.audit_state)
-    if args.chat_template is not None:
-        check_chat_template(args.chat_template, args.bundle)
+    template = None if args.chat_template is None else checked_chat_template(args.chat_template, args.bundle)
     router = _router(args, manifest.policies) if args.ab is not None else None
     with tempfile.TemporaryDirectory(prefix="ssv-serve-") as folder:
         work = Path(folder)
         place = Place(work)
         place.boards.mkdir()
+        if template is not None:  # what was tried is what is used, after restarts too
+            args.chat_template = place.chat_template
+            args.chat_template.write_text(template, encoding="utf-8")
         config = _config(args, work)
         check_machine(config, manifest)
         args.max_model_len = config.limits(manifest).max_length
@@ -208,7 +210,7 @@ def _config(args: argparse.Namespace, work: Path) -> ServerConfig:
     own = {
         "bundle": args.bundle.resolve(),
         "precision": args.precision or "",
-        "chat_template": str(args.chat_template.absolute()) if args.chat_template is not None else "",
+        "chat_template": str(args.chat_template or ""),
         "audit_state": str((args.audit_state or work / "audits.json").absolute()),
     }
     try:

@@ -67,6 +67,11 @@ class Place:
         """Folder of what the server's processes count."""
         return self.folder / "metrics"
 
+    @property
+    def chat_template(self) -> Path:
+        """Where the one of --chat-template is, as it was checked."""
+        return self.folder / "chat_template.jinja"
+
     def mark(self, part: str) -> str:
         """What marks the processes of a part of the server."""
         return f"{self.folder}/{part}"

@@ -182,6 +182,11 @@ class LogitsProcessor:
         """Whether the output had to end before it had its form."""
         return self._grammar is not None and self._grammar.has_failed
 
+    def end(self) -> None:
+        """Lets go of what the output's form took: nothing is asked any more."""
+        if self._grammar is not None:
+            self._grammar.end()
+
     def _completing(self, output: Sequence[int]) -> np.ndarray:
         """Tokens that would complete what the output may not have."""
         found = [last for before, ends in self._bad.items() if tuple(output[-len(before) :]) == before for last in ends]

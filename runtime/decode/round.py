@@ -512,10 +512,13 @@ class DecodeBatch:
 
     def abandon(self) -> None:
         """Drops the row that joins."""
+        if self._joining is not None:
+            _end(self._joining.row)
         self._joining = None
 
     def remove(self, row: int, moved: int) -> None:
         """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
+        _end(self.rows[row])
         if row != moved:
             self.rows[row] = self.rows[moved]
             self.target.move_row(moved, row, self.rows[row].target_length)
@@ -556,6 +559,11 @@ class DecodeBatch:
         """The row's drafter if it keeps something of a prompt."""
         drafter = self.drafter_of(row)
         return drafter if drafter is not None and drafter.has_cache else None
+
+
+def _end(row: Row) -> None:
+    if row.processor is not None:
+        row.processor.end()
 
 
 def _note_fates(row: Row, path: Sequence[int], choice_J: Sequence[int | None], next_token: int | None = None) -> None:

@@ -18,6 +18,10 @@ TIERS = {
     "balanced": verify_all(20, children=(3,), beam=3, max_depth=5),
     "turbo": Policy(accept_below=0.45, verify_above=0.8, risk_budget=1.0, max_pending=12),
 }
+TRUSTING_TREE = Policy(
+    accept_below=0.45, verify_above=1.0, risk_budget=1.0, max_pending=MAX_PENDING, children=(4,), beam=8, pays=True
+)
+"""A tier as bundles have it: a tree whose first path may be trusted."""
 LOSSLESS = (
     "premium",
     "balanced",
@@ -38,6 +42,7 @@ def make_llm(
     heads: bool = True,
     tokenizer: BundleTokenizer | None = None,
     vocab_size: int = VOCAB_SIZE,
+    turbo: Policy = TIERS["turbo"],
     **options: Any,
 ) -> LLM:
     target = FakeTarget(
@@ -49,7 +54,7 @@ def make_llm(
         FakeDraft(target, seed=seed + 1000, **settings),
         tokenizer or BundleTokenizer(FakeTokenizer()),
         eos_token_ids=[EOS],
-        tiers=TIERS,
+        tiers=TIERS | {"turbo": turbo},
         max_length=60,
         prefill_chunk=4,
         costs=COSTS,

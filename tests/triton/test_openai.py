@@ -32,6 +32,7 @@ from ssv.runtime.fates import fate_entry
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Request, SamplingParams
+from ssv.runtime.tokenizer import BundleTokenizer
 
 MESSAGES: Any = [{"role": "user", "content": "Explain how rainbows form."}]
 
@@ -507,6 +508,42 @@ def test_a_key_is_asked_for(another_server: Callable[..., AbstractContextManager
             unknown.models.list()
         with pytest.raises(HTTPError, match="401"):  # as for all that is not there
             urlopen(base_url.removesuffix("v1"))
+
+
+def test_conversations_go_through_the_template_of_a_file(
+    another_server: Callable[..., AbstractContextManager[Server]], bundle: Path, llm: LLM, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role }}\nIn {{ place | default('Rome') }}: "
+        "{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = BundleTokenizer.load(bundle, chat_template=path)
+    begun: Any = [*MESSAGES, {"role": "assistant", "content": "Light"}]
+    cases: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (MESSAGES, {}, {}),
+        (MESSAGES, {"add_generation_prompt": False}, {"add_generation_prompt": False}),
+        (MESSAGES, {"chat_template_kwargs": {"place": "Oslo"}}, {"variables": {"place": "Oslo"}}),
+        (begun, {"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}),
+    ]
+    expected = [tokenizer.chat_ids(said, **options) for said, _, options in cases]
+    assert len({*expected, tuple(llm.chat_ids(MESSAGES[0]["content"]))}) == len(cases) + 1
+    with another_server("--chat-template", str(path)) as started:
+        path.write_text("What was read before the start is used.")
+        url = started.openai_url
+        wait_until(lambda: health(url) == 200, "it answers")
+        with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600.0) as client:
+            name = next(iter(client.models.list())).id
+            for (said, fields, _), ids in zip(cases, expected, strict=True):
+                body = {"messages": said, **fields}
+                found: Any = client.post(f"{url.removesuffix('/v1')}/tokenize", body=body, cast_to=object)
+                assert tuple(found["tokens"]) == ids
+                asked: Any = {"model": name, "temperature": 0, "max_tokens": 8, "extra_body": fields}
+                answer = client.chat.completions.create(messages=said, **asked)
+                assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+                raw: Any = {"model": name, "temperature": 0, "max_tokens": 8, "prompt": list(ids)}
+                assert answer.choices[0].message.content == client.completions.create(**raw).choices[0].text
 
 
 def health(url: str) -> int:

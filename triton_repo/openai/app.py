@@ -31,8 +31,9 @@ to.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 
-`user`, `safety_identifier`, `prompt_cache_key`, `metadata`, a message's `name`, `store` false, `service_tier` "auto" or
-"default", and a schema's or a function's `strict` are taken and change nothing.
+`user`, `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `metadata`, a message's `name`, `store`
+false, `service_tier` "auto" or "default", a schema's or a function's `strict`, and vLLM's `skip_special_tokens` and
+others of its at the values that they have by themselves are taken and change nothing.
 What is not supported is refused, whether it is a field or a value: nothing is ignored in silence.
 
 Errors are OpenAI's objects, with its codes (`ssv.triton_repo.openai.errors`); every request has a line in the log and

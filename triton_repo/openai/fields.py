@@ -139,6 +139,7 @@ class AnsweredRequest(CleanBody):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Annotated[Any, only("in_memory", "in-memory", "24h")] = None
     ssv_tier: str | None = None
     ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
     ssv_timeout: Annotated[float, Field(gt=0)] | None = None

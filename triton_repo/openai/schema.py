@@ -58,6 +58,12 @@ class ApiRequest(AnsweredRequest):
     guided_grammar: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[Any, only(1)] = None
+    # vLLM's, at the values that it has where nothing is said.
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, only(True)] = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1)] = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         """What is asked of the server for one choice, but for its seed.
@@ -157,6 +163,10 @@ class ApiRequest(AnsweredRequest):
 
     def echoes(self) -> bool:
         """Whether the prompt stands before the text."""
+        return False
+
+    def only_echoes(self) -> bool:
+        """Whether the prompt is all that is wanted."""
         return False
 
     def callable_tools(self) -> list[dict[str, Any]]:
@@ -259,6 +269,7 @@ class CompletionRequest(ApiRequest):
     """Body of /v1/completions."""
 
     prompt: _TokenPrompt | Annotated[list[str] | list[_TokenPrompt], Field(min_length=1)] | str
+    max_tokens: Annotated[Int32, Field(ge=0)] | None = None
     echo: bool | None = None
     suffix: Annotated[Any, only()] = None
     logprobs: NumLogprobs | None = None
@@ -280,8 +291,15 @@ class CompletionRequest(ApiRequest):
     def echoes(self) -> bool:
         return bool(self.echo)
 
+    def only_echoes(self) -> bool:
+        return self.echoes() and self.max_tokens == 0
+
     def output_limit(self) -> int:
-        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.max_tokens == 0 and not self.echo:
+            what = "max_tokens 0 without echo asks for nothing: give echo true, or more tokens"
+            raise ApiError(400, what, "max_tokens", "invalid_value")
+        # Who wants the prompt alone, for its log-probabilities, has one token decoded that nobody sees.
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
 
     def caller(self) -> Caller:
         return Caller(False, form=next(iter(self.forms()), "response_format"))

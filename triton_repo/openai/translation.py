@@ -9,7 +9,7 @@ import secrets
 import string
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,7 @@ class Answer:
         self.created, self._num_of_prompt = int(time.time()), body.n or 1
         self._logs = body.num_logprobs() is not None
         self._echoes, self._tells_fates = body.echoes(), bool(body.ssv_fates)
+        self._only_echoes = body.only_echoes()
         self.id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(16)}"
         echoes = [(prompt if isinstance(prompt, str) else None) if self._echoes else "" for prompt, _ in asked]
         names = [tool["function"]["name"] for tool in body.callable_tools()]
@@ -201,6 +202,9 @@ class Answer:
         choice = self._choices[index]
         self.access.take(reply)
         prompt, output = tokens_of(reply)
+        if self._only_echoes:
+            reason = reply.finish_reason and "length"
+            output, reply = [], replace(reply, text="", fates="", num_output_tokens=0, finish_reason=reason)
         new = [*(prompt if self._echoes else ()), *output] if self._logs else []
         fates = json.loads(reply.fates) if reply.fates else []
         text = reply.text

@@ -207,27 +207,53 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_grammar import grammars
 from ssv.runtime.grammar import grammar_of
+from ssv.runtime.memory import keep_large_blocks
 from lettered import lettered
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
+assert keep_large_blocks()
 held, begun = grammars(), lettered().inner.encode("a")
 held.begin(grammar_of("json")).allowed([], ())
-before = resident()
+before, most = resident(), 0
 for i in range(8):
     state = held.begin(grammar_of("regex", f"a{{{1000000 + i}}}"))
     state.allowed([], ())
     state.allowed(begun, ())
-print(resident() - before)
+    most = max(most, resident() - before)
+    state.end()
+print(most, resident() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_hostile_grammars_leave_no_memory_behind() -> None:
-    """The library takes 80 MB for each of these eight, within its own limits. Held, they would have 640 MB."""
+    """The library takes more than 100 MB for each of these eight, within its own limits. Held, they would have 800 MB,
+    and in malloc the last one's."""
     support = os.pathsep.join([*sys.path, str(Path(__file__).parents[2] / "support")])
     command = [sys.executable, "-c", MEMORY, str(Path(__file__).parent)]
     found = subprocess.run(command, env={**os.environ, "PYTHONPATH": support}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert float(found.stdout) < 320
+    most, left = map(float, found.stdout.split())
+    assert left < most / 3
+
+
+def test_memory_is_given_back_after_what_is_seldom_and_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary, and matchers that nobody shares: with common grammars nobody waits for it."""
+    given = list[None]()
+    monkeypatch.setattr(grammar_module, "give_back", lambda: given.append(None))
+    held, common = grammars(), [grammar_of("regex", f"[ab]{{{i}}}") for i in (3, 4)]
+    held.prepare(common[0])
+    assert len(given) == 1
+    for grammar in common * 2:
+        state = held.begin(grammar)
+        state.allowed([], ())
+        state.end()
+    assert len(given) == 1
+    monkeypatch.setattr(grammar_module, "NARROW", {"initial_lexer_fuel": 1})
+    state = held.begin(grammar_of("regex", EXHAUSTING))
+    assert state._renew is None and len(given) == 2, "it was tried whether `WIDE` is enough"
+    state.allowed([], ())
+    state.end()
+    assert len(given) == 3 and not any(state._places.values())

@@ -122,6 +122,16 @@ def test_template_in_the_config_among_others_and_tokens_with_how_they_match(tmp_
     assert text == "<s><system> be brief</s>\n"
 
 
+def test_a_template_of_a_file_of_its_own(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), "the folder's")
+    path = tmp_path / "chat.jinja"
+    path.write_text("\ufeff{{ messages[0].content }}", encoding="utf-8")
+    assert FileTokenizer.load(folder, path).apply_chat_template(MESSAGES[:1]) == MESSAGES[0]["content"]
+    path.write_bytes(b"\xff")
+    with pytest.raises(TokenizerFileError, match=f"{path} cannot be read"):
+        FileTokenizer.load(folder, path)
+
+
 def test_what_a_template_refuses_says_why(tmp_path: Path) -> None:
     tokenizer = FileTokenizer.load(save(tmp_path, byte_level(), "{{ raise_exception('no system, please') }}"))
     with pytest.raises(TemplateError, match="no system, please"):

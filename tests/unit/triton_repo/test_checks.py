@@ -23,9 +23,9 @@ from ssv.triton_repo.checks import (
     Gpu,
     ServeError,
     check_audit_state,
-    check_chat_template,
     check_machine,
     check_tls,
+    checked_chat_template,
     listen,
 )
 
@@ -168,26 +168,48 @@ def test_a_certificate_and_its_key(tmp_path: Path) -> None:
     check_tls(None, None)
 
 
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{% for message in messages %}", "cannot be used"),
-        ("{{ raise_exception('nobody speaks') }}", "nobody speaks"),
-        ("Hello", "leaves out what a user says"),
-    ],
-)
-def test_a_chat_template_that_cannot_be(tmp_path: Path, template: str, says: str) -> None:
+ALL_SAID = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    """A file beside a bundle's tokenizer."""
     (tmp_path / "tokenizer").mkdir()
     Tokenizer(BPE()).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    path = tmp_path / "chat.jinja"
-    path.write_text("{{ messages[0].content }}")
-    check_chat_template(path, tmp_path)
-    path.write_text(template)
-    with pytest.raises(ServeError, match=says):
-        check_chat_template(path, tmp_path)
-    path.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
-        check_chat_template(path, tmp_path)
+    return tmp_path / "chat.jinja"
+
+
+def test_a_chat_template_is_its_text(template: Path) -> None:
+    template.write_bytes(b"\xef\xbb\xbf" + ALL_SAID.encode())
+    assert checked_chat_template(template, template.parent) == ALL_SAID, "a mark of the byte order is none of it"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (b"{% for message in messages %}", "line 1: Unexpected end of template"),
+        (b"Hello\n\n{{ messages | upside_down }}", "line 3: No filter named 'upside_down'"),
+        (b"{{ raise_exception('nobody speaks') }}", "fails on a small conversation .*nobody speaks"),
+        (b"{{ messages[9].content + 'x' }}", "fails on a small conversation"),
+        (b"{{ messages[0].content.encode() }}", "fails on a small conversation .*makes bytes"),
+        (b"{% for i in range(10 ** 9) %}{% endfor %}", "fails on a small conversation .*Range too big"),
+        (b"{{ messages.__class__.__mro__ }}", "fails on a small conversation .*unsafe"),
+        (b"", "leaves out what is said by: user, assistant, user"),
+        (b"{{ messages[-1].content }}", "leaves out what is said by: user, assistant: "),
+        (b"caf\xe9", r"is not UTF-8 \(byte 0xe9 at 3\): save it as UTF-8"),
+        (b"\xff\xfe{\x00", r"is not UTF-8 \(byte 0xff at 0\)"),
+    ],
+)
+def test_a_chat_template_that_cannot_be(template: Path, source: bytes, says: str) -> None:
+    template.write_bytes(source)
+    with pytest.raises(ServeError, match=f"^--chat-template {template}.*{says}"):
+        checked_chat_template(template, template.parent)
+
+
+def test_a_chat_template_that_is_no_file(template: Path) -> None:
+    for path, says in ((template, "No such file"), (template.parent, "Is a directory")):
+        with pytest.raises(ServeError, match=rf"--chat-template {path} cannot be read \({says}"):
+            checked_chat_template(path, template.parent)
 
 
 def test_files_for_tls_that_cannot_be(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from changed_logits import LOSSLESS, make_llm, random_params
+from changed_logits import LOSSLESS, TRUSTING_TREE, make_llm, random_params
 from drive import run, text_of
 from lettered import NUM_TOKENS, lettered
 
@@ -21,7 +21,7 @@ from ssv.runtime.decode.logits_processor import Columns, processed
 from ssv.runtime.decode.round import MIN_JUMP, DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import Sampling, choose, ranked
-from ssv.runtime.grammar import GrammarState, grammar_of
+from ssv.runtime.grammar import Grammars, GrammarState, grammar_of
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_for
 from ssv.runtime.request import Request, RequestError, SamplingParams
@@ -86,6 +86,24 @@ def test_every_method_gives_the_text_of_plain_decoding(form: str, half: bool) ->
                 assert is_valid(form, output.text), (method, output.text)
                 ended += 1
     assert ended > 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("half", [False, True], ids=["whole_head", "half_head"])
+def test_trees_that_trust_keep_the_form(form: str, half: bool) -> None:
+    rng = random.Random(f"{form} {half}")
+    llm = lettered_llm(rng.randrange(100), token_ids=HALF if half else None, turbo=TRUSTING_TREE)
+    requests = [replace(request, method="turbo") for request in requests_of(form, rng, 24)]
+    masked = [
+        output
+        for request, output in zip(requests, run(llm, requests), strict=True)
+        if request.params.grammar is not None
+    ]
+    assert all(is_valid(form, output.text) for output in masked if output.finish_reason == "stop")
+    assert any(output.finish_reason == "stop" for output in masked)
+    counters = [output.counters for output in masked]
+    assert sum(each.trusted for each in counters) > 0
+    assert half or sum(each.drafted - each.accepted - each.trusted for each in counters) > 0
 
 
 def test_a_mask_that_forgets_the_path_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +202,34 @@ def test_a_grammar_that_is_too_much_ends_the_output_as_incomplete(monkeypatch: p
     params = SamplingParams(grammar=grammar_of("choice", '["ab"]'), max_tokens=30)
     output = run(lettered_llm(0), [Request((1,), "premium", params)])[0]
     assert (output.text, output.finish_reason) == ("ab", "length")
+
+
+def test_however_a_request_ends_its_form_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, or cancelled while it decodes, or while its prompt joins."""
+    begin, begun, ended = Grammars.begin, list[GrammarState](), list[GrammarState]()
+
+    def noted(self: Grammars, grammar: str) -> GrammarState:
+        begun.append(begin(self, grammar))
+        return begun[-1]
+
+    monkeypatch.setattr(Grammars, "begin", noted)
+    monkeypatch.setattr(GrammarState, "end", lambda self: ended.append(self))
+    llm = lettered_llm(0, max_batch=4)
+    loop, params = llm.loop(), SamplingParams(grammar=grammar_of("regex", "[ab]{30}c"), max_tokens=40)
+    for index, length in enumerate((2, 2, 12)):
+        loop.submit(index, Request((1,) * length, "premium", params), policy_for("premium", llm.tiers), None)
+    while len(begun) < 3:
+        list(loop.step())
+    assert (len(loop.scheduler.rows), len(ended)) == (2, 0) and loop.scheduler.joining is not None
+    loop.cancel(2)
+    list(loop.step())
+    assert ended == begun[2:]
+    loop.cancel(0)
+    list(loop.step())
+    assert ended == [begun[2], begun[0]]
+    while loop.has_work:
+        list(loop.step())
+    assert ended == [begun[2], begun[0], begun[1]]
 
 
 def test_without_a_tokenizers_file_there_are_no_forms() -> None:

@@ -598,6 +598,24 @@ def test_echo_of_a_text_and_of_token_ids() -> None:
     assert backend.settings.prompt_logprobs == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_alone_is_echoed(stream: bool) -> None:
+    """With no tokens to write: its log-probabilities are what is wanted."""
+    backend = logging_backend()
+    fields = {"stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})}
+    response = complete(backend, echo=True, max_tokens=0, logprobs=1, ssv_fates=True, **fields)
+    assert (backend.settings.max_tokens, backend.settings.prompt_logprobs) == (1, 1)
+    events = events_of(response)[:-1] if stream else [response.json()]
+    choices = [choice for event in events for choice in event["choices"]]
+    assert "".join(choice["text"] for choice in choices) == "Once"
+    assert [name for each in choices for name in (each["logprobs"] or {"tokens": []})["tokens"]] == ["On", "ce"]
+    assert choices[-1]["finish_reason"] == "length"
+    assert not any(choice.get("ssv_fates") for choice in choices)
+    assert events[-1]["usage"]["completion_tokens"] == 0
+    body = complete(FakeBackend(), echo=True, max_tokens=0).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("Once", "length")
+
+
 def test_events_hold_nothing_that_is_taken_for_the_end_of_a_line() -> None:
     text = "a\nb\r\u2028\u2029\x85\x0b\x00é😀"
     response = complete(FakeBackend(reply(text, "stop")), stream=True)
@@ -1013,6 +1031,12 @@ NEUTRAL = {
     "user": "u",
     "safety_identifier": "s",
     "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
 }
 NEUTRAL_CHAT = {
     "metadata": {"a": "b"},
@@ -1046,6 +1070,13 @@ WRONG = [
     ("n", 129),
     ("n", True),
     ("best_of", 2),
+    ("prompt_cache_retention", "forever"),
+    ("skip_special_tokens", False),
+    ("spaces_between_special_tokens", False),
+    ("include_stop_str_in_output", True),
+    ("use_beam_search", True),
+    ("use_beam_search", 0),
+    ("length_penalty", 0.9),
     ("presence_penalty", 2.5),
     ("frequency_penalty", "1"),
     ("repetition_penalty", 0),
