@@ -132,6 +132,8 @@ class Ahead:
         lengths, features_BTF = self._rounds.end()
         if features_BTF is not None:
             assert self._drafter is not None
+            # Rows that the draft model has no part in have lost nothing.
+            lengths = [length if self._has_draft(row) else 0 for row, length in zip(rows, lengths, strict=True)]
             self._drafter.take_back(rows, lengths, features_BTF)
         return gained
 

@@ -172,7 +172,9 @@ class Membership:
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
         row.processor = self.processor(row.params, prompt_ids)
-        row.has_lost_draft = self.follows_load(row) and not self._would_draft(row)
+        # A drafter that keeps nothing of prompts has nothing to make ready, and can begin at any time.
+        if self._caching(row) is not None:
+            row.has_lost_draft = self.follows_load(row) and not self._would_draft(row)
         self._joining = _Joining(row, torch.tensor([row.tokens]))
         if (drafter := self._drafters.of(row)) is not None:
             drafter.begin()

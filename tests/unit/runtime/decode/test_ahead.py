@@ -56,6 +56,18 @@ class Moody(Pace):
         return self._num // self._rounds % 2 == 0
 
 
+class Late(Pace):
+    """Lets no row draft in the first rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__(None)
+        self._left = rounds
+
+    def begin(self, *_: Any) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
 def cheap(num_rows: int, shape: RoundShape) -> float:
     """Trees pay."""
     return 1.0 + 0.02 * shape.depth
@@ -183,6 +195,19 @@ def test_rows_that_may_not_draft_are_decoded_by_the_engines_and_may_draft_again(
     assert found == expected
     assert sum(shape.tree is None for shape in setup.rounds.shapes) > 5  # rows of several policies too
     assert sum(c.drafted for c in counted) > 0
+
+
+@pytest.mark.parametrize("policy", [PROMPT_LOOKUP, SUFFIX], ids=["prompt-lookup", "suffix"])
+def test_rows_without_a_draft_model_draft_again_where_those_beside_them_have_lost_theirs(policy: Policy) -> None:
+    setup = Setup(2)
+    params = SamplingParams(max_tokens=148, ignore_eos=True)
+    many, policies = [Request((1, 2, 3, 4) * 3, "premium", params)] * 2, [PREMIUM, policy]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 2, by_engines=False)
+    pace = Late(setup.rounds.most_pending + 2)
+    found, (by_model, by_text) = setup.decoded(many, policies, by_engines=True, pace=pace)
+    assert found == expected
+    assert not by_model.drafted
+    assert by_text.drafted > 0
 
 
 @pytest.mark.parametrize("seconds", [cheap, dear])
