@@ -208,7 +208,7 @@ class Ahead:
         most = self._rounds.most_tokens // num - 1
         if most < 0:
             return None
-        if is_plain or (policy.pays and any(row.has_lost_draft for row in rows)):
+        if is_plain or any(row.has_lost_draft for row in rows):
             return self._round(None, 0)
         if policy.pays:
             return self._what_pays(policy, num, most)

@@ -331,6 +331,21 @@ def test_fixed_chains_are_cut_where_many_rows_share_a_pass() -> None:
     assert min(shape.nodes for shape in setup.rounds.shapes) == 3
 
 
+@pytest.mark.parametrize("num_later", [0, 3])
+def test_fixed_chains_that_many_rows_had_no_room_for_are_plain_once_there_is_room(num_later: int) -> None:
+    """What their draft would have to catch up with is gone, whoever has joined meanwhile."""
+    setup = Setup(16, seconds=dear)
+    many = [
+        Request((1, 2, 3 + b % 4), "premium", SamplingParams(max_tokens=135 if b < 12 else 155, ignore_eos=True))
+        for b in range(16)
+    ]
+    many += [Request((1, 2, 3), "premium", SamplingParams(max_tokens=30, ignore_eos=True))] * num_later
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * len(many), by_engines=False)
+    found, counted = setup.decoded(many, [verify_all(8)] * len(many), by_engines=True)
+    assert found == expected
+    assert sum(c.drafted for c in counted[:6]) > 0  # while the first ones were few
+
+
 def test_logits_that_are_no_numbers_are_told() -> None:
     setup = Setup(1)
     real = setup.rounds.take
