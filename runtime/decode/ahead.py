@@ -90,9 +90,9 @@ class Ahead:
         self._chosen: RoundShape | None = None
         self._rounds_until_choice = 0
 
-    def plain_seconds(self, num_rows: int) -> float:
-        """What a round without a draft takes."""
-        return self._seconds(num_rows, RoundShape(None, 0))
+    def plain_seconds(self, rows: Sequence[Row]) -> float:
+        """What a round of these rows without a draft takes."""
+        return self._seconds(len(rows), RoundShape(None, 0, _sample(rows)))
 
     def step(self, rows: Sequence[Row], *, may_draft: bool = True) -> list[list[int]] | None:
         """Keeps rounds under way; returns the tokens that each row has gained by the oldest one, or by all of them if
@@ -204,7 +204,7 @@ class Ahead:
             return None
         if not self.is_under_way and not all(map(self._suits, rows)):
             return None
-        self._samples = any(not row.params.greedy for row in rows)
+        self._samples = _sample(rows)
         most = self._rounds.most_tokens // num - 1
         if most < 0:
             return None
@@ -298,6 +298,11 @@ class Ahead:
             and (processor is None or processor.is_idle(row.output_index(0)))
             and len(row.ends(self._eos_ids)) <= MOST_ENDS
         )
+
+
+def _sample(rows: Sequence[Row]) -> bool:
+    """Whether some row does: a round has one shape for all of them."""
+    return any(not row.params.greedy for row in rows)
 
 
 def _count(row: Row, result: RoundResult) -> None:

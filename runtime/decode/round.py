@@ -147,7 +147,7 @@ class DecodeBatch:
     def _plain_seconds(self) -> float | None:
         """Of a round without a draft, by costs; None where they are not known."""
         if self._ahead is not None:
-            return self._ahead.plain_seconds(len(self.rows))
+            return self._ahead.plain_seconds(self.rows)
         return self.costs.target.at(len(self.rows)) if self.costs is not None else None
 
     # --- the round --------------------------------------------------------------------------------------------------

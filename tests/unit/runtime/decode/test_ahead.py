@@ -197,6 +197,27 @@ def test_rows_that_may_not_draft_are_decoded_by_the_engines_and_may_draft_again(
     assert sum(c.drafted for c in counted) > 0
 
 
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0), (0.0, 0.8), (0.8, 0.8)], ids=str)
+def test_drafts_are_held_against_plain_rounds_of_rows_that_choose_alike(temperatures: tuple[float, ...]) -> None:
+    """Rounds that may sample take longer."""
+    told: list[float] = []
+
+    class Told(Pace):
+        def begin(self, num_rows: int, policies: frozenset[int], num_tokens: int, plain_s: float | None) -> bool:
+            assert plain_s is not None
+            told.append(plain_s)
+            return True
+
+    setup = Setup(2, seconds=lambda num, shape: 1000.0 + shape.depth + 500.0 * shape.samples)
+    many = [
+        Request((1, 2, 3), "premium", SamplingParams(max_tokens=num, ignore_eos=True, temperature=t, seed=1))
+        for num, t in zip((10, 40), temperatures, strict=True)  # one that samples is there to the end
+    ]
+    setup.decoded(many, [PREMIUM] * 2, by_engines=True, pace=Told(None))
+    assert {shape.samples for shape in setup.rounds.shapes} == {any(temperatures)}
+    assert set(told) == {1500.0 if any(temperatures) else 1000.0}
+
+
 @pytest.mark.parametrize("policy", [PROMPT_LOOKUP, SUFFIX], ids=["prompt-lookup", "suffix"])
 def test_rows_without_a_draft_model_draft_again_where_those_beside_them_have_lost_theirs(policy: Policy) -> None:
     setup = Setup(2)
