@@ -96,10 +96,12 @@ class LLM:
         rounds: RoundsEngine | None = None,
         host: Host | None = None,
     ) -> None:
-        """Args:
-        measures_costs: whether costs that are not given are measured when a request needs them.
-        rounds: the same engines, where they run rounds by themselves.
-        host: who decodes in place of the engines.
+        """Takes engines that have been loaded; `load` loads a bundle's.
+
+        Args:
+            measures_costs: whether costs that are not given are measured when a request needs them.
+            rounds: the same engines, where they run rounds by themselves.
+            host: who decodes in place of the engines.
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer

@@ -79,8 +79,10 @@ class Ahead:
     """
 
     def __init__(self, rounds: RoundsEngine, drafter: ModelDrafter | None, eos_ids: frozenset[int]) -> None:
-        """Args:
-        drafter: over the same draft; None where there is none.
+        """Begins with no rows in the engines' hands.
+
+        Args:
+            drafter: over the same draft; None where there is none.
         """
         self._rounds, self._drafter, self._eos_ids = rounds, drafter, eos_ids
         self._host = _HostShare()
@@ -197,7 +199,7 @@ class Ahead:
     # --- what is drafted --------------------------------------------------------------------------------------------
 
     def _shape(self, rows: Sequence[Row], may_draft: bool) -> RoundShape | None:
-        """Of the next round; None where the host has to run it."""
+        """The shape of the next round; None where the host has to run it."""
         policy, num = rows[0].policy, len(rows)
         is_plain = all(self._is_plain(row, may_draft) for row in rows)
         if not is_plain and not all(row.policy == policy and self._drafts_here(row) for row in rows):

@@ -100,7 +100,7 @@ class Membership:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         pace: Pace,
     ) -> None:
-        """Has no rows yet.
+        """Begins without rows.
 
         Args:
             max_length: tokens of prompt and output together.

@@ -22,10 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Attributes:
-    blocks, num_bytes: held now.
-    hits, misses: blocks of prompts that were found, and that were not.
-    evicted: blocks that had to go.
+    """What a cache holds, and how often it was of use.
+
+    Attributes:
+        blocks, num_bytes: held now.
+        hits, misses: blocks of prompts that were found, and that were not.
+        evicted: blocks that had to go.
     """
 
     blocks: int

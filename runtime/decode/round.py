@@ -73,18 +73,21 @@ class DecodeBatch:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         pace: Pace | None = None,
     ) -> None:
-        """Args:
-        draft: None where no draft model is loaded.
-        max_length: tokens of prompt and output together.
-        prefill_chunk, prompt_cache, grammars: see `Membership`.
-        pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
-        costs: of steps here, for policies that draft only what pays.
-        recorded_costs: those that the bundle has for this place, which lossy rows go by; None where it has none.
-        survival: how far the draft's shares are to be trusted; None to take them as they are.
-        heads: Medusa's, over the target's hidden states; None where none are loaded.
-        rounds: the same engines, where they run rounds by themselves.
-        around: what rounds of the host and chunks of prompts run within.
-        pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
+        """Begins without rows.
+
+        Args:
+            draft: None where no draft model is loaded.
+            max_length: tokens of prompt and output together.
+            prefill_chunk, prompt_cache, grammars: see `Membership`.
+            pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such
+                bound.
+            costs: of steps here, for policies that draft only what pays.
+            recorded_costs: those that the bundle has for this place, which lossy rows go by; None where it has none.
+            survival: how far the draft's shares are to be trusted; None to take them as they are.
+            heads: Medusa's, over the target's hidden states; None where none are loaded.
+            rounds: the same engines, where they run rounds by themselves.
+            around: what rounds of the host and chunks of prompts run within.
+            pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
         """
         self.target, self.pass_tokens, self.costs, self._recorded_costs = target, pass_tokens, costs, recorded_costs
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
@@ -145,7 +148,7 @@ class DecodeBatch:
         return self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
 
     def _plain_seconds(self) -> float | None:
-        """Of a round without a draft, by costs; None where they are not known."""
+        """What a round without a draft takes, by costs; None where they are not known."""
         if self._ahead is not None:
             return self._ahead.plain_seconds(self.rows)
         return self.costs.target.at(len(self.rows)) if self.costs is not None else None

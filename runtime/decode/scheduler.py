@@ -31,8 +31,10 @@ class Scheduler(Generic[T]):
     """
 
     def __init__(self, max_rows: int, max_waiting: int | None = None) -> None:
-        """Args:
-        max_waiting: beside those that the free rows take; None for no bound.
+        """Begins with all rows free.
+
+        Args:
+            max_waiting: beside those that the free rows take; None for no bound.
         """
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.rows: list[T] = []
