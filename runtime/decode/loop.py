@@ -117,10 +117,12 @@ class DecodeLoop:
 
     @property
     def has_work(self) -> bool:
+        """See `Generator.has_work`."""
         return self.scheduler.has_work
 
     @property
     def load(self) -> Load:
+        """See `Generator.load`."""
         scheduler, cache = self.scheduler, self.prompt_cache
         prompts = cache.stats if cache is not None else CacheStats(0, 0, 0, 0, 0)
         return Load(len(scheduler.rows), int(scheduler.joining is not None), len(scheduler.waiting), prompts)

@@ -62,6 +62,7 @@ class PromptBlock:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes of memory."""
         return self.target.numel() * self.target.element_size() + (
             self.draft.num_bytes if self.draft is not None else 0
         )

@@ -47,6 +47,7 @@ class PromptCache(Generic[T]):
 
     @property
     def stats(self) -> CacheStats:
+        """What it holds now, and how often it was of use so far."""
         return CacheStats(len(self._blocks), self._num_bytes, self._hits, self._misses, self._evicted)
 
     def find(self, tokens: Sequence[int], drafts: bool) -> list[T]:

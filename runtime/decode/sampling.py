@@ -67,6 +67,7 @@ class Sampling:
         return Sampling(*(getattr(self, name)[row_S] for name in self.__slots__))
 
     def to(self, device: torch.device) -> Sampling:
+        """The same on another device."""
         return Sampling(*(getattr(self, name).to(device) for name in self.__slots__))
 
 

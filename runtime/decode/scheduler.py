@@ -44,6 +44,7 @@ class Scheduler(Generic[T]):
 
     @property
     def has_work(self) -> bool:
+        """Whether there are requests that have not ended."""
         return bool(self.rows or self.waiting) or self.joining is not None
 
     @property

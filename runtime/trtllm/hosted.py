@@ -90,6 +90,7 @@ class HostedGenerator:
 
     @property
     def has_work(self) -> bool:
+        """See `Generator.has_work`."""
         return bool(self._running)
 
     @property

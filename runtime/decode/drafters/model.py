@@ -61,6 +61,7 @@ class DraftBlock:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes of memory."""
         parts = (self.cache, self.last_feature_11F)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
