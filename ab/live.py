@@ -343,6 +343,7 @@ def guard_names() -> tuple[str, ...]:
 
 
 def quantile(values: Sequence[float], q: float) -> float | None:
+    """A quantile of values; None where there are none."""
     return float(np.quantile(values, q)) if len(values) else None
 
 

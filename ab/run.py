@@ -209,6 +209,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Sample], int]:
 
 
 def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -154,14 +154,17 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def exact(text: str, answer: str) -> float:
+    """1 if a text has the answer's words and no others, else 0."""
     return float(words(text) == words(answer))
 
 
 def contains(text: str, answer: str) -> float:
+    """1 if the answer's words stand in a text, one behind the other, else 0."""
     return float(f" {' '.join(words(answer))} " in f" {' '.join(words(text))} ")
 
 
 def number(text: str, answer: str) -> float:
+    """1 if a text ends with the number that is the answer, else 0."""
     return float(parse_number(answer) in numbers_at_the_end(text))
 
 

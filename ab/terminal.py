@@ -15,6 +15,7 @@ COLOURS = {"yes": "bold green", "no": "bold red", "open": "bold yellow"}
 
 
 def show(document: Mapping[str, Any]) -> None:
+    """Prints a run: its recommendation, figures, differences, verdicts and notes."""
     console = _console()
     if document["status"] != "complete":
         console.print(f"[bold red]Partial report[/]: {escape(document['status'])}")
@@ -33,14 +34,17 @@ def show(document: Mapping[str, Any]) -> None:
 
 
 def ms(seconds: float | None) -> str:
+    """Seconds as whole milliseconds; a dash for None."""
     return "-" if seconds is None else f"{seconds * 1e3:,.0f}"
 
 
 def percent(share: float | None, digits: int = 0) -> str:
+    """A share in per cent; a dash for None."""
     return "-" if share is None else f"{share:.{digits}%}"
 
 
 def plain(value: float | None, digits: int) -> str:
+    """A number with so many digits behind the point; a dash for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 

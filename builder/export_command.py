@@ -15,6 +15,7 @@ _OF_HOSTS = ("tp", "num_draft_tokens", "max_length", "max_rows", "memory_share",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
     parser.add_argument(
         "what",
         choices=[*LAYOUTS, *HOSTS],
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes what was asked for; returns the exit status."""
     from ssv.builder.export import export_draft, export_for
 
     bundle = args.folder or args.bundle

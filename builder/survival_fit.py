@@ -83,8 +83,8 @@ def watch_guesses(
     seen: list[Seen] = []
     for index, prompt_ids in enumerate(prompts[:num_texts]):
         row = Row(replace(params, seed=index), PROBE, lambda _: False, Counters())
-        batch.begin(prompt_ids, row)
-        while (token := batch.prefill()) is None:
+        batch.members.begin(prompt_ids, row)
+        while (token := batch.members.prefill()) is None:
             pass
         row.counters.emitted = 1
         while row.rest >= 0 and token not in batch.eos_ids:
@@ -98,7 +98,7 @@ def watch_guesses(
                 children = [node for node in range(len(tree)) if tree.parents[node] == parent]
                 seen += [Seen(*guesses[node], tree.tokens[node] == token) for node in children]
                 parent = None if parent is None else tree.child(parent, token)
-        batch.remove(0, 0)
+        batch.members.remove(0, 0)
     return seen
 
 

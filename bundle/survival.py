@@ -36,5 +36,6 @@ class Survival(Strict):
 
 
 def log_odds(share: float) -> float:
+    """The log of a share's odds; shares of 0 and 1 are held a little away from there."""
     share = min(max(share, LEAST), 1 - LEAST)
     return math.log(share / (1 - share))

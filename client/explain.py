@@ -28,8 +28,10 @@ class Explanation:
     """Shows tokens as they come."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Args:
-        console: None for stdout.
+        """Begins with nothing to show.
+
+        Args:
+            console: None for stdout.
         """
         self._console = console or Console(highlight=False)
         self._line: list[FateEntry] = []

@@ -53,8 +53,10 @@ class Layer(nn.Module):
     """
 
     def __init__(self, spec: DecoderSpec, qkv_inputs: int | None = None) -> None:
-        """Args:
-        qkv_inputs: inputs of query, key and value that the caller makes (`joined_MJ`); None for the norm of x.
+        """Makes the modules of a layer.
+
+        Args:
+            qkv_inputs: inputs of query, key and value that the caller makes (`joined_MJ`); None for the norm of x.
         """
         super().__init__()
         self.spec = spec
@@ -102,9 +104,11 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, spec: DecoderSpec, head_size: int | None = None, first_inputs: int | None = None) -> None:
-        """Args:
-        head_size: V; None for the whole vocabulary.
-        first_inputs: inputs J of the first layer's query, key and value, where they are not the norm of x.
+        """Makes the modules of a decoder.
+
+        Args:
+            head_size: V; None for the whole vocabulary.
+            first_inputs: inputs J of the first layer's query, key and value, where they are not the norm of x.
         """
         super().__init__()
         self.spec = spec

@@ -264,8 +264,10 @@ class GrammarState:
         eos_ids: frozenset[int],
         renew: Callable[[], LLMatcher] | None = None,
     ) -> None:
-        """Args:
-        renew: gives a fresh matcher where this one has come to a limit; None where there is none that goes further.
+        """Follows an output from its beginning.
+
+        Args:
+            renew: gives a fresh matcher where this one has come to a limit; None where there is none that goes further.
         """
         self._vocab_size, self._eos_ids, self._renew = vocab_size, eos_ids, renew
         # Matchers and masks behind the settled tokens, by the tokens of a path; None where it is none of the grammar's.

@@ -23,9 +23,10 @@ from ssv.model.scorer import Scorer, load_scorer
 from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SECONDS_AT_LOAD, SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.generator import Generator, Host
 from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.membership import PREFILL_CHUNK, PromptBlock
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
-from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch, PromptBlock
+from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, RoundsEngine
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
@@ -95,10 +96,12 @@ class LLM:
         rounds: RoundsEngine | None = None,
         host: Host | None = None,
     ) -> None:
-        """Args:
-        measures_costs: whether costs that are not given are measured when a request needs them.
-        rounds: the same engines, where they run rounds by themselves.
-        host: who decodes in place of the engines.
+        """Takes engines that have been loaded; `load` loads a bundle's.
+
+        Args:
+            measures_costs: whether costs that are not given are measured when a request needs them.
+            rounds: the same engines, where they run rounds by themselves.
+            host: who decodes in place of the engines.
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer

@@ -137,6 +137,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is chosen each time."""
         return self.temperature == 0.0
 
     @property

@@ -195,8 +195,10 @@ class Detokenizer:
         max_streams: int,
         token_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
-        """Args:
-        decode, token_bytes: see `TextStream`.
+        """Begins without streams.
+
+        Args:
+            decode, token_bytes: see `TextStream`.
         """
         self._decode, self._max_streams, self._token_bytes = decode, max_streams, token_bytes
         self._streams: OrderedDict[str, tuple[TextStream, int]] = OrderedDict()

@@ -108,8 +108,10 @@ class CallParser:
     """Tells calls from text, as an answer comes. What cannot be read as a call is text."""
 
     def __init__(self, form: Form, names: Sequence[str]) -> None:
-        """Args:
-        names: of the functions.
+        """Reads an answer from its beginning.
+
+        Args:
+            names: of the functions.
         """
         self._names = frozenset(names)
         self._read = self._read_tags if form in ("hermes", "smollm2") else self._read_bare

@@ -105,10 +105,12 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
+    """Adds `--version`."""
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('ssv')}")
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Adds `--precision`."""
     choices = tuple(dict.fromkeys((*TORCH_PRECISIONS, *ENGINE_PRECISIONS)))
     help = (
         f"torch: {', '.join(TORCH_PRECISIONS)}; tensorrt: that of a compiled engine "
@@ -130,15 +132,18 @@ def add_engine(parser: argparse.ArgumentParser, *, hosted: bool = False) -> None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`."""
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute (default: cpu)")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Adds `--threads`."""
     help = "of the torch engine on a CPU (default: as many as there are cores that nobody else uses)"
     parser.add_argument("--threads", type=positive, metavar="N", help=help)
 
 
 def add_max_rows(parser: argparse.ArgumentParser, help: str, default: int = 8) -> None:
+    """Adds `--max-rows`, with what it means for the command."""
     parser.add_argument("--max-rows", type=positive, default=default, metavar="N", help=f"{help} (default: {default})")
 
 

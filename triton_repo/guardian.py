@@ -95,6 +95,7 @@ def end(mark: str) -> None:
 
 
 def remove_shared_memory(prefix: str) -> None:
+    """Removes the files of shared memory whose names begin with a prefix."""
     for path in SHARED_MEMORY.glob(f"{prefix}*"):
         path.unlink(missing_ok=True)
 

@@ -25,9 +25,11 @@ class Answers:
     """
 
     def __init__(self, ways: Sequence[Way], *, batch: int, num_draft_tokens: int, report: Report) -> None:
-        """Args:
-        batch: requests that are decoded side by side.
-        num_draft_tokens: of `speculative`.
+        """Begins with nothing asked.
+
+        Args:
+            batch: requests that are decoded side by side.
+            num_draft_tokens: of `speculative`.
         """
         self._ways, self._batch, self._num_draft_tokens, self._report = ways, batch, num_draft_tokens, report
         self._known: dict[tuple[Asked, ...], dict[str, list[Output]]] = {}

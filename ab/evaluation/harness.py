@@ -44,9 +44,11 @@ class SsvModel(TemplateLM):
         generate: Callable[[Sequence[Asked]], list[Output]] | None = None,
         report: Report = silent,
     ) -> None:
-        """Args:
-        generate: answers requests; None for the LLM itself, as many at a time as its cache has rows.
-        report: told how many likelihoods are done.
+        """Answers the harness by an LLM.
+
+        Args:
+            generate: answers requests; None for the LLM itself, as many at a time as its cache has rows.
+            report: told how many likelihoods are done.
         """
         super().__init__()
         self.llm, self.method, self.num_cut = llm, method, 0

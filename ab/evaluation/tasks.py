@@ -58,8 +58,10 @@ class TaskFinder:
     """Finds tasks by name, or by the path of a YAML file."""
 
     def __init__(self, include_path: Path | None) -> None:
-        """Args:
-        include_path: a folder with tasks of the user's own, beside the harness's.
+        """Prepares the harness to look for tasks.
+
+        Args:
+            include_path: a folder with tasks of the user's own, beside the harness's.
         """
         # Both say on stderr what is no concern of whoever compares methods.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -57,6 +57,7 @@ def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def speedup_text(row: Mapping[str, Any]) -> str:
+    """A row's speed-up, and its interval unless it is the baseline; a dash where there is none."""
     if row["speedup"] is None:
         return "-"
     low, high = row["speedup_low"], row["speedup_high"]

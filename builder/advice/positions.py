@@ -100,8 +100,8 @@ def watch(batch: DecodeBatch, prompts: Sequence[Sequence[int]], max_tokens: int)
     texts = []
     for prompt in prompts:
         row = Row(SamplingParams(max_tokens=max_tokens), PROBE, lambda _: False, Counters())
-        batch.begin(prompt, row)
-        while (token := batch.prefill()) is None:
+        batch.members.begin(prompt, row)
+        while (token := batch.members.prefill()) is None:
             pass
         row.counters.emitted = 1
         seen: list[tuple[int, list[Node]]] = []
@@ -113,7 +113,7 @@ def watch(batch: DecodeBatch, prompts: Sequence[Sequence[int]], max_tokens: int)
             ((token,),) = batch.verify()
             written.append(token)
             row.counters.emitted += 1
-        batch.remove(0, 0)
+        batch.members.remove(0, 0)
         texts.append([Position(rest, _judged(nodes, written[i:])) for i, (rest, nodes) in enumerate(seen)])
     return texts
 

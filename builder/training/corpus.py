@@ -198,8 +198,10 @@ class Writer:
     def __init__(
         self, target: Decoder, pieces: ChatPieces, turns: Turns, how: Writing, *, compiled: bool = True
     ) -> None:
-        """Args:
-        compiled: on CUDA, whether steps are compiled and captured in a graph, which takes half a minute.
+        """Prepares a target to write answers.
+
+        Args:
+            compiled: on CUDA, whether steps are compiled and captured in a graph, which takes half a minute.
         """
         device = target.embed.weight.device
         self.target, self.pieces, self.how = target, pieces, how

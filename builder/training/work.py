@@ -212,6 +212,7 @@ def _fused(trained: list[tuple[str, nn.Parameter]]) -> bool:
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """Sets the rate of each group of parameters, by the rate that it has relative to others."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("relative_rate", 1.0)

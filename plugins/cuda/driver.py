@@ -78,8 +78,10 @@ class Module:
     """The kernels of a cubin, in the context that is current."""
 
     def __init__(self, cubin: bytes) -> None:
-        """Raises:
-        DriverError: there is no context, or the cubin is for another GPU.
+        """Loads a cubin into the context that is current.
+
+        Raises:
+            DriverError: there is no context, or the cubin is for another GPU.
         """
         self._module = ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(self._module), cubin), "cuModuleLoadData")

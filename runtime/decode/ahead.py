@@ -79,8 +79,10 @@ class Ahead:
     """
 
     def __init__(self, rounds: RoundsEngine, drafter: ModelDrafter | None, eos_ids: frozenset[int]) -> None:
-        """Args:
-        drafter: over the same draft; None where there is none.
+        """Begins with no rows in the engines' hands.
+
+        Args:
+            drafter: over the same draft; None where there is none.
         """
         self._rounds, self._drafter, self._eos_ids = rounds, drafter, eos_ids
         self._host = _HostShare()
@@ -90,9 +92,9 @@ class Ahead:
         self._chosen: RoundShape | None = None
         self._rounds_until_choice = 0
 
-    def plain_seconds(self, num_rows: int) -> float:
-        """What a round without a draft takes."""
-        return self._seconds(num_rows, RoundShape(None, 0))
+    def plain_seconds(self, rows: Sequence[Row]) -> float:
+        """What a round of these rows without a draft takes."""
+        return self._seconds(len(rows), RoundShape(None, 0, _sample(rows)))
 
     def step(self, rows: Sequence[Row], *, may_draft: bool = True) -> list[list[int]] | None:
         """Keeps rounds under way; returns the tokens that each row has gained by the oldest one, or by all of them if
@@ -132,6 +134,8 @@ class Ahead:
         lengths, features_BTF = self._rounds.end()
         if features_BTF is not None:
             assert self._drafter is not None
+            # Rows that the draft model has no part in have lost nothing.
+            lengths = [length if self._has_draft(row) else 0 for row, length in zip(rows, lengths, strict=True)]
             self._drafter.take_back(rows, lengths, features_BTF)
         return gained
 
@@ -195,18 +199,18 @@ class Ahead:
     # --- what is drafted --------------------------------------------------------------------------------------------
 
     def _shape(self, rows: Sequence[Row], may_draft: bool) -> RoundShape | None:
-        """Of the next round; None where the host has to run it."""
+        """The shape of the next round; None where the host has to run it."""
         policy, num = rows[0].policy, len(rows)
         is_plain = all(self._is_plain(row, may_draft) for row in rows)
         if not is_plain and not all(row.policy == policy and self._drafts_here(row) for row in rows):
             return None
         if not self.is_under_way and not all(map(self._suits, rows)):
             return None
-        self._samples = any(not row.params.greedy for row in rows)
+        self._samples = _sample(rows)
         most = self._rounds.most_tokens // num - 1
         if most < 0:
             return None
-        if is_plain or (policy.pays and any(row.has_lost_draft for row in rows)):
+        if is_plain or any(row.has_lost_draft for row in rows):
             return self._round(None, 0)
         if policy.pays:
             return self._what_pays(policy, num, most)
@@ -296,6 +300,11 @@ class Ahead:
             and (processor is None or processor.is_idle(row.output_index(0)))
             and len(row.ends(self._eos_ids)) <= MOST_ENDS
         )
+
+
+def _sample(rows: Sequence[Row]) -> bool:
+    """Whether some row does: a round has one shape for all of them."""
+    return any(not row.params.greedy for row in rows)
 
 
 def _count(row: Row, result: RoundResult) -> None:

@@ -160,8 +160,8 @@ def _asked(
 
 
 def _may_keep(rows: Sequence[Row], at: At) -> list[bool]:
-    """Of which rows of logits a choice may stay what it would be without their requests' changes: to ask a grammar
-    about one token takes a hundredth of the time of a mask over all of them."""
+    """Tells of each row of logits whether a choice may stay what it would be without its request's changes: to ask a
+    grammar about one token takes a hundredth of the time of a mask over all of them."""
     return [(own := rows[b].processor) is None or own.may_keep(rows[b].output_index(ahead)) for b, ahead in at]
 
 

@@ -61,8 +61,8 @@ class Prices:
         return self.costs.target.at(self.num_rows * (1 + nodes)) / self.num_rows
 
     def alone(self) -> Prices:
-        """Of a row by itself, by costs that are always the same: the text of a lossy one must not depend on its
-        company, nor on what was measured when the engines were loaded."""
+        """The prices of a row by itself, by costs that are always the same: the text of a lossy one must not depend on
+        its company, nor on what was measured when the engines were loaded."""
         return Prices(self.recorded or USUAL, 1)
 
     def of_draft(self, width: float) -> float:
@@ -231,7 +231,7 @@ def measure(
 
 
 def _missing_cores(before: CpuTimes | None, after: CpuTimes | None, threads: int) -> float | None:
-    """Of the cores that `threads` need, how much others took between two looks, on average."""
+    """How much others took between two looks of the cores that `threads` need, on average."""
     if before is None or after is None or after.at <= before.at:
         return None
     others = max(0.0, (after.busy - before.busy) - (after.own - before.own)) / (after.at - before.at)

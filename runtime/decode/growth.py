@@ -69,12 +69,14 @@ class Growth:
         prices: Prices | None = None,
         found: Sequence[Candidate] = (),
     ) -> None:
-        """Args:
-        limit: most nodes of the tree.
-        max_depth: most tokens of a path, if the policy does not say fewer.
-        ends: tokens that end the output: they get no children.
-        prices: what a policy that pays goes by.
-        found: candidates to begin with, no deeper than `max_depth`.
+        """Begins a tree.
+
+        Args:
+            limit: most nodes of the tree.
+            max_depth: most tokens of a path, if the policy does not say fewer.
+            ends: tokens that end the output: they get no children.
+            prices: what a policy that pays goes by.
+            found: candidates to begin with, no deeper than `max_depth`.
         """
         self._policy, self._limit, self._ends, self._prices = policy, limit, ends, prices
         self._max_depth = min(max_depth, policy.max_depth or max_depth)
@@ -255,7 +257,7 @@ class Growth:
 def likely_groups(
     grown: Grown, shape: TreeShape, ends: Collection[int], most: int, max_depth: int, accept_below: float = 0.0
 ) -> list[list[tuple[int, list[tuple[int, Guess]]]]]:
-    """Of what an engine has grown, the candidates that survive most probably, by level, each node's together.
+    """The candidates that survive most probably of all that an engine has grown, by level, each node's together.
 
     A tree of an engine has some hundred candidates, of which a few dozen may be kept: the others are told apart before
     they become objects.

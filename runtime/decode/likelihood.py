@@ -35,8 +35,10 @@ class Likelihoods:
     """
 
     def __init__(self, target: Engine, chunk: int) -> None:
-        """Args:
-        chunk: tokens of a step.
+        """Asks a target that runs nothing else meanwhile.
+
+        Args:
+            chunk: tokens of a step.
         """
         self._target, self._chunk = target, chunk
         self._held: list[int] = []

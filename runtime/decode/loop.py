@@ -113,21 +113,23 @@ class DecodeLoop:
     def __init__(self, batch: DecodeBatch, eos_token_ids: frozenset[int], max_waiting: int | None = None) -> None:
         self.batch, self.eos_token_ids = batch, eos_token_ids
         self.scheduler: Scheduler[Running] = Scheduler(batch.target.max_batch, max_waiting)
-        self.prompt_cache, self.max_rows = batch.prompt_cache, batch.target.max_batch
+        self.prompt_cache, self.max_rows = batch.members.prompt_cache, batch.target.max_batch
 
     @property
     def has_work(self) -> bool:
+        """See `Generator.has_work`."""
         return self.scheduler.has_work
 
     @property
     def load(self) -> Load:
+        """See `Generator.load`."""
         scheduler, cache = self.scheduler, self.prompt_cache
         prompts = cache.stats if cache is not None else CacheStats(0, 0, 0, 0, 0)
         return Load(len(scheduler.rows), int(scheduler.joining is not None), len(scheduler.waiting), prompts)
 
     def check(self, request: Request, policy: Policy) -> None:
         """Raises RequestError if a request cannot run here."""
-        self.batch.check(request.prompt_ids, request.params, policy)
+        self.batch.members.check(request.prompt_ids, request.params, policy)
 
     def submit(
         self, index: int, request: Request, policy: Policy, text: TextStream | None, *, is_audited: bool = False
@@ -161,18 +163,18 @@ class DecodeLoop:
 
     def _join(self) -> Iterator[Chunk]:
         """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts."""
-        scheduler, budget = self.scheduler, self.batch.prefill_chunk
+        scheduler, budget = self.scheduler, self.batch.members.prefill_chunk
         if scheduler.joining is not None or scheduler.can_admit:
             yield from self._push(self.batch.settle())
             yield from self._drop_finished()
         while budget > 0:
             if (running := scheduler.admit()) is not None:
                 running.row.counters.queue_s = time.monotonic() - running.arrived
-                self.batch.begin(running.request.prompt_ids, running.row)
+                self.batch.members.begin(running.request.prompt_ids, running.row)
             if (running := scheduler.joining) is None:
                 break
-            before = self.batch.num_prefilled
-            first = self.batch.prefill()
+            before = self.batch.members.num_prefilled
+            first = self.batch.members.prefill()
             if first is None:
                 break
             budget -= len(running.request.prompt_ids) - before
@@ -199,7 +201,7 @@ class DecodeLoop:
         if scheduler.joining is not None and (why := reason(scheduler.joining)) is not None:
             ended.append((scheduler.joining, why))
             scheduler.abandon()
-            self.batch.abandon()
+            self.batch.members.abandon()
         ended += [(running, why) for running in scheduler.rows if (why := reason(running)) is not None]
         for running, why in ended:
             yield running.end(why)
@@ -212,4 +214,4 @@ class DecodeLoop:
             yield from self._push(self.batch.settle())
         for row in range(len(rows) - 1, -1, -1):
             if rows[row].finish_reason is not None:
-                self.batch.remove(row, self.scheduler.finish(row))
+                self.batch.members.remove(row, self.scheduler.finish(row))

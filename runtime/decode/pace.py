@@ -138,8 +138,10 @@ class Pace:
     """
 
     def __init__(self, clock: Callable[[], float] | None = time.perf_counter) -> None:
-        """Args:
-        clock: seconds; None leaves what pays to costs alone.
+        """Begins with nothing measured.
+
+        Args:
+            clock: seconds; None leaves what pays to costs alone.
         """
         self._clock = clock
         self._companies: dict[tuple[int, frozenset[int]], _Company] = {}

@@ -22,10 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Attributes:
-    blocks, num_bytes: held now.
-    hits, misses: blocks of prompts that were found, and that were not.
-    evicted: blocks that had to go.
+    """What a cache holds, and how often it was of use.
+
+    Attributes:
+        blocks, num_bytes: held now.
+        hits, misses: blocks of prompts that were found, and that were not.
+        evicted: blocks that had to go.
     """
 
     blocks: int
@@ -45,6 +47,7 @@ class PromptCache(Generic[T]):
 
     @property
     def stats(self) -> CacheStats:
+        """What it holds now, and how often it was of use so far."""
         return CacheStats(len(self._blocks), self._num_bytes, self._hits, self._misses, self._evicted)
 
     def find(self, tokens: Sequence[int], drafts: bool) -> list[T]:

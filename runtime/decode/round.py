@@ -17,25 +17,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.ahead import Ahead
 from ssv.runtime.decode.choice import check_chosen, choices, gaps, scaled
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import drafters
-from ssv.runtime.decode.drafters.contract import Drafter
-from ssv.runtime.decode.drafters.model import MANY_ROWS, ModelDrafter
+from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.fates import fates_of
-from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
+from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.logprobs import logprobs_of
+from ssv.runtime.decode.membership import PREFILL_CHUNK, Membership, PromptBlock
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
@@ -44,60 +41,17 @@ from ssv.runtime.decode.typical import judge
 from ssv.runtime.decode.verify import Verdict, choice_by_row, judged_rows, walk, walk_typical
 from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine, RoundsEngine
 from ssv.runtime.grammar import Grammars
-from ssv.runtime.request import RequestError, SamplingParams, TokenFate
-
-PREFILL_CHUNK = 64
-"""Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
 
 MIN_JUMP = 3
 """Tokens without a choice that are drafted by themselves. Fewer are left to the drafter, which goes on behind them."""
 
-ALONE = 3
-"""With fewer beside it a row that joins gets a draft in any case: it may soon be the only one, and gain by it."""
-
-_LACKING = {
-    "model": ("this method needs a draft, and none is loaded",),
-    "heads": (
-        "this method needs Medusa's heads, and none are loaded",
-        "distill them with `ssv-build distill --kind medusa`, name them in the recipe (`heads.file`), build the bundle "
-        "again, and load it with the engine torch",
-    ),
-}
-"""What to say where a drafter is not there."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptBlock:
-    """What a chunk of a prompt left behind.
-
-    Attributes:
-        target: see `Engine.read_cache`.
-        draft: see `Drafter.snapshot`; None of a row whose drafter keeps nothing.
-    """
-
-    target: Tensor
-    draft: Any
-
-    @property
-    def num_bytes(self) -> int:
-        return self.target.numel() * self.target.element_size() + (
-            self.draft.num_bytes if self.draft is not None else 0
-        )
-
-
-@dataclass(slots=True)
-class _Joining:
-    """A row whose prompt has been run up to `done`."""
-
-    row: Row
-    ids_1T: Tensor
-    done: int = 0
-
 
 class DecodeBatch:
-    """Rows over a target and whoever proposes tokens for it.
+    """Rounds over the rows of a target and whoever proposes tokens for it.
 
-    A row joins behind the others: its prompt is run a chunk at a time, between their rounds.
+    Attributes:
+        members: the rows; here they come and go.
+        drafters: those that there are, by name.
     """
 
     def __init__(
@@ -119,39 +73,53 @@ class DecodeBatch:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         pace: Pace | None = None,
     ) -> None:
-        """Args:
-        draft: None where no draft model is loaded.
-        max_length: tokens of prompt and output together.
-        prefill_chunk: tokens of a prompt that `prefill` runs at a time.
-        prompt_cache: where prompts are looked up and kept, in blocks of a chunk.
-        pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such bound.
-        costs: of steps here, for policies that draft only what pays.
-        recorded_costs: those that the bundle has for this place, which lossy rows go by; None where it has none.
-        survival: how far the draft's shares are to be trusted; None to take them as they are.
-        heads: Medusa's, over the target's hidden states; None where none are loaded.
-        grammars: over the target's vocabulary; None where outputs cannot have one.
-        rounds: the same engines, where they run rounds by themselves.
-        around: what rounds of the host and chunks of prompts run within.
-        pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
+        """Begins without rows.
+
+        Args:
+            draft: None where no draft model is loaded.
+            max_length: tokens of prompt and output together.
+            prefill_chunk, prompt_cache, grammars: see `Membership`.
+            pass_tokens: of a target pass, beyond which a drafted token costs more than it may save; None for no such
+                bound.
+            costs: of steps here, for policies that draft only what pays.
+            recorded_costs: those that the bundle has for this place, which lossy rows go by; None where it has none.
+            survival: how far the draft's shares are to be trusted; None to take them as they are.
+            heads: Medusa's, over the target's hidden states; None where none are loaded.
+            rounds: the same engines, where they run rounds by themselves.
+            around: what rounds of the host and chunks of prompts run within.
+            pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
         """
-        # A block of another length would be put where others belong.
-        assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
         self.target, self.pass_tokens, self.costs, self._recorded_costs = target, pass_tokens, costs, recorded_costs
-        self.max_length, self.prefill_chunk, self.prompt_cache = max_length, prefill_chunk, prompt_cache
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self._columns, self._grammars, self._around, self._pace = Columns(), grammars, around, pace or Pace(None)
+        self._columns, self._around, self._pace = Columns(), around, pace or Pace(None)
         self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
-        self.rows: list[Row] = []
-        self._joining: _Joining | None = None
+        self.members = Membership(
+            target,
+            self.drafters,
+            sorted(eos_ids),
+            max_length,
+            prefill_chunk=prefill_chunk,
+            prompt_cache=prompt_cache,
+            grammars=grammars,
+            knows_costs=costs is not None,
+            has_rounds=rounds is not None,
+            around=around,
+            pace=self._pace,
+        )
         model = self.drafters.get("model")
         assert model is None or isinstance(model, ModelDrafter)
         self._ahead = Ahead(rounds, model, frozenset(eos_ids)) if rounds is not None else None
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows in use, in their order."""
+        return self.members.rows
 
     def run(self) -> Iterator[list[list[int]]]:
         """One round over all rows, by the engines themselves where they can; yields what each row gains as it comes:
         trusted tokens before the pass."""
         may_draft = self._may_draft()
-        if self._ahead is not None and self._joining is None:
+        if self._ahead is not None and not self.members.is_joining:
             was_under_way = self._ahead.is_under_way
             gained = self._ahead.step(self.rows, may_draft=may_draft)
             if gained is not None:
@@ -174,22 +142,15 @@ class DecodeBatch:
     def _may_draft(self) -> bool:
         """Whether rows may in this round whose drafts follow the load, by the clock."""
         num = len(self.rows)
-        if not any(map(self._follows_load, self.rows)):
+        if not any(map(self.members.follows_load, self.rows)):
             return True
         policies = frozenset(row.policy_hash for row in self.rows)
         return self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
 
-    def _follows_load(self, row: Row) -> bool:
-        """Whether a row drafts what pays in the company it has. The text of lossy rows is to be the same in any, but
-        where engines run rounds by themselves: their trees have one shape, that of the moment."""
-        if not row.policy.pays or not row.policy.max_pending:
-            return False
-        return row.lossless or (self._ahead is not None and len(self.rows) > 1)
-
     def _plain_seconds(self) -> float | None:
-        """Of a round without a draft, by costs; None where they are not known."""
+        """What a round without a draft takes, by costs; None where they are not known."""
         if self._ahead is not None:
-            return self._ahead.plain_seconds(len(self.rows))
+            return self._ahead.plain_seconds(self.rows)
         return self.costs.target.at(len(self.rows)) if self.costs is not None else None
 
     # --- the round --------------------------------------------------------------------------------------------------
@@ -207,14 +168,24 @@ class DecodeBatch:
         for b, row in enumerate(self.rows):
             row.tree = Tree()
             jumps = row.processor is not None and self._jump(row, limits[b])
-            if jumps or (self._follows_load(row) and not may_draft):
+            if jumps or (self.members.follows_load(row) and not may_draft):
                 limits[b] = 0
         for drafter in self.drafters.values():
             own = [
-                limit if self.drafter_of(row) is drafter else 0 for row, limit in zip(self.rows, limits, strict=True)
+                limit if self.drafters.of(row) is drafter else 0 for row, limit in zip(self.rows, limits, strict=True)
             ]
             if any(own):
                 drafter.propose(self.rows, own, prices)
+
+    def _most_pending(self, row: Row) -> int:
+        """Fewer where many rows share a pass, if the row's output is the same whenever it is verified."""
+        most = row.policy.max_pending
+        if row.policy.is_chain or row.rest <= 0:
+            most = min(most, row.rest)
+        is_priced = row.policy.pays and self.costs is not None
+        if self.pass_tokens is None or not row.lossless or len(self.rows) == 1 or is_priced:
+            return most
+        return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
 
     def _jump(self, row: Row, limit: int) -> bool:
         """Has a row draft what its grammar leaves no choice for, if that is worth a pass by itself."""
@@ -254,7 +225,7 @@ class DecodeBatch:
             if not is_judged
         ]
         gathered = judged_at + shown_at
-        wanting = {drafter for row in rows if (drafter := self.drafter_of(row)) is not None}
+        wanting = {drafter for row in rows if (drafter := self.drafters.of(row)) is not None}
         out = self.target.step(
             torch.tensor([row.unseen(width) for row in rows]),
             torch.tensor([row.target_length for row in rows], dtype=torch.int32),
@@ -311,7 +282,7 @@ class DecodeBatch:
             hidden_at: of each judged row of the target, by row in use and row of its pass.
         """
         for b, verdict in enumerate(verdicts):
-            if (drafter := self.drafter_of(self.rows[b])) is not None and drafter.needs_hidden:
+            if (drafter := self.drafters.of(self.rows[b])) is not None and drafter.needs_hidden:
                 drafter.see(b, hidden_at[b, verdict.last + 1])
 
     def _log(self, verdicts: Sequence[Verdict], logits_at: Mapping[tuple[int, int], Tensor]) -> None:
@@ -364,7 +335,7 @@ class DecodeBatch:
         counters.target_tokens += len(tree) + 1
         counters.passes_by_kept[len(path)] += 1
         self.target.keep(b, start, [start + node for node in path])
-        if (drafter := self.drafter_of(row)) is not None:
+        if (drafter := self.drafters.of(row)) is not None:
             drafter.observe(b, row, path, chosen, None if features_BTF is None else features_BTF[b])
         row.tokens += [*(tree.tokens[node] for node in path), verdict.next_token]
         row.tree = Tree()
@@ -372,198 +343,6 @@ class DecodeBatch:
         row.released = 0
         row.last_commit = time.monotonic()
         return gained
-
-    def _most_pending(self, row: Row) -> int:
-        """Fewer where many rows share a pass, if the row's output is the same whenever it is verified."""
-        most = row.policy.max_pending
-        if row.policy.is_chain or row.rest <= 0:
-            most = min(most, row.rest)
-        is_priced = row.policy.pays and self.costs is not None
-        if self.pass_tokens is None or not row.lossless or len(self.rows) == 1 or is_priced:
-            return most
-        return min(most, max(self.pass_tokens // len(self.rows) - 1, 1))
-
-    def drafter_of(self, row: Row) -> Drafter | None:
-        """None of a row that does not draft."""
-        return self.drafters[row.policy.drafter] if row.policy.max_pending and not row.has_lost_draft else None
-
-    # --- rows come and go -------------------------------------------------------------------------------------------
-
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
-        """Raises RequestError if a request cannot run here."""
-        prompt_length = len(prompt_ids)
-        if not prompt_length:
-            raise RequestError("the prompt is empty")
-        if not all(0 <= token < self.target.vocab_size for token in prompt_ids):
-            raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}")
-        if params.grammar is not None:
-            if self._grammars is None:
-                raise RequestError("outputs cannot have a form here: no tokenizer's file is loaded")
-            self._grammars.prepare(params.grammar)
-        for name, tokens in params.named_tokens.items():
-            if (token := next((t for t in tokens if not 0 <= t < self.target.vocab_size), None)) is not None:
-                raise RequestError(f"{name}: token {token} is outside the vocabulary of {self.target.vocab_size}")
-        if prompt_length + params.max_tokens > self.max_length:
-            raise RequestError(
-                f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
-                f"{self.max_length}",
-                "shorten one of them or load with a larger max length",
-            )
-        if policy.max_pending > MAX_PENDING:
-            raise RequestError(
-                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's "
-                f"max_pending): at most {MAX_PENDING} can"
-            )
-        if not policy.max_pending:
-            return
-        if policy.drafter not in self.drafters:
-            raise RequestError(*_LACKING[policy.drafter])
-        if policy.pays and policy.drafter == "model" and self.costs is None:
-            raise RequestError(
-                "this method drafts what pays, and the costs of steps here are not known", "give them (`costs`)"
-            )
-        if policy.accept_below > 0 and not self.drafters[policy.drafter].has_scores:
-            raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
-
-    def begin(self, prompt_ids: Sequence[int], row: Row) -> None:
-        """Takes a row whose prompt `prefill` runs; no other may be on its way.
-
-        Raises:
-            RequestError: see `check`.
-        """
-        self.check(prompt_ids, row.params, row.policy)
-        assert self._joining is None, "one row joins at a time"
-        row.tokens = list(prompt_ids)
-        row.counters.prompt_tokens = len(prompt_ids)
-        row.processor = self.processor(row.params, prompt_ids)
-        row.has_lost_draft = self._follows_load(row) and not self._would_draft(row)
-        self._joining = _Joining(row, torch.tensor([row.tokens]))
-        if (drafter := self.drafter_of(row)) is not None:
-            drafter.begin()
-        self._restore(self._joining)
-
-    def _would_draft(self, row: Row) -> bool:
-        """Whether a row that joins will be let draft: a draft that will hardly be asked is not made ready."""
-        if self._ahead is not None and len(self.rows) >= MANY_ROWS:
-            return False
-        policies = frozenset(each.policy_hash for each in (*self.rows, row))
-        return len(self.rows) < ALONE or self._pace.would_draft(1 + len(self.rows), policies)
-
-    def processor(self, params: SamplingParams, prompt_ids: Sequence[int]) -> LogitsProcessor | None:
-        """What a request that begins changes of its logits; None of one that changes nothing."""
-        grammar = None
-        if params.grammar is not None:
-            assert self._grammars is not None
-            grammar = self._grammars.begin(params.grammar)
-        return processor_of(params, prompt_ids, self.eos_ids.tolist(), grammar)
-
-    @property
-    def num_prefilled(self) -> int:
-        """Tokens of the prompt of the row that joins that have been run, or were known."""
-        return self._joining.done if self._joining is not None else 0
-
-    def prefill(self) -> int | None:
-        """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
-        with self._around():
-            return self._prefill()
-
-    def _prefill(self) -> int | None:
-        joining = self._joining
-        assert joining is not None
-        row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
-        drafter = self.drafter_of(row)
-        start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
-        num_top = row.params.prompt_logprobs
-        out = self.target.step(
-            joining.ids_1T[:, start:stop],
-            torch.tensor([start], dtype=torch.int32),
-            torch.tensor([stop - start - 1] if num_top is None else list(range(stop - start))),
-            features_out=drafter is not None and drafter.needs_features,
-            first_row=b,
-        )
-        if drafter is not None:
-            drafter.prefill(b, joining.ids_1T, start, stop, out.features_BTF)
-        if num_top is not None:
-            following = row.tokens[start + 1 : stop + 1]
-            row.prompt_logprobs += [
-                logprobs_of(logits_V, token, num_top) for logits_V, token in zip(out.logits_RV, following, strict=False)
-            ]
-        joining.done = stop
-        if stop - start == self.prefill_chunk:
-            self._keep(joining, start, stop)
-        if stop < length:
-            return None
-        self._joining = None
-        self.rows.append(row)
-        self._pace.forget()
-        (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns)
-        check_chosen(chosen)
-        if row.params.logprobs is not None:
-            row.logprobs.append(logprobs_of(out.logits_RV[-1], first, row.params.logprobs))
-        if row.params.fates:
-            row.fates.append(TokenFate(first, "target", 0))
-        row.tokens.append(first)
-        if drafter is not None:
-            if drafter.needs_hidden:
-                drafter.see(b, out.hidden_RH[-1])
-            drafter.join(b, row)
-        row.last_commit = time.monotonic()
-        return first
-
-    def abandon(self) -> None:
-        """Drops the row that joins."""
-        if self._joining is not None:
-            _end(self._joining.row)
-        self._joining = None
-
-    def remove(self, row: int, moved: int) -> None:
-        """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
-        _end(self.rows[row])
-        if row != moved:
-            self.rows[row] = self.rows[moved]
-            self.target.move_row(moved, row, self.rows[row].target_length)
-            if (drafter := self.drafter_of(self.rows[row])) is not None:
-                drafter.move(moved, row, self.rows[row])
-        self.rows.pop()
-        self._pace.forget()
-        if self._joining is not None:
-            source, dest, done = len(self.rows) + 1, len(self.rows), self._joining.done
-            self.target.move_row(source, dest, done)
-            if (drafter := self.drafter_of(self._joining.row)) is not None:
-                drafter.move_joining(source, dest, done)
-
-    def _restore(self, joining: _Joining) -> None:
-        """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to
-        give logits."""
-        if self.prompt_cache is None or joining.row.params.prompt_logprobs is not None:
-            return
-        b, drafter = len(self.rows), self._caching(joining.row)
-        for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):
-            stop = joining.done + self.prefill_chunk
-            self.target.write_cache(b, joining.done, block.target)
-            if drafter is not None:
-                drafter.restore(b, joining.done, stop, block.draft)
-            joining.done = stop
-        joining.row.counters.cached_tokens = joining.done
-
-    def _keep(self, joining: _Joining, start: int, stop: int) -> None:
-        """Puts a chunk into the cache of prompts."""
-        b, drafter, tokens = len(self.rows), self._caching(joining.row), joining.row.tokens[:stop]
-        if self.prompt_cache is None or not self.prompt_cache.wants(tokens, drafter is not None):
-            return
-        draft = drafter.snapshot(b, start, stop) if drafter is not None else None
-        block = PromptBlock(self.target.read_cache(b, start, stop), draft)
-        self.prompt_cache.put(tokens, drafter is not None, block, block.num_bytes)
-
-    def _caching(self, row: Row) -> Drafter | None:
-        """The row's drafter if it keeps something of a prompt."""
-        drafter = self.drafter_of(row)
-        return drafter if drafter is not None and drafter.has_cache else None
-
-
-def _end(row: Row) -> None:
-    if row.processor is not None:
-        row.processor.end()
 
 
 def _note_fates(row: Row, path: Sequence[int], choice_J: Sequence[int | None], next_token: int | None = None) -> None:

@@ -52,7 +52,7 @@ class Sampling:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], positions: Sequence[int]) -> Sampling:
-        """Of what requests ask for, at places of their texts."""
+        """What requests ask for, at places of their texts."""
         return cls(
             torch.tensor([p.temperature for p in params], dtype=torch.float32),
             torch.tensor([p.top_k for p in params]),
@@ -67,6 +67,7 @@ class Sampling:
         return Sampling(*(getattr(self, name)[row_S] for name in self.__slots__))
 
     def to(self, device: torch.device) -> Sampling:
+        """The same on another device."""
         return Sampling(*(getattr(self, name).to(device) for name in self.__slots__))
 
 

@@ -31,8 +31,10 @@ class Scheduler(Generic[T]):
     """
 
     def __init__(self, max_rows: int, max_waiting: int | None = None) -> None:
-        """Args:
-        max_waiting: beside those that the free rows take; None for no bound.
+        """Begins with all rows free.
+
+        Args:
+            max_waiting: beside those that the free rows take; None for no bound.
         """
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.rows: list[T] = []
@@ -42,6 +44,7 @@ class Scheduler(Generic[T]):
 
     @property
     def has_work(self) -> bool:
+        """Whether there are requests that have not ended."""
         return bool(self.rows or self.waiting) or self.joining is not None
 
     @property

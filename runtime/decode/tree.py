@@ -53,6 +53,7 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
+        """Whether it has no branches."""
         return len(self.first_path) == len(self.tokens)
 
     def path(self, node: int) -> list[int]:

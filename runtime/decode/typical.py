@@ -14,8 +14,8 @@ from ssv.runtime.decode.tree import Tree
 
 
 def judge(x_JV: Tensor, tree: Tree, rule: TypicalAcceptance) -> tuple[list[bool], list[float]]:
-    """Of each node, whether it is typical of what the target says behind its parent, and the log of the probability
-    that the target gives it.
+    """Tells of each node whether it is typical of what the target says behind its parent, and the log of the
+    probability that the target gives it.
 
     Args:
         x_JV: logits over the temperature behind root and nodes, fp32, -inf for what top-k or top-p leaves out.

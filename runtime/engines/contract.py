@@ -253,6 +253,7 @@ class RoundShape:
 
     @property
     def is_chain(self) -> bool:
+        """Whether its trees have no branches."""
         return self.tree is None or self.tree.children == 1
 
 

@@ -84,10 +84,12 @@ class Places:
     """Where the tokens of a step lie in the cache and what they see, as `_cpu.c` reads it."""
 
     def __init__(self, first_slot_B: Tensor, count_B: Tensor, branches: Branches | None, kept_M: Tensor | None) -> None:
-        """Args:
-        first_slot_B, count_B: int32.
-        branches: None for chains.
-        kept_M: which of the step's [B * T] tokens are no padding; None where all are.
+        """Works out what the layers of a step have in common.
+
+        Args:
+            first_slot_B, count_B: int32.
+            branches: None for chains.
+            kept_M: which of the step's [B * T] tokens are no padding; None where all are.
         """
         self.first_slot_B, self.count_B = first_slot_B.contiguous(), count_B.contiguous()
         self.prefix_B: Tensor | None = None

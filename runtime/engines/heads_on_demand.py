@@ -18,8 +18,10 @@ class HeadsOnDemand:
     """Heads beside a target's torch engine, see `HeadsEngine`; from any thread."""
 
     def __init__(self, parts: HeadsParts, *, precision: TorchPrecision, device: str = "cpu") -> None:
-        """Args:
-        precision, device: the target's engine's.
+        """Notes what the heads are made of; they are made later.
+
+        Args:
+            precision, device: the target's engine's.
         """
         spec = parts.file.spec
         self.num_heads = spec.num_heads

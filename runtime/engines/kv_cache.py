@@ -71,10 +71,12 @@ class CachedAttend:
     """Attention of one step over the cache: `ssv.model.decoder.Attend`."""
 
     def __init__(self, keys_LBKSD: Tensor, values_LBKSD: Tensor, slot_BT: Tensor, mask_B1TS: Tensor) -> None:
-        """Args:
-        keys_LBKSD, values_LBKSD: the step's rows of the cache.
-        slot_BT: int64, of each token.
-        mask_B1TS: from `visible`; S is as much of a row as can be seen at the most.
+        """Attends for the tokens of one step.
+
+        Args:
+            keys_LBKSD, values_LBKSD: the step's rows of the cache.
+            slot_BT: int64, of each token.
+            mask_B1TS: from `visible`; S is as much of a row as can be seen at the most.
         """
         self._keys, self._values, self._mask_B1TS = keys_LBKSD, values_LBKSD, mask_B1TS
         device = slot_BT.device

@@ -235,9 +235,11 @@ class Int8Linear(PackedLinear):
     """8-bit weights."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, input_factor_I: Tensor | None = None) -> None:
-        """Args:
-        weight_OI: of any floating type.
-        input_factor_I: what `forward` multiplies each input with.
+        """Rounds weights to 8 bits and packs them.
+
+        Args:
+            weight_OI: of any floating type.
+            input_factor_I: what `forward` multiplies each input with.
         """
         outputs, inputs = weight_OI.shape
         super().__init__(outputs, inputs, bias_O, _TILE * BLOCK, has_scale=True)
@@ -263,8 +265,10 @@ class Int4Linear(PackedLinear):
     """4-bit weights."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        """Args:
-        weight_OI: of any floating type.
+        """Rounds weights to 4 bits and packs them.
+
+        Args:
+            weight_OI: of any floating type.
 
         Raises:
             EngineError: see `int4_blocks`.

@@ -58,11 +58,13 @@ class TensorRTEngine:
         max_batch: int | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
-        """Args:
-        draft, token_ids_V: of a draft: its spec, and the vocabulary id of each logit unless that is its index.
-        has_scorer: whether the plan is a draft's that was built with a scorer.
-        has_features_out: whether the plan is a target's that was built with a tap.
-        max_batch: rows of the cache; None for as many as the plan was built for.
+        """Runs a plan that has been loaded, over a cache of its own.
+
+        Args:
+            draft, token_ids_V: of a draft: its spec, and the vocabulary id of each logit unless that is its index.
+            has_scorer: whether the plan is a draft's that was built with a scorer.
+            has_features_out: whether the plan is a target's that was built with a tap.
+            max_batch: rows of the cache; None for as many as the plan was built for.
         """
         self.max_batch, self.max_length = max_batch or entry.max_batch, entry.max_length
         if self.max_batch > entry.max_batch:

@@ -334,6 +334,7 @@ def times_of(counters: Counters) -> Mapping[str, float]:
 
 
 def gauges_of(load: Load, alive: bool) -> Mapping[str, float]:
+    """Gauges of what there is to do, by name."""
     return {
         "ssv_requests_decoding": load.decoding,
         "ssv_requests_joining": load.joining,

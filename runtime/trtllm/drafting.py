@@ -85,10 +85,12 @@ class Drafting:
         survival: Survival | None = None,
         costs: Costs | None = None,
     ) -> None:
-        """Args:
-        engine: of a draft that takes no features of the target's.
-        policy: see `chain_policy`.
-        costs: of steps there; with a policy that pays.
+        """Begins without requests.
+
+        Args:
+            engine: of a draft that takes no features of the target's.
+            policy: see `chain_policy`.
+            costs: of steps there; with a policy that pays.
         """
         assert not engine.num_features and policy.is_chain and not policy.accept_below
         assert policy.pays == (costs is not None)

@@ -77,9 +77,11 @@ class HostedGenerator:
     """Requests that a streaming engine decodes."""
 
     def __init__(self, engine: StreamingEngine, loop: asyncio.AbstractEventLoop, max_waiting: int | None) -> None:
-        """Args:
-        loop: runs in a thread of its own.
-        max_waiting: requests beyond those that the engine decodes at a time; None for no bound.
+        """Hands requests to an engine that runs.
+
+        Args:
+            loop: runs in a thread of its own.
+            max_waiting: requests beyond those that the engine decodes at a time; None for no bound.
         """
         self.max_rows, self._engine, self._loop, self._max_waiting = engine.max_rows, engine, loop, max_waiting
         self._running: dict[int, Running] = {}
@@ -88,6 +90,7 @@ class HostedGenerator:
 
     @property
     def has_work(self) -> bool:
+        """See `Generator.has_work`."""
         return bool(self._running)
 
     @property

@@ -54,8 +54,8 @@ def flat(outputs: list[StepOutput], name: str) -> Tensor:
 
 def start(batch: DecodeBatch, prompt_ids: Sequence[int], row: Row) -> int:
     """Runs the whole prompt of a row; returns its first token."""
-    batch.begin(prompt_ids, row)
-    while (first := batch.prefill()) is None:
+    batch.members.begin(prompt_ids, row)
+    while (first := batch.members.prefill()) is None:
         pass
     return first
 

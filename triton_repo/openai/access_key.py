@@ -20,8 +20,10 @@ class AccessKey:
     """ASGI middleware that asks for one of some keys as `Authorization: Bearer KEY`."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], more_open_paths: Sequence[str] = ()) -> None:
-        """Args:
-        more_open_paths: what asks for no key beside `OPEN_PATHS`.
+        """Guards an application.
+
+        Args:
+            more_open_paths: what asks for no key beside `OPEN_PATHS`.
         """
         self._app, self._keys = app, [key.encode() for key in keys]
         self._open_paths = {*OPEN_PATHS, *more_open_paths}

@@ -25,6 +25,8 @@ _TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class StreamOptions(Strict):
+    """What a stream is to tell beside the answer."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Any, only(False)] = None

@@ -41,9 +41,11 @@ class Tokens:
     """A bundle's tokenizer, read when it is first asked for."""
 
     def __init__(self, bundle: Path, max_length: int | None, chat_template: Path | None = None) -> None:
-        """Args:
-        max_length: tokens of prompt and output together; None where nobody knows.
-        chat_template: file with the template that is used instead of the bundle's.
+        """Notes which tokenizer is meant; nothing is read yet.
+
+        Args:
+            max_length: tokens of prompt and output together; None where nobody knows.
+            chat_template: file with the template that is used instead of the bundle's.
         """
         self._bundle, self._max_length, self._template = bundle, max_length, chat_template
 

@@ -240,6 +240,7 @@ def _pick(rng: Rng, *texts: str) -> list[str]:
 
 
 def explain(rng: Rng) -> str:
+    """Something to be explained."""
     topic = rng.choice(_entries(SCIENCE) + _entries(TECH))
     return rng.choice(
         (
@@ -255,6 +256,7 @@ def explain(rng: Rng) -> str:
 
 
 def stem(rng: Rng) -> str:
+    """An exercise in physics, chemistry or calculus."""
     kind = rng.randrange(7)
     a, b, c = rng.randint(2, 30), rng.randint(2, 20), rng.randint(2, 12)
     if kind == 0:
@@ -287,6 +289,7 @@ def stem(rng: Rng) -> str:
 
 
 def mathematics(rng: Rng) -> str:
+    """An exercise in arithmetic or algebra."""
     a, b, c, d = rng.randint(12, 98), rng.randint(3, 19), rng.randint(2, 9), rng.randint(11, 60)
     name, thing = _pick(rng, NAMES, THINGS)
     return rng.choice(
@@ -309,6 +312,7 @@ def mathematics(rng: Rng) -> str:
 
 
 def code(rng: Rng) -> str:
+    """A function to be written."""
     language, does = _pick(rng, CODE_LANGUAGES, FUNCTIONS)
     return rng.choice(
         (
@@ -322,6 +326,7 @@ def code(rng: Rng) -> str:
 
 
 def debug(rng: Rng) -> str:
+    """A bug to be found."""
     snippet, symptom = rng.choice(BUGS)
     name = rng.choice(_entries(NAMES))
     return rng.choice(
@@ -336,6 +341,7 @@ def debug(rng: Rng) -> str:
 
 
 def sql(rng: Rng) -> str:
+    """A database to be asked."""
     table = rng.choice(list(TABLES))
     wanted = rng.choice(_entries(QUERIES[table]))
     dialect = rng.choice(("PostgreSQL", "SQLite", "MySQL", "standard SQL"))
@@ -350,6 +356,7 @@ def sql(rng: Rng) -> str:
 
 
 def table(rng: Rng) -> str:
+    """A table to be made or read."""
     if rng.random() < 0.5:
         rows = rng.sample(COUNTRIES, 4)
         head = "country,inhabitants (millions),area (1000 km2),currency"
@@ -379,6 +386,7 @@ def table(rng: Rng) -> str:
 
 
 def structured(rng: Rng) -> str:
+    """An answer of a given form."""
     name, city, job = _pick(rng, NAMES, PLACES, JOBS)
     age, (title, author, year) = rng.randint(19, 71), rng.choice(BOOKS)
     return rng.choice(
@@ -395,6 +403,7 @@ def structured(rng: Rng) -> str:
 
 
 def history(rng: Rng) -> str:
+    """A question about an event."""
     event = rng.choice(_entries(HISTORY))
     return rng.choice(
         (
@@ -409,6 +418,7 @@ def history(rng: Rng) -> str:
 
 
 def literature(rng: Rng) -> str:
+    """A question about a book."""
     title, author, year = rng.choice(BOOKS)
     other = rng.choice([book for book in BOOKS if book[0] != title])
     return rng.choice(
@@ -424,6 +434,7 @@ def literature(rng: Rng) -> str:
 
 
 def compare(rng: Rng) -> str:
+    """Two things to be compared."""
     a, b = rng.sample(_entries(rng.choice((TECH, DISHES, PLACES, JOBS))), 2)
     return rng.choice(
         (
@@ -436,6 +447,7 @@ def compare(rng: Rng) -> str:
 
 
 def howto(rng: Rng) -> str:
+    """A skill to be taught."""
     skill = rng.choice(_entries(SKILLS))
     return rng.choice(
         (
@@ -449,6 +461,7 @@ def howto(rng: Rng) -> str:
 
 
 def recipe(rng: Rng) -> str:
+    """A question about a dish."""
     dish = rng.choice(_entries(DISHES))
     guests, minutes = rng.randint(2, 12), rng.choice((20, 30, 45, 60, 90))
     return rng.choice(
@@ -464,6 +477,7 @@ def recipe(rng: Rng) -> str:
 
 
 def travel(rng: Rng) -> str:
+    """A question about a place."""
     place, days = rng.choice(_entries(PLACES)), rng.randint(2, 7)
     return rng.choice(
         (
@@ -478,6 +492,7 @@ def travel(rng: Rng) -> str:
 
 
 def summarise(rng: Rng) -> str:
+    """A passage to be summarised."""
     name, other, city, job = _pick(rng, NAMES, NAMES, PLACES, JOBS)
     product, number = rng.choice(_entries(PRODUCTS)), rng.randint(12, 480)
     passages = (
@@ -519,6 +534,7 @@ def summarise(rng: Rng) -> str:
 
 
 def extract(rng: Rng) -> str:
+    """Facts to be found in a text."""
     name, other, city, town = _pick(rng, NAMES, NAMES, PLACES, PLACES)
     day, hour, price = rng.randint(1, 28), rng.randint(8, 19), rng.randint(15, 900)
     month = rng.choice(("March", "May", "July", "September", "November"))
@@ -548,6 +564,7 @@ def extract(rng: Rng) -> str:
 
 
 def rewrite(rng: Rng) -> str:
+    """A text to be written in another way."""
     name, product, job = _pick(rng, NAMES, PRODUCTS, JOBS)
     text = rng.choice(
         (
@@ -576,6 +593,7 @@ def rewrite(rng: Rng) -> str:
 
 
 def translate(rng: Rng) -> str:
+    """A sentence to be translated."""
     sentence, language, other = _pick(rng, SENTENCES, LANGUAGES, LANGUAGES)
     return rng.choice(
         (
@@ -591,6 +609,7 @@ def translate(rng: Rng) -> str:
 
 
 def words(rng: Rng) -> str:
+    """A question about words."""
     a, b = rng.sample(_entries(WORDS), 2)
     return rng.choice(
         (
@@ -604,6 +623,7 @@ def words(rng: Rng) -> str:
 
 
 def letter(rng: Rng) -> str:
+    """A letter to be written."""
     name, product, job, city = _pick(rng, NAMES, PRODUCTS, JOBS, PLACES)
     return rng.choice(
         (
@@ -618,6 +638,7 @@ def letter(rng: Rng) -> str:
 
 
 def story(rng: Rng) -> str:
+    """A story or a poem to be written."""
     thing, mood, name, place, job = _pick(rng, OBJECTS, MOODS, NAMES, PLACES, JOBS)
     return rng.choice(
         (
@@ -632,6 +653,7 @@ def story(rng: Rng) -> str:
 
 
 def ideas(rng: Rng) -> str:
+    """Ideas to be found."""
     product, job, place, thing = _pick(rng, PRODUCTS, JOBS, PLACES, OBJECTS)
     count = rng.randint(3, 9)
     return rng.choice(
@@ -647,6 +669,7 @@ def ideas(rng: Rng) -> str:
 
 
 def advice(rng: Rng) -> str:
+    """A decision to be made."""
     decision, name = _pick(rng, DECISIONS, NAMES)
     return rng.choice(
         (
@@ -660,6 +683,7 @@ def advice(rng: Rng) -> str:
 
 
 def roleplay(rng: Rng) -> str:
+    """A part to be played."""
     persona, product, name, place = _pick(rng, PERSONAS, PRODUCTS, NAMES, PLACES)
     return rng.choice(
         (
@@ -673,6 +697,7 @@ def roleplay(rng: Rng) -> str:
 
 
 def logic(rng: Rng) -> str:
+    """A riddle."""
     a, b, c, d = rng.sample(_entries(NAMES), 4)
     return rng.choice(
         (
@@ -690,6 +715,7 @@ def logic(rng: Rng) -> str:
 
 
 def listing(rng: Rng) -> str:
+    """A list to be made."""
     what, count = rng.choice(_entries(LISTS)), rng.randint(4, 10)
     return rng.choice(
         (

@@ -26,8 +26,10 @@ class TextDrafter(Drafter, Generic[T]):
     """Keeps a text for each row, and has `draft` find a tree in it."""
 
     def __init__(self, eos_ids: frozenset[int], new_text: Callable[[int], T]) -> None:
-        """Args:
-        new_text: makes the text of a row whose prompt has so many tokens.
+        """Begins without texts.
+
+        Args:
+            new_text: makes the text of a row whose prompt has so many tokens.
         """
         self._eos_ids, self._new_text = eos_ids, new_text
         self._texts: dict[int, T] = {}

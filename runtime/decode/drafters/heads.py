@@ -35,8 +35,10 @@ class HeadsDrafter(Drafter):
     needs_hidden = True
 
     def __init__(self, heads: HeadsEngine, eos_ids: Tensor) -> None:
-        """Args:
-        eos_ids: int64.
+        """Proposes by heads that have been loaded.
+
+        Args:
+            eos_ids: int64.
         """
         self._heads, self._eos_ids = heads, frozenset(eos_ids.tolist())
         self._columns = Columns(heads.token_ids_V)

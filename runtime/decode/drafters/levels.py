@@ -30,8 +30,10 @@ class Levels:
     """Running means, by depth, of the nodes that trees kept and of what these were worth."""
 
     def __init__(self, most: int) -> None:
-        """Args:
-        most: levels.
+        """Begins with guesses of what a draft is worth.
+
+        Args:
+            most: levels.
         """
         self._most, self._patience = most, Patience()
         # Of trees that are no deeper than a level, from the first on, and of so many nodes: what they bring.

@@ -65,11 +65,13 @@ class Window:
     """
 
     def __init__(self, seeds: Sequence[int], width: int, num_levels: int, num_guesses: int) -> None:
-        """Args:
-        seeds: tokens from which the first guesses are drawn; at least one.
-        width: W.
-        num_levels: N - 1.
-        num_guesses: G.
+        """Fills the first level with guesses.
+
+        Args:
+            seeds: tokens from which the first guesses are drawn; at least one.
+            width: W.
+            num_levels: N - 1.
+            num_guesses: G.
         """
         self._num_levels, self._num_guesses = num_levels, num_guesses
         self._seeds, self._random = seeds, random.Random(0)

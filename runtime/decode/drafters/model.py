@@ -61,6 +61,7 @@ class DraftBlock:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes of memory."""
         parts = (self.cache, self.last_feature_11F)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
@@ -69,16 +70,21 @@ class ModelDrafter(Drafter):
     """A draft engine over the rows of a batch.
 
     A conditioned draft's entry i joins token i + 1 with the features of token i, so its cache runs one token behind.
-
     """
 
     has_cache = True
 
     def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival, recall: Suffix) -> None:
-        """Args:
-        engine: with as many rows as the target's.
-        eos_ids: int64.
-        survival: corrects the shares that the draft gives its guesses.
+        """Proposes by a draft that holds no text yet.
+
+        Args:
+            engine: with as many rows as the target's.
+            eos_ids: int64.
+            survival: corrects the shares that the draft gives its guesses.
+            recall: finds what followed the same words in rows' texts before, for policies that recall.
+
+        Raises:
+            EngineError: the engine has fewer rows.
         """
         if engine.max_batch < target.max_batch:
             raise EngineError(
@@ -304,7 +310,7 @@ class ModelDrafter(Drafter):
         return row.tokens[row.draft_length + self._offset :]
 
     def features(self, num_rows: int) -> Tensor | None:
-        """Of the unseen tokens of the first rows, [B, T, F]."""
+        """The target's features of the unseen tokens of the first rows, [B, T, F]."""
         return self._features_BTF[:num_rows] if self._features_BTF is not None else None
 
     def levels(self, policy: Policy) -> Levels:
@@ -551,8 +557,7 @@ def _shared(
     what is left.
 
     Sampled tokens are chosen with noise that the scorer does not see: there the draft's shares stand. All are corrected
-        then by what came
-    true of such shares before.
+    then by what came true of such shares before.
     """
     first = 1 - reject_prob if reject_prob is not None and greedy else shares[0]
     left = (1 - first) / max(1 - shares[0], 1e-6)

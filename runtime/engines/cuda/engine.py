@@ -102,9 +102,11 @@ class CudaEngine:
         draft: Draft | None = None,
         scorer: Scorer | None = None,
     ) -> None:
-        """Args:
-        decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, and may be
-            dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
+        """Packs a model's weights, and makes its cache and buffers.
+
+        Args:
+            decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, and may
+                be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
 
         Raises:
             EngineError: a model that the kernels cannot run (`misfit`), or longer than it has positions for.

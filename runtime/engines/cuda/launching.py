@@ -190,11 +190,12 @@ def plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
 
 
 def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies on the device; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def width_for(num_tokens: int) -> int:
-    """Of the graph that has room for so many."""
+    """Tokens that the graph with room for so many has room for."""
     return next(width for width in WIDTHS if num_tokens <= width)
 
 

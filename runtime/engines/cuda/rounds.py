@@ -157,7 +157,7 @@ class CudaRounds:
             self._between_s.append(seconds - steps_s)
 
     def _seconds_of_step(self, engine: CudaEngine, shape: Shape) -> float:
-        """Of a step that fills its graph."""
+        """Measures a step that fills its graph."""
         count = shape.width
         (block,) = places.blocks([count])
         numbers, _ = engine.write(block, np.zeros((1, count), dtype=np.int64), [64], 0, range(count), None, None)
@@ -386,7 +386,7 @@ class CudaRounds:
 
 
 def _seconds_of(run: Callable[[], None], repeats: int = 20) -> float:
-    """Of a run on the device, one behind the other; the median of some such series."""
+    """Measures runs on the device, one behind the other: the median of some such series, a run."""
     found = []
     for _ in range(3):
         run()

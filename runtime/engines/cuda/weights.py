@@ -72,6 +72,8 @@ class Linear:
 
 
 class LayerWeights:
+    """A layer's packed products, and the weights of its norms with what inputs are multiplied with."""
+
     def __init__(self, layer: Layer) -> None:
         self.qkv, self.o, self.down = Linear(layer.qkv), Linear(layer.o), Linear(layer.down)
         self.gate_up = Linear(layer.gate_up, gated=True)

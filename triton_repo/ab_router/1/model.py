@@ -21,6 +21,8 @@ from ssv.runtime.serving.pieces import error_text
 
 
 class TritonPythonModel:
+    """The model that routes requests to the arms of a comparison."""
+
     def initialize(self, args: dict[str, str]) -> None:
         log_to_stderr()
         given = {n: entry["string_value"] for n, entry in json.loads(args["model_config"])["parameters"].items()}

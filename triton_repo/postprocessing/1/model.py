@@ -18,6 +18,8 @@ from ssv.runtime.tokenizer import BundleTokenizer
 
 
 class TritonPythonModel:
+    """The model that makes text of tokens."""
+
     def initialize(self, args: dict[str, str]) -> None:
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         self._control = ControlSender(os.getppid())

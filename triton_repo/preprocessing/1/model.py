@@ -23,6 +23,8 @@ log = logging.getLogger("ssv.server")
 
 
 class TritonPythonModel:
+    """The model that checks requests and makes tokens of them."""
+
     def initialize(self, args: dict[str, str]) -> None:
         log_to_stderr()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))

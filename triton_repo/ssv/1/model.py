@@ -47,6 +47,8 @@ EXIT_ENGINE_FAILED = 70
 
 
 class TritonPythonModel:
+    """The model that decodes."""
+
     def initialize(self, args: dict[str, str]) -> None:
         log_to_stderr()
         keep_large_blocks()

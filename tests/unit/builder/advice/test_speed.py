@@ -48,8 +48,8 @@ def test_rounds_are_those_of_decoding(policy: Policy) -> None:
     prompt = (1, 2, 3)
     (text,) = watch(batch, [prompt], 40)
     row = Row(SamplingParams(max_tokens=40), policy, lambda _: False, Counters())
-    batch.begin(prompt, row)
-    while batch.prefill() is None:
+    batch.members.begin(prompt, row)
+    while batch.members.prefill() is None:
         pass
     row.counters.emitted = 1
     while row.rest >= 0:

@@ -56,6 +56,18 @@ class Moody(Pace):
         return self._num // self._rounds % 2 == 0
 
 
+class Late(Pace):
+    """Lets no row draft in the first rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__(None)
+        self._left = rounds
+
+    def begin(self, *_: Any) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
 def cheap(num_rows: int, shape: RoundShape) -> float:
     """Trees pay."""
     return 1.0 + 0.02 * shape.depth
@@ -185,6 +197,40 @@ def test_rows_that_may_not_draft_are_decoded_by_the_engines_and_may_draft_again(
     assert sum(c.drafted for c in counted) > 0
 
 
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0), (0.0, 0.8), (0.8, 0.8)], ids=str)
+def test_drafts_are_held_against_plain_rounds_of_rows_that_choose_alike(temperatures: tuple[float, ...]) -> None:
+    """Rounds that may sample take longer."""
+    told: list[float] = []
+
+    class Told(Pace):
+        def begin(self, num_rows: int, policies: frozenset[int], num_tokens: int, plain_s: float | None) -> bool:
+            assert plain_s is not None
+            told.append(plain_s)
+            return True
+
+    setup = Setup(2, seconds=lambda num, shape: 1000.0 + shape.depth + 500.0 * shape.samples)
+    many = [
+        Request((1, 2, 3), "premium", SamplingParams(max_tokens=num, ignore_eos=True, temperature=t, seed=1))
+        for num, t in zip((10, 40), temperatures, strict=True)  # one that samples is there to the end
+    ]
+    setup.decoded(many, [PREMIUM] * 2, by_engines=True, pace=Told(None))
+    assert {shape.samples for shape in setup.rounds.shapes} == {any(temperatures)}
+    assert set(told) == {1500.0 if any(temperatures) else 1000.0}
+
+
+@pytest.mark.parametrize("policy", [PROMPT_LOOKUP, SUFFIX], ids=["prompt-lookup", "suffix"])
+def test_rows_without_a_draft_model_draft_again_where_those_beside_them_have_lost_theirs(policy: Policy) -> None:
+    setup = Setup(2)
+    params = SamplingParams(max_tokens=148, ignore_eos=True)
+    many, policies = [Request((1, 2, 3, 4) * 3, "premium", params)] * 2, [PREMIUM, policy]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 2, by_engines=False)
+    pace = Late(setup.rounds.most_pending + 2)
+    found, (by_model, by_text) = setup.decoded(many, policies, by_engines=True, pace=pace)
+    assert found == expected
+    assert not by_model.drafted
+    assert by_text.drafted > 0
+
+
 @pytest.mark.parametrize("seconds", [cheap, dear])
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("name", ["premium", *TREES])
@@ -304,6 +350,21 @@ def test_fixed_chains_are_cut_where_many_rows_share_a_pass() -> None:
     expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 16, by_engines=False)
     assert setup.decoded(many, [verify_all(8)] * 16, by_engines=True)[0] == expected
     assert min(shape.nodes for shape in setup.rounds.shapes) == 3
+
+
+@pytest.mark.parametrize("num_later", [0, 3])
+def test_fixed_chains_that_many_rows_had_no_room_for_are_plain_once_there_is_room(num_later: int) -> None:
+    """What their draft would have to catch up with is gone, whoever has joined meanwhile."""
+    setup = Setup(16, seconds=dear)
+    many = [
+        Request((1, 2, 3 + b % 4), "premium", SamplingParams(max_tokens=135 if b < 12 else 155, ignore_eos=True))
+        for b in range(16)
+    ]
+    many += [Request((1, 2, 3), "premium", SamplingParams(max_tokens=30, ignore_eos=True))] * num_later
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * len(many), by_engines=False)
+    found, counted = setup.decoded(many, [verify_all(8)] * len(many), by_engines=True)
+    assert found == expected
+    assert sum(c.drafted for c in counted[:6]) > 0  # while the first ones were few
 
 
 def test_logits_that_are_no_numbers_are_told() -> None:

@@ -152,7 +152,7 @@ def test_choices_and_rankings_are_those_of_masked_logits(seed: int) -> None:
             Counters(prompt_tokens=2),
             [1, 2],
         )
-        row.processor = batch.processor(row.params, row.tokens)
+        row.processor = batch.members.processor(row.params, row.tokens)
         rows.append(row)
     logits_RV = torch.randn(NUM_ROWS, NUM_TOKENS, generator=generator)
     at = [(b, 0) for b in range(NUM_ROWS)]

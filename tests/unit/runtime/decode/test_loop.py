@@ -19,8 +19,9 @@ from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
 from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.membership import PromptBlock
 from ssv.runtime.decode.prompt_cache import PromptCache
-from ssv.runtime.decode.round import DecodeBatch, PromptBlock
+from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.engines.torch_engine import draft_engine, target_engine
 from ssv.runtime.llm import LLM

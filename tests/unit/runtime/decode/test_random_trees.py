@@ -15,6 +15,7 @@ from drive import text_of
 from fakes import EOS, VOCAB_SIZE, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, verify_all
 from ssv.runtime.decode import round as module
+from ssv.runtime.decode.drafters import Drafters
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree
@@ -127,7 +128,7 @@ def compare(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Output], l
     drafter = RandomTrees(plain_texts(make_llm(seed, len(asked)), asked), rng)
     llm = make_llm(seed, max_batch=1 + 2 * (seed % 2))
     with monkeypatch.context() as patched:
-        patched.setattr(module, "drafters", lambda *_: {"prompt-lookup": drafter})
+        patched.setattr(module, "drafters", lambda *_: Drafters({"prompt-lookup": drafter}))
         found = llm.generate(asked, prompt_cache=llm.prompt_cache(1 << 20))
     for request, output in zip(asked, found, strict=True):
         *earlier, last = drafter.kept.get(request.params.seed, [0])

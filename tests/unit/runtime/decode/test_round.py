@@ -19,7 +19,8 @@ from ssv.bundle.policy import MAX_PENDING, Policy
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import choice
 from ssv.runtime.decode import round as module
-from ssv.runtime.decode.round import PREFILL_CHUNK, DecodeBatch
+from ssv.runtime.decode.membership import PREFILL_CHUNK
+from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import Sampling, choose
 from ssv.runtime.decode.verify import Verdict
@@ -560,7 +561,7 @@ def test_a_row_that_cannot_run_does_not_begin() -> None:
     batch = DecodeBatch(llm.target, llm.draft, [EOS], llm.max_length, heads=llm.heads)
     row = Row(SamplingParams(max_tokens=19), LOSSLESS["turbo"], lambda _: False, Counters())
     with pytest.raises(RequestError, match="max_tokens 19 exceed the cache of 20"):
-        batch.begin((1, 2), row)
+        batch.members.begin((1, 2), row)
     assert start(batch, (1,), row) == reference(target_of(llm), (1,), row.params)[0][0]
 
 

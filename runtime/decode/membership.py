@@ -1,0 +1,313 @@
+"""Rows that come and go: who may join a batch, the prompt of the row that joins, a chunk at a time, and who leaves.
+
+Rows in use are always the first ones. One row at a time joins, behind the others and between their rounds
+(`ssv.runtime.decode.round`); when a row leaves, the last one takes its place.
+
+Shapes: T tokens of a step, V vocab.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.runtime.decode.choice import check_chosen, choices
+from ssv.runtime.decode.drafters import Drafters
+from ssv.runtime.decode.drafters.contract import Drafter
+from ssv.runtime.decode.drafters.model import MANY_ROWS
+from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, processor_of
+from ssv.runtime.decode.logprobs import logprobs_of
+from ssv.runtime.decode.pace import Pace
+from ssv.runtime.decode.prompt_cache import PromptCache
+from ssv.runtime.decode.row import Row
+from ssv.runtime.engines.contract import Engine
+from ssv.runtime.grammar import Grammars
+from ssv.runtime.request import RequestError, SamplingParams, TokenFate
+
+PREFILL_CHUNK = 64
+"""Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
+
+ALONE = 3
+"""With fewer beside it a row that joins gets a draft in any case: it may soon be the only one, and gain by it."""
+
+_LACKING = {
+    "model": ("this method needs a draft, and none is loaded",),
+    "heads": (
+        "this method needs Medusa's heads, and none are loaded",
+        "distill them with `ssv-build distill --kind medusa`, name them in the recipe (`heads.file`), build the bundle "
+        "again, and load it with the engine torch",
+    ),
+}
+"""What to say where a drafter is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBlock:
+    """What a chunk of a prompt left behind.
+
+    Attributes:
+        target: see `Engine.read_cache`.
+        draft: see `Drafter.snapshot`; None of a row whose drafter keeps nothing.
+    """
+
+    target: Tensor
+    draft: Any
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of memory."""
+        return self.target.numel() * self.target.element_size() + (
+            self.draft.num_bytes if self.draft is not None else 0
+        )
+
+
+@dataclass(slots=True)
+class _Joining:
+    """A row whose prompt has been run up to `done`."""
+
+    row: Row
+    ids_1T: Tensor
+    done: int = 0
+
+
+class Membership:
+    """Which rows are in a batch, over its target and its drafters.
+
+    Attributes:
+        rows: those in use, in their order.
+        prefill_chunk: tokens of a prompt that `prefill` runs at a time.
+        prompt_cache: where prompts are looked up and kept; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        target: Engine,
+        drafters: Drafters,
+        eos_ids: Sequence[int],
+        max_length: int,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prompt_cache: PromptCache[PromptBlock] | None = None,
+        grammars: Grammars | None = None,
+        knows_costs: bool = False,
+        has_rounds: bool = False,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pace: Pace,
+    ) -> None:
+        """Begins without rows.
+
+        Args:
+            max_length: tokens of prompt and output together.
+            prompt_cache: its blocks are chunks.
+            grammars: over the target's vocabulary; None where outputs cannot have one.
+            knows_costs: whether the costs of steps here are known, which policies need that draft only what pays.
+            has_rounds: whether engines run rounds by themselves.
+            around: what chunks of prompts run within.
+            pace: says whether rows draft that draft what pays.
+        """
+        # A block of another length would be put where others belong.
+        assert prompt_cache is None or prompt_cache.block_tokens == prefill_chunk
+        self._target, self._drafters, self._eos_ids, self._max_length = target, drafters, eos_ids, max_length
+        self.prefill_chunk, self.prompt_cache = prefill_chunk, prompt_cache
+        self._grammars, self._knows_costs, self._has_rounds = grammars, knows_costs, has_rounds
+        self._around, self._pace, self._columns = around, pace, Columns()
+        self.rows: list[Row] = []
+        self._joining: _Joining | None = None
+
+    @property
+    def is_joining(self) -> bool:
+        """Whether a row is on its way."""
+        return self._joining is not None
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
+        """Raises RequestError if a request cannot run here."""
+        prompt_length = len(prompt_ids)
+        if not prompt_length:
+            raise RequestError("the prompt is empty")
+        if not all(0 <= token < self._target.vocab_size for token in prompt_ids):
+            raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self._target.vocab_size}")
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise RequestError("outputs cannot have a form here: no tokenizer's file is loaded")
+            self._grammars.prepare(params.grammar)
+        for name, tokens in params.named_tokens.items():
+            if (token := next((t for t in tokens if not 0 <= t < self._target.vocab_size), None)) is not None:
+                raise RequestError(f"{name}: token {token} is outside the vocabulary of {self._target.vocab_size}")
+        if prompt_length + params.max_tokens > self._max_length:
+            raise RequestError(
+                f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
+                f"{self._max_length}",
+                "shorten one of them or load with a larger max length",
+            )
+        if policy.max_pending > MAX_PENDING:
+            raise RequestError(
+                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's "
+                f"max_pending): at most {MAX_PENDING} can"
+            )
+        if not policy.max_pending:
+            return
+        if policy.drafter not in self._drafters:
+            raise RequestError(*_LACKING[policy.drafter])
+        if policy.pays and policy.drafter == "model" and not self._knows_costs:
+            raise RequestError(
+                "this method drafts what pays, and the costs of steps here are not known", "give them (`costs`)"
+            )
+        if policy.accept_below > 0 and not self._drafters[policy.drafter].has_scores:
+            raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
+
+    def begin(self, prompt_ids: Sequence[int], row: Row) -> None:
+        """Takes a row whose prompt `prefill` runs; no other may be on its way.
+
+        Raises:
+            RequestError: see `check`.
+        """
+        self.check(prompt_ids, row.params, row.policy)
+        assert self._joining is None, "one row joins at a time"
+        row.tokens = list(prompt_ids)
+        row.counters.prompt_tokens = len(prompt_ids)
+        row.processor = self.processor(row.params, prompt_ids)
+        # A drafter that keeps nothing of prompts has nothing to make ready, and can begin at any time.
+        if self._caching(row) is not None:
+            row.has_lost_draft = self.follows_load(row) and not self._would_draft(row)
+        self._joining = _Joining(row, torch.tensor([row.tokens]))
+        if (drafter := self._drafters.of(row)) is not None:
+            drafter.begin()
+        self._restore(self._joining)
+
+    def _would_draft(self, row: Row) -> bool:
+        """Whether a row that joins will be let draft: a draft that will hardly be asked is not made ready."""
+        if self._has_rounds and len(self.rows) >= MANY_ROWS:
+            return False
+        policies = frozenset(each.policy_hash for each in (*self.rows, row))
+        return len(self.rows) < ALONE or self._pace.would_draft(1 + len(self.rows), policies)
+
+    def follows_load(self, row: Row) -> bool:
+        """Whether a row drafts what pays in the company it has. The text of lossy rows is to be the same in any, but
+        where engines run rounds by themselves: their trees have one shape, that of the moment."""
+        if not row.policy.pays or not row.policy.max_pending:
+            return False
+        return row.lossless or (self._has_rounds and len(self.rows) > 1)
+
+    def processor(self, params: SamplingParams, prompt_ids: Sequence[int]) -> LogitsProcessor | None:
+        """What a request that begins changes of its logits; None of one that changes nothing."""
+        grammar = None
+        if params.grammar is not None:
+            assert self._grammars is not None
+            grammar = self._grammars.begin(params.grammar)
+        return processor_of(params, prompt_ids, self._eos_ids, grammar)
+
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of the prompt of the row that joins that have been run, or were known."""
+        return self._joining.done if self._joining is not None else 0
+
+    def prefill(self) -> int | None:
+        """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
+        with self._around():
+            return self._prefill()
+
+    def _prefill(self) -> int | None:
+        joining = self._joining
+        assert joining is not None
+        row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
+        drafter = self._drafters.of(row)
+        start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
+        num_top = row.params.prompt_logprobs
+        out = self._target.step(
+            joining.ids_1T[:, start:stop],
+            torch.tensor([start], dtype=torch.int32),
+            torch.tensor([stop - start - 1] if num_top is None else list(range(stop - start))),
+            features_out=drafter is not None and drafter.needs_features,
+            first_row=b,
+        )
+        if drafter is not None:
+            drafter.prefill(b, joining.ids_1T, start, stop, out.features_BTF)
+        if num_top is not None:
+            following = row.tokens[start + 1 : stop + 1]
+            row.prompt_logprobs += [
+                logprobs_of(logits_V, token, num_top) for logits_V, token in zip(out.logits_RV, following, strict=False)
+            ]
+        joining.done = stop
+        if stop - start == self.prefill_chunk:
+            self._keep(joining, start, stop)
+        if stop < length:
+            return None
+        self._joining = None
+        self.rows.append(row)
+        self._pace.forget()
+        (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns)
+        check_chosen(chosen)
+        if row.params.logprobs is not None:
+            row.logprobs.append(logprobs_of(out.logits_RV[-1], first, row.params.logprobs))
+        if row.params.fates:
+            row.fates.append(TokenFate(first, "target", 0))
+        row.tokens.append(first)
+        if drafter is not None:
+            if drafter.needs_hidden:
+                drafter.see(b, out.hidden_RH[-1])
+            drafter.join(b, row)
+        row.last_commit = time.monotonic()
+        return first
+
+    def abandon(self) -> None:
+        """Drops the row that joins."""
+        if self._joining is not None:
+            _let_go(self._joining.row)
+        self._joining = None
+
+    def remove(self, row: int, moved: int) -> None:
+        """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
+        _let_go(self.rows[row])
+        if row != moved:
+            self.rows[row] = self.rows[moved]
+            self._target.move_row(moved, row, self.rows[row].target_length)
+            if (drafter := self._drafters.of(self.rows[row])) is not None:
+                drafter.move(moved, row, self.rows[row])
+        self.rows.pop()
+        self._pace.forget()
+        if self._joining is not None:
+            source, dest, done = len(self.rows) + 1, len(self.rows), self._joining.done
+            self._target.move_row(source, dest, done)
+            if (drafter := self._drafters.of(self._joining.row)) is not None:
+                drafter.move_joining(source, dest, done)
+
+    def _restore(self, joining: _Joining) -> None:
+        """Takes the beginning of a prompt from the cache of prompts: all but its last token at the most, which has to
+        give logits."""
+        if self.prompt_cache is None or joining.row.params.prompt_logprobs is not None:
+            return
+        b, drafter = len(self.rows), self._caching(joining.row)
+        for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):
+            stop = joining.done + self.prefill_chunk
+            self._target.write_cache(b, joining.done, block.target)
+            if drafter is not None:
+                drafter.restore(b, joining.done, stop, block.draft)
+            joining.done = stop
+        joining.row.counters.cached_tokens = joining.done
+
+    def _keep(self, joining: _Joining, start: int, stop: int) -> None:
+        """Puts a chunk into the cache of prompts."""
+        b, drafter, tokens = len(self.rows), self._caching(joining.row), joining.row.tokens[:stop]
+        if self.prompt_cache is None or not self.prompt_cache.wants(tokens, drafter is not None):
+            return
+        draft = drafter.snapshot(b, start, stop) if drafter is not None else None
+        block = PromptBlock(self._target.read_cache(b, start, stop), draft)
+        self.prompt_cache.put(tokens, drafter is not None, block, block.num_bytes)
+
+    def _caching(self, row: Row) -> Drafter | None:
+        """The row's drafter if it keeps something of a prompt."""
+        drafter = self._drafters.of(row)
+        return drafter if drafter is not None and drafter.has_cache else None
+
+
+def _let_go(row: Row) -> None:
+    """Ends what a row's output has taken beside the engines."""
+    if row.processor is not None:
+        row.processor.end()
