@@ -255,12 +255,18 @@ def test_a_draft_goes_out_and_comes_back(layout: str, tmp_path: Path) -> None:
     assert main(arguments) == 2  # it is there
 
 
-def test_a_draft_that_joins_in_our_way_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build(write_recipe(tmp_path), tmp_path / "bundle")
-    assert main(["export", "speculators", "--bundle", str(tmp_path / "bundle"), "--out", str(tmp_path / "out")]) == 2
+def test_a_draft_that_joins_in_our_way_leaves_with_its_join_as_a_layer_or_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    layers = build(write_recipe(tmp_path), bundle).draft["decoder"]["num_layers"]
+    assert main(["export", "speculators", "--bundle", str(bundle), "--out", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["transformer_layer_config"]["num_hidden_layers"] == layers + 1
+    assert main(["export", "eagle3", "--bundle", str(bundle), "--out", str(tmp_path / "other")]) == 2
     said = capsys.readouterr().err
     assert "joins token and features before its first layer" in said and "join: eagle3" in said
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "other").exists()
 
 
 # --- refused --------------------------------------------------------------------------------------------------------
