@@ -508,6 +508,14 @@ struct Sift {
 
 #define FARTHEST 1.0e4f /* logits count as at most so far below */
 
+/* Joins what the lanes of a warp know of parts of a row: the largest logit and its column of each (V: it has none), and the others'
+ * sums. All lanes learn the sums of all but the largest of the row, `most` in column `at`. */
+__device__ __forceinline__ void join_sums(float top, int column, float &others, float &dot, float most, int at, int vocab) {
+    const float below = fmaxf(top - most, -FARTHEST), factor = __expf(below);
+    const float left = others + (column < vocab && column != at ? 1.0f : 0.0f); /* the largest of other parts is not left out */
+    dot = sum_of_warp(factor * fmaf(below, left, dot)), others = sum_of_warp(factor * left);
+}
+
 /* A slice of a row. A warp sifts a part of its columns, of which each thread has the best that is not taken yet. */
 extern "C" __global__ void __launch_bounds__(32 * SIFTERS) sift(const Sift p) {
     __shared__ float values[SIFTERS * MOST_CHILDREN], others[SIFTERS], dots[SIFTERS];
@@ -564,11 +572,8 @@ extern "C" __global__ void __launch_bounds__(32 * SIFTERS) sift(const Sift p) {
     float most = top;
     int at = of;
     largest_of_warp(most, at);
-    /* The largest of all is left out; those of other warps are not. */
-    const float below = fmaxf(top - most, -FARTHEST), factor = lane < SIFTERS ? __expf(below) : 0.0f;
-    const float left = lane < SIFTERS ? others[lane] + (of < p.vocab && of != at ? 1.0f : 0.0f) : 0.0f;
-    other = sum_of_warp(factor * left);
-    dot = sum_of_warp(lane < SIFTERS ? factor * fmaf(below, left, dots[lane]) : 0.0f);
+    other = lane < SIFTERS ? others[lane] : 0.0f, dot = lane < SIFTERS ? dots[lane] : 0.0f;
+    join_sums(top, of, other, dot, most, at, p.vocab);
     if (!lane) p.sums[(size_t)r * 2 * SLICES + slice] = other, p.sums[((size_t)r * 2 + 1) * SLICES + slice] = dot;
 }
 
@@ -585,9 +590,9 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
     const int lane = threadIdx.x & 31;
     const size_t from = (size_t)r * MOST_CHILDREN * SLICES;
     for (int i = lane; i < count * SLICES; i += 32) values[i] = value[from + i], columns[i] = column[from + i];
-    const float other = sums[(size_t)r * 2 * SLICES + lane], dot = sums[((size_t)r * 2 + 1) * SLICES + lane];
-    __syncwarp();
     Sifted row = {};
+    row.others = sums[(size_t)r * 2 * SLICES + lane], row.dot = sums[((size_t)r * 2 + 1) * SLICES + lane];
+    __syncwarp();
     float own = values[lane];
     int at = columns[lane];
     const float first = own;
@@ -598,9 +603,8 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
         largest_of_warp(most, which);
         if (lane == k) row.value = most, row.column = which;
         if (!k) {
-            const float below = fmaxf(first - most, -FARTHEST), factor = __expf(below);
-            const float left = other + (of < vocab && of != which ? 1.0f : 0.0f);
-            row.top = most, row.others = sum_of_warp(factor * left), row.dot = sum_of_warp(factor * fmaf(below, left, dot));
+            row.top = most;
+            join_sums(first, of, row.others, row.dot, most, which, vocab);
             if (!(fabsf(most) < 2.0e38f)) row.others = __int_as_float(0x7fffffff);
         }
         if (at == which && at < vocab) { /* what this slice has next */
@@ -984,18 +988,18 @@ __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, co
     }
 }
 
-/* A block attends for the queries of one group to KEYS keys of one key/value head, a warp to a chunk of them. Keys and values of the
- * text before are loaded before the wait. Behind it the tokens of a tree see different ones: there a warp weighs for one of them at a
- * time, and warps that have nothing else to do share the tokens.
- *
- * How long this takes for one token is how long a layer waits for it, and much of that is fetching its code: what one token needs is
- * kept short. */
 #if HEAD_DIM <= 64
 #define AT_A_TIME 2 /* blocks of a multiprocessor: more than 128 registers find no room beside the kernels before and behind */
 #else
 #define AT_A_TIME 1
 #endif
 
+/* A block attends for the queries of one group to KEYS keys of one key/value head, a warp to a chunk of them. Keys and values of the
+ * text before are loaded before the wait. Behind it the tokens of a tree see different ones: there a warp weighs for one of them at a
+ * time, and warps that have nothing else to do share the tokens.
+ *
+ * How long this takes for one token is how long a layer waits for it, and much of that is fetching its code: what one token needs is
+ * kept short. */
 extern "C" __global__ void __launch_bounds__(32 * WARPS, AT_A_TIME) attend(const Attention p) {
     extern __shared__ uint4 shared[];
     const int num_queries = p.group_tokens * GROUP;

@@ -13,7 +13,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ssv.model.decoder import Decoder
 from ssv.plugins.cuda.compiler import source_of
+from ssv.plugins.cuda.driver import Kernel
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.engines.cuda import engine, launching, places
 from ssv.runtime.engines.cuda.weights import Buffers, Weights
@@ -43,11 +43,8 @@ ARGUMENTS = {"store": "Linear", "add": "Linear", "gate": "Linear", "attend": "At
 """Of kernels whose structure is not named like them."""
 
 
-class CpuKernel:
-    """`ssv.plugins.cuda.driver.Kernel`, at once."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
+class CpuKernel(Kernel):
+    """A kernel that runs here, and at once."""
 
     def launch(
         self,
@@ -63,7 +60,7 @@ class CpuKernel:
 
 
 @cache
-def kernels_of(device: object, source: str, names: tuple[str, ...], **chosen: int) -> dict[str, CpuKernel]:
+def kernels_of(device: object, source: str, names: tuple[str, ...], **chosen: int) -> dict[str, Kernel]:
     """`ssv.runtime.engines.cuda.launching.kernels_of`."""
     if (compiler := shutil.which("c++")) is None:
         pytest.skip("there is no C++ compiler")
@@ -121,7 +118,7 @@ class CpuEngine(engine.CudaEngine):
         self.cache.values.fill_(torch.nan)
         self._weights = Weights(decoder, None, None)
         own = launching.macros(decoder.spec)
-        self._kernels = kernels_of(self.device, "decoder", launching.OTHERS, **own)  # type: ignore[assignment]
+        self._kernels = kernels_of(self.device, "decoder", launching.OTHERS, **own)
         self.buffers = Buffers(decoder.spec, self.device, max_length, self.vocab_size, 0)
 
     def logits(

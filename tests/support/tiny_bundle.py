@@ -105,3 +105,11 @@ class Calibrator:
 
 def build(recipe: Path, out: Path, make: Calibrator | None = None) -> Manifest:
     return pair.build_pair(load_recipe(recipe), out, device="cpu", make_calibration=make or Calibrator(), report=silent)
+
+
+def built_with(folder: Path, draft: str, more: str = "", recipe: str = RECIPE) -> Path:
+    """A bundle in the folder, of a draft distilled with further settings, and with more behind the recipe."""
+    path = write_recipe(folder)
+    path.write_text(recipe.replace("distill: {layers", f"distill: {{{draft}, layers") + more)
+    build(path, folder / "bundle")
+    return folder / "bundle"

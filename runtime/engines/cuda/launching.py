@@ -177,13 +177,15 @@ def plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
     sums, held = linear.warps * 32 * 16, linear.pairs * 32 * 16
     # Of few tokens two such blocks find room beside one another, and the next kernel's beside them. Of many there is
     # one, which holds them.
-    blocks = (RESIDENT if tiles <= FEW else 1) * multiprocessors
-    if linear.tiles > blocks:
-        together = min(TOGETHER, -(-linear.tiles // blocks)) if tiles <= FEW else 1
-        shared = 2 * together * sums * tiles + (held * tiles if tiles > FEW else 0)
-        if tiles <= FEW or (linear.tiles > RESIDENT * multiprocessors and shared <= _most_shared()):
-            threads = 32 * max(linear.warps, tiles * together)
-            return Plan(tiles, 1, blocks, together, True, threads, shared)
+    if tiles <= FEW:
+        blocks = RESIDENT * multiprocessors
+        together = min(TOGETHER, -(-linear.tiles // blocks))
+        shared = 2 * together * sums * tiles
+    else:
+        blocks, together, shared = multiprocessors, 1, (2 * sums + held) * tiles
+    if linear.tiles > RESIDENT * multiprocessors and shared <= _most_shared():
+        threads = 32 * max(linear.warps, tiles * together)
+        return Plan(tiles, 1, blocks, together, True, threads, shared)
     parts = min(PARTS, tiles)
     tiles //= parts
     return Plan(tiles, parts, linear.tiles, 1, False, 32 * max(linear.warps, tiles), sums * tiles)

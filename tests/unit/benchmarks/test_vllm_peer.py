@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_bundle import RECIPE, build, write_recipe
+from tiny_bundle import built_with
 
 from ssv.builder.export import export_for
 from ssv.runtime.llm import LLM
@@ -81,10 +81,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    recipe = write_recipe(folder)
-    recipe.write_text(RECIPE.replace("distill: {layers", "distill: {join: eagle3, layers"))
-    build(recipe, folder / "bundle")
-    export_for("vllm", folder / "bundle", folder / "export", tensor_parallel=1)
+    export_for("vllm", built_with(folder, "join: eagle3"), folder / "export", tensor_parallel=1)
     return folder
 
 

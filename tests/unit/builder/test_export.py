@@ -20,7 +20,7 @@ from eagle3_heads import published
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import relative_error, tiny_ids, whole_window
-from tiny_bundle import HEADS, RECIPE, build, write_recipe
+from tiny_bundle import HEADS, RECIPE, build, built_with, write_recipe
 from trtllm_names import PUBLISHED
 
 from ssv.ab import cli as ab_cli
@@ -47,26 +47,15 @@ PATIENCE = 600.0
 any_host = pytest.mark.parametrize("host", HOSTS)
 
 
-def made(folder: Path, draft: str, more: str = "") -> Path:
-    recipe = write_recipe(folder)
-    recipe.write_text(RECIPE.replace("distill: {layers", f"distill: {{{draft}, layers") + more)
-    build(recipe, folder / "bundle")
-    return folder / "bundle"
-
-
 @pytest.fixture(scope="module")
 def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("conditioned"), "join: eagle3", HEADS)
+    return built_with(tmp_path_factory.mktemp("conditioned"), "join: eagle3", HEADS)
 
 
 @pytest.fixture(scope="module")
 def standalone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("standalone")
-    recipe = write_recipe(folder)
-    whole_head = RECIPE.replace("distill: {layers", "distill: {kind: standalone, layers")
-    recipe.write_text(whole_head.replace("head_size: 48", "head_size: null"))
-    build(recipe, folder / "bundle")
-    return folder / "bundle"
+    whole_head = RECIPE.replace("head_size: 48", "head_size: null")
+    return built_with(tmp_path_factory.mktemp("standalone"), "kind: standalone", recipe=whole_head)
 
 
 def read(path: Path) -> Any:
@@ -438,7 +427,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_draft_that_joins_in_our_way_is_for_vllm_alone(tmp_path: Path) -> None:
     """It takes a layer more, and the others run one."""
-    bundle = made(tmp_path, "join: input")
+    bundle = built_with(tmp_path, "join: input")
     for host in ("trtllm", "sglang"):
         with pytest.raises(UserError, match="joins token and features before its first layer"):
             export_for(host, bundle, tmp_path / "out", tensor_parallel=1)
@@ -451,7 +440,7 @@ def test_a_draft_that_joins_in_our_way_is_for_vllm_alone(tmp_path: Path) -> None
 
 
 def test_a_head_that_covers_a_part_of_the_vocabulary_is_refused_of_a_language_model(tmp_path: Path) -> None:
-    bundle = made(tmp_path, "kind: standalone")
+    bundle = built_with(tmp_path, "kind: standalone")
     with pytest.raises(UserError, match=r"covers 48 of 112 tokens.*head_size: null"):
         export_for("vllm", bundle, tmp_path / "out", tensor_parallel=1)
 

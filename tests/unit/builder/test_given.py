@@ -103,9 +103,7 @@ def test_calibrating_without_a_scorer_goes_by_the_drafts_own_shares(tmp_path: Pa
             bundle, config, silent, device="cpu", batch=1, precision=None, threads=1  # type: ignore[arg-type]
         )  # fmt: skip
 
-    manifest = pair.build_pair(
-        load_recipe(recipe), tmp_path / "bundle", device="cpu", make_calibration=make, report=silent  # type: ignore[arg-type]
-    )  # fmt: skip
+    manifest = build(recipe, tmp_path / "bundle", make)  # type: ignore[arg-type]
     assert manifest.survival is not None and list(manifest.tiers) == ["premium"]
     document = json.loads((tmp_path / "bundle" / "calibration.json").read_text())
     assert document["made_for"]["scorer"] is None

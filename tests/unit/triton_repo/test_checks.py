@@ -379,17 +379,17 @@ def test_settings_are_named_as_they_were_given(options: list[str], message: str)
     args = parsed(*options)
     args.responses_per_s = 0
     with pytest.raises(ServeError, match=message):
-        serve._config(args, Path("/work"))
+        serve._config(args, Path("/srv/ssv"))
 
 
 def test_what_audits_find_is_kept_where_it_is_told_or_with_the_server(tmp_path: Path) -> None:
     for options, expected in (
-        ((), "/work/audits.json"),
+        ((), "/srv/ssv/audits.json"),
         (("--audit-state", str(tmp_path / "state")), str(tmp_path / "state")),
     ):
         args = parsed(*options)
         args.responses_per_s = 0
-        assert serve._config(args, Path("/work")).audit_state == expected
+        assert serve._config(args, Path("/srv/ssv")).audit_state == expected
 
 
 def test_files_of_audits_that_cannot_be(tmp_path: Path) -> None:

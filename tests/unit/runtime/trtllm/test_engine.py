@@ -17,7 +17,7 @@ import pytest
 from checkout import ROOT
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from tiny_bundle import RECIPE, build, write_recipe
+from tiny_bundle import build, built_with, write_recipe
 
 from ssv.bundle.manifest import read_manifest
 from ssv.runtime.decode.scheduler import QueueFull
@@ -33,11 +33,7 @@ MAX_TOKENS = 14
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trtllm")
-    recipe = write_recipe(folder)
-    recipe.write_text(RECIPE.replace("distill: {layers", "distill: {kind: standalone, layers"))
-    build(recipe, folder / "bundle")
-    return folder / "bundle"
+    return built_with(tmp_path_factory.mktemp("trtllm"), "kind: standalone")
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,10 @@ def test_what_comes_back_from_an_answer_is_a_conversation() -> None:
     result = {"type": "function_call_output", "call_id": call.call_id, "output": [{"type": "input_text", "text": "12"}]}
     asked = {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]}
     client.responses.create(model="tiny", input=[asked, *first.output, result])
-    assert [each["role"] for each in backend.prompt] == ["user", "assistant", "tool"]  # type: ignore[index, call-overload]
-    _, said, told = backend.prompt
-    assert said["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"place": "Rome"}}  # type: ignore[index]
+    prompt: Any = backend.prompt
+    assert [each["role"] for each in prompt] == ["user", "assistant", "tool"]
+    _, said, told = prompt
+    assert said["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"place": "Rome"}}
     assert told == {"role": "tool", "content": "12", "tool_call_id": call.call_id}
 
 
@@ -96,8 +97,8 @@ def test_a_typed_answer_is_parsed() -> None:
 
 def test_a_stream_has_the_typed_events_in_their_order() -> None:
     backend = FakeBackend(reply("Hel"), reply(""), reply("lo "), reply(CALL, "stop"))
-    stream = openai_of(backend).responses.create(model="tiny", input="Hi", tools=[TOOL], stream=True)  # type: ignore[list-item]
-    events: list[Any] = list(stream)
+    tools: Any = [TOOL]
+    events: list[Any] = list(openai_of(backend).responses.create(model="tiny", input="Hi", tools=tools, stream=True))
     assert backend.is_streamed
     assert [event.sequence_number for event in events] == list(range(len(events)))
     message = ["output_item.added", "content_part.added", "output_text.delta", "output_text.delta"]
