@@ -14,7 +14,7 @@
  *
  * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
  * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
- * or one; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
+ * or one, CHANNELS of them multiplied at once, and with or without tokens that it HOLDS in shared memory; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
  * QK_NORM (0 or 1).
  */
 #define TILE 16   /* output channels of a block */
@@ -123,9 +123,7 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
 }
 
 /* Pairs of the other operand: as many as registers hold. */
-#define AT_ONCE (TILES > 4 ? 1 : TILES > 2 && THREADS * BLOCKS > 384 ? 2 : 4)
-/* Many tokens of a block with many tiles of channels are read once and held in shared memory. */
-#define HOLDS (SEVERAL && TILES > 2)
+#define AT_ONCE (TILES * CHANNELS > 4 ? 1 : TILES * CHANNELS > 2 && THREADS * BLOCKS > 384 ? 2 : 4)
 
 /* What a warp has on the way: AHEAD pairs. Where all of them are its own nothing is compared, since a step of INT4 is bound by
  * instructions before it is by memory. */
@@ -206,7 +204,8 @@ __device__ __forceinline__ void hold_tokens(uint4 *held, const uint4 *const (&x)
 
 /* One block computes TILE channels of up to 8 * TILES tokens, those from 8 * TILES * blockIdx.x on (blocks of the same channels are
  * side by side, so that weights are read from memory once). Then it computes others, of which the first weights are on their way
- * before it ends with those before; the sums of `together` tiles are added up at once, each by another warp. Its warps share K:
+ * before it ends with those before; the sums of `together` tiles are added up at once, each by another warp. CHANNELS of these are
+ * multiplied with the same registers of tokens, which are what a step of many tokens reads most of. Its warps share K:
  * `share` pairs each, which K alone decides, and their sums are added in their order. What the epilogue needs is on its way before
  * the products are there. */
 template <int KIND>
@@ -217,14 +216,23 @@ __device__ __forceinline__ void linear(const Linear &p) {
     release_next();
     const uint4 *weight = p.weight + ((size_t)blockIdx.y * PIECES(p.pairs) + PIECES(first)) * 32 + lane;
     const size_t stride = (size_t)gridDim.y * PIECES(p.pairs) * 32;
-    Ahead ahead;
+    Ahead ahead[CHANNELS];
 #if BITS == 4
     const float2 *scales = (const float2 *)p.scale + (size_t)blockIdx.y * p.groups * 8 + g;
     const size_t scales_stride = (size_t)gridDim.y * p.groups * 8;
 #else
     const float2 *scales = nullptr;
+    const size_t scales_stride = 0;
 #endif
-    ahead.load(weight, scales, first, first, last);
+    /* Of tile `of` and of those beside it; where there is none, `of` again, whose sums nobody reads. */
+    const auto load_ahead = [&](int of, int at) {
+#pragma unroll
+        for (int j = 0; j < CHANNELS; j++) {
+            const size_t to = of + j * gridDim.y < p.tiles ? j : 0;
+            ahead[j].load(weight + to * stride, scales + to * scales_stride, first, at, last);
+        }
+    };
+    load_ahead(blockIdx.y, first);
     /* The numbers of a step and what belongs to the model are there before the graph begins. */
     const int num = p.step[p.gathered ? NUM_GATHERED : NUM_TOKENS];
     const int begin = blockIdx.x * 8 * TILES;
@@ -280,29 +288,29 @@ __device__ __forceinline__ void linear(const Linear &p) {
                 }
             }
         for (int s = 0, of = next;;) {
-            const bool is_last = !SEVERAL || of + gridDim.y >= p.tiles;
+            const int then = of + CHANNELS * gridDim.y;
+            const bool is_last = !SEVERAL || then >= p.tiles;
             if (s) load_tokens(b, x, held, first, last);
-            float c[TILES][4] = {};
+            float c[CHANNELS][TILES][4] = {};
             for (int base = first; base < last; base += AHEAD) {
 #pragma unroll
                 for (int part = 0; part < AHEAD; part += AT_ONCE) {
                     if (part || base > first) load_tokens(b, x, held, base + part, last);
-                    ahead.multiply_by(c, b, part);
+#pragma unroll
+                    for (int j = 0; j < CHANNELS; j++) ahead[j].multiply_by(c[j], b, part);
                 }
-                int at = base + AHEAD;
-                if (at >= last) { /* of the next tile */
-                    at = is_last ? last : first, weight += stride;
-#if BITS == 4
-                    scales += scales_stride;
-#endif
-                }
-                ahead.load(weight, scales, first, at, last);
+                int at = base + AHEAD, its = of;
+                if (at >= last) /* of the next tiles */
+                    at = is_last ? last : first, its = then, weight += CHANNELS * stride, scales += CHANNELS * scales_stride;
+                load_ahead(its, at);
             }
             if (warp < active)
 #pragma unroll
-                for (int t = 0; t < TILES; t++)
-                    sums[((s * active + warp) * TILES + t) * 32 + lane] = make_float4(c[t][0], c[t][1], c[t][2], c[t][3]);
-            if (!SEVERAL || ++s == p.together || (of += gridDim.y) >= p.tiles) break;
+                for (int j = 0; j < CHANNELS; j++)
+#pragma unroll
+                    for (int t = 0; t < TILES; t++)
+                        sums[(((s + j) * active + warp) * TILES + t) * 32 + lane] = make_float4(c[j][t][0], c[j][t][1], c[j][t][2], c[j][t][3]);
+            if (!SEVERAL || (s += CHANNELS) == p.together || (of = then) >= p.tiles) break;
         }
         __syncthreads();
         if (finishes) {

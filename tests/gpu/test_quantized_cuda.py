@@ -65,7 +65,9 @@ def stored(buffers: Buffers, linear: Linear, x_MK: Tensor) -> Tensor:
 
 @every_kind
 @pytest.mark.parametrize(
-    "shape", [(16, 128), (23, 384), (48, 640), (96, 1152), (256, 4096), (64, 14336)], ids=lambda s: f"{s[0]}x{s[1]}"
+    "shape",
+    [(16, 128), (23, 384), (48, 640), (96, 1152), (256, 4096), (64, 14336), (4096, 384), (4112, 4096), (5936, 1152)],
+    ids=lambda s: f"{s[0]}x{s[1]}",
 )
 def test_products(kind: str, shape: tuple[int, int]) -> None:
     """Exact inputs and weights: only the order of sums in fp32 is the kernel's own."""

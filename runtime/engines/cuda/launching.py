@@ -17,7 +17,7 @@ from ssv.model.spec import DecoderSpec
 from ssv.plugins.cuda.compiler import compile_source, source_of, version
 from ssv.plugins.cuda.driver import Kernel, Module
 from ssv.runtime.engines.cuda import places
-from ssv.runtime.engines.cuda.weights import KEYS, Buffers, Linear
+from ssv.runtime.engines.cuda.weights import FEW_TILES, KEYS, Buffers, Linear
 from ssv.support.files import write_whole
 
 WIDTHS = (8, 16, 32, 64)
@@ -43,6 +43,13 @@ FEW = 2
 PARTS = 2
 """Blocks with one tile of channels share more than eight tokens: what counts is how long a block waits for its tokens,
 and the weights come from the GPU's cache the second time."""
+
+CHANNELS = 2
+"""Tiles of channels that a warp multiplies at once with more than eight tokens, of a product whose blocks cannot hold
+them: each of its tiles reads all tokens again, which would be several times the weights."""
+
+MOST_TILES = 4
+"""Of eight tokens, beside so many tiles of channels: what registers hold."""
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -159,7 +166,9 @@ class Plan:
         parts: blocks for the step's tokens.
         blocks: for the channels.
         together: tiles of channels whose sums are added up at once.
+        channels: of these, multiplied at once by a warp.
         several: whether a block has several tiles of channels.
+        holds: whether a block holds its tokens in shared memory.
         shared: bytes of shared memory of a block.
     """
 
@@ -167,7 +176,9 @@ class Plan:
     parts: int
     blocks: int
     together: int
+    channels: int
     several: bool
+    holds: bool
     threads: int
     shared: int
 
@@ -175,20 +186,28 @@ class Plan:
 def plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
     """How a product of up to 8 * tiles tokens is cut: what a token gives does not depend on it."""
     sums, held = linear.warps * 32 * 16, linear.pairs * 32 * 16
+    holds = tiles > FEW
     # Of few tokens two such blocks find room beside one another, and the next kernel's beside them. Of many there is
     # one, which holds them.
-    if tiles <= FEW:
+    if not holds:
         blocks = RESIDENT * multiprocessors
         together = min(TOGETHER, -(-linear.tiles // blocks))
         shared = 2 * together * sums * tiles
     else:
         blocks, together, shared = multiprocessors, 1, (2 * sums + held) * tiles
+    is_wide = linear.tiles >= FEW_TILES
+    if is_wide and tiles > 1 and (not holds or shared > _most_shared()):
+        parts = max(tiles // MOST_TILES, 1)
+        tiles //= parts
+        threads, shared = 32 * max(linear.warps, tiles * CHANNELS), 2 * CHANNELS * sums * tiles
+        blocks = min(-(-linear.tiles // CHANNELS), multiprocessors // parts)
+        return Plan(tiles, parts, blocks, CHANNELS, CHANNELS, True, False, threads, shared)
     if linear.tiles > RESIDENT * multiprocessors and shared <= _most_shared():
         threads = 32 * max(linear.warps, tiles * together)
-        return Plan(tiles, 1, blocks, together, True, threads, shared)
+        return Plan(tiles, 1, blocks, together, 1, True, holds, threads, shared)
     parts = min(PARTS, tiles)
     tiles //= parts
-    return Plan(tiles, parts, linear.tiles, 1, False, 32 * max(linear.warps, tiles), sums * tiles)
+    return Plan(tiles, parts, linear.tiles, 1, 1, False, False, 32 * max(linear.warps, tiles), sums * tiles)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -250,10 +269,16 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
 def product_macros(linear: Linear, plan: Plan) -> dict[str, int]:
     """What the kernels of a product are specialised to."""
     most_threads = next(num for num in (256, 384, 512) if plan.threads <= num)
-    chosen = {"TILES": plan.tiles, "AHEAD": linear.ahead, "THREADS": most_threads, "SEVERAL": int(plan.several)}
+    formats = linear.packed.macros
+    # INT4's scales need registers as well.
+    ahead = 4 if formats["BITS"] == 4 and plan.channels * plan.tiles > MOST_TILES else linear.ahead
+    chosen = {
+        "TILES": plan.tiles, "AHEAD": ahead, "THREADS": most_threads, "SEVERAL": int(plan.several),
+        "CHANNELS": plan.channels, "HOLDS": int(plan.holds),
+    }  # fmt: skip
     # Where there are many blocks, two find room beside one another.
-    chosen["BLOCKS"] = 2 if most_threads == 256 and plan.tiles <= FEW else 1
-    return chosen | dict(linear.packed.macros)
+    chosen["BLOCKS"] = 2 if most_threads == 256 and plan.tiles <= FEW and plan.channels == 1 else 1
+    return chosen | dict(formats)
 
 
 @cache

@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_cpu import CpuEngine, as_on_a_gpu
+from quantized_weights import pack_int4
 from tiny import relative_error, tiny_decoder, tiny_ids
+from torch import nn
 from trees import branches, path_to, random_parents, run
 
+from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
 from ssv.plugins.cuda.compiler import compile_source
+from ssv.runtime.engines.cuda import launching, places
+from ssv.runtime.engines.cuda.weights import Buffers, Linear
 from ssv.runtime.engines.torch_engine import target_engine
 
 MANY = "normed heads of 24, many channels"
@@ -44,6 +49,43 @@ def test_a_token_has_the_same_bits_alone_in_a_chain_in_a_tree_and_beside_other_r
     for node in (2, 17):
         path = path_to(parents, node)
         assert torch.equal(engine.logits(nodes[:, path], [length], first_row=2)[-1], tree[node]), node
+
+
+@pytest.mark.parametrize(
+    ("tiles", "kind", "shared"), [(9, "bf16", 3000), (9, "bf16", 10**6), (12, "fp8", 3000), (15, "int4", 3000)]
+)
+def test_a_product_is_the_same_however_it_is_cut(
+    tiles: int, kind: str, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into blocks of few tokens or many, with one tile of channels or several, of which the last may be alone."""
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(launching, "_num_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(launching, "_most_shared", lambda: shared)
+    monkeypatch.setattr(launching, "FEW_TILES", 8)
+    torch.manual_seed(tiles)
+    outputs, inputs = 16 * tiles - 2, 224
+    layer: nn.Module = nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False)
+    if kind == "fp8":
+        scale_O = layer.weight.abs().amax(dim=1).float() / 448
+        values_OI = (layer.weight / scale_O[:, None]).to(torch.float8_e4m3fn)
+        layer = Fp8Linear(values_OI, scale_O, torch.tensor(0.05), None)
+    elif kind == "int4":
+        layer = AwqLinear(*pack_int4(layer.weight.float(), 32), None, None)
+    weight_OI = layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
+    linear, x_MK = Linear(layer), torch.randn(places.TOKENS, inputs).bfloat16()
+    buffers = Buffers(tiny_decoder().spec, torch.device("cpu"), 320, 112, 0)
+    found, plans = {}, set()
+    for width in launching.WIDTHS:
+        for num in (width - 5, width):
+            out = found[num] = torch.full((num, outputs), torch.nan)
+            buffers.step.zero_()
+            buffers.step[0] = num
+            launching.Launcher({}, 0, width // 8, buffers, overlaps=False).store(linear, x_MK[:num], out)
+        plan = launching.plan_of(linear, width // 8, 2)
+        plans.add((plan.parts, plan.channels, plan.several, plan.holds))
+    assert relative_error(found[64], x_MK.float() @ weight_OI.float().T) < 1e-5
+    assert all(torch.equal(some, found[64][:num]) for num, some in found.items())
+    assert {channels for _, channels, _, _ in plans} == {1, 2} and any(holds for *_, holds in plans) == (shared > 3000)
 
 
 def test_logits_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
