@@ -27,7 +27,7 @@ from ssv.runtime.decode.membership import PREFILL_CHUNK, PromptBlock
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import DecodeBatch
-from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, RoundsEngine
+from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, PromptLane, RoundsEngine
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
@@ -48,7 +48,8 @@ from ssv.support.waiting import Say, say_nothing, waiting
 
 log = logging.getLogger(__name__)
 
-GPU_PREFILL_CHUNK = 512
+GPU_PREFILL_CHUNK, LANE_CHUNK = 512, 64
+"""Tokens of a prompt that are run at a time: more fill a GPU better, and the host is busy as long as it begins them."""
 
 CPU_PASS_TOKENS = 8
 """On two cores a target pass of eight tokens costs 1.5 times one of a single token, and each further one a twelfth of
@@ -67,6 +68,7 @@ class LLM:
         precision: of target and draft.
         place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
         threads: that the engines have at the most.
+        lane: where prompts run beside the rounds; None where rounds wait for them.
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         costs: of steps here; None as long as nobody knows them (`know_costs`).
         measured: whether they were measured when they were needed, as the bundle has no profile of this place.
@@ -94,6 +96,7 @@ class LLM:
         survival: Survival | None = None,
         heads: HeadsEngine | None = None,
         rounds: RoundsEngine | None = None,
+        lane: PromptLane | None = None,
         host: Host | None = None,
     ) -> None:
         """Takes engines that have been loaded; `load` loads a bundle's.
@@ -101,11 +104,12 @@ class LLM:
         Args:
             measures_costs: whether costs that are not given are measured when a request needs them.
             rounds: the same engines, where they run rounds by themselves.
+            lane: for prompts, beside the rounds.
             host: who decodes in place of the engines.
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
-        self._rounds, self._host, self._pace = rounds, host, Pace()
+        self._rounds, self._host, self._pace, self.lane = rounds, host, Pace(), lane
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.precision, self.place, self.threads = precision, place, threads
@@ -240,6 +244,7 @@ class LLM:
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
             None,
+            None,
         )
         on_demand = None
         if heads is not None:
@@ -258,7 +263,7 @@ class LLM:
             tiers=manifest.policies,
             limits=manifest.divergence_limits,
             max_length=max_length,
-            prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else GPU_PREFILL_CHUNK),
+            prefill_chunk=prefill_chunk or (PREFILL_CHUNK if on_cpu else LANE_CHUNK if compiled else GPU_PREFILL_CHUNK),
             pass_tokens=CPU_PASS_TOKENS if on_cpu else None,
             precision=precision,
             place=key,
@@ -268,16 +273,18 @@ class LLM:
             survival=manifest.survival,
             heads=on_demand,
             rounds=engines[2],
+            lane=engines[3],
         )
 
     @staticmethod
     def _cuda_engines(
         decoder: Decoder, draft: Draft, scorer: Scorer | None, sizes: Mapping[str, Any], say: Say
-    ) -> tuple[Engine, Engine, RoundsEngine] | None:
-        """Engines of compiled kernels, and the same as what runs rounds, where there are kernels for the device, the
-        precision and the pair."""
+    ) -> tuple[Engine, Engine, RoundsEngine, PromptLane] | None:
+        """Engines of compiled kernels, the same as what runs rounds, and what runs prompts beside these, where there
+        are kernels for the device, the precision and the pair."""
         if sizes["device"] == "cpu" or sizes["precision"] != "bf16":
             return None
+        from ssv.runtime.engines.cuda.lane import CudaLane
         from ssv.runtime.engines.cuda.make import cuda_engines, why_not
         from ssv.runtime.engines.cuda.rounds import CudaRounds
 
@@ -287,7 +294,7 @@ class LLM:
         say("compiling kernels for this GPU and model, unless they are kept from before")
         chosen = {name: sizes[name] for name in ("device", "max_batch", "max_length")}
         target, drafting = cuda_engines(decoder, draft, scorer, **chosen)
-        return target, drafting, CudaRounds(target, drafting)
+        return target, drafting, CudaRounds(target, drafting), CudaLane(target, drafting)
 
     @classmethod
     def _load_tensorrt(
@@ -499,6 +506,7 @@ class LLM:
             heads=self.heads,
             grammars=self.grammars,
             rounds=self._rounds,
+            lane=self.lane,
             around=self._around,
             pace=self._pace,
         )

@@ -1,7 +1,8 @@
 """Continuous batching, a round at a time: requests join and leave between the rounds of the others.
 
 A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits
-for a chunk at the most, and whoever joins is never kept waiting by those who decode.
+for a chunk at the most, and whoever joins is never kept waiting by those who decode. Where the engines have a lane for
+prompts (`PromptLane`), these run beside the rounds, and nobody waits.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class DecodeLoop:
 
     def __init__(self, batch: DecodeBatch, eos_token_ids: frozenset[int], max_waiting: int | None = None) -> None:
         self.batch, self.eos_token_ids = batch, eos_token_ids
-        self.scheduler: Scheduler[Running] = Scheduler(batch.target.max_batch, max_waiting)
+        self.scheduler: Scheduler[Running] = Scheduler(
+            batch.target.max_batch, max_waiting, joins_early=batch.members.is_beside
+        )
         self.prompt_cache, self.max_rows = batch.members.prompt_cache, batch.target.max_batch
 
     @property
@@ -149,7 +152,7 @@ class DecodeLoop:
     def step(self) -> Iterator[Chunk]:
         """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""
         yield from self._leave()
-        yield from self._join()
+        yield from self._join_beside() if self.batch.members.is_beside else self._join()
         if self.scheduler.rows:
             for gained in self.batch.run():
                 yield from self._push(gained)
@@ -168,9 +171,7 @@ class DecodeLoop:
             yield from self._push(self.batch.settle())
             yield from self._drop_finished()
         while budget > 0:
-            if (running := scheduler.admit()) is not None:
-                running.row.counters.queue_s = time.monotonic() - running.arrived
-                self.batch.members.begin(running.request.prompt_ids, running.row)
+            self._admit()
             if (running := scheduler.joining) is None:
                 break
             before = self.batch.members.num_prefilled
@@ -178,10 +179,33 @@ class DecodeLoop:
             if first is None:
                 break
             budget -= len(running.request.prompt_ids) - before
-            scheduler.joined()
-            if (chunk := running.push([first], self.eos_token_ids)) is not None:
-                yield chunk
+            yield from self._joined(first)
+
+    def _join_beside(self) -> Iterator[Chunk]:
+        """Has a prompt go on beside the rounds; who is done with it joins. Nobody waits for it but an empty batch."""
+        scheduler, members = self.scheduler, self.batch.members
+        while True:
+            self._admit()
+            if scheduler.joining is None or not members.is_ready(wait=not scheduler.rows) or not scheduler.has_room:
+                return
+            yield from self._push(self.batch.settle())
             yield from self._drop_finished()
+            yield from self._joined(members.join())
+
+    def _admit(self) -> None:
+        """Lets a request join if one may."""
+        if (running := self.scheduler.admit()) is not None:
+            running.row.counters.queue_s = time.monotonic() - running.arrived
+            self.batch.members.begin(running.request.prompt_ids, running.row)
+
+    def _joined(self, first: int) -> Iterator[Chunk]:
+        """Whoever joins decodes from its first token on."""
+        running = self.scheduler.joining
+        assert running is not None
+        self.scheduler.joined()
+        if (chunk := running.push([first], self.eos_token_ids)) is not None:
+            yield chunk
+        yield from self._drop_finished()
 
     def _leave(self) -> Iterator[Chunk]:
         """Ends requests that were cancelled or whose time is over."""

@@ -1,7 +1,8 @@
 """Rows that come and go: who may join a batch, the prompt of the row that joins, a chunk at a time, and who leaves.
 
-Rows in use are always the first ones. One row at a time joins, behind the others and between their rounds
-(`ssv.runtime.decode.round`); when a row leaves, the last one takes its place.
+Rows in use are always the first ones. One row at a time joins: its prompt is run behind the others and between their
+rounds (`ssv.runtime.decode.round`), or beside these, in a lane of its own. When a row leaves, the last one takes its
+place.
 
 Shapes: T tokens of a step, V vocab.
 """
@@ -27,12 +28,15 @@ from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.row import Row
-from ssv.runtime.engines.contract import Engine
+from ssv.runtime.engines.contract import Engine, PromptLane, StepOutput
 from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams, TokenFate
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that a round takes at the most, unless told otherwise: a tenth of a second on two CPU cores."""
+
+CHUNKS_UNDER_WAY = 2
+"""Of a prompt that runs beside the rounds: the next one follows while the host is busy."""
 
 ALONE = 3
 """With fewer beside it a row that joins gets a draft in any case: it may soon be the only one, and gain by it."""
@@ -70,11 +74,12 @@ class PromptBlock:
 
 @dataclass(slots=True)
 class _Joining:
-    """A row whose prompt has been run up to `done`."""
+    """A row whose prompt has been run up to `done`, or is on its way to there; `last`: what its last step gives."""
 
     row: Row
     ids_1T: Tensor
     done: int = 0
+    last: StepOutput | None = None
 
 
 class Membership:
@@ -98,6 +103,7 @@ class Membership:
         grammars: Grammars | None = None,
         knows_costs: bool = False,
         has_rounds: bool = False,
+        lane: PromptLane | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         pace: Pace,
     ) -> None:
@@ -109,6 +115,7 @@ class Membership:
             grammars: over the target's vocabulary; None where outputs cannot have one.
             knows_costs: whether the costs of steps here are known, which policies need that draft only what pays.
             has_rounds: whether engines run rounds by themselves.
+            lane: runs prompts beside the rounds; None to run them between these.
             around: what chunks of prompts run within.
             pace: says whether rows draft that draft what pays.
         """
@@ -117,7 +124,8 @@ class Membership:
         self._target, self._drafters, self._eos_ids, self._max_length = target, drafters, eos_ids, max_length
         self.prefill_chunk, self.prompt_cache = prefill_chunk, prompt_cache
         self._grammars, self._knows_costs, self._has_rounds = grammars, knows_costs, has_rounds
-        self._around, self._pace, self._columns = around, pace, Columns()
+        self._around, self._pace, self._columns, self._lane = around, pace, Columns(), lane
+        self._prompts = target if lane is None else lane.target
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
 
@@ -125,6 +133,21 @@ class Membership:
     def is_joining(self) -> bool:
         """Whether a row is on its way."""
         return self._joining is not None
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether prompts are run beside the rounds: by `is_ready` and `join`, in place of `prefill`."""
+        return self._lane is not None
+
+    @property
+    def shares_engines(self) -> bool:
+        """Whether a prompt is being run beside a round."""
+        return self._joining is not None and self._lane is not None and self._lane.num_under_way > 0
+
+    @property
+    def _prompt_row(self) -> int:
+        """Where in its cache the prompt of the row that joins is run."""
+        return len(self.rows) if self._lane is None else 0
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
         """Raises RequestError if a request cannot run here."""
@@ -163,7 +186,7 @@ class Membership:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 
     def begin(self, prompt_ids: Sequence[int], row: Row) -> None:
-        """Takes a row whose prompt `prefill` runs; no other may be on its way.
+        """Takes a row whose prompt is to be run; no other may be on its way.
 
         Raises:
             RequestError: see `check`.
@@ -210,17 +233,46 @@ class Membership:
 
     def prefill(self) -> int | None:
         """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
+        assert self._joining is not None
         with self._around():
-            return self._prefill()
+            self._run_chunk(self._joining)
+            return self._join(self._joining) if self._joining.last is not None else None
 
-    def _prefill(self) -> int | None:
-        joining = self._joining
-        assert joining is not None
-        row, b, length = joining.row, len(self.rows), joining.ids_1T.shape[1]
+    def is_ready(self, *, wait: bool) -> bool:
+        """Has the prompt of the row that joins go on beside the rounds; returns whether all of it has been run.
+
+        Args:
+            wait: whether to wait until it has.
+        """
+        joining, lane = self._joining, self._lane
+        assert joining is not None and lane is not None
+        while True:
+            while joining.last is None and lane.num_under_way < CHUNKS_UNDER_WAY:
+                with lane.work():
+                    self._run_chunk(joining)
+            if joining.last is not None and not lane.num_under_way:
+                return True
+            if not wait:
+                return False
+            lane.wait()
+
+    def join(self) -> int:
+        """Puts the row that is ready behind those in use, whose rounds have come to their end; returns its first
+        token."""
+        joining, lane = self._joining, self._lane
+        assert joining is not None and lane is not None
+        self._target.write_cache(len(self.rows), 0, lane.target.read_cache(0, 0, joining.done))
+        first = self._join(joining)
+        lane.hand_over()
+        return first
+
+    def _run_chunk(self, joining: _Joining) -> None:
+        """Runs the next chunk of a prompt."""
+        row, b, length = joining.row, self._prompt_row, joining.ids_1T.shape[1]
         drafter = self._drafters.of(row)
         start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
         num_top = row.params.prompt_logprobs
-        out = self._target.step(
+        out = self._prompts.step(
             joining.ids_1T[:, start:stop],
             torch.tensor([start], dtype=torch.int32),
             torch.tensor([stop - start - 1] if num_top is None else list(range(stop - start))),
@@ -237,12 +289,19 @@ class Membership:
         joining.done = stop
         if stop - start == self.prefill_chunk:
             self._keep(joining, start, stop)
-        if stop < length:
-            return None
+        if stop == length:
+            joining.last = out
+
+    def _join(self, joining: _Joining) -> int:
+        """The row is in use from now on; returns its first token."""
+        row, b, out = joining.row, len(self.rows), joining.last
+        assert out is not None
+        drafter = self._drafters.of(row)
         self._joining = None
         self.rows.append(row)
         self._pace.forget()
-        (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns)
+        token_R = out.token_R[-1:] if out.token_R is not None else None
+        (first,) = chosen = choices(self.rows, out.logits_RV[-1:], [(b, 0)], self._columns, token_R)
         check_chosen(chosen)
         if row.params.logprobs is not None:
             row.logprobs.append(logprobs_of(out.logits_RV[-1], first, row.params.logprobs))
@@ -263,7 +322,7 @@ class Membership:
         self._joining = None
 
     def remove(self, row: int, moved: int) -> None:
-        """Ends a row: row `moved`, the last one, takes its place, and the row that joins stays behind the others."""
+        """Ends a row: row `moved`, the last one, takes its place; who joins behind the others stays there."""
         _let_go(self.rows[row])
         if row != moved:
             self.rows[row] = self.rows[moved]
@@ -272,7 +331,7 @@ class Membership:
                 drafter.move(moved, row, self.rows[row])
         self.rows.pop()
         self._pace.forget()
-        if self._joining is not None:
+        if self._joining is not None and self._lane is None:
             source, dest, done = len(self.rows) + 1, len(self.rows), self._joining.done
             self._target.move_row(source, dest, done)
             if (drafter := self._drafters.of(self._joining.row)) is not None:
@@ -283,22 +342,23 @@ class Membership:
         give logits."""
         if self.prompt_cache is None or joining.row.params.prompt_logprobs is not None:
             return
-        b, drafter = len(self.rows), self._caching(joining.row)
-        for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):
-            stop = joining.done + self.prefill_chunk
-            self._target.write_cache(b, joining.done, block.target)
-            if drafter is not None:
-                drafter.restore(b, joining.done, stop, block.draft)
-            joining.done = stop
+        b, drafter = self._prompt_row, self._caching(joining.row)
+        with self._lane.work() if self._lane is not None else nullcontext():
+            for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):
+                stop = joining.done + self.prefill_chunk
+                self._prompts.write_cache(b, joining.done, block.target)
+                if drafter is not None:
+                    drafter.restore(b, joining.done, stop, block.draft)
+                joining.done = stop
         joining.row.counters.cached_tokens = joining.done
 
     def _keep(self, joining: _Joining, start: int, stop: int) -> None:
         """Puts a chunk into the cache of prompts."""
-        b, drafter, tokens = len(self.rows), self._caching(joining.row), joining.row.tokens[:stop]
+        b, drafter, tokens = self._prompt_row, self._caching(joining.row), joining.row.tokens[:stop]
         if self.prompt_cache is None or not self.prompt_cache.wants(tokens, drafter is not None):
             return
         draft = drafter.snapshot(b, start, stop) if drafter is not None else None
-        block = PromptBlock(self._target.read_cache(b, start, stop), draft)
+        block = PromptBlock(self._prompts.read_cache(b, start, stop), draft)
         self.prompt_cache.put(tokens, drafter is not None, block, block.num_bytes)
 
     def _caching(self, row: Row) -> Drafter | None:

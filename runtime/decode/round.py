@@ -39,7 +39,7 @@ from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.typical import judge
 from ssv.runtime.decode.verify import Verdict, choice_by_row, judged_rows, walk, walk_typical
-from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine, RoundsEngine
+from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine, PromptLane, RoundsEngine
 from ssv.runtime.grammar import Grammars
 
 MIN_JUMP = 3
@@ -70,6 +70,7 @@ class DecodeBatch:
         heads: HeadsEngine | None = None,
         grammars: Grammars | None = None,
         rounds: RoundsEngine | None = None,
+        lane: PromptLane | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
         pace: Pace | None = None,
     ) -> None:
@@ -86,13 +87,16 @@ class DecodeBatch:
             survival: how far the draft's shares are to be trusted; None to take them as they are.
             heads: Medusa's, over the target's hidden states; None where none are loaded.
             rounds: the same engines, where they run rounds by themselves.
+            lane: runs prompts beside the rounds; None where these wait for a chunk of a prompt.
             around: what rounds of the host and chunks of prompts run within.
             pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
         """
         self.target, self.pass_tokens, self.costs, self._recorded_costs = target, pass_tokens, costs, recorded_costs
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self._columns, self._around, self._pace = Columns(), around, pace or Pace(None)
-        self.drafters = drafters(target, draft, self.eos_ids, survival or Survival(), heads)
+        self.drafters = drafters(
+            target, draft, self.eos_ids, survival or Survival(), heads, lane.draft if lane else None
+        )
         self.members = Membership(
             target,
             self.drafters,
@@ -103,6 +107,7 @@ class DecodeBatch:
             grammars=grammars,
             knows_costs=costs is not None,
             has_rounds=rounds is not None,
+            lane=lane,
             around=around,
             pace=self._pace,
         )
@@ -119,7 +124,7 @@ class DecodeBatch:
         """One round over all rows, by the engines themselves where they can; yields what each row gains as it comes:
         trusted tokens before the pass."""
         may_draft = self._may_draft()
-        if self._ahead is not None and not self.members.is_joining:
+        if self._ahead is not None and (self.members.is_beside or not self.members.is_joining):
             was_under_way = self._ahead.is_under_way
             gained = self._ahead.step(self.rows, may_draft=may_draft)
             if gained is not None:
@@ -145,7 +150,10 @@ class DecodeBatch:
         if not any(map(self.members.follows_load, self.rows)):
             return True
         policies = frozenset(row.policy_hash for row in self.rows)
-        return self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
+        may = self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
+        if self.members.shares_engines:
+            self._pace.forget()  # a prompt takes its part of this round's time
+        return may
 
     def _plain_seconds(self) -> float | None:
         """What a round without a draft takes, by costs; None where they are not known."""

@@ -2,7 +2,8 @@
 
 Rows in use are always the first ones, because an engine step runs a run of rows: when a row ends, the last one moves
 into its place. Each cache row has room for the longest request, so free rows are free cache: a request is admitted when
-there is one. One request at a time joins: its prompt is run in the row behind the others, between their rounds.
+there is one. One request at a time joins: its prompt is run in the row behind the others, between their rounds, or
+somewhere else, beside them and before a row is free.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ class Scheduler(Generic[T]):
         num_admitted: how many have been let join.
     """
 
-    def __init__(self, max_rows: int, max_waiting: int | None = None) -> None:
+    def __init__(self, max_rows: int, max_waiting: int | None = None, *, joins_early: bool = False) -> None:
         """Begins with all rows free.
 
         Args:
             max_waiting: beside those that the free rows take; None for no bound.
+            joins_early: whether one may be on its way while no row is free.
         """
-        self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.max_rows, self.max_waiting, self._joins_early = max_rows, max_waiting, joins_early
         self.rows: list[T] = []
         self.joining: T | None = None
         self.waiting: deque[T] = deque()
@@ -50,17 +52,22 @@ class Scheduler(Generic[T]):
     @property
     def can_admit(self) -> bool:
         """Whether somebody waits whom `admit` would let join."""
-        return self.joining is None and bool(self.waiting) and len(self.rows) < self.max_rows
+        return self.joining is None and bool(self.waiting) and (self._joins_early or self.has_room)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a row is free."""
+        return len(self.rows) < self.max_rows
 
     def submit(self, item: T) -> None:
         """Raises QueueFull."""
-        free = self.max_rows - len(self.rows) - (self.joining is not None)
+        free = max(self.max_rows - len(self.rows) - (self.joining is not None), 0)
         if self.max_waiting is not None and len(self.waiting) >= self.max_waiting + free:
             raise QueueFull(f"{len(self.waiting)} requests are waiting already", "try again later")
         self.waiting.append(item)
 
     def admit(self) -> T | None:
-        """Lets the first of those that wait join, if none does and a row is free; returns it."""
+        """Lets the first of those that wait join, if none does and a row is free (or need not be); returns it."""
         if self.can_admit:
             self.joining = self.waiting.popleft()
             self.num_admitted += 1
@@ -69,7 +76,7 @@ class Scheduler(Generic[T]):
 
     def joined(self) -> None:
         """What joins decodes from now on, in the row behind the others."""
-        assert self.joining is not None
+        assert self.joining is not None and self.has_room
         self.rows.append(self.joining)
         self.joining = None
 

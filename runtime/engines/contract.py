@@ -10,6 +10,7 @@ Shapes: B rows of the step (a run of rows of the cache), T tokens, M = B * T, R 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -371,6 +372,35 @@ class RoundsEngine(Protocol):
             Of each the entries of the draft's cache, or -1 where more tokens than `most_pending` wait for one, and the
             features of the text's tokens behind them, [B, T, F], padded on the right; None if no row drafts.
         """
+        ...
+
+
+class PromptLane(Protocol):
+    """Engines for prompts, beside a target and a draft that are in use: the same weights, over a cache of one row.
+
+    Attributes:
+        target, draft: engines whose steps are run within `work`.
+        num_under_way: pieces of work that have not ended.
+    """
+
+    @property
+    def target(self) -> Engine: ...
+    @property
+    def draft(self) -> Engine | None: ...
+    @property
+    def num_under_way(self) -> int: ...
+
+    def work(self) -> AbstractContextManager[None]:
+        """What steps these engines, and everything else that reads or writes their caches: a piece of work, which may
+        end after the host has gone on. Pieces follow one another."""
+        ...
+
+    def wait(self) -> None:
+        """Until one more piece of work has ended."""
+        ...
+
+    def hand_over(self) -> None:
+        """Whoever calls has taken what the work so far has left: the next piece begins behind that."""
         ...
 
 

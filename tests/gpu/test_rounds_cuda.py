@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.contract import NOT_CORRECTED, EngineError, RoundRow, RoundShape, TreeShape
+from ssv.runtime.engines.cuda.lane import CudaLane
 from ssv.runtime.engines.cuda.make import cuda_engines
 from ssv.runtime.engines.cuda.rounds import CudaRounds
 from ssv.runtime.methods import AUTOREGRESSIVE
@@ -69,11 +71,15 @@ def pair() -> tuple[Any, Any]:
     return engines()
 
 
+lane_of = cache(CudaLane)
+
+
 def decoded(
     pair: tuple[Any, Any], requests: Sequence[Request], policies: Sequence[Policy], rounds: CudaRounds | None
 ) -> tuple[list[tuple[int, ...]], list[Counters]]:
-    """The outputs' tokens, and what was counted."""
-    batch = DecodeBatch(*pair, [1], LENGTH, prefill_chunk=64, rounds=rounds)
+    """The outputs' tokens, and what was counted; prompts run beside rounds of the engines."""
+    lane = lane_of(*pair) if rounds is not None else None
+    batch = DecodeBatch(*pair, [1], LENGTH, prefill_chunk=64, rounds=rounds, lane=lane)
     loop = DecodeLoop(batch, frozenset([1]))
     for index, (request, policy) in enumerate(zip(requests, policies, strict=True)):
         loop.submit(index, request, policy, None)

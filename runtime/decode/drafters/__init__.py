@@ -24,16 +24,25 @@ class Drafters(dict[str, Drafter]):
 
 
 def drafters(
-    target: Engine, draft: Engine | None, eos_ids: Tensor, survival: Survival, heads: HeadsEngine | None = None
+    target: Engine,
+    draft: Engine | None,
+    eos_ids: Tensor,
+    survival: Survival,
+    heads: HeadsEngine | None = None,
+    prompts: Engine | None = None,
 ) -> Drafters:
-    """The drafters that there are."""
+    """The drafters that there are.
+
+    Args:
+        prompts: the draft's engine for prompts, where it has one of its own.
+    """
     eos_set = frozenset(eos_ids.tolist())
     found = Drafters()
     found["prompt-lookup"] = PromptLookup(eos_set)
     found["suffix"] = Suffix(eos_set)
     found["lookahead"] = Lookahead(eos_set)
     if draft is not None:
-        found["model"] = ModelDrafter(target, draft, eos_ids, survival, Suffix(eos_set))
+        found["model"] = ModelDrafter(target, draft, eos_ids, survival, Suffix(eos_set), prompts)
     if heads is not None:
         found["heads"] = HeadsDrafter(heads, eos_ids)  # `survival` is of the draft's shares
     return found

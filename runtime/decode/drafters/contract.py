@@ -42,10 +42,11 @@ class Drafter:
         """A prompt begins: that of the row that joins behind the others. One joins at a time."""
 
     def prefill(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
-        """The target has run tokens `start` to `stop` of the prompt of the row that joins, row `b`."""
+        """The target has run tokens `start` to `stop` of the prompt of the row that joins, in row `b` of the cache that
+        prompts are run in."""
 
     def join(self, b: int, row: Row) -> None:
-        """The prompt is run: the row is in use from now on."""
+        """The prompt is run: the row is in use from now on, as row `b`."""
 
     def observe(self, b: int, row: Row, path: Sequence[int], chosen: Sequence[int], features_TF: Tensor | None) -> None:
         """The target has run a pass over row `b` and kept a path of its tree; the row's text does not have it yet.
@@ -67,7 +68,7 @@ class Drafter:
         """The row that joins takes another place, with `done` tokens of its prompt run."""
 
     def snapshot(self, b: int, start: int, stop: int) -> Any:
-        """What it keeps of tokens `start` to `stop` of the prompt that joins; has `num_bytes`."""
+        """What it keeps of tokens `start` to `stop` of the prompt that joins, run in row `b`; has `num_bytes`."""
 
     def restore(self, b: int, start: int, stop: int, block: Any) -> None:
         """Takes such a snapshot of the same tokens, in place of `prefill`."""

@@ -74,7 +74,15 @@ class ModelDrafter(Drafter):
 
     has_cache = True
 
-    def __init__(self, target: Engine, engine: Engine, eos_ids: Tensor, survival: Survival, recall: Suffix) -> None:
+    def __init__(
+        self,
+        target: Engine,
+        engine: Engine,
+        eos_ids: Tensor,
+        survival: Survival,
+        recall: Suffix,
+        prompts: Engine | None = None,
+    ) -> None:
         """Proposes by a draft that holds no text yet.
 
         Args:
@@ -82,6 +90,7 @@ class ModelDrafter(Drafter):
             eos_ids: int64.
             survival: corrects the shares that the draft gives its guesses.
             recall: finds what followed the same words in rows' texts before, for policies that recall.
+            prompts: runs the prompt that joins, in its own cache; None for `engine`.
 
         Raises:
             EngineError: the engine has fewer rows.
@@ -91,7 +100,7 @@ class ModelDrafter(Drafter):
                 f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}", "make them the same"
             )
         self._survival, self._recall = survival, recall
-        self.engine, self.has_scores = engine, engine.has_scorer
+        self.engine, self.has_scores, self._prompts = engine, engine.has_scorer, prompts or engine
         self._grower = engine if isinstance(engine, GrowingEngine) else None
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
@@ -122,20 +131,22 @@ class ModelDrafter(Drafter):
             ids = ids_1T[:, first + self._offset : last + self._offset]
             no_rows = torch.empty(0, dtype=torch.long)
             at = torch.tensor([first], dtype=torch.int32)
-            self.engine.step(ids, at, no_rows, features_BTF, first_row=b)
+            self._prompts.step(ids, at, no_rows, features_BTF, first_row=b)
 
     def join(self, b: int, row: Row) -> None:
         row.draft_length = row.target_length - self._offset
+        if self._prompts is not self.engine:
+            self.engine.write_cache(b, 0, self._prompts.read_cache(0, 0, row.draft_length))
         if row.policy.recalls:
             self._recall.join(b, row)
         if self._last_feature_11F is not None:
             self._hold(b, 0, self._last_feature_11F[0])
 
     def snapshot(self, b: int, start: int, stop: int) -> DraftBlock:
-        return DraftBlock(self.engine.read_cache(b, *self._entries(start, stop)), self._last_feature_11F)
+        return DraftBlock(self._prompts.read_cache(b, *self._entries(start, stop)), self._last_feature_11F)
 
     def restore(self, b: int, start: int, stop: int, block: DraftBlock) -> None:
-        self.engine.write_cache(b, self._entries(start, stop)[0], block.cache)
+        self._prompts.write_cache(b, self._entries(start, stop)[0], block.cache)
         self._last_feature_11F = block.last_feature_11F
 
     def _entries(self, start: int, stop: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ Shapes: see `contract.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -131,11 +132,23 @@ class CudaEngine:
         own = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
         self._kernels = own | kernels_of(self.device, "sample", SAMPLING)
         self.overlaps = torch.cuda.get_device_capability(self.device) >= OVERLAPPING
-        self.buffers = Buffers(spec, self.device, max_length, self.vocab_size, len(self._tapped))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what steps work in."""
+        self.buffers = Buffers(self.spec, self.device, self.max_length, self.vocab_size, len(self._tapped))
         self._stream = torch.cuda.Stream(self.device)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._warmed: set[Shape] = set()
         self._numbers = cycle([Numbers(self.device) for _ in range(_NUM_IN_FLIGHT)])
+
+    def beside(self) -> CudaEngine:
+        """An engine of the same weights over a cache of one row: its steps can run beside this one's."""
+        other = copy.copy(self)
+        other.max_batch = 1
+        other.cache = KVCache(self.spec, 1, self.max_length, torch.bfloat16, self.device)
+        other._prepare()
+        return other
 
     @torch.inference_mode()
     def step(
@@ -202,10 +215,14 @@ class CudaEngine:
         group_tokens = group_tokens_for(self.spec, width_for(block.num_tokens))
         most_seen = places.write(numbers.host, block, ids_BT, first_slots, first_row, gathered, branches, group_tokens)
         if features_BTF is not None:
-            for run in block.runs:
-                self.buffers.features_in_MF[run.first : run.first + run.stop - run.start].copy_(
-                    features_BTF[run.b, run.start : run.stop], non_blocking=True
-                )
+            features_in_MF, width = self.buffers.features_in_MF[: block.num_tokens], features_BTF.shape[1]
+            if len(block.runs) == 1:
+                (run,) = block.runs
+                features_in_MF.copy_(features_BTF[run.b, run.start : run.stop])
+            else:
+                at_M = np.concatenate([run.b * width + np.arange(run.start, run.stop) for run in block.runs])
+                index_M = torch.from_numpy(at_M).to(self.device)
+                torch.index_select(features_BTF.flatten(0, 1), 0, index_M, out=features_in_MF)
         return numbers, most_seen
 
     def _replay(

@@ -269,11 +269,9 @@ class CudaRounds:
         num, width = len(counts), max(counts)
         if not self._text_width:
             return lengths, self._held[:num, :width]
-        found = self._held[:num, :width]
-        firsts = accumulate(counts, initial=0)
-        for b, (first, count) in enumerate(zip(firsts, counts, strict=False)):
-            found[b, :count].copy_(self._draft.buffers.features_in_MF[first : first + count])
-        return lengths, found
+        at_BT = np.array([*accumulate(counts[:-1], initial=0)])[:, None] + np.arange(width)
+        at_M = torch.from_numpy(at_BT.clip(max=places.TOKENS - 1).ravel()).to(self._target.device)
+        return lengths, self._draft.buffers.features_in_MF[at_M].view(num, width, -1)
 
     def _key(self, shape: RoundShape) -> _Key:
         """The graph that has room for a round.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from growing import GrowingFakeDraft
+from lane import FakeLane
 from rounds import FakeRounds
 
 from fakes import EOS, FakeTarget
@@ -95,8 +96,13 @@ class Setup:
         max_steps: int | None = None,
         are_audited: bool = False,
         pace: Pace | None = None,
+        patience: int | None = None,
     ) -> tuple[list[tuple[int, ...]], list[Counters]]:
-        """The outputs' tokens, and what was counted."""
+        """The outputs' tokens, and what was counted.
+
+        Args:
+            patience: of the lane that prompts run in, see `FakeLane`; None for none.
+        """
         costs = Costs.model_validate(
             {
                 "target": {"tokens": [1, 64], "seconds": [1.0, 1.2]},
@@ -111,6 +117,7 @@ class Setup:
             prefill_chunk=16,
             costs=costs,
             rounds=self.rounds if by_engines else None,
+            lane=None if patience is None else FakeLane(self.target, self.draft, patience=patience),
             pace=pace,
         )
         loop = DecodeLoop(batch, frozenset([EOS]))
@@ -162,6 +169,20 @@ def test_chains_are_the_hosts(name: str, count: int) -> None:
     counted = counted_as_by_the_host(Setup(), [CHAINS[name]] * count)
     if name == "lossy":
         assert sum(c.trusted for c in counted) > 0
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *TRUSTING])
+def test_prompts_run_beside_rounds_of_the_engines(name: str) -> None:
+    """These go on while a prompt is run, and give the same."""
+    setup, policies = Setup(noise=0.3), [(CHAINS | TRUSTING)[name]] * 8
+    expected, counted = setup.decoded(requests(8), policies, by_engines=False)
+    before = len(setup.target.calls)
+    assert not setup.rounds.shapes
+    found, counted_here = setup.decoded(requests(8), policies, by_engines=True, patience=3)
+    assert found == expected
+    assert [facts(c) for c in counted_here] == [facts(c) for c in counted]
+    # No pass of the host's, and no prompt in the rows of the others.
+    assert len(setup.target.calls) - before == len(setup.rounds.shapes)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

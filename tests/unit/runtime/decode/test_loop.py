@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from drive import text_of
+from lane import FakeLane
 from tiny import random_draft, tiny_decoder, tiny_ids
 
 from fakes import EOS, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
@@ -45,8 +46,8 @@ MAX_LENGTH = 64
 CHUNK = 3
 
 
-def make_llm(kind: str | None, max_batch: int, prefill_chunk: int) -> LLM:
-    """Without a draft if there is no kind."""
+def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int | None = None) -> LLM:
+    """Without a draft if there is no kind; its prompts run beside the rounds if there is a patience (`FakeLane`)."""
     sizes = {"max_batch": max_batch, "max_length": MAX_LENGTH + MAX_PENDING}
     target = FakeTarget(tap=kind == "conditioned", eos_bias=-0.5, **sizes)
     draft = FakeDraft(target, conditioned=kind == "conditioned", agreement=0.8, noise=0.3) if kind else None
@@ -59,6 +60,7 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int) -> LLM:
         max_length=MAX_LENGTH,
         prefill_chunk=prefill_chunk,
         heads=FakeHeads(target, noise=0.5),
+        lane=None if patience is None else FakeLane(target, draft, patience=patience),
     )
 
 
@@ -80,14 +82,21 @@ class Play:
         ended: the last chunk of each request.
     """
 
-    def __init__(self, kind: str | None, *, max_batch: int = 3, chunk: int = CHUNK, **options: Any) -> None:
-        self.kind, self.llm = kind, make_llm(kind, max_batch, chunk)
+    def __init__(
+        self, kind: str | None, *, max_batch: int = 3, chunk: int = CHUNK, patience: int | None = None, **options: Any
+    ) -> None:
+        self.kind, self.llm, self.is_beside = kind, make_llm(kind, max_batch, chunk, patience), patience is not None
         self.loop = self.llm.loop(**options)
         self.requests: list[Request] = []
         self.leaving: set[int] = set()
         self.tokens: list[list[int]] = []
         self.texts: list[str] = []
         self.ended: dict[int, Chunk] = {}
+
+    @property
+    def lane(self) -> FakeLane:
+        assert isinstance(self.llm.lane, FakeLane)
+        return self.llm.lane
 
     @property
     def target(self) -> FakeTarget:
@@ -116,7 +125,8 @@ class Play:
                 self.ended[chunk.index] = chunk
         scheduler, batch = self.loop.scheduler, self.loop.batch
         assert [running.row for running in scheduler.rows] == batch.rows
-        assert len(batch.rows) + (scheduler.joining is not None) <= self.target.max_batch
+        is_taken = scheduler.joining is not None and not self.is_beside
+        assert len(batch.rows) + is_taken <= self.target.max_batch
         return chunks
 
     def finish(self) -> None:
@@ -176,12 +186,15 @@ def plain(target: FakeTarget, given: Request) -> tuple[int, ...]:
 # --- joining --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("patience", [None, 2], ids=["between rounds", "beside them"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_joining_in_the_middle_of_others_rounds(kind: str, method: str, temperature: float) -> None:
+def test_joining_in_the_middle_of_others_rounds(
+    kind: str, method: str, temperature: float, patience: int | None
+) -> None:
     """A request comes in every round, some before those before it have joined."""
-    play = Play(kind)
+    play = Play(kind, patience=patience)
     for i, length in enumerate((2, 7, 1, 12, 3, 4, 9, 6)):
         params = SamplingParams(temperature=temperature, seed=i, max_tokens=5 + i)
         play.submit(Request(prompt(length, i), method, params))
@@ -208,12 +221,14 @@ def any_request(rng: random.Random, kind: str | None, beginnings: Sequence[tuple
     return Request(prompt_ids, method, params, rng.randint(1, 7))
 
 
+@pytest.mark.parametrize("is_beside", [False, True], ids=["between rounds", "beside them"])
 @pytest.mark.parametrize("seed", range(40))
-def test_any_order_of_arrivals_and_departures(seed: int) -> None:
+def test_any_order_of_arrivals_and_departures(seed: int, is_beside: bool) -> None:
     rng = random.Random(seed)
     kind = (*KINDS, *KINDS, None)[seed % 5]
     cache_bytes = rng.choice((0, 300, 10**6))
-    play = Play(kind, max_batch=rng.randint(1, 4), chunk=rng.randint(1, 5), prompt_cache_bytes=cache_bytes)
+    sizes = {"max_batch": rng.randint(1, 4), "chunk": rng.randint(1, 5), "prompt_cache_bytes": cache_bytes}
+    play = Play(kind, patience=rng.randint(0, 5) if is_beside else None, **sizes)
     beginnings = [(), prompt(7, seed), prompt(12, seed)]
     for _ in range(25):
         for _ in range(rng.choice((0, 0, 1, 2))):
@@ -251,6 +266,57 @@ def test_who_decodes_gains_tokens_in_every_round_while_a_long_prompt_joins(kind:
         assert len(rounds) == 1 and rounds[0].first_row == 0
     play.finish()
     play.assert_as_alone()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nobody_waits_for_a_prompt_that_runs_beside_the_rounds(kind: str) -> None:
+    """Each step is a round, however long the prompt's chunks take; and its tokens are not in the others' way."""
+    play = Play(kind, patience=7)
+    for i in range(2):
+        play.submit(request(prompt(2, i), "autoregressive", max_tokens=60))
+    while len(play.loop.batch.rows) < 2:
+        play.step()
+    play.submit(request(prompt(11, 9)))
+    gained, calls, waits = [], len(play.target.calls), play.lane.num_waits
+    while len(play.loop.batch.rows) == 2:
+        gained.append({each.index for each in play.step()})
+    assert len(gained) > 7 and gained == [{0, 1}] * (len(gained) - 1) + [{0, 1, 2}]
+    assert all(call.first_row == 0 for call in play.target.calls[calls:])
+    assert len(play.target.calls) - calls == len(gained)
+    assert play.lane.num_waits == waits
+    play.finish()
+    play.assert_as_alone()
+
+
+def test_who_runs_beside_the_rounds_is_ready_when_a_row_is_free() -> None:
+    """No round goes by without it."""
+    play = Play("conditioned", max_batch=1, patience=1)
+    for i in range(4):
+        play.submit(request(prompt(7, i), "autoregressive", max_tokens=8))
+    play.step()
+    assert play.held() == ([0], 1, [2, 3])
+    waits, steps = play.lane.num_waits, 1
+    while play.loop.has_work:
+        play.step()
+        steps += 1
+    assert play.lane.num_waits == waits
+    assert steps == len(play.target.calls) == 4 * 7  # the first token of each is the prompt's
+    play.assert_as_alone()
+
+
+def test_who_leaves_while_its_prompt_runs_beside_the_rounds() -> None:
+    """The next prompt takes its place, behind what is under way."""
+    play = Play("conditioned", max_batch=2, patience=4)
+    for i, length in enumerate((3, 20, 9)):
+        play.submit(request(prompt(length, i), max_tokens=25))
+    play.step()
+    assert play.held() == ([0], 1, [2])
+    play.leaving.add(1)
+    play.step()
+    assert play.held() == ([0], 2, [])
+    play.finish()
+    play.assert_as_alone(0, 2)
+    assert play.output(1).finish_reason == "cancelled" and not play.output(1).token_ids
 
 
 def test_prompts_join_for_a_chunks_worth_of_tokens_a_round() -> None:

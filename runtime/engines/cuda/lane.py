@@ -1,0 +1,47 @@
+"""Prompts beside the rounds, on a stream of their own: a step of few tokens leaves most of a GPU idle."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ssv.runtime.engines.cuda.engine import CudaEngine
+
+
+class CudaLane:
+    """See `PromptLane`."""
+
+    def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
+        self.target, self.draft = target.beside(), draft.beside()
+        self._stream = torch.cuda.Stream(target.device)
+        self._handed_over = torch.cuda.Event()
+        self._handed_over.record(torch.cuda.current_stream(target.device))
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    @property
+    def num_under_way(self) -> int:
+        while self._ends and self._ends[0].query():
+            self._ends.popleft()
+        return len(self._ends)
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """See `PromptLane.work`."""
+        # Also memory of the stream that was handed over, and given back since, is used again only behind that.
+        self._stream.wait_event(self._handed_over)
+        with torch.cuda.stream(self._stream):
+            yield
+        end = torch.cuda.Event()
+        end.record(self._stream)
+        self._ends.append(end)
+
+    def wait(self) -> None:
+        """See `PromptLane.wait`."""
+        self._ends.popleft().synchronize()
+
+    def hand_over(self) -> None:
+        """See `PromptLane.hand_over`."""
+        self._handed_over.record(torch.cuda.current_stream(self.target.device))
