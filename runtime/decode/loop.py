@@ -2,7 +2,7 @@
 
 A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits
 for a chunk at the most, and whoever joins is never kept waiting by those who decode. Where the engines have a lane for
-prompts (`PromptLane`), these run beside the rounds, and nobody waits.
+prompts (`PromptLane`), long ones run beside the rounds, and nobody waits.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class DecodeLoop:
     def __init__(self, batch: DecodeBatch, eos_token_ids: frozenset[int], max_waiting: int | None = None) -> None:
         self.batch, self.eos_token_ids = batch, eos_token_ids
         self.scheduler: Scheduler[Running] = Scheduler(
-            batch.target.max_batch, max_waiting, joins_early=batch.members.is_beside
+            batch.target.max_batch, max_waiting, lambda running: batch.members.runs_beside(running.request.prompt_ids)
         )
         self.prompt_cache, self.max_rows = batch.members.prompt_cache, batch.target.max_batch
 
@@ -152,7 +152,7 @@ class DecodeLoop:
     def step(self) -> Iterator[Chunk]:
         """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""
         yield from self._leave()
-        yield from self._join_beside() if self.batch.members.is_beside else self._join()
+        yield from self._join()
         if self.scheduler.rows:
             for gained in self.batch.run():
                 yield from self._push(gained)
@@ -165,32 +165,32 @@ class DecodeLoop:
                 yield chunk
 
     def _join(self) -> Iterator[Chunk]:
-        """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts."""
-        scheduler, budget = self.scheduler, self.batch.members.prefill_chunk
-        if scheduler.joining is not None or scheduler.can_admit:
-            yield from self._push(self.batch.settle())
-            yield from self._drop_finished()
+        """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts. One
+        that runs beside the rounds goes on there, and joins once it has been run; only an empty batch waits for it."""
+        scheduler, members = self.scheduler, self.batch.members
+        budget = members.tokens_between
         while budget > 0:
             self._admit()
             if (running := scheduler.joining) is None:
-                break
-            before = self.batch.members.num_prefilled
-            first = self.batch.members.prefill()
-            if first is None:
-                break
-            budget -= len(running.request.prompt_ids) - before
+                return
+            before = members.num_prefilled
+            if members.is_beside:
+                if not members.is_ready(wait=not scheduler.rows) or not scheduler.has_room:
+                    return
+                yield from self._settle()
+                first = members.join()
+            else:
+                yield from self._settle()
+                if (given := members.prefill()) is None:
+                    return
+                first = given
+                budget -= len(running.request.prompt_ids) - before
             yield from self._joined(first)
 
-    def _join_beside(self) -> Iterator[Chunk]:
-        """Has a prompt go on beside the rounds; who is done with it joins. Nobody waits for it but an empty batch."""
-        scheduler, members = self.scheduler, self.batch.members
-        while True:
-            self._admit()
-            if scheduler.joining is None or not members.is_ready(wait=not scheduler.rows) or not scheduler.has_room:
-                return
-            yield from self._push(self.batch.settle())
-            yield from self._drop_finished()
-            yield from self._joined(members.join())
+    def _settle(self) -> Iterator[Chunk]:
+        """Ends what the engines do by themselves, before somebody joins."""
+        yield from self._push(self.batch.settle())
+        yield from self._drop_finished()
 
     def _admit(self) -> None:
         """Lets a request join if one may."""

@@ -74,12 +74,20 @@ class PromptBlock:
 
 @dataclass(slots=True)
 class _Joining:
-    """A row whose prompt has been run up to `done`, or is on its way to there; `last`: what its last step gives."""
+    """A row whose prompt has been run up to `done`, or is on its way to there.
+
+    Attributes:
+        is_beside: whether that is beside the rounds.
+        last: what its last step gives.
+        blocks: what is being read meanwhile.
+    """
 
     row: Row
     ids_1T: Tensor
+    is_beside: bool
     done: int = 0
     last: StepOutput | None = None
+    blocks: Sequence[PromptBlock] = ()
 
 
 class Membership:
@@ -115,7 +123,7 @@ class Membership:
             grammars: over the target's vocabulary; None where outputs cannot have one.
             knows_costs: whether the costs of steps here are known, which policies need that draft only what pays.
             has_rounds: whether engines run rounds by themselves.
-            lane: runs prompts beside the rounds; None to run them between these.
+            lane: runs long prompts beside the rounds; None to run all between these.
             around: what chunks of prompts run within.
             pace: says whether rows draft that draft what pays.
         """
@@ -125,7 +133,6 @@ class Membership:
         self.prefill_chunk, self.prompt_cache = prefill_chunk, prompt_cache
         self._grammars, self._knows_costs, self._has_rounds = grammars, knows_costs, has_rounds
         self._around, self._pace, self._columns, self._lane = around, pace, Columns(), lane
-        self._prompts = target if lane is None else lane.target
         self.rows: list[Row] = []
         self._joining: _Joining | None = None
 
@@ -134,20 +141,32 @@ class Membership:
         """Whether a row is on its way."""
         return self._joining is not None
 
+    def runs_beside(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt is run beside the rounds."""
+        return self._lane is not None and len(prompt_ids) >= self._lane.least
+
+    @property
+    def tokens_between(self) -> int:
+        """Tokens of prompts that are run between two rounds, at the most."""
+        return self.prefill_chunk if self._lane is None else max(self.prefill_chunk, self._lane.least)
+
     @property
     def is_beside(self) -> bool:
-        """Whether prompts are run beside the rounds: by `is_ready` and `join`, in place of `prefill`."""
-        return self._lane is not None
+        """Whether the row that joins has its prompt run beside the rounds: by `is_ready` and `join`, in place of
+        `prefill`."""
+        return self._joining is not None and self._joining.is_beside
 
     @property
     def shares_engines(self) -> bool:
         """Whether a prompt is being run beside a round."""
-        return self._joining is not None and self._lane is not None and self._lane.num_under_way > 0
+        return self._lane is not None and self.is_beside and self._lane.num_under_way > 0
 
-    @property
-    def _prompt_row(self) -> int:
-        """Where in its cache the prompt of the row that joins is run."""
-        return len(self.rows) if self._lane is None else 0
+    def _place(self, joining: _Joining) -> tuple[Engine, int]:
+        """What runs the prompt of the row that joins, and in which row of its cache."""
+        if not joining.is_beside:
+            return self._target, len(self.rows)
+        assert self._lane is not None
+        return self._lane.target, 0
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
         """Raises RequestError if a request cannot run here."""
@@ -199,9 +218,12 @@ class Membership:
         # A drafter that keeps nothing of prompts has nothing to make ready, and can begin at any time.
         if self._caching(row) is not None:
             row.has_lost_draft = self.follows_load(row) and not self._would_draft(row)
-        self._joining = _Joining(row, torch.tensor([row.tokens]))
+        self._joining = _Joining(row, torch.tensor([row.tokens]), self.runs_beside(prompt_ids))
         if (drafter := self._drafters.of(row)) is not None:
-            drafter.begin()
+            drafter.begin(is_beside=self._joining.is_beside)
+        if self._joining.is_beside and self._lane is not None:
+            # What the prompt before has left there has been taken, and chunks that this one reads are kept.
+            self._lane.hand_over()
         self._restore(self._joining)
 
     def _would_draft(self, row: Row) -> bool:
@@ -232,11 +254,15 @@ class Membership:
         return self._joining.done if self._joining is not None else 0
 
     def prefill(self) -> int | None:
-        """Runs the next chunk of the prompt of the row that joins; returns its first token when that was the last."""
-        assert self._joining is not None
+        """Runs the next chunk of the prompt of the row that joins, or all of a prompt that is too short to run beside
+        the rounds; returns its first token when that was the last."""
+        joining = self._joining
+        assert joining is not None
         with self._around():
-            self._run_chunk(self._joining)
-            return self._join(self._joining) if self._joining.last is not None else None
+            self._run_chunk(joining)
+            while joining.last is None and self._lane is not None:
+                self._run_chunk(joining)
+            return self._join(joining) if joining.last is not None else None
 
     def is_ready(self, *, wait: bool) -> bool:
         """Has the prompt of the row that joins go on beside the rounds; returns whether all of it has been run.
@@ -262,17 +288,16 @@ class Membership:
         joining, lane = self._joining, self._lane
         assert joining is not None and lane is not None
         self._target.write_cache(len(self.rows), 0, lane.target.read_cache(0, 0, joining.done))
-        first = self._join(joining)
-        lane.hand_over()
-        return first
+        return self._join(joining)
 
     def _run_chunk(self, joining: _Joining) -> None:
         """Runs the next chunk of a prompt."""
-        row, b, length = joining.row, self._prompt_row, joining.ids_1T.shape[1]
+        row, length = joining.row, joining.ids_1T.shape[1]
+        engine, b = self._place(joining)
         drafter = self._drafters.of(row)
         start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
         num_top = row.params.prompt_logprobs
-        out = self._prompts.step(
+        out = engine.step(
             joining.ids_1T[:, start:stop],
             torch.tensor([start], dtype=torch.int32),
             torch.tensor([stop - start - 1] if num_top is None else list(range(stop - start))),
@@ -319,6 +344,8 @@ class Membership:
         """Drops the row that joins."""
         if self._joining is not None:
             _let_go(self._joining.row)
+            while self._lane is not None and self._lane.num_under_way:
+                self._lane.wait()  # or what it reads and writes could be somebody else's meanwhile
         self._joining = None
 
     def remove(self, row: int, moved: int) -> None:
@@ -331,7 +358,7 @@ class Membership:
                 drafter.move(moved, row, self.rows[row])
         self.rows.pop()
         self._pace.forget()
-        if self._joining is not None and self._lane is None:
+        if self._joining is not None and not self._joining.is_beside:
             source, dest, done = len(self.rows) + 1, len(self.rows), self._joining.done
             self._target.move_row(source, dest, done)
             if (drafter := self._drafters.of(self._joining.row)) is not None:
@@ -342,11 +369,13 @@ class Membership:
         give logits."""
         if self.prompt_cache is None or joining.row.params.prompt_logprobs is not None:
             return
-        b, drafter = self._prompt_row, self._caching(joining.row)
-        with self._lane.work() if self._lane is not None else nullcontext():
-            for block in self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None):
+        drafter = self._caching(joining.row)
+        engine, b = self._place(joining)
+        joining.blocks = self.prompt_cache.find(joining.row.tokens[:-1], drafter is not None)
+        with self._lane.work() if self._lane is not None and joining.is_beside else nullcontext():
+            for block in joining.blocks:
                 stop = joining.done + self.prefill_chunk
-                self._prompts.write_cache(b, joining.done, block.target)
+                engine.write_cache(b, joining.done, block.target)
                 if drafter is not None:
                     drafter.restore(b, joining.done, stop, block.draft)
                 joining.done = stop
@@ -354,11 +383,12 @@ class Membership:
 
     def _keep(self, joining: _Joining, start: int, stop: int) -> None:
         """Puts a chunk into the cache of prompts."""
-        b, drafter, tokens = self._prompt_row, self._caching(joining.row), joining.row.tokens[:stop]
+        drafter, tokens = self._caching(joining.row), joining.row.tokens[:stop]
+        engine, b = self._place(joining)
         if self.prompt_cache is None or not self.prompt_cache.wants(tokens, drafter is not None):
             return
         draft = drafter.snapshot(b, start, stop) if drafter is not None else None
-        block = PromptBlock(self._prompts.read_cache(b, start, stop), draft)
+        block = PromptBlock(engine.read_cache(b, start, stop), draft)
         self.prompt_cache.put(tokens, drafter is not None, block, block.num_bytes)
 
     def _caching(self, row: Row) -> Drafter | None:

@@ -87,7 +87,7 @@ class DecodeBatch:
             survival: how far the draft's shares are to be trusted; None to take them as they are.
             heads: Medusa's, over the target's hidden states; None where none are loaded.
             rounds: the same engines, where they run rounds by themselves.
-            lane: runs prompts beside the rounds; None where these wait for a chunk of a prompt.
+            lane: runs long prompts beside the rounds; None where these wait for each chunk of one.
             around: what rounds of the host and chunks of prompts run within.
             pace: has the last word on whether rows draft that draft what pays; None for one without a clock.
         """

@@ -31,12 +31,14 @@ class Scheduler(Generic[T]):
         num_admitted: how many have been let join.
     """
 
-    def __init__(self, max_rows: int, max_waiting: int | None = None, *, joins_early: bool = False) -> None:
+    def __init__(
+        self, max_rows: int, max_waiting: int | None = None, joins_early: Callable[[T], bool] = lambda _: False
+    ) -> None:
         """Begins with all rows free.
 
         Args:
             max_waiting: beside those that the free rows take; None for no bound.
-            joins_early: whether one may be on its way while no row is free.
+            joins_early: whether somebody may be on its way while no row is free.
         """
         self.max_rows, self.max_waiting, self._joins_early = max_rows, max_waiting, joins_early
         self.rows: list[T] = []
@@ -52,7 +54,9 @@ class Scheduler(Generic[T]):
     @property
     def can_admit(self) -> bool:
         """Whether somebody waits whom `admit` would let join."""
-        return self.joining is None and bool(self.waiting) and (self._joins_early or self.has_room)
+        if self.joining is not None or not self.waiting:
+            return False
+        return self.has_room or self._joins_early(self.waiting[0])
 
     @property
     def has_room(self) -> bool:

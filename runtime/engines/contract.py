@@ -379,9 +379,12 @@ class PromptLane(Protocol):
     """Engines for prompts, beside a target and a draft that are in use: the same weights, over a cache of one row.
 
     Attributes:
+        least: tokens of the shortest prompt that is worth it.
         target, draft: engines whose steps are run within `work`.
         num_under_way: pieces of work that have not ended.
     """
+
+    least: int
 
     @property
     def target(self) -> Engine: ...
@@ -400,7 +403,8 @@ class PromptLane(Protocol):
         ...
 
     def hand_over(self) -> None:
-        """Whoever calls has taken what the work so far has left: the next piece begins behind that."""
+        """The next piece of work begins behind what the caller has begun so far, such as copies of what work has
+        left."""
         ...
 
 

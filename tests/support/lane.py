@@ -20,18 +20,21 @@ class FakeLane:
         num_waits: of the host, for one of them.
     """
 
-    def __init__(self, target: FakeTarget, draft: FakeDraft | None = None, *, patience: int = 2) -> None:
+    def __init__(
+        self, target: FakeTarget, draft: FakeDraft | None = None, *, patience: int = 2, least: int = 0
+    ) -> None:
         """Begins without work.
 
         Args:
             patience: how often a piece of work is asked for before it has ended.
+            least: see `PromptLane`.
         """
         self.target = _beside(target, self)
         self.draft = None
         if draft is not None:
             self.draft = _beside(draft, self)
             self.draft.target = self.target
-        self._patience, self._left = patience, list[int]()
+        self._patience, self._left, self.least = patience, list[int](), least
         self.num_works = self.num_waits = 0
         self.is_working = self._is_taken = False
 
@@ -57,6 +60,7 @@ class FakeLane:
         self.num_waits += 1
 
     def hand_over(self) -> None:
+        assert not self._left, "the work of a prompt that nobody waits for"
         self._is_taken = False
 
     def note_read(self) -> None:

@@ -38,8 +38,12 @@ class Drafter:
         """
         raise NotImplementedError
 
-    def begin(self) -> None:
-        """A prompt begins: that of the row that joins behind the others. One joins at a time."""
+    def begin(self, *, is_beside: bool) -> None:
+        """A prompt begins: that of the row that joins behind the others. One joins at a time.
+
+        Args:
+            is_beside: whether it is run beside the rounds, by engines of its own.
+        """
 
     def prefill(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
         """The target has run tokens `start` to `stop` of the prompt of the row that joins, in row `b` of the cache that

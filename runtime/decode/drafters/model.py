@@ -90,7 +90,7 @@ class ModelDrafter(Drafter):
             eos_ids: int64.
             survival: corrects the shares that the draft gives its guesses.
             recall: finds what followed the same words in rows' texts before, for policies that recall.
-            prompts: runs the prompt that joins, in its own cache; None for `engine`.
+            prompts: runs prompts that are run beside the rounds, in its own cache.
 
         Raises:
             EngineError: the engine has fewer rows.
@@ -100,7 +100,7 @@ class ModelDrafter(Drafter):
                 f"the draft's cache has {engine.max_batch} rows, the target's {target.max_batch}", "make them the same"
             )
         self._survival, self._recall = survival, recall
-        self.engine, self.has_scores, self._prompts = engine, engine.has_scorer, prompts or engine
+        self.engine, self.has_scores, self._beside = engine, engine.has_scorer, prompts
         self._grower = engine if isinstance(engine, GrowingEngine) else None
         self.needs_features = engine.num_features > 0
         self._offset = 1 if self.needs_features else 0
@@ -111,13 +111,16 @@ class ModelDrafter(Drafter):
         self._growing: dict[int, _Growing] = {}
         self._levels: dict[float, Levels] = {}
         self._num_rows = 0
+        # What runs the prompt that joins.
+        self._prompts = engine
         # Of the last token of the prompt that joins.
         self._last_feature_11F: Tensor | None = None
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, *, is_beside: bool) -> None:
         self._last_feature_11F = None
+        self._prompts = self._beside if is_beside and self._beside is not None else self.engine
 
     def prefill(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
         """Makes the entries up to the one that waits for a token after the chunk."""

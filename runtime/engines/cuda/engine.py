@@ -221,8 +221,7 @@ class CudaEngine:
                 features_in_MF.copy_(features_BTF[run.b, run.start : run.stop])
             else:
                 at_M = np.concatenate([run.b * width + np.arange(run.start, run.stop) for run in block.runs])
-                index_M = torch.from_numpy(at_M).to(self.device)
-                torch.index_select(features_BTF.flatten(0, 1), 0, index_M, out=features_in_MF)
+                features_in_MF.copy_(features_BTF.flatten(0, 1)[torch.from_numpy(at_M).to(features_BTF.device)])
         return numbers, most_seen
 
     def _replay(

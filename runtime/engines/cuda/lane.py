@@ -1,4 +1,4 @@
-"""Prompts beside the rounds, on a stream of their own: a step of few tokens leaves most of a GPU idle."""
+"""Long prompts beside the rounds, on a stream of their own: rounds go on meanwhile, at half their pace."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from ssv.runtime.engines.cuda.engine import CudaEngine
 
 class CudaLane:
     """See `PromptLane`."""
+
+    # Shorter ones are a few passes, which take as long beside the rounds, and make these slower meanwhile.
+    least = 257
 
     def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
         self.target, self.draft = target.beside(), draft.beside()

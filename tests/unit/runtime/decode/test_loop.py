@@ -46,8 +46,9 @@ MAX_LENGTH = 64
 CHUNK = 3
 
 
-def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int | None = None) -> LLM:
-    """Without a draft if there is no kind; its prompts run beside the rounds if there is a patience (`FakeLane`)."""
+def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int | None = None, least: int = 0) -> LLM:
+    """Without a draft if there is no kind; prompts of `least` tokens run beside the rounds if there is a patience
+    (`FakeLane`)."""
     sizes = {"max_batch": max_batch, "max_length": MAX_LENGTH + MAX_PENDING}
     target = FakeTarget(tap=kind == "conditioned", eos_bias=-0.5, **sizes)
     draft = FakeDraft(target, conditioned=kind == "conditioned", agreement=0.8, noise=0.3) if kind else None
@@ -60,7 +61,7 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int
         max_length=MAX_LENGTH,
         prefill_chunk=prefill_chunk,
         heads=FakeHeads(target, noise=0.5),
-        lane=None if patience is None else FakeLane(target, draft, patience=patience),
+        lane=None if patience is None else FakeLane(target, draft, patience=patience, least=least),
     )
 
 
@@ -83,9 +84,16 @@ class Play:
     """
 
     def __init__(
-        self, kind: str | None, *, max_batch: int = 3, chunk: int = CHUNK, patience: int | None = None, **options: Any
+        self,
+        kind: str | None,
+        *,
+        max_batch: int = 3,
+        chunk: int = CHUNK,
+        patience: int | None = None,
+        least: int = 0,
+        **options: Any,
     ) -> None:
-        self.kind, self.llm, self.is_beside = kind, make_llm(kind, max_batch, chunk, patience), patience is not None
+        self.kind, self.llm = kind, make_llm(kind, max_batch, chunk, patience, least)
         self.loop = self.llm.loop(**options)
         self.requests: list[Request] = []
         self.leaving: set[int] = set()
@@ -125,7 +133,7 @@ class Play:
                 self.ended[chunk.index] = chunk
         scheduler, batch = self.loop.scheduler, self.loop.batch
         assert [running.row for running in scheduler.rows] == batch.rows
-        is_taken = scheduler.joining is not None and not self.is_beside
+        is_taken = scheduler.joining is not None and not batch.members.is_beside
         assert len(batch.rows) + is_taken <= self.target.max_batch
         return chunks
 
@@ -228,7 +236,7 @@ def test_any_order_of_arrivals_and_departures(seed: int, is_beside: bool) -> Non
     kind = (*KINDS, *KINDS, None)[seed % 5]
     cache_bytes = rng.choice((0, 300, 10**6))
     sizes = {"max_batch": rng.randint(1, 4), "chunk": rng.randint(1, 5), "prompt_cache_bytes": cache_bytes}
-    play = Play(kind, patience=rng.randint(0, 5) if is_beside else None, **sizes)
+    play = Play(kind, patience=rng.randint(0, 5) if is_beside else None, least=rng.randint(0, 12), **sizes)
     beginnings = [(), prompt(7, seed), prompt(12, seed)]
     for _ in range(25):
         for _ in range(rng.choice((0, 0, 1, 2))):
@@ -317,6 +325,23 @@ def test_who_leaves_while_its_prompt_runs_beside_the_rounds() -> None:
     play.finish()
     play.assert_as_alone(0, 2)
     assert play.output(1).finish_reason == "cancelled" and not play.output(1).token_ids
+
+
+def test_a_prompt_too_short_to_run_beside_the_rounds_is_run_between_two_of_them() -> None:
+    """All of it at once; and it needs a free row, as one beside the rounds does not."""
+    play = Play("conditioned", max_batch=2, patience=1, least=9)
+    for i, length in enumerate((2, 8, 8, 9)):
+        play.submit(request(prompt(length, i), "autoregressive", max_tokens=6 + 10 * i))
+    play.step()
+    assert play.held() == ([0, 1], None, [2, 3])
+    assert not play.lane.num_works
+    while 0 not in play.ended:
+        play.step()
+    play.step()
+    assert play.held() == ([1, 2], 3, [])
+    play.finish()
+    assert play.lane.num_works == 3
+    play.assert_as_alone()
 
 
 def test_prompts_join_for_a_chunks_worth_of_tokens_a_round() -> None:
