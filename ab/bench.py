@@ -20,9 +20,9 @@ from statistics import geometric_mean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.bench_view import MethodRow, check_plot, plot, print_tables
-from ssv.ab.bench_ways import BASELINE, BESIDE, BESIDE_ALL, PROMPT_CACHE, Way, read_beside, ways
+from ssv.ab.bench_ways import BASELINE, BESIDE, BESIDE_ALL, PROMPT_CACHE, Way, read_beside, read_methods, ways
 from ssv.runtime.counters import Counters
-from ssv.runtime.methods import METHODS
+from ssv.runtime.methods import METHODS, check_num_draft_tokens
 from ssv.runtime.request import Output, RequestError, SamplingParams
 from ssv.support.console import (
     add_device,
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text of a system message before each prompt: what a cache of prompts is for (default: none)",
     )
-    parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
+    parser.add_argument("--num-draft-tokens", type=int, help="of `speculative` (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
@@ -133,10 +133,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     methods = None if args.methods in (None, ALL) else _methods(args.methods)
+    args.num_draft_tokens = check_num_draft_tokens(args.num_draft_tokens, methods or METHODS)
     beside = _beside(args)
     system = None if args.system_prompt is None else read_text(args.system_prompt)
-    if args.price_per_hour is not None and not args.price_per_hour > 0:
-        raise RequestError(f"--price-per-hour {args.price_per_hour} must be above 0")
+    if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
+        raise RequestError(f"--price-per-hour {args.price_per_hour} must be above 0, and finite")
     if args.num_prompts is not None and args.num_prompts < 1:
         raise RequestError(f"--num-prompts {args.num_prompts} must be at least 1")
     if not 0 < args.half_width < 1:
@@ -367,9 +368,9 @@ def _worth_a_row(methods: Sequence[str], params: SamplingParams) -> list[str]:
 
 
 def _methods(text: str) -> list[str]:
-    methods = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise RequestError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+    if ALL in text.split(","):
+        raise RequestError(f"--methods {ALL} is every method", "give it alone")
+    methods = read_methods(text)
     return methods if BASELINE in methods else [BASELINE, *methods]
 
 

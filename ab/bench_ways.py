@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ssv.runtime.methods import METHODS
 from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
 from ssv.support.precisions import TORCH_PRECISIONS
 
@@ -92,13 +93,33 @@ def ways(llm: LLM, methods: Sequence[str], beside: Sequence[str], load: Callable
     return found
 
 
+def read_methods(text: str) -> list[str]:
+    """Names of methods, comma-separated, each once.
+
+    Raises:
+        RequestError: there is none, or one is unknown.
+    """
+    names = _names(text)
+    if unknown := [name for name in names if name not in METHODS]:
+        raise RequestError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+    if not names:
+        raise RequestError("--methods names none", f"choose of: {', '.join(METHODS)}")
+    return names
+
+
 def read_beside(text: str) -> list[str]:
     """Names of what stands beside the methods.
 
     Raises:
-        RequestError: one is unknown.
+        RequestError: there is none, or one is unknown.
     """
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = _names(text)
     if unknown := [name for name in names if name not in BESIDE]:
         raise RequestError(f"--also {unknown[0]!r} is unknown; known: {', '.join(BESIDE)}")
+    if not names:
+        raise RequestError("--also names nothing", f"choose of: {', '.join(BESIDE)}, or leave it out")
     return names
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -15,7 +15,8 @@ RESERVED_LENGTH = 2 * MAX_PENDING
 """Tokens of each row of a cache that no sequence can have: room for what is pending, and for its padding."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_PENDING)]
+"""Of what is pending at a time."""
 
 
 class TypicalAcceptance(Strict):
@@ -84,6 +85,11 @@ class Policy(Strict):
                     "typical acceptance keeps other tokens of other trees, and what pays depends on other requests. "
                     "Leave `pays` out"
                 )
+        if self.accept_below > 0 and self.drafter != "model":
+            raise ValueError(
+                f"{self.drafter} proposes tokens without a score by which they could be trusted. Leave `accept_below` "
+                "at 0, or take the drafter 'model'"
+            )
         return self
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ssv.client.explain import Explanation
 from ssv.runtime.fates import fate_entry
-from ssv.runtime.methods import METHODS, policy_of
+from ssv.runtime.methods import METHODS, check_num_draft_tokens, policy_of
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.errors import UserError
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--bundle", type=Path, help="decode here")
     where.add_argument("--url", help="ask a server: grpc://host:8001, or grpcs:// for TLS")
     parser.add_argument("--method", default="premium", choices=METHODS, help="how to decode (default: premium)")
-    parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative`; not with --url (default: 5)")
+    parser.add_argument("--num-draft-tokens", type=int, help="of `speculative`; not with --url (default: 5)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of the answer, at most (default: 256)")
     parser.add_argument("--min-tokens", type=int, default=0, help="of the answer, before it may end (default: 0)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
@@ -121,12 +121,13 @@ def _prompt(given: str) -> str:
 
 
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
+    num_draft_tokens = check_num_draft_tokens(args.num_draft_tokens, [args.method])
     with collecting_later():
         from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
     llm = load_for(args)
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
-    request = Request(ids, args.method, params, args.num_draft_tokens)
+    request = Request(ids, args.method, params, num_draft_tokens)
     explanation = _explanation(args)
     for chunk in llm.stream([request]):
         if explanation is None:
@@ -150,11 +151,8 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     from ssv.client.triton import Client, Settings
 
     unused = {"--engine": args.engine != "torch", "--precision": args.precision, "--device": args.device != "cpu"}
-    unused |= {
-        "--threads": args.threads,
-        "--num-draft-tokens": args.num_draft_tokens != 5,
-    }
-    if wrong := [name for name, is_given in unused.items() if is_given]:
+    unused |= {"--threads": args.threads, "--num-draft-tokens": args.num_draft_tokens}
+    if wrong := [name for name, given in unused.items() if given not in (None, False)]:
         raise UserError(
             f"{', '.join(wrong)} cannot be set for a server, which has its own", "give --bundle to decode here"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import reprlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ssv.bundle.manifest import SCORER, Manifest, read_manifest, unused_files, verify_files
 from ssv.bundle.policy import RESERVED_LENGTH, Policy
@@ -47,6 +48,9 @@ from ssv.support.precisions import TORCH_PRECISIONS
 from ssv.support.waiting import Say, say_nothing, waiting
 
 log = logging.getLogger(__name__)
+
+EngineName = Literal["torch", "tensorrt", "tensorrt_llm"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
 
 GPU_PREFILL_CHUNK, LANE_CHUNK = 512, 64
 """Tokens of a prompt that are run at a time: more fill a GPU better, and the host is busy as long as it begins them."""
@@ -123,7 +127,7 @@ class LLM:
         cls,
         bundle: Path | str,
         *,
-        engine: Literal["torch", "tensorrt", "tensorrt_llm"] = "torch",
+        engine: EngineName = "torch",
         precision: str | None = None,
         device: str = "cpu",
         max_batch: int = 1,
@@ -156,13 +160,17 @@ class LLM:
 
         Raises:
             BundleError, CheckpointError: the bundle is damaged.
-            EngineError: precision or device not to be had.
+            EngineError: engine, precision or device not to be had, or a size out of range.
             TrtllmError: TensorRT-LLM is missing or another version.
         """
-        import torch
 
         bundle = Path(bundle)
-        on_cpu = torch.device(device).type == "cpu"
+        if engine not in ENGINES:
+            raise EngineError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
+        on_cpu = _device_type(device) == "cpu"
+        for name, size in (("max_batch", max_batch), ("max_length", max_length), ("prefill_chunk", prefill_chunk)):
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise EngineError(f"{name} {size!r} must be a whole number from 1 on")
         if threads is not None and not (engine == "torch" and on_cpu):
             raise EngineError("threads are of the torch engine on a CPU", "leave them out for another engine or device")
         # Before the files are read: while they are, the machine shows how many cores are free.
@@ -452,6 +460,11 @@ class LLM:
             self._streaming = False
 
     def _run(self, requests: Sequence[Request], cache: PromptCache[PromptBlock] | None) -> Iterator[Chunk]:
+        if not all(isinstance(request, Request) for request in requests):
+            raise RequestError(
+                f"{reprlib.repr(requests)} must be a list of `Request`",
+                "each has the token ids of a prompt (`LLM.chat_ids`) and a method",
+            )
         policies = [policy_of(request, self.tiers) for request in requests]
         generator: Generator
         if self._host is not None:
@@ -550,6 +563,23 @@ class LLM:
                 )
         assert all(output is not None for output in outputs)
         return [output for output in outputs if output is not None]
+
+
+def _device_type(device: str) -> str:
+    """`cpu` or `cuda`.
+
+    Raises:
+        EngineError: it is another one, or none.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise EngineError(f"device {device!r} is unknown; known: cpu, cuda")
+    return kind
 
 
 def load_for(args: Namespace, max_batch: int = 1) -> LLM:

@@ -3,10 +3,10 @@ batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from ssv.bundle.policy import Policy, TypicalAcceptance, verify_all
-from ssv.runtime.request import Request, RequestError
+from ssv.bundle.policy import MAX_PENDING, Policy, TypicalAcceptance, verify_all
+from ssv.runtime.request import NUM_DRAFT_TOKENS, Request, RequestError
 
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are
@@ -87,7 +87,7 @@ def baselines(has_heads: bool) -> tuple[str, ...]:
     return tuple(name for name in BASELINES if has_heads or name not in NEEDS_HEADS)
 
 
-def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = 5) -> Policy:
+def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Policy:
     """The policy of a method.
 
     Args:
@@ -111,13 +111,34 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     return tiers[method]
 
 
+def check_num_draft_tokens(given: int | None, methods: Sequence[str]) -> int:
+    """The drafted tokens of `speculative` that a command was given, or as many as usual.
+
+    Args:
+        given: None where the option was left out.
+        methods: those that are asked for.
+
+    Raises:
+        RequestError: it is given and none of the methods takes it, or it is out of range.
+    """
+    if given is None:
+        return NUM_DRAFT_TOKENS
+    if "speculative" not in methods:
+        raise RequestError(
+            f"--num-draft-tokens is of the method speculative, not of {', '.join(methods)}",
+            "leave it out, or choose speculative",
+        )
+    speculative(given)
+    return given
+
+
 def speculative(num_draft_tokens: int) -> Policy:
     """Speculative decoding with a fixed number of drafted tokens, all of them judged (Leviathan et al. 2023,
     arXiv:2211.17192).
 
     Raises:
-        RequestError: fewer than one.
+        RequestError: fewer than one, or more than can be pending.
     """
-    if num_draft_tokens < 1:
-        raise RequestError(f"num_draft_tokens {num_draft_tokens}: speculative decoding drafts at least 1 token")
+    if not 1 <= num_draft_tokens <= MAX_PENDING:
+        raise RequestError(f"num_draft_tokens {num_draft_tokens}: speculative decoding drafts 1 to {MAX_PENDING}")
     return verify_all(num_draft_tokens)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
@@ -16,6 +18,9 @@ Fate = Literal["trusted", "accepted", "typical", "corrected", "target"]
 """How a token came into an output: drafted and never judged; drafted, and what the target chose; drafted, and kept as
 typical of it; the target's choice in place of what was drafted; the target's choice where nothing was drafted."""
 
+
+NUM_DRAFT_TOKENS = 5
+"""Of `speculative`, unless a request says otherwise."""
 
 MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 1e4
@@ -30,6 +35,10 @@ MAX_LOGPROBS = 20
 
 MAX_BIAS = 100.0
 """OpenAI's: nothing is chosen that has so much less, and nothing else that has so much more."""
+
+
+_ID = (int, Integral)
+"""Types of token ids; what most are first, as an abstract class answers ten times as slowly."""
 
 
 class RequestError(UserError):
@@ -93,9 +102,7 @@ class SamplingParams:
     latency_bound_ms: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "seed", "max_tokens", "min_tokens"):
-            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
-                raise RequestError(f"{name} {value!r} must be a whole number")
+        self._check_types()
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise RequestError(f"temperature {self.temperature} must be a number between 0 and {MAX_TEMPERATURE:g}")
         if not 0 <= self.top_k <= MAX_COUNT:
@@ -128,12 +135,39 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
                 raise RequestError(f"{name} {value} must be between 0 and {MAX_LOGPROBS}")
-        if isinstance(self.stop, str):
-            raise RequestError(f"stop {self.stop!r} must be a tuple of strings, not one string")
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop every output")
         if self.latency_bound_ms is not None and not self.latency_bound_ms > 0:
             raise RequestError(f"latency_bound_ms {self.latency_bound_ms} must be above 0")
+
+    def _check_types(self) -> None:
+        """Refuses what no number, text or list can be said of: comparing it would fail without naming the setting."""
+        for name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            is_unset = value is None and name.endswith("logprobs")
+            if not is_unset and (not isinstance(value, int) or isinstance(value, bool)):
+                raise RequestError(f"{name} {value!r} must be a whole number")
+        numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        for name in (*numbers, "latency_bound_ms"):
+            value = getattr(self, name)
+            is_unset = value is None and name == "latency_bound_ms"
+            if not is_unset and (not isinstance(value, Real) or isinstance(value, bool)):
+                raise RequestError(f"{name} {value!r} must be a number")
+        for name in ("ignore_eos", "fates"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(f"{name} {value!r} must be True or False")
+        if self.grammar is not None and not isinstance(self.grammar, str):
+            raise RequestError(
+                f"grammar {self.grammar!r} must be text", "`ssv.runtime.grammar.grammar_of` makes it of a schema"
+            )
+        if isinstance(self.stop, str) or not _all_are(self.stop, str):
+            raise RequestError(f"stop {self.stop!r} must be a tuple of strings")
+        if not _all_are(self.stop_token_ids, _ID):
+            raise RequestError(f"stop_token_ids {self.stop_token_ids!r} must be a tuple of token ids")
+        if not _are_biases(self.logit_bias):
+            raise RequestError(f"logit_bias {self.logit_bias!r} must be a tuple of pairs, a token id and a number")
+        if not _all_are(self.bad_token_ids, Sequence) or not all(_all_are(ids, _ID) for ids in self.bad_token_ids):
+            raise RequestError(f"bad_token_ids {self.bad_token_ids!r} must be a tuple of tuples of token ids")
 
     @property
     def greedy(self) -> bool:
@@ -162,15 +196,44 @@ class Request:
             request.
         deadline: time.monotonic() at which the request ends with what it has; None for none.
         arrived: time.monotonic() from which its times are counted; None for that of its submission.
+
+    Raises:
+        RequestError: a field of another type.
     """
 
     prompt_ids: tuple[int, ...]
     method: str
     params: SamplingParams = field(default_factory=SamplingParams)
-    num_draft_tokens: int = 5
+    num_draft_tokens: int = NUM_DRAFT_TOKENS
     policy: Policy | None = None
     deadline: float | None = None
     arrived: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt_ids, str) or not _all_are(self.prompt_ids, _ID):
+            raise RequestError(
+                f"prompt_ids {reprlib.repr(self.prompt_ids)} must be a tuple of token ids",
+                "`LLM.chat_ids` gives those of a message, and `LLM.tokenizer.encode` those of a text",
+            )
+        if not isinstance(self.params, SamplingParams):
+            raise RequestError(f"params {self.params!r} must be `SamplingParams`")
+        if not isinstance(self.num_draft_tokens, int) or isinstance(self.num_draft_tokens, bool):
+            raise RequestError(f"num_draft_tokens {self.num_draft_tokens!r} must be a whole number")
+        if self.policy is not None and not isinstance(self.policy, Policy):
+            raise RequestError(
+                f"policy {self.policy!r} must be a `Policy`",
+                "the name of a method goes into `method`; `ssv.bundle.policy.verify_all` makes a policy of a shape",
+            )
+
+
+def _all_are(values: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether it is a sequence of nothing but that."""
+    return isinstance(values, Sequence) and all(isinstance(value, kind) for value in values)
+
+
+def _are_biases(values: Any) -> bool:
+    pairs = _all_are(values, Sequence) and all(len(pair) == 2 for pair in values)
+    return pairs and all(isinstance(token, _ID) and isinstance(bias, Real) for token, bias in values)
 
 
 @dataclass(frozen=True, slots=True)

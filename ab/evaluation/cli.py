@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssv.ab.bench_ways import BASELINE, BESIDE, read_beside, ways
-from ssv.runtime.methods import METHODS, TIERS
-from ssv.runtime.request import RequestError
+from ssv.ab.bench_ways import BASELINE, BESIDE, read_beside, read_methods, ways
+from ssv.runtime.methods import METHODS, TIERS, check_num_draft_tokens
 from ssv.support.console import (
     add_device,
     add_engine,
@@ -92,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="loss of quality that would be put up with: 0.05 is 5 points (default: 0.05)",
     )
-    parser.add_argument("--num-draft-tokens", type=int, default=5, help="of `speculative` (default: 5)")
+    parser.add_argument("--num-draft-tokens", type=int, help="of `speculative` (default: 5)")
     add_max_rows(parser, "requests decoded side by side", default=1)
     add_engine(parser)
     add_precision(parser)
@@ -107,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     methods = None if args.methods is None else _methods(args.methods)
+    args.num_draft_tokens = check_num_draft_tokens(args.num_draft_tokens, methods or METHODS)
     beside = () if args.also is None else read_beside(args.also)
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     folder = args.out or Path("eval-runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -195,10 +195,7 @@ def _check(args: argparse.Namespace, names: Sequence[str], folder: Path) -> None
 
 
 def _methods(text: str) -> list[str]:
-    methods = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise RequestError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
-    return [BASELINE, *(name for name in methods if name != BASELINE)]
+    return [BASELINE, *(name for name in read_methods(text) if name != BASELINE)]
 
 
 if __name__ == "__main__":

@@ -190,8 +190,7 @@ class Membership:
             )
         if policy.max_pending > MAX_PENDING:
             raise RequestError(
-                f"{policy.max_pending} tokens may not be pending at a time (num_draft_tokens, or the tier's "
-                f"max_pending): at most {MAX_PENDING} can"
+                f"max_pending {policy.max_pending} of the policy: at most {MAX_PENDING} tokens can be pending"
             )
         if not policy.max_pending:
             return

@@ -177,9 +177,19 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("options", "named"),
     [
         (["--methods", "fast"], "unknown method 'fast'"),
+        (["--methods", ","], "--methods names none: choose of: autoregressive, "),
+        (["--methods", "all,premium"], "--methods all is every method: give it alone"),
+        (["--methods", "speculative", "--num-draft-tokens", "0"], "num_draft_tokens 0: speculative decoding drafts 1"),
+        (["--num-draft-tokens", "65"], "num_draft_tokens 65: speculative decoding drafts 1 to 64"),
+        (
+            ["--methods", "eagle", "--num-draft-tokens", "3"],
+            "--num-draft-tokens is of the method speculative, not of autoregressive, eagle: leave it out",
+        ),
+        (["--also", ""], "--also names nothing: choose of: fp32, bf16, int8, int4, prompt-cache, or leave it out"),
         (["--also", "int3"], "--also 'int3' is unknown; known: fp32, bf16, int8, int4, prompt-cache"),
         (["--system-prompt", "/nowhere/system.txt"], "/nowhere/system.txt cannot be read"),
         (["--price-per-hour", "0"], "--price-per-hour 0.0 must be above 0"),
+        (["--price-per-hour", "inf"], "--price-per-hour inf must be above 0"),
         (["--num-prompts", "0"], "--num-prompts 0 must be at least 1"),
         (["--half-width", "0"], "--half-width 0.0 is a share of a speed-up: give a number between 0 and 1"),
         (["--plot", "speed.pdf"], "choose a .png file"),
@@ -223,6 +233,21 @@ def test_generate_stops_where_it_is_told(folder: Path, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.out.split() == words[:2]
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "named"),
+    [
+        ("speculative", "0", "num_draft_tokens 0: speculative decoding drafts 1 to 64"),
+        ("speculative", "65", "num_draft_tokens 65: speculative decoding drafts 1 to 64"),
+        ("premium", "3", "--num-draft-tokens is of the method speculative, not of premium"),
+    ],
+)
+def test_generate_refuses_a_count_before_it_loads(
+    method: str, count: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["--bundle", "/nowhere", "--method", method, "--num-draft-tokens", count, "w1"]) == 2
+    assert f"error: {named}" in capsys.readouterr().err
 
 
 def test_generate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

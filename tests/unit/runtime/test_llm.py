@@ -19,11 +19,12 @@ from ssv.model.heads import load_heads, read_heads, save_heads
 from ssv.runtime import llm as llm_module
 from ssv.runtime.decode import round as round_module
 from ssv.runtime.engines import heads_on_demand
+from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.engines.cpu_layers import FusedLayers
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import PREMIUM
-from ssv.runtime.request import Request, SamplingParams
+from ssv.runtime.request import Request, RequestError, SamplingParams
 from ssv.runtime.serving.service import Service
 from ssv.runtime.threads import ThreadCount
 
@@ -61,6 +62,29 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def ask(llm: LLM, method: str, policy: object = None) -> None:
     llm.generate([Request((3, 4, 5), method, PARAMS, policy=policy)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("engine", "vllm", "engine 'vllm' is unknown; known: torch, tensorrt, tensorrt_llm"),
+        ("device", "tpu", "device 'tpu' is unknown; known: cpu, cuda"),
+        ("device", "meta", "device 'meta' is unknown"),
+        ("max_batch", 0, "max_batch 0 must be a whole number from 1 on"),
+        ("max_batch", 2.5, "max_batch 2.5 must be"),
+        ("max_length", -1, "max_length -1 must be"),
+        ("prefill_chunk", 0, "prefill_chunk 0 must be"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(bundle: Path, option: str, value: Any, named: str) -> None:
+    with pytest.raises(EngineError, match=named):
+        LLM.load(bundle, **{option: value})
+
+
+@pytest.mark.parametrize("asked", ["hello", ["hello"], [{"prompt": "hello"}]])
+def test_what_is_no_list_of_requests(bundle: Path, asked: Any) -> None:
+    with pytest.raises(RequestError, match=r"must be a list of `Request`: .*chat_ids"):
+        LLM.load(bundle, max_length=64, verify=False).generate(asked)
 
 
 def test_costs_are_measured_for_the_first_request_that_goes_by_them(bundle: Path, measured: list[object]) -> None:

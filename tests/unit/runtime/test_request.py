@@ -8,10 +8,11 @@ from collections import Counter
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import Policy, verify_all
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import METHODS, policy_for, policy_of
 from ssv.runtime.request import Request, RequestError, SamplingParams
@@ -89,12 +90,6 @@ def test_settings_at_their_borders(settings: dict[str, Any]) -> None:
     SamplingParams(**settings)
 
 
-def test_stop_as_one_string_is_refused() -> None:
-    """It would stop at each of its characters."""
-    with pytest.raises(RequestError, match="stop"):
-        SamplingParams(stop="END")  # type: ignore[arg-type]
-
-
 def test_greedy() -> None:
     assert SamplingParams().greedy
     assert not SamplingParams(temperature=1e-6).greedy
@@ -111,6 +106,57 @@ def test_settings_cannot_be_changed() -> None:
 
 PREMIUM = Policy(accept_below=0, verify_above=0.5, risk_budget=0.9, max_pending=8)
 TURBO = Policy(accept_below=0.1, verify_above=0.9, risk_budget=0.99, max_pending=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("logprobs", 1.5, "whole number"),
+        ("prompt_logprobs", True, "whole number"),
+        ("temperature", "1", "a number"),
+        ("temperature", None, "a number"),
+        ("top_p", "0.5", "a number"),
+        ("min_p", (0.1,), "a number"),
+        ("presence_penalty", True, "a number"),
+        ("latency_bound_ms", "x", "a number"),
+        ("ignore_eos", "no", "True or False"),
+        ("fates", 1, "True or False"),
+        ("grammar", {"type": "object"}, "must be text: .*grammar_of"),
+        ("stop", "END", "a tuple of strings"),
+        ("stop", (5,), "a tuple of strings"),
+        ("stop_token_ids", ("a",), "token ids"),
+        ("stop_token_ids", 5, "token ids"),
+        ("logit_bias", {5: 1.0}, "pairs, a token id and a number"),
+        ("logit_bias", ((5, "1"),), "pairs, a token id and a number"),
+        ("bad_token_ids", (5,), "tuples of token ids"),
+        ("bad_token_ids", (("a",),), "tuples of token ids"),
+    ],
+)
+def test_settings_of_another_type(name: str, value: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} .*{named}"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("prompt_ids", "hello", "tuple of token ids: .*chat_ids"),
+        ("prompt_ids", None, "tuple of token ids"),
+        ("prompt_ids", (1.5,), "tuple of token ids"),
+        ("params", {"max_tokens": 3}, "must be `SamplingParams`"),
+        ("num_draft_tokens", 2.5, "whole number"),
+        ("num_draft_tokens", "5", "whole number"),
+        ("policy", "eagle", "must be a `Policy`: .*goes into `method`"),
+    ],
+)
+def test_fields_of_another_type(name: str, value: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} .*{named}"):
+        Request(**{"prompt_ids": (1,), "method": "premium", name: value})
+
+
+def test_numbers_of_other_libraries() -> None:
+    ids = tuple(np.arange(1, 3))
+    assert Request(ids, "premium", SamplingParams(temperature=np.float32(0.5), stop_token_ids=ids)).prompt_ids == ids
 
 
 @pytest.mark.parametrize("name", ["top_k", "seed", "max_tokens", "min_tokens"])
@@ -147,7 +193,7 @@ def test_lossless() -> None:
     assert TURBO.model_copy(update={"max_pending": 0}).lossless
 
 
-@pytest.mark.parametrize("k", [0, -1])
+@pytest.mark.parametrize("k", [0, -1, 65])
 def test_speculative_needs_a_token(k: int) -> None:
     with pytest.raises(RequestError, match=f"num_draft_tokens {k}"):
         policy_for("speculative", {}, k)
@@ -171,12 +217,28 @@ def test_tier_that_the_bundle_lacks() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"accept_below": -0.1}, {"verify_above": 1.1}, {"risk_budget": math.nan}, {"max_pending": -1}, {"max_pendng": 3}],
+    [
+        {"accept_below": -0.1},
+        {"verify_above": 1.1},
+        {"risk_budget": math.nan},
+        {"max_pending": -1},
+        {"max_pendng": 3},
+        {"children": ()},
+        {"children": (3, 65)},
+        {"beam": 65},
+        {"max_depth": 65},
+    ],
     ids=repr,
 )
 def test_policy_out_of_range(change: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(change))):
         Policy.model_validate(PREMIUM.model_dump() | change)
+
+
+@pytest.mark.parametrize("drafter", ["heads", "prompt-lookup", "suffix", "lookahead"])
+def test_what_has_no_score_trusts_nothing(drafter: str) -> None:
+    with pytest.raises(ValidationError, match=f"{drafter} proposes tokens without a score .*`accept_below` at 0"):
+        Policy.model_validate(verify_all(8, drafter=drafter).model_dump() | {"accept_below": 0.1})
 
 
 # --- counters -------------------------------------------------------------------------------------------------------

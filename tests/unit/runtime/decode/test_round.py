@@ -15,7 +15,7 @@ from drive import start, text_of
 from torch import Tensor
 
 from fakes import EOS, NUM_STATES, VOCAB_SIZE, FakeDraft, FakeHeads, FakeTarget, FakeTokenizer
-from ssv.bundle.policy import MAX_PENDING, Policy
+from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import choice
 from ssv.runtime.decode import round as module
@@ -540,7 +540,8 @@ def test_requests_that_cannot_run_are_refused_before_any_starts() -> None:
     refused = [
         (replace(good, prompt_ids=()), "prompt is empty"),
         (replace(good, params=SamplingParams(max_tokens=19)), "max_tokens 19 exceed the cache of 20"),
-        (replace(good, num_draft_tokens=65), "65 tokens may not be pending.*at most 64"),
+        (replace(good, num_draft_tokens=65), "num_draft_tokens 65: .* 1 to 64"),
+        (replace(good, policy=verify_all(65)), "max_pending 65 of the policy: at most 64 tokens"),
         (replace(good, num_draft_tokens=0), "num_draft_tokens 0"),
         (
             replace(good, method="fast"),
@@ -1009,11 +1010,6 @@ def test_lossy_tier_needs_a_scorer() -> None:
 def test_prompt_outside_the_vocabulary(token: int) -> None:
     with pytest.raises(RequestError, match=f"outside the target's vocabulary of {VOCAB_SIZE}"):
         make_llm().generate([Request((1, token), "premium", SamplingParams(max_tokens=9))])
-
-
-def test_more_draft_tokens_than_can_be_pending() -> None:
-    with pytest.raises(RequestError, match=f"num_draft_tokens.*at most {MAX_PENDING}"):
-        make_llm().generate([Request((1,), "speculative", SamplingParams(max_tokens=9), MAX_PENDING + 1)])
 
 
 def test_draft_with_fewer_rows_than_the_target() -> None:
