@@ -44,4 +44,5 @@ def convert_heads(source: Path, out: Path) -> None:
 def _reason(error: Exception) -> str:
     """What the unpickler found, without torch's advice on how to read it all the same."""
     *_, found = str(error).rpartition("WeightsUnpickler error: ")
-    return (found.partition(" was not an allowed")[0].splitlines() or [type(error).__name__])[0]
+    lines = (line.strip() for line in found.partition(" was not an allowed")[0].splitlines())
+    return next(filter(None, lines), type(error).__name__)
