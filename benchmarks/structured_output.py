@@ -3,7 +3,10 @@
 200 schemas (`benchmarks/schemas/conformance.jsonl`: the keywords of JSON Schema that llguidance knows, one group each,
 and what applications ask for) go to a real server over /v1/chat/completions, by every way that the bundle can be
 decoded, whole and as a stream. An output parses and is valid (jsonschema), or ends with `length`. Where the response
-says that it is lossless, it is the output of plain decoding under the same masks. Every other schema is sampled.
+says that it is lossless, it is the output of plain decoding under the same masks; a stream's text is that of the whole
+answer, lossy tiers' too, as the server is on a CPU. Whole answers are asked how their tokens came about, so the record
+says of each way how much was drafted and trusted, and in how many places several tokens were drafted: in a chain none.
+Every other schema is sampled.
 
     python benchmarks/structured_output.py --bundle bundles/smollm2-135m --out benchmarks/records/structured_output.json
 
@@ -25,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl", help="of --timing")
     parser.add_argument("--num-prompts", type=int, default=24, help="of --timing")
     parser.add_argument("--precision", default="int8", help="of --timing")
-    parser.add_argument("--threads", type=int, help="of --timing")
+    parser.add_argument("--threads", type=int, help="of the server, or of --timing (default: torch's)")
     parser.add_argument("--repeats", type=int, default=3, help="of --timing")
     args = parser.parse_args()
     return _timing(args) if args.timing else _conformance(args)
@@ -87,16 +90,18 @@ class Case:
             "temperature": 0.8 * (self.number % 2),
             "seed": self.number,
             "stream": is_streamed,
+            "ssv_fates": not is_streamed,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """An answer; where it is none, `reason` says what came instead."""
+    """An answer; where it is none, `reason` says what came instead. Of a whole one also what was drafted for it."""
 
     text: str
     reason: str
     is_lossless: bool = False
+    drafting: Mapping[str, int] = field(default_factory=dict)
 
 
 def _conformance(args: argparse.Namespace) -> int:
@@ -106,18 +111,23 @@ def _conformance(args: argparse.Namespace) -> int:
     known = (*baselines(manifest.heads is not None), *manifest.tiers)
     tiers = args.tiers.split(",") if args.tiers else list(known)
     start = time.monotonic()
-    with ServerUnderTest(args.bundle, "--audit-share", "0", has_openai=True) as server:
+    threads = () if args.threads is None else ("--threads", str(args.threads))
+    found, drafting = {}, {}
+    with ServerUnderTest(args.bundle, "--audit-share", "0", *threads, has_openai=True) as server:
         asking = _Asking(server, manifest.name, args)
         plain = asking.all(cases, PLAIN, False)
-        found = {
-            tier: {
-                "streamed" if is_streamed else "whole": _judged(cases, asking.all(cases, tier, is_streamed), plain)
-                for is_streamed in (False, True)
+        for tier in tiers:
+            whole, streamed = asking.all(cases, tier, False), asking.all(cases, tier, True)
+            found[tier] = {
+                "whole": _judged(cases, whole, plain),
+                "streamed": _judged(cases, streamed, plain, whole),
             }
-            for tier in tiers
-        }
+            drafting[tier] = {name: sum(said.drafting.get(name, 0) for said in whole) for name in _drafting([], None)}
         died = len(server.events("server died"))
-    results = {tier: {how: dict(counts) for how, (counts, _) in each.items()} for tier, each in found.items()}
+    results: dict[str, dict[str, Any]] = {
+        tier: {how: dict(counts) for how, (counts, _) in each.items()} | {"drafting": drafting[tier]}
+        for tier, each in found.items()
+    }
     failures = [
         {"tier": tier, "how": how, **failure}
         for tier, each in found.items()
@@ -125,7 +135,10 @@ def _conformance(args: argparse.Namespace) -> int:
         for failure in failed
     ]
     figures = {
-        "what": "requests by what came: an output that parses and is valid, one that ended with max_tokens, a failure",
+        "what": "requests by what came: an output that parses and is valid, one that ended with max_tokens, a failure; "
+        "of whole answers the tokens, the passes after the prompt's, what was drafted and trusted, and the places of "
+        "the output for which several tokens were drafted",
+        "threads": args.threads,
         "schemas": len(cases),
         "max_tokens": args.max_tokens,
         "results": results,
@@ -166,13 +179,31 @@ class _Asking:
         if not is_streamed:
             answer = json.loads(text)
             (choice,) = answer["choices"]
-            return Said(choice["message"]["content"], choice["finish_reason"], answer["ssv"]["lossless"])
+            content, reason = choice["message"]["content"], choice["finish_reason"]
+            return Said(content, reason, answer["ssv"]["lossless"], _drafting(choice["ssv_fates"], answer["metrics"]))
         *chunks, end = _events(text)
         if end != "[DONE]":
             return Said(text, "a stream without an end")
         read = [json.loads(chunk) for chunk in chunks]
         content = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in read)
         return Said(content, read[-1]["choices"][0]["finish_reason"], read[-1]["ssv"]["lossless"])
+
+
+def _drafting(fates: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any] | None) -> dict[str, int]:
+    """What was drafted for an answer: its tokens, the passes of the target, and the places with several drafted
+    tokens, of which one at the most is kept and the others begin the branches that were dropped there.
+    """
+    speculation = metrics["speculative_decoding"] if metrics else {"num_spec_steps": 0, "num_draft_tokens": 0}
+    kept = [entry["fate"] not in ("corrected", "target") for entry in fates]
+    firsts = [len({branch[0] for branch in entry["dropped"]}) for entry in fates]
+    return {
+        "tokens": len(fates),
+        "passes_of_drafts": speculation["num_spec_steps"],
+        "drafted": speculation["num_draft_tokens"],
+        "kept": sum(kept),
+        "trusted": sum(entry["fate"] == "trusted" for entry in fates),
+        "places_with_several_drafted": sum(a + b > 1 for a, b in zip(kept, firsts, strict=True)),
+    }
 
 
 def _events(text: str) -> Iterator[str]:
@@ -182,17 +213,26 @@ def _events(text: str) -> Iterator[str]:
 
 
 def _judged(
-    cases: Sequence[Case], said: Sequence[Said], plain: Sequence[Said]
+    cases: Sequence[Case], said: Sequence[Said], plain: Sequence[Said], whole: Sequence[Said] | None = None
 ) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """How many answers are what, and the failures among them."""
+    """How many answers are what, and the failures among them.
+
+    Args:
+        plain: what plain decoding answers.
+        whole: what came of the same requests whole, where these were streamed.
+    """
     counts: Counter[str] = Counter()
     failures = []
-    for case, answer, expected in zip(cases, said, plain, strict=True):
+    for at, (case, answer, expected) in enumerate(zip(cases, said, plain, strict=True)):
         problem = _problem(case.schema, answer)
         if problem is None and answer.is_lossless:
             counts["compared with plain decoding"] += 1
             if (answer.text, answer.reason) != (expected.text, expected.reason):
                 problem = f"plain decoding says {expected.text!r} ({expected.reason})"
+        if problem is None and whole is not None:
+            counts["compared with the whole answer"] += 1
+            if (answer.text, answer.reason) != (whole[at].text, whole[at].reason):
+                problem = f"the whole answer is {whole[at].text!r} ({whole[at].reason})"
         counts["failed" if problem else "valid" if answer.reason == "stop" else "length"] += 1
         if problem:
             failures.append({"schema": case.name, "text": answer.text[:400], "problem": problem[:400]})
