@@ -73,7 +73,10 @@ def grammar_of(kind: str, guide: str = "") -> str:
         raise RequestError(f"the {kind} of the output cannot be read: {' '.join(str(error).split())[:400]}") from error
     is_wrong, messages = matcher.validate_grammar_with_warnings(grammar)
     if is_wrong:
-        raise RequestError(f"the {kind} of the output is not supported: {' '.join(messages[0].split())[:400]}")
+        why = " ".join(messages[0].split())[:400]
+        # Its option is one of the schema's own.
+        cure = 'put "x-guidance": {"coerce_one_of": true} into the schema' if "coerce_one_of" in why else ""
+        raise RequestError(f"the {kind} of the output is not supported: {why}", cure)
     return str(grammar)
 
 

@@ -3,7 +3,8 @@
 They are there from the first moment to the last, whatever becomes of tritonserver: readiness is false while it starts,
 starts again, or drains, and liveness is true. What tritonserver's HTTP cannot say is said here: a refusal is 503 with
 Retry-After (Triton 2.51 answers `generate` with 400 whatever went wrong, with 500 what it cannot read, and with 200 and
-an error whoever asks it for a stream, when all has been decoded), and metrics are the server's own before Triton's.
+an error whoever asks it for a stream, when all has been decoded; it keeps 32 bits of a larger number), and metrics are
+the server's own before Triton's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from aiohttp import web
 from yarl import URL
 
 from ssv.runtime.methods import METHODS
+from ssv.runtime.serving.intake import declared_inputs, input_type
 from ssv.runtime.serving.log import log_event
 from ssv.runtime.serving.metrics import DRAINING, Metrics, Reader
 
@@ -41,7 +43,7 @@ _MODEL_READY = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/ready$")
 _STATUS = re.compile(r"\b(UNAVAILABLE|INVALID_ARGUMENT|INTERNAL|DEADLINE_EXCEEDED): ")
 _CODES = {"UNAVAILABLE": 503, "INVALID_ARGUMENT": 400, "INTERNAL": 500, "DEADLINE_EXCEEDED": 504}
 _FULL = "Exceeds maximum queue size"
-_UNREADABLE = re.compile(r"[Uu]nable to parse|failed to parse the request JSON")
+_UNREADABLE = re.compile(r"[Uu]nable to parse|failed to parse the request JSON|non-object")
 _ERROR = b'{"error":'
 """How an answer of Triton's begins that is none; it may have the status 200."""
 
@@ -49,7 +51,7 @@ _RESET = re.compile(r"^/v2/ssv/tiers/([a-z-]+)/reset$")
 _RESET_SECONDS = 5.0
 """For the engines' process to hear of a reset."""
 
-_PROMPTS = ("text_input", "ssv_messages")
+_PROMPTS = ("text_input", "input_ids", "ssv_messages")
 
 # Of one connection, not of what is said over it (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
@@ -180,12 +182,10 @@ class Front:
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP]
         is_single = is_inference and request.path.endswith("/generate")
         data: bytes | AsyncIterable[bytes] | None = request.content.iter_any() if request.body_exists else None
-        if is_single and data is not None:
+        if is_inference and not request.path.endswith("/infer") and data is not None:
             begun = await _begun(request.content)
-            if wants_stream(begun):
-                return self._invalid(
-                    f"stream is true, and generate gives one answer: ask {request.path}_stream, or leave stream out"
-                )
+            if (problem := problem_of(begun, request.path)) is not None:
+                return self._invalid(problem)
             data = begun if request.content.at_eof() else _joined(begun, request.content)
         url = URL(f"{self._http_url}{request.raw_path}", encoded=True)
         async with self._client.request(
@@ -251,17 +251,45 @@ class Front:
         return _error(503, self._why_unavailable())
 
 
-def wants_stream(body: bytes) -> bool:
-    """Whether a request with a prompt asks for a stream. What is none, or has none, is for the models to refuse."""
+def problem_of(body: bytes, path: str) -> str | None:
+    """What is wrong with a body for `generate` or `generate_stream` that Triton would misread or decode in vain.
+
+    Args:
+        path: where it is sent.
+
+    Returns:
+        A message; None for what Triton and the models judge by themselves, as what is no JSON.
+    """
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
-        return False
-    if not isinstance(given, dict) or not any(name in given for name in _PROMPTS):
-        return False
-    parameters = given.get("parameters")
-    places = [given, parameters] if isinstance(parameters, dict) else [given]
-    return any(place.get("stream") in (True, [True]) for place in places)
+        return None
+    if not isinstance(given, dict):
+        return "the body must be a JSON object"
+    parameters = given.get("parameters", {})
+    if not isinstance(parameters, dict):
+        return "parameters must be a JSON object"
+    places = {**parameters, **given}
+    if not any(name in places for name in declared_inputs()):  # without inputs Triton asks no model
+        return "text_input is missing: give a prompt there, or in input_ids, or a conversation in ssv_messages"
+    for name, value in places.items():
+        if name in declared_inputs() and input_type(name) == "INT32" and (number := _beyond_32_bits(value)) is not None:
+            bound = f"large: give at most {_INT32.stop - 1}" if number > 0 else f"small: give at least {_INT32.start}"
+            return f"{name} {number} is too {bound}"
+    wants_stream = any(place.get("stream") in (True, [True]) for place in (given, parameters))
+    if path.endswith("/generate") and wants_stream and any(name in given for name in _PROMPTS):
+        return f"stream is true, and generate gives one answer: ask {path}_stream, or leave stream out"
+    return None
+
+
+_INT32 = range(-(2**31), 2**31)
+
+
+def _beyond_32_bits(value: object) -> int | None:
+    """A whole number that has no 32 bits, in a value or in a list of any depth."""
+    if isinstance(value, list):
+        return next((found for each in value if (found := _beyond_32_bits(each)) is not None), None)
+    return value if isinstance(value, int) and value not in _INT32 else None
 
 
 async def _begun(content: aiohttp.StreamReader) -> bytes:

@@ -106,8 +106,6 @@ _DTYPES: dict[str, type[np.generic]] = {
 _NO_SETTINGS = ("id", "accumulate_tokens")
 # Names that other servers have for ours, where the spelling does not tell.
 _ELSEWHERE = {
-    "n": "num_return_sequences",
-    "best_of": "num_return_sequences",
     "prompt": "text_input",
     "prompt_token_ids": "input_ids",
     "inputs": "text_input",
@@ -122,6 +120,9 @@ _ELSEWHERE = {
     "logprobs": "ssv_top_logprobs",
     "prompt_logprobs": "ssv_prompt_logprobs",
 }
+# What asks for several outputs, and how to get them all the same.
+_NUM_OUTPUTS = ("num_return_sequences", "n", "best_of")
+_SEVERAL = "leave it out, and ask once for each output, with seeds of their own"
 # Settings that change the output and are not supported, and the value that changes nothing.
 _NEUTRAL: dict[str, Any] = {
     "length_penalty": 1.0,
@@ -256,7 +257,8 @@ class Intake:
     def _params(self, fields: Mapping[str, Any], room: int) -> SamplingParams:
         for name, neutral in _NEUTRAL.items():
             if fields.get(name, neutral) != neutral:
-                raise RequestError(f"{name} {fields[name]} is not supported", f"leave it out, or give {neutral}")
+                cure = _SEVERAL if name in _NUM_OUTPUTS else f"leave it out, or give {neutral}"
+                raise RequestError(f"{name} {fields[name]} is not supported", cure)
         if fields.get("exclude_input_in_output") is False:
             raise RequestError("exclude_input_in_output false is not supported: text_output never has the prompt")
         most = min(room, self._limits.max_tokens)
@@ -323,10 +325,9 @@ class Intake:
             within = [name for name in METHODS if self._bound(name, greedy) <= bound]
             if tier is not None and tier not in within:
                 known = self._bound(tier, greedy)
+                has = f"a divergence of up to {known}" if math.isfinite(known) else "no bound on its divergence"
                 raise RequestError(
-                    f"ssv_tier {tier!r} has a divergence of up to {known} and exceeds ssv_max_divergence {bound}"
-                    if math.isfinite(known)
-                    else f"ssv_tier {tier!r} has no bound on its divergence and exceeds ssv_max_divergence {bound}"
+                    f"ssv_tier {tier!r} has {has} and exceeds ssv_max_divergence {bound}", "leave one of them out"
                 )
             # They stand in the order of what they save.
             tier = tier or within[-1]
@@ -491,6 +492,8 @@ def _merge_parameters(fields: dict[str, Any], parameters: Mapping[str, Any]) -> 
         if name in _NO_SETTINGS:
             continue
         if name not in declared_inputs():
+            if name in _NUM_OUTPUTS:
+                raise RequestError(f"{name!r} is unknown", _SEVERAL)
             near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, declared_inputs(), 1)), None)
             cure = f"use {near}, or leave it out" if near is not None else "leave it out"
             raise RequestError(f"{name[:64]!r} is unknown", cure)
@@ -523,7 +526,8 @@ def _merge_sampling_parameters(fields: dict[str, Any]) -> None:
         if name in _VLLM_NEUTRAL:
             neutral = _VLLM_NEUTRAL[name]
             if _cast("sampling_parameters", name, value, type(neutral)) != neutral:
-                raise RequestError(f"sampling_parameters: {name} {value!r} is not supported", "leave it out")
+                cure = _SEVERAL if name in _NUM_OUTPUTS else "leave it out"
+                raise RequestError(f"sampling_parameters: {name} {value!r} is not supported", cure)
             continue
         if name in _VLLM_GUIDES:
             _merge_guide(fields, name, value)

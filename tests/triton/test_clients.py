@@ -418,7 +418,7 @@ def test_messages_are_a_prompt(server: Server, model: str) -> None:
     [
         ("max_token", 3, "'max_token' is unknown: use max_tokens"),
         ("max_new_tokens", 3, "use max_tokens"),
-        ("n", 2, "'n' is unknown: use num_return_sequences"),
+        ("n", 2, "'n' is unknown: leave it out, and ask once for each output"),
         ("nonsense", "x", "'nonsense' is unknown: leave it out"),
         ("stop", "END", "'stop' is unknown: use stop_words"),
         ("stop", ["END"], "stop"),

@@ -64,7 +64,15 @@ from ssv.runtime.serving.metrics import Reader
 from ssv.triton_repo.openai import page
 from ssv.triton_repo.openai.access_key import AccessKey
 from ssv.triton_repo.openai.access_log import HEADER, Access, AccessLog
-from ssv.triton_repo.openai.errors import ApiError, error_object, invalid_body, json_bytes, translated, unreadable_body
+from ssv.triton_repo.openai.errors import (
+    ApiError,
+    error_object,
+    invalid_body,
+    json_bytes,
+    nothing_there,
+    translated,
+    unreadable_body,
+)
 from ssv.triton_repo.openai.responses import ResponsesAnswer
 from ssv.triton_repo.openai.responses_schema import ResponsesRequest
 from ssv.triton_repo.openai.schema import ChatRequest, CompletionRequest
@@ -268,6 +276,12 @@ _BODIES: dict[str, type[BaseModel]] = {
 }
 
 
+def _doors(app: FastAPI) -> list[str]:
+    """Addresses of the API that are used as they stand: the page is none, nor is one with a model's name."""
+    paths = (route.path for route in app.routes if isinstance(route, APIRoute))
+    return [path for path in paths if "{" not in path and path != page.PATH]
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     fields = {
         path: {field.alias or name for name, field in body.model_fields.items()} for path, body in _BODIES.items()
@@ -275,10 +289,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
-        if error.status_code == 400 and not isinstance(error, ApiError):  # FastAPI's, which says no more than that
-            error = unreadable_body(error.__cause__)
+        headers = error.headers
+        if not isinstance(error, ApiError):  # FastAPI's, which says no more than its status
+            if error.status_code == 400:
+                error = unreadable_body(error.__cause__)
+            else:
+                allowed = (headers or {}).get("Allow") if error.status_code == 405 else None
+                error = nothing_there(request.url.path, request.method, _doors(app), allowed)
         Access.of(request.scope).fail(error)
-        return Response(json_bytes(error_object(error)), error.status_code, error.headers, "application/json")
+        return Response(json_bytes(error_object(error)), error.status_code, headers, "application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

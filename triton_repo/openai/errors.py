@@ -202,7 +202,7 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: object, fields: Coll
         return ApiError(400, f"{param or 'a field without a name'} is unknown or not supported: {cure}", param, code)
     if kind == "missing":
         return ApiError(400, f"{param} is missing: give it", param, code)
-    said = "must be an object" if kind in _OBJECTS else error["msg"]
+    said = "must be an object" if kind in _OBJECTS else error["msg"].replace(" after validation", "")
     return ApiError(400, said if kind == "unsupported" else f"{param}: {said}", param, code)
 
 
@@ -229,6 +229,25 @@ def _place_of(error: Mapping[str, Any], body: object) -> list[str | int]:
             continue
         place.append(step)
     return [*place, *path[-1:]] if is_missing else place
+
+
+def nothing_there(path: str, method: str, doors: Collection[str], allowed: str | None) -> ApiError:
+    """What is said of an address that is none, or of one that takes another method.
+
+    Args:
+        doors: all addresses, for one that is misspelt or lacks a part.
+        allowed: methods of this one; None where there is nothing.
+    """
+    shown = path if len(path) <= _SHOWN_PATH else f"{path[:_SHOWN_PATH]}..."
+    if allowed is not None:
+        return ApiError(405, f"{shown} does not take {method}: use {allowed}")
+    # As clients make them of a base without or with two /v1.
+    near = [door for door in doors if door == f"/v1{path}" or path.endswith(door)]
+    near = near or difflib.get_close_matches(path, doors, 1)
+    return ApiError(404, f"there is nothing at {shown}: use {near[0] if near else ', '.join(sorted(doors))}")
+
+
+_SHOWN_PATH = 100
 
 
 def unreadable_body(error: BaseException | None) -> ApiError:

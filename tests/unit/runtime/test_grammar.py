@@ -62,6 +62,7 @@ def test_forms(kind: str, guide: str, good: list[str], bad: list[str]) -> None:
         ("json_schema", '{"type": 5}', "type must be a string"),
         ("json_schema", '{"not": {"type": "string"}}', r"Unimplemented keys: \[\"not\"\]"),
         ("json_schema", '{"$ref": "#/nowhere"}', "does not exist"),
+        ("json_schema", '{"oneOf": [{"type": "integer"}, {"type": "number"}]}', 'anyOf: put "x-guidance": {"coerce_on'),
         ("json_schema", '{"a":' * 2000 + "1" + "}" * 2000, "JSON schema"),
         ("json_schema", '{"minimum": 18446744073709551616}', "the json_schema of the output cannot be read"),
         ("json_schema", '{"const": "\\ud800"}', "the json_schema of the output cannot be read"),

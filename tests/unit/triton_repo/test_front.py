@@ -19,6 +19,7 @@ from ssv.runtime.serving.metrics import Metrics, Reader
 from ssv.triton_repo.front import Front, State
 
 MODEL = "/v2/models/ensemble"
+ASKED = b'{"text_input": "a"}'
 
 
 class Triton(BaseHTTPRequestHandler):
@@ -162,7 +163,7 @@ def test_a_stream_comes_as_it_is_made(doors: Doors) -> None:
 
     doors.replies[f"{MODEL}/generate_stream"] = reply
     connection = HTTPConnection("127.0.0.1", doors.http, timeout=30.0)
-    connection.request("POST", f"{MODEL}/generate_stream", b"{}")
+    connection.request("POST", f"{MODEL}/generate_stream", ASKED)
     response = connection.getresponse()
     assert response.read1() == b"one"
     assert doors.front.num_running == 1
@@ -183,7 +184,7 @@ def test_a_client_that_leaves_takes_its_request_along(doors: Doors) -> None:
 
     doors.replies[f"{MODEL}/generate_stream"] = reply
     connection = HTTPConnection("127.0.0.1", doors.http, timeout=30.0)
-    connection.request("POST", f"{MODEL}/generate_stream", b"{}")
+    connection.request("POST", f"{MODEL}/generate_stream", ASKED)
     connection.getresponse().read1()
     assert began.wait(30.0)
     connection.close()
@@ -193,7 +194,7 @@ def test_a_client_that_leaves_takes_its_request_along(doors: Doors) -> None:
 def test_a_stream_that_breaks_does_not_look_whole(doors: Doors) -> None:
     doors.replies[f"{MODEL}/generate_stream"] = lambda triton: triton.pieces(b"data: 1\n\n", ends=False)
     with pytest.raises((IncompleteRead, ConnectionError)):
-        doors.ask(f"{MODEL}/generate_stream", b"{}")
+        doors.ask(f"{MODEL}/generate_stream", ASKED)
 
 
 # Errors
@@ -208,6 +209,7 @@ def test_a_stream_that_breaks_does_not_look_whole(doors: Doors) -> None:
         ("in ensemble 'ensemble', INTERNAL: broken", 500),
         ("Unable to parse 'x': attempt to access JSON non-boolean", 400),
         ("failed to parse the request JSON buffer: Invalid value. at 0", 400),
+        ("attempt to get members for non-object", 400),
     ],
 )
 @pytest.mark.parametrize("door", ["generate", "generate_stream", "infer"])
@@ -216,9 +218,9 @@ def test_errors_have_the_status_that_they_mean(doors: Doors, door: str, text: st
     body = json.dumps({"error": text}).encode()
     if door == "generate_stream":
         body = b"data: " + body + b"\n\n"
-    for said in (400, 500) if "parse" in text else (400,):
+    for said in (400, 500) if "parse" in text or "non-object" in text else (400,):
         doors.replies[f"{MODEL}/{door}"] = lambda triton, said=said: triton.reply(said, body)
-        found, headers, text_found = doors.ask(f"{MODEL}/{door}", b"{}")
+        found, headers, text_found = doors.ask(f"{MODEL}/{door}", ASKED)
         assert (found, text_found) == (status, body)
         assert headers.get("Retry-After") == ("1" if status == 503 else None)
 
@@ -228,6 +230,7 @@ def test_errors_have_the_status_that_they_mean(doors: Doors, door: str, text: st
     [
         {"text_input": "a", "stream": True},
         {"ssv_messages": "[]", "stream": [True]},
+        {"input_ids": [1], "stream": True},
         {"text_input": "a", "parameters": {"stream": True}},
     ],
 )
@@ -244,13 +247,37 @@ def test_generate_has_no_stream_and_says_what_has(
     ]
 
 
+@pytest.mark.parametrize("door", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ([{"text_input": "a"}], "the body must be a JSON object"),
+        (None, "the body must be a JSON object"),
+        ({"text_input": "a", "parameters": 5}, "parameters must be a JSON object"),
+        ({}, "text_input is missing: give a prompt there, or in input_ids, or a conversation in ssv_messages"),
+        (
+            {"nothing": 1, "parameters": {"none": 2}},
+            "text_input is missing: give a prompt there, or in input_ids, or a",
+        ),
+        ({"text_input": "a", "max_tokens": 2**32 + 3}, "max_tokens 4294967299 is too large: give at most 2147483647"),
+        ({"text_input": "a", "parameters": {"top_k": -(2**31) - 1}}, "top_k -2147483649 is too small: give at least -"),
+        ({"input_ids": [[5, 2**31]]}, "input_ids 2147483648 is too large: give at most 2147483647"),
+    ],
+)
+def test_what_triton_would_misread_never_gets_there(doors: Doors, door: str, body: Any, says: str) -> None:
+    """Triton 2.51 decodes with the lower 32 bits of a number, and answers 500 to what is no object."""
+    status, _, found = doors.ask(f"{MODEL}/{door}", json.dumps(body).encode())
+    assert status == 400 and message(found).startswith(says)
+    assert not doors.asked and doors.reader.get("ssv_requests_invalid") == 1
+
+
 @pytest.mark.parametrize("size", [10, 3 << 20])
 @pytest.mark.parametrize(
     ("door", "given"),
     [
         ("generate", {"text_input": "a", "stream": False}),
-        ("generate", {"stream": True}),
-        ("generate", [True]),
+        ("generate", {"max_tokens": 2**31 - 1, "stop_token_ids": [-(2**31)], "seed": 2**64 - 1, "stream": True}),
+        ("generate", {"parameters": {"text_input": "a"}}),
         ("generate_stream", {"text_input": "a", "stream": True}),
     ],
 )
@@ -307,7 +334,7 @@ def test_before_and_between_servers_requests_are_refused_and_counted(
 ) -> None:
     doors.be("starting")
     for door in ("generate", "generate_stream", "infer"):
-        status, headers, body = doors.ask(f"{MODEL}/{door}", b"{}")
+        status, headers, body = doors.ask(f"{MODEL}/{door}", ASKED)
         assert (status, headers["Retry-After"], message(body)) == (503, "1", "the server is starting: try again later")
     assert doors.refused("starting") == 3
     told = [record.ssv for record in caplog.records if record.message == "request"]
@@ -319,7 +346,7 @@ def test_while_it_drains_the_models_refuse(doors: Doors) -> None:
     """They count what they refuse."""
     doors.replies[f"{MODEL}/generate"] = lambda triton: triton.reply(400, b'{"error":"UNAVAILABLE: it drains"}')
     doors.be("draining")
-    assert doors.ask(f"{MODEL}/generate", b"{}")[0] == 503
+    assert doors.ask(f"{MODEL}/generate", ASKED)[0] == 503
     assert doors.refused("draining") == 0
 
 
@@ -327,7 +354,7 @@ def test_while_it_drains_the_models_refuse(doors: Doors) -> None:
 def test_a_server_that_is_gone(doors: Doors, state: State, reason: str) -> None:
     doors.be(state)
     doors.triton_dies()
-    status, headers, _ = doors.ask(f"{MODEL}/generate", b"{}")
+    status, headers, _ = doors.ask(f"{MODEL}/generate", ASKED)
     assert (status, headers["Retry-After"]) == (503, "1")
     assert doors.refused(reason) == 1
     assert doors.ask("/v2/health/ready")[0] == 503
@@ -339,7 +366,7 @@ def test_a_server_that_dies_while_it_answers(doors: Doors) -> None:
         triton.close_connection = True
 
     doors.replies[f"{MODEL}/generate"] = reply
-    status, headers, body = doors.ask(f"{MODEL}/generate", b"{}")
+    status, headers, body = doors.ask(f"{MODEL}/generate", ASKED)
     assert status == 500 and "Retry-After" not in headers
     assert "failed while the request ran" in message(body)
     assert doors.refused("starting") == 0, "it was taken"
@@ -365,7 +392,7 @@ def test_connections_of_clients_are_kept(doors: Doors) -> None:
     doors.replies[f"{MODEL}/generate"] = lambda triton: triton.reply(400, b'{"error":"UNAVAILABLE: x"}')
     connection: Any = HTTPConnection("127.0.0.1", doors.http, timeout=30.0)
     for _ in range(3):
-        connection.request("POST", f"{MODEL}/generate", b"{}")
+        connection.request("POST", f"{MODEL}/generate", ASKED)
         assert connection.getresponse().read()
     own = connection.sock
     assert own is not None and own.fileno() > 0

@@ -325,7 +325,6 @@ def test_messages_are_a_prompt_without_a_text() -> None:
         ("Max_Tokens", "max_tokens"),
         ("temprature", "temperature"),
         ("top-p", "top_p"),
-        ("n", "num_return_sequences"),
         ("stop", "stop_words"),
         ("prompt", "text_input"),
         ("messages", "ssv_messages"),
@@ -341,6 +340,15 @@ def test_unknown_parameters_are_refused_with_the_nearest_known_name(name: str, n
     with pytest.raises(RequestError) as raised:
         make().prepare(tensors({"text_input": "hello"}), {name: value})
     assert str(raised.value) == says
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_several_outputs_are_refused_with_how_to_get_them(name: str) -> None:
+    cure = "leave it out, and ask once for each output, with seeds of their own"
+    with pytest.raises(RequestError, match=f"'{name}' is unknown: {cure}"):
+        make().prepare(tensors({"text_input": "hello"}), {name: 2})
+    refused(f"sampling_parameters: {name} 2 is not supported: {cure}", sampling_parameters=json.dumps({name: 2}))
+    refused(f"num_return_sequences 2 is not supported: {cure}", num_return_sequences=2)
 
 
 def test_the_nearest_names_are_known() -> None:
@@ -526,7 +534,11 @@ def test_medusa_of_a_bundle_without_heads() -> None:
 def test_typical_acceptance_is_within_a_bound_where_it_is_exact() -> None:
     asked = {"ssv_tier": "medusa-typical", "ssv_max_divergence": 0.0}
     assert prepare(**asked)[1].method == "medusa-typical"
-    refused("'medusa-typical' has no bound on its divergence and exceeds ssv_max_div", temperature=1.0, **asked)
+    refused(
+        "'medusa-typical' has no bound on its divergence and exceeds ssv_max_divergence 0.0: leave one of",
+        temperature=1.0,
+        **asked,
+    )
 
 
 @pytest.mark.parametrize(

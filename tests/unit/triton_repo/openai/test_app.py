@@ -1330,10 +1330,31 @@ def test_a_temperature_that_is_no_number_is_refused(value: bytes) -> None:
 
 def test_unknown_addresses_and_methods_are_errors_of_the_same_form() -> None:
     client = client_of(FakeBackend())
-    error_of(client.get("/v1/nothing"), 404)
+    message = error_of(client.get("/v1/nothing"), 404)["message"]
+    assert message.startswith("there is nothing at /v1/nothing: use ") and "/v1/chat/completions" in message
     response = client.get("/v1/completions")
-    error_of(response, 405)
+    assert error_of(response, 405)["message"] == "/v1/completions does not take GET: use POST"
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/completions", "/v1/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/health", "/health"),
+    ],
+)
+def test_of_an_address_that_is_nearly_right_the_right_one_is_said(path: str, near: str) -> None:
+    message = error_of(client_of(FakeBackend()).post(path, json={}), 404)["message"]
+    assert message == f"there is nothing at {path}: use {near}"
+
+
+def test_a_long_address_that_is_none_is_cut() -> None:
+    message = error_of(client_of(FakeBackend()).get("/" + "x" * 5000), 404)["message"]
+    assert len(message) < 400
 
 
 def test_a_body_may_have_its_largest_size_and_not_a_byte_more() -> None:
