@@ -243,7 +243,7 @@ def nothing_there(path: str, method: str, doors: Collection[str], allowed: str |
         return ApiError(405, f"{shown} does not take {method}: use {allowed}")
     # As clients make them of a base without or with two /v1.
     near = [door for door in doors if door == f"/v1{path}" or path.endswith(door)]
-    near = near or difflib.get_close_matches(path, doors, 1)
+    near = near or difflib.get_close_matches(path, doors, 1, cutoff=0.8)
     return ApiError(404, f"there is nothing at {shown}: use {near[0] if near else ', '.join(sorted(doors))}")
 
 
