@@ -53,6 +53,10 @@ _RESET_SECONDS = 5.0
 
 _PROMPTS = ("text_input", "input_ids", "ssv_messages")
 
+_INPUTS = frozenset(declared_inputs())
+_WHOLE_INPUTS = tuple(name for name in declared_inputs() if input_type(name) == "INT32")
+_INT32 = range(-(2**31), 2**31)
+
 # Of one connection, not of what is said over it (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect")
@@ -270,10 +274,10 @@ def problem_of(body: bytes, path: str) -> str | None:
     if not isinstance(parameters, dict):
         return "parameters must be a JSON object"
     places = {**parameters, **given}
-    if not any(name in places for name in declared_inputs()):  # without inputs Triton asks no model
+    if _INPUTS.isdisjoint(places):  # without inputs Triton asks no model
         return "text_input is missing: give a prompt there, or in input_ids, or a conversation in ssv_messages"
-    for name, value in places.items():
-        if name in declared_inputs() and input_type(name) == "INT32" and (number := _beyond_32_bits(value)) is not None:
+    for name in _WHOLE_INPUTS:
+        if (number := _beyond_32_bits(places.get(name))) is not None:
             bound = f"large: give at most {_INT32.stop - 1}" if number > 0 else f"small: give at least {_INT32.start}"
             return f"{name} {number} is too {bound}"
     wants_stream = any(place.get("stream") in (True, [True]) for place in (given, parameters))
@@ -282,14 +286,16 @@ def problem_of(body: bytes, path: str) -> str | None:
     return None
 
 
-_INT32 = range(-(2**31), 2**31)
-
-
 def _beyond_32_bits(value: object) -> int | None:
     """A whole number that has no 32 bits, in a value or in a list of any depth."""
-    if isinstance(value, list):
-        return next((found for each in value if (found := _beyond_32_bits(each)) is not None), None)
-    return value if isinstance(value, int) and value not in _INT32 else None
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        elif isinstance(each, int) and each not in _INT32:
+            return each
+    return None
 
 
 async def _begun(content: aiohttp.StreamReader) -> bytes:

@@ -22,6 +22,12 @@ MODEL = "/v2/models/ensemble"
 ASKED = b'{"text_input": "a"}'
 
 
+def nested(depth: int, value: object) -> object:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 class Triton(BaseHTTPRequestHandler):
     """Answers as it is told to, by path; remembers what it was asked."""
 
@@ -261,6 +267,7 @@ def test_generate_has_no_stream_and_says_what_has(
         ),
         ({"text_input": "a", "max_tokens": 2**32 + 3}, "max_tokens 4294967299 is too large: give at most 2147483647"),
         ({"text_input": "a", "parameters": {"top_k": -(2**31) - 1}}, "top_k -2147483649 is too small: give at least -"),
+        ({"input_ids": nested(900, 2**31)}, "input_ids 2147483648 is too large: give at most 2147483647"),
         ({"input_ids": [[5, 2**31]]}, "input_ids 2147483648 is too large: give at most 2147483647"),
     ],
 )
