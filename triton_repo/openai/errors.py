@@ -197,7 +197,8 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], body: object, fields: Coll
     param = field_name(place)
     code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(param, fields, 1) if len(place) == 1 else []
+        # Less alike than this are other fields, not misspelt ones.
+        near = difflib.get_close_matches(param, fields, 1, cutoff=0.75) if len(place) == 1 else []
         cure = f"use {near[0]}, or leave it out" if near else "leave it out"
         return ApiError(400, f"{param or 'a field without a name'} is unknown or not supported: {cure}", param, code)
     if kind == "missing":
