@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -176,8 +175,8 @@ def _free_ports(num: int) -> list[int]:
 
 
 def pid_exists(pid: int) -> bool:
+    """Whether a process runs. One that has ended, and that the system has not cleared away yet, does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    return True
