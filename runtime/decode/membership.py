@@ -186,7 +186,8 @@ class Membership:
             raise RequestError(
                 f"prompt of {prompt_length} tokens and max_tokens {params.max_tokens} exceed the cache of "
                 f"{self._max_length}",
-                "shorten one of them, or load with a larger max length: `LLM.load(max_length=...)`",
+                "shorten one of them, or load with a larger max length: `ssv-serve --max-length`, or from Python "
+                "`LLM.load(max_length=...)`",
             )
         if policy.max_pending > MAX_PENDING:
             raise RequestError(
