@@ -6,19 +6,20 @@ import pytest
 
 from ssv.plugins.cuda.compiler import CAPABILITIES, CompileError, compile_source, source_of
 
+ONE = {"BLOCKS": 1, "SEVERAL": 0, "CHANNELS": 1, "HOLDS": 0}
+SEVERAL = {"BLOCKS": 2, "SEVERAL": 1, "CHANNELS": 1, "HOLDS": 0}
+WIDE = {"TILES": 4, "THREADS": 256, "BLOCKS": 1, "SEVERAL": 1, "CHANNELS": 2, "HOLDS": 0}
 PARTS: dict[str, dict[str, int]] = {
-    "products of 8 tokens": {"TILES": 1, "BITS": 16, "AHEAD": 4, "THREADS": 512, "BLOCKS": 1, "SEVERAL": 0},
-    "products of 32 tokens": {"TILES": 4, "BITS": 16, "AHEAD": 4, "THREADS": 384, "BLOCKS": 1, "SEVERAL": 0},
-    "products of 64 tokens that are held": {
-        "TILES": 8,
-        "BITS": 16,
-        "AHEAD": 4,
-        "THREADS": 256,
-        "BLOCKS": 1,
-        "SEVERAL": 1,
-    },
-    "FP8": {"TILES": 1, "BITS": 8, "AHEAD": 8, "THREADS": 256, "BLOCKS": 2, "SEVERAL": 1},
-    "INT4": {"TILES": 1, "BITS": 4, "AHEAD": 8, "GROUP_PAIRS": 1, "THREADS": 256, "BLOCKS": 2, "SEVERAL": 1},
+    "products of 8 tokens": {"TILES": 1, "BITS": 16, "AHEAD": 4, "THREADS": 512} | ONE,
+    "products of 32 tokens": {"TILES": 4, "BITS": 16, "AHEAD": 4, "THREADS": 384} | ONE,
+    "products of 64 tokens that are held": {"TILES": 8, "BITS": 16, "AHEAD": 4, "THREADS": 256}
+    | SEVERAL
+    | {"BLOCKS": 1, "HOLDS": 1},
+    "FP8": {"TILES": 1, "BITS": 8, "AHEAD": 8, "THREADS": 256} | SEVERAL,
+    "INT4": {"TILES": 1, "BITS": 4, "AHEAD": 8, "GROUP_PAIRS": 1, "THREADS": 256} | SEVERAL,
+    "two tiles of channels at once": {"BITS": 16, "AHEAD": 4} | WIDE,
+    "the same of FP8": {"BITS": 8, "AHEAD": 8} | WIDE,
+    "the same of INT4": {"BITS": 4, "AHEAD": 4, "GROUP_PAIRS": 4} | WIDE,
     "one group of heads": {"HEAD_DIM": 64, "GROUP": 3, "QK_NORM": 0},
 }
 
