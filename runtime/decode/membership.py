@@ -228,10 +228,11 @@ class Membership:
 
     def _would_draft(self, row: Row) -> bool:
         """Whether a row that joins will be let draft: a draft that will hardly be asked is not made ready."""
-        if self._has_rounds and len(self.rows) >= MANY_ROWS:
+        others = min(len(self.rows), self._target.max_batch - 1)  # one of all rows leaves before it can join
+        if self._has_rounds and others >= MANY_ROWS:
             return False
         policies = frozenset(each.policy_hash for each in (*self.rows, row))
-        return len(self.rows) < ALONE or self._pace.would_draft(1 + len(self.rows), policies)
+        return others < ALONE or self._pace.would_draft(1 + others, policies)
 
     def follows_load(self, row: Row) -> bool:
         """Whether a row drafts what pays in the company it has. The text of lossy rows is to be the same in any, but
@@ -273,14 +274,18 @@ class Membership:
         joining, lane = self._joining, self._lane
         assert joining is not None and lane is not None
         while True:
-            while joining.last is None and lane.num_under_way < CHUNKS_UNDER_WAY:
+            # A few at a time, however soon they end: others wait for the host.
+            for _ in range(1 if joining.row.params.prompt_logprobs is not None else CHUNKS_UNDER_WAY):
+                if joining.last is not None or lane.num_under_way >= CHUNKS_UNDER_WAY:
+                    break
                 with lane.work():
                     self._run_chunk(joining)
             if joining.last is not None and not lane.num_under_way:
                 return True
             if not wait:
                 return False
-            lane.wait()
+            if lane.num_under_way:
+                lane.wait()
 
     def join(self) -> int:
         """Puts the row that is ready behind those in use, whose rounds have come to their end; returns its first

@@ -35,11 +35,13 @@ class CudaLane:
         """See `PromptLane.work`."""
         # Also memory of the stream that was handed over, and given back since, is used again only behind that.
         self._stream.wait_event(self._handed_over)
-        with torch.cuda.stream(self._stream):
-            yield
-        end = torch.cuda.Event()
-        end.record(self._stream)
-        self._ends.append(end)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            end = torch.cuda.Event()
+            end.record(self._stream)
+            self._ends.append(end)
 
     def wait(self) -> None:
         """See `PromptLane.wait`."""

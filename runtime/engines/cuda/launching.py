@@ -271,7 +271,7 @@ def product_macros(linear: Linear, plan: Plan) -> dict[str, int]:
     most_threads = next(num for num in (256, 384, 512) if plan.threads <= num)
     formats = linear.packed.macros
     # INT4's scales need registers as well.
-    ahead = 4 if formats["BITS"] == 4 and plan.channels * plan.tiles > MOST_TILES else linear.ahead
+    ahead = 4 if formats["BITS"] == 4 and plan.channels > 1 and plan.tiles > FEW else linear.ahead
     chosen = {
         "TILES": plan.tiles, "AHEAD": ahead, "THREADS": most_threads, "SEVERAL": int(plan.several),
         "CHANNELS": plan.channels, "HOLDS": int(plan.holds),
