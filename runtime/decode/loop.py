@@ -178,13 +178,13 @@ class DecodeLoop:
                 if not members.is_ready(wait=not scheduler.rows) or not scheduler.has_room:
                     return
                 yield from self._settle()
-                first = members.join()
-            else:
-                yield from self._settle()
-                if (given := members.prefill()) is None:
-                    return
-                first = given
-                budget -= len(running.request.prompt_ids) - before
+                yield from self._joined(members.join())
+                self._admit()
+                return
+            yield from self._settle()
+            if (first := members.prefill()) is None:
+                return
+            budget -= len(running.request.prompt_ids) - before
             yield from self._joined(first)
 
     def _settle(self) -> Iterator[Chunk]:
