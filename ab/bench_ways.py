@@ -99,12 +99,7 @@ def read_methods(text: str) -> list[str]:
     Raises:
         RequestError: there is none, or one is unknown.
     """
-    names = _names(text)
-    if unknown := [name for name in names if name not in METHODS]:
-        raise RequestError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
-    if not names:
-        raise RequestError("--methods names none", f"choose of: {', '.join(METHODS)}")
-    return names
+    return _names(text, METHODS, "unknown method {}", "--methods names none")
 
 
 def read_beside(text: str) -> list[str]:
@@ -113,13 +108,19 @@ def read_beside(text: str) -> list[str]:
     Raises:
         RequestError: there is none, or one is unknown.
     """
-    names = _names(text)
-    if unknown := [name for name in names if name not in BESIDE]:
-        raise RequestError(f"--also {unknown[0]!r} is unknown; known: {', '.join(BESIDE)}")
+    return _names(text, BESIDE, "--also {} is unknown", "--also names nothing", ", or leave it out")
+
+
+def _names(text: str, known: Sequence[str], unknown: str, none: str, otherwise: str = "") -> list[str]:
+    """Names of a comma-separated list, each once.
+
+    Args:
+        unknown, none: what is said of one that is not known, and of an empty list.
+        otherwise: than to choose a name.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if wrong := [name for name in names if name not in known]:
+        raise RequestError(f"{unknown.format(repr(wrong[0]))}; known: {', '.join(known)}")
     if not names:
-        raise RequestError("--also names nothing", f"choose of: {', '.join(BESIDE)}, or leave it out")
+        raise RequestError(none, f"choose of: {', '.join(known)}{otherwise}")
     return names
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

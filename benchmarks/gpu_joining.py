@@ -2,7 +2,7 @@
 
 Some rows decode; prompts come one after the other, each when the rounds have gone on for some. With a lane for prompts
 (the default) and without, by turns. Milliseconds between the chunks of a row, from the first of the prompts' arrival to
-the last one's first token; these; and tokens/s of all.
+the last one's first token; until these prompts have their first tokens; and tokens/s of all.
 
     python benchmarks/gpu_joining.py --bundle bundles/smollm2-135m --out benchmarks/records/gpu_joining.json
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu import load
 
 from ssv import LLM, Request, SamplingParams
 from ssv.runtime.methods import policy_for
@@ -40,9 +41,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="behind one that captures graphs (default: 3)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    llm = LLM.load(
-        args.bundle, device="cuda", max_batch=args.rows + args.joining, say=lambda text: print(text, file=sys.stderr)
-    )
+    llm = load(args.bundle, args.rows + args.joining)
     lane = llm.lane
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "methods": {}}
     for method in args.methods.split(","):

@@ -163,7 +163,6 @@ class LLM:
             EngineError: engine, precision or device not to be had, or a size out of range.
             TrtllmError: TensorRT-LLM is missing or another version.
         """
-
         bundle = Path(bundle)
         if engine not in ENGINES:
             raise EngineError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")

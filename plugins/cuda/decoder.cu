@@ -14,8 +14,8 @@
  *
  * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
  * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
- * or one, CHANNELS of them multiplied at once, and with or without tokens that it HOLDS in shared memory; without it the other kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head),
- * QK_NORM (0 or 1).
+ * or one, CHANNELS of them multiplied at once, and with or without tokens that it HOLDS in shared memory; without it the other
+ * kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head), QK_NORM (0 or 1).
  */
 #define TILE 16   /* output channels of a block */
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drive import drive, flat, names
-from quantized_weights import pack_int4, quantized_weights
+from quantized_weights import pack_int4, quantized_layer, quantized_weights
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, tiny_weights
 from torch import Tensor, nn
 from trees import branches, int32, path_to, random_parents, run
@@ -39,16 +39,7 @@ def layer_of(kind: str, outputs: int, inputs: int, bias_O: Tensor | None = None)
     torch.manual_seed(outputs + inputs)
     weight_OI = torch.randn(outputs, inputs, device="cuda") * (torch.rand(outputs, 1, device="cuda") + 0.1)
     weight_OI *= (torch.rand(outputs, inputs // 32, device="cuda") + 0.1).repeat_interleave(32, dim=1)
-    if kind == "fp8":
-        scale_O = weight_OI.abs().amax(dim=1) / 448
-        values_OI = (weight_OI / scale_O[:, None]).to(torch.float8_e4m3fn)
-        return Fp8Linear(values_OI, scale_O, torch.tensor(0.05), bias_O)
-    if kind == "bf16":
-        linear = nn.Linear(inputs, outputs, bias=False, device="cuda")
-        linear.weight.data = weight_OI.bfloat16()
-        linear.bias = None if bias_O is None else nn.Parameter(bias_O)
-        return linear.requires_grad_(False)
-    return AwqLinear(*pack_int4(weight_OI, KINDS[kind]), None, bias_O)
+    return quantized_layer(weight_OI, kind.split("-")[0], KINDS[kind], bias_O)
 
 
 def stored(buffers: Buffers, linear: Linear, x_MK: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssv.model.checkpoint import DecoderSpec, Weights
+from ssv.model.quantized import AwqLinear, Fp8Linear
 
 
 def quantized_weights(spec: DecoderSpec, weights: Weights, precision: str, group: int = 16) -> Weights:
@@ -31,6 +32,21 @@ def quantized_weights(spec: DecoderSpec, weights: Weights, precision: str, group
         if factor is not None:
             out[f"{layer}.pre_quant_scale"] = factor
     return out
+
+
+def quantized_layer(weight_OI: Tensor, precision: str, group: int, bias_O: Tensor | None = None) -> nn.Module:
+    """A layer of a weight, which is rounded: bf16, FP8 with a scale for each row, or INT4."""
+    outputs, inputs = weight_OI.shape
+    if precision == "fp8":
+        scale_O = weight_OI.abs().amax(dim=1) / 448
+        values_OI = (weight_OI / scale_O[:, None]).to(torch.float8_e4m3fn)
+        return Fp8Linear(values_OI, scale_O, torch.tensor(0.05), bias_O)
+    if precision == "bf16":
+        linear = nn.Linear(inputs, outputs, bias=False, device=weight_OI.device)
+        linear.weight.data = weight_OI.bfloat16()
+        linear.bias = None if bias_O is None else nn.Parameter(bias_O)
+        return linear.requires_grad_(False)
+    return AwqLinear(*pack_int4(weight_OI, group), None, bias_O)
 
 
 def pack_int4(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:

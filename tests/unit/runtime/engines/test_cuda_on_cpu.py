@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_cpu import CpuEngine, as_on_a_gpu
-from quantized_weights import pack_int4
+from quantized_weights import quantized_layer
 from tiny import relative_error, tiny_decoder, tiny_ids
-from torch import nn
 from trees import branches, path_to, random_parents, run
 
-from ssv.model.quantized import AwqLinear, Fp8Linear, QuantizedLinear
+from ssv.model.quantized import QuantizedLinear
 from ssv.plugins.cuda.compiler import compile_source
 from ssv.runtime.engines.cuda import launching, places
 from ssv.runtime.engines.cuda.weights import Buffers, Linear
@@ -64,13 +63,7 @@ def test_a_product_is_the_same_however_it_is_cut(
     monkeypatch.setattr(launching, "FEW_TILES", 8)
     torch.manual_seed(tiles)
     outputs, inputs = 16 * tiles - 2, 224
-    layer: nn.Module = nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False)
-    if kind == "fp8":
-        scale_O = layer.weight.abs().amax(dim=1).float() / 448
-        values_OI = (layer.weight / scale_O[:, None]).to(torch.float8_e4m3fn)
-        layer = Fp8Linear(values_OI, scale_O, torch.tensor(0.05), None)
-    elif kind == "int4":
-        layer = AwqLinear(*pack_int4(layer.weight.float(), 32), None, None)
+    layer = quantized_layer(torch.randn(outputs, inputs), kind, 32)
     weight_OI = layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
     linear, x_MK = Linear(layer), torch.randn(places.TOKENS, inputs).bfloat16()
     buffers = Buffers(tiny_decoder().spec, torch.device("cpu"), 320, 112, 0)
