@@ -118,7 +118,7 @@ def choosing_times(llm: LLM, setting: str) -> dict[str, float]:
         step_times(engine, num, 128)
         engine.buffers.sample(settings)
         grows = (4, 4) if name == "draft level" else None
-        shape = Shape(8, 1, True, False, grows, samples=not params.greedy)
+        shape = Shape(8, 1, True, False, grows, samples=not params.greedy, grown=grows is not None)
         numbers = engine.buffers.step.clone()
         graph = engine.graph(shape)
 

@@ -8,12 +8,12 @@
  * logits are the same bits alone, in a chain, in a tree and beside other rows. So the sums of a product are split by its width
  * alone, and those of attention by logical position; and products are fused with sums only where it says `fmaf`.
  *
- * Weights are bf16, FP8 (E4M3) or INT4, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are
+ * Weights are bf16, FP8 (E4M3), INT8 or INT4, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are
  * its columns. The narrow ones become bf16 in registers, which holds all of their values, and their scales are multiplied with
  * sums, in fp32. Residuals, queries and logits are fp32; what goes into a product is bf16.
  *
- * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
- * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
+ * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS (with INTEGER
+ * INT8, else FP8), AHEAD, and GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
  * or one, CHANNELS of them multiplied at once, and with or without tokens that it HOLDS in shared memory; without it the other
  * kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head), QK_NORM (0 or 1).
  */
@@ -55,6 +55,9 @@ __device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b
 }
 
 #ifdef TILES
+#ifndef INTEGER
+#define INTEGER 0
+#endif
 /* --- products --------------------------------------------------------------------------------------------------------- */
 
 struct Linear {
@@ -93,7 +96,20 @@ __device__ __forceinline__ u32 scale_and_shift(u32 pair, u32 factor, u32 offset)
     return r;
 }
 
-#if BITS == 8
+/* (word & mask) | bits: left to the compiler, it is two instructions. */
+__device__ __forceinline__ u32 masked(u32 word, u32 mask, u32 bits) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(mask), "r"(bits));
+    return r;
+}
+
+#if BITS == 8 && INTEGER
+/* Behind the mantissa of 128 the lower seven bits n are 128 + n, and what is to be taken off is 128, or 256 where the eighth is set:
+ * the last bit of its exponent. */
+__device__ __forceinline__ u32 widen_bytes(u32 word) {
+    return scale_and_shift(masked(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, masked(word, 0x00800080u, 0xc300c300u));
+}
+#elif BITS == 8
 /* E4M3 with its exponent and mantissa where bf16 has them is 2^120 too small, and bf16 has its subnormals. */
 __device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
     return scale_and_shift((signs & 0x80008000u) | (rest & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
@@ -101,9 +117,7 @@ __device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
 #elif BITS == 4
 /* Behind the mantissa of 128 an integer n of four bits is 128 + n; they are stored with 8 added. */
 __device__ __forceinline__ u32 widen_nibbles(u32 word) {
-    u32 r; /* (word & mask) | 128: left to the compiler, it is two instructions */
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
-    return scale_and_shift(r, 0x3f803f80u, 0xc308c308u);
+    return scale_and_shift(masked(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
 }
 #endif
 
@@ -113,8 +127,12 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
     return a[2 * i + s];
 #elif BITS == 8
     const u32 one = s ? a[i].z : a[i].x, other = s ? a[i].w : a[i].y;
+#if INTEGER
+    return make_uint4(widen_bytes(one), widen_bytes(one >> 8), widen_bytes(other), widen_bytes(other >> 8));
+#else
     return make_uint4(widen_bytes(one << 8, one << 4), widen_bytes(one, one >> 4),
                       widen_bytes(other << 8, other << 4), widen_bytes(other, other >> 4));
+#endif
 #else
     const uint4 &piece = a[i / 2];
     const u32 word = i % 2 ? (s ? piece.w : piece.z) : (s ? piece.y : piece.x);
@@ -414,38 +432,34 @@ struct Join {
     float eps;
 };
 
-/* What a conditioned draft's join multiplies: norm(embedding) beside norm(features). One block of 256 threads a token. */
-extern "C" __global__ void join(const Join p) {
-    __shared__ float sums[2][8];
-    const int m = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+/* What a conditioned draft's join multiplies: norm(embedding) beside norm(features), by all lanes of a warp. */
+__device__ __forceinline__ void join_token(const u16 *embedded, const float *features, const float *embed_norm, const float *feature_norm, float *x,
+                                           u16 *joined, int hidden, float eps) {
+    const int lane = threadIdx.x & 31;
+    float squares[2] = {};
+#pragma unroll 9
+    for (int i = lane; i < hidden; i += 32) {
+        const float e = widen(embedded[i]), f = features[i];
+        squares[0] = fmaf(e, e, squares[0]), squares[1] = fmaf(f, f, squares[1]);
+    }
+    const float of_embedded = rsqrtf(sum_of_warp(squares[0]) / (float)hidden + eps), of_features = rsqrtf(sum_of_warp(squares[1]) / (float)hidden + eps);
+#pragma unroll 3
+    for (int i = lane; i < hidden; i += 32) {
+        const float f = features[i];
+        joined[i] = round_one(widen(embedded[i]) * of_embedded * embed_norm[i]);
+        joined[hidden + i] = round_one(f * of_features * feature_norm[i]);
+        x[i] = f;
+    }
+}
+
+/* A warp a token. */
+extern "C" __global__ void __launch_bounds__(32) join(const Join p) {
+    const size_t m = blockIdx.x;
     release_next();
     wait_for_previous();
     if (m >= p.step[NUM_TOKENS]) return;
-    const u16 *embedded = p.table + (size_t)p.step[ID + m] * p.hidden;
-    const float *features = p.features + (size_t)m * p.hidden;
-    float sum[2] = {0.0f, 0.0f};
-    for (int i = threadIdx.x; i < p.hidden; i += 256) {
-        float e = widen(embedded[i]), f = features[i];
-        sum[0] = fmaf(e, e, sum[0]);
-        sum[1] = fmaf(f, f, sum[1]);
-    }
-    for (int part = 0; part < 2; part++) {
-        sum[part] = sum_of_warp(sum[part]);
-        if (!lane) sums[part][warp] = sum[part];
-    }
-    __syncthreads();
-    float factor[2];
-    for (int part = 0; part < 2; part++) {
-        float whole = 0.0f;
-        for (int w = 0; w < 8; w++) whole += sums[part][w];
-        factor[part] = rsqrtf(whole / (float)p.hidden + p.eps);
-    }
-    u16 *joined = p.joined + (size_t)m * 2 * p.hidden;
-    for (int i = threadIdx.x; i < p.hidden; i += 256) {
-        joined[i] = round_one(widen(embedded[i]) * factor[0] * p.embed_norm[i]);
-        joined[p.hidden + i] = round_one(features[i] * factor[1] * p.feature_norm[i]);
-        p.x[(size_t)m * p.hidden + i] = features[i];
-    }
+    join_token(p.table + (size_t)p.step[ID + m] * p.hidden, p.features + m * p.hidden, p.embed_norm, p.feature_norm, p.x + m * p.hidden,
+               p.joined + 2 * m * p.hidden, p.hidden, p.eps);
 }
 
 /* --- the likeliest token --------------------------------------------------------------------------------------------- */
@@ -623,21 +637,26 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
     return row;
 }
 
-/* The scorer's r of a row, all lanes of a warp: see `score` of ssv.plugins.reference. Without weights what the first share leaves. */
-__device__ __forceinline__ float risk_of(const Sifted &row, const float *hidden, const float *weight, const float *bias, int hidden_size, bool uses_hidden) {
-    const int lane = threadIdx.x & 31;
+/* What the scorer reads of a row of logits. */
+struct Confidence {
+    float top, second, others, dot; /* the two largest; sums of e^d and d e^d of all but the largest, d being how far they are below it */
+};
+
+/* The scorer's weights times the normed hidden state, all lanes of a warp. */
+__device__ __forceinline__ float hidden_part(const float *hidden, const float *weight, int hidden_size) {
     float squares = 0.0f, dot = 0.0f;
-    if (uses_hidden) {
-#pragma unroll 4
-        for (int i = lane; i < hidden_size; i += 32) squares = fmaf(hidden[i], hidden[i], squares), dot = fmaf(hidden[i], weight[i], dot);
-        squares = sum_of_warp(squares), dot = sum_of_warp(dot);
-        dot *= rsqrtf(squares / (float)hidden_size + 1.0e-6f);
-        weight += hidden_size;
-    }
-    const float total = 1.0f + row.others, second = __shfl_sync(~0u, row.value, 1);
+#pragma unroll 6
+    for (int i = threadIdx.x & 31; i < hidden_size; i += 32) squares = fmaf(hidden[i], hidden[i], squares), dot = fmaf(hidden[i], weight[i], dot);
+    squares = sum_of_warp(squares);
+    return sum_of_warp(dot) * rsqrtf(squares / (float)hidden_size + 1.0e-6f);
+}
+
+/* The scorer's r of a row: see `score` of ssv.plugins.reference. `weight` and `bias` are those of its confidence. */
+__device__ __forceinline__ float risk_of(const Confidence &row, float of_hidden, const float *weight, float bias) {
+    const float total = 1.0f + row.others;
     const float rest = __logf(fmaxf(row.others / total, 1.0e-7f)), entropy = __logf(total) - row.dot / total;
-    const float margin = fminf(row.top - second, FARTHEST);
-    const float sum = dot + *bias + weight[0] * rest + weight[1] * entropy + weight[2] * margin;
+    const float margin = fminf(row.top - row.second, FARTHEST);
+    const float sum = of_hidden + bias + weight[0] * rest + weight[1] * entropy + weight[2] * margin;
     return 1.0f / (1.0f + __expf(-sum));
 }
 
@@ -659,8 +678,10 @@ extern "C" __global__ void __launch_bounds__(32) judge(const Judge p) {
     if (r >= p.step[NUM_GATHERED]) return;
     wait_for_previous();
     const Sifted row = join_slices(p.value, p.column, p.sums, r, 2, p.vocab, values, columns);
-    const float risk = risk_of(row, p.hidden + (size_t)r * p.hidden_size, p.weight, p.bias, p.hidden_size, p.uses_hidden);
-    if (!threadIdx.x) p.risk[r] = risk;
+    const float of_hidden = p.uses_hidden ? hidden_part(p.hidden + (size_t)r * p.hidden_size, p.weight, p.hidden_size) : 0.0f;
+    const float second = __shfl_sync(~0u, row.value, 1);
+    const float *weight = p.weight + (p.uses_hidden ? p.hidden_size : 0);
+    if (!threadIdx.x) p.risk[r] = risk_of({row.top, second, row.others, row.dot}, of_hidden, weight, *p.bias);
 }
 
 struct Grow {
@@ -672,7 +693,10 @@ struct Grow {
     const float *extra;      /* [rows] that the softmax has below its line besides; NULL: nothing */
     const float *weight, *bias; /* the scorer's; NULL: the risk of a guess is what its share leaves */
     const float *hidden; /* [rows, H] of those that were gathered */
-    float *features;     /* [TOKENS, H] of the level that comes */
+    const u16 *table;    /* [V, H] embeddings; NULL: the draft has no features, and embeds its tokens itself */
+    const float *embed_norm, *feature_norm;
+    float *x;            /* [TOKENS, H] of the level that comes: see Join */
+    u16 *joined;         /* [TOKENS, 2 * H] */
     const float *corrections; /* [2, MOST_CHILDREN, 2] offset and slope of log odds, by rank; of greedy rows, of others */
     const int *settings;      /* [rows of the cache, S_SIZE]; NULL: all rows are greedy */
     int *found;               /* [growing rows, most_found, 4]: token, parent, share, risk */
@@ -680,6 +704,7 @@ struct Grow {
     int *candidate;           /* [growing rows, MOST_CHILDREN] which candidates they are */
     int *path;                /* [growing rows, MOST_CHILDREN, MOST_LEVELS] their slots */
     int vocab, hidden_size, uses_hidden, beam, children, most_found, group_tokens;
+    float eps;
 };
 
 /* How many nodes of a level get children; of level 0 it is the root. */
@@ -692,11 +717,12 @@ __device__ __forceinline__ int opened(int level, int beam, int children) {
 /* Takes the guesses of a level as candidates and makes the step of the next: those that survive most probably, each behind its
  * ancestors. One block of 256 threads a growing row, whose g-th has row g of level 0 and `opened` rows of the others. */
 extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
-    __shared__ float survival[256], values[8][MOST_CHILDREN * SLICES], shares[MOST_CHILDREN][MOST_CHILDREN], risks[MOST_CHILDREN];
+    __shared__ float survival[256], values[8][MOST_CHILDREN * SLICES], shares[MOST_CHILDREN][MOST_CHILDREN], of_hidden[MOST_CHILDREN];
     __shared__ int chosen[MOST_CHILDREN], before[MOST_CHILDREN][MOST_LEVELS], columns[8][MOST_CHILDREN * SLICES], guesses[MOST_CHILDREN][MOST_CHILDREN];
-    const int g = blockIdx.x, t = threadIdx.x;
+    __shared__ Confidence confidences[MOST_CHILDREN];
+    const int g = blockIdx.x, t = threadIdx.x, lane = t & 31;
     release_next();
-    wait_for_previous();
+    /* Left by the levels before, or by those who began the tree. */
     const int num_growing = p.step[NUM_GROWING];
     if (g >= num_growing) return;
     const int level = min(p.step[GROW_LEVEL + g], MOST_LEVELS - 1), end = p.step[GROW_END + g], found = p.step[GROW_FOUND + g];
@@ -706,39 +732,51 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
         before[i / MOST_LEVELS][i % MOST_LEVELS] = p.path[g * MOST_CHILDREN * MOST_LEVELS + i];
     /* The scorer does not see the noise of a row that samples: there the draft's shares stand. */
     const bool samples = p.settings && p.settings[p.step[GROW_ROW + g] * S_SIZE + S_TEMPERATURE], scores = p.weight && !samples;
-    for (int i = t >> 5; i < open; i += 8) {
-        const int r = g * open + i, lane = t & 31;
+    const int from = t / p.children, rank = t % p.children;
+    float above = 1.0f, offset = 0.0f, slope = 1.0f, weight[3] = {}, bias = 0.0f;
+    int parent = -1;
+    if (t < num) {
+        if (level) above = p.survival[g * MOST_CHILDREN + from], parent = p.candidate[g * MOST_CHILDREN + from];
+        const float *correction = p.corrections + 2 * (samples * MOST_CHILDREN + rank);
+        offset = correction[0], slope = correction[1];
+        if (scores) {
+            bias = *p.bias;
+            for (int i = 0; i < 3; i++) weight[i] = p.weight[(p.uses_hidden ? p.hidden_size : 0) + i];
+        }
+    }
+    wait_for_previous();
+    /* A warp reads a row's guesses, another one its hidden state. */
+    for (int i = t >> 5; i < open * (1 + scores); i += 8) {
+        if (i >= open) {
+            const float part = p.uses_hidden ? hidden_part(p.hidden + (size_t)(g * open + i - open) * p.hidden_size, p.weight, p.hidden_size) : 0.0f;
+            if (!lane) of_hidden[i - open] = part;
+            continue;
+        }
+        const int r = g * open + i;
         const Sifted row = join_slices(p.value, p.column, p.sums, r, max(p.children, 2), p.vocab, values[t >> 5], columns[t >> 5]);
         const float total = 1.0f + row.others + (p.extra ? p.extra[r] * __expf(-row.top) : 0.0f);
+        const float second = __shfl_sync(~0u, row.value, 1);
         if (lane < p.children) {
             const bool is_there = row.column < p.vocab;
             guesses[i][lane] = !is_there ? -1 : p.tokens ? (int)p.tokens[row.column] : row.column;
             shares[i][lane] = is_there ? __expf(row.value - row.top) / total : 0.0f;
         }
-        if (scores) {
-            const float risk = risk_of(row, p.hidden + (size_t)r * p.hidden_size, p.weight, p.bias, p.hidden_size, p.uses_hidden);
-            if (!lane) risks[i] = risk;
-        }
+        if (!lane) confidences[i] = {row.top, second, row.others, row.dot};
         __syncwarp();
     }
     __syncthreads();
-    const int from = t / p.children, rank = t % p.children;
     int token = -1;
     float own = -1.0f;
     if (t < num) {
         token = guesses[from][rank];
         const float first = shares[from][0], share = shares[from][rank];
-        const float *correction = p.corrections + 2 * (samples * MOST_CHILDREN + rank);
-        const float risk = scores ? risks[from] : 1.0f - first, left = risk / fmaxf(1.0f - first, 1.0e-6f);
+        const float risk = scores ? risk_of(confidences[from], of_hidden[from], weight, bias) : 1.0f - first;
+        const float left = risk / fmaxf(1.0f - first, 1.0e-6f);
         const float said = fminf(fmaxf(rank ? share * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
-        const float odds = fmaf(correction[1], __logf(said / (1.0f - said)), correction[0]);
-        const float corrected = 1.0f / (1.0f + __expf(-odds));
-        own = token < 0 ? 0.0f : (level ? p.survival[g * MOST_CHILDREN + from] : 1.0f) * corrected;
-        int *out = p.found + ((size_t)g * p.most_found + found + t) * 4;
-        out[0] = token;
-        out[1] = level ? p.candidate[g * MOST_CHILDREN + from] : -1;
-        out[2] = __float_as_int(corrected);
-        out[3] = __float_as_int(!rank && scores ? risk : 1.0f - corrected);
+        const float corrected = 1.0f / (1.0f + __expf(-fmaf(slope, __logf(said / (1.0f - said)), offset)));
+        own = token < 0 ? 0.0f : above * corrected;
+        const float told = !rank && scores ? risk : 1.0f - corrected;
+        ((int4 *)p.found)[(size_t)g * p.most_found + found + t] = make_int4(token, parent, __float_as_int(corrected), __float_as_int(told));
     }
     survival[t] = own;
     __syncthreads();
@@ -780,12 +818,12 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
         p.step[NUM_GROUPS] = num_growing * groups;
         p.step[HAS_PATHS] = 1;
     }
-    if (p.features)
+    if (p.table)
         for (int i = t >> 5; i < next; i += 8) { /* a warp a node: its loads are under way side by side */
-            const float4 *source = (const float4 *)(p.hidden + (size_t)(g * open + chosen[i] / p.children) * p.hidden_size);
-            float4 *dest = (float4 *)(p.features + (size_t)(g * next + i) * p.hidden_size);
-#pragma unroll 8
-            for (int h = t & 31; h < p.hidden_size / 4; h += 32) dest[h] = source[h];
+            const u16 *embedded = p.table + (size_t)max(guesses[chosen[i] / p.children][chosen[i] % p.children], 0) * p.hidden_size;
+            const float *features = p.hidden + (size_t)(g * open + chosen[i] / p.children) * p.hidden_size;
+            const size_t m = g * next + i;
+            join_token(embedded, features, p.embed_norm, p.feature_norm, p.x + m * p.hidden_size, p.joined + 2 * m * p.hidden_size, p.hidden_size, p.eps);
         }
 }
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor
 
 from ssv.model.decoder import Decoder
+from ssv.model.draft import Draft
+from ssv.model.scorer import Scorer
 from ssv.plugins.cuda.compiler import source_of
 from ssv.plugins.cuda.driver import Kernel
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.engines.cuda import engine, launching, places
 from ssv.runtime.engines.cuda.weights import Buffers, Weights
 from ssv.runtime.engines.kv_cache import KVCache
+from ssv.runtime.engines.torch_engine import vocabulary_ids
 
 BODIES = {
     "load_weights": "return *p;",
@@ -34,7 +38,7 @@ BODIES = {
     "multiply": "tensor_core(c, a, b0, b1);",
     "scale_and_shift": "u32 r = 0; for (int i = 0; i < 32; i += 16) r |= to_bf16(fmaf(from_bf16(pair >> i & 0xffff), "
     "from_bf16(factor >> i & 0xffff), from_bf16(offset >> i & 0xffff))) << i; return r;",
-    "widen_nibbles": "return scale_and_shift((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);",
+    "masked": "return (word & mask) | bits;",
     "power_of_two": "const float r = std::exp2(x); return std::fpclassify(r) == FP_SUBNORMAL ? 0.0f : r;",
 }
 """Of the functions that are assembly."""
@@ -101,25 +105,57 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "kernels_of", kernels_of)
     monkeypatch.setattr(launching, "_num_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launching, "_most_shared", lambda: 226 * 1024)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, pin_memory=False, **rest: zeros(*sizes, **rest))
 
 
-class CpuEngine(engine.CudaEngine):
-    """A target whose kernels run here; its cache is NaN where nobody has written."""
+class CpuNumbers:
+    """`Numbers` that are there at once."""
 
-    def __init__(self, decoder: Decoder, *, max_batch: int, max_length: int) -> None:
-        self.spec, self.max_batch, self.max_length = decoder.spec, max_batch, max_length
-        self.device, self.vocab_size, self.token_ids_V = torch.device("cpu"), decoder.spec.vocab_size, None
-        self.num_features, self._tapped, self._scorer, self.overlaps = 0, (), None, False
-        self.cache = KVCache(decoder.spec, max_batch, max_length, torch.bfloat16, self.device)
+    def __init__(self) -> None:
+        self.host = np.zeros(places.SIZE, dtype=np.int32)
+
+    def wait(self) -> None:
+        pass
+
+    def send(self, dest: Tensor, has_paths: bool) -> None:
+        size = places.SIZE if has_paths else places.SIZE_OF_CHAINS
+        dest[:size].copy_(torch.from_numpy(self.host[:size]))
+
+
+class CpuEngine(engine.CudaEngine):
+    """A target or a draft whose kernels run here; its cache is NaN where nobody has written."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_batch: int,
+        max_length: int,
+        draft: Draft | None = None,
+        scorer: Scorer | None = None,
+    ) -> None:
+        spec = decoder.spec
+        self.spec, self.max_batch, self.max_length = spec, max_batch, max_length
+        self.device, self._tapped, self._scorer, self.overlaps = torch.device("cpu"), (), scorer, False
+        self.has_scorer = scorer is not None
+        self.num_features = spec.hidden_size if draft is not None and draft.conditioned else 0
+        self.token_ids_V = None if draft is None else vocabulary_ids(draft.token_ids, spec.vocab_size)
+        self.vocab_size = spec.vocab_size if draft is None else draft.spec.head_size
+        self.cache = KVCache(spec, max_batch, max_length, torch.bfloat16, self.device)
         self.cache.keys.fill_(torch.nan)
         self.cache.values.fill_(torch.nan)
-        self._weights = Weights(decoder, None, None)
-        own = launching.macros(decoder.spec)
+        self._weights = Weights(decoder, None, draft)
+        own = launching.macros(spec)
         self._kernels = kernels_of(self.device, "decoder", launching.OTHERS, **own)
-        self.buffers = Buffers(decoder.spec, self.device, max_length, self.vocab_size, 0)
+        self.buffers = Buffers(spec, self.device, max_length, self.vocab_size, 0)
+        self._numbers = cycle([CpuNumbers()])  # type: ignore[assignment]
+
+    def graph(self, shape: engine.Shape) -> torch.cuda.CUDAGraph:
+        """What runs a shape's kernels."""
+        return SimpleNamespace(replay=lambda: self.enqueue(shape))  # type: ignore[return-value]
 
     def logits(
         self,

@@ -1,5 +1,5 @@
 """The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: for few tokens a step, bf16 with weights
-in bf16, FP8 or INT4.
+in bf16, FP8 or INT4, and INT8 of a draft.
 
 A step is cut into blocks of at most 64 tokens; a block is one replay of the graph that has room for its tokens and its
 longest text. What a token gives depends on itself alone (see decoder.cu), so that a step may be cut anywhere.
@@ -106,8 +106,8 @@ class CudaEngine:
         """Packs a model's weights, and makes its cache and buffers.
 
         Args:
-            decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, and may
-                be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
+            decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, a
+                draft's in INT8, and may be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
 
         Raises:
             EngineError: a model that the kernels cannot run (`misfit`), or longer than it has positions for.
@@ -127,7 +127,7 @@ class CudaEngine:
         self.vocab_size = spec.vocab_size if draft is None else draft.spec.head_size
         self.cache = KVCache(spec, max_batch, max_length, torch.bfloat16, self.device)
         self._tapped = tap.layers if tap is not None else ()
-        self._weights = Weights(decoder, tap, draft if conditioned else None)
+        self._weights = Weights(decoder, tap, draft)
         self.weight_bytes = self._weights.nbytes
         own = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
         self._kernels = own | kernels_of(self.device, "sample", SAMPLING)
@@ -313,10 +313,11 @@ class CudaEngine:
                 b.squares_MH.data_ptr(), spec.hidden_size,
             ))  # fmt: skip
         else:
-            launch("join", (shape.width, 1, 1), 256, Join(
-                step, w.embed.data_ptr(), b.features_in_MF.data_ptr(), w.embed_norm.data_ptr(),
-                w.feature_norm.data_ptr(), b.x_MH.data_ptr(), b.joined_MH.data_ptr(), spec.hidden_size, eps,
-            ))  # fmt: skip
+            if not shape.grown:
+                launch("join", (shape.width, 1, 1), 32, Join(
+                    step, w.embed.data_ptr(), b.features_in_MF.data_ptr(), w.embed_norm.data_ptr(),
+                    w.feature_norm.data_ptr(), b.x_MH.data_ptr(), b.joined_MH.data_ptr(), spec.hidden_size, eps,
+                ))  # fmt: skip
             launch.add(w.join, b.joined_MH, w.layers[0].attn_norm)
         for index, layer in enumerate(w.layers):
             launch.store(layer.qkv, b.scaled_MH, b.qkv_MX, eps=eps, normed=True)
@@ -357,7 +358,11 @@ class CudaEngine:
 
     def _enqueue_growth(self, launch: Launcher, shape: Shape, beam: int, children: int, ids: int) -> None:
         """What makes candidates of a level's logits, and the step of the next level."""
-        b, step = self.buffers, self.buffers.step.data_ptr()
+        b, w, step = self.buffers, self._weights, self.buffers.step.data_ptr()
+        joined = (0,) * 5
+        if w.join is not None:
+            joined = (w.embed.data_ptr(), w.embed_norm.data_ptr(), w.feature_norm.data_ptr(), b.x_MH.data_ptr(),
+                      b.joined_MH.data_ptr())  # fmt: skip
         settings, extra = (b.settings.data_ptr(), b.extra.data_ptr()) if shape.samples else (0, 0)
         if shape.samples:
             launch("perturb", (shape.width, 1, 1), 1024, Perturb(
@@ -366,9 +371,9 @@ class CudaEngine:
         self._enqueue_sifting(launch, shape, max(children, 2))
         launch("grow", (places.TOKENS, 1, 1), 256, Grow(
             *self._sifted(), ids, extra, *self._scorer_at(),
-            b.hidden_RH.data_ptr(), b.features_in_MF.data_ptr() if self.num_features else 0, b.corrections.data_ptr(),
-            settings, b.found.data_ptr(), b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(),
-            self.vocab_size, self.spec.hidden_size, self._uses_hidden, beam, children, MOST_FOUND, 1,
+            b.hidden_RH.data_ptr(), *joined, b.corrections.data_ptr(), settings, b.found.data_ptr(),
+            b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(), self.vocab_size, self.spec.hidden_size,
+            self._uses_hidden, beam, children, MOST_FOUND, 1, self.spec.rms_norm_eps,
         ))  # fmt: skip
 
     def _enqueue_sifting(self, launch: Launcher, shape: Shape, count: int) -> None:
@@ -418,7 +423,8 @@ class CudaEngine:
         for level in range(shape.levels):
             tokens_of_level = block.num_tokens if not level else len(growing) * shape.opened(level)
             key_blocks = key_blocks_for(max(ends) + level)
-            at = Shape(width_for(tokens_of_level), key_blocks, True, False, (shape.beam, shape.children))
+            grows = (shape.beam, shape.children)
+            at = Shape(width_for(tokens_of_level), key_blocks, True, False, grows, grown=level > 0)
             graphs.append(self.graph(at))
         self.buffers.correct(corrections)
         last = [run.first + run.stop - run.start - 1 for run in block.runs]
@@ -458,6 +464,7 @@ class Shape:
         key_blocks: blocks of keys that its longest text may have.
         grows: beam and children of trees that it makes a level of; None of a step.
         samples: whether rows may sample, as the buffers' settings say.
+        grown: whether it is a level behind another, which has left what the draft's join multiplies.
     """
 
     width: int
@@ -466,6 +473,7 @@ class Shape:
     features: bool
     grows: tuple[int, int] | None = None
     samples: bool = False
+    grown: bool = False
 
 
 @dataclass(frozen=True, slots=True)

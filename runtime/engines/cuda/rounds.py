@@ -144,7 +144,7 @@ class CudaRounds:
             at = width, samples
             self._pass_s[at] = self._seconds_of_step(self._target, Shape(width, 1, True, drafts, samples=samples))
             if drafts:
-                level = Shape(width, 1, True, False, (1, 1), samples)
+                level = Shape(width, 1, True, False, (1, 1), samples, grown=True)
                 self._level_s[at] = self._seconds_of_step(self._draft, level)
         row = RoundRow(64, 0, 1 << 20, limit=1, draft_length=63, pending=[0])
         features_BTF = torch.zeros(1, 1, self._target.spec.hidden_size, device=self._target.device)
@@ -332,7 +332,10 @@ class CudaRounds:
             return []
         widths = (key.text_width, *key.level_widths)
         grows = (tree.beam, tree.children)
-        return [Shape(width, key.key_blocks, True, False, grows, key.shape.samples) for width in widths]
+        return [
+            Shape(width, key.key_blocks, True, False, grows, key.shape.samples, grown=level > 0)
+            for level, width in enumerate(widths)
+        ]
 
     def _pass_shape(self, key: _Key) -> Shape:
         return Shape(key.pass_width, key.key_blocks, True, key.features, samples=key.shape.samples)

@@ -8,16 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import CpuEngine, as_on_a_gpu
+from growing import grow_by_stepping
 from quantized_weights import quantized_layer
-from tiny import relative_error, tiny_decoder, tiny_ids
-from trees import branches, path_to, random_parents, run
+from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
+from trees import branches, int32, path_to, random_parents, run
 
+from ssv.model.draft import Draft
 from ssv.model.quantized import QuantizedLinear
+from ssv.model.scorer import Scorer
 from ssv.plugins.cuda.compiler import compile_source
+from ssv.runtime.engines.contract import TreeShape
 from ssv.runtime.engines.cuda import launching, places
+from ssv.runtime.engines.cuda.packing import round_rows
 from ssv.runtime.engines.cuda.weights import Buffers, Linear
 from ssv.runtime.engines.torch_engine import target_engine
 
@@ -51,7 +57,8 @@ def test_a_token_has_the_same_bits_alone_in_a_chain_in_a_tree_and_beside_other_r
 
 
 @pytest.mark.parametrize(
-    ("tiles", "kind", "shared"), [(9, "bf16", 3000), (9, "bf16", 10**6), (12, "fp8", 3000), (15, "int4", 3000)]
+    ("tiles", "kind", "shared"),
+    [(9, "bf16", 3000), (9, "bf16", 10**6), (12, "fp8", 3000), (9, "int8", 3000), (15, "int4", 3000)],
 )
 def test_a_product_is_the_same_however_it_is_cut(
     tiles: int, kind: str, shared: int, monkeypatch: pytest.MonkeyPatch
@@ -63,9 +70,13 @@ def test_a_product_is_the_same_however_it_is_cut(
     monkeypatch.setattr(launching, "FEW_TILES", 8)
     torch.manual_seed(tiles)
     outputs, inputs = 16 * tiles - 2, 224
-    layer = quantized_layer(torch.randn(outputs, inputs), kind, 32)
+    rounds = kind == "int8"
+    layer = quantized_layer(torch.randn(outputs, inputs), "bf16" if rounds else kind, 32)
     weight_OI = layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
-    linear, x_MK = Linear(layer), torch.randn(places.TOKENS, inputs).bfloat16()
+    if rounds:
+        values_OI, scale_O = round_rows(weight_OI)
+        weight_OI = values_OI * scale_O[:, None]
+    linear, x_MK = Linear(layer, rounds=rounds), torch.randn(places.TOKENS, inputs).bfloat16()
     buffers = Buffers(tiny_decoder().spec, torch.device("cpu"), 320, 112, 0)
     found, plans = {}, set()
     for width in launching.WIDTHS:
@@ -89,6 +100,35 @@ def test_logits_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(target_engine(decoder, precision="fp32", max_batch=1, max_length=320), tiny_ids(1, 40), [0])
     found = CpuEngine(decoder, max_batch=1, max_length=320).logits(tiny_ids(1, 40), [0])
     assert relative_error(found, expected.logits_RV) < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["conditioned", "standalone"])
+@pytest.mark.parametrize("shape", [TreeShape(4, 1, 1), TreeShape(3, 5, 3)], ids=["chain", "bushy"])
+def test_trees_that_grow_are_those_of_steps(shape: TreeShape, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two of three rows, whose texts go on by different numbers of tokens."""
+    as_on_a_gpu(monkeypatch)
+    draft: Draft = random_draft(tiny_decoder(hidden_size=96), kind)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    is_conditioned = kind == "conditioned"
+    scorer = Scorer(torch.randn(96 + 3) / 4, torch.tensor(0.1), True) if is_conditioned else None
+    grower, stepper = (
+        CpuEngine(draft.decoder, max_batch=3, max_length=320, draft=draft, scorer=scorer) for _ in range(2)
+    )
+    starts, counts = [3, 17, 40], [2, 0, 1]
+    for engine in (grower, stepper):
+        for b, start in enumerate(starts):
+            given = torch.randn(1, start, 96, generator=torch.Generator().manual_seed(b)) if is_conditioned else None
+            engine.step(tiny_ids(1, start, seed=b), int32([0]), torch.arange(0), given, first_row=b)
+    features = torch.randn(3, 2, 96) if is_conditioned else None
+    corrections = ((0.2, 0.9), (-0.3, 1.1), (0.1, 1.0))
+    args = (tiny_ids(3, 2, seed=9), int32(starts), int32(counts), features, shape, corrections)
+    found, expected = grower.grow(*args), grow_by_stepping(stepper, *args)
+    for mine, theirs, count in zip(found, expected, counts, strict=True):
+        assert (mine is None) == (theirs is None) == (count == 0)
+        if mine is not None and theirs is not None:
+            assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.parents.tolist() == theirs.parents.tolist()
+            assert np.allclose(mine.shares, theirs.shares, atol=1e-5)
+            assert np.allclose(mine.risks, theirs.risks, atol=1e-5)
 
 
 def test_the_compiler_fuses_no_product_with_a_sum(tmp_path: Path) -> None:
