@@ -432,23 +432,46 @@ struct Join {
     float eps;
 };
 
+#define QUADS 5 /* of numbers that a lane loads at once */
+
 /* What a conditioned draft's join multiplies: norm(embedding) beside norm(features), by all lanes of a warp. */
 __device__ __forceinline__ void join_token(const u16 *embedded, const float *features, const float *embed_norm, const float *feature_norm, float *x,
                                            u16 *joined, int hidden, float eps) {
-    const int lane = threadIdx.x & 31;
-    float squares[2] = {};
-#pragma unroll 9
-    for (int i = lane; i < hidden; i += 32) {
-        const float e = widen(embedded[i]), f = features[i];
-        squares[0] = fmaf(e, e, squares[0]), squares[1] = fmaf(f, f, squares[1]);
-    }
-    const float of_embedded = rsqrtf(sum_of_warp(squares[0]) / (float)hidden + eps), of_features = rsqrtf(sum_of_warp(squares[1]) / (float)hidden + eps);
-#pragma unroll 3
-    for (int i = lane; i < hidden; i += 32) {
-        const float f = features[i];
-        joined[i] = round_one(widen(embedded[i]) * of_embedded * embed_norm[i]);
-        joined[hidden + i] = round_one(f * of_features * feature_norm[i]);
-        x[i] = f;
+    const int lane = threadIdx.x & 31, quads = hidden / 4;
+    float of_embedded = 0.0f, of_features = 0.0f;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) {
+        float squares[2] = {};
+#pragma unroll 1
+        for (int base = lane; base < quads; base += 32 * QUADS) {
+            uint2 e[QUADS];
+            float4 f[QUADS];
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                const int at = base + 32 * i < quads ? base + 32 * i : base;
+                e[i] = ((const uint2 *)embedded)[at], f[i] = ((const float4 *)features)[at];
+            }
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                const int at = base + 32 * i;
+                if (at >= quads) break;
+                const float one[4] = {low(e[i].x), high(e[i].x), low(e[i].y), high(e[i].y)}, other[4] = {f[i].x, f[i].y, f[i].z, f[i].w};
+                if (!pass) {
+#pragma unroll
+                    for (int k = 0; k < 4; k++) squares[0] = fmaf(one[k], one[k], squares[0]), squares[1] = fmaf(other[k], other[k], squares[1]);
+                    continue;
+                }
+                const float4 n = ((const float4 *)embed_norm)[at], m = ((const float4 *)feature_norm)[at];
+                ((uint2 *)joined)[at] = make_uint2(round_pair(one[0] * of_embedded * n.x, one[1] * of_embedded * n.y),
+                                                   round_pair(one[2] * of_embedded * n.z, one[3] * of_embedded * n.w));
+                ((uint2 *)(joined + hidden))[at] = make_uint2(round_pair(other[0] * of_features * m.x, other[1] * of_features * m.y),
+                                                              round_pair(other[2] * of_features * m.z, other[3] * of_features * m.w));
+                ((float4 *)x)[at] = f[i];
+            }
+        }
+        if (pass) return;
+        of_embedded = rsqrtf(__fdividef(sum_of_warp(squares[0]), (float)hidden) + eps);
+        of_features = rsqrtf(__fdividef(sum_of_warp(squares[1]), (float)hidden) + eps);
     }
 }
 
@@ -538,6 +561,19 @@ __device__ __forceinline__ void join_sums(float top, int column, float &others, 
     dot = sum_of_warp(factor * fmaf(below, left, dot)), others = sum_of_warp(factor * left);
 }
 
+/* Calls f(value, column) for a thread's columns of a slice; what is behind the last counts as the lowest. */
+template <typename F>
+__device__ __forceinline__ void sift_each(const float *row, int first, int last, F f) {
+#pragma unroll 1
+    for (int i = first; i < last; i += 128 * SIFTERS) {
+        float value[4];
+#pragma unroll
+        for (int u = 0; u < 4; u++) value[u] = i + u < last ? row[i + u] : -1.0f / 0.0f;
+#pragma unroll
+        for (int u = 0; u < 4; u++) f(value[u], i + u);
+    }
+}
+
 /* A slice of a row. A warp sifts a part of its columns, of which each thread has the best that is not taken yet. */
 extern "C" __global__ void __launch_bounds__(32 * SIFTERS) sift(const Sift p) {
     __shared__ float values[SIFTERS * MOST_CHILDREN], others[SIFTERS], dots[SIFTERS];
@@ -546,32 +582,31 @@ extern "C" __global__ void __launch_bounds__(32 * SIFTERS) sift(const Sift p) {
     const float lowest = -1.0f / 0.0f;
     release_next();
     if (r >= p.step[NUM_GATHERED]) return;
-    const int size = (p.vocab + SLICES - 1) / SLICES, first = slice * size + t, last = min((slice + 1) * size, p.vocab);
+    const int size = ((p.vocab + SLICES - 1) / SLICES + 3) & ~3, first = slice * size + 4 * t, last = min((slice + 1) * size, p.vocab);
     const float *row = p.logits + (size_t)r * p.vocab;
     wait_for_previous();
     float own = lowest;
     int column = p.vocab;
-#pragma unroll 4
-    for (int i = first; i < last; i += 32 * SIFTERS)
-        if (const float value = row[i]; value > own) own = value, column = i;
+    sift_each(row, first, last, [&](float value, int i) {
+        if (value > own) own = value, column = i;
+    });
     float other = 0.0f, dot = 0.0f;
+#pragma unroll 1
     for (int k = 0; k < p.count; k++) {
         float most = own;
         int at = column;
         largest_of_warp(most, at);
         if (!lane) values[warp * p.count + k] = most, columns[warp * p.count + k] = at;
         if (!k)
-#pragma unroll 4
-            for (int i = first; i < last; i += 32 * SIFTERS) {
-                const float value = row[i], below = fmaxf(value - most, -FARTHEST), part = i == at ? 0.0f : __expf(below);
+            sift_each(row, first, last, [&](float value, int i) {
+                const float below = fmaxf(value - most, -FARTHEST), part = i == at ? 0.0f : __expf(below);
                 other += value == value ? part : value, dot = fmaf(below, part, dot);
-            }
+            });
         if (at == column && at < p.vocab) { /* its next best: smaller, or the same and behind it */
             own = lowest, column = p.vocab;
-            for (int i = first; i < last; i += 32 * SIFTERS) {
-                const float value = row[i];
+            sift_each(row, first, last, [&](float value, int i) {
                 if ((value < most || (value == most && i > at)) && value > own) own = value, column = i;
-            }
+            });
         }
     }
     other = sum_of_warp(other), dot = sum_of_warp(dot);
@@ -580,7 +615,7 @@ extern "C" __global__ void __launch_bounds__(32 * SIFTERS) sift(const Sift p) {
     if (t < SIFTERS * p.count) {
         const float value = values[t];
         int place = 0;
-#pragma unroll 8
+#pragma unroll 1
         for (int u = 0; u < SIFTERS * p.count; u++)
             place += values[u] > value || (values[u] == value && (columns[u] < columns[t] || (columns[u] == columns[t] && u < t)));
         if (place < p.count) {
@@ -611,7 +646,9 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
                                               int *columns) {
     const int lane = threadIdx.x & 31;
     const size_t from = (size_t)r * MOST_CHILDREN * SLICES;
-    for (int i = lane; i < count * SLICES; i += 32) values[i] = value[from + i], columns[i] = column[from + i];
+#pragma unroll 4
+    for (int i = lane; i < MOST_CHILDREN * SLICES; i += 32)
+        if (i < count * SLICES) values[i] = value[from + i], columns[i] = column[from + i];
     Sifted row = {};
     row.others = sums[(size_t)r * 2 * SLICES + lane], row.dot = sums[((size_t)r * 2 + 1) * SLICES + lane];
     __syncwarp();
@@ -619,6 +656,7 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
     int at = columns[lane];
     const float first = own;
     const int of = at;
+#pragma unroll 1
     for (int k = 0, next = 0; k < count; k++) {
         float most = own;
         int which = at;
@@ -637,6 +675,8 @@ __device__ __forceinline__ Sifted join_slices(const float *value, const int *col
     return row;
 }
 
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
 /* What the scorer reads of a row of logits. */
 struct Confidence {
     float top, second, others, dot; /* the two largest; sums of e^d and d e^d of all but the largest, d being how far they are below it */
@@ -648,16 +688,16 @@ __device__ __forceinline__ float hidden_part(const float *hidden, const float *w
 #pragma unroll 6
     for (int i = threadIdx.x & 31; i < hidden_size; i += 32) squares = fmaf(hidden[i], hidden[i], squares), dot = fmaf(hidden[i], weight[i], dot);
     squares = sum_of_warp(squares);
-    return sum_of_warp(dot) * rsqrtf(squares / (float)hidden_size + 1.0e-6f);
+    return sum_of_warp(dot) * rsqrtf(__fdividef(squares, (float)hidden_size) + 1.0e-6f);
 }
 
 /* The scorer's r of a row: see `score` of ssv.plugins.reference. `weight` and `bias` are those of its confidence. */
 __device__ __forceinline__ float risk_of(const Confidence &row, float of_hidden, const float *weight, float bias) {
     const float total = 1.0f + row.others;
-    const float rest = __logf(fmaxf(row.others / total, 1.0e-7f)), entropy = __logf(total) - row.dot / total;
+    const float rest = __logf(fmaxf(__fdividef(row.others, total), 1.0e-7f)), entropy = __logf(total) - __fdividef(row.dot, total);
     const float margin = fminf(row.top - row.second, FARTHEST);
     const float sum = of_hidden + bias + weight[0] * rest + weight[1] * entropy + weight[2] * margin;
-    return 1.0f / (1.0f + __expf(-sum));
+    return sigmoid(sum);
 }
 
 struct Judge {
@@ -703,22 +743,26 @@ struct Grow {
     float *survival;          /* [growing rows, MOST_CHILDREN] of the nodes that were run */
     int *candidate;           /* [growing rows, MOST_CHILDREN] which candidates they are */
     int *path;                /* [growing rows, MOST_CHILDREN, MOST_LEVELS] their slots */
-    int vocab, hidden_size, uses_hidden, beam, children, most_found, group_tokens;
+    int vocab, hidden_size, uses_hidden, beam, children, most_found;
     float eps;
 };
 
 /* How many nodes of a level get children; of level 0 it is the root. */
 __device__ __forceinline__ int opened(int level, int beam, int children) {
     int count = 1;
+#pragma unroll 1
     for (int i = 0; i < level; i++) count = min(beam, count * children);
     return count;
 }
 
 /* Takes the guesses of a level as candidates and makes the step of the next: those that survive most probably, each behind its
- * ancestors. One block of 256 threads a growing row, whose g-th has row g of level 0 and `opened` rows of the others. */
+ * ancestors. One block of 256 threads a growing row, whose g-th has row g of level 0 and `opened` rows of the others.
+ *
+ * A level waits for it, mostly while its code is fetched: short code is what is fast here. */
 extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     __shared__ float survival[256], values[8][MOST_CHILDREN * SLICES], shares[MOST_CHILDREN][MOST_CHILDREN], of_hidden[MOST_CHILDREN];
-    __shared__ int chosen[MOST_CHILDREN], before[MOST_CHILDREN][MOST_LEVELS], columns[8][MOST_CHILDREN * SLICES], guesses[MOST_CHILDREN][MOST_CHILDREN];
+    __shared__ int before[MOST_CHILDREN][MOST_LEVELS], columns[8][MOST_CHILDREN * SLICES], guesses[MOST_CHILDREN][MOST_CHILDREN];
+    __shared__ int chosen_from[MOST_CHILDREN], chosen_token[MOST_CHILDREN];
     __shared__ Confidence confidences[MOST_CHILDREN];
     const int g = blockIdx.x, t = threadIdx.x, lane = t & 31;
     release_next();
@@ -726,12 +770,11 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     const int num_growing = p.step[NUM_GROWING];
     if (g >= num_growing) return;
     const int level = min(p.step[GROW_LEVEL + g], MOST_LEVELS - 1), end = p.step[GROW_END + g], found = p.step[GROW_FOUND + g];
-    const int start = p.step[GROW_START + g];
+    const int start = p.step[GROW_START + g], cache_row = p.step[GROW_ROW + g];
     const int open = opened(level, p.beam, p.children), next = min(p.beam, open * p.children), num = open * p.children;
-    for (int i = t; i < open * MOST_LEVELS; i += 256)
-        before[i / MOST_LEVELS][i % MOST_LEVELS] = p.path[g * MOST_CHILDREN * MOST_LEVELS + i];
+    if (t < open * MOST_LEVELS) before[t / MOST_LEVELS][t % MOST_LEVELS] = p.path[g * MOST_CHILDREN * MOST_LEVELS + t];
     /* The scorer does not see the noise of a row that samples: there the draft's shares stand. */
-    const bool samples = p.settings && p.settings[p.step[GROW_ROW + g] * S_SIZE + S_TEMPERATURE], scores = p.weight && !samples;
+    const bool samples = p.settings && p.settings[cache_row * S_SIZE + S_TEMPERATURE], scores = p.weight && !samples;
     const int from = t / p.children, rank = t % p.children;
     float above = 1.0f, offset = 0.0f, slope = 1.0f, weight[3] = {}, bias = 0.0f;
     int parent = -1;
@@ -746,6 +789,7 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     }
     wait_for_previous();
     /* A warp reads a row's guesses, another one its hidden state. */
+#pragma unroll 1
     for (int i = t >> 5; i < open * (1 + scores); i += 8) {
         if (i >= open) {
             const float part = p.uses_hidden ? hidden_part(p.hidden + (size_t)(g * open + i - open) * p.hidden_size, p.weight, p.hidden_size) : 0.0f;
@@ -759,7 +803,7 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
         if (lane < p.children) {
             const bool is_there = row.column < p.vocab;
             guesses[i][lane] = !is_there ? -1 : p.tokens ? (int)p.tokens[row.column] : row.column;
-            shares[i][lane] = is_there ? __expf(row.value - row.top) / total : 0.0f;
+            shares[i][lane] = is_there ? __fdividef(__expf(row.value - row.top), total) : 0.0f;
         }
         if (!lane) confidences[i] = {row.top, second, row.others, row.dot};
         __syncwarp();
@@ -769,11 +813,11 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     float own = -1.0f;
     if (t < num) {
         token = guesses[from][rank];
-        const float first = shares[from][0], share = shares[from][rank];
+        const float first = shares[from][0];
         const float risk = scores ? risk_of(confidences[from], of_hidden[from], weight, bias) : 1.0f - first;
-        const float left = risk / fmaxf(1.0f - first, 1.0e-6f);
-        const float said = fminf(fmaxf(rank ? share * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
-        const float corrected = 1.0f / (1.0f + __expf(-fmaf(slope, __logf(said / (1.0f - said)), offset)));
+        const float left = __fdividef(risk, fmaxf(1.0f - first, 1.0e-6f));
+        const float said = fminf(fmaxf(rank ? shares[from][rank] * left : 1.0f - risk, 1.0e-4f), 1.0f - 1.0e-4f);
+        const float corrected = sigmoid(fmaf(slope, __logf(__fdividef(said, 1.0f - said)), offset));
         own = token < 0 ? 0.0f : above * corrected;
         const float told = !rank && scores ? risk : 1.0f - corrected;
         ((int4 *)p.found)[(size_t)g * p.most_found + found + t] = make_int4(token, parent, __float_as_int(corrected), __float_as_int(told));
@@ -782,49 +826,46 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
     __syncthreads();
     int place = 0;
     if (t < num)
-#pragma unroll 8
-        for (int u = 0; u < num; u++) place += survival[u] > own || (survival[u] == own && u < t);
-    const bool goes_on = t < num && place < next && level + 1 < MOST_LEVELS;
-    if (goes_on) {
+#pragma unroll 4
+        for (int u = 0; u < 256; u++) { /* in whole pieces: no rest to be fetched */
+            if (u % 4 == 0 && u >= num) break;
+            place += survival[u] > own || (survival[u] == own && u < t);
+        }
+    if (t < num && place < next && level + 1 < MOST_LEVELS) {
         const int m = g * next + place, slot = end + place;
-        chosen[place] = t;
+        chosen_from[place] = from, chosen_token[place] = max(token, 0);
         p.survival[g * MOST_CHILDREN + place] = own;
         p.candidate[g * MOST_CHILDREN + place] = found + t;
         p.step[ID + m] = max(token, 0);
-        p.step[ROW + m] = p.step[GROW_ROW + g];
+        p.step[ROW + m] = cache_row;
         p.step[SLOT + m] = slot;
         p.step[SEEN + m] = start + level + 1;
         p.step[PREFIX + m] = start;
-        p.step[GATHER + m] = m;
+        p.step[GATHER + m] = p.step[GROUP_FIRST + m] = m;
+        p.step[GROUP_COUNT + m] = 1;
+        p.step[GROUP_NEW + m] = g * next;
+        p.step[GROUP_NUM_NEW + m] = next;
         int *path = p.path + (g * MOST_CHILDREN + place) * MOST_LEVELS, *seen = p.step + PATH + m * DEPTH;
+#pragma unroll 1
         for (int i = 0; i < level; i++) path[i] = seen[i] = before[from][i];
         path[level] = seen[level] = slot;
-    }
-    __syncthreads();
-    const int groups = (next + p.group_tokens - 1) / p.group_tokens;
-    if (t < groups) {
-        const int n = g * groups + t, first = t * p.group_tokens;
-        p.step[GROUP_FIRST + n] = g * next + first;
-        p.step[GROUP_COUNT + n] = min(p.group_tokens, next - first);
-        p.step[GROUP_NEW + n] = g * next;
-        p.step[GROUP_NUM_NEW + n] = next;
     }
     if (!t) {
         p.step[GROW_LEVEL + g] = level + 1;
         p.step[GROW_END + g] = end + next;
         p.step[GROW_FOUND + g] = found + num;
         /* The same by every row, and read by none of them. */
-        p.step[NUM_TOKENS] = p.step[NUM_GATHERED] = num_growing * next;
-        p.step[NUM_GROUPS] = num_growing * groups;
+        p.step[NUM_TOKENS] = p.step[NUM_GATHERED] = p.step[NUM_GROUPS] = num_growing * next;
         p.step[HAS_PATHS] = 1;
     }
-    if (p.table)
-        for (int i = t >> 5; i < next; i += 8) { /* a warp a node: its loads are under way side by side */
-            const u16 *embedded = p.table + (size_t)max(guesses[chosen[i] / p.children][chosen[i] % p.children], 0) * p.hidden_size;
-            const float *features = p.hidden + (size_t)(g * open + chosen[i] / p.children) * p.hidden_size;
-            const size_t m = g * next + i;
-            join_token(embedded, features, p.embed_norm, p.feature_norm, p.x + m * p.hidden_size, p.joined + 2 * m * p.hidden_size, p.hidden_size, p.eps);
-        }
+    __syncthreads();
+    if (!p.table || level + 1 >= MOST_LEVELS) return;
+#pragma unroll 1
+    for (int i = t >> 5; i < next; i += 8) { /* a warp a node */
+        const size_t m = g * next + i;
+        join_token(p.table + (size_t)chosen_token[i] * p.hidden_size, p.hidden + (size_t)(g * open + chosen_from[i]) * p.hidden_size, p.embed_norm,
+                   p.feature_norm, p.x + m * p.hidden_size, p.joined + 2 * m * p.hidden_size, p.hidden_size, p.eps);
+    }
 }
 
 /* --- attention -------------------------------------------------------------------------------------------------------- */

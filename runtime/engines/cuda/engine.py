@@ -107,7 +107,8 @@ class CudaEngine:
 
         Args:
             decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, a
-                draft's in INT8, and may be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
+                draft's in INT8, and may be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3
+                as `Fp8Linear` has it).
 
         Raises:
             EngineError: a model that the kernels cannot run (`misfit`), or longer than it has positions for.
@@ -373,7 +374,7 @@ class CudaEngine:
             *self._sifted(), ids, extra, *self._scorer_at(),
             b.hidden_RH.data_ptr(), *joined, b.corrections.data_ptr(), settings, b.found.data_ptr(),
             b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(), self.vocab_size, self.spec.hidden_size,
-            self._uses_hidden, beam, children, MOST_FOUND, 1, self.spec.rms_norm_eps,
+            self._uses_hidden, beam, children, MOST_FOUND, self.spec.rms_norm_eps,
         ))  # fmt: skip
 
     def _enqueue_sifting(self, launch: Launcher, shape: Shape, count: int) -> None:

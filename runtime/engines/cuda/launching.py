@@ -74,9 +74,9 @@ Sift = structure("Sift", "step logits value column sums", "vocab count")
 Judge = structure("Judge", "step value column sums hidden weight bias risk", "vocab hidden_size uses_hidden")
 Grow = structure(
     "Grow",
-    "step value column sums tokens extra weight bias hidden table embed_norm feature_norm x joined corrections settings "
-    "found survival candidate path",
-    "vocab hidden_size uses_hidden beam children most_found group_tokens",
+    "step value column sums tokens extra weight bias hidden table embed_norm feature_norm x joined corrections "
+    "settings found survival candidate path",
+    "vocab hidden_size uses_hidden beam children most_found",
     "eps",
 )
 Attention = structure(

@@ -1,4 +1,4 @@
-"""FP8, INT8 and INT4 weights as the kernels read them: unpacked as decoder.cu does it, they are the quantized layer's."""
+"""FP8, INT8 and INT4 weights as the kernels read them: unpacked as decoder.cu does it, they are the layer's."""
 
 from __future__ import annotations
 
