@@ -469,14 +469,14 @@ class ModelDrafter(Drafter):
                 tokens[r] = token
         return list(zip(tokens, risks, strict=True))
 
-    def guess_of(self, b: int, node: int) -> tuple[int, float]:
-        """Which guess for its place a node of row `b`'s tree was, the first being 0, and the share that it was
-        given."""
+    def guess_of(self, b: int, node: int) -> tuple[int, int, float]:
+        """Which guess for its place a node of row `b`'s tree was, the first being 0, its depth, 1 behind the text, and
+        the share that it was given."""
         growth = self._growing[b].growth
         own = growth.candidate_of[node]
-        parent = growth.candidates[own].parent
-        rank = sum(candidate.parent == parent for candidate in growth.candidates[:own])
-        return rank, growth.candidates[own].guess.share
+        it = growth.candidates[own]
+        rank = sum(candidate.parent == it.parent for candidate in growth.candidates[:own])
+        return rank, it.depth, it.guess.share
 
     def candidates(self, b: int) -> Sequence[Candidate]:
         """All that has been guessed for row `b` in this round, whether it is kept or not."""
