@@ -174,9 +174,9 @@ def with_options(method: str, policy: Policy, options: Mapping[str, Any]) -> Pol
         raise RequestError(
             f"max_pending: {changed.max_pending} is too much", f"give at most {MAX_PENDING}, all that may be pending"
         )
-    if not changed.is_chain and (name := next((name for name in _WHEN if name in options), None)):
+    if not changed.is_chain and (asking := [name for name in _WHEN if name in options]):
         raise RequestError(
-            f"{name}: a tree is verified when it is whole, only chains ask for their pass sooner",
+            f"{asking[0]}: a tree is verified when it is whole, only chains ask for their pass sooner",
             'leave it out, or give "children": [1] too',
         )
     return changed
