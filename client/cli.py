@@ -37,9 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy",
         type=_policy,
-        default={},
         metavar="JSON",
-        help='what is otherwise in the method\'s policy, as {"max_depth": 4} (default: nothing)',
+        help='what is otherwise in the method\'s policy, as {"max_depth": 4} (default: none)',
     )
     parser.add_argument("--max-tokens", type=int, default=256, help="of the answer, at most (default: 256)")
     parser.add_argument("--min-tokens", type=int, default=0, help="of the answer, before it may end (default: 0)")
@@ -111,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _refuse_twice(args: argparse.Namespace) -> None:
-    if args.num_draft_tokens is not None and "max_pending" in args.policy:
+    if args.num_draft_tokens is not None and "max_pending" in (args.policy or {}):
         raise UserError("--num-draft-tokens and max_pending of --policy are the same setting", "give one of them")
 
 
@@ -184,7 +183,7 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         raise UserError(
             f"{', '.join(wrong)} cannot be set for a server, which has its own", "give --bundle to decode here"
         )
-    policy = args.policy
+    policy = args.policy or {}
     if args.num_draft_tokens is not None:
         _refuse_twice(args)
         policy = {**policy, "max_pending": check_num_draft_tokens(args.num_draft_tokens, [args.method])}

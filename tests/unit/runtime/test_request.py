@@ -284,6 +284,11 @@ def test_a_request_may_bring_its_own_policy() -> None:
 # --- options of a method's policy -----------------------------------------------------------------------------------
 
 
+def test_every_method_says_which_options_it_has() -> None:
+    assert set(OPTIONS) == set(METHODS)
+    assert {name for options in OPTIONS.values() for name in options} < set(Policy.model_fields)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_options_give_a_policy_that_keeps_what_the_method_promises(method: str) -> None:
     """All that a method has, at other values; the published ones stand where nothing is said."""
