@@ -106,7 +106,7 @@ def _reliability(bundle: Path, manifest: Manifest) -> list[Reliability]:
 
 
 def _reliability_tables(rows: Sequence[Reliability]) -> list[Table]:
-    """Of greedy and of sampled rows: what guesses are worth by what is said of them, and what came true."""
+    """What guesses are given, and how many came true: a table of greedy and one of sampled rows."""
     depths = range(1, 1 + max((row.depth for row in rows), default=0))
     tables = []
     for kind in dict.fromkeys(row.rows for row in rows):
@@ -114,11 +114,11 @@ def _reliability_tables(rows: Sequence[Reliability]) -> list[Table]:
         found = {(row.rank, row.depth): row for row in rows if row.rows == kind}
         for rank in sorted({rank for rank, _ in found}):
             cells = [found.get((rank, depth)) for depth in depths]
-            shown = (f"{c.corrected:.0%}, {c.chosen:.0%} of {c.guesses}" if c is not None else "" for c in cells)
+            shown = (f"{c.corrected:.0%} {c.chosen:.0%} {c.guesses}" if c is not None else "" for c in cells)
             table.add_row(str(rank + 1), *shown)
         tables.append(table)
     if tables:
-        tables[0].title = "what guesses of the draft are given, and how many of them came true"
+        tables[0].title = "the draft's guesses: share that they are given, share that came true, how many"
     return tables
 
 
