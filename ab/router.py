@@ -283,7 +283,7 @@ def _inputs(
     Raises:
         ServerError: the request brings settings of its own.
     """
-    if own := [name for name in ("ssv_tier", "ssv_max_divergence") if name in tensors]:
+    if own := [name for name in ("ssv_tier", "ssv_max_divergence", "ssv_policy") if name in tensors]:
         raise ServerError(f"{own[0]} is the arm's to set", "INVALID_ARGUMENT", "ask `ensemble` for it, or leave it out")
     given = dict(tensors)
     if tier is not None:

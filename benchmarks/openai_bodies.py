@@ -120,6 +120,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1, 2),
     "ssv_tier": (*METHODS, "huge"),
     "ssv_max_divergence": (0, 0.03, 1, 1.1, -0.1),
+    "ssv_policy": ({}, {"max_depth": 3}, {"max_pending": 64, "children": [64], "beam": 64}, {"beam": 0},
+        {"beam": 1e300}, {"accept_below": 0.5}, {"pays": False}, {"children": []}, {"x": 1}, "{}"),
     "ssv_timeout": (10, 0.001, 1e-30, 0, 1e30, 1e300),
     "latency_bound_ms": (40, 0.001, 1e-300, 0, -1, 1e300),
     "response_format": FORMATS,

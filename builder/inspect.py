@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from ssv.bundle.manifest import CalibrationEntry, Manifest, read_manifest
+from ssv.bundle.manifest import BundleError, CalibrationEntry, Manifest, read_manifest
 from ssv.bundle.profile import Costs
+from ssv.bundle.survival import Reliability
+from ssv.support.files import read_text
+from ssv.support.json_text import parse_json
+from ssv.support.strict import problems
 from ssv.support.waiting import waiting
+
+CALIBRATION = "calibration.json"
 
 
 def bundle_facts(bundle: Path) -> dict[str, Any]:
-    """The manifest, checked against the files, and the bundle's size in bytes.
+    """The manifest, checked against the files, the bundle's size in bytes, and what came true of the draft's guesses by
+    rank and depth, if that is known (`Reliability`).
 
     Raises:
-        BundleError: see `read_manifest`.
+        BundleError: see `read_manifest`, or its calibration is damaged.
     """
     manifest = _read(bundle)
-    return {**manifest.model_dump(mode="json"), "total_bytes": sum(f.size for f in manifest.files.values())}
+    return {
+        **manifest.model_dump(mode="json"),
+        "total_bytes": sum(f.size for f in manifest.files.values()),
+        "reliability_by_depth": [row.model_dump(mode="json") for row in _reliability(bundle, manifest)],
+    }
 
 
 def print_bundle(bundle: Path) -> None:
@@ -48,6 +61,8 @@ def print_bundle(bundle: Path) -> None:
     console.print(_tier_table(manifest))
     if manifest.calibration is not None:
         console.print(_calibration_line(manifest.calibration), markup=False)
+    for table in _reliability_tables(_reliability(bundle, manifest)):
+        console.print(table)
     for place, costs in manifest.profiles.items():
         console.print(_profile_line(place, costs), markup=False)
     if manifest.engines:
@@ -77,6 +92,34 @@ def _calibration_line(c: CalibrationEntry) -> str:
         f"calibrated on {c.num_prompts} prompts of {c.prompts}, {c.max_tokens} tokens each, "
         f"{f'on {c.date}, ' if c.date else ''}confidence {c.confidence:.0%}, {c.bound_kind} bound: {c.bound_method}"
     )
+
+
+def _reliability(bundle: Path, manifest: Manifest) -> list[Reliability]:
+    if CALIBRATION not in manifest.files:
+        return []
+    try:
+        survival = parse_json(read_text(bundle / CALIBRATION)).get("survival") or {}
+        return [Reliability.model_validate(row) for row in survival.get("reliability_by_depth", ())]
+    except (ValueError, AttributeError, TypeError) as error:
+        wrong = problems(error) if isinstance(error, ValidationError) else error
+        raise BundleError(f"{bundle / CALIBRATION} is damaged ({wrong})", "calibrate the bundle anew") from error
+
+
+def _reliability_tables(rows: Sequence[Reliability]) -> list[Table]:
+    """What guesses are given, and how many came true: a table of greedy and one of sampled rows."""
+    depths = range(1, 1 + max((row.depth for row in rows), default=0))
+    tables = []
+    for kind in dict.fromkeys(row.rows for row in rows):
+        table = Table(f"guess, {kind}", *(f"depth {depth}" for depth in depths))
+        found = {(row.rank, row.depth): row for row in rows if row.rows == kind}
+        for rank in sorted({rank for rank, _ in found}):
+            cells = [found.get((rank, depth)) for depth in depths]
+            shown = (f"{c.corrected:.0%} {c.chosen:.0%} {c.guesses}" if c is not None else "" for c in cells)
+            table.add_row(str(rank + 1), *shown)
+        tables.append(table)
+    if tables:
+        tables[0].title = "the draft's guesses: share that they are given, share that came true, how many"
+    return tables
 
 
 def _profile_line(place: str, costs: Costs) -> str:

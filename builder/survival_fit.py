@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssv.bundle.policy import verify_all
-from ssv.bundle.survival import Survival, log_odds
+from ssv.bundle.policy import Policy, verify_all
+from ssv.bundle.survival import Reliability, Survival, log_odds
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.drafters.model import ModelDrafter
 from ssv.runtime.decode.round import DecodeBatch
@@ -33,6 +33,9 @@ PROBE = verify_all(
 PROBED = 96
 """Prompts that are decoded for it, greedily and sampled."""
 
+KINDS: tuple[Literal["greedy"], Literal["sampled"]] = ("greedy", "sampled")
+"""Of rows: those that choose the likeliest token, and those that sample."""
+
 BINS = 8
 RIDGE = 1.0
 """How many guesses' worth the correction is drawn to none: ranks that are hardly ever right must not run away."""
@@ -44,11 +47,13 @@ class Seen:
 
     Attributes:
         rank: which guess for its place it was, the first being 0.
+        depth: tokens from the text to it: 1 of what follows the text.
         share: what the draft gave it.
         hit: whether the target chose it.
     """
 
     rank: int
+    depth: int
     share: float
     hit: bool
 
@@ -60,29 +65,39 @@ class SurvivalFit:
     Attributes:
         survival: the corrections.
         reliability: rows of what was said, what is said now and what came true, by sampling, rank and eighth.
+        reliability_by_depth: the same by sampling, rank and depth. Corrections know nothing of depths: this is where it
+            would be seen if they had to.
     """
 
     survival: Survival
     reliability: list[dict[str, Any]]
+    reliability_by_depth: list[Reliability]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.survival.model_dump(mode="json"), "reliability": self.reliability}
+        by_depth = [row.model_dump(mode="json") for row in self.reliability_by_depth]
+        tables = {"reliability": self.reliability, "reliability_by_depth": by_depth}
+        return {**self.survival.model_dump(mode="json"), **tables}
 
 
 def watch_guesses(
-    batch: DecodeBatch, prompts: Sequence[Sequence[int]], params: SamplingParams, num_texts: int
+    batch: DecodeBatch,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    num_texts: int,
+    probe: Policy = PROBE,
 ) -> list[Seen]:
-    """Decodes prompts with `PROBE`, one at a time, and notes what the target makes of each guess.
+    """Decodes prompts, one at a time, and notes what the target makes of each guess.
 
     Args:
         batch: over a target and a draft, with nothing corrected yet.
         num_texts: of how many prompts.
+        probe: the trees that are drafted.
     """
     drafter = batch.drafters["model"]
     assert isinstance(drafter, ModelDrafter)
     seen: list[Seen] = []
     for index, prompt_ids in enumerate(prompts[:num_texts]):
-        row = Row(replace(params, seed=index), PROBE, lambda _: False, Counters())
+        row = Row(replace(params, seed=index), probe, lambda _: False, Counters())
         batch.members.begin(prompt_ids, row)
         while (token := batch.members.prefill()) is None:
             pass
@@ -112,34 +127,47 @@ def fit_survival(probe: Callable[[bool], Sequence[Seen]]) -> SurvivalFit:
         ValueError: nothing was seen.
     """
     tables: dict[str, tuple[tuple[float, float], ...]] = {}
-    seen = {name: probe(name == "greedy") for name in ("greedy", "sampled")}
+    seen = {name: probe(name == "greedy") for name in KINDS}
     for name, guesses in seen.items():
         if not guesses:
             raise ValueError("no guess of the draft was judged: calibrate on longer prompts or outputs")
         tables[name] = tuple(_logistic([g for g in guesses if g.rank == rank]) for rank in range(RANKS))
     survival = Survival(**tables)
     return SurvivalFit(
-        survival, [row for name, guesses in seen.items() for row in _reliability(name, guesses, survival)]
+        survival,
+        [row for name, guesses in seen.items() for row in _reliability(name, guesses, survival)],
+        [row for name, guesses in seen.items() for row in reliability_by_depth(name, guesses, survival)],
     )
 
 
 def _logistic(guesses: Sequence[Seen]) -> tuple[float, float]:
-    """Offset and slope of the likeliest correction of log odds, by Newton's method."""
+    """Offset and slope of the likeliest correction of log odds."""
     odds_G = np.array([log_odds(g.share) for g in guesses])
-    hit_G = np.array([g.hit for g in guesses], dtype=float)
     x_G2: NDArray[np.float64] = np.stack((np.ones(len(guesses)), odds_G), axis=1).reshape(-1, 2)
-    prior = np.array([0.0, 1.0])
-    found = prior.copy()
+    found = logistic(x_G2, np.array([g.hit for g in guesses], dtype=float), np.array([0.0, 1.0]))
+    # A share that rises must not fall.
+    return round(float(found[0]), 4), max(round(float(found[1]), 4), 0.05)
+
+
+def logistic(
+    x_GP: NDArray[np.float64], hit_G: NDArray[np.float64], prior_P: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The P weights under which what was seen is likeliest, drawn to a prior by `RIDGE`, by Newton's method.
+
+    Args:
+        x_GP: what is known of each guess.
+        hit_G: 1 of those that were right, else 0.
+    """
+    found = prior_P.copy()
     for _ in range(50):
-        p_G = 1 / (1 + np.exp(-(x_G2 @ found)))
-        gradient = x_G2.T @ (hit_G - p_G) - RIDGE * (found - prior)
-        curvature = (x_G2 * (p_G * (1 - p_G))[:, None]).T @ x_G2 + RIDGE * np.eye(2)
+        p_G = 1 / (1 + np.exp(-(x_GP @ found)))
+        gradient = x_GP.T @ (hit_G - p_G) - RIDGE * (found - prior_P)
+        curvature = (x_GP * (p_G * (1 - p_G))[:, None]).T @ x_GP + RIDGE * np.eye(len(prior_P))
         step = np.linalg.solve(curvature, gradient)
         found = found + np.clip(step, -1.0, 1.0)
         if np.abs(step).max() < 1e-9:
             break
-    # A share that rises must not fall.
-    return round(float(found[0]), 4), max(round(float(found[1]), 4), 0.05)
+    return found
 
 
 def _reliability(name: str, guesses: Sequence[Seen], survival: Survival) -> list[dict[str, Any]]:
@@ -147,17 +175,34 @@ def _reliability(name: str, guesses: Sequence[Seen], survival: Survival) -> list
     for rank in range(RANKS):
         of_rank = sorted((g for g in guesses if g.rank == rank), key=lambda g: g.share)
         for part in np.array_split(np.arange(len(of_rank)), BINS):
-            found = [of_rank[i] for i in part]
-            if found:
-                corrected = [survival.corrected(g.share, rank, greedy=name == "greedy") for g in found]
-                rows.append(
-                    {
-                        "rows": name,
-                        "rank": rank,
-                        "guesses": len(found),
-                        "said": round(float(np.mean([g.share for g in found])), 4),
-                        "corrected": round(float(np.mean(corrected)), 4),
-                        "chosen": round(float(np.mean([g.hit for g in found])), 4),
-                    }
-                )
+            if len(part):
+                means = _means([of_rank[i] for i in part], survival, greedy=name == "greedy")
+                rows.append({"rows": name, "rank": rank, **means})
     return rows
+
+
+def reliability_by_depth(
+    rows: Literal["greedy", "sampled"], guesses: Sequence[Seen], survival: Survival
+) -> list[Reliability]:
+    """What was said of guesses, what is said of them now and what came true, by rank and depth.
+
+    Args:
+        rows: what all the guesses are of.
+    """
+    found: dict[tuple[int, int], list[Seen]] = {}
+    for guess in guesses:
+        found.setdefault((guess.rank, guess.depth), []).append(guess)
+    return [
+        Reliability(rows=rows, rank=rank, depth=depth, **_means(of_place, survival, greedy=rows == "greedy"))
+        for (rank, depth), of_place in sorted(found.items())
+    ]
+
+
+def _means(guesses: Sequence[Seen], survival: Survival, *, greedy: bool) -> dict[str, Any]:
+    corrected = [survival.corrected(g.share, g.rank, greedy=greedy) for g in guesses]
+    return {
+        "guesses": len(guesses),
+        "said": round(float(np.mean([g.share for g in guesses])), 4),
+        "corrected": round(float(np.mean(corrected)), 4),
+        "chosen": round(float(np.mean([g.hit for g in guesses])), 4),
+    }

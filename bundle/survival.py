@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,27 @@ class Survival(Strict):
             return share
         offset, slope = table[min(rank, len(table) - 1)]
         return 1 / (1 + math.exp(-(offset + slope * log_odds(share))))
+
+
+class Reliability(Strict):
+    """What came true of guesses of one rank and depth, on prompts that were kept for that.
+
+    Attributes:
+        rows: whether the likeliest token was chosen, or tokens were sampled.
+        rank: which guess for its place each was, the first being 0.
+        depth: tokens from the text to them: 1 of what follows the text.
+        guesses: how many there were whose parents were right.
+        said, corrected: mean share that the draft gave them, and that they are given now.
+        chosen: share that the target chose.
+    """
+
+    rows: Literal["greedy", "sampled"]
+    rank: Annotated[int, Field(ge=0)]
+    depth: Annotated[int, Field(ge=1)]
+    guesses: Annotated[int, Field(ge=1)]
+    said: Annotated[float, Field(ge=0, le=1)]
+    corrected: Annotated[float, Field(ge=0, le=1)]
+    chosen: Annotated[float, Field(ge=0, le=1)]
 
 
 def log_odds(share: float) -> float:

@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ssv.client.explain import Explanation
 from ssv.runtime.fates import fate_entry
-from ssv.runtime.methods import METHODS, check_num_draft_tokens, policy_of
+from ssv.runtime.methods import METHODS, check_num_draft_tokens, policy_for, policy_of, with_options
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.console import add_device, add_engine, add_precision, add_threads, add_version, run_command
 from ssv.support.errors import UserError
 from ssv.support.imports import collecting_later
+from ssv.support.json_text import parse_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--bundle", type=Path, help="decode here")
     where.add_argument("--url", help="ask a server: grpc://host:8001, or grpcs:// for TLS")
     parser.add_argument("--method", default="premium", choices=METHODS, help="how to decode (default: premium)")
-    parser.add_argument("--num-draft-tokens", type=int, help="of `speculative`; not with --url (default: 5)")
+    parser.add_argument("--num-draft-tokens", type=int, help="of `speculative` (default: 5)")
+    parser.add_argument(
+        "--policy",
+        type=_policy,
+        metavar="JSON",
+        help='what is otherwise in the method\'s policy, as {"max_depth": 4} (default: none)',
+    )
     parser.add_argument("--max-tokens", type=int, default=256, help="of the answer, at most (default: 256)")
     parser.add_argument("--min-tokens", type=int, default=0, help="of the answer, before it may end (default: 0)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
@@ -68,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _policy(text: str) -> dict[str, Any]:
+    try:
+        options = parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, as {{"max_depth": 4}}')
+    return options
+
+
 def _run(args: argparse.Namespace) -> int:
     if any("\udc80" <= char <= "\udcff" for text in args.stop for char in text):
         raise UserError("--stop has bytes that are no UTF-8", "give it as text")
@@ -89,6 +107,11 @@ def _run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"[{args.method}: {summary}]", file=sys.stderr)
     return 0
+
+
+def _refuse_twice(args: argparse.Namespace) -> None:
+    if args.num_draft_tokens is not None and "max_pending" in (args.policy or {}):
+        raise UserError("--num-draft-tokens and max_pending of --policy are the same setting", "give one of them")
 
 
 def _explanation(args: argparse.Namespace) -> Explanation | None:
@@ -122,12 +145,16 @@ def _prompt(given: str) -> str:
 
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     num_draft_tokens = check_num_draft_tokens(args.num_draft_tokens, [args.method])
+    _refuse_twice(args)
     with collecting_later():
         from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
     llm = load_for(args)
     ids = llm.tokenizer.encode(prompt) if args.raw else llm.chat_ids(prompt)
-    request = Request(ids, args.method, params, num_draft_tokens)
+    policy = None
+    if args.policy:
+        policy = with_options(args.method, policy_for(args.method, llm.tiers, num_draft_tokens), args.policy)
+    request = Request(ids, args.method, params, num_draft_tokens, policy)
     explanation = _explanation(args)
     for chunk in llm.stream([request]):
         if explanation is None:
@@ -151,13 +178,18 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     from ssv.client.triton import Client, Settings
 
     unused = {"--engine": args.engine != "torch", "--precision": args.precision, "--device": args.device != "cpu"}
-    unused |= {"--threads": args.threads, "--num-draft-tokens": args.num_draft_tokens}
+    unused |= {"--threads": args.threads}
     if wrong := [name for name, given in unused.items() if given not in (None, False)]:
         raise UserError(
             f"{', '.join(wrong)} cannot be set for a server, which has its own", "give --bundle to decode here"
         )
+    policy = args.policy or {}
+    if args.num_draft_tokens is not None:
+        _refuse_twice(args)
+        policy = {**policy, "max_pending": check_num_draft_tokens(args.num_draft_tokens, [args.method])}
     settings = Settings(
         tier=args.method,
+        policy=policy,
         chat=not args.raw,
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens or None,

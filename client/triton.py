@@ -54,6 +54,7 @@ class Settings:
         tier: premium, balanced or turbo, or any other method of the bundle, for comparison: autoregressive, lookahead,
             prompt-lookup, suffix, medusa, specinfer, eagle or speculative.
         max_divergence: the fastest tier whose measured divergence stays below it, instead of `tier`.
+        policy: what of the tier's policy is to be otherwise, by name: `ssv.runtime.methods.OPTIONS`.
         chat: whether a text is a user's message, or to be continued.
         logprobs, prompt_logprobs: how many of the likeliest tokens stand beside each token of the output, or of the
             prompt, with their log-probabilities; None for none of these.
@@ -69,6 +70,7 @@ class Settings:
 
     tier: str | None = None
     max_divergence: float | None = None
+    policy: Mapping[str, Any] | None = None
     chat: bool = True
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -115,6 +117,7 @@ def request_inputs(prompt: Prompt, settings: Settings, *, stream: bool) -> list[
         ("stream", "BOOL", stream),
         ("ssv_tier", "BYTES", settings.tier),
         ("ssv_max_divergence", "FP32", settings.max_divergence),
+        ("ssv_policy", "BYTES", json.dumps(dict(settings.policy)) if settings.policy else None),
         ("max_tokens", "INT32", settings.max_tokens),
         ("min_tokens", "INT32", settings.min_tokens),
         ("temperature", "FP32", settings.temperature),

@@ -65,7 +65,7 @@ class AsyncClient:
         """
         inputs = request_inputs(prompt, settings, stream=stream)
         model = MODEL
-        if self._is_routed and settings.tier is None and settings.max_divergence is None:
+        if self._is_routed and settings.tier is None and settings.max_divergence is None and not settings.policy:
             model = ROUTER
             if settings.user is not None:
                 inputs.append(user_input(settings.user))

@@ -3,10 +3,16 @@ batch."""
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from ssv.bundle.policy import MAX_PENDING, Policy, TypicalAcceptance, verify_all
 from ssv.runtime.request import NUM_DRAFT_TOKENS, Request, RequestError
+from ssv.support.strict import problems
 
 TIERS = ("premium", "balanced", "turbo")
 """Sparse speculative verification, by what a bundle was calibrated for: the scorer decides which drafted tokens are
@@ -59,6 +65,25 @@ PREMIUM = verify_all(32, children=(4,), beam=8, pays=True)
 """Lossless, and never slower: the tree that saves most at what steps cost here, none where none does."""
 
 
+_TREE = ("max_pending", "children", "beam", "max_depth")
+_WHEN = ("verify_above", "risk_budget")
+_BY_MODEL = (*_TREE, "pays", *_WHEN)
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "autoregressive": (),
+    "lookahead": _TREE,
+    "prompt-lookup": ("max_pending", "pays", *_WHEN),
+    "suffix": (*_TREE, "pays"),
+    "medusa": (*_TREE, "pays"),
+    "medusa-typical": (*_TREE, "typical"),
+    "specinfer": _BY_MODEL,
+    "eagle": _BY_MODEL,
+    "speculative": _BY_MODEL,
+    **dict.fromkeys(TIERS, _BY_MODEL),
+}
+"""What of each method's policy a request may have otherwise: fields of `Policy` that change how it drafts, and nothing
+that its name promises."""
+
 _FIXED = {
     "autoregressive": AUTOREGRESSIVE,
     "lookahead": LOOKAHEAD,
@@ -109,6 +134,64 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
             f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`"
         )
     return tiers[method]
+
+
+def with_options(method: str, policy: Policy, options: Mapping[str, Any]) -> Policy:
+    """A method's policy with some of its numbers changed: one that promises what the method does.
+
+    Args:
+        policy: the method's.
+        options: values as JSON has them, of the fields in `OPTIONS`. Of `typical` one of its numbers is enough; None is
+            as if it were left out.
+
+    Raises:
+        RequestError: the method has no such option, a value is none that it can have, or the output would not be what
+            the method promises any more.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if not options:
+        return policy
+    if not (policy.lossless or policy.typical is not None):
+        raise RequestError(
+            f"{method} is lossy, and its bound on divergence is that of its own policy",
+            "leave its options out, or choose premium, which drafts the same trees",
+        )
+    known = OPTIONS[method]
+    if wrong := next((name for name in options if name not in known), None):
+        near = next(iter(difflib.get_close_matches(wrong, known, 1)), None)
+        has = f"{method} has {', '.join(known)}" if known else f"{method} has none: leave it out"
+        raise RequestError(f"{wrong[:64]}: {_why_not(wrong, method)}", f"use {near}, or leave it out" if near else has)
+    fields = policy.model_dump(mode="json")
+    for name, value in options.items():
+        is_part = name == "typical" and isinstance(value, Mapping)
+        fields[name] = {**fields[name], **value} if is_part else value
+    try:
+        # As JSON, in which a list is a tuple and nothing else is what it is not: no text a number, no flag a count.
+        changed = Policy.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        raise RequestError(problems(error), f"see docs/methods.md for what {method} can have") from error
+    if changed.max_pending > MAX_PENDING:
+        raise RequestError(
+            f"max_pending: {changed.max_pending} is too much", f"give at most {MAX_PENDING}, all that may be pending"
+        )
+    if not changed.is_chain and (asking := [name for name in _WHEN if name in options]):
+        raise RequestError(
+            f"{asking[0]}: a tree is verified when it is whole, only chains ask for their pass sooner",
+            'leave it out, or give "children": [1] too',
+        )
+    return changed
+
+
+def _why_not(option: str, method: str) -> str:
+    if option == "num_draft_tokens":
+        return "the drafted tokens of a chain are max_pending here"
+    if option == "drafter":
+        return "who drafts is what a method is, and another method drafts in another way"
+    if option == "accept_below":
+        return "trusted tokens are lossy, and only calibrated tiers have a bound on that"
+    if option in Policy.model_fields:
+        return f"it changes nothing of {method}"
+    return "there is no such option"
 
 
 def check_num_draft_tokens(given: int | None, methods: Sequence[str]) -> int:

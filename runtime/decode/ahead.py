@@ -21,7 +21,9 @@ from ssv.runtime.decode.pace import Mean
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import LEAST_TEMPERATURE
 from ssv.runtime.engines.contract import (
+    MOST_CHILDREN,
     MOST_ENDS,
+    MOST_NODES,
     NOT_CORRECTED,
     RoundResult,
     RoundRow,
@@ -38,9 +40,6 @@ MOST_DEPTH = 16
 
 ROUNDS_OF_A_CHOICE = 8
 """Rounds that trees keep their shape for: choosing one takes the host a good part of a round."""
-
-MOST_GUESSES = 1024
-"""Candidates of a tree."""
 
 
 class _HostShare:
@@ -207,7 +206,7 @@ class Ahead:
         if not self.is_under_way and not all(map(self._suits, rows)):
             return None
         self._samples = _sample(rows)
-        most = self._rounds.most_tokens // num - 1
+        most = min(self._rounds.most_tokens // num - 1, MOST_NODES)
         if most < 0:
             return None
         if is_plain or any(row.has_lost_draft for row in rows):
@@ -221,7 +220,7 @@ class Ahead:
         if not nodes:
             return self._round(None, 0)
         tree = TreeShape(levels, policy.beam, policy.children[0])
-        if nodes > most or num * tree.opened(levels) > self._rounds.most_tokens or tree.firsts[-1] > MOST_GUESSES:
+        if nodes > most or num * tree.opened(levels) > self._rounds.most_tokens or not tree.has_room:
             return None
         return self._round(tree, nodes)
 
@@ -255,8 +254,10 @@ class Ahead:
             if not levels:
                 return self._round(None, 0)
             # With branches also where they are not verified: what these would be worth is told.
-            beam = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows)
-            return self._round(TreeShape(levels, beam, policy.children[0]), nodes)
+            beam, children = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows), policy.children[0]
+            while beam > 1 and not TreeShape(levels, beam, children).has_room:
+                beam -= 1
+            return self._round(TreeShape(levels, beam, children), nodes)
 
         levels, nodes = self._drafter.levels(policy).worth_nodes(
             num_rows,
@@ -287,6 +288,7 @@ class Ahead:
             self._is_by_model(row)
             and (row.params.greedy or row.policy.lossless_for(greedy=False))
             and len(row.policy.children) == 1
+            and row.policy.children[0] <= MOST_CHILDREN
         )
 
     def _suits(self, row: Row) -> bool:

@@ -145,6 +145,16 @@ class Engine(Protocol):
         ...
 
 
+MOST_CHILDREN = 16
+"""Of a node, and nodes of a level that get children, that engines which grow trees by themselves have room for."""
+
+MOST_GUESSES = 1024
+"""Of such a tree, whether they are kept or not."""
+
+MOST_NODES = 63
+"""Beside the root, of a tree that such an engine has verified without the host."""
+
+
 @dataclass(frozen=True, slots=True)
 class TreeShape:
     """What an engine grows without asking: a tree of guesses that are chosen greedily.
@@ -162,6 +172,11 @@ class TreeShape:
     def opened(self, level: int) -> int:
         """How many nodes of a level get children; of level 0 it is the root."""
         return min(self.beam, self.children**level)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether every engine that grows trees by itself can grow this one, if it has not too many levels for it."""
+        return max(self.beam, self.children) <= MOST_CHILDREN and self.firsts[-1] <= MOST_GUESSES
 
     @property
     def firsts(self) -> list[int]:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from ssv.bundle.manifest import Manifest
+from ssv.bundle.policy import Policy
 from ssv.runtime.grammar import grammar_of, guide_of
-from ssv.runtime.methods import METHODS, NEEDS_HEADS, baselines, policy_for
+from ssv.runtime.methods import METHODS, NEEDS_HEADS, baselines, policy_for, with_options
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.tokenizer import BundleTokenizer
 from ssv.support.json_text import parse_json
@@ -47,6 +48,7 @@ STRINGS = (
     "guided_decoding_guide_type",
     "guided_decoding_guide",
     "ssv_tier",
+    "ssv_policy",
 )
 STRING_LISTS = ("stop_words", "bad_words")
 TOKEN_LISTS = ("input_ids", "stop_token_ids")
@@ -113,6 +115,9 @@ _ELSEWHERE = {
     "stop": "stop_words",
     "max_completion_tokens": "max_tokens",
     "tier": "ssv_tier",
+    "policy": "ssv_policy",
+    "num_draft_tokens": "ssv_policy",
+    "num_speculative_tokens": "ssv_policy",
     "timeout": "ssv_timeout",
     "response_format": "guided_decoding_guide_type",
     "structured_outputs": "guided_decoding_guide_type",
@@ -170,19 +175,24 @@ class Settings:
         method: see `ssv.runtime.methods.METHODS`.
         stream: whether chunks are wanted, or one response at the end.
         timeout: seconds after which it ends with what it has; None for none.
+        policy: the method's, with what the request has otherwise; None for the method's own.
     """
 
     method: str
     params: SamplingParams
     stream: bool
     timeout: float | None
+    policy: Policy | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        policy = self.policy.model_dump(mode="json") if self.policy is not None else None
+        return json.dumps({**asdict(self), "policy": policy})
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
         fields = json.loads(text)
+        if fields["policy"] is not None:
+            fields["policy"] = Policy.model_validate(fields["policy"])
         params = fields.pop("params")
         params |= {name: tuple(params[name]) for name in ("stop", "stop_token_ids")}
         params |= {name: tuple(map(tuple, params[name])) for name in ("logit_bias", "bad_token_ids")}
@@ -226,7 +236,9 @@ class Intake:
         timeout = fields.get("ssv_timeout")
         if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
             raise RequestError(f"ssv_timeout {timeout} must be above 0 seconds")
-        return prompt, Settings(self._method(fields, params.greedy), params, bool(fields.get("stream", False)), timeout)
+        method = self._method(fields, params.greedy)
+        policy = self._policy(fields, method)
+        return prompt, Settings(method, params, bool(fields.get("stream", False)), timeout, policy)
 
     def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
         text, messages = fields.get("text_input", ""), fields.get("ssv_messages", "")
@@ -337,6 +349,23 @@ class Intake:
             )
         policy_for(tier, self._manifest.policies)
         return tier
+
+    def _policy(self, fields: Mapping[str, Any], method: str) -> Policy | None:
+        """The method's policy with the options that the request gives; None where it gives none."""
+        text = fields.get("ssv_policy", "")
+        options = _json("ssv_policy", text) if text else {}
+        if not isinstance(options, dict):
+            raise RequestError('ssv_policy must be a JSON object of options, as {"max_depth": 4}')
+        if not options:
+            return None
+        if "ssv_max_divergence" in fields and not fields.get("ssv_tier"):
+            raise RequestError(
+                "ssv_policy has options of a tier, and ssv_max_divergence leaves open which tier it is", "give ssv_tier"
+            )
+        try:
+            return with_options(method, policy_for(method, self._manifest.policies), options)
+        except RequestError as error:
+            raise RequestError(f"ssv_policy: {error.what}", error.cure) from error
 
     def _bound(self, method: str, greedy: bool) -> float:
         """The bound on the divergence of a method's greedy or sampled output; infinite where none is known."""

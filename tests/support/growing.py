@@ -144,6 +144,7 @@ class GrowingFakeDraft(FakeDraft):
         corrections: Corrections,
     ) -> list[Grown | None]:
         self.num_grown += 1
+        assert shape.has_room
         assert int(count_B.sum()) <= self.most_growing
         assert int((count_B > 0).sum()) * shape.opened(shape.levels) <= self.most_growing
         return grow_by_stepping(self, input_ids_BT, first_slot_B, count_B, features_in_BTF, shape, corrections)

@@ -21,6 +21,7 @@ from ssv.runtime.engines.contract import (
     GAIN_SIZES,
     MOST_ENDS,
     MOST_IN_FLIGHT,
+    MOST_NODES,
     NOT_CORRECTED,
     Corrections,
     Engine,
@@ -130,6 +131,7 @@ class FakeRounds:
         assert self.in_flight < MOST_IN_FLIGHT
         assert not self.shapes or not self._given or (self.shapes[-1].tree is None) == (shape.tree is None)
         assert len(self._states) * (1 + shape.nodes) <= self.most_tokens
+        assert shape.nodes <= MOST_NODES and (shape.tree is None or shape.tree.has_room)
         assert shape.samples == any(state.row.temperature > 0 for state in self._states)
         self.shapes.append(shape)
         planted = self._trees(shape)

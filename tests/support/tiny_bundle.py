@@ -22,7 +22,7 @@ from ssv.builder.survival_fit import SurvivalFit
 from ssv.bundle.manifest import Manifest, read_manifest
 from ssv.bundle.policy import Policy
 from ssv.bundle.profile import Costs, Curve
-from ssv.bundle.survival import Survival
+from ssv.bundle.survival import Reliability, Survival
 from ssv.model.checkpoint import hf_config
 from ssv.support.progress import Report, silent
 
@@ -99,7 +99,8 @@ class Calibrator:
             return Trial(policy, accept_below / 10, accept_below / 20, accept_below / 8, 0.5, 1.5, 1.0, 0.6)
 
         tiers = {"premium": trial(0.0), **{name: trial(0.1) for name in config.limits}}
-        survival = SurvivalFit(Survival(greedy=((0.1, 0.9),), sampled=((0.0, 0.8),)), [])
+        seen = Reliability(rows="greedy", rank=0, depth=2, guesses=40, said=0.5, corrected=0.625, chosen=0.75)
+        survival = SurvivalFit(Survival(greedy=((0.1, 0.9),), sampled=((0.0, 0.8),)), [], [seen])
         return Calibration(list(tiers.values()), tiers, COSTS, survival)
 
 

@@ -11,7 +11,7 @@ from triton_asks import Stream, is_final, tensor, value
 
 from ssv.client.triton import Client, Reply, Settings
 from ssv.runtime.llm import LLM
-from ssv.runtime.methods import METHODS
+from ssv.runtime.methods import METHODS, policy_for, with_options
 from ssv.runtime.request import Output, Request, SamplingParams
 
 LOSSLESS = tuple(method for method in METHODS if method not in ("medusa-typical", "balanced", "turbo"))
@@ -205,6 +205,34 @@ def test_messages(server: Server, llm: LLM) -> None:
     with Client(server.grpc_url) as client:
         replies = list(client.stream(messages, Settings(max_tokens=20)))
     assert text_of(replies) == expected.text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("eagle", {"max_pending": 12, "children": [3], "beam": 3, "max_depth": 4}),
+        ("speculative", {"max_pending": 2}),
+        ("lookahead", {"beam": 3, "max_depth": 2, "children": [2], "max_pending": 9}),
+        ("premium", {"children": [40], "beam": 64, "max_pending": 64, "pays": False}),
+    ],
+)
+def test_options_of_a_method(
+    server: Server, llm: LLM, method: str, options: dict[str, Any], temperature: float
+) -> None:
+    """They change what is drafted as they do in this process, and no text."""
+    case = Case(QUESTION, method, max_tokens=32, temperature=temperature, seed=3)
+    policy = with_options(method, policy_for(method, llm.tiers), options)
+    here = llm.generate([Request(llm.chat_ids(QUESTION), method, SamplingParams(**case.sampling), policy=policy)])[0]
+    with Client(server.grpc_url) as client:
+        replies = list(client.stream(QUESTION, Settings(tier=method, policy=options, **case.sampling)))
+    assert (
+        text_of(replies)
+        == here.text
+        == Case(QUESTION, "autoregressive", max_tokens=32, temperature=temperature, seed=3).here(llm).text
+    )
+    assert (replies[-1].tier, replies[-1].lossless) == (method, True)
+    assert replies[-1].drafted == here.counters.drafted != case.here(llm).counters.drafted
 
 
 def test_loosest_tier_within_a_bound(server: Server) -> None:

@@ -291,6 +291,18 @@ def test_documented_curl_of_a_stream(server: Server) -> None:
     assert "".join(json.loads(event.removeprefix("data: "))["text_output"] for event in events) == whole
 
 
+def test_curl_with_options_of_a_method(server: Server) -> None:
+    """They are a text, as Triton has no type for an object."""
+    asked = {"text_input": "The sea is", "max_tokens": 8, "ignore_eos": True, "ssv_tier": "eagle"}
+    drafted = [
+        curl(server, "generate", json.dumps(asked | fields))[1]["ssv_draft_tokens"]
+        for fields in ({}, {"ssv_policy": '{"max_pending": 4, "max_depth": 2}'})
+    ]
+    assert 0 < drafted[1] <= 4 * 8 < drafted[0]
+    status, body = curl(server, "generate", json.dumps(asked | {"ssv_policy": '{"beam": 0}'}))
+    assert status == 400 and "ssv_policy: beam: Input should be greater" in body["error"]
+
+
 def test_curl_with_bad_words_gets_an_answer_without_them(server: Server) -> None:
     asked = {"text_input": "What is ML?", "max_tokens": 20}
     texts = [

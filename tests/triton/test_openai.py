@@ -375,6 +375,16 @@ def test_a_conversation_goes_on_and_its_beginning_is_in_the_cache(client: OpenAI
     assert (second.usage.prompt_tokens_details.cached_tokens or 0) > 0
 
 
+def test_options_of_a_method_change_its_draft_and_no_text(client: OpenAI, name: str) -> None:
+    asked: dict[str, Any] = {"model": f"{name}:eagle", "prompt": "The sea is", "max_tokens": 16, "temperature": 0}
+    plain = client.completions.create(**asked)
+    narrow = client.completions.create(**asked, extra_body={"ssv_policy": {"max_pending": 4, "max_depth": 2}})
+    assert narrow.choices[0].text == plain.choices[0].text
+    assert disclosed(narrow)["tier"] == "eagle" and disclosed(narrow)["lossless"]
+    drafted = [each.model_dump()["metrics"]["speculative_decoding"]["num_draft_tokens"] for each in (narrow, plain)]
+    assert 0 < drafted[0] < drafted[1]
+
+
 def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, name: str) -> None:
     answer = client.completions.create(model=name, prompt="Hi", max_tokens=4, extra_body={"ssv_max_divergence": 0.0})
     assert disclosed(answer)["lossless"]
@@ -393,6 +403,8 @@ def test_a_bound_of_divergence_chooses_the_tier(client: OpenAI, name: str) -> No
         ({"best_of": 2}, "best_of is not supported"),
         ({"extra_body": {"top": 5}}, "top is unknown"),
         ({"extra_body": {"ssv_tier": "turbo", "ssv_max_divergence": 0.001}}, "exceeds ssv_max_divergence"),
+        ({"extra_body": {"ssv_tier": "turbo", "ssv_policy": {"beam": 2}}}, "ssv_policy: turbo is lossy"),
+        ({"extra_body": {"ssv_tier": "eagle", "ssv_policy": {"max_dept": 2}}}, "use max_depth"),
     ],
 )
 def test_what_cannot_be_is_refused_and_says_why(

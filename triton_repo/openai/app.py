@@ -22,12 +22,12 @@ changes, and of every token that it says, the last one included.
 common with the other two is `ssv.triton_repo.openai.fields.AnsweredRequest`.
 
 Beyond OpenAI: top_k, min_p, min_tokens, ignore_eos, repetition_penalty, stop_token_ids and bad_words, named as in vLLM;
-ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; ssv_timeout,
-seconds after which an answer ends with what there is ("length"); latency_bound_ms, milliseconds since the last pass
-after which pending tokens are verified; and ssv_fates, with which each choice, or each of its
-chunks with text, says under `ssv_fates` how its tokens came about (`ssv.runtime.fates`). Responses disclose under `ssv`
-what was done: the whole of it, or each choice's last chunk. `divergence_bound` there is what the tier was calibrated
-to.
+ssv_tier, which says the same as a model's suffix; ssv_max_divergence for the fastest tier within it; ssv_policy, an
+object of what is otherwise in the tier's policy (`ssv.runtime.methods.OPTIONS`); ssv_timeout, seconds after which an
+answer ends with what there is ("length"); latency_bound_ms, milliseconds since the last pass after which pending tokens
+are verified; and ssv_fates, with which each choice, or each of its chunks with text, says under `ssv_fates` how its
+tokens came about (`ssv.runtime.fates`). Responses disclose under `ssv` what was done: the whole of it, or each choice's
+last chunk. `divergence_bound` there is what the tier was calibrated to.
 
 With `stream_options` {"continuous_usage_stats": true} every chunk has the usage so far, as with vLLM.
 

@@ -168,6 +168,7 @@ _SAME_HERE = (
     "seed",
     "ssv_tier",
     "ssv_max_divergence",
+    "ssv_policy",
     "ssv_timeout",
     "latency_bound_ms",
 )

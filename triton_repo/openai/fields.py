@@ -142,5 +142,6 @@ class AnsweredRequest(CleanBody):
     prompt_cache_retention: Annotated[Any, only("in_memory", "in-memory", "24h")] = None
     ssv_tier: str | None = None
     ssv_max_divergence: Annotated[float, Field(ge=0, le=1)] | None = None
+    ssv_policy: dict[str, Any] | None = None
     ssv_timeout: Annotated[float, Field(gt=0)] | None = None
     latency_bound_ms: Annotated[float, Field(gt=0)] | None = None

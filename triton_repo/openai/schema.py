@@ -76,6 +76,7 @@ class ApiRequest(AnsweredRequest):
         return Settings(
             tier=tier,
             max_divergence=self.ssv_max_divergence,
+            policy=self.ssv_policy,
             chat=False,
             max_tokens=self.output_limit(),
             min_tokens=self.min_tokens,

@@ -30,6 +30,7 @@ from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.row import Row, padded
 from ssv.runtime.decode.tree import ROOT, branches_of
 from ssv.runtime.engines.contract import (
+    MOST_CHILDREN,
     NOT_CORRECTED,
     Corrections,
     Engine,
@@ -211,7 +212,7 @@ class ModelDrafter(Drafter):
             # What a request changes of its logits, such as an end that comes too early, is the host's to change.
             processor = rows[b].processor
             is_plain = processor is None or processor.is_idle(rows[b].output_index(0))
-            if params.greedy and is_plain and len(policy.children) == 1:
+            if params.greedy and is_plain and len(policy.children) == 1 and policy.children[0] <= MOST_CHILDREN:
                 alike.setdefault((policy.children, policy.beam, policy.max_depth, policy.pays), []).append(b)
             elif policy.pays:
                 growing.growth.open = []
@@ -229,7 +230,7 @@ class ModelDrafter(Drafter):
     ) -> bool:
         """Grows trees of one shape in some rows, if there is room, and it pays where it has to; tells whether."""
         policy = rows[chosen[0]].policy
-        beam = min(policy.beam, engine.most_growing // len(chosen))
+        beam = min(policy.beam, engine.most_growing // len(chosen), MOST_CHILDREN)
         levels = max(min(rows[b].rest, policy.max_depth or limits[b], limits[b]) for b in chosen)
         levels = min(levels, MOST_LEVELS, 1 + (MAX_PENDING - 1) // max(beam, 1))
         counts = [len(row.tokens) - self._offset - row.draft_length if b in chosen else 0 for b, row in enumerate(rows)]
@@ -469,14 +470,14 @@ class ModelDrafter(Drafter):
                 tokens[r] = token
         return list(zip(tokens, risks, strict=True))
 
-    def guess_of(self, b: int, node: int) -> tuple[int, float]:
-        """Which guess for its place a node of row `b`'s tree was, the first being 0, and the share that it was
-        given."""
+    def guess_of(self, b: int, node: int) -> tuple[int, int, float]:
+        """Which guess for its place a node of row `b`'s tree was, the first being 0, its depth, 1 behind the text, and
+        the share that it was given."""
         growth = self._growing[b].growth
         own = growth.candidate_of[node]
-        parent = growth.candidates[own].parent
-        rank = sum(candidate.parent == parent for candidate in growth.candidates[:own])
-        return rank, growth.candidates[own].guess.share
+        it = growth.candidates[own]
+        rank = sum(candidate.parent == it.parent for candidate in growth.candidates[:own])
+        return rank, it.depth, it.guess.share
 
     def candidates(self, b: int) -> Sequence[Candidate]:
         """All that has been guessed for row `b` in this round, whether it is kept or not."""

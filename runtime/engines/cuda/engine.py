@@ -24,6 +24,8 @@ from ssv.model.draft import Draft, FeatureTap
 from ssv.model.scorer import Scorer
 from ssv.model.spec import DecoderSpec
 from ssv.runtime.engines.contract import (
+    MOST_CHILDREN,
+    MOST_GUESSES,
     Branches,
     Corrections,
     EngineError,
@@ -56,7 +58,7 @@ from ssv.runtime.engines.cuda.launching import (
     width_for,
 )
 from ssv.runtime.engines.cuda.packing import PAIR, inputs_of
-from ssv.runtime.engines.cuda.weights import MOST_CHILDREN, MOST_FOUND, SLICES, Buffers, Weights
+from ssv.runtime.engines.cuda.weights import SLICES, Buffers, Weights
 from ssv.runtime.engines.kv_cache import KVCache
 from ssv.runtime.engines.torch_engine import vocabulary_ids
 
@@ -374,7 +376,7 @@ class CudaEngine:
             *self._sifted(), ids, extra, *self._scorer_at(),
             b.hidden_RH.data_ptr(), *joined, b.corrections.data_ptr(), settings, b.found.data_ptr(),
             b.survival.data_ptr(), b.candidate.data_ptr(), b.path.data_ptr(), self.vocab_size, self.spec.hidden_size,
-            self._uses_hidden, beam, children, MOST_FOUND, self.spec.rms_norm_eps,
+            self._uses_hidden, beam, children, MOST_GUESSES, self.spec.rms_norm_eps,
         ))  # fmt: skip
 
     def _enqueue_sifting(self, launch: Launcher, shape: Shape, count: int) -> None:
@@ -447,8 +449,8 @@ class CudaEngine:
         sizes = {"beam": shape.beam, "children": shape.children, "levels": shape.levels}
         if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= MOST_CHILDREN]:
             raise EngineError(f"trees of {', '.join(wrong)}: 1 to {MOST_CHILDREN} are possible")
-        if (num := shape.firsts[-1]) > MOST_FOUND:
-            raise EngineError(f"trees of {num} guesses: there is room for {MOST_FOUND}")
+        if (num := shape.firsts[-1]) > MOST_GUESSES:
+            raise EngineError(f"trees of {num} guesses: there is room for {MOST_GUESSES}")
         if num_slots > self.max_length:
             raise EngineError(f"trees reach slot {num_slots - 1}, the cache holds {self.max_length}")
 

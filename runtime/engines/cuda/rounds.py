@@ -20,6 +20,7 @@ from torch import Tensor
 from ssv.runtime.engines.contract import (
     GAIN_SIZES,
     MOST_ENDS,
+    MOST_GUESSES,
     MOST_IN_FLIGHT,
     NOT_CORRECTED,
     Corrections,
@@ -43,7 +44,6 @@ from ssv.runtime.engines.cuda.launching import (
     key_blocks_for,
     width_for,
 )
-from ssv.runtime.engines.cuda.weights import MOST_FOUND
 
 KERNELS = ("plant", "lay", "settle", "compact")
 
@@ -289,7 +289,7 @@ class CudaRounds:
                 raise EngineError("a round with a draft behind rounds without: end them first")
             if (
                 num * tree.opened(tree.levels) > self.most_tokens
-                or tree.firsts[-1] > MOST_FOUND
+                or tree.firsts[-1] > MOST_GUESSES
                 or tree.levels > LEVELS
             ):
                 raise EngineError(f"{num} trees of {tree}: there is no room for their levels")

@@ -11,18 +11,12 @@ from ssv.model.decoder import Decoder, Layer
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.quantized import AwqLinear, QuantizedLinear
 from ssv.model.spec import DecoderSpec
-from ssv.runtime.engines.contract import NOT_CORRECTED, Corrections
+from ssv.runtime.engines.contract import MOST_CHILDREN, MOST_GUESSES, NOT_CORRECTED, Corrections
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.packing import PAIR, TILE, interleave, packed
 
 KEYS = 256
 """Keys that a block of the attention kernel takes."""
-
-MOST_CHILDREN = 16
-"""Of a node, most nodes of a level that get children, and most levels."""
-
-MOST_FOUND = 1024
-"""Candidates of a row's tree: 16 levels of 4 children for 16 nodes each, or 7 of 9 for 16."""
 
 FEW_TILES = 256
 """A product with fewer tiles of channels has MOST_WARPS warps a block, or a multiprocessor would have little to do; one
@@ -149,7 +143,7 @@ class Buffers:
         # Of rows that sample; see S_TEMPERATURE of step.cuh.
         self.settings = torch.zeros(places.TOKENS, places.SETTINGS, dtype=torch.int32, device=device)
         self.extra = torch.zeros(places.TOKENS, device=device)
-        self.found = torch.zeros(places.TOKENS, MOST_FOUND, 4, dtype=torch.int32, device=device)
+        self.found = torch.zeros(places.TOKENS, MOST_GUESSES, 4, dtype=torch.int32, device=device)
         self.survival, self.candidate = room(MOST_CHILDREN), room(MOST_CHILDREN, torch.int32)
         self.path = room(MOST_CHILDREN * MOST_CHILDREN, torch.int32)
         self._found_host = torch.zeros(self.found.shape, dtype=torch.int32, pin_memory=True)

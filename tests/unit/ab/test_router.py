@@ -277,7 +277,7 @@ def test_arms_of_other_servers_are_asked_there_without_our_certificate(
     run(test())
 
 
-@pytest.mark.parametrize("name", ["ssv_tier", "ssv_max_divergence"])
+@pytest.mark.parametrize("name", ["ssv_tier", "ssv_max_divergence", "ssv_policy"])
 def test_a_request_with_settings_of_an_arm_is_refused(make: Callable[..., Stage], name: str) -> None:
     async def test() -> None:
         stage = make(**SHADOW)

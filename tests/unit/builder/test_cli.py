@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_bundle import COSTS, Calibrator, build, write_recipe
 from ssv.builder import cli
 from ssv.builder.calibrate import Calibration
 from ssv.builder.config import CalibrationConfig
-from ssv.bundle.manifest import read_manifest
+from ssv.bundle.manifest import file_entry, read_manifest
 from ssv.bundle.profile import Conditions
 from ssv.runtime.llm import LLM
 
@@ -120,3 +121,29 @@ def test_a_profile_of_a_busy_machine_says_so(
         assert "other processes took 1.3 of the cores" in warned[0] and "repeat this on an idle machine" in warned[0]
         assert cli.main(["inspect", "--bundle", str(bundle)]) == 0
         assert "may be wrong, as other processes took 1.3" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_shows_what_came_true_by_rank_and_depth(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--bundle", str(bundle)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (at,) = [i for i, line in enumerate(lines) if "greedy" in line]
+    assert [word for word in lines[at] if word.isalnum()] == ["greedy", "depth", "1", "depth", "2"]
+    assert lines[at + 2][-4:-1] == ["62%", "75%", "40"]
+    assert cli.main(["inspect", "--bundle", str(bundle), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["reliability_by_depth"]
+    assert (row["rank"], row["depth"], row["corrected"], row["chosen"]) == (0, 2, 0.625, 0.75)
+
+
+@pytest.mark.parametrize(("rows", "said"), [([{"rank": 0}], "depth: Field required"), (7, "not iterable")])
+def test_a_damaged_table_is_an_error(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: object, said: str
+) -> None:
+    """Of a file that the manifest has the hash of: whoever wrote it wrote both."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    path, manifest_path = tmp_path / "bundle/calibration.json", tmp_path / "bundle/manifest.json"
+    path.write_text(json.dumps({"survival": {"reliability_by_depth": rows}}))
+    manifest = json.loads(manifest_path.read_text())
+    manifest["files"]["calibration.json"] = file_entry(path).model_dump()
+    manifest_path.write_text(json.dumps(manifest))
+    assert cli.main(["inspect", "--bundle", str(tmp_path / "bundle")]) == 2
+    assert re.search(f"calibration.json is damaged .*{said}", capsys.readouterr().err)

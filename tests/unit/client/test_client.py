@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from tritonclient.utils import InferenceServerException
 
 from ssv.client.cli import main
 from ssv.client.triton import Client, ServerError, Settings, request_inputs, server_error, split_url
+from ssv.runtime.reply import Reply
 from ssv.support.errors import UserError
 
 
@@ -77,7 +79,71 @@ def test_no_server() -> None:
         next(client.stream("a", Settings()))
 
 
-@pytest.mark.parametrize("option", [["--precision", "int8"], ["--num-draft-tokens", "3"]])
+@pytest.mark.parametrize("option", [["--precision", "int8"], ["--threads", "3"]])
 def test_what_is_the_servers_to_say_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--url", "grpc://127.0.0.1:9", *option, "hello"]) == 2
     assert "cannot be set for a server" in capsys.readouterr().err
+
+
+class Asked:
+    """Stands for the client; keeps what a server is asked."""
+
+    settings: Settings | None = None
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> Asked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stream(self, prompt: str, settings: Settings) -> Iterator[Reply]:
+        Asked.settings = settings
+        raise ServerError("asked", "UNAVAILABLE")
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ([], {}),
+        (["--policy", '{"max_depth": 3, "children": [4]}'], {"max_depth": 3, "children": [4]}),
+        (["--method", "speculative", "--num-draft-tokens", "3"], {"max_pending": 3}),
+        (
+            ["--method", "speculative", "--num-draft-tokens", "3", "--policy", '{"risk_budget": 0.5}'],
+            {"max_pending": 3, "risk_budget": 0.5},
+        ),
+    ],
+)
+def test_a_server_is_asked_for_what_the_options_say_of_the_policy(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], policy: dict[str, object]
+) -> None:
+    monkeypatch.setattr("ssv.client.triton.Client", Asked)
+    assert main(["--url", "grpc://127.0.0.1:9", *options, "hello"]) == 2
+    assert Asked.settings is not None and Asked.settings.policy == policy
+    tensors = {t.name(): t for t in request_inputs("hello", Asked.settings, stream=True)}
+    assert json.loads(tensors["ssv_policy"]._get_content()[4:] if policy else "{}") == policy
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num-draft-tokens", "3"], "--num-draft-tokens is of the method speculative, not of premium"),
+        (["--policy", "{"], "'{' is not JSON"),
+        (["--policy", "3"], "'3' is no JSON object"),
+        (
+            ["--method", "speculative", "--num-draft-tokens", "3", "--policy", '{"max_pending": 4}'],
+            "--num-draft-tokens and max_pending of --policy are the same setting: give one of them",
+        ),
+    ],
+)
+@pytest.mark.parametrize("where", [["--url", "grpc://127.0.0.1:9"], ["--bundle", "/nowhere"]])
+def test_options_of_a_policy_that_cannot_be(
+    where: list[str], options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert main([*where, *options, "hello"]) == 2
+    except SystemExit as error:  # argparse's own
+        assert error.code == 2
+    assert says in " ".join(capsys.readouterr().err.replace("hint: ", "").split()).replace(" give one", ": give one")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ssv.bundle.policy import Policy, verify_all
+from ssv.bundle.policy import Policy, TypicalAcceptance, verify_all
 from ssv.runtime.counters import Counters
-from ssv.runtime.methods import METHODS, policy_for, policy_of
+from ssv.runtime.methods import LOOKAHEAD, METHODS, OPTIONS, policy_for, policy_of, with_options
 from ssv.runtime.request import Request, RequestError, SamplingParams
 
 INVALID: list[dict[str, Any]] = [
@@ -279,3 +279,102 @@ def test_a_request_may_bring_its_own_policy() -> None:
     assert policy_of(Request((1,), "premium"), {"premium": PREMIUM}) is PREMIUM
     with pytest.raises(RequestError, match="unknown method 'mine'"):
         policy_of(Request((1,), "mine"), {})
+
+
+# --- options of a method's policy -----------------------------------------------------------------------------------
+
+
+def test_every_method_says_which_options_it_has() -> None:
+    assert set(OPTIONS) == set(METHODS)
+    assert {name for options in OPTIONS.values() for name in options} < set(Policy.model_fields)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_give_a_policy_that_keeps_what_the_method_promises(method: str) -> None:
+    """All that a method has, at other values; the published ones stand where nothing is said."""
+    policy = policy_for(method, {"premium": PREMIUM, "balanced": PREMIUM, "turbo": PREMIUM})
+    values: dict[str, Any] = {"max_pending": 12, "children": [3], "beam": 2, "max_depth": 3, "pays": False}
+    values |= {"typical": {"posterior_threshold": 0.25}}
+    options = {name: values[name] for name in OPTIONS[method] if name in values}
+    changed = with_options(method, policy, options)
+    assert changed.drafter == policy.drafter and changed.accept_below == 0
+    assert [changed.lossless_for(greedy=greedy) for greedy in (True, False)] == [
+        policy.lossless_for(greedy=greedy) for greedy in (True, False)
+    ]
+    for name in Policy.model_fields:
+        if name not in options:
+            assert getattr(changed, name) == getattr(policy, name), name
+        elif name == "typical":
+            assert changed.typical == TypicalAcceptance(posterior_threshold=0.25, posterior_alpha=0.3)
+        else:
+            assert getattr(changed, name) == (tuple(values[name]) if name == "children" else values[name])
+    assert with_options(method, policy, {}) is policy
+    assert with_options(method, policy, dict.fromkeys(options)) is policy
+
+
+def test_lookahead_has_its_authors_options() -> None:
+    """W 5, N 4 and G 3: (W + G) (N - 1) tokens beside and with the root."""
+    options = {"beam": 5, "max_depth": 3, "children": [3], "max_pending": 23}
+    changed = with_options("lookahead", LOOKAHEAD, options)
+    assert (changed.beam, changed.max_depth, changed.children, changed.max_pending) == (5, 3, (3,), 23)
+
+
+def test_a_chain_may_ask_for_its_pass_sooner() -> None:
+    chain = with_options("premium", PREMIUM, {"children": [1], "verify_above": 0.4, "risk_budget": 0.6})
+    assert chain.is_chain and chain.lossless and (chain.verify_above, chain.risk_budget) == (0.4, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        (
+            "eagle",
+            {"max_deph": 3},
+            "max_deph: there is no such option: use max_depth, or leave it out",
+        ),
+        (
+            "eagle",
+            {"accept_below": 0.1},
+            "accept_below: trusted tokens are lossy, and only calibrated tiers .*: eagle has max_p",
+        ),
+        ("eagle", {"accept_below": 0}, "accept_below: trusted tokens are lossy"),
+        ("eagle", {"drafter": "suffix"}, "drafter: who drafts is what a method is, and another method drafts"),
+        ("eagle", {"typical": {}}, "typical: it changes nothing of eagle: eagle has"),
+        ("medusa", {"typical": {}}, "typical: it changes nothing of medusa"),
+        ("eagle", {"beam": 0}, "beam: Input should be greater than or equal to 1: see docs/methods.md"),
+        ("eagle", {"beam": 65}, "beam: Input should be less than or equal to 64"),
+        ("eagle", {"beam": "8"}, "beam: Input should be a valid integer"),
+        ("eagle", {"beam": True}, "beam: Input should be a valid integer"),
+        ("eagle", {"beam": 2.5}, "beam: Input should be a valid integer"),
+        ("eagle", {"pays": 1}, "pays: Input should be a valid boolean"),
+        ("eagle", {"children": 4}, "children: Input should be a valid array"),
+        ("eagle", {"children": []}, "children: Tuple should have at least 1 item"),
+        ("eagle", {"children": [4, 0]}, "children.1: Input should be greater than or equal to 1"),
+        ("eagle", {"max_pending": 65}, "max_pending: 65 is too much: give at most 64, all that may be pending"),
+        ("eagle", {"max_pending": -1}, "max_pending: Input should be greater than or equal to 0"),
+        ("eagle", {"risk_budget": 0.5}, 'risk_budget: a tree is verified when it is whole, .*give "children": .1. too'),
+        (
+            "speculative",
+            {"num_draft_tokens": 3},
+            "num_draft_tokens: the drafted tokens of a chain are max_pending here",
+        ),
+        (
+            "autoregressive",
+            {"beam": 2},
+            "beam: it changes nothing of autoregressive: autoregressive has none: leave it out",
+        ),
+        (
+            "prompt-lookup",
+            {"beam": 2},
+            "beam: it changes nothing of prompt-lookup: prompt-lookup has max_pending, pays",
+        ),
+        ("lookahead", {"pays": True}, "pays: it changes nothing of lookahead"),
+        ("medusa-typical", {"typical": {"posterior_alpha": 2}}, "typical.posterior_alpha: Input should be less than"),
+        ("medusa-typical", {"typical": 0.1}, "typical: Input should be an object"),
+        ("turbo", {"beam": 4}, "turbo is lossy, and its bound on divergence is that of its own policy: leave its opt"),
+    ],
+)
+def test_options_that_a_method_cannot_have(method: str, options: dict[str, Any], says: str) -> None:
+    policy = policy_for(method, {"premium": PREMIUM, "turbo": TURBO})
+    with pytest.raises(RequestError, match=says):
+        with_options(method, policy, options)

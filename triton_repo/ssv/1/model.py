@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ssv.bundle.manifest import read_manifest
-from ssv.runtime.methods import policy_for
+from ssv.runtime.methods import policy_of
 from ssv.runtime.request import Audit, Chunk, Request, RequestError
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.control import ControlReceiver
@@ -177,9 +177,14 @@ class _Sink:
         arrived = self._sent_at
         deadline = None if settings.timeout is None else arrived + settings.timeout
         self.request = Request(
-            tuple(prompt_ids.tolist()), settings.method, settings.params, deadline=deadline, arrived=arrived
+            tuple(prompt_ids.tolist()),
+            settings.method,
+            settings.params,
+            policy=settings.policy,
+            deadline=deadline,
+            arrived=arrived,
         )
-        lossless = policy_for(settings.method, llm.tiers).lossless_for(greedy=settings.params.greedy)
+        lossless = policy_of(self.request, llm.tiers).lossless_for(greedy=settings.params.greedy)
         ids = self.request.prompt_ids
         self._answer = Answer(self.key, settings, lossless, llm.tokenizer.context(ids), ids[0], withdrawn_tier)
 

@@ -218,6 +218,28 @@ def test_rows_that_may_not_draft_are_decoded_by_the_engines_and_may_draft_again(
     assert sum(c.drafted for c in counted) > 0
 
 
+@pytest.mark.parametrize("by_engines", [True, False])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        verify_all(MAX_PENDING, children=(4,), beam=8),
+        verify_all(MAX_PENDING, children=(4,), beam=8, pays=True),
+        verify_all(32, children=(16,), beam=16, pays=True),
+        verify_all(32, children=(16,), beam=64, max_depth=3),
+        verify_all(32, children=(40,), beam=8, max_depth=3),
+        verify_all(32, children=(40,), beam=8, pays=True),
+    ],
+    ids=["64 nodes", "64 that pay", "16 of 16 that pay", "beam of 64", "40 children", "40 that pay"],
+)
+def test_trees_that_the_engines_have_no_room_for_are_drafted_in_another_way(policy: Policy, by_engines: bool) -> None:
+    """Any policy may be asked for: one that an engine refuses would end the requests of all."""
+    setup = Setup(1, noise=0.3)
+    setup.rounds.most_tokens = 256
+    expected, _ = setup.decoded(requests(1), [AUTOREGRESSIVE], by_engines=False)
+    found, _ = setup.decoded(requests(1), [policy], by_engines=by_engines)
+    assert found == expected
+
+
 @pytest.mark.parametrize("temperatures", [(0.0, 0.0), (0.0, 0.8), (0.8, 0.8)], ids=str)
 def test_drafts_are_held_against_plain_rounds_of_rows_that_choose_alike(temperatures: tuple[float, ...]) -> None:
     """Rounds that may sample take longer."""

@@ -14,7 +14,7 @@ import pytest
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
 from ssv.runtime.grammar import grammar_of
-from ssv.runtime.methods import METHODS
+from ssv.runtime.methods import EAGLE, METHODS
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.serving import intake as module
 from ssv.runtime.serving.intake import (
@@ -570,6 +570,52 @@ def test_tier_that_the_bundle_has_not() -> None:
     assert prepare(intake, ssv_max_divergence=1.0)[1].method == "premium"
 
 
+# --- options of a tier ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "{}", " {} ", '{"max_depth": null}'])
+def test_a_policy_without_options_is_the_methods(text: str) -> None:
+    assert prepare(ssv_tier="eagle", ssv_policy=text)[1].policy in (None, EAGLE)
+
+
+def test_options_change_the_methods_policy_and_nothing_else() -> None:
+    _, settings = prepare(ssv_tier="eagle", ssv_policy='{"max_pending": 16, "children": [4, 2], "max_depth": 3}')
+    assert settings.method == "eagle"
+    assert settings.policy == EAGLE.model_copy(update={"max_pending": 16, "children": (4, 2), "max_depth": 3})
+    assert Settings.from_json(settings.to_json()) == settings
+    _, settings = prepare(ssv_policy='{"max_pending": 4}')  # of premium, and by the bundle's own policy of it
+    assert settings.policy == TIERS["premium"].policy.model_copy(update={"max_pending": 4})
+
+
+def test_options_of_a_lossless_tier_are_within_any_bound() -> None:
+    asked = {"ssv_tier": "eagle", "ssv_policy": '{"max_depth": 2}', "ssv_max_divergence": 0.0}
+    assert prepare(**asked)[1].policy == EAGLE.model_copy(update={"max_depth": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"ssv_policy": "{"}, "ssv_policy is not valid JSON"),
+        ({"ssv_policy": "[1]"}, r'ssv_policy must be a JSON object of options, as {"max_depth": 4}'),
+        ({"ssv_policy": '{"max_depth": 1, "max_depth": 2}'}, "ssv_policy has a key twice: max_depth"),
+        (
+            {"ssv_policy": '{"max_depth": 2}', "ssv_max_divergence": 0.0},
+            "ssv_max_divergence leaves open which tier it is: give ssv_tier",
+        ),
+        ({"ssv_policy": '{"max_depth": 2}', "ssv_tier": "turbo"}, "ssv_policy: turbo is lossy, and its bound on"),
+        ({"ssv_policy": '{"depth": 2}', "ssv_tier": "eagle"}, "ssv_policy: depth: there is no such option"),
+    ],
+)
+def test_options_that_cannot_be(given: dict[str, Any], says: str) -> None:
+    refused(says, **given)
+
+
+@pytest.mark.parametrize("name", ["policy", "num_draft_tokens", "num_speculative_tokens"])
+def test_options_under_other_names_are_refused_with_ours(name: str) -> None:
+    with pytest.raises(RequestError, match=f"'{name}' is unknown: use ssv_policy"):
+        make().prepare(tensors({"text_input": "hello"}), {name: 4})
+
+
 # --- vLLM's sampling parameters -------------------------------------------------------------------------------------
 
 
@@ -778,6 +824,7 @@ def test_settings_come_back_from_json() -> None:
     given |= {"logit_bias": '{"3": 0.5}', "bad_words": ["é"], "stop_token_ids": [3], "ssv_top_logprobs": 2}
     given |= {"guided_decoding_guide_type": "json", "ssv_return_fates": True, "latency_bound_ms": 12.5}
     _, settings = prepare(stream=True, ssv_timeout=0.1, ssv_tier="balanced", min_tokens=2, **given)
+    assert settings.policy is None
     assert Settings.from_json(settings.to_json()) == settings
     assert Settings.from_json(prepare()[1].to_json()).timeout is None
 
@@ -825,6 +872,9 @@ def random_tensors(rng: random.Random) -> dict[str, np.ndarray]:
             elif name == "ssv_messages":
                 turns = [{"role": rng.choice(["user", "robot", ""]), "content": rng.choice(["", " ", "a" * 500])}]
                 values.append(json.dumps(turns if rng.random() < 0.6 else random_json(rng)))
+            elif name == "ssv_policy":
+                held = {rng.choice([*Policy.model_fields, "x"]): random_json(rng) for _ in range(rng.randrange(3))}
+                values.append(json.dumps(held))
             elif name == "ssv_tier":
                 values.append(rng.choice([*METHODS, "", "gold", b"\xff"]))
             elif name in module.STRINGS + module.STRING_LISTS:

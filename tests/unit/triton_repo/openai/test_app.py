@@ -697,6 +697,14 @@ def test_the_bound_of_divergence_goes_to_the_server() -> None:
     assert (backend.settings.tier, backend.settings.max_divergence) == ("turbo", 0.5)
 
 
+def test_options_of_a_tier_go_to_the_server() -> None:
+    backend = FakeBackend()
+    chat(backend, model="tiny:eagle", ssv_policy={"max_depth": 3, "children": [4], "beam": None})
+    assert (backend.settings.tier, backend.settings.policy) == ("eagle", {"max_depth": 3, "children": [4]})
+    chat(backend, ssv_policy=None)
+    assert backend.settings.policy is None
+
+
 def test_tiers_that_contradict_or_do_not_exist_are_refused() -> None:
     error = error_of(chat(FakeBackend(), model="tiny:premium", ssv_tier="turbo"), 400)
     assert error["param"] == "ssv_tier"
@@ -1119,6 +1127,8 @@ WRONG = [
     ("stream_options", {"include_usage": True}),
     ("user", 5),
     ("ssv_max_divergence", 1.5),
+    ("ssv_policy", '{"max_depth": 3}'),
+    ("ssv_policy", [3]),
     ("ssv_timeout", 0),
     ("latency_bound_ms", 0),
     ("model", 5),
@@ -1460,6 +1470,13 @@ CONTEXT = "context_length_exceeded"
         ({"prompt": "x", "max_tokens": 5, "min_tokens": 6}, "min_tokens", "invalid_value", "min_tokens 6"),
         ({"prompt": "x", "stop": "z" * 2000}, "stop", "invalid_value", "stop texts"),
         ({"prompt": "x", "ssv_tier": "turbo", "ssv_max_divergence": 0.1}, "ssv_tier", "invalid_value", "exceeds"),
+        ({"prompt": "x", "ssv_policy": {"beam": 0}}, "ssv_policy", "invalid_value", "ssv_policy: beam: Input should"),
+        (
+            {"prompt": "x", "ssv_tier": "eagle", "ssv_policy": {"accept_below": 0.1}},
+            "ssv_policy",
+            "invalid_value",
+            "trusted tokens are lossy",
+        ),
         (
             {"messages": "x" * 100},
             "messages",
@@ -1900,6 +1917,7 @@ def test_the_backend_asks_and_reads() -> None:
         (Settings(), "ab_router"),
         (Settings(user="Ada", tier="turbo"), "ensemble"),
         (Settings(user="Ada", max_divergence=0.1), "ensemble"),
+        (Settings(user="Ada", policy={"beam": 2}), "ensemble"),
     ],
 )
 def test_a_routed_backend_leaves_to_the_router_what_names_no_tier(settings: Settings, model: str) -> None:
