@@ -166,7 +166,8 @@ class DecodeLoop:
 
     def _join(self) -> Iterator[Chunk]:
         """Runs prompts for about a chunk's worth of tokens: one chunk of a long prompt, or several short prompts. One
-        that runs beside the rounds goes on there, and joins once it has been run; only an empty batch waits for it."""
+        that runs beside the rounds goes on there, and joins once it has been run; an empty batch waits for a piece of
+        it."""
         scheduler, members = self.scheduler, self.batch.members
         budget = members.tokens_between
         while budget > 0:

@@ -269,23 +269,20 @@ class Membership:
         """Has the prompt of the row that joins go on beside the rounds; returns whether all of it has been run.
 
         Args:
-            wait: whether to wait until it has.
+            wait: whether to wait for a piece of it, as nobody else does anything meanwhile; not for all of it, as some
+                may leave.
         """
         joining, lane = self._joining, self._lane
         assert joining is not None and lane is not None
-        while True:
-            # A few at a time, however soon they end: others wait for the host.
-            for _ in range(1 if joining.row.params.prompt_logprobs is not None else CHUNKS_UNDER_WAY):
-                if joining.last is not None or lane.num_under_way >= CHUNKS_UNDER_WAY:
-                    break
-                with lane.work():
-                    self._run_chunk(joining)
-            if joining.last is not None and not lane.num_under_way:
-                return True
-            if not wait:
-                return False
-            if lane.num_under_way:
-                lane.wait()
+        # A few at a time, however soon they end: others wait for the host.
+        for _ in range(1 if joining.row.params.prompt_logprobs is not None else CHUNKS_UNDER_WAY):
+            if joining.last is not None or lane.num_under_way >= CHUNKS_UNDER_WAY:
+                break
+            with lane.work():
+                self._run_chunk(joining)
+        if wait and lane.num_under_way:
+            lane.wait()
+        return joining.last is not None and not lane.num_under_way
 
     def join(self) -> int:
         """Puts the row that is ready behind those in use, whose rounds have come to their end; returns its first

@@ -301,7 +301,8 @@ def test_who_runs_beside_the_rounds_is_ready_when_a_row_is_free() -> None:
     play = Play("conditioned", max_batch=1, patience=1)
     for i in range(4):
         play.submit(request(prompt(7, i), "autoregressive", max_tokens=8))
-    play.step()
+    while not play.loop.batch.rows:
+        play.step()
     assert play.held() == ([0], 1, [2, 3])
     waits, steps = play.lane.num_waits, 1
     while play.loop.has_work:
@@ -325,6 +326,18 @@ def test_who_leaves_while_its_prompt_runs_beside_the_rounds() -> None:
     play.finish()
     play.assert_as_alone(0, 2)
     assert play.output(1).finish_reason == "cancelled" and not play.output(1).token_ids
+
+
+def test_a_cancel_is_heard_while_a_prompt_runs_for_which_an_empty_batch_waits() -> None:
+    play = Play("conditioned", max_batch=2, patience=1)
+    play.submit(request(prompt(40, 1), max_tokens=5))
+    play.step()
+    assert play.held() == ([], 0, []) and 0 < play.loop.batch.members.num_prefilled < 40
+    play.leaving.add(0)
+    play.submit(request(prompt(9, 2), max_tokens=5))
+    play.finish()
+    play.assert_as_alone(1)
+    assert play.output(0).finish_reason == "cancelled" and not play.output(0).token_ids
 
 
 def test_a_prompt_too_short_to_run_beside_the_rounds_is_run_between_two_of_them() -> None:
