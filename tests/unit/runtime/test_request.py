@@ -147,6 +147,8 @@ def test_settings_of_another_type(name: str, value: Any, named: str) -> None:
         ("params", {"max_tokens": 3}, "must be `SamplingParams`"),
         ("num_draft_tokens", 2.5, "whole number"),
         ("num_draft_tokens", "5", "whole number"),
+        ("deadline", "soon", r"a number: take it from `time\.monotonic\(\)`"),
+        ("arrived", "x", "a number"),
         ("policy", "eagle", "must be a `Policy`: .*goes into `method`"),
     ],
 )

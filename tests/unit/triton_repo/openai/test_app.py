@@ -1047,6 +1047,9 @@ NEUTRAL = {
     "include_stop_str_in_output": False,
     "use_beam_search": False,
     "length_penalty": 1.0,
+    "priority": 0,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
 }
 NEUTRAL_CHAT = {
     "metadata": {"a": "b"},
@@ -1063,6 +1066,9 @@ NEUTRAL_CHAT = {
     "parallel_tool_calls": True,
     "functions": [],
     "function_call": "auto",
+    "echo": False,
+    "add_special_tokens": False,
+    "include_reasoning": True,
 }
 
 
@@ -1073,7 +1079,9 @@ def test_values_that_change_nothing_are_taken() -> None:
         penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
         assert replace(backend.settings, user=None) == Settings(chat=False, temperature=1.0, **penalties)
     assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
-    assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
+    assert (
+        complete(backend, **NEUTRAL, echo=False, add_special_tokens=True, best_of=1, logprobs=None).status_code == 200
+    )
 
 
 # What is refused.
@@ -1090,6 +1098,9 @@ WRONG = [
     ("use_beam_search", True),
     ("use_beam_search", 0),
     ("length_penalty", 0.9),
+    ("priority", 1),
+    ("return_token_ids", True),
+    ("return_tokens_as_token_ids", True),
     ("presence_penalty", 2.5),
     ("frequency_penalty", "1"),
     ("repetition_penalty", 0),
