@@ -462,6 +462,39 @@ def test_a_stream_has_its_choices_as_they_come(ask: Any) -> None:
     assert found[0]["choices"][0]["index"] == 2  # the last one answers first
 
 
+class LateBackend(FakeBackend):
+    """Answers each prompt at once, but for the last, which it refuses later or answers last."""
+
+    def __init__(self, last: Reply | Exception) -> None:
+        super().__init__()
+        self._last = last
+
+    async def stream(self, prompt: Any, settings: Settings, *, request_id: str, stream: bool) -> AsyncGenerator[Reply]:
+        if prompt == "last":
+            await asyncio.sleep(0.1)
+            if isinstance(self._last, Exception):
+                raise self._last
+            yield self._last
+        else:
+            yield reply("a")
+            yield reply("b", "stop")
+
+
+def test_a_prompt_that_is_refused_late_refuses_the_request_though_others_are_answered() -> None:
+    backend = LateBackend(ServerError("the prompt is empty", "INVALID_ARGUMENT"))
+    for stream in (True, False):
+        error = error_of(complete(backend, prompt=["x", "y", "last"], stream=stream), 400)
+        assert (error["message"], error["param"]) == ("the prompt is empty", "prompt")
+    error_of(complete(LateBackend(ServerError("full", "UNAVAILABLE")), prompt=["x", "last"], stream=True), 503)
+
+
+def test_what_came_before_the_last_choice_began_is_sent_then() -> None:
+    found = events_of(complete(LateBackend(reply("c", "stop")), prompt=["x", "last"], stream=True))
+    assert found.pop() == "[DONE]"
+    said = [(event["choices"][0]["index"], event["choices"][0]["text"]) for event in found]
+    assert [each for each in said if each[1]] == [(0, "a"), (0, "b"), (1, "c")]
+
+
 def test_choices_that_are_too_many_are_refused() -> None:
     backend = FakeBackend()
     error = error_of(complete(backend, prompt=["a"] * 3, n=50), 400)
