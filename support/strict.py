@@ -16,11 +16,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SettingError(UserError, ValueError):
-    """What a caller gave cannot be; the message names the settings, what they were and what they must be.
-
-    It is a `ValueError` too, which a file that has such settings is refused for at their place in it.
-    """
+class SettingError(UserError):
+    """What a caller gave cannot be; the message names the settings, what they were and what they must be."""
 
 
 class Given(Strict):
@@ -36,6 +33,9 @@ class Given(Strict):
             super().__init__(**settings)
         except ValidationError as error:
             raise _setting_error(type(self), error) from None
+
+    # As pydantic marks its own: what is read from a file is checked without it, and as strictly as was asked for.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def _setting_error(made: type[BaseModel], error: ValidationError) -> SettingError:
