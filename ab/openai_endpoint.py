@@ -32,6 +32,8 @@ _CURES = (
     (r"\bstream(?:ing|ed)?\b", "stream=no"),
 )
 
+_PEM_CURE = "set SSL_CERT_FILE to the PEM that the certificate can be checked with, or give a name that it has"
+
 
 def http_client(**options: Any) -> DefaultHttpxClient:
     """The HTTP client of an endpoint; tests put another in its place."""
@@ -93,8 +95,11 @@ class OpenAIEndpoint:
             if isinstance(error.__cause__, EndpointError):
                 raise error.__cause__ from None
             body = getattr(error, "body", None)  # what a stream says of its end; the package passes on objects alone
-            said = f"{error}: {body}" if isinstance(body, str) else str(error)
-            raise EndpointError(self._without_key(f"{type(error).__name__}: {said}")) from error
+            # Of a connection that is not to be had, the package says no more than that.
+            why = body if isinstance(body, str) else error.__cause__ or ""
+            said = f"{str(error).rstrip('.')}: {why}" if str(why) else str(error)
+            cure = _PEM_CURE if "CERTIFICATE_VERIFY_FAILED" in said else ""
+            raise EndpointError(self._without_key(f"{type(error).__name__}: {said}"), cure) from error
         except Exception as error:
             # The package takes whatever comes for an answer, and lets through what its HTTP library raises when a
             # stream breaks.

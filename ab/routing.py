@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ssv.support.errors import UserError
 from ssv.support.files import write_json
 from ssv.support.json_text import parse_json
-from ssv.support.strict import Strict
+from ssv.support.strict import Strict, problems
 from ssv.support.yaml_text import read_yaml
 
 
@@ -106,16 +106,29 @@ class Routing(Strict):
         return int.from_bytes(digest[:8], "big") / 2**64
 
 
+# What to do about what is missing, or wrong, by where that is.
+_CURES = {
+    "salt": "add a line `salt: TEXT`, with any text in quotes; with another, users are in other arms",
+    "log": "add a line `log: FILE`, which a line is written to for each request",
+    "arms": "add `arms:` and below it two at least, as `NAME: {share: 0.5, tier: premium}`",
+}
+_OTHER_CURE = "compare it with the file in docs/comparing.md, under `Live traffic`"
+
+
 def read_routing(path: Path) -> Routing:
     """Raises RoutingError: no such file, or not a file of arms."""
     try:
         return Routing.model_validate(read_yaml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise RoutingError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise RoutingError(f"{path}: {problems(error, 'the file')}", _cure(error)) from error
     except UserError as error:
         raise RoutingError(error.what, error.cure) from error
+
+
+def _cure(error: ValidationError) -> str:
+    found = [each for each in error.errors() if each["type"] != "value_error"]  # checks of ours say what to do
+    cures = {_CURES.get(".".join(map(str, each["loc"])), _OTHER_CURE): None for each in found}
+    return "; ".join(cures)
 
 
 def fallback_path(log: Path) -> Path:

@@ -61,7 +61,7 @@ def watch(
         if not live.arms and every is None:
             raise UserError(f"{path} does not begin as a log of ab_router does", "choose the `log` of its file of arms")
         audits = _audits(metrics_url) if metrics_url is not None else _Audits({}, ())
-        if audits is not None:
+        if isinstance(audits, _Audits):
             live.audits(audits.counts)
         live.out_of_service(fallback.arms())
         broken = {arm: found for arm in live.rivals if (found := live.broken(arm))}
@@ -73,15 +73,16 @@ def watch(
             if console.is_terminal and every is not None:
                 console.clear()
             _show(console, live, metric, equivalence, broken, fallback.arms(), reader.torn)
-            for tier in audits.withdrawn if audits is not None else ():
+            for tier in audits.withdrawn if isinstance(audits, _Audits) else ():
                 console.print(
                     f"[bold red]tier {escape(tier)} is withdrawn[/]: the server's audits found more divergence than it "
                     "promises, and premium decodes its requests. Calibrate it anew, or reset it",
                     soft_wrap=True,
                 )
-            if audits is None:
+            if isinstance(audits, str):
                 console.print(
-                    f"[bold red]no metrics come from {escape(str(metrics_url))}[/]: audited divergence is not watched",
+                    f"[bold red]no metrics come from {escape(str(metrics_url))}[/] ({escape(audits)}): audited "
+                    "divergence is not watched",
                     soft_wrap=True,
                 )
         if every is None:
@@ -102,8 +103,8 @@ class _Audits:
     withdrawn: tuple[str, ...]
 
 
-def _audits(url: str) -> _Audits | None:
-    """Reads a server's metrics; None from one that does not answer now, or not as one does."""
+def _audits(url: str) -> _Audits | str:
+    """Reads a server's metrics; why there are none, from one that does not answer now, or not as one does."""
     from prometheus_client.parser import text_string_to_metric_families  # other commands do without
 
     audited: dict[str, int] = {}
@@ -119,13 +120,10 @@ def _audits(url: str) -> _Audits | None:
             for family in text_string_to_metric_families(response.read().decode()):
                 if (counts := families.get(family.name)) is not None:
                     counts.update((sample.labels["tier"], int(sample.value)) for sample in family.samples)
-    except (
-        OSError,
-        HTTPException,
-        ValueError,
-        KeyError,
-    ):  # the last two: what came are not metrics, or not those of a server
-        return None
+    except (OSError, HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
+    except (ValueError, KeyError):
+        return "what is there is not a server's metrics"
     return _Audits(
         {tier: (audited.get(tier, 0), mismatches.get(tier, 0)) for tier in audited | mismatches},
         tuple(tier for tier, is_so in withdrawn.items() if is_so),

@@ -138,6 +138,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "metadata": ({}, {"a": "b"}, {"a": 1}),
     "prompt_cache_retention": ("24h", "in_memory", "forever"),
     "length_penalty": (1, 1.0, 0.5),
+    "priority": (0, 1),
     "service_tier": ("auto", "default", "flex"),
     "top_logprobs": (0, 2, 20, 21, -1),
     "modalities": (["text"], ["audio"]),

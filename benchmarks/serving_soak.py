@@ -24,6 +24,10 @@ from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("premium", "balanced", "turbo", "autoregressive")
+LENGTHS = (8, 32, 64, 128)
+ROWS = 8
+# A cache of prompts that is full after minutes, and evicts from then on.
+OPTIONS = ("--max-rows", str(ROWS), "--prompt-cache-mb", "64", "--audit-share", "0.2")
 SYSTEM = "You are a patient teacher. Answer in plain words, with one example. " * 12
 
 
@@ -37,8 +41,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)
-    # A cache of prompts that is full after minutes, and evicts from then on.
-    with ServerUnderTest(args.bundle, "--prompt-cache-mb", "64", "--audit-share", "0.2") as server:
+    with ServerUnderTest(args.bundle, *OPTIONS) as server:
+        fill(server, prompts)
         load = Load(server, prompts, args.clients)
         samples: list[dict[str, float]] = []
         start = time.monotonic()
@@ -62,6 +66,38 @@ def main() -> int:
     }
     write_record(figures, args.out, versions("torch", "nvidia-pytriton", "tritonclient", "grpcio"))
     return int(bool(load.errors or deaths))
+
+
+def fill(server: ServerUnderTest, prompts: list[str]) -> None:
+    """Asks in all rows at once for the longest sequences that the load has, greedy and sampled, by each tier.
+
+    The caches of rows take memory where a row has tokens, and malloc's arenas as much as the largest passes need, both
+    for good. By chance alone the last row has its longest sequence after a quarter of an hour, and until then a leak
+    could not be told from that.
+    """
+    longest = conversation(max(prompts, key=len))
+
+    def ask(tier: str, temperature: float) -> None:
+        length = max(LENGTHS)
+        settings = Settings(
+            tier=tier, max_tokens=length, min_tokens=length, temperature=temperature, top_p=0.9, seed=len(tier)
+        )
+        with server.client() as client:
+            for _ in client.stream(longest, settings):
+                pass
+
+    for temperature in (0.0, 1.0):
+        for tier in TIERS:
+            threads = [threading.Thread(target=ask, args=(tier, temperature)) for _ in range(ROWS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+
+def conversation(prompt: str) -> list[dict[str, str]]:
+    """The longer form in which the load asks a prompt."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
 
 
 def growth(samples: list[dict[str, float]], warm_up: float) -> dict[str, Any]:
@@ -116,10 +152,10 @@ class Load:
             while not self._stopping.is_set():
                 prompt: Any = rng.choice(self._prompts)
                 if rng.random() < 0.3:
-                    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+                    prompt = conversation(prompt)
                 settings = Settings(
                     tier=rng.choice(TIERS),
-                    max_tokens=rng.choice((8, 32, 64, 128)),
+                    max_tokens=rng.choice(LENGTHS),
                     temperature=rng.choice((0.0, 0.0, 0.7, 1.0)),
                     top_p=rng.choice((1.0, 0.9)),
                     seed=rng.randrange(2**31),

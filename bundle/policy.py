@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssv.support.strict import Strict
+from ssv.support.strict import Given
 
 MAX_PENDING = 64
 """Most tokens that may be pending, as a tree or a chain."""
@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_PENDING)]
 """Of what is pending at a time."""
 
 
-class TypicalAcceptance(Strict):
+class TypicalAcceptance(Given):
     """Medusa's rule for sampled output (Cai et al. 2024, arXiv:2401.10774, section 2.3.1), with its authors' numbers: a
     drafted token is kept if the target gives it a probability above min(posterior_threshold, posterior_alpha *
     exp(-H)), H being the entropy of what the target says there, in nats.
@@ -33,7 +33,7 @@ class TypicalAcceptance(Strict):
     posterior_alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
 
 
-class Policy(Strict):
+class Policy(Given):
     """What is drafted, when drafted tokens are trusted, and when the target is asked.
 
     With r the scorer's probability that the target would reject a token:

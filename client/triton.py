@@ -29,6 +29,38 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 _BEFORE = re.compile(r"^(in ensemble 'ensemble', |\[request id: [^\]]*\] )+")
 _STATUS = re.compile(r"^([A-Z_]+): (.*)$", re.DOTALL)
 
+# What gRPC says where there is no connection, what that is, and what to do. More special ones first.
+_UNREACHABLE = (
+    (
+        r"CERTIFICATE_VERIFY_FAILED(: (?P<why>[^:]+))?",
+        "the certificate of {url} is not trusted ({why})",
+        "give the PEM that it can be checked with: `--tls-ca FILE`, or `ca` of the client",
+    ),
+    (
+        r"Hostname Verification",
+        "the certificate of {url} is valid for another host",
+        "give the address by a name that the certificate has",
+    ),
+    (
+        r"Failed to create security handshaker|handshaker factory",
+        "the PEM for checking the certificate of {url} has no certificate in it",
+        "give another file to `--tls-ca`, or to `ca` of the client",
+    ),
+    (r"WRONG_VERSION_NUMBER", "{url} does not speak TLS", "give the address as grpc://"),
+    (r"errors resolving|DNS resolution failed", "the host of {url} is not known", "check its name"),
+    (
+        r"Failed parsing HTTP/2|http1\.x server",
+        "{url} speaks HTTP/1.1, not gRPC",
+        "give the port of gRPC: 8001 unless `ssv-serve` has another --grpc-port",
+    ),
+    (
+        r"failed to connect.*(Socket closed|Connection reset)",
+        "{url} closes the connection instead of speaking gRPC",
+        "with TLS give the address as grpcs://, else the port of gRPC: 8001 unless `ssv-serve` has another --grpc-port",
+    ),
+    (r"failed to connect|Connection refused", "no server answers at {url}", "start one with `ssv-serve`"),
+)
+
 
 class ServerError(UserError):
     """The server refused or failed, or is not there.
@@ -270,10 +302,10 @@ def server_error(error: InferenceServerException, url: str) -> ServerError:
     A stream's errors have their status in their text (`ssv.runtime.serving.pieces`).
     """
     message, status = error.message() or "", (error.status() or "").removeprefix("StatusCode.")
-    if "failed to connect" in message or "Connection refused" in message:
-        return ServerError(
-            f"no server answers at {url}", "UNAVAILABLE", "start one with `ssv-serve`", is_unreachable=True
-        )
+    for pattern, what, cure in _UNREACHABLE:
+        if match := re.search(pattern, message, re.DOTALL):
+            what = what.format(url=url, why=match.groupdict().get("why"))
+            return ServerError(what, "UNAVAILABLE", cure, is_unreachable=True)
     message = _BEFORE.sub("", message)
     if "Exceeds maximum queue size" in message:
         return ServerError("too many requests are waiting already", "UNAVAILABLE", "try again later")

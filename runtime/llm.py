@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import reprlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +164,8 @@ class LLM:
             EngineError: engine, precision or device not to be had, or a size out of range.
             TrtllmError: TensorRT-LLM is missing or another version.
         """
+        if not isinstance(bundle, (str, os.PathLike)):
+            raise EngineError(f"bundle {bundle!r} must be a path", "give the folder that `ssv-build pair` has made")
         bundle = Path(bundle)
         if engine not in ENGINES:
             raise EngineError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
@@ -428,7 +431,14 @@ class LLM:
 
     def chat_ids(self, prompt: str, system: str | None = None) -> tuple[int, ...]:
         """Token ids of a user's message in the model's chat template, behind a system message if there is one, up to
-        where the assistant answers."""
+        where the assistant answers.
+
+        Raises:
+            RequestError: a message is no text, or empty; see `BundleTokenizer.chat_ids`.
+        """
+        if not isinstance(prompt, str):
+            what = f"{reprlib.repr(prompt)} must be the text of a message"
+            raise RequestError(what, "`LLM.tokenizer.chat_ids` takes the messages of a conversation")
         messages = [] if system is None else [{"role": "system", "content": system}]
         return self.tokenizer.chat_ids([*messages, {"role": "user", "content": prompt}])
 
@@ -459,11 +469,7 @@ class LLM:
             self._streaming = False
 
     def _run(self, requests: Sequence[Request], cache: PromptCache[PromptBlock] | None) -> Iterator[Chunk]:
-        if not all(isinstance(request, Request) for request in requests):
-            raise RequestError(
-                f"{reprlib.repr(requests)} must be a list of `Request`",
-                "each has the token ids of a prompt (`LLM.chat_ids`) and a method",
-            )
+        _check_requests(requests)
         policies = [policy_of(request, self.tiers) for request in requests]
         generator: Generator
         if self._host is not None:
@@ -536,6 +542,7 @@ class LLM:
         Args:
             watch: called with each chunk as it comes.
         """
+        _check_requests(requests)
         texts: list[list[str]] = [[] for _ in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
@@ -562,6 +569,15 @@ class LLM:
                 )
         assert all(output is not None for output in outputs)
         return [output for output in outputs if output is not None]
+
+
+def _check_requests(requests: Any) -> None:
+    is_list = isinstance(requests, Sequence) and all(isinstance(request, Request) for request in requests)
+    if not is_list:
+        raise RequestError(
+            f"{reprlib.repr(requests)} must be a list of `Request`",
+            "each has the token ids of a prompt (`LLM.chat_ids`) and a method",
+        )
 
 
 def _device_type(device: str) -> str:

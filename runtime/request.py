@@ -219,6 +219,9 @@ class Request:
             raise RequestError(f"params {self.params!r} must be `SamplingParams`")
         if not isinstance(self.num_draft_tokens, int) or isinstance(self.num_draft_tokens, bool):
             raise RequestError(f"num_draft_tokens {self.num_draft_tokens!r} must be a whole number")
+        for name in ("deadline", "arrived"):
+            if (moment := getattr(self, name)) is not None and not isinstance(moment, Real):
+                raise RequestError(f"{name} {moment!r} must be a number", "take it from `time.monotonic()`")
         if self.policy is not None and not isinstance(self.policy, Policy):
             raise RequestError(
                 f"policy {self.policy!r} must be a `Policy`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +81,8 @@ class BundleTokenizer:
         Raises:
             RequestError: it is empty, or no text.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"{reprlib.repr(text)} must be text", "`chat_ids` takes the messages of a conversation")
         if not text:
             raise RequestError("the prompt is empty")
         _check_text(text)
@@ -111,9 +114,15 @@ class BundleTokenizer:
             variables: others that the template may read; what it does not read changes nothing.
 
         Raises:
-            RequestError: there is none, the last is empty, one is no text, a role is unknown, the template refuses
-                them, the last is to be continued and calls functions, or a variable is not the caller's to set.
+            RequestError: there is none, one is no message, the last is empty, one is no text, a role is unknown, the
+                template refuses them, the last is to be continued and calls functions, or a variable is not the
+                caller's to set.
         """
+        if isinstance(messages, str) or not all(map(_is_message, messages)):
+            raise RequestError(
+                f"{reprlib.repr(messages)} must be a list of messages",
+                'give each a role and a text, as {"role": "user", "content": "Hello"}',
+            )
         last = messages[-1] if messages else {}
         if not (last and (last["content"].strip() or last.get("tool_calls") or last["role"] == "tool")):
             raise RequestError("the prompt is empty")
@@ -294,6 +303,10 @@ def _check_texts(value: Any) -> None:
     elif isinstance(value, list | tuple):
         for each in value:
             _check_texts(each)
+
+
+def _is_message(given: Any) -> bool:
+    return isinstance(given, Mapping) and all(isinstance(given.get(name), str) for name in ("role", "content"))
 
 
 def _check_text(text: str) -> None:

@@ -8,6 +8,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -36,6 +37,9 @@ _CONVERSATION = (
     {"role": "user", "content": "What is said then."},
 )
 """What any chat template takes: some know no system message."""
+
+# As browsers send them: without path, not even a slash, and what pages of no host have.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 
 _LEAST_SHARED_MEMORY = 16 << 20
 
@@ -81,6 +85,21 @@ def check_options(args: argparse.Namespace) -> None:
         raise ServeError("--tensor-parallel is of TensorRT-LLM", "use --engine tensorrt_llm, or leave it out")
     if args.engine == "tensorrt_llm":
         _check_trtllm(args)
+    _check_openai(args)
+
+
+def _check_openai(args: argparse.Namespace) -> None:
+    """Raises ServeError: an option of the OpenAI API without it, or an origin that no browser names so."""
+    for name in ("api_key_file", "allowed_origins"):
+        if getattr(args, name) and args.openai_port is None:
+            option = f"--{name.replace('_', '-')}"
+            raise ServeError(f"{option} is of the OpenAI API, which is not served", "give --openai-port")
+    for origin in args.allowed_origins or ():
+        if not _ORIGIN.fullmatch(origin):
+            raise ServeError(
+                f"--allowed-origins {origin!r} is no origin that a browser sends",
+                "give scheme and host, and the port where an address has one: https://app.example, or *",
+            )
 
 
 def _check_trtllm(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from ssv.bundle.manifest import read_manifest, unused_files, verify_files
 from ssv.bundle.policy import Policy
 from ssv.runtime.methods import policy_for
+from ssv.runtime.request import RequestError
 from ssv.runtime.serving.access_keys import access_keys
 from ssv.runtime.serving.config import ServerConfig
 from ssv.runtime.serving.log import log_to_stderr
@@ -231,16 +232,19 @@ def _router(args: argparse.Namespace, tiers: Mapping[str, Policy]) -> dict[str, 
         tiers: of the bundle.
 
     Raises:
-        ServeError: its file or its log cannot be used.
-        RequestError: an arm of this server has a tier that it has not.
+        ServeError: its log cannot be used, or an arm of this server has a tier that it has not.
+        RoutingError: its file is none of arms.
     """
     from ssv.ab.routing import read_routing
     from ssv.triton_repo.supervisor import in_url, reachable
 
     routing = read_routing(args.ab)
-    for arm in routing.arms.values():
+    for name, arm in routing.arms.items():
         if arm.url is None and arm.tier is not None:
-            policy_for(arm.tier, tiers)
+            try:
+                policy_for(arm.tier, tiers)
+            except RequestError as error:
+                raise ServeError(f"{args.ab}: arms.{name}.tier: {error.what}", error.cure) from error
     log_path = routing.log.absolute()
     if log_path.is_dir():
         raise ServeError(f"{args.ab}: log {log_path} is a folder", "choose a file")

@@ -320,12 +320,12 @@ def cpu_threads(threads: int | None) -> ThreadCount | None:
         What an engine has to follow; None for a fixed number. One for the process, as torch's number is.
 
     Raises:
-        EngineError: fewer than one.
+        EngineError: fewer than one, too many, or no whole number.
     """
     global _shared_count
     if threads is not None:
-        if not 1 <= threads <= MAX_THREADS:
-            raise EngineError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
+        if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+            raise EngineError(f"threads must be 1 to {MAX_THREADS}, got {threads!r}")
         _set_threads(threads)
     if threads is not None or chosen_by_operator():
         _shared_count = None

@@ -201,7 +201,7 @@ def create_app(
         try:
             if not stream:
                 return await whole(answer, while_connected(request, replies))
-            sent = events(answer, while_connected(request, replies), meant)
+            sent = events(answer, while_connected(request, replies), meant, len(asked))
             # Waited for, so that what the server refuses has a status of its own.
             return EventStream(await anext(sent), sent)
         except ServerError as error:

@@ -66,6 +66,9 @@ class ApiRequest(AnsweredRequest):
     include_stop_str_in_output: Annotated[Any, only(False)] = None
     use_beam_search: Annotated[Any, only(False)] = None
     length_penalty: Annotated[Any, only(1)] = None
+    priority: Annotated[Any, only(0)] = None
+    return_token_ids: Annotated[Any, only(False)] = None
+    return_tokens_as_token_ids: Annotated[Any, only(False)] = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         """What is asked of the server for one choice, but for its seed.
@@ -217,6 +220,10 @@ class ChatRequest(TemplateOptions, ApiRequest):
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
+    # vLLM's, at the values that they have where nothing is said; no answer has a reasoning of its own.
+    echo: Annotated[Any, only(False)] = None
+    add_special_tokens: Annotated[Any, only(False)] = None
+    include_reasoning: bool | None = None
 
     def prompts(self) -> Sequence[Prompt]:
         return [[message.as_template_has_it() for message in self.messages]]
@@ -281,6 +288,7 @@ class CompletionRequest(ApiRequest):
     echo: bool | None = None
     suffix: Annotated[Any, only()] = None
     logprobs: NumLogprobs | None = None
+    add_special_tokens: Annotated[Any, only(True)] = None
 
     def settings(self, tier: str | None, form: Form) -> Settings:
         settings = super().settings(tier, form)

@@ -137,20 +137,26 @@ async def whole(answer: Telling, replies: Replies) -> Response:
 
 
 async def events(
-    answer: Telling, replies: Replies, meant: Callable[[ServerError], ApiError]
+    answer: Telling, replies: Replies, meant: Callable[[ServerError], ApiError], num_choices: int = 1
 ) -> AsyncGenerator[bytes, None]:
     """A stream's events; an error before the first is raised, a later one is an event.
 
+    Of several choices, the first event waits until each has begun: one of many prompts may be refused when others have
+    been answered already, and a request is refused as a whole, with a status of its own.
+
     Args:
         meant: what the server's error is to who asked.
+        num_choices: that the replies are for.
     """
-    has_begun = False
+    has_begun, silent, held = False, set(range(num_choices)), list[bytes]()
     try:
         async with aclosing(replies):
             async for index, reply in replies:
-                for chunk in answer.take(index, reply):
+                silent.discard(index)
+                held += map(answer.encoded, answer.take(index, reply))
+                while held and not silent:
                     has_begun = True
-                    yield answer.encoded(chunk)
+                    yield held.pop(0)
         for chunk in answer.closing():
             yield answer.encoded(chunk)
         yield answer.end

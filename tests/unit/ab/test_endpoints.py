@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import ssl
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from ab_cases import Respond, chunk, events, http_server, send, usage, whole_answer
+from certificates import self_signed
 from openai.resources.chat.completions import Completions
 from openai.types.chat import ChatCompletionChunk
 from starlette.testclient import TestClient
@@ -641,6 +645,20 @@ def test_a_stream_that_ends_without_an_answer_is_waited_for_no_longer_than_the_t
 ) -> None:
     with pytest.raises(EndpointError, match=r"DEADLINE_EXCEEDED: no response came in 0\.1 s"):
         ask_triton(server, "break off", timeout=0.1)
+
+
+def test_why_there_is_no_connection_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EndpointError, match=r"^APIConnectionError: Connection error: \[Errno \d+\] Connection refused"):
+        connect(parse_arm("a=http://127.0.0.1:1/v1?model=m")).ask("Hi", SAMPLING, 0)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self_signed(tmp_path, "server"))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(EndpointError, match=r"CERTIFICATE_VERIFY_FAILED.* set SSL_CERT_FILE to the PEM"):
+            connect(parse_arm(f"a=https://127.0.0.1:{server.server_port}/v1?model=m")).ask("Hi", SAMPLING, 0)
+        server.shutdown()
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:

@@ -674,9 +674,18 @@ def test_watch_says_which_tiers_the_server_has_withdrawn(
         assert "tier turbo" not in out
 
 
-@pytest.mark.parametrize("how", ["nobody", "garbage", "bytes", "a page", "another server's"])
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("nobody", "Connection refused"),
+        ("garbage", "SSH-2.0"),
+        ("bytes", "what is there is not a server's metrics"),
+        ("a page", "what is there is not a server's metrics"),
+        ("another server's", "what is there is not a server's metrics"),
+    ],
+)
 def test_watch_goes_on_without_metrics_and_says_so(
-    log: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    log: Path, tmp_path: Path, how: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = "http://127.0.0.1:9/metrics"
     if how == "garbage":
@@ -696,6 +705,7 @@ def test_watch_goes_on_without_metrics_and_says_so(
     assert look(write(log, *BAD), "--guard", "divergence<5%,error_rate<5%", "--metrics-url", url) == 4
     out = capsys.readouterr().out
     assert f"no metrics come from {url}" in out
+    assert why in out
     assert "b broke a guard-rail: error_rate" in out
 
 

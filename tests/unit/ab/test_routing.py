@@ -183,6 +183,32 @@ def test_what_is_no_file_of_arms_at_all(tmp_path: Path, text: str, message: str)
     assert message in refused(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "cure"),
+    [
+        ("salt: 2026-autumn", "", "add a line `salt: TEXT`"),
+        ("salt: 2026-autumn", "salt: 2026-11-22", "any text in quotes"),
+        ("log: outcomes.jsonl", "", "add a line `log: FILE`"),
+        (FINE, "salt: s\nlog: l", "add `arms:`"),
+        ("share: 0.9", "shares: 0.9", "docs/comparing.md"),
+        (FINE, "", "docs/comparing.md"),
+        ("share: 0.9", "share: 0.8", ""),  # what is wrong says it
+    ],
+)
+def test_what_is_wrong_with_a_file_of_arms_has_a_cure(tmp_path: Path, before: str, after: str, cure: str) -> None:
+    path = tmp_path / "arms.yaml"
+    path.write_text(FINE.replace(before, after))
+    with pytest.raises(RoutingError) as raised:
+        read_routing(path)
+    assert cure in raised.value.cure
+    assert bool(cure) == bool(raised.value.cure)
+
+
+def test_all_that_is_wrong_with_a_file_of_arms_is_named(tmp_path: Path) -> None:
+    message = refused(tmp_path, "arms:\n  a: {share: 2}\n  b: {}")
+    assert all(name in message for name in ("salt: Field", "log: Field", "arms.a.share: Input", "`salt: TEXT`"))
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RoutingError, match=r"none\.yaml cannot be read .*No such file"):
         read_routing(tmp_path / "none.yaml")

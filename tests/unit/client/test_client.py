@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from threading import Thread
 
+import grpc
 import pytest
+from certificates import self_signed
+from cryptography import x509
 from tritonclient.utils import InferenceServerException
 
 from ssv.client.cli import main
 from ssv.client.triton import Client, ServerError, Settings, request_inputs, server_error, split_url
+from ssv.client.triton_aio import AsyncClient
 from ssv.runtime.reply import Reply
 from ssv.support.errors import UserError
 
@@ -66,12 +77,85 @@ def test_addresses() -> None:
         ("in ensemble 'ensemble', INVALID_ARGUMENT: a: b\nc", "INVALID_ARGUMENT", "a: b\nc"),
         ("unexpected inference input 'x'", "UNKNOWN", "unexpected inference input 'x'"),
         ("failed to connect to all addresses", "UNAVAILABLE", "no server answers at grpc://h:1"),
+        ("errors resolving h:1: [Domain name not found]", "UNAVAILABLE", "the host of grpc://h:1 is not known: check"),
+        (
+            "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1: Socket closed",
+            "UNAVAILABLE",
+            "grpc://h:1 closes the connection instead of speaking gRPC: with TLS give the address as grpcs://",
+        ),
     ],
 )
 def test_errors_say_what_the_server_said(message: str, status: str, text: str) -> None:
     error = server_error(InferenceServerException(message), "grpc://h:1")
     assert error.status == status
     assert str(error).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("of", "trusts", "message"),
+    [
+        (
+            "127.0.0.1",
+            None,
+            r"the certificate of {} is not trusted \(self signed certificate\): give the PEM .*--tls-ca",
+        ),
+        (
+            "elsewhere.example",
+            "server.pem",
+            "the certificate of {} is valid for another host: give the address by a name",
+        ),
+        ("127.0.0.1", "empty.pem", "the PEM for checking the certificate of {} has no certificate in it: give another"),
+        ("127.0.0.1", "server.pem", "Method not found"),  # what stands behind the certificate is asked
+    ],
+)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_wrong_with_a_certificate_is_said(
+    tmp_path: Path, of: str, trusts: str | None, message: str, asynchronous: bool
+) -> None:
+    name = x509.DNSName(of) if of[0] == "e" else x509.IPAddress(ip_address(of))
+    certificate, key = self_signed(tmp_path, "server", of=of, san=[name], ca=True)
+    (tmp_path / "empty.pem").write_text("nothing")
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    server = grpc.server(ThreadPoolExecutor(1))
+    url = f"grpcs://127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    server.start()
+    ask = ask_asynchronously if asynchronous else ask_one
+    with pytest.raises(ServerError, match=message.format(re.escape(url))) as raised:
+        ask(url, None if trusts is None else tmp_path / trusts)
+    assert raised.value.is_unreachable == (message != "Method not found")
+    server.stop(None)
+
+
+def test_what_does_not_speak_as_the_address_says_is_told() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(ServerError, match="does not speak TLS: give the address as grpc://"):
+        ask_one(f"grpcs://127.0.0.1:{port}", None)
+    server.stop(None)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        thread = Thread(target=web.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(ServerError, match=r"speaks HTTP/1\.1, not gRPC: give the port of gRPC"):
+            ask_one(f"grpc://127.0.0.1:{web.server_port}", None)
+        web.shutdown()
+
+
+def ask_one(url: str, ca: Path | None) -> None:
+    with Client(url, ca=ca) as client:
+        next(client.stream("a", Settings()))
+
+
+def ask_asynchronously(url: str, ca: Path | None) -> None:
+    async def ask() -> None:
+        client = AsyncClient(url, certificate=ca)
+        try:
+            async for _ in client.stream("a", Settings(), request_id="", stream=True):
+                pass
+        finally:
+            await client.aclose()
+
+    asyncio.run(ask())
 
 
 def test_no_server() -> None:

@@ -74,6 +74,7 @@ def ask(llm: LLM, method: str, policy: object = None) -> None:
         ("max_batch", 2.5, "max_batch 2.5 must be"),
         ("max_length", -1, "max_length -1 must be"),
         ("prefill_chunk", 0, "prefill_chunk 0 must be"),
+        ("threads", "2", "threads must be 1 to 1024, got '2'"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(bundle: Path, option: str, value: Any, named: str) -> None:
@@ -81,10 +82,33 @@ def test_what_cannot_be_loaded_is_named(bundle: Path, option: str, value: Any, n
         LLM.load(bundle, **{option: value})
 
 
-@pytest.mark.parametrize("asked", ["hello", ["hello"], [{"prompt": "hello"}]])
+@pytest.mark.parametrize("asked", ["hello", ["hello"], [{"prompt": "hello"}], None, Request((1,), "premium")])
 def test_what_is_no_list_of_requests(bundle: Path, asked: Any) -> None:
     with pytest.raises(RequestError, match=r"must be a list of `Request`: .*chat_ids"):
         LLM.load(bundle, max_length=64, verify=False).generate(asked)
+
+
+def test_what_is_no_bundle_and_no_message(bundle: Path) -> None:
+    for wrong in (None, 5):
+        with pytest.raises(EngineError, match=rf"bundle {wrong} must be a path: give the folder"):
+            LLM.load(wrong)  # type: ignore[arg-type]
+    llm = LLM.load(bundle, max_length=64, verify=False)
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(RequestError, match=r"must be the text of a message: `LLM\.tokenizer\.chat_ids` takes"):
+        llm.chat_ids(messages)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="must be text: `chat_ids` takes the messages"):
+        llm.tokenizer.encode(messages)  # type: ignore[arg-type]
+    for strange in (
+        "a",
+        ["a"],
+        [{}],
+        [{"role": "user"}],
+        [{"role": 5, "content": "a"}],
+        [{"role": "user", "content": None}],
+    ):
+        with pytest.raises(RequestError, match="must be a list of messages: give each a role and a text, as"):
+            llm.tokenizer.chat_ids(strange)  # type: ignore[arg-type]
+    assert llm.tokenizer.chat_ids(messages) == llm.chat_ids("a")
 
 
 def test_costs_are_measured_for_the_first_request_that_goes_by_them(bundle: Path, measured: list[object]) -> None:

@@ -16,6 +16,7 @@ from ssv.bundle.policy import Policy, TypicalAcceptance, verify_all
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import LOOKAHEAD, METHODS, OPTIONS, policy_for, policy_of, with_options
 from ssv.runtime.request import Request, RequestError, SamplingParams
+from ssv.support.errors import UserError
 
 INVALID: list[dict[str, Any]] = [
     {"temperature": -0.1},
@@ -146,6 +147,8 @@ def test_settings_of_another_type(name: str, value: Any, named: str) -> None:
         ("params", {"max_tokens": 3}, "must be `SamplingParams`"),
         ("num_draft_tokens", 2.5, "whole number"),
         ("num_draft_tokens", "5", "whole number"),
+        ("deadline", "soon", r"a number: take it from `time\.monotonic\(\)`"),
+        ("arrived", "x", "a number"),
         ("policy", "eagle", "must be a `Policy`: .*goes into `method`"),
     ],
 )
@@ -233,6 +236,8 @@ def test_tier_that_the_bundle_lacks() -> None:
 def test_policy_out_of_range(change: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(change))):
         Policy.model_validate(PREMIUM.model_dump() | change)
+    with pytest.raises(UserError, match=next(iter(change))):
+        Policy(**{**PREMIUM.model_dump(), **change})
 
 
 @pytest.mark.parametrize("drafter", ["heads", "prompt-lookup", "suffix", "lookahead"])

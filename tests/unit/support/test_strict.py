@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-from pydantic import ValidationError, field_validator, model_validator
+import json
+from typing import Annotated, Any
 
-from ssv.support.strict import Strict, problems
+import pytest
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ssv.support.errors import UserError
+from ssv.support.strict import Given, Strict, problems
 
 
 class Part(Strict):
@@ -47,3 +51,52 @@ def test_each_problem_is_said_with_its_key_in_our_own_words(given: object, calle
     with pytest.raises(ValidationError) as caught:
         Whole.model_validate(given)
     assert problems(caught.value, called) == said
+
+
+class Sizes(Given):
+    share: Annotated[float, Field(le=1)]
+    sizes: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
+
+    @model_validator(mode="after")
+    def _is_no_half(self) -> Sizes:
+        if self.share == 0.5:
+            raise ValueError("a half is too little. Give more")
+        return self
+
+
+class Box(Strict):
+    sizes: Sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "cure"),
+    [
+        ({"share": 2}, "share 2 cannot be", "it must be less than or equal to 1"),
+        ({"share": "x"}, "share 'x' cannot be", "it must be a valid number, unable to parse string as a number"),
+        ({}, "share is missing", "give what is missing"),
+        ({"share": 1, "shar": 1}, "shar is unknown", "known: share, sizes"),
+        ({"share": 1, "sizes": ()}, "sizes () cannot be", "it must have at least 1 item after validation, not 0"),
+        ({"share": 1, "sizes": (1, None)}, "sizes.1 None cannot be", "it must be a valid integer"),
+        ({"share": 0.5}, "a half is too little. Give more", ""),
+        (
+            {"share": 2, "sizes": 2},
+            "share 2 cannot be; sizes 2 cannot be",
+            "it must be less than or equal to 1; it must",
+        ),
+    ],
+)
+def test_a_caller_hears_what_is_wrong_and_what_to_do(given: dict[str, Any], what: str, cure: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Sizes(**given)
+    assert raised.value.what == what
+    assert raised.value.cure.startswith(cure)
+    with pytest.raises(ValidationError) as refused:  # in a file, with its place there
+        Box.model_validate({"sizes": given})
+    assert problems(refused.value).startswith("sizes")
+    with pytest.raises(ValidationError):
+        Box.model_validate_json(json.dumps({"sizes": given}))
+
+
+def test_what_is_right_is_made_in_each_way() -> None:
+    made = Sizes(share=1, sizes=(1, 2))
+    assert Sizes.model_validate(made.model_dump()) == Sizes.model_validate_json(made.model_dump_json()) == made

@@ -450,6 +450,23 @@ def test_options_that_an_engine_has_no_use_for(options: tuple[str, ...], says: s
         checks.check_options(parsed(*options))
 
 
+@pytest.mark.parametrize(
+    "origin", ["https://a.example/", "https://a.example/app", "a.example", "", "https://A.example", "https://"]
+)
+def test_origins_that_no_browser_sends(origin: str) -> None:
+    fine = ("*", "null", "https://a.example", "http://localhost:3000", "chrome-extension://abc", "http://[::1]:5")
+    checks.check_options(parsed("--openai-port", "9000", "--allowed-origins", *fine))
+    with pytest.raises(ServeError, match="is no origin that a browser sends: give scheme and host"):
+        checks.check_options(parsed("--openai-port", "9000", "--allowed-origins", "*", origin))
+
+
+@pytest.mark.parametrize("options", [("--api-key-file", "keys"), ("--allowed-origins", "*")])
+def test_options_of_an_api_that_is_not_served(options: tuple[str, ...]) -> None:
+    with pytest.raises(ServeError, match=f"{options[0]} is of the OpenAI API, which is not served: give --openai-port"):
+        checks.check_options(parsed(*options))
+    checks.check_options(parsed(*options, "--openai-port", "9000"))
+
+
 def test_gpus_share_the_memory_of_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
     made = manifest()
     needed = checks.memory_needed(config(engine="tensorrt_llm"), made)

@@ -168,6 +168,13 @@ def test_the_router_is_told_where_it_lives(tmp_path: Path, monkeypatch: pytest.M
     assert given["certificate"] == str(tmp_path / "c.pem")
 
 
+def test_an_arm_without_a_tier_of_the_bundle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "arms.yaml"
+    path.write_text(f"salt: s\nlog: {tmp_path}/log\narms: {{now: {{share: 0.5}}, new: {{share: 0.5, tier: fast}}}}")
+    with pytest.raises(serve.ServeError, match=r"arms\.yaml: arms\.new\.tier: .*'?fast'?.*; known: "):
+        serve._router(parsed("--ab", str(path)), TIERS)
+
+
 def test_a_bundle_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert serve.main(["--bundle", str(tmp_path / "none")]) == 2
     assert "error:" in capsys.readouterr().err

@@ -28,7 +28,7 @@ function element(tag, className = "", text = "") {
 }
 
 function percent(share, digits = 0) {
-  return `${(100 * share).toFixed(digits)} %`;
+  return `${(100 * share).toFixed(digits)}\u00a0%`; // never on two lines
 }
 
 // --- the server ------------------------------------------------------------------------------------------------------

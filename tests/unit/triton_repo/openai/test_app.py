@@ -462,6 +462,39 @@ def test_a_stream_has_its_choices_as_they_come(ask: Any) -> None:
     assert found[0]["choices"][0]["index"] == 2  # the last one answers first
 
 
+class LateBackend(FakeBackend):
+    """Answers each prompt at once, but for the last, which it refuses later or answers last."""
+
+    def __init__(self, last: Reply | Exception) -> None:
+        super().__init__()
+        self._last = last
+
+    async def stream(self, prompt: Any, settings: Settings, *, request_id: str, stream: bool) -> AsyncGenerator[Reply]:
+        if prompt == "last":
+            await asyncio.sleep(0.1)
+            if isinstance(self._last, Exception):
+                raise self._last
+            yield self._last
+        else:
+            yield reply("a")
+            yield reply("b", "stop")
+
+
+def test_a_prompt_that_is_refused_late_refuses_the_request_though_others_are_answered() -> None:
+    backend = LateBackend(ServerError("the prompt is empty", "INVALID_ARGUMENT"))
+    for stream in (True, False):
+        error = error_of(complete(backend, prompt=["x", "y", "last"], stream=stream), 400)
+        assert (error["message"], error["param"]) == ("the prompt is empty", "prompt")
+    error_of(complete(LateBackend(ServerError("full", "UNAVAILABLE")), prompt=["x", "last"], stream=True), 503)
+
+
+def test_what_came_before_the_last_choice_began_is_sent_then() -> None:
+    found = events_of(complete(LateBackend(reply("c", "stop")), prompt=["x", "last"], stream=True))
+    assert found.pop() == "[DONE]"
+    said = [(event["choices"][0]["index"], event["choices"][0]["text"]) for event in found]
+    assert [each for each in said if each[1]] == [(0, "a"), (0, "b"), (1, "c")]
+
+
 def test_choices_that_are_too_many_are_refused() -> None:
     backend = FakeBackend()
     error = error_of(complete(backend, prompt=["a"] * 3, n=50), 400)
@@ -1047,6 +1080,9 @@ NEUTRAL = {
     "include_stop_str_in_output": False,
     "use_beam_search": False,
     "length_penalty": 1.0,
+    "priority": 0,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
 }
 NEUTRAL_CHAT = {
     "metadata": {"a": "b"},
@@ -1063,6 +1099,9 @@ NEUTRAL_CHAT = {
     "parallel_tool_calls": True,
     "functions": [],
     "function_call": "auto",
+    "echo": False,
+    "add_special_tokens": False,
+    "include_reasoning": True,
 }
 
 
@@ -1073,7 +1112,9 @@ def test_values_that_change_nothing_are_taken() -> None:
         penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
         assert replace(backend.settings, user=None) == Settings(chat=False, temperature=1.0, **penalties)
     assert chat(backend, tool_choice="none", function_call="none", parallel_tool_calls=False).status_code == 200
-    assert complete(backend, **NEUTRAL, echo=False, suffix=None, best_of=1, logprobs=None).status_code == 200
+    assert (
+        complete(backend, **NEUTRAL, echo=False, add_special_tokens=True, best_of=1, logprobs=None).status_code == 200
+    )
 
 
 # What is refused.
@@ -1090,6 +1131,9 @@ WRONG = [
     ("use_beam_search", True),
     ("use_beam_search", 0),
     ("length_penalty", 0.9),
+    ("priority", 1),
+    ("return_token_ids", True),
+    ("return_tokens_as_token_ids", True),
     ("presence_penalty", 2.5),
     ("frequency_penalty", "1"),
     ("repetition_penalty", 0),

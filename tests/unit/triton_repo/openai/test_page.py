@@ -212,7 +212,7 @@ def test_every_token_shows_its_fate(opened: browser.Tab, backend: Backend) -> No
     assert prompt == [{"role": "user", "content": "What?"}]
     assert settings.fates and settings.tier == "premium" and (settings.temperature, settings.seed) == (0.0, 0)
     shown = opened.run("document.querySelector('.answer').innerText")
-    assert "lossless" in shown and "3 (43 %)" in shown and "passes saved" in shown
+    assert "lossless" in shown and "3 (43\N{NO-BREAK SPACE}%)" in shown and "passes saved" in shown
 
 
 @needs_browser
@@ -222,7 +222,7 @@ def test_what_was_drafted_in_vain_is_seen_on_hover_and_by_key(opened: browser.Ta
     opened.point(".text .token.accepted")
     opened.wait("!$('tip').hidden")
     tip = "$('tip').innerText"
-    assert "the target chose it too" in opened.run(tip) and "12.5 %" in opened.run(tip)
+    assert "the target chose it too" in opened.run(tip) and "12.5\N{NO-BREAK SPACE}%" in opened.run(tip)
     assert opened.run("[...document.querySelectorAll('#tip li')].map((each) => each.textContent)") == [
         " sx",
         "<b>y</b>",
@@ -250,7 +250,7 @@ def test_two_tiers_answer_beside_each_other(opened: browser.Tab, backend: Backen
         "[...document.querySelectorAll('.answer')].map((each) => each.getBoundingClientRect().toJSON())"
     )
     assert left["top"] == right["top"] and left["right"] < right["left"]
-    assert ("divergence at most 3.3 %" in opened.run("document.body.innerText")) == (beside == "turbo")
+    assert ("divergence at most 3.3\N{NO-BREAK SPACE}%" in opened.run("document.body.innerText")) == (beside == "turbo")
 
 
 @needs_browser

@@ -4,13 +4,13 @@ test_round.py and test_model_free.py."""
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.drafters.lookahead import Window
 from ssv.runtime.decode.tree import ROOT, Tree
 from ssv.runtime.engines.contract import EngineError
 from ssv.runtime.methods import LOOKAHEAD
+from ssv.support.errors import UserError
 
 
 def tree_of(window: Window, root: int, *, limit: int = 64, max_depth: int = 50, ends: tuple[int, ...] = ()) -> Tree:
@@ -125,7 +125,7 @@ def test_logits_that_are_no_distribution_are_noticed() -> None:
 
 
 def test_what_pays_is_no_question_for_it() -> None:
-    with pytest.raises(ValidationError, match="lookahead cannot draft only what pays"):
+    with pytest.raises(UserError, match="lookahead cannot draft only what pays"):
         Policy(drafter="lookahead", accept_below=0, verify_above=1, risk_budget=1, max_pending=9, pays=True)
 
 
