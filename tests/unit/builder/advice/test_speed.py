@@ -6,13 +6,14 @@ import pytest
 
 from fakes import EOS, FakeDraft, FakeTarget
 from ssv.builder.advice.positions import drawn, watch
-from ssv.builder.advice.speed import break_even, expected, least_acceptance, speeds, verdict
+from ssv.builder.advice.speed import Basis, break_even, expected, least_acceptance, speeds, verdict
 from ssv.bundle.policy import Policy, verify_all
 from ssv.bundle.profile import Costs, Curve
 from ssv.bundle.survival import Survival
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
+from ssv.runtime.methods import PREMIUM, SPECINFER
 from ssv.runtime.request import SamplingParams
 
 NONE = Survival()
@@ -38,14 +39,16 @@ def places(*shares: float, count: int = 3000) -> list:
         verify_all(3),
         verify_all(6, children=(3,), beam=2, max_depth=4),
         Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.7, max_pending=6),
+        SPECINFER,
+        PREMIUM,
     ],
 )
 def test_rounds_are_those_of_decoding(policy: Policy) -> None:
     """The same passes, the same drafted tokens, for the same text."""
     target = FakeTarget(max_length=400, eos_bias=-20.0)
     draft = FakeDraft(target, conditioned=True, agreement=0.7)
-    batch = DecodeBatch(target, draft, [EOS], 200)
-    prompt = (1, 2, 3)
+    batch = DecodeBatch(target, draft, [EOS], 200, costs=costs(0.1, 0.02), recorded_costs=costs(0.1, 0.02))
+    prompt = (1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3)
     (text,) = watch(batch, [prompt], 40)
     row = Row(SamplingParams(max_tokens=40), policy, lambda _: False, Counters())
     batch.members.begin(prompt, row)
@@ -55,13 +58,13 @@ def test_rounds_are_those_of_decoding(policy: Policy) -> None:
     while row.rest >= 0:
         batch.draft()
         row.counters.emitted += len(batch.verify()[0])
-    found = expected("", "", [text], policy, costs(0.1), NONE, conditioned=True)
+    found = expected("", "", [text], policy, Basis(costs(0.1, 0.02), NONE, True))
     assert found.nodes_per_pass == pytest.approx(row.counters.drafted / row.counters.target_passes)
     assert found.tokens_per_pass == pytest.approx(row.counters.tokens_per_pass)
 
 
 def test_a_chain_gives_what_its_acceptance_says() -> None:
-    found = expected("", "", places(0.8), verify_all(3), costs(0.1), NONE, conditioned=False)
+    found = expected("", "", places(0.8), verify_all(3), Basis(costs(0.1), NONE, False))
     assert found.tokens_per_pass == pytest.approx(1 + 0.8 + 0.64 + 0.512, rel=0.03)
     assert found.seconds_per_pass == pytest.approx(1.3)
     assert found.speedup == pytest.approx(found.tokens_per_pass / 1.3)
@@ -69,13 +72,13 @@ def test_a_chain_gives_what_its_acceptance_says() -> None:
 
 def test_trusted_tokens_are_passed_without_being_right() -> None:
     trusting = Policy(accept_below=0.5, verify_above=1.0, risk_budget=1.0, max_pending=4)
-    found = expected("", "", places(0.6), trusting, costs(0.1), NONE, conditioned=False)
+    found = expected("", "", places(0.6), trusting, Basis(costs(0.1), NONE, False))
     assert found.tokens_per_pass == 5.0
 
 
 def test_what_pays_is_never_slower_than_plain_decoding() -> None:
     for share, step in ((0.9, 0.1), (0.1, 0.8), (0.6, 1.5)):
-        rows = {s.method: s for s in speeds(places(share, count=400), costs(step), NONE, {}, conditioned=False)}
+        rows = {s.method: s for s in speeds(places(share, count=400), Basis(costs(step), NONE, False), {})}
         assert rows["premium"].speedup >= 0.99
         assert rows["autoregressive"].speedup == 1.0
 
@@ -84,7 +87,7 @@ def test_break_even_of_a_free_and_of_a_dear_draft() -> None:
     # k tokens of acceptance a pay where a + ... + a^k > k * 0.5: a chain of one is the first to.
     assert least_acceptance(costs(0.5)) == pytest.approx(0.5, abs=1e-3)
     assert least_acceptance(costs(1.01)) is None
-    found = break_even(places(0.8), costs(0.1, further=0.05), NONE, conditioned=False)
+    found = break_even(places(0.8), Basis(costs(0.1, further=0.05), NONE, False))
     # a - 0.05 seconds are what a first token may cost
     assert found.draft_share == pytest.approx(0.75, abs=0.02)
     assert found.draft_share_now == pytest.approx(0.1)
@@ -96,5 +99,5 @@ def test_break_even_of_a_free_and_of_a_dear_draft() -> None:
 )
 def test_verdicts(share: float, step: float, word: str) -> None:
     texts = places(share, count=800)
-    found, free = (speeds(texts, costs(c), NONE, {}, conditioned=False) for c in (step, 1e-9))
+    found, free = (speeds(texts, Basis(costs(c), NONE, False), {}) for c in (step, 1e-9))
     assert verdict(found, costs(step), free)[0] == word
