@@ -192,6 +192,8 @@ def _measured(said: str, texts: Texts, basis: Basis, tiers: dict[str, Policy]) -
     facts = {}
     if basis.costs.conditions is not None and (doubts := basis.costs.conditions.doubts):
         facts["costs may be wrong"] = doubts
+    if (doubts := basis.overhead.doubts(basis.costs.target.at(1))) is not None:
+        facts["rounds may be measured wrong"] = doubts
     return Advice(what, why, said, facts, acceptance(texts), found, break_even(texts, basis))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,10 @@ SHAPES = (
 )
 """What is decoded by: none of them is a method whose speed is predicted, but plain decoding."""
 
+MOST_BESIDE = 0.5
+"""Of a step: with more than that beside it a round is that of a busy machine, or of a tiny model. On two idle cores it
+is 0.04 to 0.08 of the demo's."""
+
 MAX_TOKENS = 48
 """Of each output. The last rounds of an output draft less, and are few."""
 
@@ -49,6 +54,16 @@ class Overhead:
     round: float = 0.0
     level: float = 0.0
     guess: float = 0.0
+
+    def doubts(self, step: float) -> str | None:
+        """What makes it doubtful, in words; None where nothing does.
+
+        Args:
+            step: seconds of a pass of one token.
+        """
+        if self.round <= MOST_BESIDE * step:
+            return None
+        return f"a round of plain decoding took {1 + self.round / step:.1f} times its step. Is the machine idle?"
 
     def of(self, levels: float, guesses: float) -> float:
         """Seconds of a round of so many steps of the draft and guesses."""
@@ -95,7 +110,8 @@ def fitted(rounds: Sequence[Timed]) -> Overhead:
 
 
 def seconds_of_rounds(prompts: Sequence[tuple[int, ...]], decode: Decode) -> list[tuple[Policy, float]]:
-    """Decodes some prompts by each of `SHAPES`, in turns; tells what a round takes, behind the first token.
+    """Decodes some prompts by each of `SHAPES`, in turns; tells what a round takes behind the first token, for the
+    middle one of the prompts.
 
     Args:
         prompts: token ids, of which the first few are taken.
@@ -103,17 +119,15 @@ def seconds_of_rounds(prompts: Sequence[tuple[int, ...]], decode: Decode) -> lis
     Returns:
         Each shape that had a round, with its seconds.
     """
-    found = {shape: Counters(requests=0) for shape in SHAPES}
+    found: dict[Policy, list[float]] = {shape: [] for shape in SHAPES}
     decode(prompts[0], SHAPES[-1], MAX_TOKENS)  # the first steps of each size are slower
     for number, prompt in enumerate(prompts[:NUM_PROMPTS]):
         for turn in range(len(SHAPES)):
             shape = SHAPES[(number + turn) % len(SHAPES)]
-            found[shape] += decode(prompt, shape, MAX_TOKENS)
-    return [
-        (shape, (counters.total_s - counters.first_token_s) / counters.target_passes)
-        for shape, counters in found.items()
-        if counters.target_passes
-    ]
+            counters = decode(prompt, shape, MAX_TOKENS)
+            if counters.target_passes:
+                found[shape].append((counters.total_s - counters.first_token_s) / counters.target_passes)
+    return [(shape, median(seconds)) for shape, seconds in found.items() if seconds]
 
 
 def decoding(llm: LLM) -> Decode:

@@ -8,7 +8,7 @@ import pytest
 
 from fakes import EOS, FakeDraft, FakeTarget
 from ssv.builder.advice.positions import drawn, watch
-from ssv.builder.advice.rounds import SHAPES, Overhead, Timed, fitted
+from ssv.builder.advice.rounds import SHAPES, Overhead, Timed, fitted, seconds_of_rounds
 from ssv.builder.advice.speed import Basis, break_even, expected, least_acceptance, speeds, verdict
 from ssv.bundle.policy import Policy, verify_all
 from ssv.bundle.profile import Costs, Curve
@@ -100,6 +100,22 @@ def test_no_part_of_the_overhead_is_below_nothing() -> None:
     found = fitted(rounds)
     assert min(asdict(found).values()) >= 0 and found != Overhead()
     assert fitted([Timed(0, 0, 1.0, 1.2), Timed(3, 3, 1.5, 1.7)]) == Overhead()
+
+
+def test_rounds_are_those_of_the_middle_prompt_and_behind_the_first_token() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def decode(prompt: tuple[int, ...], policy: Policy, max_tokens: int) -> Counters:
+        asked.append(prompt)
+        seconds = {1: 0.5, 2: 0.3, 3: 60.0}[prompt[0]]  # one was interrupted
+        passes = 0 if policy == SHAPES[2] else 10
+        return Counters(target_passes=passes, first_token_s=2.0, total_s=2.0 + passes * seconds)
+
+    found = seconds_of_rounds([(1,), (2,), (3,), (4,)], decode)
+    assert found == [(shape, pytest.approx(0.5)) for shape in SHAPES if shape != SHAPES[2]]
+    assert asked.count((3,)) == len(SHAPES) and (4,) not in asked
+    assert Overhead(0.04).doubts(0.1) is None
+    assert "took 9.0 times its step" in str(Overhead(0.8).doubts(0.1))
 
 
 def test_lossy_trees_go_by_recorded_costs() -> None:
