@@ -59,7 +59,7 @@ class Basis:
 
     @property
     def plain_seconds(self) -> float:
-        """Of a round of plain decoding."""
+        """Seconds of a round of plain decoding."""
         return self.costs.target.at(1) + self.overhead.of(0, 0)
 
     def timed(self, rounds: Sequence[tuple[Policy, float]]) -> Basis:
