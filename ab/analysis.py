@@ -67,6 +67,7 @@ class RunSettings:
         return self.temperature if arm.temperature is None else arm.temperature
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings by name, as JSON can hold them."""
         return asdict(self)
 
     @classmethod

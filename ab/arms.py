@@ -74,6 +74,7 @@ class Arm:
 
     @property
     def is_openai(self) -> bool:
+        """Whether the arm speaks OpenAI's API; otherwise it is asked over gRPC."""
         return self.url.startswith("http")
 
     def price(self, *, per_hour: float | None, gpus: float, utilisation: float) -> Price | None:

@@ -24,7 +24,9 @@ class Endpoint(Protocol):
         """What the server says of its tiers and how they were calibrated; None if it says nothing."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets go of the connection."""
+        ...
 
 
 def connect(arm: Arm, *, ca: Path | None = None) -> Endpoint:
@@ -39,6 +41,7 @@ class TritonEndpoint:
         self._arm, self._client = arm, Client(arm.url, ca=ca)
 
     def ask(self, prompt: str, sampling: Sampling, seed: int) -> Answer:
+        """Streams an answer; see `Endpoint.ask`."""
         temperature = sampling.temperature if self._arm.temperature is None else self._arm.temperature
         settings = Settings(
             tier=self._arm.tier,
@@ -64,6 +67,7 @@ class TritonEndpoint:
         return check_answer(answer, sampling)
 
     def disclosure(self) -> dict[str, Any] | None:
+        """What the server says of its bundle and tiers; None where it says nothing that can be read."""
         try:
             found = json.loads(self._client.parameter("ssv_disclosure") or "null")
         except (ServerError, ValueError):
@@ -71,4 +75,5 @@ class TritonEndpoint:
         return found if isinstance(found, dict) and isinstance(found.get("tiers"), dict) else None
 
     def close(self) -> None:
+        """Closes the connection."""
         self._client.close()

@@ -39,6 +39,7 @@ class Journal:
             self._is_torn = bool(data)
 
     def close(self) -> None:
+        """Closes the file."""
         os.close(self._file)
 
     def __enter__(self) -> Journal:

@@ -38,6 +38,7 @@ class Limit:
 
     @property
     def statistic(self) -> str:
+        """Which statistic of the figure is limited, such as `p95`; the last word of the name."""
         return self.name.rpartition("_")[2]
 
     @property

@@ -87,6 +87,7 @@ class ArmState:
 
     @property
     def error_rate(self) -> float:
+        """Share of the requests that failed; 0 before there are any."""
         return self.errors / self.requests if self.requests else 0.0
 
 
@@ -122,14 +123,17 @@ class LiveComparison:
 
     @property
     def first(self) -> str:
+        """Name of the arm that the others are compared with."""
         return next(iter(self.arms))
 
     @property
     def rivals(self) -> tuple[str, ...]:
+        """Names of the arms that are compared with the first."""
         return tuple(self._rivalries)
 
     @property
     def shadow(self) -> str | None:
+        """Name of the arm that gets copies of requests; None without one."""
         return self._shadow
 
     def take(self, record: Mapping[str, Any]) -> None:

@@ -97,6 +97,7 @@ class LoadGenerator:
         return samples
 
     def close(self) -> None:
+        """Closes the connections to all arms."""
         for endpoint in self._endpoints.values():
             endpoint.close()
 

@@ -79,6 +79,7 @@ class OpenAIEndpoint:
         )
 
     def ask(self, prompt: str, sampling: Sampling, seed: int) -> Answer:
+        """Asks for a chat completion; see `Endpoint.ask`."""
         from openai import APIStatusError, OpenAIError
 
         start = time.perf_counter()
@@ -107,9 +108,11 @@ class OpenAIEndpoint:
             raise EndpointError(f"what came is no stream of chat completions: {what}") from error
 
     def disclosure(self) -> dict[str, Any] | None:
+        """None: OpenAI's API discloses no tiers."""
         return None
 
     def close(self) -> None:
+        """Closes the connections."""
         self._client.close()
 
     def _request(self, prompt: str, sampling: Sampling, seed: int) -> dict[str, Any]:

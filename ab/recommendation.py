@@ -39,6 +39,7 @@ class Rival:
 
     @property
     def outcome(self) -> Outcome:
+        """Whether it is to be used: not with a fault, and open with a doubt."""
         return Outcome.YES if not self.doubts and not self.faults else Outcome.NO if self.faults else Outcome.OPEN
 
     @property

@@ -51,11 +51,17 @@ class LiveRequest(Protocol):
     user: str | None
     tensors: Mapping[str, np.ndarray]
 
-    def send(self, outputs: Mapping[str, np.ndarray], arm: str, is_last: bool) -> None: ...
+    def send(self, outputs: Mapping[str, np.ndarray], arm: str, is_last: bool) -> None:
+        """Sends outputs to the client, by name; the last ones end its request."""
+        ...
 
-    def fail(self, message: str) -> None: ...
+    def fail(self, message: str) -> None:
+        """Ends the request with an error."""
+        ...
 
-    def is_cancelled(self) -> bool: ...
+    def is_cancelled(self) -> bool:
+        """Whether the client does not wait any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -99,6 +105,7 @@ class Outcome:
     text_sha: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """A line of the log: the attributes by name, and `event`."""
         return {"event": "outcome", **{name: getattr(self, name) for name in self.__slots__}}
 
     def counts(self) -> Mapping[str, float]:

@@ -80,10 +80,12 @@ class Routing(Strict):
 
     @property
     def first(self) -> str:
+        """Name of the arm that the others are compared with, and that takes over for those out of service."""
         return next(iter(self.arms))
 
     @property
     def fallback_path(self) -> Path:
+        """Place of the file that names the arms that are out of service."""
         return fallback_path(self.log)
 
     def arm_of(self, unit: str) -> str:

@@ -55,6 +55,7 @@ class Sample:
 
     @property
     def e2e_s(self) -> float:
+        """Seconds from the request to the end of its answer."""
         return self.end_s - self.start_s
 
     @property
@@ -64,6 +65,7 @@ class Sample:
         return sum(seconds for seconds, _ in self.gaps) / tokens if tokens else None
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes by name, as JSON can hold them."""
         return asdict(self)
 
     @classmethod

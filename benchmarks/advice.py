@@ -1,7 +1,8 @@
 """How far is what `ssv-build advise` predicts from what is measured, on a pair that runs here?
 
-Costs are measured and prompts are watched as the command does it; then the same prompts are decoded by each method, the
-methods in turns. What is compared is the speed behind the first token: the prompt's own pass is not predicted.
+Costs and some rounds are measured and prompts are watched as the command does it; then the same prompts are decoded by
+each method, the methods in turns. What is compared is the speed behind the first token: the prompt's own pass is not
+predicted.
 
     python benchmarks/advice.py --bundle bundles/smollm2-135m --out benchmarks/records/advice.json
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ssv import LLM, Request, SamplingParams
 from ssv.builder.advice.command import REPEATS
 from ssv.builder.advice.positions import acceptance, drawn, watch
-from ssv.builder.advice.speed import break_even, speeds
+from ssv.builder.advice.rounds import decoding, seconds_of_rounds
+from ssv.builder.advice.speed import Basis, break_even, speeds
 from ssv.bundle.survival import Survival
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.round import DecodeBatch
@@ -42,10 +45,12 @@ def main() -> int:
     costs = llm.costs = llm.measure_costs(repeats=REPEATS)
     batch = DecodeBatch(llm.target, llm.draft, sorted(llm.eos_token_ids), llm.max_length)
     texts = watch(batch, prompts, args.max_tokens)
-    survival, conditioned = llm.survival or Survival(), llm.draft.num_features > 0
-    found = speeds(texts, costs, survival, llm.tiers, conditioned=conditioned)
+    of_steps = Basis(costs, llm.survival or Survival(), llm.draft.num_features > 0, recorded=costs)
+    basis = of_steps.timed(seconds_of_rounds(prompts, decoding(llm)))
+    found = speeds(texts, basis, llm.tiers)
+    by_steps = {s.method: s for s in speeds(texts, of_steps, llm.tiers)}
     table = json.loads((args.bundle / "calibration.json").read_text())["survival"]["reliability"]
-    by_table = {s.method: s for s in speeds(drawn(table), costs, Survival(), {}, conditioned=conditioned)}
+    by_table = {s.method: s for s in speeds(drawn(table), replace(basis, survival=Survival()), {})}
     measured = {s.method: Counters(requests=0) for s in found if s.method != "tree"}
     length = next(int(s.shape.split()[-1]) for s in found if s.method == "speculative")
     params = SamplingParams(max_tokens=args.max_tokens)
@@ -65,17 +70,20 @@ def main() -> int:
             "predicted_tokens_per_s": round(each.tokens_per_s, 1),
             "measured_tokens_per_s": round(speed, 1),
             "tokens_per_s_off_by": round(each.tokens_per_s / speed - 1, 3),
+            "tokens_per_s_by_steps_alone": round(by_steps[each.method].tokens_per_s, 1),
             "predicted_speedup": round(each.speedup, 3),
             "measured_speedup": round(speed / plain, 3),
             "speedup_off_by": round(each.speedup / (speed / plain) - 1, 3),
             "predicted_tokens_per_pass": round(each.tokens_per_pass, 3),
             "measured_tokens_per_pass": round(counters.tokens_per_pass, 3),
+            "predicted_nodes_per_pass": round(each.nodes_per_pass, 2),
+            "measured_nodes_per_pass": round(counters.drafted / counters.target_passes, 2),
         }
         if (other := by_table.get(each.method)) is not None:
             rows[each.method]["speedup_by_survival_table"] = round(other.speedup, 3)
             rows[each.method]["of"] = other.shape
         print(each.method, rows[each.method], file=sys.stderr)
-    even = break_even(texts, costs, survival, conditioned=conditioned)
+    even = break_even(texts, basis)
     figures = {
         "what": "predictions of ssv-build advise beside measurements, greedy, one request at a time",
         "place": llm.place,
@@ -85,6 +93,7 @@ def main() -> int:
         "acceptance_by_depth_and_rank": [[round(share, 3) for share in of_depth[:4]] for of_depth in acceptance(texts)],
         "break_even": {"acceptance": even.acceptance, "draft_share": even.draft_share, "now": even.draft_share_now},
         "costs": costs.model_dump(),
+        "seconds_of_a_round_beside_its_steps": asdict(basis.overhead),
         "target_seconds_afterwards": again.target.seconds,
     }
     write_record(figures, args.out, versions("torch", "transformers"))

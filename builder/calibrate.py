@@ -119,6 +119,7 @@ class Trial:
     by_category: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes by name, as JSON can hold them."""
         return {**asdict(self), "policy": self.policy.model_dump()}
 
 

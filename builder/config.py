@@ -227,6 +227,7 @@ class DraftConfig(_Strict):
 
     @property
     def is_given(self) -> bool:
+        """Whether a draft that exists is named, in place of one to be made."""
         return any(path is not None for path in (self.file, self.folder, self.checkpoint))
 
     @model_validator(mode="after")

@@ -66,10 +66,12 @@ class HostSettings:
 
     @property
     def target(self) -> str:
+        """Folder of the exported target."""
         return str(self.place / "target")
 
     @property
     def draft(self) -> str:
+        """Folder of the exported draft."""
         return str(self.place / "draft")
 
     @property
@@ -86,6 +88,7 @@ class HostSettings:
 
     @property
     def arms(self) -> tuple[str, ...]:
+        """Names of the arms that are compared; without ssv's own where it cannot run."""
         return ARMS if self.without_ssv is None else ARMS[:2]
 
 

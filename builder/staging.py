@@ -56,6 +56,7 @@ class Stage:
 
     @property
     def holds_finished(self) -> bool:
+        """Whether parts are kept that need not be made again."""
         return self.record.exists() or any(self.work.glob(f"{_QUANTIZED}*"))
 
 

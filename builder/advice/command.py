@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssv.bundle.profile import Costs, Curve
 from ssv.support.console import (
     add_device,
     add_engine,
@@ -22,10 +20,9 @@ from ssv.support.errors import UserError
 
 if TYPE_CHECKING:
     from ssv.builder.advice.positions import Texts
-    from ssv.builder.advice.speed import Speed
+    from ssv.builder.advice.speed import Basis
     from ssv.builder.advice.view import Advice
     from ssv.bundle.policy import Policy
-    from ssv.bundle.survival import Survival
 
 PROMPTS = Path(__file__).parents[1] / "presets" / "prompts" / "calibration.jsonl"
 NUM_PROMPTS = 12
@@ -117,6 +114,8 @@ def _advice(args: argparse.Namespace) -> Advice:
 
 def _of_bundle(args: argparse.Namespace) -> Advice:
     from ssv.builder.advice.positions import drawn, watch
+    from ssv.builder.advice.rounds import decoding, seconds_of_rounds
+    from ssv.builder.advice.speed import Basis
     from ssv.bundle.survival import Survival
     from ssv.runtime.decode.round import DecodeBatch
     from ssv.runtime.llm import load_for
@@ -126,8 +125,10 @@ def _of_bundle(args: argparse.Namespace) -> Advice:
     llm = load_for(args)
     if llm.draft is None:
         raise UserError("this engine has no draft of its own to measure", "use the engine torch")
-    from_profile = llm.costs is not None
-    costs = llm.costs or llm.measure_costs(repeats=REPEATS)
+
+    recorded = llm.costs
+    costs = recorded or llm.measure_costs(repeats=REPEATS)
+    prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts or PROMPTS)]
     if args.prompts is None:
         calibration = args.bundle / "calibration.json"
         reliability = ()
@@ -141,20 +142,22 @@ def _of_bundle(args: argparse.Namespace) -> Advice:
         seen = "acceptance as its calibration has seen it, by rank"
     else:
         batch = DecodeBatch(llm.target, llm.draft, sorted(llm.eos_token_ids), llm.max_length)
-        prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)]
         texts, survival = watch(batch, prompts, args.max_tokens), llm.survival or Survival()
         seen = f"acceptance measured on {len(prompts)} prompts of {args.prompts.name}"
-    how = "the bundle's profile" if from_profile else "steps measured now"
+    how = "the bundle's profile" if recorded is not None else "steps measured now"
     # What is drawn has no risks of the scorer, by which tiers trust.
     tiers = llm.tiers if args.prompts is not None else {}
-    return _measured(
-        f"{llm.place}: costs of {how}, {seen}", texts, costs, survival, tiers, conditioned=llm.draft.num_features > 0
+    basis = Basis(costs, survival, llm.draft.num_features > 0, recorded).timed(
+        seconds_of_rounds(prompts, decoding(llm))
     )
+    return _measured(f"{llm.place}: costs of {how} and of some rounds, {seen}", texts, basis, tiers)
 
 
 def _of_weights(args: argparse.Namespace) -> Advice:
     from ssv.builder.advice.pair import NotItsTokens, load_pair
     from ssv.builder.advice.positions import watch
+    from ssv.builder.advice.rounds import seconds_of_rounds
+    from ssv.builder.advice.speed import Basis
     from ssv.builder.advice.view import Advice
     from ssv.bundle.survival import Survival
     from ssv.runtime.decode.costs import measure
@@ -170,33 +173,28 @@ def _of_weights(args: argparse.Namespace) -> Advice:
         except NotItsTokens as error:
             return Advice("wrong vocabulary", f"{error.what}. {error.cure}".strip(), f"{args.target}, {args.draft}")
     costs = measure(pair.batch.target, pair.draft, repeats=REPEATS, threads=pair.threads)
-    texts = watch(pair.batch, [pair.chat_ids(prompt) for prompt in prompts], args.max_tokens)
-    basis = f"{pair.place}: steps measured now, acceptance measured on {len(prompts)} prompts"
-    return _measured(basis, texts, costs, Survival(), {}, conditioned=pair.draft.num_features > 0)
+    asked = [pair.chat_ids(prompt) for prompt in prompts]
+    texts = watch(pair.batch, asked, args.max_tokens)
+    basis = Basis(costs, Survival(), pair.draft.num_features > 0).timed(seconds_of_rounds(asked, pair.decode))
+    said = f"{pair.place}: steps and some rounds measured now, acceptance measured on {len(prompts)} prompts"
+    return _measured(said, texts, basis, {})
 
 
-def _measured(
-    basis: str, texts: Texts, costs: Costs, survival: Survival, tiers: dict[str, Policy], *, conditioned: bool
-) -> Advice:
+def _measured(said: str, texts: Texts, basis: Basis, tiers: dict[str, Policy]) -> Advice:
     from ssv.builder.advice.positions import acceptance
     from ssv.builder.advice.speed import break_even, speeds, verdict
     from ssv.builder.advice.view import Advice
 
     if not any(text for text in texts):
         raise UserError("the target answers with nothing to judge guesses by", "give other --prompts")
-    found = speeds(texts, costs, survival, tiers, conditioned=conditioned)
-    free = speeds(texts, _with_free_draft(costs), survival, {}, conditioned=conditioned)
-    what, why = verdict(found, costs, free)
+    found, free = speeds(texts, basis, tiers), speeds(texts, basis.with_free_draft(), {})
+    what, why = verdict(found, basis.costs, free)
     facts = {}
-    if costs.conditions is not None and (doubts := costs.conditions.doubts):
+    if basis.costs.conditions is not None and (doubts := basis.costs.conditions.doubts):
         facts["costs may be wrong"] = doubts
-    even = break_even(texts, costs, survival, conditioned=conditioned)
-    return Advice(what, why, basis, facts, acceptance(texts), found, even)
-
-
-def _with_free_draft(costs: Costs) -> Costs:
-    nothing = Curve(tokens=(1, 2), seconds=(1e-12, 1e-12))
-    return costs.model_copy(update={"draft": nothing, "text": 0.0, "begin": 0.0})
+    if (doubts := basis.overhead.doubts(basis.costs.target.at(1))) is not None:
+        facts["rounds may be measured wrong"] = doubts
+    return Advice(what, why, said, facts, acceptance(texts), found, break_even(texts, basis))
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
@@ -204,9 +202,11 @@ def _with_free_draft(costs: Costs) -> Costs:
 
 def _of_shapes(args: argparse.Namespace) -> Advice:
     from ssv.builder.advice.gpus import gpu_named
+    from ssv.builder.advice.positions import drawn
     from ssv.builder.advice.shapes import place_pair, read_shape, vocabulary_differs
-    from ssv.builder.advice.speed import least_acceptance, verdict
+    from ssv.builder.advice.speed import Basis, least_acceptance, speeds, verdict
     from ssv.builder.advice.view import Advice
+    from ssv.bundle.survival import Survival
 
     if args.gpu is None:
         raise UserError("a shape has no machine", "name its GPU with --gpu")
@@ -237,18 +237,11 @@ def _of_shapes(args: argparse.Namespace) -> Advice:
     if args.acceptance is None:
         return Advice("not known", "how often its guesses are right is not: give --acceptance", basis, facts)
     shares = _shares(args.acceptance)
-    found = _at(shares, costs)
-    what, why = verdict(found, costs, _at(shares, _with_free_draft(costs)))
-    return Advice(what, why, basis, facts, [shares], found)
-
-
-def _at(shares: Sequence[float], costs: Costs) -> list[Speed]:
-    from ssv.builder.advice.positions import drawn
-    from ssv.builder.advice.speed import speeds
-    from ssv.bundle.survival import Survival
-
     rows = [{"rows": "greedy", "rank": rank, "guesses": 1, "chosen": share} for rank, share in enumerate(shares)]
-    return speeds(drawn(rows), costs, Survival(), {}, conditioned=False)
+    texts, at = drawn(rows), Basis(costs, Survival(), conditioned=False)
+    found = speeds(texts, at, {})
+    what, why = verdict(found, costs, speeds(texts, at.with_free_draft(), {}))
+    return Advice(what, why, basis, facts, [shares], found)
 
 
 def _shares(text: str) -> list[float]:

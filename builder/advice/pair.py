@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +15,16 @@ from ssv.builder.given import check_given, write_given
 from ssv.builder.pair import measure_ranges
 from ssv.builder.target import Target, load_target
 from ssv.builder.tokenizer import check_same_tokens
-from ssv.bundle.policy import RESERVED_LENGTH
+from ssv.bundle.policy import RESERVED_LENGTH, Policy
 from ssv.model.checkpoint import CheckpointError, read_hf_config
 from ssv.model.draft import Draft, load_draft
+from ssv.runtime.counters import Counters
 from ssv.runtime.decode.costs import place
 from ssv.runtime.decode.round import DecodeBatch
+from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import Engine, EngineError
 from ssv.runtime.engines.torch_engine import cpu_threads, draft_engine, target_engine
+from ssv.runtime.request import SamplingParams
 from ssv.support.errors import UserError
 from ssv.support.precisions import TORCH_PRECISIONS
 
@@ -51,6 +55,22 @@ class Pair:
     def chat_ids(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a user's message, up to where the assistant answers."""
         return tuple(self.target.conversation_encoder().chat_ids([{"role": "user", "content": prompt}]))
+
+    def decode(self, prompt: tuple[int, ...], policy: Policy, max_tokens: int) -> Counters:
+        """Decodes a prompt greedily by a policy, and tells what it took behind the first token."""
+        batch, counters = self.batch, Counters()
+        row = Row(SamplingParams(max_tokens=max_tokens), policy, lambda _: False, counters)
+        batch.members.begin(prompt, row)
+        while (token := batch.members.prefill()) is None:
+            pass
+        counters.emitted, start, written = 1, time.perf_counter(), [token]
+        ends = batch.eos_ids.tolist()
+        while row.rest >= 0 and not any(token in ends for token in written):
+            written = [token for (gained,) in batch.run() for token in gained]
+            counters.emitted += len(written)
+        counters.total_s = time.perf_counter() - start
+        batch.members.remove(0, 0)
+        return counters
 
 
 def load_pair(

@@ -4,17 +4,19 @@ a bundle's calibration has seen."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ssv.bundle.policy import verify_all
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.drafters.model import ModelDrafter
-from ssv.runtime.decode.growth import Guess
+from ssv.runtime.decode.drafters.suffix import Suffix
+from ssv.runtime.decode.growth import Candidate, Guess
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree
+from ssv.runtime.methods import PREMIUM
 from ssv.runtime.request import SamplingParams
 
 PROBE = verify_all(64, children=(10,), beam=10, max_depth=10)
@@ -52,10 +54,16 @@ class Position:
     Attributes:
         rest: tokens that a draft may add to the output there.
         nodes: parents before their children.
+        recalled: what followed the same words before, as `premium` finds it, parents before their children.
+        is_recalled_right: of each of these, whether it and all before it are what the target writes.
+        ends: tokens that end the output.
     """
 
     rest: int
     nodes: Sequence[Node]
+    recalled: Sequence[Candidate] = ()
+    is_recalled_right: Sequence[bool] = ()
+    ends: Collection[int] = ()
     _children: dict[int, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,6 +105,8 @@ def watch(batch: DecodeBatch, prompts: Sequence[Sequence[int]], max_tokens: int)
     """
     drafter = batch.drafters["model"]
     assert isinstance(drafter, ModelDrafter)
+    ends = frozenset(batch.eos_ids.tolist())
+    recall = Suffix(ends)
     texts = []
     for prompt in prompts:
         row = Row(SamplingParams(max_tokens=max_tokens), PROBE, lambda _: False, Counters())
@@ -104,17 +114,24 @@ def watch(batch: DecodeBatch, prompts: Sequence[Sequence[int]], max_tokens: int)
         while (token := batch.members.prefill()) is None:
             pass
         row.counters.emitted = 1
-        seen: list[tuple[int, list[Node]]] = []
+        recall.join(0, row)
+        seen: list[tuple[int, list[Node], list[Candidate]]] = []
         written: list[int] = []
-        while row.rest >= 0 and token not in batch.eos_ids:
+        while row.rest >= 0 and token not in ends:
             batch.draft()
-            seen.append((row.rest, _nodes(drafter, row)))
+            recalled = recall.found(0, replace(row, policy=PREMIUM), PREMIUM.max_pending) if row.rest else []
+            seen.append((row.rest, _nodes(drafter, row), recalled))
             row.tree = Tree()  # only the target's own token is taken: each place is seen
             ((token,),) = batch.verify()
             written.append(token)
             row.counters.emitted += 1
         batch.members.remove(0, 0)
-        texts.append([Position(rest, _judged(nodes, written[i:])) for i, (rest, nodes) in enumerate(seen)])
+        texts.append(
+            [
+                Position(rest, _judged(nodes, written[i:]), recalled, _follows(recalled, written[i:]), ends)
+                for i, (rest, nodes, recalled) in enumerate(seen)
+            ]
+        )
     return texts
 
 
@@ -132,13 +149,28 @@ def _nodes(drafter: ModelDrafter, row: Row) -> list[Node]:
 def _judged(nodes: Sequence[Node], text: Sequence[int]) -> list[Node]:
     """Nodes, with what the text says of them."""
     depths: list[int] = []
-    judged: list[Node] = []
     for node in nodes:
-        above = 0 if node.parent == ROOT else depths[node.parent]
-        depths.append(above + 1)
-        follows = node.parent == ROOT or judged[node.parent].right
-        judged.append(replace(node, right=follows and above < len(text) and text[above] == node.token))
-    return judged
+        depths.append(1 if node.parent == ROOT else depths[node.parent] + 1)
+    placed = [(node.token, node.parent, depth) for node, depth in zip(nodes, depths, strict=True)]
+    return [replace(node, right=right) for node, right in zip(nodes, _right(placed, text), strict=True)]
+
+
+def _follows(recalled: Sequence[Candidate], text: Sequence[int]) -> list[bool]:
+    """What the text says of what was found before."""
+    return _right([(each.guess.token, each.parent, each.depth) for each in recalled], text)
+
+
+def _right(placed: Sequence[tuple[int, int, int]], text: Sequence[int]) -> list[bool]:
+    """Whether tokens and all before them are those of a text.
+
+    Args:
+        placed: token, parent and depth of each, parents before their children.
+    """
+    right: list[bool] = []
+    for token, parent, depth in placed:
+        follows = parent == ROOT or right[parent]
+        right.append(follows and depth <= len(text) and text[depth - 1] == token)
+    return right
 
 
 def drawn(reliability: Sequence[Mapping[str, Any]], num_places: int = 400, seed: int = 0) -> list[list[Position]]:

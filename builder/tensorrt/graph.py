@@ -47,10 +47,16 @@ class Graph:
             self._scope.pop()
 
     def input(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+        """An input of the network.
+
+        Args:
+            shape: -1 of what varies.
+        """
         self.inputs[name] = shape
         return self.network.add_input(name, data_type(self.trt, dtype), shape)
 
     def output(self, name: str, tensor: Any) -> None:
+        """Makes a tensor an output, by a name."""
         tensor.name = name
         self.network.mark_output(tensor)
 
@@ -112,11 +118,13 @@ class Graph:
         return self.matmul(x_MI, self._add("dequantize", dequantize), transpose=False)
 
     def matmul(self, x: Any, weight: Any, *, transpose: bool) -> Any:
+        """Product with a weight, or with the weight transposed."""
         op = self.trt.MatrixOperation
         right = op.TRANSPOSE if transpose else op.NONE
         return self._add("product", self.network.add_matrix_multiply(x, op.NONE, weight, right))
 
     def rotary(self, x_BNTD: Any, cos_SP: Any, sin_SP: Any, position_BT: Any) -> Any:
+        """Rotates queries or keys by their positions (RoPE), whose cosines and sines are given by position."""
         layer = self.network.add_rotary_embedding(x_BNTD, cos_SP, sin_SP, False, 0)
         layer.set_input(3, position_BT)
         return self._add("rope", layer)
@@ -129,6 +137,11 @@ class Graph:
         return updated
 
     def attention(self, q_BKXD: Any, keys_BKVD: Any, values_BKVD: Any, mask_B1XV: Any) -> Any:
+        """Attention with keys and values, masked, as one fused layer where TensorRT has a kernel for the shapes.
+
+        Raises:
+            EngineBuildError: TensorRT refuses it.
+        """
         softmax, uncausal = self.trt.AttentionNormalizationOp.SOFTMAX, self.trt.CausalMaskKind.NONE
         attention = self.network.add_attention_v2(q_BKXD, keys_BKVD, values_BKVD, softmax, uncausal)
         if attention is None:
@@ -173,14 +186,17 @@ class Graph:
         return self._add("size", self.network.add_slice(self.shape(x), (rank - 1,), (1,), (1,)))
 
     def shape(self, x: Any) -> Any:
+        """Sizes of a tensor, int64."""
         return self._add("shape", self.network.add_shape(x))
 
     def reshape(self, x: Any, sizes: tuple[int, ...]) -> Any:
+        """The same numbers in another shape: 0 keeps a size, -1 is what is left."""
         shuffle = self.network.add_shuffle(x)
         shuffle.reshape_dims = sizes
         return self._add("reshape", shuffle)
 
     def unsqueeze(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Inserts axes of size 1."""
         axes_constant = self._new_constant(torch.tensor(axes, dtype=torch.int32), torch.int32)
         return self._add("unsqueeze", self.network.add_unsqueeze(x, axes_constant))
 
@@ -189,6 +205,7 @@ class Graph:
         return self._add("gather", self.network.add_gather(x, rows, 0))
 
     def concat(self, parts: Sequence[Any], axis: int) -> Any:
+        """Joins tensors along an axis."""
         layer = self.network.add_concatenation(list(parts))
         layer.axis = axis
         return self._add("concat", layer)
@@ -199,15 +216,19 @@ class Graph:
         return self._add("top", layer), layer.get_output(1)
 
     def select(self, condition: Any, yes: Any, no: Any) -> Any:
+        """Elements of `yes` where the condition holds, else of `no`."""
         return self._add("select", self.network.add_select(condition, yes, no))
 
     def cast(self, x: Any, dtype: torch.dtype) -> Any:
+        """The same numbers as another type."""
         return self._add("cast", self.network.add_cast(x, self._type(dtype)))
 
     def sum(self, x: Any) -> Any:
+        """Sum over the last axis, which stays with size 1."""
         return self._reduce(x, self.trt.ReduceOperation.SUM)
 
     def mean(self, x: Any) -> Any:
+        """Mean over the last axis, which stays with size 1."""
         return self._reduce(x, self.trt.ReduceOperation.AVG)
 
     def _reduce(self, x: Any, op: Any) -> Any:
@@ -228,45 +249,57 @@ class Graph:
         return self.cast(self.mul(self.over_rms(x, eps), self.constant(weight, torch.float32)), self.dtype)
 
     def and_(self, a: Any, b: Any) -> Any:
+        """Where both are true."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.AND)
 
     def add(self, a: Any, b: Any) -> Any:
+        """a + b, elementwise."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.SUM)
 
     def sub(self, a: Any, b: Any) -> Any:
+        """a - b, elementwise."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.SUB)
 
     def mul(self, a: Any, b: Any) -> Any:
+        """a * b, elementwise."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.PROD)
 
     def div(self, a: Any, b: Any) -> Any:
+        """a / b, elementwise."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.DIV)
 
     def max(self, a: Any, b: Any) -> Any:
+        """The larger of a and b, elementwise."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.MAX)
 
     def equal(self, a: Any, b: Any) -> Any:
+        """Where a and b are equal."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.EQUAL)
 
     def greater(self, a: Any, b: Any) -> Any:
+        """Where a is greater than b."""
         return self._elementwise(a, b, self.trt.ElementWiseOperation.GREATER)
 
     def _elementwise(self, a: Any, b: Any, op: Any) -> Any:
         return self._add(op.name.lower(), self.network.add_elementwise(a, b, op))
 
     def exp(self, x: Any) -> Any:
+        """e to the power of x, elementwise."""
         return self._unary(x, self.trt.UnaryOperation.EXP)
 
     def log(self, x: Any) -> Any:
+        """Natural logarithm, elementwise."""
         return self._unary(x, self.trt.UnaryOperation.LOG)
 
     def sqrt(self, x: Any) -> Any:
+        """Square root, elementwise."""
         return self._unary(x, self.trt.UnaryOperation.SQRT)
 
     def _unary(self, x: Any, op: Any) -> Any:
         return self._add(op.name.lower(), self.network.add_unary(x, op))
 
     def sigmoid(self, x: Any) -> Any:
+        """1 / (1 + exp(-x)), elementwise."""
         return self._add("sigmoid", self.network.add_activation(x, self.trt.ActivationType.SIGMOID))
 
     def _new_constant(self, tensor: Tensor, dtype: torch.dtype) -> Any:

@@ -26,9 +26,13 @@ from ssv.plugins.registration import register_plugins
 class NetworkOps(Protocol):
     """The ops on tensors of a network; `ssv.plugins.reference` describes and defines them."""
 
-    def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score: ...
+    def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score:
+        """The scorer's risk of each row's likeliest token, with what it computes on the way."""
+        ...
 
-    def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]: ...
+    def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+        """The gathered rows of hidden states, as they are and behind the RMS norm."""
+        ...
 
 
 class PluginOps:
@@ -46,11 +50,13 @@ class PluginOps:
         self._ops = register_plugins(importlib.import_module(f"{graph.trt.__name__}.plugin"))
 
     def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score:
+        """Scores by the plugin; see `NetworkOps.score`."""
         fp32 = torch.float32
         weights = self._graph.constant(weight_F, fp32), self._graph.constant(bias_1, fp32)
         return Score(*self._added("score", hidden_RH, logits_RV, *weights))
 
     def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+        """Gathers by the plugin; see `NetworkOps.sparse_gather`."""
         weight = self._graph.constant(weight_H, self._graph.dtype)
         gathered, normed = self._added("sparse_gather", hidden_MH, row_R, weight, eps=float(eps))
         return gathered, normed
@@ -73,6 +79,7 @@ class NativeOps:
         self._graph = graph
 
     def score(self, hidden_RH: Any, logits_RV: Any, weight_F: Tensor, bias_1: Tensor) -> Score:
+        """Scores by TensorRT's own layers; see `NetworkOps.score`."""
         g, fp32 = self._graph, torch.float32
         logits_RV = g.cast(logits_RV, fp32)
         vocab = logits_RV.shape[1]
@@ -110,6 +117,7 @@ class NativeOps:
         return g.select(g.greater(bound, x_RX), bound, x_RX)
 
     def sparse_gather(self, hidden_MH: Any, row_R: Any, weight_H: Tensor, eps: float) -> tuple[Any, Any]:
+        """Gathers by TensorRT's own layers; see `NetworkOps.sparse_gather`."""
         g = self._graph
         gathered_RH = g.gather(hidden_MH, row_R)
         return gathered_RH, g.rms_norm(g.cast(gathered_RH, torch.float32), weight_H, eps)

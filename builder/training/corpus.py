@@ -121,10 +121,12 @@ class Conversations:
     is_assistant: Tensor
 
     def save(self, path: Path) -> None:
+        """Writes them to a safetensors file, whole or not at all."""
         save_whole({"tokens": self.tokens, "is_assistant": self.is_assistant}, path)
 
     @classmethod
     def load(cls, path: Path) -> Conversations:
+        """Reads what `save` has written."""
         return cls(**load_file(path))
 
 

@@ -244,6 +244,9 @@ class Trainer:
         return self.seconds / self._seconds if self._seconds else 0.0
 
     def run(self, report: Report) -> None:
+        """Trains from where the last run was stopped to the end. Where conversations are kept to measure on, `draft` is
+        the best one then.
+        """
         self.step = restore_training(self.state_path, self.parameters, self.optimizers)
         self._before, self._begin = seconds_trained(self.state_path), time.monotonic()
         if self._best_path.exists():

@@ -32,6 +32,7 @@ class CausalAttend:
         return self.attend(layer, q, k, v).transpose(1, 2).reshape(q_MND.shape[0], -1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a layer, each token to those up to it: queries, keys and values [rows, heads, tokens, size]."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
@@ -47,6 +48,7 @@ class PassAttend(CausalAttend):
         self._seen: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a layer in its next pass, over the keys and values of the earlier ones, too."""
         seen_k, seen_v = self._seen.setdefault(layer, ([], []))
         depth = len(seen_k)
         seen_k.append(k)

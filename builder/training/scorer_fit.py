@@ -61,9 +61,11 @@ class ScorerReport:
 
     @property
     def beats_baseline(self) -> bool:
+        """Whether it tells right guesses from wrong ones better than `1 - p1` does."""
         return self.auc > self.auc_baseline
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes by name, as JSON can hold them."""
         return asdict(self)
 
 

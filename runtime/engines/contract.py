@@ -402,11 +402,19 @@ class PromptLane(Protocol):
     least: int
 
     @property
-    def target(self) -> Engine: ...
+    def target(self) -> Engine:
+        """What runs prompts through the target."""
+        ...
+
     @property
-    def draft(self) -> Engine | None: ...
+    def draft(self) -> Engine | None:
+        """What runs prompts through the draft; None without one."""
+        ...
+
     @property
-    def num_under_way(self) -> int: ...
+    def num_under_way(self) -> int:
+        """Chunks that have been started and not ended."""
+        ...
 
     def work(self) -> AbstractContextManager[None]:
         """What steps these engines, and everything else that reads or writes their caches: a piece of work, which may

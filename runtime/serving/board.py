@@ -40,11 +40,14 @@ class Board:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> float:
+        """A number."""
         return self._numbers[self._places[key]]
 
     def set(self, key: Hashable, value: float) -> None:
+        """Sets a number."""
         self._numbers[self._places[key]] = value
 
     def add(self, key: Hashable, value: float = 1.0) -> None:
+        """Adds to a number; threads may do so at the same time."""
         with self._lock:
             self._numbers[self._places[key]] += value

@@ -185,11 +185,13 @@ class Settings:
     policy: Policy | None = None
 
     def to_json(self) -> str:
+        """JSON that `from_json` reads."""
         policy = self.policy.model_dump(mode="json") if self.policy is not None else None
         return json.dumps({**asdict(self), "policy": policy})
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
+        """Reads what `to_json` has written."""
         fields = json.loads(text)
         if fields["policy"] is not None:
             fields["policy"] = Policy.model_validate(fields["policy"])

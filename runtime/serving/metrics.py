@@ -159,6 +159,7 @@ class Metrics:
         self._board.add(_key(RUNNING[0], tier=tier))
 
     def ended(self, tier: str, reason: str) -> None:
+        """Counts a request that ran and has ended."""
         self._board.add(_key(RUNNING[0], tier=tier), -1)
         self._board.add(_key(REQUESTS[0], tier=tier, reason=reason))
 
@@ -177,28 +178,35 @@ class Metrics:
         self.ended(tier, reason)
 
     def refused(self, reason: str) -> None:
+        """Counts a request that was refused, such as by a full queue."""
         self._board.add(_key(REFUSED[0], reason=reason))
 
     def invalid(self) -> None:
+        """Counts a request that asks for what cannot be."""
         self._board.add(_key(INVALID[0]))
 
     def restarted(self, process: str) -> None:
+        """Counts that a process was started again."""
         self._board.add(_key(RESTARTS[0], process=process))
 
     def audited(self, audit: Audit, tier: str, tokens: int) -> None:
+        """Counts an audited answer of so many tokens."""
         self._board.add(_key("ssv_audited_requests", tier=tier))
         self._board.add(_key("ssv_audited_tokens", tier=tier), tokens)
         self._board.add(_key("ssv_audit_mismatches", tier=tier), audit.strict)
 
     def stands(self, tier: str, standing: Standing) -> None:
+        """Shows how a tier stands in the live audit."""
         self._board.set(_key("ssv_audit_evidence", tier=tier), standing.evidence)
         self._board.set(_key("ssv_tier_withdrawn", tier=tier), float(standing.is_withdrawn))
 
     def load(self, load: Load, alive: bool = True) -> None:
+        """Shows what the engines have to do, and whether they live."""
         for name, value in gauges_of(load, alive).items():
             self._board.set(_key(name), value)
 
     def drain(self) -> None:
+        """Shows that no further requests are taken."""
         self._board.set(_key("ssv_draining"), 1)
 
     def died(self) -> None:
@@ -269,6 +277,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def get(self, name: str, **labels: str) -> float:
+        """A number, summed over the processes that count it."""
         return self._sum(_key(name, **labels), self._found())
 
     def text(self) -> str:

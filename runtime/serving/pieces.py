@@ -68,10 +68,12 @@ class Piece:
         return {_TEXT: text, _LOGPROBS: json.dumps(logged) if logged else "", _FATES: told, **self.fields}
 
     def to_json(self) -> str:
+        """JSON that `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Piece:
+        """Reads what `to_json` has written."""
         given = json.loads(text)
         given |= {name: tuple(given[name]) for name in ("token_ids", "stop", "context")}
         for name in ("logprobs", "prompt_logprobs"):

@@ -50,7 +50,9 @@ class Streamed(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Gain]: ...
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Ends the request where it is."""
+        ...
 
 
 class StreamingEngine(Protocol):

@@ -312,6 +312,18 @@ def test_without_the_harness_the_cure_is_said(
     assert "ssv-eval needs lm_eval" in said and "pip install 'ssv[eval]'" in said
 
 
+def test_a_problem_is_asked_without_the_white_space_at_its_end(
+    tmp_path: Path, humaneval: tuple[Path, list[str]]
+) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"task_id": "T", "prompt": "\ndef f():\n    ", "entry_point": "f", "test": "tested"}))
+    task = humaneval_task(path, 8)
+    (doc,) = task["custom_dataset"]()["test"]
+    assert task["doc_to_text"](doc) == "\ndef f():"
+    assert task["process_results"](doc, ["\n    return 1"]) == {"pass@1": 1.0}
+    assert humaneval[1][-1] == "\ndef f():\n    return 1\ntested\ncheck(f)\n"
+
+
 def test_programs_are_tried_before_anything_is_decoded(tmp_path: Path, humaneval: tuple[Path, list[str]]) -> None:
     humaneval_task(humaneval[0], 8)
     assert humaneval[1] == ["pass"]
