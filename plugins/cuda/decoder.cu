@@ -8,12 +8,12 @@
  * logits are the same bits alone, in a chain, in a tree and beside other rows. So the sums of a product are split by its width
  * alone, and those of attention by logical position; and products are fused with sums only where it says `fmaf`.
  *
- * Weights are bf16, FP8 (E4M3), INT8 or INT4, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are
+ * Weights are bf16, FP8 (E4M3) or INT4, packed as A fragments of mma.m16n8k16 (`ssv.runtime.engines.cuda.packing`): tokens are
  * its columns. The narrow ones become bf16 in registers, which holds all of their values, and their scales are multiplied with
  * sums, in fp32. Residuals, queries and logits are fp32; what goes into a product is bf16.
  *
- * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS (with INTEGER
- * INT8, else FP8), AHEAD, and GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
+ * Compiled in parts: with TILES the products of steps of up to 8 * TILES tokens, for one format of weights: BITS, AHEAD, and
+ * GROUP_PAIRS of INT4, and for blocks of up to THREADS threads, BLOCKS of them on a multiprocessor, with SEVERAL tiles of channels
  * or one, CHANNELS of them multiplied at once, and with or without tokens that it HOLDS in shared memory; without it the other
  * kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head), QK_NORM (0 or 1).
  */
@@ -55,9 +55,6 @@ __device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b
 }
 
 #ifdef TILES
-#ifndef INTEGER
-#define INTEGER 0
-#endif
 /* --- products --------------------------------------------------------------------------------------------------------- */
 
 struct Linear {
@@ -96,20 +93,7 @@ __device__ __forceinline__ u32 scale_and_shift(u32 pair, u32 factor, u32 offset)
     return r;
 }
 
-/* (word & mask) | bits: left to the compiler, it is two instructions. */
-__device__ __forceinline__ u32 masked(u32 word, u32 mask, u32 bits) {
-    u32 r;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(mask), "r"(bits));
-    return r;
-}
-
-#if BITS == 8 && INTEGER
-/* Behind the mantissa of 128 the lower seven bits n are 128 + n, and what is to be taken off is 128, or 256 where the eighth is set:
- * the last bit of its exponent. */
-__device__ __forceinline__ u32 widen_bytes(u32 word) {
-    return scale_and_shift(masked(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, masked(word, 0x00800080u, 0xc300c300u));
-}
-#elif BITS == 8
+#if BITS == 8
 /* E4M3 with its exponent and mantissa where bf16 has them is 2^120 too small, and bf16 has its subnormals. */
 __device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
     return scale_and_shift((signs & 0x80008000u) | (rest & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
@@ -117,7 +101,9 @@ __device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
 #elif BITS == 4
 /* Behind the mantissa of 128 an integer n of four bits is 128 + n; they are stored with 8 added. */
 __device__ __forceinline__ u32 widen_nibbles(u32 word) {
-    return scale_and_shift(masked(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
+    u32 r; /* (word & mask) | 128: left to the compiler, it is two instructions */
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
+    return scale_and_shift(r, 0x3f803f80u, 0xc308c308u);
 }
 #endif
 
@@ -127,12 +113,8 @@ __device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
     return a[2 * i + s];
 #elif BITS == 8
     const u32 one = s ? a[i].z : a[i].x, other = s ? a[i].w : a[i].y;
-#if INTEGER
-    return make_uint4(widen_bytes(one), widen_bytes(one >> 8), widen_bytes(other), widen_bytes(other >> 8));
-#else
     return make_uint4(widen_bytes(one << 8, one << 4), widen_bytes(one, one >> 4),
                       widen_bytes(other << 8, other << 4), widen_bytes(other, other >> 4));
-#endif
 #else
     const uint4 &piece = a[i / 2];
     const u32 word = i % 2 ? (s ? piece.w : piece.z) : (s ? piece.y : piece.x);

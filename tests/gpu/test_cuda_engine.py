@@ -14,7 +14,7 @@ import torch
 from drive import drive, flat, names
 from growing import grow_by_stepping
 from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
-from torch import Tensor, nn
+from torch import Tensor
 from trees import branches, int32, path_to, random_parents, run
 from wide import wide_draft
 
@@ -23,7 +23,6 @@ from ssv.model.draft import Draft
 from ssv.model.scorer import Scorer
 from ssv.runtime.engines.contract import EngineError, GrowingEngine, TreeShape
 from ssv.runtime.engines.cuda.engine import CudaEngine
-from ssv.runtime.engines.cuda.packing import round_rows
 from ssv.runtime.engines.torch_engine import draft_engine, target_engine
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,16 +48,6 @@ def rounded(module: Any) -> Any:
     return module
 
 
-def rounded_draft(draft: Draft) -> Draft:
-    """With a draft's weights: its matrices are INT8, all but what runs with the target."""
-    rounded(draft)
-    for name, module in draft.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("tap."):
-            values_OI, scale_O = round_rows(module.weight.data)
-            module.weight.data = values_OI * scale_O[:, None]
-    return draft
-
-
 def cuda(decoder: Decoder, max_batch: int = 3, **parts: Any) -> CudaEngine:
     return CudaEngine(decoder.cuda(), max_batch=max_batch, max_length=MAX_LENGTH, **parts)
 
@@ -77,7 +66,7 @@ def test_target(shape: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["conditioned", "standalone"])
 def test_draft_and_features(kind: str) -> None:
     decoder = tiny_decoder(hidden_size=96, num_layers=3)
-    draft = rounded_draft(random_draft(decoder, kind))  # type: ignore[arg-type]
+    draft: Draft = rounded(random_draft(decoder, kind))  # type: ignore[arg-type]
     rounded(decoder)
     torch.manual_seed(3)
     scorer = Scorer(torch.randn(decoder.spec.hidden_size + 3) / 4, torch.tensor(0.1), True)
@@ -97,7 +86,7 @@ def test_draft_and_features(kind: str) -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_draft_of_five_taps_with_a_corrected_head(num_layers: int) -> None:
     decoder = rounded(tiny_decoder(hidden_size=96, num_layers=7))
-    draft = rounded_draft(wide_draft(decoder, num_layers)[0])
+    draft: Draft = rounded(wide_draft(decoder, num_layers)[0])
     torch.manual_seed(3)
     scorer = Scorer(torch.randn(96 + 3) / 4, torch.tensor(0.1), True)
     sizes: dict[str, Any] = {"precision": "fp32", "max_batch": 3, "max_length": MAX_LENGTH}

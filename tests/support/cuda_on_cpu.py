@@ -38,7 +38,7 @@ BODIES = {
     "multiply": "tensor_core(c, a, b0, b1);",
     "scale_and_shift": "u32 r = 0; for (int i = 0; i < 32; i += 16) r |= to_bf16(fmaf(from_bf16(pair >> i & 0xffff), "
     "from_bf16(factor >> i & 0xffff), from_bf16(offset >> i & 0xffff))) << i; return r;",
-    "masked": "return (word & mask) | bits;",
+    "widen_nibbles": "return scale_and_shift((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);",
     "power_of_two": "const float r = std::exp2(x); return std::fpclassify(r) == FP_SUBNORMAL ? 0.0f : r;",
 }
 """Of the functions that are assembly."""

@@ -1,5 +1,5 @@
 """The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: for few tokens a step, bf16 with weights
-in bf16, FP8 or INT4, and INT8 of a draft.
+in bf16, FP8 or INT4.
 
 A step is cut into blocks of at most 64 tokens; a block is one replay of the graph that has room for its tokens and its
 longest text. What a token gives depends on itself alone (see decoder.cu), so that a step may be cut anywhere.
@@ -108,9 +108,8 @@ class CudaEngine:
         """Packs a model's weights, and makes its cache and buffers.
 
         Args:
-            decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, a
-                draft's in INT8, and may be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3
-                as `Fp8Linear` has it).
+            decoder, tap, draft: bf16 or with quantized layers, on the GPU; their large weights are packed here, and may
+                be dropped after. Inputs of FP8 layers stay bf16 (they are not rounded to E4M3 as `Fp8Linear` has it).
 
         Raises:
             EngineError: a model that the kernels cannot run (`misfit`), or longer than it has positions for.

@@ -1,4 +1,4 @@
-"""Weights as the kernels of `ssv.plugins.cuda` read them: bf16, FP8, INT8 or INT4, as fragments of tensor cores.
+"""Weights as the kernels of `ssv.plugins.cuda` read them: bf16, FP8 or INT4, as fragments of tensor cores.
 
 Shapes: N output channels, K input channels, G groups of them.
 """
@@ -27,8 +27,8 @@ class Packed:
     """A layer's weights.
 
     Attributes:
-        weight: fragments, see `pack`, `pack_bytes` and `pack_int4`.
-        scale: fp32; of FP8 and INT8 [N], of INT4 [N / 16, G, 8, 2], N padded to a multiple of 16; None of bf16.
+        weight: fragments, see `pack`, `pack_fp8` and `pack_int4`.
+        scale: fp32; of FP8 [N], of INT4 [N / 16, G, 8, 2], N padded to a multiple of 16; None of bf16.
         groups: G; 0 unless INT4.
         macros: what the kernels of products are specialised to for them.
         unit: pairs that the same warp has to take.
@@ -55,12 +55,11 @@ def misfit(layer: nn.Module) -> str | None:
     return f"a product of {inputs} inputs, no multiple of {PAIR}" if inputs % PAIR else None
 
 
-def packed(layer: nn.Module, *, gated: bool = False, rounds: bool = False) -> Packed:
+def packed(layer: nn.Module, *, gated: bool = False) -> Packed:
     """The weights of a linear layer, quantized or not, without their bias and without factors of inputs.
 
     Args:
         gated: gate's rows, and up's behind them, take turns (`interleave`).
-        rounds: a layer that is not quantized is rounded to INT8 (`round_rows`), instead of to bf16.
 
     Raises:
         EngineError: `misfit`, or an FP8 weight that is no number.
@@ -75,23 +74,13 @@ def packed(layer: nn.Module, *, gated: bool = False, rounds: bool = False) -> Pa
         values_NK = ordered(layer.values_OI.view(torch.uint8))
         if bool((values_NK & 0x7F == 0x7F).any()):
             raise EngineError("an FP8 weight is no number: the checkpoint is damaged")
-        return Packed(pack_bytes(values_NK), pad_rows(ordered(layer.scale_O)), 0, {"BITS": 8}, 1)
+        return Packed(pack_fp8(values_NK), pad_rows(ordered(layer.scale_O)), 0, {"BITS": 8}, 1)
     if isinstance(layer, AwqLinear):
         scale_NG, pairs = ordered(layer.scale_OG), layer.group_size // PAIR
         weight, groups = pack_int4(ordered(layer.values())), scale_NG.shape[1]
         return Packed(weight, pack_scales(scale_NG), groups, {"BITS": 4, "GROUP_PAIRS": pairs}, 4)
     assert isinstance(layer, nn.Linear)
-    if rounds:
-        values_NK, scale_N = round_rows(ordered(layer.weight))
-        return Packed(pack_bytes(values_NK.view(torch.uint8)), pad_rows(scale_N), 0, {"BITS": 8, "INTEGER": 1}, 1)
     return Packed(pack(ordered(layer.weight)), None, 0, {"BITS": 16}, 1)
-
-
-def round_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as int8 [N, K], from -127 to 127, and the scale of each row, fp32 [N]."""
-    scale_N = weight_NK.float().abs().amax(dim=1) / 127
-    rounded_NK = (weight_NK.float() / scale_N.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
-    return rounded_NK.to(torch.int8), scale_N
 
 
 def pack(weight_NK: Tensor) -> Tensor:
@@ -107,8 +96,8 @@ def pack(weight_NK: Tensor) -> Tensor:
     return fragments.contiguous().view(*fragments.shape[:3], 32, 8)
 
 
-def pack_bytes(values_NK: Tensor) -> Tensor:
-    """The same of FP8 (E4M3) or INT8, uint8 [N / 16, K / 32, 32, 16]: a lane has 16 bytes for both products of a pair.
+def pack_fp8(values_NK: Tensor) -> Tensor:
+    """The same of FP8 (E4M3), uint8 [N / 16, K / 32, 32, 16]: a lane has 16 bytes for both products of a pair.
 
     Of four bytes the first and the third are one register of a fragment, the second and the fourth the next one.
 

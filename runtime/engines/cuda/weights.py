@@ -36,7 +36,7 @@ class Linear:
         input_factor_K: what its inputs have to be multiplied with before; None: nothing.
     """
 
-    def __init__(self, linear: nn.Module, *, gated: bool = False, rounds: bool = False) -> None:
+    def __init__(self, linear: nn.Module, *, gated: bool = False) -> None:
         assert isinstance(linear, (nn.Linear, QuantizedLinear))
         self.outputs, inputs = linear.shape if isinstance(linear, QuantizedLinear) else linear.weight.shape
         bias: Tensor | None = linear.bias
@@ -44,7 +44,7 @@ class Linear:
             bias = interleave(bias)
         self.bias_N = None if bias is None else bias.float().contiguous()
         self.input_factor_K = linear.input_factor_I if isinstance(linear, AwqLinear) else None
-        self.packed = packed(linear, gated=gated, rounds=rounds)
+        self.packed = packed(linear, gated=gated)
         self.pairs, self.tiles = inputs // PAIR, len(self.packed.weight)
         # The layer's shape and format alone decide how a sum is split between warps, not the number of tokens.
         self.most_warps = MOST_WARPS if self.tiles < FEW_TILES else MOST_WARPS // 2
@@ -68,9 +68,9 @@ class Linear:
 class LayerWeights:
     """A layer's packed products, and the weights of its norms with what inputs are multiplied with."""
 
-    def __init__(self, layer: Layer, rounds: bool) -> None:
-        self.qkv, self.o, self.down = (Linear(linear, rounds=rounds) for linear in (layer.qkv, layer.o, layer.down))
-        self.gate_up = Linear(layer.gate_up, gated=True, rounds=rounds)
+    def __init__(self, layer: Layer) -> None:
+        self.qkv, self.o, self.down = Linear(layer.qkv), Linear(layer.o), Linear(layer.down)
+        self.gate_up = Linear(layer.gate_up, gated=True)
         assert layer.attn_norm is not None
         self.attn_norm = self.qkv.scaled(layer.attn_norm.weight)
         self.mlp_norm = self.gate_up.scaled(layer.mlp_norm.weight)
@@ -84,20 +84,15 @@ class LayerWeights:
 
 
 class Weights:
-    """Everything that the kernels read of a model.
-
-    A draft's matrices are INT8, unless they are quantized already. Its levels come one behind the other and each reads
-    all of them: half as many bytes stay in a GPU's cache. What it guesses is judged, or calibrated as it is.
-    """
+    """Everything that the kernels read of a model."""
 
     def __init__(self, decoder: Decoder, tap: FeatureTap | None, draft: Draft | None) -> None:
-        rounds = draft is not None
         self.embed = decoder.embed.weight.to(torch.bfloat16)
-        self.layers = [LayerWeights(layer, rounds) for layer in decoder.blocks()]
-        self.head = Linear(decoder.lm_head, rounds=rounds)
+        self.layers = [LayerWeights(layer) for layer in decoder.blocks()]
+        self.head = Linear(decoder.lm_head)
         self.norm = self.head.scaled(decoder.norm.weight)
         self.tap = Linear(_without_factor(tap.project)) if tap is not None else None
-        self.join = Linear(draft.join, rounds=True) if draft is not None and draft.conditioned else None
+        self.join = Linear(draft.join) if draft is not None and draft.conditioned else None
         if draft is not None and self.join is not None:
             norms = torch.cat((draft.embed_norm.weight, draft.feature_norm.weight))
             self.embed_norm, self.feature_norm = self.join.scaled(norms).chunk(2)
