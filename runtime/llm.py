@@ -29,7 +29,7 @@ from ssv.runtime.decode.membership import PREFILL_CHUNK, PromptBlock
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import DecodeBatch
-from ssv.runtime.engines.contract import Engine, EngineError, HeadsEngine, PromptLane, RoundsEngine
+from ssv.runtime.engines.contract import BlockEngine, Engine, EngineError, HeadsEngine, PromptLane, RoundsEngine
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
@@ -395,7 +395,9 @@ class LLM:
             self._rounds.measure()
         if self.costs is None and self._measures_costs:
             log.info("the bundle has no profile of %s, `ssv-build profile` gives it one", self.place)
-            self.costs = self.measure_costs(pass_sizes=SIZES_AT_LOAD, draft_sizes=SIZES_AT_LOAD, within=SECONDS_AT_LOAD)
+            # Of blocks all sizes are measured, which differ by steps: a straight line through a few would be far off.
+            sizes = PASS_SIZES if isinstance(self.target, BlockEngine) else SIZES_AT_LOAD
+            self.costs = self.measure_costs(pass_sizes=sizes, draft_sizes=SIZES_AT_LOAD, within=SECONDS_AT_LOAD)
             self.measured = True
             if self.costs.conditions is not None and (doubts := self.costs.conditions.doubts):
                 log.warning(

@@ -49,12 +49,14 @@ class Prices:
     Attributes:
         sharing: rows that share a draft step; the others need none, or no further one.
         recorded: costs that the bundle has for this place; None where it has none.
+        blocks: see `BlockEngine.blocks`; None of an engine that runs no blocks.
     """
 
     costs: Costs
     num_rows: int
     sharing: int = 1
     recorded: Costs | None = None
+    blocks: Callable[[int], Sequence[int]] | None = None
 
     def _pass(self, nodes: float) -> float:
         """A row's part of a pass over root and nodes."""
@@ -111,6 +113,27 @@ class Prices:
             if (rate := gain / passes[count]) > best_rate:
                 best, best_rate = count, rate
         return best
+
+    def worth_together(self, survival: Sequence[float], others: Sequence[float] = ()) -> int:
+        """How many nodes of all rows are worth a place in the pass that these share: a block more, which one row alone
+        would not fill, may be worth it for some.
+
+        Args:
+            survival: of nodes of any rows, the largest first.
+            others: of nodes that are verified in any case.
+        """
+        taken, gain = self.num_rows + len(others), self.num_rows + sum(others)
+        best, best_rate = 0, gain / self._shared(taken)
+        for count, s in enumerate(survival, start=1):
+            gain += s
+            if (rate := gain / self._shared(taken + count)) > best_rate:
+                best, best_rate = count, rate
+        return best
+
+    def _shared(self, tokens: int) -> float:
+        """Seconds of a pass over so many tokens of all rows."""
+        at = self.costs.target.at
+        return at(tokens) if self.blocks is None else sum(map(at, self.blocks(tokens)))
 
     def worth_opening(self, kept: Sequence[float], survival: Sequence[float], spent: float = 0.0) -> int:
         """How many nodes are worth a further step of the draft, which gives them children.

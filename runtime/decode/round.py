@@ -39,7 +39,7 @@ from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree, branches_of
 from ssv.runtime.decode.typical import judge
 from ssv.runtime.decode.verify import Verdict, choice_by_row, judged_rows, walk, walk_typical
-from ssv.runtime.engines.contract import Branches, Engine, HeadsEngine, PromptLane, RoundsEngine
+from ssv.runtime.engines.contract import BlockEngine, Branches, Engine, HeadsEngine, PromptLane, RoundsEngine
 from ssv.runtime.grammar import Grammars
 
 MIN_JUMP = 3
@@ -172,7 +172,8 @@ class DecodeBatch:
         limits = [self._most_pending(row) for row in self.rows]
         prices = None
         if self.costs is not None:
-            prices = Prices(self.costs, len(self.rows), recorded=self._recorded_costs)
+            blocks = self.target.blocks if isinstance(self.target, BlockEngine) else None
+            prices = Prices(self.costs, len(self.rows), recorded=self._recorded_costs, blocks=blocks)
         for b, row in enumerate(self.rows):
             row.tree = Tree()
             jumps = row.processor is not None and self._jump(row, limits[b])

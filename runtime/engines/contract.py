@@ -145,6 +145,15 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class BlockEngine(Engine, Protocol):
+    """An engine that runs a step in blocks, each of which takes as long as if it were full."""
+
+    def blocks(self, num_tokens: int) -> Sequence[int]:
+        """Tokens that the blocks of a step of so many have room for."""
+        ...
+
+
 MOST_CHILDREN = 16
 """Of a node, and nodes of a level that get children, that engines which grow trees by themselves have room for."""
 

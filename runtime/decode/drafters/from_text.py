@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from ssv.runtime.decode.costs import Prices
@@ -41,20 +41,57 @@ class TextDrafter(Drafter, Generic[T]):
         self._texts[dest] = self._texts.pop(source)
 
     def propose(self, rows: Sequence[Row], limits: Sequence[int], prices: Prices | None = None) -> None:
+        priced = []
         for b, (row, limit) in enumerate(zip(rows, limits, strict=True)):
             if limit > 0:
                 self._texts[b].extend(row.tokens)
-                self.draft(row, self._texts[b], limit, prices if row.policy.pays else None)
+                self.draft(row, self._texts[b], limit)
                 if row.params.grammar is not None:
                     row.tree = _grammatical(row)
+                if row.policy.pays and len(row.tree):
+                    priced.append(b)
+        if prices is not None and priced:
+            others = [s for b, row in enumerate(rows) if b not in priced for s in _survival(row.tree)]
+            _keep_what_pays([rows[b] for b in priced], others, prices)
 
-    def draft(self, row: Row, text: T, limit: int, prices: Prices | None) -> None:
-        """Gives a row its tree of at most `limit` nodes.
-
-        Args:
-            prices: None where the row's policy does not ask what pays, or nobody knows.
-        """
+    def draft(self, row: Row, text: T, limit: int) -> None:
+        """Gives a row its tree of at most `limit` nodes, whatever they cost."""
         raise NotImplementedError
+
+
+def _keep_what_pays(priced: Sequence[Row], others: Sequence[float], prices: Prices) -> None:
+    """Leaves rows the nodes of their trees that are worth their places in the pass, which they share.
+
+    Args:
+        others: survival of the nodes of other rows' trees.
+    """
+    found = [(-survival, r, node) for r, row in enumerate(priced) for node, survival in enumerate(_survival(row.tree))]
+    found.sort()  # a parent survives at least as probably as its children, and stands before them
+    count = prices.worth_together([-survival for survival, _, _ in found], others)
+    if count == len(found):
+        return
+    kept: list[set[int]] = [set() for _ in priced]
+    for _, r, node in found[:count]:
+        kept[r].add(node)
+    for row, nodes in zip(priced, kept, strict=True):
+        row.tree = _part(row.tree, nodes)
+
+
+def _survival(tree: Tree) -> list[float]:
+    """Of each node, the probability that it and all before it are right."""
+    found: list[float] = []
+    for risk, parent in zip(tree.risks, tree.parents, strict=True):
+        found.append((1 - risk) * (1.0 if parent == ROOT else found[parent]))
+    return found
+
+
+def _part(tree: Tree, nodes: Collection[int]) -> Tree:
+    """Some nodes of a tree, of each of which the parent is among them."""
+    part, node_of = Tree(), {ROOT: ROOT}
+    for node, (token, risk, parent) in enumerate(zip(tree.tokens, tree.risks, tree.parents, strict=True)):
+        if node in nodes:
+            node_of[node] = part.add(token, risk, node_of[parent])
+    return part
 
 
 def _grammatical(row: Row) -> Tree:

@@ -7,10 +7,7 @@ Needs no model. It wins where an answer repeats its prompt or itself: code that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from operator import mul
 
-from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters import match_rates
 from ssv.runtime.decode.drafters.from_text import TextDrafter
 from ssv.runtime.decode.drafters.match_rates import MatchRates
@@ -26,11 +23,8 @@ class PromptLookup(TextDrafter["NgramText"]):
     def __init__(self, eos_ids: frozenset[int]) -> None:
         super().__init__(eos_ids, NgramText)
 
-    def draft(self, row: Row, text: NgramText, limit: int, prices: Prices | None) -> None:
-        tokens, rates = text.continuation(min(limit, row.rest, row.policy.max_depth or limit))
-        if prices is not None:
-            tokens = tokens[: prices.worth_verifying(list(accumulate(rates, mul)))]
-        for token, rate in zip(tokens, rates, strict=False):
+    def draft(self, row: Row, text: NgramText, limit: int) -> None:
+        for token, rate in zip(*text.continuation(min(limit, row.rest, row.policy.max_depth or limit)), strict=True):
             row.tree.add(token, 1 - rate)
             if row.asks_for_pass(limit, self._eos_ids):
                 break

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
-from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.from_text import TextDrafter
 from ssv.runtime.decode.drafters.match_rates import MatchRates
 from ssv.runtime.decode.growth import Candidate, Guess
@@ -47,16 +46,9 @@ class Suffix(TextDrafter["SuffixText"]):
             for node in self._best(text, row, limit)
         ]
 
-    def draft(self, row: Row, text: SuffixText, limit: int, prices: Prices | None) -> None:
-        nodes = self._best(text, row, limit)
-        kept = list(range(len(nodes)))
-        if prices is not None:
-            # A parent survives at least as probably as its children, and stands before them.
-            kept.sort(key=lambda n: -nodes[n].survival)
-            kept = sorted(kept[: prices.worth_verifying([nodes[n].survival for n in kept])])
-        node_of = {ROOT: ROOT}
-        for n in kept:
-            node_of[n] = row.tree.add(nodes[n].token, 1 - nodes[n].share, node_of[nodes[n].parent])
+    def draft(self, row: Row, text: SuffixText, limit: int) -> None:
+        for node in self._best(text, row, limit):
+            row.tree.add(node.token, 1 - node.share, node.parent)
 
     def _best(self, text: SuffixText, row: Row, limit: int) -> list[Node]:
         """The nodes of the suffix whose nodes' probabilities have the largest sum; of several suffixes the longest."""

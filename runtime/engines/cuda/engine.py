@@ -185,6 +185,11 @@ class CudaEngine:
             parts.append((found.kept() if len(blocks) > 1 else found, wanted))
         return self._joined(parts, blocks, len(gathered), batch, tokens, features_out)
 
+    def blocks(self, num_tokens: int) -> list[int]:
+        """See `BlockEngine.blocks`."""
+        full, rest = divmod(num_tokens, places.TOKENS)
+        return [places.TOKENS] * full + ([width_for(rest)] if rest else [])
+
     def move_row(self, source: int, dest: int, length: int) -> None:
         """See `Engine.move_row`."""
         self.cache.move_row(source, dest, length)

@@ -38,6 +38,26 @@ def test_nodes_are_verified_while_they_raise_the_rate() -> None:
     assert prices(0.5, 0.1).worth_verifying([]) == 0
 
 
+def test_rows_that_share_a_pass_share_its_price() -> None:
+    # Two rows, rates: 2 / 1.1 = 1.818; 2.9 / 1.2 = 2.417; 3.4 / 1.3 = 2.615; 3.64 / 1.4 = 2.6
+    assert prices(0.1, 0.1, 2).worth_together([0.9, 0.5, 0.24]) == 2
+    assert prices(0.1, 0.1, 2).worth_together([0.9, 0.5, 0.27]) == 3
+    # Beside others: 3.6 / 1.3 = 2.769; 3.87 / 1.4 = 2.764; 3.88 / 1.4 = 2.771
+    assert prices(0.1, 0.1, 2).worth_together([0.27], others=[0.9, 0.7]) == 0
+    assert prices(0.1, 0.1, 2).worth_together([0.28], others=[0.9, 0.7]) == 1
+    assert prices(0.1, 0.1, 2).worth_together([]) == 0
+
+
+def test_what_fills_a_block_costs_nothing_and_a_larger_one_has_to_be_worth_it() -> None:
+    """Blocks of eight tokens take 1.7, and of sixteen 2.5."""
+    four = replace(prices(0.1, 0.1, 4), blocks=lambda tokens: [8] if tokens <= 8 else [16] * -(-tokens // 16))
+    assert four.worth_together([0.9, 0.5, 0.01, 0.01]) == 4
+    assert four.worth_together([0.99] * 5) == 4  # 7.96 / 1.7 = 4.68; 8.95 / 2.5 = 3.58
+    assert four.worth_together([0.9] * 4 + [0.8] * 4) == 4  # 7.6 / 1.7 = 4.47; 10.8 / 2.5 = 4.32
+    assert four.worth_together([0.9] * 4 + [0.8] * 8) == 12  # 14 / 2.5 = 5.6
+    assert four.worth_together([0.9] * 4 + [0.8] * 8, others=[0.9] * 4) == 8  # 14 / 2.5; 17.2 / 5
+
+
 def hoped(survival: float, further: float) -> float:
     return sum(max(survival * guess - further, 0) for guess in FIRST_GUESSES) / len(FIRST_GUESSES)
 

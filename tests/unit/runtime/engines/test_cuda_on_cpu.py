@@ -21,7 +21,7 @@ from ssv.model.draft import Draft
 from ssv.model.quantized import QuantizedLinear
 from ssv.model.scorer import Scorer
 from ssv.plugins.cuda.compiler import compile_source
-from ssv.runtime.engines.contract import TreeShape
+from ssv.runtime.engines.contract import BlockEngine, TreeShape
 from ssv.runtime.engines.cuda import launching, places
 from ssv.runtime.engines.cuda.weights import Buffers, Linear
 from ssv.runtime.engines.torch_engine import target_engine
@@ -84,6 +84,16 @@ def test_a_product_is_the_same_however_it_is_cut(
     assert relative_error(found[64], x_MK.float() @ weight_OI.float().T) < 1e-5
     assert all(torch.equal(some, found[64][:num]) for num, some in found.items())
     assert {channels for _, channels, _, _ in plans} == {1, 2} and any(holds for *_, holds in plans) == (shared > 3000)
+
+
+def test_a_step_takes_as_long_as_the_blocks_that_have_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    engine = CpuEngine(tiny_decoder(), max_batch=1, max_length=64)
+    assert isinstance(engine, BlockEngine)
+    found = {tokens: engine.blocks(tokens) for tokens in (1, 8, 9, 33, 64, 65, 128, 150)}
+    assert found == {
+        1: [8], 8: [8], 9: [16], 33: [64], 64: [64], 65: [64, 8], 128: [64, 64], 150: [64, 64, 32],
+    }  # fmt: skip
 
 
 def test_logits_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,26 @@ def test_it_proposes_what_pays() -> None:
     assert proposed(text, prices=prices).tokens == [7]
 
 
+def test_rows_that_share_a_pass_keep_the_likeliest_of_their_nodes() -> None:
+    """The second row's text has repeated itself so far, and one of a third has its own policy."""
+    texts = [[1, 2, 3, 7, 8, 0, 1, 2, 3], [*[4, 5, 6] * 5], [1, 2, 3, 7, 8, 0, 1, 2, 3]]
+    drafter, rows = Suffix(frozenset([END])), []
+    for b, tokens in enumerate(texts):
+        policy = SUFFIX.model_copy(update={"pays": b < 2})
+        row = Row(SamplingParams(max_tokens=50), policy, lambda _: False, Counters(emitted=1))
+        row.counters.prompt_tokens, row.tokens = 1, list(tokens)
+        drafter.join(b, row)
+        rows.append(row)
+    # Survival is 0.6, 0.42 and 0.315 in the first, 0.68, 0.52 and 0.41 in the second. Tokens of a pass of 6 + n, which
+    # takes 1 + 0.16 * (5 + n): 4.335 / 1.8, 5.015 / 1.96, 5.615 / 2.12, 6.132 / 2.28, 6.552 / 2.44.
+    drafter.propose(rows, [3, 3, 3], Prices(costs((1.0, 1.0 + 63 * 0.16), (1.0, 1.0)), 3))
+    assert [row.tree.tokens for row in rows] == [[7], [4, 5], [7, 8, 0]]
+    for row in rows:
+        row.tree = Tree()
+    drafter.propose(rows, [3, 3, 3], Prices(costs((1.0, 64.0), (1.0, 1.0)), 3))
+    assert [len(row.tree) for row in rows] == [0, 0, 3]
+
+
 def test_risks_are_what_was_learnt() -> None:
     tree = proposed([2, 3, 7, 5, 2, 3, 8, 6, 2, 3, 7, 5, 4, 2, 3], num_given=100, max_depth=1)
     # Of what followed, two in three.
