@@ -41,6 +41,9 @@ class AsyncClient:
             certificate: PEM of the server's own certificate, with grpcs://.
             name: that it is valid for: the server may be reached by another.
         """
+        # Or gRPC ends its polling where the last of its objects is collected, in whatever code that happens, and waits
+        # there for what was cancelled in an event loop that does not run any more.
+        grpc.aio.init_grpc_aio()
         self._url, self._is_routed = url, is_routed
         address, secure = split_url(url)
         options: list[tuple[str, int | str]] = [
