@@ -4,7 +4,7 @@ llama.cpp is not a dependency: pip install llama-cpp-python (it compiles for som
 of its own, whose interpreter is then given with --llama-python. Each round decodes the same prompts with both, one
 after the other; the ratio of their speeds within the run is what counts.
 
-    python benchmarks/against_llama_cpp.py --bundle bundles/smollm2-135m --out benchmarks/records/against_llama_cpp.json
+    python benchmarks/against_llama_cpp.py --bundle bundles/smollm2-135m --precision int4 --out FILE.json
 """
 
 from __future__ import annotations
