@@ -78,7 +78,7 @@ def _keep_what_pays(priced: Sequence[Row], others: Sequence[float], prices: Pric
 
 
 def _survival(tree: Tree) -> list[float]:
-    """Of each node, the probability that it and all before it are right."""
+    """The probability of each node that it and all before it are right."""
     found: list[float] = []
     for risk, parent in zip(tree.risks, tree.parents, strict=True):
         found.append((1 - risk) * (1.0 if parent == ROOT else found[parent]))
