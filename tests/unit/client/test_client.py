@@ -116,7 +116,7 @@ def test_what_is_wrong_with_a_certificate_is_said(
     certificate, key = self_signed(tmp_path, "server", of=of, san=[name], ca=True)
     (tmp_path / "empty.pem").write_text("nothing")
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-    server = grpc.server(ThreadPoolExecutor(1))
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[RefusesWhatItHasRead()])
     url = f"grpcs://127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
     server.start()
     ask = ask_asynchronously if asynchronous else ask_one
@@ -124,6 +124,18 @@ def test_what_is_wrong_with_a_certificate_is_said(
         ask(url, None if trusts is None else tmp_path / trusts)
     assert raised.value.is_unreachable == (message != "Method not found")
     server.stop(None)
+
+
+class RefusesWhatItHasRead(grpc.GenericRpcHandler):
+    """Without it a stream may be refused while its request is being written, which gRPC says in other words."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            next(requests)
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            yield b""
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def test_what_does_not_speak_as_the_address_says_is_told() -> None:
