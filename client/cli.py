@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
         fates=args.explain,
         latency_bound_ms=args.latency_bound_ms,
     )
+    if args.num_draft_tokens is not None and "max_pending" in (args.policy or {}):
+        raise UserError("--num-draft-tokens and max_pending of --policy are the same setting", "give one of them")
     prompt = _prompt(args.prompt)
     summary = _ask(args, prompt, params) if args.url else _decode(args, prompt, params)
     if not args.explain:
@@ -107,11 +109,6 @@ def _run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"[{args.method}: {summary}]", file=sys.stderr)
     return 0
-
-
-def _refuse_twice(args: argparse.Namespace) -> None:
-    if args.num_draft_tokens is not None and "max_pending" in (args.policy or {}):
-        raise UserError("--num-draft-tokens and max_pending of --policy are the same setting", "give one of them")
 
 
 def _explanation(args: argparse.Namespace) -> Explanation | None:
@@ -145,7 +142,6 @@ def _prompt(given: str) -> str:
 
 def _decode(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
     num_draft_tokens = check_num_draft_tokens(args.num_draft_tokens, [args.method])
-    _refuse_twice(args)
     with collecting_later():
         from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
@@ -185,7 +181,6 @@ def _ask(args: argparse.Namespace, prompt: str, params: SamplingParams) -> str:
         )
     policy = args.policy or {}
     if args.num_draft_tokens is not None:
-        _refuse_twice(args)
         policy = {**policy, "max_pending": check_num_draft_tokens(args.num_draft_tokens, [args.method])}
     settings = Settings(
         tier=args.method,

@@ -107,12 +107,7 @@ class Prices:
             survival: of the nodes, the largest first.
         """
         passes = _passes(self.costs.target, self.num_rows)
-        best, best_rate, gain = 0, 1 / passes[0], 1.0
-        for count, s in enumerate(survival, start=1):
-            gain += s
-            if (rate := gain / passes[count]) > best_rate:
-                best, best_rate = count, rate
-        return best
+        return _most_per_second(1.0, survival, passes.__getitem__)
 
     def worth_together(self, survival: Sequence[float], others: Sequence[float] = ()) -> int:
         """How many nodes of all rows are worth a place in the pass that these share: a block more, which one row alone
@@ -122,13 +117,8 @@ class Prices:
             survival: of nodes of any rows, the largest first.
             others: of nodes that are verified in any case.
         """
-        taken, gain = self.num_rows + len(others), self.num_rows + sum(others)
-        best, best_rate = 0, gain / self._shared(taken)
-        for count, s in enumerate(survival, start=1):
-            gain += s
-            if (rate := gain / self._shared(taken + count)) > best_rate:
-                best, best_rate = count, rate
-        return best
+        taken = self.num_rows + len(others)
+        return _most_per_second(self.num_rows + sum(others), survival, lambda count: self._shared(taken + count))
 
     def _shared(self, tokens: int) -> float:
         """Seconds of a pass over so many tokens of all rows."""
@@ -152,6 +142,22 @@ class Prices:
             if (surplus := gain - rate * self.of_draft(count)) > best_surplus:
                 best, best_surplus = count, surplus
         return best
+
+
+def _most_per_second(tokens: float, survival: Sequence[float], seconds: Callable[[int], float]) -> int:
+    """How many nodes, the likeliest first, give the most tokens per second.
+
+    Args:
+        tokens: without any of them.
+        survival: of the nodes, the largest first.
+        seconds: of a pass with so many of them.
+    """
+    best, best_rate = 0, tokens / seconds(0)
+    for count, s in enumerate(survival, start=1):
+        tokens += s
+        if (rate := tokens / seconds(count)) > best_rate:
+            best, best_rate = count, rate
+    return best
 
 
 @lru_cache(maxsize=64)

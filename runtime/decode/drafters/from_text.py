@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from ssv.runtime.decode.costs import Prices
@@ -70,11 +70,9 @@ def _keep_what_pays(priced: Sequence[Row], others: Sequence[float], prices: Pric
     count = prices.worth_together([-survival for survival, _, _ in found], others)
     if count == len(found):
         return
-    kept: list[set[int]] = [set() for _ in priced]
-    for _, r, node in found[:count]:
-        kept[r].add(node)
-    for row, nodes in zip(priced, kept, strict=True):
-        row.tree = _part(row.tree, nodes)
+    kept = {(r, node) for _, r, node in found[:count]}
+    for r, row in enumerate(priced):
+        row.tree = _part(row.tree, lambda node, *_, r=r: (r, node) in kept)
 
 
 def _survival(tree: Tree) -> list[float]:
@@ -85,21 +83,22 @@ def _survival(tree: Tree) -> list[float]:
     return found
 
 
-def _part(tree: Tree, nodes: Collection[int]) -> Tree:
-    """Some nodes of a tree, of each of which the parent is among them."""
-    part, node_of = Tree(), {ROOT: ROOT}
-    for node, (token, risk, parent) in enumerate(zip(tree.tokens, tree.risks, tree.parents, strict=True)):
-        if node in nodes:
-            node_of[node] = part.add(token, risk, node_of[parent])
-    return part
-
-
 def _grammatical(row: Row) -> Tree:
     """A row's tree without the nodes that its grammar does not allow, and what is behind them."""
-    tree, node_of = Tree(), {ROOT: ROOT}
-    assert row.processor is not None
-    for node, (token, parent) in enumerate(zip(row.tree.tokens, row.tree.parents, strict=True)):
+    processor, tree = row.processor, row.tree
+    assert processor is not None
+    return _part(tree, lambda node, part, above: processor.allows(row.tokens, part.text(above), tree.tokens[node]))
+
+
+def _part(tree: Tree, keeps: Callable[[int, Tree, int], bool]) -> Tree:
+    """A tree without some of its nodes, and what is behind them.
+
+    Args:
+        keeps: whether to keep a node, given the part so far and its parent in that.
+    """
+    part, node_of = Tree(), {ROOT: ROOT}
+    for node, (token, risk, parent) in enumerate(zip(tree.tokens, tree.risks, tree.parents, strict=True)):
         above = node_of.get(parent)
-        if above is not None and row.processor.allows(row.tokens, tree.text(above), token):
-            node_of[node] = tree.add(token, row.tree.risks[node], above)
-    return tree
+        if above is not None and keeps(node, part, above):
+            node_of[node] = part.add(token, risk, above)
+    return part
