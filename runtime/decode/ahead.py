@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen
 from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, beam_for
 from ssv.runtime.decode.drafters.model import ModelDrafter
-from ssv.runtime.decode.pace import Mean
+from ssv.runtime.decode.pace import MOST_COMPANIES, Mean
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import LEAST_TEMPERATURE
 from ssv.runtime.engines.contract import (
+    GAIN_SIZES,
     MOST_CHILDREN,
     MOST_ENDS,
     MOST_NODES,
@@ -39,7 +43,8 @@ MOST_DEPTH = 16
 """Tokens of a path."""
 
 ROUNDS_OF_A_CHOICE = 8
-"""Rounds that trees keep their shape for: choosing one takes the host a good part of a round."""
+"""Rounds that trees keep their shape for, as their graphs have to be captured; a single node, which may be a trial,
+stays for two."""
 
 
 class _HostShare:
@@ -89,7 +94,9 @@ class Ahead:
         self._drafts = self._samples = False
         self._shapes: list[RoundShape] = []
         self._chosen: RoundShape | None = None
+        self._chosen_for: tuple[float, int, int, bool] | None = None
         self._rounds_until_choice = 0
+        self._seconds_by_trees: dict[tuple[int, ...], NDArray[np.float64]] = {}
 
     def plain_seconds(self, rows: Sequence[Row]) -> float:
         """What a round of these rows without a draft takes."""
@@ -152,21 +159,20 @@ class Ahead:
 
     def _handed_over(self, row: Row, drafter: ModelDrafter | None) -> RoundRow:
         policy, params = row.policy, row.params
-        mine = RoundRow(row.target_length, row.tokens[-1], row.rest, ends=sorted(row.ends(self._eos_ids)))
+        settings: dict[str, Any] = {}
         if not params.greedy:
             temperature = max(params.temperature, LEAST_TEMPERATURE)
-            mine = replace(mine, temperature=temperature, top_k=params.top_k, top_p=params.top_p, seed=params.seed)
-        if drafter is None or not self._has_draft(row):
-            return mine
-        return replace(
-            mine,
-            limit=policy.max_pending,
-            accept_below=policy.accept_below,
-            verify_above=policy.verify_above,
-            risk_budget=policy.risk_budget,
-            draft_length=row.draft_length,
-            pending=drafter.unseen(row),
-        )
+            settings |= {"temperature": temperature, "top_k": params.top_k, "top_p": params.top_p, "seed": params.seed}
+        if drafter is not None and self._has_draft(row):
+            settings |= {
+                "limit": policy.max_pending,
+                "accept_below": policy.accept_below,
+                "verify_above": policy.verify_above,
+                "risk_budget": policy.risk_budget,
+                "draft_length": row.draft_length,
+                "pending": drafter.unseen(row),
+            }
+        return RoundRow(row.target_length, row.tokens[-1], row.rest, ends=sorted(row.ends(self._eos_ids)), **settings)
 
     def _take(self, rows: Sequence[Row]) -> list[list[int]]:
         """What the oldest round gave."""
@@ -247,27 +253,43 @@ class Ahead:
         """
         assert self._drafter is not None
         self._rounds_until_choice -= 1
-        if self._chosen is not None and self.is_under_way and self._rounds_until_choice > 0:
+        wanted_for = policy.accept_below, num_rows, most_nodes, self._samples
+        # Also where the rows were taken back since, as they are before a draft is tried behind rounds without.
+        if self._chosen is not None and self._chosen_for == wanted_for and self._rounds_until_choice > 0:
             return self._chosen
-
-        def shape(levels: int, nodes: int) -> RoundShape:
-            if not levels:
-                return self._round(None, 0)
-            # With branches also where they are not verified: what these would be worth is told.
-            beam, children = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows), policy.children[0]
-            while beam > 1 and not TreeShape(levels, beam, children).has_room:
-                beam -= 1
-            return self._round(TreeShape(levels, beam, children), nodes)
-
+        host_s = num_rows * self._host.seconds
         levels, nodes = self._drafter.levels(policy).worth_nodes(
             num_rows,
-            lambda levels, nodes: self._seconds(num_rows, shape(levels, nodes)),
-            min(policy.max_depth or MOST_DEPTH, MOST_DEPTH),
-            min(policy.max_pending, most_nodes),
+            np.maximum(self._seconds_of_trees(policy, num_rows, min(policy.max_pending, most_nodes)), host_s),
+            self._seconds(num_rows, self._round(None, 0)),
             (chosen.tree.levels, chosen.nodes) if (chosen := self._chosen) is not None and chosen.tree else None,
         )
-        self._chosen, self._rounds_until_choice = shape(levels, nodes), ROUNDS_OF_A_CHOICE if levels else 1
-        return self._chosen
+        chosen = self._tree_round(policy, num_rows, levels, nodes) if levels else self._round(None, 0)
+        self._chosen, self._chosen_for = chosen, wanted_for
+        self._rounds_until_choice = ROUNDS_OF_A_CHOICE if nodes > 1 else 1 + levels
+        return chosen
+
+    def _tree_round(self, policy: Policy, num_rows: int, levels: int, nodes: int) -> RoundShape:
+        # With branches also where they are not verified: what these would be worth is told.
+        beam, children = min(policy.beam, beam_for(nodes), self._rounds.most_tokens // num_rows), policy.children[0]
+        while beam > 1 and not TreeShape(levels, beam, children).has_room:
+            beam -= 1
+        return self._round(TreeShape(levels, beam, children), nodes)
+
+    def _seconds_of_trees(self, policy: Policy, num_rows: int, most_nodes: int) -> NDArray[np.float64]:
+        """What rounds take the engines, by levels, from 1 on, and by `GAIN_SIZES`; infinite where there can be none."""
+        most = min(policy.max_depth or MOST_DEPTH, MOST_DEPTH)
+        key = policy.beam, policy.children[0], most, num_rows, most_nodes, int(self._samples)
+        if (known := self._seconds_by_trees.get(key)) is not None:
+            return known
+        if len(self._seconds_by_trees) >= MOST_COMPANIES:  # requests may bring policies of their own
+            self._seconds_by_trees.clear()
+        seconds = self._seconds_by_trees[key] = np.full((most, len(GAIN_SIZES)), np.inf)
+        for i, nodes in enumerate(GAIN_SIZES):
+            for level in range(min(most, nodes) if nodes <= most_nodes else 0):
+                shape = self._tree_round(policy, num_rows, level + 1, nodes)
+                seconds[level, i] = self._rounds.seconds(num_rows, shape)
+        return seconds
 
     @staticmethod
     def _is_plain(row: Row, may_draft: bool) -> bool:

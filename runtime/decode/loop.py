@@ -2,7 +2,7 @@
 
 A round lets a request join, runs one chunk of its prompt, then drafts and verifies in all rows: whoever decodes waits
 for a chunk at the most, and whoever joins is never kept waiting by those who decode. Where the engines have a lane for
-prompts (`PromptLane`), long ones run beside the rounds, and nobody waits.
+prompts (`PromptLane`), nobody waits for long ones, nor for those that come while all rows are in use.
 """
 
 from __future__ import annotations
@@ -180,13 +180,14 @@ class DecodeLoop:
                     return
                 yield from self._settle()
                 yield from self._joined(members.join())
-                self._admit()
-                return
-            yield from self._settle()
-            if (first := members.prefill()) is None:
-                return
-            budget -= len(running.request.prompt_ids) - before
-            yield from self._joined(first)
+                if not scheduler.has_room:
+                    return  # the next prompt is begun behind the rounds that begin now
+            else:
+                yield from self._settle()
+                if (first := members.prefill()) is None:
+                    return
+                budget -= len(running.request.prompt_ids) - before
+                yield from self._joined(first)
 
     def _settle(self) -> Iterator[Chunk]:
         """Ends what the engines do by themselves, before somebody joins."""

@@ -142,8 +142,11 @@ class Membership:
         return self._joining is not None
 
     def runs_beside(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a prompt is run beside the rounds."""
-        return self._lane is not None and len(prompt_ids) >= self._lane.least
+        """Whether the prompt that joins next is run beside the rounds: a long one, and any where no row is free, so that
+        it is ready when one is."""
+        if self._lane is None:
+            return False
+        return len(prompt_ids) >= self._lane.least or len(self.rows) == self._target.max_batch
 
     @property
     def tokens_between(self) -> int:
@@ -223,7 +226,7 @@ class Membership:
             drafter.begin(is_beside=self._joining.is_beside)
         if self._joining.is_beside and self._lane is not None:
             # What the prompt before has left there has been taken, and chunks that this one reads are kept.
-            self._lane.hand_over()
+            self._lane.hand_over(len(prompt_ids))
         self._restore(self._joining)
 
     def _would_draft(self, row: Row) -> bool:

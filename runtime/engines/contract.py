@@ -403,7 +403,8 @@ class PromptLane(Protocol):
     """Engines for prompts, beside a target and a draft that are in use: the same weights, over a cache of one row.
 
     Attributes:
-        least: tokens of the shortest prompt that is worth it.
+        least: tokens of the shortest prompt that is run while rounds are. Shorter ones are run between two rounds, but
+            the host need not wait for them either.
         target, draft: engines whose steps are run within `work`.
         num_under_way: pieces of work that have not ended.
     """
@@ -434,9 +435,9 @@ class PromptLane(Protocol):
         """Until one more piece of work has ended."""
         ...
 
-    def hand_over(self) -> None:
-        """The next piece of work begins behind what the caller has begun so far, such as copies of what work has
-        left."""
+    def hand_over(self, num_tokens: int) -> None:
+        """The next pieces of work are those of a prompt of so many tokens, and begin behind what the caller has begun
+        so far, such as copies of what work has left."""
         ...
 
 

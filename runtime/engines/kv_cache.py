@@ -30,14 +30,14 @@ class KVCache:
     def __init__(
         self, spec: DecoderSpec, max_batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        shape = (spec.num_layers, max_batch, spec.num_kv_heads, max_length, spec.head_dim)
+        shape = (2, spec.num_layers, max_batch, spec.num_kv_heads, max_length, spec.head_dim)
         # Zeros, not empty: masked positions are multiplied by zero, and zero times NaN is NaN.
-        self.keys, self.values = (_zeros(shape, dtype, torch.device(device)) for _ in range(2))
+        self._both = _zeros(shape, dtype, torch.device(device))
+        self.keys, self.values = self._both
 
     def move_row(self, source: int, dest: int, length: int) -> None:
         """Copies the first `length` slots of row `source` over those of `dest`."""
-        for cache in (self.keys, self.values):
-            cache[:, dest, :, :length] = cache[:, source, :, :length]
+        self._both[:, :, dest, :, :length] = self._both[:, :, source, :, :length]
 
     def keep(self, row: int, start: int, slots: Sequence[int]) -> None:
         """See `Engine.keep`."""
@@ -46,17 +46,16 @@ class KVCache:
         if stay == len(slots):
             return
         moved = torch.tensor(slots[stay:], device=self.keys.device)
-        for cache in (self.keys, self.values):
-            cache[:, row, :, start + stay : start + len(slots)] = cache[:, row].index_select(2, moved)
+        of_row = self._both[:, :, row]
+        of_row[..., start + stay : start + len(slots), :] = of_row.index_select(3, moved)
 
     def read(self, row: int, start: int, stop: int) -> Tensor:
         """A copy of slots `start` to `stop` of a row, [2, L, K, stop - start, D]."""
-        return torch.stack([cache[:, row, :, start:stop] for cache in (self.keys, self.values)])
+        return self._both[:, :, row, :, start:stop].clone(memory_format=torch.contiguous_format)
 
     def write(self, row: int, start: int, held_2LKMD: Tensor) -> None:
         """Puts what `read` gave into a row, from slot `start` on."""
-        for cache, held in zip((self.keys, self.values), held_2LKMD, strict=True):
-            cache[:, row, :, start : start + held.shape[2]] = held
+        self._both[:, :, row, :, start : start + held_2LKMD.shape[3]] = held_2LKMD
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ class FakeLane:
         self._left.pop(0)
         self.num_waits += 1
 
-    def hand_over(self) -> None:
+    def hand_over(self, num_tokens: int) -> None:
         assert not self._left, "the work of a prompt that nobody waits for"
         self._is_taken = False
 

@@ -4,7 +4,7 @@ brought, as far as the survival of their nodes tells, against costs that were me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class Levels:
         by_rank = np.cumsum(FIRST_SURVIVAL / np.arange(1, GAIN_SIZES[-1] + 1) ** 1.3)[[n - 1 for n in GAIN_SIZES]]
         by_level = np.cumsum(FIRST_SURVIVAL * FADING ** np.arange(most))
         self._gains = np.minimum(by_rank, by_level[:, None])
+        self._faded = np.cumsum(FADING ** np.arange(1, most + 1))[:, None]
         self._nodes = [FIRST_NODES] * most
         self._survival = [FIRST_SURVIVAL * FADING**depth for depth in range(most)]
 
@@ -62,35 +63,31 @@ class Levels:
     def worth_nodes(
         self,
         num_rows: int,
-        seconds: Callable[[int, int], float],
-        most: int,
-        most_nodes: int,
+        seconds_LN: NDArray[np.float64],
+        plain_seconds: float,
         current: tuple[int, int] | None = None,
     ) -> tuple[int, int]:
         """Levels and nodes of the trees with the most tokens per second, where as many nodes are verified as a pass has
         room for, whatever they promise; (0, 0) where plain decoding has more.
 
         Args:
-            seconds: of a round over trees of so many levels and nodes; of plain decoding with none.
-            most: levels that are possible.
-            most_nodes: of a row's tree.
+            seconds_LN: of a round over trees of 1, 2, ... levels, and of as many nodes as `GAIN_SIZES` has; infinite
+                where there is no room for them.
+            plain_seconds: of a round of plain decoding.
             current: the trees of the rounds before, which stay unless others are better by some.
         """
-        plain = 1 / seconds(0, 0)
-        rates = {
-            (level + 1, nodes): (1 + float(self._gains[level, i])) / seconds(level + 1, nodes)
-            for i, nodes in enumerate(GAIN_SIZES)
-            if nodes <= most_nodes
-            for level in range(min(most, self._most, nodes))
-        }
-        best = max(rates, key=rates.__getitem__, default=(0, 0))
-        if current in rates and rates[current] * STAYING >= rates[best]:
-            best = current
-        if best in rates and rates[best] <= plain:
-            best = (0, 0)
-        if not most or not most_nodes or not self._is_tried(num_rows, bool(best[0])):
+        rate_LN = (1 + self._gains[: len(seconds_LN)]) / seconds_LN[: self._most]
+        if not rate_LN.any():
             return 0, 0
-        return best if best[0] else (1, 1)
+        level, i = divmod(int(rate_LN.argmax()), len(GAIN_SIZES))
+        if current is not None and current[1] in GAIN_SIZES and current[0] <= len(rate_LN):
+            at = current[0] - 1, GAIN_SIZES.index(current[1])
+            if rate_LN[at] * STAYING >= rate_LN[level, i]:
+                level, i = at
+        pays = bool(rate_LN[level, i] * plain_seconds > 1)
+        if not self._is_tried(num_rows, pays):
+            return 0, 0
+        return (level + 1, GAIN_SIZES[i]) if pays else (1, 1)
 
     def _is_tried(self, num_rows: int, pays: bool) -> bool:
         """Whether a round drafts: where it pays, and now and then where it did not."""
@@ -111,8 +108,9 @@ class Levels:
     def note_gains(self, levels: int, gains: Sequence[NDArray[np.float32]]) -> None:
         """What the candidates of trees of so many levels are worth, of each row; see `RoundResult.gains`."""
         levels = min(levels, self._most)
-        found = np.mean([row[:levels] for row in gains], axis=0)
-        self._gains[:levels] += WEIGHT * (found - self._gains[:levels])
-        for level in range(levels, self._most):  # not seen: what the level above adds, faded
-            added = self._gains[level - 1] - (self._gains[level - 2] if level > 1 else 0)
-            self._gains[level] = self._gains[level - 1] + FADING * added
+        found = gains[0] if len(gains) == 1 else np.mean(gains, axis=0)
+        self._gains[:levels] += WEIGHT * (found[:levels] - self._gains[:levels])
+        if levels < self._most:  # not seen: what the level above adds, faded
+            last = self._gains[levels - 1]
+            added = last - (self._gains[levels - 2] if levels > 1 else 0)
+            self._gains[levels:] = last + self._faded[: self._most - levels] * added

@@ -1,4 +1,5 @@
-"""Long prompts beside the rounds, on a stream of their own: rounds go on meanwhile, at half their pace."""
+"""Prompts that no round waits for: long ones on a stream of their own, where rounds go on meanwhile, at half their pace;
+short ones between two rounds, on the stream of these."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from ssv.runtime.engines.cuda.engine import CudaEngine
 class CudaLane:
     """See `PromptLane`."""
 
-    # Shorter ones are a few passes, which take as long beside the rounds, and make these slower meanwhile.
+    # Shorter ones are a few passes, which take as long while rounds run, and make these slower meanwhile.
     least = 257
 
     def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
         self.target, self.draft = target.beside(), draft.beside()
-        self._stream = torch.cuda.Stream(target.device)
+        self._own = self._stream = torch.cuda.Stream(target.device)
         self._handed_over = torch.cuda.Event()
         self._handed_over.record(torch.cuda.current_stream(target.device))
         self._ends: deque[torch.cuda.Event] = deque()
@@ -47,6 +48,8 @@ class CudaLane:
         """See `PromptLane.wait`."""
         self._ends.popleft().synchronize()
 
-    def hand_over(self) -> None:
+    def hand_over(self, num_tokens: int) -> None:
         """See `PromptLane.hand_over`."""
-        self._handed_over.record(torch.cuda.current_stream(self.target.device))
+        rounds = torch.cuda.current_stream(self.target.device)
+        self._handed_over.record(rounds)
+        self._stream = self._own if num_tokens >= self.least else rounds

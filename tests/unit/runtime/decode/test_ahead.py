@@ -20,6 +20,7 @@ from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
 from ssv.bundle.profile import Costs
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode import ahead
+from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.round import DecodeBatch
@@ -312,15 +313,28 @@ def test_a_draft_that_engines_run_while_the_host_is_busy_costs_nothing(monkeypat
 
 
 def test_what_never_pays_is_tried_now_and_then_and_the_draft_has_kept_up() -> None:
-    """A phase without drafts is longer than what may wait for one: the draft catches up, and trees go on behind."""
-    turns = iter([dear] * 3000 + [cheap] * 10_000_000)
-    setup = Setup(1, seconds=lambda num, shape: next(turns)(num, shape))
+    setup = Setup(1, seconds=dear)
     many = [Request((1, 2, 3), "premium", SamplingParams(max_tokens=150, ignore_eos=True))]
     expected, _ = setup.decoded(many, [AUTOREGRESSIVE], by_engines=False)
-    found, _ = setup.decoded(many, [PREMIUM], by_engines=True)
+    found, (counters,) = setup.decoded(many, [PREMIUM], by_engines=True)
     assert found == expected
     kinds = [shape.tree is not None for shape in setup.rounds.shapes]
-    assert kinds[-1] and sum(not kind for kind in kinds) > 64
+    assert kinds[(first := kinds.index(True)) : first + 2] == [True, True] and sum(kinds) == 2 and first >= 63
+    assert counters.accepted > 0
+
+
+def test_trees_go_on_behind_a_phase_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is longer than what may wait for a draft, which catches up."""
+    turns = iter([(0, 0)] * 100)
+    monkeypatch.setattr(Levels, "worth_nodes", lambda *args: next(turns, (3, 7)))
+    setup = Setup(1)
+    many = [Request((1, 2, 3), "premium", SamplingParams(max_tokens=150, ignore_eos=True))]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE], by_engines=False)
+    found, (counters,) = setup.decoded(many, [PREMIUM], by_engines=True)
+    assert found == expected
+    kinds = [shape.tree is not None for shape in setup.rounds.shapes]
+    assert (first := kinds.index(True)) > 90 and all(kinds[first:]) and len(kinds) > first + 5
+    assert counters.accepted > 20
 
 
 SAMPLED = ({"temperature": 0.8}, {"temperature": 0.7, "top_p": 0.6}, {"temperature": 1.3, "top_k": 3, "top_p": 0.9})

@@ -303,7 +303,7 @@ def test_who_runs_beside_the_rounds_is_ready_when_a_row_is_free() -> None:
         play.submit(request(prompt(7, i), "autoregressive", max_tokens=8))
     while not play.loop.batch.rows:
         play.step()
-    assert play.held() == ([0], 1, [2, 3])
+    assert play.held() == ([0], None, [1, 2, 3])
     waits, steps = play.lane.num_waits, 1
     while play.loop.has_work:
         play.step()
@@ -341,19 +341,22 @@ def test_a_cancel_is_heard_while_a_prompt_runs_for_which_an_empty_batch_waits() 
 
 
 def test_a_prompt_too_short_to_run_beside_the_rounds_is_run_between_two_of_them() -> None:
-    """All of it at once; and it needs a free row, as one beside the rounds does not."""
+    """All of it at once, where a row is free; where none is, it runs beside them like any other."""
     play = Play("conditioned", max_batch=2, patience=1, least=9)
     for i, length in enumerate((2, 8, 8, 9)):
         play.submit(request(prompt(length, i), "autoregressive", max_tokens=6 + 10 * i))
     play.step()
     assert play.held() == ([0, 1], None, [2, 3])
     assert not play.lane.num_works
+    play.step()
+    assert play.held() == ([0, 1], 2, [3])
     while 0 not in play.ended:
         play.step()
-    play.step()
-    assert play.held() == ([1, 2], 3, [])
-    play.finish()
     assert play.lane.num_works == 3
+    play.step()
+    assert play.held() == ([1, 2], None, [3])
+    play.finish()
+    assert play.lane.num_works == 6
     play.assert_as_alone()
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.growth import likely_groups
 from ssv.runtime.decode.pace import RETRY
-from ssv.runtime.engines.contract import Grown, TreeShape
+from ssv.runtime.engines.contract import GAIN_SIZES, Grown, TreeShape
 
 
 def prices(level: float, begin: float = 0.1, further: float = 0.01, num_rows: int = 1) -> Prices:
@@ -41,9 +40,10 @@ def test_levels_follow_what_the_last_ones_brought() -> None:
     assert levels.worth(prices(0.05), 8, 4) >= 5
 
 
-def seconds(level: float, node: float) -> Callable[[int, int], float]:
+def seconds(level: float, node: float, most: int = 8, most_nodes: int = 63) -> NDArray[np.float64]:
     """Of a round over trees, in passes of one token."""
-    return lambda levels, nodes: 1.0 + level * levels + node * nodes
+    levels_L1, nodes_N = np.arange(1, most + 1)[:, None], np.array(GAIN_SIZES)
+    return np.where((levels_L1 <= nodes_N) & (nodes_N <= most_nodes), 1 + level * levels_L1 + node * nodes_N, np.inf)
 
 
 def test_trees_whose_further_nodes_bring_much_grow_wider_and_deeper() -> None:
@@ -52,20 +52,29 @@ def test_trees_whose_further_nodes_bring_much_grow_wider_and_deeper() -> None:
     gains = np.cumsum(np.cumsum([[0.4, 0.3, 0.3, 0.3, 0.0, 0.0]] * 3, axis=1) * [[1.0], [0.6], [0.3]], axis=0)
     for _ in range(60):
         levels.note_gains(3, [gains.astype(np.float32)] * 2)
-    chosen = levels.worth_nodes(1, seconds(0.05, 0.005), 8, 63)
+    chosen = levels.worth_nodes(1, seconds(0.05, 0.005), 1.0)
     assert chosen[1] == 15 and chosen[0] > 3
-    assert levels.worth_nodes(1, seconds(0.05, 0.005), 2, 7) == (2, 7)  # as much as there is room for
-    assert levels.worth_nodes(1, seconds(0.05, 0.2), 8, 63)[1] == 3
-    assert levels.worth_nodes(1, seconds(5.0, 0.2), 8, 63) == (0, 0)
+    assert levels.worth_nodes(1, seconds(0.05, 0.005, 2, 7), 1.0) == (2, 7)  # as much as there is room for
+    assert levels.worth_nodes(1, seconds(0.05, 0.2), 1.0)[1] == 3
+    assert levels.worth_nodes(1, seconds(5.0, 0.2), 1.0) == (0, 0)
+    assert levels.worth_nodes(1, seconds(0.05, 0.005), 0.1) == (0, 0)  # plain decoding is ten times as fast
+    assert levels.worth_nodes(1, seconds(0.05, 0.005, 16), 1.0) == chosen  # more levels than it knows of
 
 
 def test_what_is_nearly_as_good_as_the_best_stays() -> None:
     levels, costs = Levels(8), seconds(0.05, 0.005)
-    best = levels.worth_nodes(1, costs, 8, 63)
+    best = levels.worth_nodes(1, costs, 1.0)
     near, far = (best[0] + 1, 31), (1, 1)
-    assert levels.worth_nodes(1, costs, 8, 63, near) == near
-    assert levels.worth_nodes(1, costs, 8, 63, far) == best
-    assert levels.worth_nodes(1, costs, 8, 63, (9, 127)) == best  # there is no room for it now
+    assert levels.worth_nodes(1, costs, 1.0, near) == near
+    assert levels.worth_nodes(1, costs, 1.0, far) == best
+    # There is no room for these now.
+    assert [levels.worth_nodes(1, costs, 1.0, current) for current in ((9, 31), (4, 127), (4, 3))] == [best] * 3
+
+
+def test_where_there_is_no_room_for_any_tree_there_is_plain_decoding() -> None:
+    levels = Levels(8)
+    for costs in (seconds(0.05, 0.005, most_nodes=0), seconds(0.05, 0.005, most=0)):
+        assert {levels.worth_nodes(1, costs, 1.0) for _ in range(2 * RETRY)} == {(0, 0)}
 
 
 def test_levels_that_were_not_seen_add_what_the_last_one_did_faded() -> None:
@@ -73,8 +82,8 @@ def test_levels_that_were_not_seen_add_what_the_last_one_did_faded() -> None:
     for _ in range(200):
         levels.note_gains(2, [np.array([[0.5] * 6, [0.75] * 6], dtype=np.float32)])
     # 0.2 and 0.16 more, of 1.75: 1.95 / 1.15 and 2.11 / 1.2.
-    assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.05 * levels, 4, 63)[0] == 4
-    assert levels.worth_nodes(1, lambda levels, nodes: 1 + 0.25 * levels, 4, 63)[0] == 1
+    assert levels.worth_nodes(1, seconds(0.05, 0.0, most=4), 1.0)[0] == 4
+    assert levels.worth_nodes(1, seconds(0.25, 0.0, most=4), 1.0)[0] == 1
 
 
 def test_what_costs_say_does_not_pay_is_tried_again_now_and_then() -> None:
