@@ -1,8 +1,9 @@
 """What the CUDA engine takes for its steps, and what every method makes of it, on one GPU.
 
 Steps: milliseconds of a replayed graph alone, and of a whole step with its answer on the host. Methods: tokens/s over
-prompts that follow one another in so many rows, greedy and sampled, and whether lossless methods give plain decoding's
-text; how long a prompt alone takes to its first token.
+prompts that follow one another in so many rows, greedy and sampled, as a median with its range and as the median ratio
+to the first method in the same turn, and whether lossless methods give plain decoding's text; how long a prompt alone
+takes to its first token.
 
     python benchmarks/gpu.py --bundle bundles/smollm2-135m --out benchmarks/records/gpu.json
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ssv import LLM, Request, SamplingParams
+from ssv import LLM, Output, Request, SamplingParams
 from ssv.runtime.engines.contract import RoundRow
 from ssv.runtime.engines.cuda.engine import CudaEngine, Shape
 from ssv.runtime.engines.cuda.rounds import settings_of
@@ -31,6 +32,7 @@ from ssv.support.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 METHODS = "autoregressive,prompt-lookup,suffix,speculative,eagle,premium,balanced,turbo"
+REPEATS = 5
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature 0.7, top_p 0.9": {"temperature": 0.7, "top_p": 0.9},
@@ -154,27 +156,31 @@ def median_ms(run: Callable[[], object], *, on_device: bool, repeats: int = 60) 
 def methods(
     llm: LLM, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]], names: Sequence[str], rows: int
 ) -> dict[str, dict[str, Any]]:
-    """Each method over all prompts, a row taking the next one when its own has ended: the middle of three runs behind
-    one that captures graphs."""
-    found: dict[str, dict[str, Any]] = {}
-    plain: list[tuple[int, ...]] = []
-    for name in names:
-        runs = []
-        for _ in range(4):
+    """Each method over all prompts, a row taking the next one when its own has ended: the middle one of `REPEATS` runs
+    behind one that captures graphs, the methods in turns, as a host has faster and slower times."""
+    runs: dict[str, list[tuple[float, list[Output]]]] = {name: [] for name in names}
+    for _ in range(1 + REPEATS):
+        for name in names:
             began = time.perf_counter()
             outputs = llm.generate([Request(ids, name, params) for ids, params in prompts])
-            runs.append((time.perf_counter() - began, outputs))
-        seconds, outputs = sorted(runs[1:], key=lambda run: run[0])[1]
+            runs[name].append((sum(len(o.token_ids) for o in outputs) / (time.perf_counter() - began), outputs))
+    found: dict[str, dict[str, Any]] = {}
+    plain = [output.token_ids for output in runs[names[0]][-1][1]]
+    for name in names:
+        rates = [rate for rate, _ in runs[name][1:]]
+        outputs = runs[name][-1][1]
         texts = [output.token_ids for output in outputs]
-        plain = plain or texts
         emitted = sum(map(len, texts))
         passes = sum(output.counters.target_passes for output in outputs)
+        of_first = [rate / first for rate, (first, _) in zip(rates, runs[names[0]][1:], strict=True)]
         found[name] = {
-            "tokens_per_s": round(emitted / seconds, 1),
+            "tokens_per_s": round(statistics.median(rates), 1),
+            "range": [round(min(rates), 1), round(max(rates), 1)],
+            f"of_{names[0]}": round(statistics.median(of_first), 3),
             "tokens_per_pass": round((emitted - len(texts)) / passes, 3),
             "first_token_ms": round(1e3 * first_token_s(llm, prompts[:16], name), 2),
             "lossless": policy_for(name, llm.tiers).lossless,
-            "same_text": sum(a == b for a, b in zip(texts, plain, strict=True)),
+            "same_text": sum(all(turn[i].token_ids == plain[i] for _, turn in runs[name]) for i in range(len(plain))),
             "of": len(texts),
         }
         print(rows, name, found[name], file=sys.stderr)

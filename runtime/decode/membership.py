@@ -176,7 +176,7 @@ class Membership:
         prompt_length = len(prompt_ids)
         if not prompt_length:
             raise RequestError("the prompt is empty")
-        if not all(0 <= token < self._target.vocab_size for token in prompt_ids):
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._target.vocab_size:
             raise RequestError(f"the prompt has token ids outside the target's vocabulary of {self._target.vocab_size}")
         if params.grammar is not None:
             if self._grammars is None:

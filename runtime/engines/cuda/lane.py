@@ -1,5 +1,5 @@
-"""Prompts that no round waits for: long ones on a stream of their own, where rounds go on meanwhile, at half their pace;
-short ones between two rounds, on the stream of these."""
+"""Prompts that the host does not wait for: long ones on a stream of their own, where rounds go on meanwhile, at half
+their pace; short ones between two rounds, on the stream of these."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ LEVELS, NODES = 16, 64
 """Most tokens of a path, and room of a row's tree."""
 
 _RING = MOST_IN_FLIGHT + 1
+_HEADER = 2
 
 (
     _R_ROW, _R_LENGTH, _R_ROOT, _R_REST, _R_LIMIT, _R_DRAFT_LENGTH, _R_PENDING,
@@ -96,10 +97,13 @@ class CudaRounds:
         self.in_flight = 0
         self._kernels = kernels_of(device, "rounds", KERNELS)
         ints = torch.int32
-        self._header = torch.zeros(2, dtype=ints, device=device)
-        self._rows = torch.zeros(places.TOKENS, R_SIZE, dtype=ints, device=device)
+        # What rounds begin with: the header, and the rows.
+        self._control = torch.zeros(_HEADER + places.TOKENS * R_SIZE, dtype=ints, device=device)
+        self._header, rows = self._control[:_HEADER], self._control[_HEADER:]
+        self._rows = rows.view(places.TOKENS, R_SIZE)
         self._trees = torch.zeros(places.TOKENS, T_SIZE, dtype=ints, device=device)
         self._results = torch.zeros(_RING, places.TOKENS, O_SIZE, dtype=ints, pin_memory=True)
+        self._results_host = self._results.numpy()
         self._held = torch.zeros(places.TOKENS, self.most_pending, target.spec.hidden_size, device=device)
         self._done = [torch.cuda.Event() for _ in range(_RING)]
         self._stream = torch.cuda.Stream(device)
@@ -107,12 +111,14 @@ class CudaRounds:
         self._num_rows = self._num_run = self._most_length = self._text_width = 0
         self._drafts = False
         self._ahead: list[RoundShape] = []
+        # What the rows that began have for a draft, until the first round says whether there is one.
+        self._begun: tuple[Sequence[RoundRow], Tensor, tuple[Corrections, Corrections]] | None = None
         # By width and whether rows sample; between a round's steps, without a draft and with one.
         self._pass_s: dict[tuple[int, bool], float] = {}
         self._level_s: dict[tuple[int, bool], float] = {}
         self._between_s: list[float] = []
         self._seconds: dict[tuple[int, RoundShape], float] = {}
-        self._state: list[list[int]] = []
+        self._draft_length_B = self._pending_B = np.zeros(0, dtype=np.int32)
         # Loaded before anything is captured: without rows they do nothing.
         for shape in (RoundShape(None, 0), RoundShape(TreeShape(1, 1, 1), 1)):
             self._enqueue_between(_Key(shape, 8, (), 8, 8, 1, True))
@@ -185,37 +191,45 @@ class CudaRounds:
     ) -> None:
         """See `RoundsEngine.begin`."""
         assert not self.in_flight, "rounds of the rows before are still to be taken"
-        state = np.full((len(rows), R_SIZE), -1, dtype=np.int32)
-        floats = state.view(np.float32)
-        for b, row in enumerate(rows):
-            state[b, : _R_PENDING + 1] = (
-                b, row.length, row.root, row.rest, row.limit, row.draft_length, len(row.pending)
-            )  # fmt: skip
-            floats[b, _R_ACCEPT_BELOW : _R_RISK_BUDGET + 1] = row.accept_below, row.verify_above, row.risk_budget
-            state[b, _R_ENDS : _R_ENDS + len(row.ends)] = row.ends
-        self._rows[: len(rows)].copy_(torch.from_numpy(state))
-        self._header.copy_(torch.tensor([len(rows), self._num_run % _RING]))
         self._num_run %= _RING
+        control = np.full(_HEADER + len(rows) * R_SIZE, -1, dtype=np.int32)
+        control[:_HEADER] = len(rows), self._num_run
+        state = control[_HEADER:].reshape(len(rows), R_SIZE)
+        state[:, : _R_PENDING + 1] = [
+            (b, row.length, row.root, row.rest, row.limit, row.draft_length, len(row.pending))
+            for b, row in enumerate(rows)
+        ]
+        state.view(np.float32)[:, _R_ACCEPT_BELOW : _R_RISK_BUDGET + 1] = [
+            (row.accept_below, row.verify_above, row.risk_budget) for row in rows
+        ]
+        state[:, _R_ENDS:] = [(*row.ends, *[-1] * (MOST_ENDS - len(row.ends))) for row in rows]
+        self._control[: len(control)].copy_(torch.from_numpy(control))
         self._num_rows, self._most_length = len(rows), max(row.length for row in rows)
-        self._state = [[row.draft_length, len(row.pending)] for row in rows]
+        self._draft_length_B, self._pending_B = state[:, _R_DRAFT_LENGTH].copy(), state[:, _R_PENDING].copy()
         self._drafts = features_BTF is not None
         if any(row.temperature > 0 for row in rows):
             self._target.buffers.sample(settings_of(rows, [0] * len(rows)))
             behind = [row.length + 1 - row.draft_length - len(row.pending) for row in rows]
             self._draft.buffers.sample(settings_of(rows, behind))
         self._text_width = 0
-        if features_BTF is not None:
-            self._begin_draft(rows, features_BTF, corrections)
+        self._begun = (rows, features_BTF, corrections) if features_BTF is not None else None
 
-    def _begin_draft(
-        self, rows: Sequence[RoundRow], features_BTF: Tensor, corrections: tuple[Corrections, Corrections]
+    def _hand_on(
+        self,
+        rows: Sequence[RoundRow],
+        features_BTF: Tensor,
+        corrections: tuple[Corrections, Corrections],
+        *,
+        is_drafted: bool,
     ) -> None:
-        """Writes the draft's first step, and holds the features of what waits for it."""
+        """Writes the draft's first step, if rounds have one, or holds the features of what waits for it."""
         counts = [len(row.pending) for row in rows]
-        self._held[: len(rows), : max(counts)].copy_(features_BTF[: len(rows), : max(counts)])
-        if sum(counts) > self.most_tokens:
-            return  # for rounds that do not draft
         draft, width = self._draft, max(counts)
+        if not is_drafted:
+            self._held[: len(rows), :width].copy_(features_BTF[: len(rows), :width])
+            return
+        if sum(counts) > self.most_tokens:
+            raise EngineError(f"{sum(counts)} tokens wait for the draft: there is room for {self.most_tokens}")
         ids_BT = np.zeros((len(rows), width), dtype=np.int64)
         for b, row in enumerate(rows):
             ids_BT[b, : counts[b]] = row.pending
@@ -233,6 +247,9 @@ class CudaRounds:
     def run(self, shape: RoundShape) -> None:
         """See `RoundsEngine.run`."""
         assert self.in_flight < MOST_IN_FLIGHT
+        if self._begun is not None:
+            self._hand_on(*self._begun, is_drafted=shape.tree is not None)
+            self._begun = None
         key = self._key(shape)
         graph = self._graphs.get(key) or self._capture(key)
         graph.replay()
@@ -248,25 +265,26 @@ class CudaRounds:
         self._done[slot].synchronize()
         self.in_flight -= 1
         has_branches = not self._ahead.pop(0).is_chain
-        results = results_of(self._results[slot, : self._num_rows].numpy(), has_branches)
-        for state, result in zip(self._state, results, strict=True):
-            gained = len(result.tokens)
-            if self._text_width:  # the draft has run what was pending
-                state[0], state[1] = state[0] + state[1], gained
-            else:
-                state[1] = min(state[1] + gained, self.most_pending + 1)
-        self._most_length += max(len(result.tokens) for result in results)
-        return results
+        told = self._results_host[slot, : self._num_rows]
+        gained_B = told[:, _O_KEPT] + 1
+        if self._text_width:  # the draft has run what was pending
+            self._draft_length_B, self._pending_B = self._draft_length_B + self._pending_B, gained_B
+        else:
+            self._pending_B = np.minimum(self._pending_B + gained_B, self.most_pending + 1)
+        self._most_length += int(gained_B.max())
+        return results_of(told, has_branches)
 
     def end(self) -> tuple[list[int], Tensor | None]:
         """See `RoundsEngine.end`."""
         assert not self.in_flight, "rounds are still to be taken"
         self._num_rows = 0
-        lengths = [length if pending <= self.most_pending else -1 for length, pending in self._state]
+        lengths = np.where(self._pending_B <= self.most_pending, self._draft_length_B, -1).tolist()
         if not self._drafts:
             return lengths, None
-        counts = [min(pending, self.most_pending) for _, pending in self._state]
+        counts = np.minimum(self._pending_B, self.most_pending).tolist()
         num, width = len(counts), max(counts)
+        if self._begun is not None:  # no round was run
+            return lengths, self._begun[1][:num, :width]
         if not self._text_width:
             return lengths, self._held[:num, :width]
         at_BT = np.array([*accumulate(counts[:-1], initial=0)])[:, None] + np.arange(width)
@@ -425,5 +443,5 @@ def results_of(told: NDArray[np.int32], has_branches: bool) -> list[RoundResult]
         RoundResult(
             row[_O_TOKENS : _O_TOKENS + row[_O_KEPT] + 1], row[_O_NODES], row[_O_JUDGED_ROWS], row[_O_JUDGED], worth
         )
-        for row, worth in zip(told[:, :_O_GAINS].tolist(), gains, strict=True)
+        for row, worth in zip(told[:, : _O_TOKENS + 1 + int(told[:, _O_KEPT].max())].tolist(), gains, strict=True)
     ]
