@@ -142,8 +142,8 @@ class Membership:
         return self._joining is not None
 
     def runs_beside(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the prompt that joins next is run beside the rounds: a long one, and any where no row is free, so that
-        it is ready when one is."""
+        """Whether the prompt that joins next is run beside the rounds: a long one, and any where no row is free, to be
+        ready when one is."""
         if self._lane is None:
             return False
         return len(prompt_ids) >= self._lane.least or len(self.rows) == self._target.max_batch
