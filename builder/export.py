@@ -99,7 +99,8 @@ def export_for(
         what = "a quantized target" if host == "vllm" else _NAMES[host]
         raise UserError(f"--pad-heads is not for {what}", "leave it out, and choose --tp by the model's heads")
     shared = _shared("target", target, tensor_parallel, pad_heads, can_pad)
-    _shared("draft", spec.decoder, tensor_parallel, pad_heads, can_pad)
+    if not pad_heads:
+        _shared("draft", spec.decoder, tensor_parallel, pad_heads, can_pad)
     place = (place or out).resolve()
     positions = min(target.max_positions, spec.decoder.max_positions) - num_draft_tokens - 1
     settings = HostSettings(
@@ -233,8 +234,8 @@ def _padded_draft(
     """
     layers = config.get("transformer_layer_config", config)
     num_heads, num_kv_heads = layers["num_attention_heads"], layers["num_key_value_heads"]
-    wider = padded_spec(replace(spec, num_heads=num_heads, num_kv_heads=num_kv_heads), gpus)
-    assert wider is not None  # its heads are what was refused otherwise
+    own = replace(spec, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    wider = _shared("draft", own, gpus, pads=True, can_pad=True)
     layers.update(pad_config(layers, wider))
     return config, pad_weights(tensors, wider)
 

@@ -19,11 +19,15 @@ from ssv.model.checkpoint import DecoderSpec, Weights
 
 
 def padded_spec(spec: DecoderSpec, gpus: int) -> DecoderSpec | None:
-    """The spec with the fewest groups of heads that so many GPUs can share; None if heads are not what keeps them."""
+    """The spec with the fewest groups of heads that so many GPUs can share; None if there is none.
+
+    The hidden size is a multiple of all heads, as that of the model's own: `LlamaConfig` of transformers, through which
+    engines read a config.json, refuses others, whatever `head_dim` says.
+    """
     group = spec.num_heads // spec.num_kv_heads
-    for num_kv_heads in range(spec.num_kv_heads, spec.num_kv_heads + gpus):
+    for num_kv_heads in range(spec.num_kv_heads, spec.hidden_size // group + 1):
         wider = replace(spec, num_kv_heads=num_kv_heads, num_heads=group * num_kv_heads)
-        if wider.is_shared_evenly(gpus):
+        if wider.is_shared_evenly(gpus) and spec.hidden_size % wider.num_heads == 0:
             return wider
     return None
 
