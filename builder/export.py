@@ -11,8 +11,17 @@ from typing import Any, get_args
 import torch
 
 from ssv.builder.export_arms import Host, HostSettings, arm_files
+from ssv.builder.pad_heads import pad_config, pad_weights, padded_spec
 from ssv.bundle.manifest import Manifest, read_manifest
-from ssv.model.checkpoint import DecoderSpec, Weights, checkpoint_files, hf_config, load_checkpoint
+from ssv.model.checkpoint import (
+    DecoderSpec,
+    Weights,
+    checkpoint_files,
+    hf_config,
+    load_checkpoint,
+    read_hf_config,
+    read_safetensors,
+)
 from ssv.model.decoder import Decoder, hf_names, hf_tensors
 from ssv.model.draft import Draft, load_draft
 from ssv.model.eagle3 import Layout, published
@@ -59,6 +68,7 @@ def export_for(
     memory_share: float = 0.85,
     checkpoint: Path | None = None,
     place: Path | None = None,
+    pad_heads: bool = False,
 ) -> list[str]:
     """Writes a new folder that another engine serves from: target, draft, settings, and scripts of three arms.
 
@@ -67,6 +77,7 @@ def export_for(
         max_length: cut to what target and draft have positions for.
         checkpoint: what `ssv-build quantize` wrote of the target; None for the bundle's own weights.
         place: where the folder will lie on the machine that serves; None for where it is written.
+        pad_heads: whether target and draft get heads of zeros where so many GPUs cannot share theirs; for vLLM.
 
     Returns:
         What of the bundle is not in it, and why.
@@ -83,8 +94,13 @@ def export_for(
     manifest = read_manifest(bundle)
     target, draft = _read(bundle)
     spec = draft.spec
-    _refuse_uneven("target", target, tensor_parallel)
-    _refuse_uneven("draft", spec.decoder, tensor_parallel)
+    can_pad = host == "vllm" and checkpoint is None
+    if pad_heads and not can_pad:
+        what = "a quantized target" if host == "vllm" else _NAMES[host]
+        raise UserError(f"--pad-heads is not for {what}", "leave it out, and choose --tp by the model's heads")
+    shared = _shared("target", target, tensor_parallel, pad_heads, can_pad)
+    if not pad_heads:
+        _shared("draft", spec.decoder, tensor_parallel, pad_heads, can_pad)
     place = (place or out).resolve()
     positions = min(target.max_positions, spec.decoder.max_positions) - num_draft_tokens - 1
     settings = HostSettings(
@@ -106,12 +122,16 @@ def export_for(
         model = _head(draft, target, manifest, _LAYOUTS[host], settings.target, reader)
     else:
         model = _language_model(draft, manifest)
+    if pad_heads:
+        model = _padded_draft(*model, spec.decoder, tensor_parallel)
     source = _target_folder(bundle, target, checkpoint)
     left_out = _left_out(manifest, settings, quantization_of(source))
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as part:
         part.mkdir()
         _copy_target(source, bundle / "tokenizer", part / "target")
+        if shared != target:
+            _pad_target(part / "target", shared)
         _write_model(part / "draft", *model)
         for name, text in arm_files(settings).items():
             path = part / name
@@ -204,17 +224,42 @@ def _language_model(draft: Draft, manifest: Manifest) -> tuple[dict[str, Any], W
     return hf_config(shape, manifest.eos_token_ids, dtype), found
 
 
+def _padded_draft(
+    config: dict[str, Any], tensors: Weights, spec: DecoderSpec, gpus: int
+) -> tuple[dict[str, Any], Weights]:
+    """An exported draft with the heads that so many GPUs can share.
+
+    Args:
+        spec: of its layers but for their heads, of which an exported join makes its own.
+    """
+    layers = config.get("transformer_layer_config", config)
+    num_heads, num_kv_heads = layers["num_attention_heads"], layers["num_key_value_heads"]
+    own = replace(spec, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    wider = _shared("draft", own, gpus, pads=True, can_pad=True)
+    layers.update(pad_config(layers, wider))
+    return config, pad_weights(tensors, wider)
+
+
 # --- the target -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_uneven(role: str, spec: DecoderSpec, gpus: int) -> None:
-    if not spec.is_shared_evenly(gpus):
-        fit = [str(n) for n in range(1, spec.num_heads + 1) if spec.is_shared_evenly(n)]
-        raise UserError(
-            f"{gpus} GPUs cannot share the {role} evenly: it has {spec.num_heads} attention heads, "
-            f"{spec.num_kv_heads} of keys and values, and {spec.intermediate_size} rows of its MLP",
-            f"choose --tp from {', '.join(fit)}",
-        )
+def _shared(role: str, spec: DecoderSpec, gpus: int, pads: bool, can_pad: bool) -> DecoderSpec:
+    """What so many GPUs can share: the model's own shape, or with `pads` one with more heads.
+
+    Raises:
+        UserError: there is none; naming the option that pads if that `can_pad`.
+    """
+    if spec.is_shared_evenly(gpus):
+        return spec
+    wider = padded_spec(spec, gpus) if can_pad else None
+    if pads and wider is not None:
+        return wider
+    fit = ", ".join(str(n) for n in range(1, spec.num_heads + 1) if spec.is_shared_evenly(n))
+    raise UserError(
+        f"{gpus} GPUs cannot share the {role} evenly: it has {spec.num_heads} attention heads, "
+        f"{spec.num_kv_heads} of keys and values, and {spec.intermediate_size} rows of its MLP",
+        f"choose --tp from {fit}" + (", or add heads of zeros with --pad-heads" if wider is not None else ""),
+    )
 
 
 def _target_folder(bundle: Path, spec: DecoderSpec, checkpoint: Path | None) -> Path:
@@ -240,6 +285,13 @@ def _copy_target(source: Path, tokenizer: Path, folder: Path) -> None:
     for file in dict.fromkeys([*files, *sorted(tokenizer.iterdir())]):
         if file.is_file():
             _place(file, folder / file.name)
+
+
+def _pad_target(folder: Path, spec: DecoderSpec) -> None:
+    """Gives an exported target the heads of a padded spec: in new files, as its own may be the bundle's."""
+    for file in sorted(folder.glob("*.safetensors")):
+        save_whole(pad_weights(read_safetensors(file), spec), file, metadata={"format": "pt"})
+    write_json(folder / "config.json", pad_config(read_hf_config(folder), spec))
 
 
 def _place(file: Path, path: Path) -> None:

@@ -31,6 +31,7 @@ from ssv.builder.trtllm_settings import (
 Host = Literal["trtllm", "vllm", "sglang"]
 
 ARMS = ("plain", "speculation", "ssv")
+PROGRAMS: dict[Host, str] = {"trtllm": "trtllm-serve", "vllm": "vllm serve", "sglang": "sglang.launch_server"}
 FIRST_PORT = 8010
 READY_SECONDS = 1800
 """That an arm may take to start, unless the variable of that name says otherwise."""
@@ -103,7 +104,7 @@ def arm_files(settings: HostSettings) -> dict[str, str]:
             files[f"bench-{arm}.sh"] = _script(
                 ["trtllm-bench", "--model", settings.name, "--model_path", settings.target, "throughput"],
                 ["--config", str(settings.place / f"{arm}.yaml"), "--dataset"],
-                takes_one='"${1:?usage: $0 DATASET, as trtllm-bench prepare-dataset writes it}"',
+                takes='"${1:?usage: $0 DATASET, as trtllm-bench prepare-dataset writes it}"',
             )
     return {**files, "compare.sh": _compare(settings)}
 
@@ -191,69 +192,98 @@ def _llm_args(settings: HostSettings, arm: str) -> LlmArgs:
 # --- scripts --------------------------------------------------------------------------------------------------------
 
 
-def _script(*parts: list[str], takes_one: str = '"${1:?usage: $0 PORT}"') -> str:
-    """A script that becomes a command, with an argument of its own at the end."""
+def _script(*parts: list[str], takes: str = '"${1:?usage: $0 PORT [more options]}" "${@:2}"') -> str:
+    """A script that becomes a command, with arguments of its own at the end."""
     command = " ".join(shlex.quote(word) for part in parts for word in part)
-    return f"#!/usr/bin/env bash\nset -euo pipefail\nexec {command} {takes_one}\n"
+    return f"#!/usr/bin/env bash\nset -euo pipefail\nexec {command} {takes}\n"
 
 
 _COMPARE = """#!/usr/bin/env bash
 # Starts the arms, waits until each answers, and compares them: compare.sh PROMPTS.jsonl OUT [options of `ssv-ab run`]
-# GPUs of each arm: PLAIN_GPUS and so on, a comma between. READY_SECONDS: how long they may take to start.
+# ARMS: which of them, such as "plain speculation". GPUs of each arm: PLAIN_GPUS and so on, a comma between.
+# ENGINE_OPTIONS: more options for {program}, in the arms plain and speculation alike.
+# LOGS: folder for what the arms print, and for their /metrics at the end.
+# READY_SECONDS, STOP_SECONDS: how long they may take to start, and to end.
 {missing}set -euo pipefail
 set -m  # each arm in a process group of its own, so that its workers end with it
 here=$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)
 prompts=${{1:?usage: $0 PROMPTS.jsonl OUT [options of ssv-ab run]}} out=${{2:?OUT, the folder of the report}}
 shift 2
-logs=$(mktemp -d)
-groups=()
+read -ra arms <<<"${{ARMS:-{arms}}}"
+read -ra engine_options <<<"${{ENGINE_OPTIONS:-}}"
+logs=${{LOGS:-$(mktemp -d)}}
+mkdir -p "$logs"
+groups=() addresses=()
+
+{table}
+for arm in "${{arms[@]}}"; do
+  if [[ -z ${{port[$arm]:-}} ]]; then echo "error: there is no arm $arm, but {arms}" >&2; exit 2; fi
+done
+if ((${{#arms[@]}} < 2)); then echo "error: ARMS names one arm, and two are compared" >&2; exit 2; fi
 
 stop() {{
   trap '' INT TERM
   for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -TERM -- "-$group" 2>/dev/null || true; done
+  for ((left = 10 * ${{STOP_SECONDS:-60}}; left > 0; left--)); do
+    if [[ -z $(jobs -r) ]]; then break; fi
+    sleep 0.1
+  done
+  for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -KILL -- "-$group" 2>/dev/null || true; done
   wait || true
 }}
 trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-start() {{  # ARM PORT GPUS
-  CUDA_VISIBLE_DEVICES=$3 "$here/serve-$1.sh" "$2" >"$logs/$1.log" 2>&1 &
+start() {{  # ARM
+  local options=()
+  if [[ $1 != ssv ]]; then options=(${{engine_options[@]+"${{engine_options[@]}}"}}); fi
+  CUDA_VISIBLE_DEVICES=${{gpus[$1]}} "$here/serve-$1.sh" "${{port[$1]}}" ${{options[@]+"${{options[@]}}"}} \\
+    >"$logs/$1.log" 2>&1 &
   groups+=("$!")
 }}
 
-await() {{  # ARM PORT PROCESS
-  until curl -fsS -o /dev/null "http://127.0.0.1:$2/v1/models" 2>/dev/null; do
-    if ! kill -0 "$3" 2>/dev/null; then echo "error: $1 ended, see $logs/$1.log" >&2; exit 1; fi
+await() {{  # ARM PROCESS
+  until curl -fsS -o /dev/null "http://127.0.0.1:${{port[$1]}}/v1/models" 2>/dev/null; do
+    if ! kill -0 "$2" 2>/dev/null; then echo "error: $1 ended, see $logs/$1.log" >&2; exit 1; fi
     if ((SECONDS > ${{READY_SECONDS:-{ready}}})); then echo "error: $1 is not ready, see $logs/$1.log" >&2; exit 1; fi
     sleep 0.5
   done
 }}
 
-{starts}
-{awaits}
-ssv-ab run {arms} --prompts "$prompts" --out "$out" "$@" &
+for arm in "${{arms[@]}}"; do start "$arm"; done
+for index in "${{!arms[@]}}"; do
+  arm=${{arms[index]}}
+  await "$arm" "${{groups[index]}}"
+  options=(--a --b)
+  addresses+=("${{options[index]:---arm}}" "$arm=http://127.0.0.1:${{port[$arm]}}/v1?${{query[$arm]}}")
+done
+ssv-ab run "${{addresses[@]}}" --prompts "$prompts" --out "$out" "$@" &
 groups+=("$!")
-wait "${{groups[-1]}}"  # and not in the foreground, where a signal would wait for it
+status=0
+wait "${{groups[-1]}}" || status=$?  # and not in the foreground, where a signal would wait for it
+for arm in "${{arms[@]}}"; do
+  curl -fsS -m 10 -o "$logs/$arm.metrics" "http://127.0.0.1:${{port[$arm]}}/metrics" 2>/dev/null || true
+done
+exit "$status"
 """
 
 
 def _compare(settings: HostSettings) -> str:
-    starts, awaits, arms = [], [], []
-    size = settings.tensor_parallel
-    for index, arm in enumerate(settings.arms):
-        gpus = ",".join(str(index * size + gpu) for gpu in range(size))
-        port = FIRST_PORT + index
-        starts.append(f'start {arm} {port} "${{{arm.upper()}_GPUS:-{gpus}}}"')
-        awaits.append(f'await {arm} {port} "${{groups[{index}]}}"')
+    size, arms = settings.tensor_parallel, settings.arms
+    port, gpus, query = [], [], []
+    for index, arm in enumerate(arms):
+        taken = ",".join(str(index * size + gpu) for gpu in range(size))
         model = quote(settings.name) if arm == "ssv" else "target"
-        option = ("--a", "--b", "--arm")[index]
-        arms.append(f"{option} {shlex.quote(f'{arm}=http://127.0.0.1:{port}/v1?model={model}&gpus={size}')}")
+        port.append(f"[{arm}]={FIRST_PORT + index}")
+        gpus.append(f'[{arm}]="${{{arm.upper()}_GPUS:-{taken}}}"')
+        query.append(f"[{arm}]={shlex.quote(f'model={model}&gpus={size}')}")
     why = settings.without_ssv
+    named = (("port", port), ("gpus", gpus), ("query", query))
     return _COMPARE.format(
         ready=READY_SECONDS,
+        program=PROGRAMS[settings.host],
         missing=f"# There is no arm `ssv`: {why}.\n" if why is not None else "",
-        starts="\n".join(starts),
-        awaits="\n".join(awaits),
         arms=" ".join(arms),
+        table="\n".join(f"declare -A {name}=({' '.join(values)})" for name, values in named),
     )

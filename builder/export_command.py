@@ -11,7 +11,7 @@ from ssv.support.errors import UserError
 
 LAYOUTS = ("speculators", "eagle3")
 HOSTS = ("trtllm", "vllm", "sglang")
-_OF_HOSTS = ("tp", "num_draft_tokens", "max_length", "max_rows", "memory_share", "checkpoint", "place")
+_OF_HOSTS = ("tp", "num_draft_tokens", "max_length", "max_rows", "memory_share", "checkpoint", "place", "pad_heads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="with an engine: where the folder will lie on the machine that serves (default: where it is written)",
+    )
+    parser.add_argument(
+        "--pad-heads",
+        action="store_true",
+        default=None,
+        help="with vllm: attention heads of zeros, where --tp GPUs cannot share the model's own (default: off)",
     )
 
 

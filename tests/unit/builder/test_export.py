@@ -220,7 +220,7 @@ def test_settings_for_tensorrt_llm(conditioned: Path, standalone: Path, tmp_path
 
 
 def command(files: dict[str, str], arm: str) -> list[str]:
-    return shlex.split(files[f"serve-{arm}.sh"].split("exec ")[1])[:-1]
+    return shlex.split(files[f"serve-{arm}.sh"].split("exec ")[1])[:-2]
 
 
 def test_commands_for_vllm() -> None:
@@ -368,6 +368,43 @@ def test_a_comparison_that_is_ended_ends_its_arms(standalone: Path, tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE) == 143
     assert are_gone([int(pid) for pid in pids.read_text().split()])
+
+
+def test_some_arms_with_further_options(standalone: Path, tmp_path: Path) -> None:
+    """Also: what they counted is kept, and one that does not end when told to is ended."""
+    export_for("vllm", standalone, tmp_path / "out", tensor_parallel=1)
+    pids, logs = tmp_path / "pids", tmp_path / "logs"
+    stays = f"trap '' TERM; echo $$ >> {pids}; echo serving; while :; do sleep 0.1; done"
+    curl = """while [ "$1" != -o ]; do shift; done; [ "$2" = /dev/null ] || echo "of ${@: -1}" > "$2" """
+    env = stand_ins(tmp_path / "bin", vllm=stays, curl=curl, ssv_ab=f'until [ "$(wc -l < {pids})" = 2 ]; do :; done')
+    env |= {"ARMS": "speculation plain", "ENGINE_OPTIONS": "--kv-cache-memory-bytes 8G", "LOGS": str(logs)}
+    done = subprocess.run(
+        [tmp_path / "out" / "compare.sh", "p", "o"],
+        env=env | {"STOP_SECONDS": "0", "PLAIN_GPUS": "5"}, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    log = [line.split(" ", 2) for line in (tmp_path / "bin" / "log").read_text().splitlines()]
+    served = {rest.split("--port ")[1]: gpus for program, gpus, rest in log if program == "vllm"}
+    assert served == {"8010 --kv-cache-memory-bytes 8G": "5", "8011 --kv-cache-memory-bytes 8G": "1"}
+    (asked,) = [shlex.split(rest) for program, _, rest in log if program == "ssv-ab"]
+    assert [parse_arm(asked[i + 1]).name for i, word in enumerate(asked) if word in ("--a", "--b")] == [
+        "speculation", "plain"
+    ]  # fmt: skip
+    assert (logs / "plain.metrics").read_text() == "of http://127.0.0.1:8010/metrics\n"
+    assert (logs / "speculation.metrics").read_text() == "of http://127.0.0.1:8011/metrics\n"
+    assert (logs / "plain.log").read_text() == "serving\n"
+    assert are_gone([int(pid) for pid in pids.read_text().split()])
+
+
+@pytest.mark.parametrize(
+    ("arms", "named"), [("plain other", "there is no arm other, but plain speculation ssv"), ("plain", "names one arm")]
+)
+def test_arms_that_cannot_be_compared(arms: str, named: str, standalone: Path, tmp_path: Path) -> None:
+    export_for("vllm", standalone, tmp_path / "out", tensor_parallel=1)
+    env = stand_ins(tmp_path / "bin", vllm="exit 9", ssv_serve="exit 9") | {"ARMS": arms}
+    done = subprocess.run([tmp_path / "out" / "compare.sh", "p", "o"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and named in done.stderr
+    assert not (tmp_path / "bin" / "log").exists()
 
 
 def test_benchmarks_of_tensorrt_llm(conditioned: Path, tmp_path: Path) -> None:
