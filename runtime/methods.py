@@ -35,7 +35,7 @@ AUTOREGRESSIVE = verify_all(0)
 
 PROMPT_LOOKUP = verify_all(10, drafter="prompt-lookup", pays=True)
 """What followed the same words before is proposed, at most as many tokens as its author does; no draft model is
-asked."""
+asked. What is looked up has three tokens, or two, or one, as published."""
 
 SUFFIX = verify_all(32, drafter="suffix", children=(10,), beam=32, pays=True)
 """The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose
@@ -72,8 +72,8 @@ _BY_MODEL = (*_TREE, "pays", *_WHEN)
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "autoregressive": (),
     "lookahead": _TREE,
-    "prompt-lookup": ("max_pending", "pays", *_WHEN),
-    "suffix": (*_TREE, "pays"),
+    "prompt-lookup": ("max_pending", "shortest_match", "longest_match", "pays", *_WHEN),
+    "suffix": (*_TREE, "longest_match", "min_probability", "pays"),
     "medusa": (*_TREE, "pays"),
     "medusa-typical": (*_TREE, "typical"),
     "specinfer": _BY_MODEL,
