@@ -84,6 +84,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 """What of each method's policy a request may have otherwise: fields of `Policy` that change how it drafts, and nothing
 that its name promises."""
 
+OF_BUNDLES = tuple(name for name in BASELINES if OPTIONS[name] and name != "speculative")
+"""Methods that a bundle may have otherwise than published. How many tokens `speculative` drafts each request says."""
+
 _FIXED = {
     "autoregressive": AUTOREGRESSIVE,
     "lookahead": LOOKAHEAD,
@@ -116,7 +119,7 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     """The policy of a method.
 
     Args:
-        tiers: the bundle's tiers.
+        tiers: policies that the bundle has, of its tiers and of methods that it has otherwise than published.
         num_draft_tokens: of `speculative`.
 
     Raises:
@@ -124,16 +127,14 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     """
     if method == "speculative":
         return speculative(num_draft_tokens)
+    if method in tiers and method in METHODS:
+        return tiers[method]
     if method in _FIXED:
         return _FIXED[method]
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if method not in tiers:
-        has = ", ".join(tiers) or "none"
-        raise RequestError(
-            f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`"
-        )
-    return tiers[method]
+    has = ", ".join(name for name in TIERS if name in tiers) or "none"
+    raise RequestError(f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`")
 
 
 def with_options(method: str, policy: Policy, options: Mapping[str, Any]) -> Policy:
