@@ -105,6 +105,7 @@ class AsyncClient:
         raise ServerError("the server ended the stream before the answer was complete", "UNAVAILABLE")
 
     async def is_ready(self) -> bool:
+        """Whether the server and what answers requests are ready; False also where no server answers."""
         try:
             return await self._client.is_server_ready(
                 client_timeout=HEALTH_TIMEOUT
@@ -113,4 +114,5 @@ class AsyncClient:
             return False
 
     async def aclose(self) -> None:
+        """Closes the connection."""
         await self._client.close()
