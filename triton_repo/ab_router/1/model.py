@@ -47,8 +47,8 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> None:
-        """Hands each request to the router, which answers it from its thread, or refuses it at once where its parameters
-        cannot be."""
+        """Hands each request to the router, which answers it from its thread; one whose parameters cannot be is refused
+        at once."""
         for request in requests:
             live = _Request(request, self._ipc)
             try:

@@ -50,7 +50,7 @@ class TritonPythonModel:
     """The model that decodes."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the bundle that the model's config names, and starts the service that decodes in a thread of its own."""
+        """Loads the bundle of the model's config, and starts the service, which decodes in a thread of its own."""
         log_to_stderr()
         keep_large_blocks()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
