@@ -128,11 +128,11 @@ def test_what_is_wrong_with_a_certificate_is_said(
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_refusal_is_told_also_while_the_request_is_being_written(asynchronous: bool) -> None:
-    """Which of the two is first is chance: of 40 requests some ten are refused so."""
+    """Which of the two is first is chance: some of 100 requests are refused so."""
     server = grpc.server(ThreadPoolExecutor(1))
     url = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    for _ in range(40):
+    for _ in range(100):
         with pytest.raises(ServerError, match="Method not found!") as raised:
             (ask_asynchronously if asynchronous else ask_one)(url, None)
         assert raised.value.status == "UNIMPLEMENTED"
