@@ -13,14 +13,24 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from ssv.ab.bench_view import MethodRow, check_plot, plot, print_tables
-from ssv.ab.bench_ways import BASELINE, BESIDE, BESIDE_ALL, PROMPT_CACHE, Way, read_beside, read_methods, ways
+from ssv.ab.bench_ways import (
+    BASELINE,
+    BESIDE,
+    BESIDE_ALL,
+    PROMPT_CACHE,
+    Way,
+    read_beside,
+    read_methods,
+    read_options,
+    ways,
+)
 from ssv.runtime.counters import Counters
 from ssv.runtime.methods import METHODS, check_num_draft_tokens
 from ssv.runtime.request import Output, RequestError, SamplingParams
@@ -95,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         help="text of a system message before each prompt: what a cache of prompts is for (default: none)",
     )
     parser.add_argument("--num-draft-tokens", type=int, help="of `speculative` (default: 5)")
+    parser.add_argument(
+        "--policy",
+        metavar="JSON",
+        help='options by method, as {"eagle": {"max_depth": 4}} (default: those of the bundle)',
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="of each output (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0.0)")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default: 0)")
@@ -133,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     methods = None if args.methods in (None, ALL) else _methods(args.methods)
+    options = _options(args)
+    _refuse_idle(options, methods or METHODS)
     args.num_draft_tokens = check_num_draft_tokens(args.num_draft_tokens, methods or METHODS)
     beside = _beside(args)
     system = None if args.system_prompt is None else read_text(args.system_prompt)
@@ -161,11 +178,14 @@ def _run(args: argparse.Namespace) -> int:
     from ssv.runtime.llm import load_for  # after the arguments have been checked: it takes seconds
 
     llm = load_for(args, max_batch=args.max_rows)
+    methods = methods or _worth_a_row(llm.methods, params)
+    _refuse_idle(options, methods)
     compared = ways(
         llm,
-        methods or _worth_a_row(llm.methods, params),
+        methods,
         beside,
         lambda precision: load_for(argparse.Namespace(**{**vars(args), "precision": precision}), args.max_rows),
+        options,
     )
     with terminal_report() as report:
         rows = compare(
@@ -360,6 +380,23 @@ def _beside(args: argparse.Namespace) -> Sequence[str]:
         return ()
     on_cpu = args.engine == "torch" and args.device == "cpu"
     return BESIDE_ALL if on_cpu else (PROMPT_CACHE,)
+
+
+def _options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Options by method."""
+    options = {} if args.policy is None else read_options(args.policy)
+    if "max_pending" in options.get("speculative", {}) and args.num_draft_tokens is not None:
+        raise RequestError("--num-draft-tokens and max_pending of --policy are the same setting", "give one of them")
+    return options
+
+
+def _refuse_idle(options: Collection[str], methods: Sequence[str]) -> None:
+    """Raises RequestError if there are options of a method that is not compared."""
+    if wrong := [name for name in options if name not in methods]:
+        raise RequestError(
+            f"--policy has options of {wrong[0]}, and what is compared is {', '.join(methods)}",
+            "leave them out, or choose it",
+        )
 
 
 def _worth_a_row(methods: Sequence[str], params: SamplingParams) -> list[str]:

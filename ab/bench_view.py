@@ -103,7 +103,7 @@ def _comparison(rows: Sequence[MethodRow], *, priced: bool) -> Table:
     ]  # fmt: skip
     has_hits = any(row.cached_tokens for row in rows)
     num_rounds = len(rows[0].speedup_by_round)
-    title = f"ssv-bench, {num_rounds} {'round' if num_rounds == 1 else 'rounds'}"
+    title = f"ssv-bench, {rows[0].precision}, {num_rounds} {'round' if num_rounds == 1 else 'rounds'}"
     table = Table(*headers, *(["TTFT ms"] if has_hits else []), *(["cost/1M"] if priced else []), title=title)
     for column in table.columns[1:]:
         column.justify = "right"

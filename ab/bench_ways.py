@@ -3,13 +3,15 @@ cache of prompts."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ssv.runtime.methods import METHODS
+from ssv.runtime.methods import METHODS, policy_for, with_options
 from ssv.runtime.request import Chunk, Output, Request, RequestError, SamplingParams
+from ssv.support.json_text import parse_json
 from ssv.support.precisions import TORCH_PRECISIONS
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Way:
     Attributes:
         name: its method, and what is different of it.
         llm: of its own in another precision.
+        options: of the method, where they are not the bundle's.
         cache: of prompts, with what was computed of each of them before it is timed; None for none.
     """
 
@@ -42,6 +45,7 @@ class Way:
     method: str
     llm: LLM
     cache: PromptCache[Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
         """Puts prompts into the cache: when they are decoded next they have been met before."""
@@ -59,8 +63,14 @@ class Way:
 
         Args:
             gaps: to which the seconds between the pieces of each output are added, as they come.
+
+        Raises:
+            RequestError: the method cannot have such options, or the bundle has no such tier.
         """
-        requests = [Request(prompt, self.method, params, num_draft_tokens) for prompt in prompts]
+        policy = None
+        if self.options:
+            policy = with_options(self.method, policy_for(self.method, self.llm.tiers, num_draft_tokens), self.options)
+        requests = [Request(prompt, self.method, params, num_draft_tokens, policy) for prompt in prompts]
         last: dict[int, float] = {}
 
         def watch(chunk: Chunk) -> None:
@@ -73,15 +83,23 @@ class Way:
         return self.llm.generate(requests, prompt_cache=self.cache, watch=watch)
 
 
-def ways(llm: LLM, methods: Sequence[str], beside: Sequence[str], load: Callable[[str], LLM]) -> list[Way]:
+def ways(
+    llm: LLM,
+    methods: Sequence[str],
+    beside: Sequence[str],
+    load: Callable[[str], LLM],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Way]:
     """A way for each method, and two for each of what stands beside them.
 
     Args:
         methods: the baseline first.
         beside: of `BESIDE`; the precision of `llm` is no other one, and is left out.
         load: loads the same bundle in another precision.
+        options: by method, where they are not the bundle's.
     """
-    found = [Way(method, method, llm) for method in methods]
+    options = options or {}
+    found = [Way(_named(method, options), method, llm, options=options.get(method, {})) for method in methods]
     for name in beside:
         if name == llm.precision:
             continue
@@ -89,8 +107,31 @@ def ways(llm: LLM, methods: Sequence[str], beside: Sequence[str], load: Callable
         for method in (BASELINE, "premium"):
             if method in llm.methods:
                 cache = llm.prompt_cache(PROMPT_CACHE_BYTES) if name == PROMPT_CACHE else None
-                found.append(Way(f"{method}, {name}", method, other, cache))
+                named = f"{_named(method, options)}, {name}"
+                found.append(Way(named, method, other, cache, options.get(method, {})))
     return found
+
+
+def _named(method: str, options: Mapping[str, Mapping[str, Any]]) -> str:
+    """A method, and which options it has that are its own here."""
+    return ", ".join((method, *(f"{name} {json.dumps(value)}" for name, value in options.get(method, {}).items())))
+
+
+def read_options(text: str) -> dict[str, dict[str, Any]]:
+    """Options by method, from a JSON object of JSON objects.
+
+    Raises:
+        RequestError: it is none, or names no method.
+    """
+    try:
+        given = parse_json(text)
+    except ValueError as error:
+        raise RequestError(f"--policy is not JSON ({error})") from error
+    if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
+        raise RequestError("--policy must have an object of options by method", 'as {"eagle": {"max_depth": 4}}')
+    if wrong := [name for name in given if name not in METHODS]:
+        raise RequestError(f"--policy: unknown method {wrong[0]!r}; known: {', '.join(METHODS)}")
+    return given
 
 
 def read_methods(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from ssv.bundle.policy import MAX_PENDING
 from ssv.bundle.tensorrt_api import Capability, Flavor, refuse_capabilities
@@ -458,6 +458,8 @@ class Recipe(_Strict):
     Attributes:
         heads: Medusa's, for the method `medusa`; null for a bundle without them.
         scorer: null for a bundle without one, which has no lossy tiers.
+        methods: options of methods that this bundle decodes by otherwise than published
+            (`ssv.builder.preflight.policies_of`).
         precision: what the torch engine runs in on a CPU unless told otherwise.
     """
 
@@ -467,6 +469,7 @@ class Recipe(_Strict):
     heads: HeadsPart | None = None
     scorer: ScorerPart | None = ScorerPart()
     calibration: CalibrationPart
+    methods: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     precision: TorchPrecision = "int8"
     engines: list[EngineConfig] = Field(default_factory=list)
 

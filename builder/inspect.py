@@ -59,6 +59,8 @@ def print_bundle(bundle: Path) -> None:
         of = "LM heads of their own" if h["own_lm_heads"] else "the target's LM head rows"
         console.print(f"heads: {h['num_heads']} of {h['num_layers']} ResBlocks, {of}, {h['head_size']} tokens")
     console.print(_tier_table(manifest))
+    for name, policy in manifest.methods.items():
+        console.print(f"{name}: {policy.model_dump_json(exclude_defaults=True)}", markup=False)
     if manifest.calibration is not None:
         console.print(_calibration_line(manifest.calibration), markup=False)
     for table in _reliability_tables(_reliability(bundle, manifest)):

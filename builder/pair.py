@@ -31,7 +31,14 @@ from ssv.builder.config import (
 from ssv.builder.given import given_files, write_given
 from ssv.builder.parts import Parts
 from ssv.builder.place import bundle_at
-from ssv.builder.preflight import ReadCalibration, check_recipe, check_settings, read_calibration, refuse_other
+from ssv.builder.preflight import (
+    ReadCalibration,
+    check_recipe,
+    check_settings,
+    policies_of,
+    read_calibration,
+    refuse_other,
+)
 from ssv.builder.staging import staging
 from ssv.builder.target import Target, load_target, openings_of, prompt_tokens
 from ssv.builder.tensorrt.compile_job import compile_apart
@@ -404,6 +411,7 @@ def _manifest(
         eos_token_ids=target.eos_token_ids,
         default_precision=recipe.precision,
         tiers=calibration.tiers if calibration is not None else uncalibrated,
+        methods=policies_of(recipe),
         files=dict(sorted(parts.files.items())),
         engines=parts.engines,
         calibration=calibration.facts if calibration is not None else None,

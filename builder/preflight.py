@@ -22,6 +22,8 @@ from ssv.bundle.survival import Survival
 from ssv.model.draft import grow_draft, load_draft
 from ssv.model.heads import heads_spec, load_heads
 from ssv.model.scorer import load_scorer
+from ssv.runtime.methods import OF_BUNDLES, policy_for, with_options
+from ssv.runtime.request import RequestError
 from ssv.support.errors import UserError
 from ssv.support.json_text import parse_json
 from ssv.support.precisions import QUANTIZED_PRECISIONS
@@ -55,11 +57,29 @@ def check_settings(recipe: Recipe) -> None:
         tensorrt_for(engine)
         if engine.checkpoint is None and engine.precision in QUANTIZED_PRECISIONS:
             _require_modelopt()
+    policies_of(recipe)
     if recipe.calibration.file is not None:
         read_prompts(recipe.calibration.make.prompts_file)  # activation ranges are measured on them
         read_calibration(recipe.calibration.file)
     else:
         check_prompts(recipe.calibration.make)
+
+
+def policies_of(recipe: Recipe) -> dict[str, Policy]:
+    """The policies of methods that a recipe has otherwise than published.
+
+    Raises:
+        RecipeError: no bundle can have such a method of its own, or the method no such options.
+    """
+    found = {}
+    for method, options in recipe.methods.items():
+        if method not in OF_BUNDLES:
+            raise RecipeError(f"methods.{method}: a recipe has options of {', '.join(OF_BUNDLES)}", "leave it out")
+        try:
+            found[method] = with_options(method, policy_for(method, {}), options)
+        except RequestError as error:
+            raise RecipeError(f"methods.{method}: {error.what}", error.cure) from error
+    return found
 
 
 def check_prompts(config: CalibrationConfig) -> None:

@@ -132,6 +132,7 @@ class Manifest(Strict):
         eos_token_ids: tokens that end an output.
         default_precision: what the torch engine runs in on a CPU unless told otherwise.
         engines: TensorRT engines by name.
+        methods: policies of further methods, where they are not as published.
         calibration: what the lossy tiers' bounds stand on; None for a bundle that is not calibrated, or was before
             that was kept here.
         survival: how far the draft's shares are to be trusted; None for a bundle that was calibrated before that was
@@ -149,6 +150,7 @@ class Manifest(Strict):
     eos_token_ids: Annotated[list[int], Field(min_length=1)]
     default_precision: TorchPrecision
     tiers: dict[str, TierEntry]
+    methods: dict[str, Policy] = Field(default_factory=dict)
     files: dict[str, FileEntry]
     engines: dict[str, EngineEntry] = Field(default_factory=dict)
     calibration: CalibrationEntry | None = None
@@ -164,6 +166,12 @@ class Manifest(Strict):
                 raise ValueError(f"engine {name}: its plan {engine.file} is not among the files")
         return self
 
+    @model_validator(mode="after")
+    def _trusts_nothing_but_by_a_tier(self) -> Manifest:
+        if wrong := [name for name, policy in self.methods.items() if policy.accept_below > 0 and policy.max_pending]:
+            raise ValueError(f"methods.{wrong[0]} trusts tokens, and only tiers have a bound on that")
+        return self
+
     @property
     def has_scorer(self) -> bool:
         """Whether drafted tokens are scored; without, no tier trusts any."""
@@ -171,7 +179,8 @@ class Manifest(Strict):
 
     @property
     def policies(self) -> dict[str, Policy]:
-        return {name: tier.policy for name, tier in self.tiers.items()}
+        """What the bundle says of tiers and of other methods, by name."""
+        return {**self.methods, **{name: tier.policy for name, tier in self.tiers.items()}}
 
     @property
     def divergence_limits(self) -> dict[str, float]:

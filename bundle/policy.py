@@ -11,12 +11,25 @@ from ssv.support.strict import Given
 MAX_PENDING = 64
 """Most tokens that may be pending, as a tree or a chain."""
 
+LONGEST_NGRAM = 16
+"""Most tokens of an n-gram that prompt lookup looks up: an index of a text holds its n-grams of each length."""
+
 RESERVED_LENGTH = 2 * MAX_PENDING
 """Tokens of each row of a cache that no sequence can have: room for what is pending, and for its padding."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1, le=MAX_PENDING)]
 """Of what is pending at a time."""
+
+
+# Prompt lookup's n-grams, suffix decoding's longest suffix and its least probable path, unless a policy says otherwise.
+_PUBLISHED_NGRAM, _PUBLISHED_SUFFIX, _PUBLISHED_PROBABILITY = 3, 32, 0.1
+
+_OF_LOOK_UPS = {
+    "shortest_match": ("prompt-lookup",),
+    "longest_match": ("prompt-lookup", "suffix"),
+    "min_probability": ("suffix",),
+}
 
 
 class TypicalAcceptance(Given):
@@ -50,6 +63,10 @@ class Policy(Given):
         beam: most nodes of a level that get children: those that are most probably right.
         max_depth: most tokens of a path; None for as many as may be pending.
         pays: draft only what saves more time than it costs, by costs that were measured (`ssv.runtime.decode.costs`).
+        shortest_match: prompt lookup looks up no fewer of the text's last tokens; None for 1, the published default.
+        longest_match: prompt lookup and suffix decoding look up no more of them; None for the published defaults, 3 and
+            32.
+        min_probability: suffix decoding drafts no path that is less probable; None for 0.1, the published default.
         typical: keep drafted tokens of sampled output that are typical of the target, not its own choice alone; None
             keeps that alone. Greedy output has no other choice, and stays exact.
     """
@@ -65,6 +82,9 @@ class Policy(Given):
     beam: Count = 1
     max_depth: Count | None = None
     pays: bool = False
+    shortest_match: Count | None = None
+    longest_match: Count | None = None
+    min_probability: Probability | None = None
     typical: TypicalAcceptance | None = None
 
     @model_validator(mode="after")
@@ -91,6 +111,33 @@ class Policy(Given):
                 "at 0, or take the drafter 'model'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _looks_up_what_its_drafter_can(self) -> Self:
+        for name, drafters in _OF_LOOK_UPS.items():
+            if getattr(self, name) is not None and self.drafter not in drafters:
+                raise ValueError(f"`{name}` is of {' and '.join(drafters)}, not of the drafter {self.drafter!r}")
+        if self.drafter == "prompt-lookup":
+            shortest, longest = self.lengths_of_match
+            if longest > LONGEST_NGRAM:
+                raise ValueError(f"prompt lookup looks up at most {LONGEST_NGRAM} tokens: lower `longest_match`")
+            if shortest > longest:
+                raise ValueError(
+                    f"no n-gram has {shortest} tokens at least and {longest} at most: lower `shortest_match` or raise "
+                    "`longest_match`"
+                )
+        return self
+
+    @property
+    def lengths_of_match(self) -> tuple[int, int]:
+        """Least and most of the text's last tokens that are looked up in the text, by those who do."""
+        longest = _PUBLISHED_NGRAM if self.drafter == "prompt-lookup" else _PUBLISHED_SUFFIX
+        return self.shortest_match or 1, self.longest_match or longest
+
+    @property
+    def least_probability(self) -> float:
+        """Probability of a path below which suffix decoding does not draft it."""
+        return _PUBLISHED_PROBABILITY if self.min_probability is None else self.min_probability
 
     @property
     def lossless(self) -> bool:

@@ -73,6 +73,9 @@ class Conditions(Strict):
         return " and ".join(seen) or None
 
 
+_NOTHING = Curve(tokens=(1, 2), seconds=(1e-12, 1e-12))
+
+
 class Costs(Strict):
     """What steps of a target and its draft cost.
 
@@ -89,3 +92,8 @@ class Costs(Strict):
     text: NonNegativeFloat = 0.0
     begin: NonNegativeFloat = 0.0
     conditions: Conditions | None = None
+
+    def with_free_draft(self) -> Costs:
+        """The same of a draft whose steps cost nothing: one that has been made, as by heads, or the best there could
+        be."""
+        return self.model_copy(update={"draft": _NOTHING, "text": 0.0, "begin": 0.0})

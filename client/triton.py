@@ -233,6 +233,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Closes the connection."""
         self._client.close()
 
     def stream(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import tritonclient.grpc.aio as grpcclient
@@ -85,6 +85,7 @@ class AsyncClient:
             yield {"model_name": model, "inputs": list(inputs), "request_id": request_id}
 
         responses = self._client.stream_infer(requests())
+        endings = _endings(responses)
         failure: InferenceServerException | None = None
         is_over = False
         try:
@@ -95,7 +96,7 @@ class AsyncClient:
                     is_over = bool(result.as_numpy("finish_reason").reshape(-1)[0])
                     yield result
         except grpc.aio.AioRpcError as error:
-            failure = InferenceServerException(error.details() or "", str(error.code()))
+            failure = endings[0] if endings else InferenceServerException(error.details() or "", str(error.code()))
         finally:
             responses.cancel()
         if is_over:
@@ -105,6 +106,7 @@ class AsyncClient:
         raise ServerError("the server ended the stream before the answer was complete", "UNAVAILABLE")
 
     async def is_ready(self) -> bool:
+        """Whether the server and what answers requests are ready; False also where no server answers."""
         try:
             return await self._client.is_server_ready(
                 client_timeout=HEALTH_TIMEOUT
@@ -113,4 +115,35 @@ class AsyncClient:
             return False
 
     async def aclose(self) -> None:
+        """Closes the connection."""
         await self._client.close()
+
+
+def _endings(responses: Any) -> list[InferenceServerException]:
+    """How a stream ends, once it has: noted at the moment when the server's word is there.
+
+    Where the request is still being written then, gRPC puts "Internal error from Core" in the place of that word
+    (github.com/grpc/grpc/issues/36066).
+    """
+    found: list[InferenceServerException] = []
+
+    def note(call: grpc.aio.Call) -> None:
+        found.append(InferenceServerException(_known(call.details()) or "", str(_known(call.code()))))
+
+    call = getattr(responses, "_grpc_call", None)  # the library has no other way to it
+    if call is not None:
+        call.add_done_callback(note)
+    return found
+
+
+T = TypeVar("T")
+
+
+def _known(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise AssertionError("a call that has ended knows how")

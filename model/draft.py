@@ -109,12 +109,18 @@ class DraftSpec:
         return self.own_embedding and not self.own_lm_head and self.decoder.tie_embeddings
 
     def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON can have it, for `from_dict`."""
         facts = {**asdict(self), "decoder": self.decoder.to_dict()}
         # Not in drafts without it, so that they are what they were.
         return facts if self.head_rank else {name: value for name, value in facts.items() if name != "head_rank"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DraftSpec:
+        """Reads what `to_dict` gives.
+
+        Raises:
+            CheckpointError: a field is unknown, missing, of another type or out of range.
+        """
         try:
             if data["kind"] not in ("conditioned", "standalone"):
                 raise CheckpointError(f"draft kind {data['kind']!r} is unknown; known: conditioned, standalone")

@@ -51,6 +51,7 @@ class HeadsSpec:
     rms_norm_eps: float
 
     def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON can have it, for `from_dict`."""
         return asdict(self)
 
     @classmethod

@@ -42,6 +42,7 @@ class Scorer:
         return on(logits_RV.device).score(hidden_RH, logits_RV, self.weight_F, self.bias.reshape(1))
 
     def to(self, device: torch.device | str) -> Scorer:
+        """The same scorer with its weights on a device."""
         return Scorer(self.weight_F.to(device), self.bias.to(device), self.uses_hidden)
 
 

@@ -126,10 +126,16 @@ class DecoderSpec:
             )
 
     def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON can have it, for `from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DecoderSpec:
+        """Reads what `to_dict` gives.
+
+        Raises:
+            CheckpointError: a field is unknown, missing or out of range.
+        """
         known = {f.name for f in fields(cls)}
         if unknown := set(data) - known:
             raise CheckpointError(f"unknown field in decoder spec: {', '.join(sorted(unknown))}")

@@ -35,7 +35,7 @@ AUTOREGRESSIVE = verify_all(0)
 
 PROMPT_LOOKUP = verify_all(10, drafter="prompt-lookup", pays=True)
 """What followed the same words before is proposed, at most as many tokens as its author does; no draft model is
-asked."""
+asked. What is looked up has three tokens, or two, or one, as published."""
 
 SUFFIX = verify_all(32, drafter="suffix", children=(10,), beam=32, pays=True)
 """The tree of all that followed the same words before, at most as many tokens as published. No path is drafted whose
@@ -72,8 +72,8 @@ _BY_MODEL = (*_TREE, "pays", *_WHEN)
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "autoregressive": (),
     "lookahead": _TREE,
-    "prompt-lookup": ("max_pending", "pays", *_WHEN),
-    "suffix": (*_TREE, "pays"),
+    "prompt-lookup": ("max_pending", "shortest_match", "longest_match", "pays", *_WHEN),
+    "suffix": (*_TREE, "longest_match", "min_probability", "pays"),
     "medusa": (*_TREE, "pays"),
     "medusa-typical": (*_TREE, "typical"),
     "specinfer": _BY_MODEL,
@@ -83,6 +83,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """What of each method's policy a request may have otherwise: fields of `Policy` that change how it drafts, and nothing
 that its name promises."""
+
+OF_BUNDLES = tuple(name for name in BASELINES if OPTIONS[name] and name != "speculative")
+"""Methods that a bundle may have otherwise than published. How many tokens `speculative` drafts each request says."""
 
 _FIXED = {
     "autoregressive": AUTOREGRESSIVE,
@@ -116,7 +119,7 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     """The policy of a method.
 
     Args:
-        tiers: the bundle's tiers.
+        tiers: policies that the bundle has, of its tiers and of methods that it has otherwise than published.
         num_draft_tokens: of `speculative`.
 
     Raises:
@@ -124,16 +127,14 @@ def policy_for(method: str, tiers: Mapping[str, Policy], num_draft_tokens: int =
     """
     if method == "speculative":
         return speculative(num_draft_tokens)
+    if method in tiers and method in METHODS:
+        return tiers[method]
     if method in _FIXED:
         return _FIXED[method]
     if method not in TIERS:
         raise RequestError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if method not in tiers:
-        has = ", ".join(tiers) or "none"
-        raise RequestError(
-            f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`"
-        )
-    return tiers[method]
+    has = ", ".join(name for name in TIERS if name in tiers) or "none"
+    raise RequestError(f"the bundle has no tier {method!r} (it has: {has})", "calibrate it with `ssv-build calibrate`")
 
 
 def with_options(method: str, policy: Policy, options: Mapping[str, Any]) -> Policy:

@@ -112,6 +112,7 @@ class Front:
         self._http_url, self._metrics_url = f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{metrics_port}/metrics"
 
     def close(self) -> None:
+        """Closes the doors and ends the thread behind them."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

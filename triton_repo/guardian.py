@@ -52,6 +52,7 @@ class Guardian:
 
     @property
     def pid(self) -> int:
+        """The process that runs now, or that ran last."""
         return self._process.pid
 
     def look_after(self) -> bool:

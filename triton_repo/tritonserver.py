@@ -68,6 +68,7 @@ class Tritonserver:
 
     @property
     def pid(self) -> int:
+        """The process, which has been started."""
         assert self._process is not None
         return self._process.pid
 
@@ -93,6 +94,7 @@ class Tritonserver:
         threading.Thread(target=_copy, args=(self._process.stderr, told), name="ssv log", daemon=True).start()
 
     def arguments(self) -> list[str]:
+        """The options of tritonserver's command line."""
         args = self._args
         models = [*MODELS, ROUTER] if args.ab is not None else MODELS
         given = [
@@ -129,6 +131,7 @@ class Tritonserver:
         return f"tritonserver ended with status {status}"
 
     def is_ready(self) -> bool:
+        """Whether the server says that it and all its models are ready; it has five seconds to say so."""
         return self._ask("/v2/health/ready", timeout=5.0)
 
     def be_not_ready(self) -> None:

@@ -10,7 +10,7 @@ from itertools import accumulate, repeat
 from ssv.builder.advice.positions import Position, Texts
 from ssv.builder.advice.rounds import NOTHING, Overhead, Timed, fitted
 from ssv.bundle.policy import MAX_PENDING, Policy, verify_all
-from ssv.bundle.profile import Costs, Curve
+from ssv.bundle.profile import Costs
 from ssv.bundle.survival import Survival
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.growth import Growth, Guess
@@ -76,9 +76,7 @@ class Basis:
 
     def with_free_draft(self) -> Basis:
         """The same with a draft whose steps cost nothing."""
-        nothing = Curve(tokens=(1, 2), seconds=(1e-12, 1e-12))
-        costs = self.costs.model_copy(update={"draft": nothing, "text": 0.0, "begin": 0.0})
-        return replace(self, costs=costs, overhead=Overhead(self.overhead.round))
+        return replace(self, costs=self.costs.with_free_draft(), overhead=Overhead(self.overhead.round))
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,6 +214,8 @@ def test_messages(server: Server, llm: LLM) -> None:
         ("eagle", {"max_pending": 12, "children": [3], "beam": 3, "max_depth": 4}),
         ("speculative", {"max_pending": 2}),
         ("lookahead", {"beam": 3, "max_depth": 2, "children": [2], "max_pending": 9}),
+        ("prompt-lookup", {"shortest_match": 2, "longest_match": 5, "pays": False}),
+        ("suffix", {"longest_match": 2, "min_probability": 0.6, "pays": False}),
         ("premium", {"children": [40], "beam": 64, "max_pending": 64, "pays": False}),
     ],
 )

@@ -73,6 +73,7 @@ class Caller:
 
     @property
     def prompt(self) -> str:
+        """The field that has the prompt, by the name that the caller knows it by."""
         return self.messages if self.is_chat else "prompt"
 
 

@@ -83,6 +83,7 @@ class Models:
 
     @property
     def methods(self) -> tuple[str, ...]:
+        """Names that a request can decode by: the tiers first."""
         return self.tiers if self.is_premium_only else (*self.tiers, *baselines(self.has_heads))
 
     def method_of(self, model: str) -> str | None:
@@ -115,9 +116,15 @@ class Models:
         return suffix or tier
 
     def listed(self) -> list[dict[str, Any]]:
+        """The entries of all models that are listed: the bundle's name alone, and with each of its tiers."""
         return [self.entry(name) for name in (self.name, *(f"{self.name}:{tier}" for tier in self.tiers))]
 
     def entry(self, model: str) -> dict[str, Any]:
+        """What the API says of a model.
+
+        Raises:
+            ApiError: 404, there is no such model.
+        """
         method = self.method_of(model) or DEFAULT_TIER
         how = {"tier": method, "lossless": method not in self.bounds, "divergence_bound": self.bounds.get(method, 0.0)}
         about = {"max_model_len": self.max_length, "ssv": how}

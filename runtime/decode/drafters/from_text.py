@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from ssv.bundle.policy import Policy
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
 from ssv.runtime.decode.row import Row
@@ -25,17 +26,17 @@ T = TypeVar("T", bound=Text)
 class TextDrafter(Drafter, Generic[T]):
     """Keeps a text for each row, and has `draft` find a tree in it."""
 
-    def __init__(self, eos_ids: frozenset[int], new_text: Callable[[int], T]) -> None:
+    def __init__(self, eos_ids: frozenset[int], new_text: Callable[[int, Policy], T]) -> None:
         """Begins without texts.
 
         Args:
-            new_text: makes the text of a row whose prompt has so many tokens.
+            new_text: makes the text of a row whose prompt has so many tokens, and which has this policy.
         """
         self._eos_ids, self._new_text = eos_ids, new_text
         self._texts: dict[int, T] = {}
 
     def join(self, b: int, row: Row) -> None:
-        self._texts[b] = self._new_text(row.counters.prompt_tokens)
+        self._texts[b] = self._new_text(row.counters.prompt_tokens, row.policy)
 
     def move(self, source: int, dest: int, row: Row) -> None:
         self._texts[dest] = self._texts.pop(source)

@@ -15,7 +15,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssv.bundle.profile import Curve
 from ssv.runtime.decode.choice import check_ranked, ranking
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.contract import Drafter
@@ -23,9 +22,6 @@ from ssv.runtime.decode.growth import Growth, Guess
 from ssv.runtime.decode.logits_processor import Columns
 from ssv.runtime.decode.row import Row
 from ssv.runtime.engines.contract import HeadsEngine
-
-_FREE = Curve(tokens=(1, 2), seconds=(1e-9, 1e-9))
-"""What a further level costs, which is as good as nothing: the heads have guessed all of them at once."""
 
 
 class HeadsDrafter(Drafter):
@@ -69,9 +65,8 @@ class HeadsDrafter(Drafter):
 
     def _grow(self, row: Row, limit: int, guesses: Sequence[Sequence[Guess]], prices: Prices | None) -> None:
         """Gives a row the tree of each depth's guesses."""
-        if prices is not None:
-            costs = prices.costs.model_copy(update={"draft": _FREE})
-            prices = replace(prices, costs=costs) if row.policy.pays else None
+        if prices is not None:  # a further level costs nothing: the heads have guessed all of them at once
+            prices = replace(prices, costs=prices.costs.with_free_draft()) if row.policy.pays else None
         growth = Growth(row.policy, limit, min(row.rest, len(guesses)), row.ends(self._eos_ids), prices)
         for children in guesses:
             if not growth.open:

@@ -13,15 +13,12 @@ from ssv.runtime.decode.drafters.from_text import TextDrafter
 from ssv.runtime.decode.drafters.match_rates import MatchRates
 from ssv.runtime.decode.row import Row
 
-LONGEST = 3
-"""Tokens of the longest n-gram that is looked up, the published default."""
-
 
 class PromptLookup(TextDrafter["NgramText"]):
     """Proposes what followed the earliest occurrence of the longest n-gram that the text ends with."""
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
-        super().__init__(eos_ids, NgramText)
+        super().__init__(eos_ids, lambda given, policy: NgramText(given, *policy.lengths_of_match))
 
     def draft(self, row: Row, text: NgramText, limit: int) -> None:
         for token, rate in zip(*text.continuation(min(limit, row.rest, row.policy.max_depth or limit)), strict=True):
@@ -37,9 +34,14 @@ class NgramText:
         rates: learnt from what follows the first `num_given` tokens.
     """
 
-    def __init__(self, num_given: int) -> None:
+    def __init__(self, num_given: int, shortest: int, longest: int) -> None:
+        """Begins without tokens.
+
+        Args:
+            shortest, longest: tokens of the n-grams that are looked up.
+        """
         self.rates = MatchRates()
-        self._num_given = num_given
+        self._num_given, self._shortest, self._longest = num_given, shortest, longest
         self._tokens: list[int] = []
         # Index of the token behind the first occurrence of an n-gram that has one.
         self._behind: dict[tuple[int, ...], int] = {}
@@ -50,7 +52,7 @@ class NgramText:
         for i in range(len(known), len(tokens)):
             if i >= self._num_given and (place := self._place()) is not None:
                 self.rates.note(self._match_length(place), known[place] == tokens[i])
-            for length in range(1, min(LONGEST, i) + 1):
+            for length in range(self._shortest, min(self._longest, i) + 1):
                 self._behind.setdefault(tuple(known[i - length :]), i)
             known.append(tokens[i])
 
@@ -68,7 +70,7 @@ class NgramText:
     def _place(self) -> int | None:
         """Index of the token that followed the longest n-gram."""
         tokens = self._tokens
-        for length in range(min(LONGEST, len(tokens)), 0, -1):
+        for length in range(min(self._longest, len(tokens)), self._shortest - 1, -1):
             if (place := self._behind.get(tuple(tokens[-length:]))) is not None:
                 return place
         return None

@@ -20,22 +20,12 @@ from ssv.runtime.decode.growth import Candidate, Guess
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT
 
-MIN_PROBABILITY = 0.1
-"""Of a path, below which it is not drafted; the published default."""
-
-LONGEST = 32
-"""Tokens of the longest suffix that is looked up. A suffix gives as many nodes as it has tokens, the published factor
-of 1."""
-
-DEPTH = 64
-"""Tokens of the longest string that is counted, a suffix and what follows it; the published default."""
-
 
 class Suffix(TextDrafter["SuffixText"]):
     """Proposes, of all suffixes of the text that stood before, the continuations of the one that promises most."""
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
-        super().__init__(eos_ids, SuffixText)
+        super().__init__(eos_ids, lambda given, policy: SuffixText(given, policy.lengths_of_match[1]))
 
     def found(self, b: int, row: Row, limit: int) -> list[Candidate]:
         """The same continuations of the text of row `b`, for a tree that others add to."""
@@ -66,7 +56,7 @@ class Suffix(TextDrafter["SuffixText"]):
     def _grow(self, text: SuffixText, length: int, state: int, row: Row, limit: int) -> list[Node]:
         """The likeliest continuations of a suffix of `length` tokens: each after its parent, the likeliest first."""
         policy, ends = row.policy, row.ends(self._eos_ids)
-        max_depth = min(row.rest, DEPTH - length, policy.max_depth or DEPTH)
+        max_depth = min(row.rest, policy.max_depth or row.rest)
         nodes: list[Node] = []
         num_opened: Counter[int] = Counter()
         heap: list[tuple[float, int, Node]] = []
@@ -79,7 +69,7 @@ class Suffix(TextDrafter["SuffixText"]):
                 total = text.count(node.state)
                 # The text's own end is one that nothing follows.
                 rate = text.rates.rate(length + depth) * total / (total - (depth == 0))
-                found = text.followers(node.state, MIN_PROBABILITY * total / node.probability)
+                found = text.followers(node.state, policy.least_probability * total / node.probability)
                 for occurrences, token, state in found[: policy.children_of(depth)]:
                     share = occurrences / total
                     child = Node(
@@ -121,8 +111,8 @@ class Node:
 
 
 class SuffixText:
-    """A text, all strings in it up to `DEPTH` tokens, how often each occurs, and what follows it: a suffix automaton
-    (Blumer et al. 1985).
+    """A text, all strings in it up to a length, how often each occurs, and what follows it: a suffix automaton (Blumer
+    et al. 1985).
 
     A state is a set of strings that end at the same places, each a suffix of the longest. Its link is the state of the
     longest of its suffixes that ends elsewhere too. A text of n tokens has at most 2n states; a further token costs a
@@ -132,8 +122,16 @@ class SuffixText:
         rates: learnt from what follows the first `num_given` tokens.
     """
 
-    def __init__(self, num_given: int) -> None:
+    def __init__(self, num_given: int, longest: int) -> None:
+        """Begins without tokens.
+
+        Args:
+            longest: tokens of the longest suffix that is looked up.
+        """
         self.rates = MatchRates()
+        # A suffix gives no more nodes than it has tokens, the published factor of 1: so strings of twice as many are
+        # counted, 64 of 32 as published.
+        self._longest, self._depth = longest, 2 * longest
         self._num_given, self._num_tokens = num_given, 0
         # Of each state: where a token leads, its link, tokens of its longest string, occurrences. State 0 is that of
         # the empty string.
@@ -152,12 +150,12 @@ class SuffixText:
         self._num_tokens = len(tokens)
 
     def suffixes(self) -> Iterator[tuple[int, int]]:
-        """Tokens and state of the text's suffixes up to LONGEST that stood before, one for each set of places, the
+        """Tokens and state of the text's suffixes up to the longest that stood before, one for each set of places, the
         longest first."""
         state = self._end
         while state > 0:
-            if self._count[state] > 1 and self._length[self._link[state]] < LONGEST:
-                yield min(self._length[state], self._end_length, LONGEST), state
+            if self._count[state] > 1 and self._length[self._link[state]] < self._longest:
+                yield min(self._length[state], self._end_length, self._longest), state
             state = self._link[state]
 
     def count(self, state: int) -> int:
@@ -182,7 +180,7 @@ class SuffixText:
             link[whole] = self._state_behind(state, token)
         self._whole = whole
         # Whatever the text ends with has occurred once more.
-        self._end, self._end_length = following[self._end][token], min(self._end_length + 1, DEPTH)
+        self._end, self._end_length = following[self._end][token], min(self._end_length + 1, self._depth)
         while length[link[self._end]] >= self._end_length:
             self._end = link[self._end]
         state = self._end

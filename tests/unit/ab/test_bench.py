@@ -161,6 +161,42 @@ def test_top_k_and_top_p_reach_the_requests(
     assert (settings["top_k"], settings["top_p"]) == (3, 0.4)
 
 
+def test_rows_have_the_options_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They say which; other rows have the bundle's, and the text is the same."""
+    options = {"speculative": {"max_pending": 2}, "suffix": {"longest_match": 2, "pays": False}}
+    words = ("--methods", "speculative,suffix,eagle", "--num-prompts", "2", "--policy", json.dumps(options))
+    assert run_bench(folder, *words) == 0
+    found = document(capsys)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "autoregressive",
+        "speculative, max_pending 2",
+        "suffix, longest_match 2, pays false",
+        "eagle",
+    ]
+    assert all(row["identical"] == 1.0 for row in rows.values())
+    assert len(rows["speculative, max_pending 2"]["kept_by_depth"]) <= 2
+    assert json.loads(found["settings"]["policy"]) == options
+
+
+def test_options_that_a_method_cannot_have_end_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, says in (
+        ({"suffix": {"shortest_match": 2}}, "shortest_match: it changes nothing of suffix"),
+        ({"turbo": {"beam": 2}}, "turbo is lossy, and its bound on divergence is that of its own policy"),
+        ({"medusa": {"beam": 2}}, "--policy has options of medusa, and what is compared is autoregressive, lookahead"),
+    ):
+        assert run_bench(folder, "--policy", json.dumps(options)) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_the_title_has_precision_and_rounds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The precision is that of rows that do not say another one."""
+    words = ("--methods", "autoregressive", "--num-prompts", "2", "--also", "fp32", "--half-width", "0.0001")
+    assert run_bench(folder, *words, "--precision", "int8") == 0
+    out = capsys.readouterr().out
+    assert "ssv-bench, int8, 2 rounds" in out and "autoregressive, fp32" in out
+
+
 def test_cost_is_of_the_price_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_bench(folder, "--methods", "autoregressive", "--num-prompts", "2", "--price-per-hour", "3.6") == 0
     (row,) = document(capsys)["rows"]
@@ -184,6 +220,17 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (
             ["--methods", "eagle", "--num-draft-tokens", "3"],
             "--num-draft-tokens is of the method speculative, not of autoregressive, eagle: leave it out",
+        ),
+        (["--policy", "{"], "--policy is not JSON"),
+        (["--policy", '{"beam": 4}'], 'must have an object of options by method: as {"eagle": {"max_depth": 4}}'),
+        (["--policy", '{"fast": {}}'], "--policy: unknown method 'fast'; known: "),
+        (
+            ["--methods", "suffix", "--policy", '{"eagle": {"beam": 2}}'],
+            "--policy has options of eagle, and what is compared is autoregressive, suffix: leave them out, or choose",
+        ),
+        (
+            ["--num-draft-tokens", "3", "--policy", '{"speculative": {"max_pending": 2}}'],
+            "--num-draft-tokens and max_pending of --policy are the same setting: give one of them",
         ),
         (["--also", ""], "--also names nothing: choose of: fp32, bf16, int8, int4, prompt-cache, or leave it out"),
         (["--also", "int3"], "--also 'int3' is unknown; known: fp32, bf16, int8, int4, prompt-cache"),

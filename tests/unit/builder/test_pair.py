@@ -25,7 +25,7 @@ from ssv.bundle.manifest import (
     write_manifest,
 )
 from ssv.runtime.llm import LLM
-from ssv.runtime.methods import METHODS, NEEDS_HEADS
+from ssv.runtime.methods import EAGLE, METHODS, NEEDS_HEADS, PROMPT_LOOKUP, SUFFIX, policy_for, with_options
 from ssv.runtime.request import Request, SamplingParams
 from ssv.support.progress import silent
 
@@ -91,6 +91,31 @@ def test_a_bundle_with_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert without.heads is None and "heads.safetensors" not in without.files
     assert not (out / "heads.safetensors").exists()
     assert LLM.load(out, max_length=64).methods == tuple(name for name in METHODS if name not in NEEDS_HEADS)
+
+
+def test_methods_of_a_recipe_are_the_bundles(recipe: Path, tmp_path: Path) -> None:
+    """They are kept in its manifest, and requests begin with them; other methods stay as published."""
+    recipe.write_text(
+        recipe.read_text()
+        + "methods:\n  suffix: {longest_match: 12, min_probability: 0.25}\n  prompt-lookup: {max_pending: 20}\n"
+    )
+    manifest = build(recipe, tmp_path / "bundle")
+    own = {
+        "suffix": SUFFIX.model_copy(update={"longest_match": 12, "min_probability": 0.25}),
+        "prompt-lookup": PROMPT_LOOKUP.model_copy(update={"max_pending": 20}),
+    }
+    assert manifest.methods == own == read_manifest(tmp_path / "bundle").methods
+    llm = LLM.load(tmp_path / "bundle", max_length=64)
+    assert {name: policy_for(name, llm.tiers) for name in ("suffix", "prompt-lookup", "eagle")} == {
+        **own,
+        "eagle": EAGLE,
+    }
+    changed = with_options("suffix", policy_for("suffix", llm.tiers), {"longest_match": 5})
+    assert (changed.longest_match, changed.min_probability) == (5, 0.25)
+    requests = [
+        Request(llm.chat_ids("w1 w2 w3"), name, SamplingParams(max_tokens=9)) for name in ("autoregressive", *own)
+    ]
+    assert len({output.token_ids for output in llm.generate(requests)}) == 1
 
 
 def test_what_has_not_changed_is_not_made_again(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,28 @@ PROMPT = json.dumps({"prompt": "w1 w2"})
             "heads: {distill: {head_size: 9, window: 1024}}\nscorer:\n",
             "heads.distill.window: 1024 exceeds",
         ),
+        (
+            "scorer:\n",
+            "methods: {suffix: {beam: 0}}\nscorer:\n",
+            "methods.suffix: beam: Input should be greater .*: see docs/methods.md for what suffix can have",
+        ),
+        (
+            "scorer:\n",
+            "methods: {suffix: {shortest_match: 2}}\nscorer:\n",
+            "methods.suffix: shortest_match: it changes",
+        ),
+        ("scorer:\n", "methods: {eagle: {pays: 1}}\nscorer:\n", "methods.eagle: pays: Input should be a valid boolean"),
+        (
+            "scorer:\n",
+            "methods: {turbo: {beam: 2}}\nscorer:\n",
+            "methods.turbo: a recipe has options of lookahead, prompt-lookup, suffix, .*: leave it out",
+        ),
+        (
+            "scorer:\n",
+            "methods: {speculative: {max_pending: 3}}\nscorer:\n",
+            "methods.speculative: a recipe has options",
+        ),
+        ("scorer:\n", "methods: [suffix]\nscorer:\n", "methods: Input should be a valid dictionary"),
         ("scorer:\n", "scorer:\n  file: no.safetensors\n", r"scorer\.file: .* is not there"),
         ("calibration:\n", "calibration:\n  file: no.json\n", r"calibration\.file: .* is not there"),
         ("calibration:\n", "calibration:\n  file: prompts.jsonl\n", r"prompts\.jsonl is not a calibration"),

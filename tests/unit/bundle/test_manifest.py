@@ -25,7 +25,7 @@ from ssv.bundle.manifest import (
     verify_files,
     write_manifest,
 )
-from ssv.bundle.policy import Policy
+from ssv.bundle.policy import Policy, verify_all
 
 PREMIUM = Policy(accept_below=0.0, verify_above=0.5, risk_budget=0.9, max_pending=8)
 TURBO = Policy(accept_below=0.1, verify_above=0.9, risk_budget=0.99, max_pending=16)
@@ -74,6 +74,20 @@ def test_round_trip(bundle: Path) -> None:
     write_manifest(bundle, manifest)
     assert read_manifest(bundle) == manifest
     assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST_NAME, "scorer.bin", "target"]
+
+
+def test_methods_of_its_own(bundle: Path) -> None:
+    own = verify_all(12, drafter="suffix", longest_match=9)
+    rewrite(bundle, lambda data: data.update(methods={"suffix": own.model_dump(mode="json")}))
+    manifest = read_manifest(bundle)
+    assert manifest.methods == {"suffix": own}
+    assert manifest.policies == {"suffix": own, "premium": PREMIUM, "turbo": TURBO}
+
+
+def test_only_tiers_trust(bundle: Path) -> None:
+    rewrite(bundle, lambda data: data.update(methods={"eagle": TURBO.model_dump(mode="json")}))
+    with pytest.raises(BundleError, match=r"methods\.eagle trusts tokens, and only tiers have a bound on that"):
+        read_manifest(bundle)
 
 
 def test_file_entry(bundle: Path) -> None:

@@ -116,7 +116,7 @@ def test_what_is_wrong_with_a_certificate_is_said(
     certificate, key = self_signed(tmp_path, "server", of=of, san=[name], ca=True)
     (tmp_path / "empty.pem").write_text("nothing")
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-    server = grpc.server(ThreadPoolExecutor(1), handlers=[RefusesWhatItHasRead()])
+    server = grpc.server(ThreadPoolExecutor(1))
     url = f"grpcs://127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
     server.start()
     ask = ask_asynchronously if asynchronous else ask_one
@@ -126,16 +126,17 @@ def test_what_is_wrong_with_a_certificate_is_said(
     server.stop(None)
 
 
-class RefusesWhatItHasRead(grpc.GenericRpcHandler):
-    """Without it a stream may be refused while its request is being written, which gRPC says in other words."""
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            next(requests)
-            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-            yield b""
-
-        return grpc.stream_stream_rpc_method_handler(refuse)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_refusal_is_told_also_while_the_request_is_being_written(asynchronous: bool) -> None:
+    """Which of the two is first is chance: some of 100 requests are refused so."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    url = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    for _ in range(100):
+        with pytest.raises(ServerError, match="Method not found!") as raised:
+            (ask_asynchronously if asynchronous else ask_one)(url, None)
+        assert raised.value.status == "UNIMPLEMENTED"
+    server.stop(None)
 
 
 def test_what_does_not_speak_as_the_address_says_is_told() -> None:

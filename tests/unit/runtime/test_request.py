@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ssv.bundle.policy import Policy, TypicalAcceptance, verify_all
 from ssv.runtime.counters import Counters
-from ssv.runtime.methods import LOOKAHEAD, METHODS, OPTIONS, policy_for, policy_of, with_options
+from ssv.runtime.methods import LOOKAHEAD, METHODS, OPTIONS, PROMPT_LOOKUP, SUFFIX, policy_for, policy_of, with_options
 from ssv.runtime.request import Request, RequestError, SamplingParams
 from ssv.support.errors import UserError
 
@@ -299,6 +299,7 @@ def test_options_give_a_policy_that_keeps_what_the_method_promises(method: str) 
     """All that a method has, at other values; the published ones stand where nothing is said."""
     policy = policy_for(method, {"premium": PREMIUM, "balanced": PREMIUM, "turbo": PREMIUM})
     values: dict[str, Any] = {"max_pending": 12, "children": [3], "beam": 2, "max_depth": 3, "pays": False}
+    values |= {"shortest_match": 2, "longest_match": 5, "min_probability": 0.25}
     values |= {"typical": {"posterior_threshold": 0.25}}
     options = {name: values[name] for name in OPTIONS[method] if name in values}
     changed = with_options(method, policy, options)
@@ -322,6 +323,25 @@ def test_lookahead_has_its_authors_options() -> None:
     options = {"beam": 5, "max_depth": 3, "children": [3], "max_pending": 23}
     changed = with_options("lookahead", LOOKAHEAD, options)
     assert (changed.beam, changed.max_depth, changed.children, changed.max_pending) == (5, 3, (3,), 23)
+
+
+def test_look_ups_have_their_authors_options() -> None:
+    changed = with_options("prompt-lookup", PROMPT_LOOKUP, {"shortest_match": 3, "longest_match": 8, "max_pending": 20})
+    assert (changed.lengths_of_match, changed.max_pending) == ((3, 8), 20)
+    changed = with_options("suffix", SUFFIX, {"longest_match": 64, "min_probability": 0})
+    assert (changed.lengths_of_match, changed.least_probability) == ((1, 64), 0.0)
+    # Each by itself beside the published other one.
+    assert with_options("prompt-lookup", PROMPT_LOOKUP, {"shortest_match": 3}).lengths_of_match == (3, 3)
+    assert with_options("suffix", SUFFIX, {"longest_match": 1}).least_probability == 0.1
+
+
+def test_a_policy_looks_up_what_its_drafter_can() -> None:
+    with pytest.raises(UserError, match="`longest_match` is of prompt-lookup and suffix, not of the drafter 'model'"):
+        verify_all(5, longest_match=3)
+    with pytest.raises(UserError, match="`min_probability` is of suffix, not of the drafter 'prompt-lookup'"):
+        verify_all(5, drafter="prompt-lookup", min_probability=0.1)
+    with pytest.raises(UserError, match="`shortest_match` is of prompt-lookup, not of the drafter 'suffix'"):
+        verify_all(5, drafter="suffix", shortest_match=1)
 
 
 def test_a_chain_may_ask_for_its_pass_sooner() -> None:
@@ -371,8 +391,22 @@ def test_a_chain_may_ask_for_its_pass_sooner() -> None:
         (
             "prompt-lookup",
             {"beam": 2},
-            "beam: it changes nothing of prompt-lookup: prompt-lookup has max_pending, pays",
+            "beam: it changes nothing of prompt-lookup: prompt-lookup has max_pending, shortest_match",
         ),
+        ("prompt-lookup", {"min_probability": 0.2}, "min_probability: it changes nothing of prompt-lookup"),
+        ("prompt-lookup", {"longest_match": 0}, "longest_match: Input should be greater than or equal to 1"),
+        ("prompt-lookup", {"longest_match": 17}, "prompt lookup looks up at most 16 tokens: lower `longest_match`"),
+        (
+            "prompt-lookup",
+            {"shortest_match": 4},
+            "no n-gram has 4 tokens at least and 3 at most: lower `shortest_match` or raise `longest_match`",
+        ),
+        ("prompt-lookup", {"longest_match": True}, "longest_match: Input should be a valid integer"),
+        ("prompt-lookup", {"longest": 4}, "longest: there is no such option: use longest_match, or leave it out"),
+        ("suffix", {"shortest_match": 2}, "shortest_match: it changes nothing of suffix"),
+        ("suffix", {"longest_match": 65}, "longest_match: Input should be less than or equal to 64"),
+        ("suffix", {"min_probability": 1.5}, "min_probability: Input should be less than or equal to 1"),
+        ("premium", {"longest_match": 8}, "longest_match: it changes nothing of premium"),
         ("lookahead", {"pays": True}, "pays: it changes nothing of lookahead"),
         ("medusa-typical", {"typical": {"posterior_alpha": 2}}, "typical.posterior_alpha: Input should be less than"),
         ("medusa-typical", {"typical": 0.1}, "typical: Input should be an object"),

@@ -24,6 +24,7 @@ class TritonPythonModel:
     """The model that routes requests to the arms of a comparison."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Reads the arms from the model's config, and connects to them in a thread of its own."""
         log_to_stderr()
         given = {n: entry["string_value"] for n, entry in json.loads(args["model_config"])["parameters"].items()}
         routing = Routing.model_validate_json(given["routing"])
@@ -46,6 +47,8 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> None:
+        """Hands each request to the router, which answers it from its thread; one whose parameters cannot be is refused
+        at once."""
         for request in requests:
             live = _Request(request, self._ipc)
             try:
@@ -56,6 +59,7 @@ class TritonPythonModel:
                 asyncio.run_coroutine_threadsafe(self._router.serve(live), self._loop)
 
     def finalize(self) -> None:
+        """Closes the router, and ends its thread."""
         self._run(self._router.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

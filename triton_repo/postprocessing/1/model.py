@@ -21,6 +21,7 @@ class TritonPythonModel:
     """The model that makes text of tokens."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Loads the tokenizer of the bundle that the model's config names."""
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         self._control = ControlSender(os.getppid())
         # Streams that were broken off stay until others have come in their place.
@@ -29,6 +30,8 @@ class TritonPythonModel:
         self._texts = Detokenizer(self._tokenizer.decode, 4 * config.max_rows, self._tokenizer.text_bytes)
 
     def execute(self, requests: list[Any]) -> None:
+        """Answers each piece of an output with its text, or with nothing where there is none to send; a caller who has
+        gone is reported to `ssv`."""
         for request in requests:
             response = self._respond(request)
             sender = request.get_response_sender()

@@ -26,6 +26,7 @@ class TritonPythonModel:
     """The model that checks requests and makes tokens of them."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Loads the tokenizer and the limits of the bundle that the model's config names."""
         log_to_stderr()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
         manifest = read_manifest(config.bundle, verify=False)  # `ssv` does
@@ -36,6 +37,7 @@ class TritonPythonModel:
         self._admission = Admission(boards_folder(), config.max_rows, config.max_waiting)
 
     def execute(self, requests: list[Any]) -> list[Any]:
+        """Answers each request with its token ids and its checked settings, or with the error why it is refused."""
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:

@@ -50,6 +50,7 @@ class TritonPythonModel:
     """The model that decodes."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Loads the bundle of the model's config, and starts the service, which decodes in a thread of its own."""
         log_to_stderr()
         keep_large_blocks()
         config = ServerConfig.from_model_config(json.loads(args["model_config"]))
@@ -82,6 +83,7 @@ class TritonPythonModel:
         log_event(log, "ready", bundle=config.bundle, rows=config.max_rows, threads=torch.get_num_threads())
 
     def execute(self, requests: list[Any]) -> None:
+        """Gives requests to the service, whose thread answers them; one that it does not take is refused at once."""
         for request in requests:
             sink = _Sink(request, self._llm, self._live_audit, self._ipc, self._streams, self._metrics)
             self._sinks[sink.key] = sink
@@ -94,6 +96,7 @@ class TritonPythonModel:
                 sink.refuse(error, "starting" if self._has_failed else "draining")
 
     def finalize(self) -> None:
+        """Has what runs finish, for five seconds at most, and closes the audit."""
         self._service.drain(timeout=5.0)
         self._live_audit.close()
 

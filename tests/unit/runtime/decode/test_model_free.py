@@ -22,7 +22,9 @@ from ssv.runtime.tokenizer import BundleTokenizer
 
 POLICIES = {
     "prompt-lookup": PROMPT_LOOKUP,
+    "prompt-lookup, longer": PROMPT_LOOKUP.model_copy(update={"longest_match": 6, "pays": False}),
     "suffix": SUFFIX,
+    "suffix, shorter": SUFFIX.model_copy(update={"longest_match": 2, "min_probability": 0.4}),
     "suffix, narrow": SUFFIX.model_copy(update={"children": (2, 1), "beam": 1, "max_depth": 3, "pays": False}),
     "lookahead": LOOKAHEAD,
     "lookahead, small": LOOKAHEAD.model_copy(update={"children": (2,), "beam": 2, "max_depth": 2}),

@@ -14,7 +14,7 @@ import pytest
 from ssv.bundle.manifest import Manifest, TierEntry
 from ssv.bundle.policy import Policy
 from ssv.runtime.grammar import grammar_of
-from ssv.runtime.methods import EAGLE, METHODS
+from ssv.runtime.methods import EAGLE, METHODS, SUFFIX
 from ssv.runtime.request import RequestError, SamplingParams
 from ssv.runtime.serving import intake as module
 from ssv.runtime.serving.intake import (
@@ -585,6 +585,9 @@ def test_options_change_the_methods_policy_and_nothing_else() -> None:
     assert Settings.from_json(settings.to_json()) == settings
     _, settings = prepare(ssv_policy='{"max_pending": 4}')  # of premium, and by the bundle's own policy of it
     assert settings.policy == TIERS["premium"].policy.model_copy(update={"max_pending": 4})
+    _, settings = prepare(ssv_tier="suffix", ssv_policy='{"longest_match": 12, "min_probability": 0.25}')
+    assert settings.policy == SUFFIX.model_copy(update={"longest_match": 12, "min_probability": 0.25})
+    assert Settings.from_json(settings.to_json()) == settings
 
 
 def test_options_of_a_lossless_tier_are_within_any_bound() -> None:

@@ -15,10 +15,10 @@ from ssv.bundle.profile import Costs, Curve
 from ssv.runtime.counters import Counters
 from ssv.runtime.decode.costs import Prices
 from ssv.runtime.decode.drafters.match_rates import PRIOR, PRIOR_WEIGHT
-from ssv.runtime.decode.drafters.suffix import DEPTH, LONGEST, Suffix, SuffixText
+from ssv.runtime.decode.drafters.suffix import Suffix, SuffixText
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.tree import ROOT, Tree
-from ssv.runtime.methods import SUFFIX
+from ssv.runtime.methods import SUFFIX, with_options
 from ssv.runtime.request import SamplingParams
 
 
@@ -27,6 +27,7 @@ def costs(passes: tuple[float, float], drafts: tuple[float, float]) -> Costs:
     return Costs(target=Curve(tokens=(1, 64), seconds=passes), draft=Curve(tokens=(1, 64), seconds=drafts))
 
 
+LONGEST = SUFFIX.lengths_of_match[1]
 FREE_PASSES = Prices(costs((1.0, 1.0001), (1.0, 1.0)), 1)
 DEAR_PASSES = Prices(costs((1.0, 64.0), (1.0, 1.0)), 1)
 END = 9
@@ -35,7 +36,7 @@ END = 9
 def proposed(
     tokens: Sequence[int], *, limit: int = 32, prices: Prices | None = None, num_given: int = 1, **policy: Any
 ) -> Tree:
-    row = Row(SamplingParams(max_tokens=50), SUFFIX.model_copy(update=policy), lambda _: False, Counters(emitted=1))
+    row = Row(SamplingParams(max_tokens=100), SUFFIX.model_copy(update=policy), lambda _: False, Counters(emitted=1))
     row.counters.prompt_tokens = num_given
     drafter = Suffix(frozenset([END]))
     drafter.join(0, row)
@@ -83,6 +84,41 @@ def test_paths_below_the_published_probability_are_not_proposed() -> None:
     assert len(proposed([*text, 1, 2, 3])) == 0
 
 
+def test_less_probable_paths_are_proposed_where_that_is_asked_for() -> None:
+    text = [each for token in range(10, 20) for each in (1, 2, 3, token)]
+    assert proposed([*text, 1, 2, 3], min_probability=0.09).tokens == [10, 11, 12]  # 1 in 11 each
+    # Of four times 2 3 there is the text's end, 8 once and 7 twice, with 5 behind it.
+    text = [2, 3, 7, 5, 2, 3, 8, 6, 2, 3, 7, 5, 4, 2, 3]
+    for least, expected in ((0.0, [7, 5]), (0.5, [7, 5]), (0.51, [])):
+        assert proposed(text, min_probability=least).tokens == expected
+
+
+def test_the_longest_suffix_is_the_policys() -> None:
+    """It gives as many nodes as it has tokens, and what stood before 2 3 does not count where 3 alone is looked up."""
+    text = [1, 2, 3, 7, 8, 0, 1, 2, 3]
+    assert [proposed(text, longest_match=n).tokens for n in (1, 2, 3, 4)] == [[7], [7, 8], [7, 8, 0], [7, 8, 0]]
+    text = [6, 3, 8, 2, 3, 7, 6, 3, 8, 2, 3]
+    assert [proposed(text, longest_match=n).tokens for n in (1, 2)] == [[8], [7, 6]]
+    # 80 tokens that repeat: the longest that can be asked for gives the most that can be pending.
+    text = [*range(100, 180)] * 2
+    assert proposed(text, longest_match=64, limit=64).tokens == [*range(100, 164)]
+
+
+def test_rows_side_by_side_have_options_of_their_own() -> None:
+    tokens = [1, 2, 3, 7, 8, 0, 1, 2, 3]
+    options: list[dict[str, Any]] = [{}, {"longest_match": 2}, {"min_probability": 0.6}]
+    drafter, rows = Suffix(frozenset([END])), []
+    for b, each in enumerate(options):
+        row = Row(
+            SamplingParams(max_tokens=50), with_options("suffix", SUFFIX, each), lambda _: False, Counters(emitted=1)
+        )
+        row.counters.prompt_tokens, row.tokens = 1, list(tokens)
+        drafter.join(b, row)
+        rows.append(row)
+    drafter.propose(rows, [32, 32, 32])
+    assert [row.tree.tokens for row in rows] == [[7, 8, 0], [7, 8], []]
+
+
 def test_it_proposes_what_pays() -> None:
     text = [1, 2, 3, 7, 8, 0, 1, 2, 3]
     assert proposed(text, prices=FREE_PASSES).tokens == [7, 8, 0]
@@ -122,7 +158,7 @@ def test_risks_are_what_was_learnt() -> None:
 
 def test_rates_are_learnt_from_the_output_alone() -> None:
     given = [1, 2, 1, 2, 3, 1]
-    text = SuffixText(len(given))
+    text = SuffixText(len(given), LONGEST)
     text.extend(given)
     assert [text.rates.rate(length) for length in (1, 2, 3)] == pytest.approx(PRIOR[:3])
     # Behind 1 stood 2: right. Behind 1 2 stood 1 and 3: right. Behind 1 2 3 stood 1: right. Behind 1 2 3 1 stood 2:
@@ -139,14 +175,15 @@ def texts() -> list[list[int]]:
     return [*found, [4] * 150, [1, 2, 3] * 40, [1] * 70 + [2] + [1] * 70]
 
 
-@pytest.mark.parametrize("piece", [1, 3, 1000])
-def test_occurrences_are_those_counted_plainly(piece: int) -> None:
+@pytest.mark.parametrize(("piece", "longest"), [(1, LONGEST), (3, LONGEST), (1000, LONGEST), (3, 5)])
+def test_occurrences_are_those_counted_plainly(piece: int, longest: int) -> None:
+    depth = 2 * longest
     for tokens in texts():
-        text = SuffixText(0)
+        text = SuffixText(0, longest)
         for stop in range(piece, len(tokens) + piece, piece):
             text.extend(tokens[:stop])
         strings = Counter(
-            tuple(tokens[i:j]) for i in range(len(tokens)) for j in range(i + 1, min(i + DEPTH, len(tokens)) + 1)
+            tuple(tokens[i:j]) for i in range(len(tokens)) for j in range(i + 1, min(i + depth, len(tokens)) + 1)
         )
         states = {(): 0}
         for string in sorted(strings, key=len):
@@ -154,11 +191,11 @@ def test_occurrences_are_those_counted_plainly(piece: int) -> None:
             occurrences, states[string] = followers[string[-1]]
             assert occurrences == strings[string] == text.count(states[string])
         # The longest suffix of each number of occurrences.
-        suffixes = [tuple(tokens[-length:]) for length in range(1, min(LONGEST, len(tokens)) + 1)]
+        suffixes = [tuple(tokens[-length:]) for length in range(1, min(longest, len(tokens)) + 1)]
         expected = {strings[suffix]: (len(suffix), states[suffix]) for suffix in suffixes if strings[suffix] > 1}
         assert list(text.suffixes()) == [expected[occurrences] for occurrences in sorted(expected)]
 
 
 def test_published_numbers() -> None:
-    assert (SUFFIX.max_pending, LONGEST, DEPTH) == (32, 32, 64)
+    assert (SUFFIX.max_pending, SUFFIX.lengths_of_match, SUFFIX.least_probability) == (32, (1, 32), 0.1)
     assert isinstance(SUFFIX, Policy) and SUFFIX.lossless and SUFFIX.pays and not SUFFIX.is_chain
