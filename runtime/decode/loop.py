@@ -154,7 +154,7 @@ class DecodeLoop:
         yield from self._leave()
         yield from self._join()
         if self.scheduler.rows:
-            for gained in self.batch.run():
+            for gained in self.batch.run(is_filling=self.scheduler.is_filling):
                 yield from self._push(gained)
             yield from self._drop_finished()
 

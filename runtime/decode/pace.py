@@ -116,6 +116,11 @@ class _Company:
     patience: Patience = field(default_factory=Patience)
     calm: Patience | None = None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it has rounds of its own to go by."""
+        return self.drafted.is_believed or self.plain.is_believed
+
     def change(self, *, drafts: bool) -> None:
         self.drafts, self.settling = drafts, SETTLING
 
@@ -133,7 +138,7 @@ class _Round:
 class Pace:
     """Lets rows draft as long as that gives more tokens per second than plain decoding of the same rows.
 
-    Rows of the same number and the same policies are taken to be alike; of a number that was not seen, like those of
+    Rows of the same number and the same policies are taken to be alike; of a number that was hardly seen, like those of
     the nearest that was.
     """
 
@@ -147,7 +152,15 @@ class Pace:
         self._companies: dict[tuple[int, frozenset[int]], _Company] = {}
         self._under_way: _Round | None = None
 
-    def begin(self, num_rows: int, policies: frozenset[int], num_tokens: int, plain_s: float | None) -> bool:
+    def begin(
+        self,
+        num_rows: int,
+        policies: frozenset[int],
+        num_tokens: int,
+        plain_s: float | None,
+        *,
+        is_filling: bool = False,
+    ) -> bool:
         """A round begins; returns whether its rows may draft.
 
         Args:
@@ -155,12 +168,22 @@ class Pace:
             num_tokens: of the rows' texts together.
             plain_s: of a round without a draft, by costs: what drafting is held against until plain decoding has been
                 tried; None where nobody knows.
+            is_filling: whether further rows are about to join: a few rounds of so many would be no trial of a draft that
+                nothing is known of.
         """
         if self._clock is None:
             return True
         now = self._clock()
         company = self._company(num_rows, policies)
         self._close(company, num_rows, num_tokens, now)
+        if not company.is_known:
+            nearest = self._nearest_drafts(num_rows, policies)
+            if nearest is None and is_filling:
+                self._under_way = None
+                return False
+            if nearest is not None and nearest != company.drafts:
+                company.change(drafts=nearest)
+                company.is_compared = not nearest
         if company.drafts:
             self._consider_plain(company, num_rows / plain_s if plain_s else None)
         else:
@@ -171,7 +194,9 @@ class Pace:
     def would_draft(self, num_rows: int, policies: frozenset[int]) -> bool:
         """Whether rows of such a number and such policies might draft, as far as is known."""
         known = self._companies.get((num_rows, policies))
-        return known.drafts if known is not None else self._nearest_drafts(num_rows, policies)
+        if known is not None and known.is_known:
+            return known.drafts
+        return self._nearest_drafts(num_rows, policies) is not False
 
     def forget(self) -> None:
         """What the round under way takes is not only its own: rows come or go."""
@@ -187,11 +212,11 @@ class Pace:
         found = self._companies[num_rows, policies] = _Company(drafts, is_compared=not drafts)
         return found
 
-    def _nearest_drafts(self, num_rows: int, policies: frozenset[int]) -> bool:
-        """Whether the rows do whose number is the nearest, of those that were seen to."""
+    def _nearest_drafts(self, num_rows: int, policies: frozenset[int]) -> bool | None:
+        """Whether the rows do whose number is the nearest, of those that were seen to; None if there are none."""
         judged = {num: it for (num, of), it in self._companies.items() if of == policies and it.drafted.is_believed}
         nearest = min(judged, key=lambda num: max(num, num_rows) / min(num, num_rows), default=None)
-        return nearest is None or judged[nearest].drafts
+        return judged[nearest].drafts if nearest is not None else None
 
     def _close(self, company: _Company, num_rows: int, num_tokens: int, now: float) -> None:
         if (last := self._under_way) is None or last.company is not company:

@@ -120,10 +120,14 @@ class DecodeBatch:
         """The rows in use, in their order."""
         return self.members.rows
 
-    def run(self) -> Iterator[list[list[int]]]:
+    def run(self, *, is_filling: bool = False) -> Iterator[list[list[int]]]:
         """One round over all rows, by the engines themselves where they can; yields what each row gains as it comes:
-        trusted tokens before the pass."""
-        may_draft = self._may_draft()
+        trusted tokens before the pass.
+
+        Args:
+            is_filling: whether further rows are about to join.
+        """
+        may_draft = self._may_draft(is_filling)
         if self._ahead is not None and (self.members.is_beside or not self.members.is_joining):
             was_under_way = self._ahead.is_under_way
             gained = self._ahead.step(self.rows, may_draft=may_draft)
@@ -144,13 +148,14 @@ class DecodeBatch:
         """Ends what the engines do by themselves, before rows come or go; returns what each row has gained by it."""
         return self._ahead.settle(self.rows) if self._ahead is not None else [[] for _ in self.rows]
 
-    def _may_draft(self) -> bool:
+    def _may_draft(self, is_filling: bool) -> bool:
         """Whether rows may in this round whose drafts follow the load, by the clock."""
         num = len(self.rows)
         if not any(map(self.members.follows_load, self.rows)):
             return True
         policies = frozenset(row.policy_hash for row in self.rows)
-        may = self._pace.begin(num, policies, sum(len(row.tokens) for row in self.rows), self._plain_seconds())
+        num_tokens = sum(len(row.tokens) for row in self.rows)
+        may = self._pace.begin(num, policies, num_tokens, self._plain_seconds(), is_filling=is_filling)
         if self.members.shares_engines:
             self._pace.forget()  # a prompt takes its part of this round's time
         return may

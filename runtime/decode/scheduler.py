@@ -63,6 +63,11 @@ class Scheduler(Generic[T]):
         """Whether a row is free."""
         return len(self.rows) < self.max_rows
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether a row is free, and somebody is there to take it."""
+        return self.has_room and (self.joining is not None or bool(self.waiting))
+
     def submit(self, item: T) -> None:
         """Raises QueueFull."""
         free = max(self.max_rows - len(self.rows) - (self.joining is not None), 0)

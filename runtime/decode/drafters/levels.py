@@ -108,7 +108,7 @@ class Levels:
     def note_gains(self, levels: int, gains: Sequence[NDArray[np.float32]]) -> None:
         """What the candidates of trees of so many levels are worth, of each row; see `RoundResult.gains`."""
         levels = min(levels, self._most)
-        found = gains[0] if len(gains) == 1 else np.mean(gains, axis=0)
+        found = sum(gains[1:], gains[0]) / len(gains)
         self._gains[:levels] += WEIGHT * (found[:levels] - self._gains[:levels])
         if levels < self._most:  # not seen: what the level above adds, faded
             last = self._gains[levels - 1]

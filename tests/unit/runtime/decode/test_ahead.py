@@ -53,7 +53,7 @@ class Moody(Pace):
         super().__init__(None)
         self._rounds, self._num = rounds, 0
 
-    def begin(self, *_: Any) -> bool:
+    def begin(self, *_: Any, **__: Any) -> bool:
         self._num += 1
         return self._num // self._rounds % 2 == 0
 
@@ -65,7 +65,7 @@ class Late(Pace):
         super().__init__(None)
         self._left = rounds
 
-    def begin(self, *_: Any) -> bool:
+    def begin(self, *_: Any, **__: Any) -> bool:
         self._left -= 1
         return self._left < 0
 
@@ -247,8 +247,7 @@ def test_drafts_are_held_against_plain_rounds_of_rows_that_choose_alike(temperat
     told: list[float] = []
 
     class Told(Pace):
-        def begin(self, num_rows: int, policies: frozenset[int], num_tokens: int, plain_s: float | None) -> bool:
-            assert plain_s is not None
+        def begin(self, num_rows: int, policies: frozenset[int], num_tokens: int, plain_s: Any, **_: Any) -> bool:
             told.append(plain_s)
             return True
 

@@ -25,7 +25,7 @@ from ssv.runtime.request import Request, SamplingParams
 class Never(Pace):
     """Lets no row draft."""
 
-    def begin(self, *_: object) -> bool:
+    def begin(self, *_: object, **__: object) -> bool:
         return False
 
 

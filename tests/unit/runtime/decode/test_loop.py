@@ -21,6 +21,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode import loop as module
 from ssv.runtime.decode.loop import DecodeLoop
 from ssv.runtime.decode.membership import PromptBlock
+from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.decode.scheduler import QueueFull
@@ -52,7 +53,7 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int
     sizes = {"max_batch": max_batch, "max_length": MAX_LENGTH + MAX_PENDING}
     target = FakeTarget(tap=kind == "conditioned", eos_bias=-0.5, **sizes)
     draft = FakeDraft(target, conditioned=kind == "conditioned", agreement=0.8, noise=0.3) if kind else None
-    return LLM(
+    llm = LLM(
         target,
         draft,
         BundleTokenizer(FakeTokenizer()),
@@ -63,6 +64,8 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int
         heads=FakeHeads(target, noise=0.5),
         lane=None if patience is None else FakeLane(target, draft, patience=patience, least=least),
     )
+    llm._pace = Pace(None)  # what is drafted does not follow the clock
+    return llm
 
 
 @functools.cache
@@ -754,3 +757,20 @@ def test_what_comes_from_the_cache_is_what_was_computed_to_the_last_bit(precisio
     assert chunk.counters.cached_tokens == 16
     assert found[1][0] == found[0][0]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[1][1:], found[0][1:], strict=True))
+
+
+def test_rounds_are_told_whether_further_rows_are_about_to_join() -> None:
+    told: list[tuple[int, bool]] = []
+
+    class Told(Pace):
+        def begin(self, num_rows: int, *args: Any, is_filling: bool = False) -> bool:
+            told.append((num_rows, is_filling))
+            return True
+
+    play = Play("conditioned", max_batch=2)
+    play.loop.batch._pace = Told(None)
+    for i in range(3):
+        play.submit(request(prompt(3, i), "prompt-lookup", max_tokens=12))
+    play.finish()
+    assert (1, True) in told and (2, False) in told
+    assert not {(2, True)} & set(told)

@@ -146,3 +146,32 @@ def test_interruptions_are_left_out_wherever_they_come() -> None:
         assert mean.note(1.0)
     assert not mean.note(9.0)
     assert mean.seconds == 1.0 and mean.count == 5
+
+
+def test_nothing_is_tried_in_a_company_that_is_about_to_grow() -> None:
+    """A few rounds of one row, of two, of three: no trial of any."""
+    rounds = Rounds((3.0, 2), (1.0, 1))
+    assert not any(
+        rounds.pace.begin(num, PREMIUM, 10 * num, 1.0, is_filling=True) for num in range(1, 8) for _ in range(4)
+    )
+    rounds.num_rows = 8
+    assert rounds.run(TRIALS, plain_s=1.0) == [True] * TRIALS
+
+
+def test_what_is_known_of_some_rows_holds_for_those_about_to_become_more() -> None:
+    for drafted, pays in (((1.2, 24), True), ((9.0, 24), False)):
+        rounds = Rounds(drafted, (1.0, 8), num_rows=8)
+        rounds.run(40, plain_s=1.0)
+        assert rounds.pace.begin(5, PREMIUM, 50, 1.0, is_filling=True) == pays
+        assert rounds.pace.begin(8, PREMIUM, 50, 1.0, is_filling=True) == pays
+
+
+def test_rows_that_were_hardly_seen_follow_what_was_found_since() -> None:
+    """Three rounds of six rows are no trial; then eight rows are found to be better off without a draft."""
+    rounds = Rounds((9.0, 16), (1.0, 8), num_rows=6)
+    assert rounds.run(3, plain_s=1.0) == [True] * 3
+    rounds.num_rows = 8
+    rounds.run(40, plain_s=1.0)
+    assert not rounds.pace.would_draft(6, PREMIUM)
+    rounds.num_rows = 6
+    assert not any(rounds.run(20, plain_s=1.0))

@@ -212,3 +212,22 @@ def test_imports_no_torch() -> None:
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names = [name for name in names if name != "ssv.support.errors"]  # which imports nothing
     assert not any(name.split(".")[0] in ("torch", "ssv") for name in names)
+
+
+def test_it_is_filling_while_a_free_row_is_about_to_be_taken() -> None:
+    scheduler = Scheduler[int](2, joins_early=lambda item: True)
+    assert not scheduler.is_filling
+    scheduler.submit(0)
+    assert scheduler.is_filling
+    scheduler.admit()
+    assert scheduler.is_filling
+    scheduler.joined()
+    assert not scheduler.is_filling
+    scheduler.submit(1)
+    scheduler.submit(2)
+    scheduler.admit()
+    scheduler.joined()
+    scheduler.admit()
+    assert scheduler.joining == 2 and not scheduler.is_filling, "no row is free"
+    scheduler.finish(0)
+    assert scheduler.is_filling
