@@ -168,8 +168,8 @@ class Pace:
             num_tokens: of the rows' texts together.
             plain_s: of a round without a draft, by costs: what drafting is held against until plain decoding has been
                 tried; None where nobody knows.
-            is_filling: whether further rows are about to join: a few rounds of so many would be no trial of a draft that
-                nothing is known of.
+            is_filling: whether further rows are about to join: a few rounds of so many would be no trial of a draft
+                that nothing is known of.
         """
         if self._clock is None:
             return True
