@@ -113,11 +113,12 @@ class ServerUnderTest:
 
     def memory_mb(self) -> dict[str, float]:
         """Resident memory of each process of the server, and what it has in shared memory."""
-        server = psutil.Process(self.process.pid).children()[0]
         found = {name: process.memory_info().rss / 2**20 for name, process in self.stubs().items()}
-        found["tritonserver"] = server.memory_info().rss / 2**20
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "ssv.triton_repo.openai.process" in process.cmdline():
+            command = process.cmdline()
+            if command and Path(command[0]).name == "tritonserver":
+                found["tritonserver"] = process.memory_info().rss / 2**20
+            elif "ssv.triton_repo.openai.process" in command:
                 found["openai"] = process.memory_info().rss / 2**20
         shared = Path("/dev/shm").glob(f"ssv_{self.process.pid}_*")  # noqa: S108
         found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=2000, help="of a flood, every other one over HTTP")
     parser.add_argument("--bytes", default="65536,100000", help="of a long prompt; a flood of each")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds after which a request is forgotten")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of the checkout to measure")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> int:
     with ServerUnderTest(args.bundle, python=args.python) as server:
         expected = reference(server)
         for size in args.bytes.split(","):
-            floods[size] = flood(server, args.requests, int(size))
+            floods[size] = flood(server, args.requests, int(size), args.patience)
             floods[size]["normal_afterwards"] = reference(server) == expected
             print(size, floods[size], file=sys.stderr, flush=True)
         status = server.stop()
@@ -56,14 +57,14 @@ def main() -> int:
     return 0
 
 
-def flood(server: ServerUnderTest, num: int, size: int) -> dict[str, Any]:
+def flood(server: ServerUnderTest, num: int, size: int, patience: float) -> dict[str, Any]:
     """Outcomes by door and kind of prompt, and memory before, at its most, and after."""
     long = (LONG * (size // len(LONG) + 1))[:size]
     prompts = [SHORT if at // 2 % SHORT_EVERY == 0 else long for at in range(num)]
     outcomes: list[str] = []
     before, start = memory_mb(server), time.monotonic()
     peak = dict(before)
-    asking = threading.Thread(target=lambda: outcomes.extend(asyncio.run(ask_all(server, prompts))))
+    asking = threading.Thread(target=lambda: outcomes.extend(asyncio.run(ask_all(server, prompts, patience))))
     asking.start()
     while asking.is_alive():
         now = memory_mb(server)
@@ -91,7 +92,7 @@ def memory_mb(server: ServerUnderTest) -> dict[str, float]:
     return {**found, "all": round(sum(found.values()), 1)}
 
 
-async def ask_all(server: ServerUnderTest, prompts: Sequence[str]) -> list[str]:
+async def ask_all(server: ServerUnderTest, prompts: Sequence[str], patience: float) -> list[str]:
     """How each request has ended: answered, with the status of its refusal, or otherwise."""
     address = server.grpc_url.removeprefix("grpc://")
     connector = aiohttp.TCPConnector(limit=0)
@@ -101,10 +102,17 @@ async def ask_all(server: ServerUnderTest, prompts: Sequence[str]) -> list[str]:
     ):
         return await asyncio.gather(
             *(
-                ask_http(session, server.http_url, prompt) if at % 2 else ask_grpc(client, prompt)
+                patient(ask_http(session, server.http_url, prompt) if at % 2 else ask_grpc(client, prompt), patience)
                 for at, prompt in enumerate(prompts)
             )
         )
+
+
+async def patient(asking: Coroutine[Any, Any, str], seconds: float) -> str:
+    try:
+        return await asyncio.wait_for(asking, seconds)
+    except TimeoutError:
+        return "no answer"
 
 
 async def ask_grpc(client: grpcclient.InferenceServerClient, prompt: str) -> str:
