@@ -1,6 +1,6 @@
 """What a flood does to the server's memory: thousands of requests at the same moment, over gRPC and HTTP, with prompts
-of the largest size that it takes and beyond. One in ten is short and could be answered. Every request has to be
-answered or refused, and one that comes afterwards is answered as before.
+of the largest size that it takes and beyond. One in ten is short and could be answered. Each is to be answered or
+refused, and one that comes afterwards to be answered as before.
 
     python benchmarks/serving_flood.py --bundle bundles/smollm2-135m --out benchmarks/records/serving_flood.json
 """
