@@ -30,13 +30,22 @@ class ServerUnderTest:
         process: ssv-serve's.
     """
 
-    def __init__(self, bundle: Path, *options: str, has_openai: bool = False) -> None:
+    def __init__(
+        self, bundle: Path, *options: str, has_openai: bool = False, python: str | Path = sys.executable
+    ) -> None:
+        """Starts it.
+
+        Args:
+            options: of ssv-serve.
+            has_openai: whether the OpenAI API is served.
+            python: interpreter of the checkout whose server it is.
+        """
         names = ("--http-port", "--grpc-port", "--metrics-port", *(("--openai-port",) if has_openai else ()))
         ports = _free_ports(len(names))
         self.grpc_url, self.http_url = f"grpc://127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[0]}"
         self._metrics_url = f"http://127.0.0.1:{ports[2]}/metrics"
         self._log_path = Path(tempfile.mkstemp(prefix="ssv-serve-", suffix=".log")[1])
-        command = [sys.executable, "-m", "ssv.triton_repo.serve", "--bundle", str(bundle.resolve()), *options]
+        command = [str(python), "-m", "ssv.triton_repo.serve", "--bundle", str(bundle.resolve()), *options]
         command += [part for pair in zip(names, map(str, ports), strict=True) for part in pair]
         self.openai_url = f"http://127.0.0.1:{ports[3]}" if has_openai else ""
         with self._log_path.open("w") as log:
@@ -104,23 +113,26 @@ class ServerUnderTest:
 
     def memory_mb(self) -> dict[str, float]:
         """Resident memory of each process of the server, and what it has in shared memory."""
-        server = psutil.Process(self.process.pid).children()[0]
         found = {name: process.memory_info().rss / 2**20 for name, process in self.stubs().items()}
-        found["tritonserver"] = server.memory_info().rss / 2**20
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "ssv.triton_repo.openai.process" in process.cmdline():
+            command = process.cmdline()
+            if command and Path(command[0]).name == "tritonserver":
+                found["tritonserver"] = process.memory_info().rss / 2**20
+            elif "ssv.triton_repo.openai.process" in command:
                 found["openai"] = process.memory_info().rss / 2**20
         shared = Path("/dev/shm").glob(f"ssv_{self.process.pid}_*")  # noqa: S108
         found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20
         return {name: round(mb, 1) for name, mb in found.items()}
 
-    def metrics(self) -> dict[str, float]:
-        """Sums over labels, by name."""
+    def metrics(self, **labels: str) -> dict[str, float]:
+        """Sums over what has these labels, by name."""
         with urlopen(self._metrics_url, timeout=10) as response:  # noqa: S310
             text = response.read().decode()
         sums: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
+                if not labels.items() <= sample.labels.items():
+                    continue
                 # The parser ends a counter's name as OpenMetrics does.
                 name = family.name if family.type == "counter" else sample.name
                 sums[name] = sums.get(name, 0.0) + sample.value

@@ -308,8 +308,6 @@ def server_error(error: InferenceServerException, url: str) -> ServerError:
             what = what.format(url=url, why=match.groupdict().get("why"))
             return ServerError(what, "UNAVAILABLE", cure, is_unreachable=True)
     message = _BEFORE.sub("", message)
-    if "Exceeds maximum queue size" in message:
-        return ServerError("too many requests are waiting already", "UNAVAILABLE", "try again later")
     if match := _STATUS.match(message):
         status, message = match.groups()
     elif status == "UNAVAILABLE":  # not said by the server: it is gone, and so is what it did

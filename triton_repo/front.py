@@ -42,7 +42,6 @@ _MODEL_READY = re.compile(r"^/v2/models/[^/]+(/versions/[^/]+)?/ready$")
 # Of messages of ours (`ssv.runtime.serving.pieces.error_text`) and of Triton.
 _STATUS = re.compile(r"\b(UNAVAILABLE|INVALID_ARGUMENT|INTERNAL|DEADLINE_EXCEEDED): ")
 _CODES = {"UNAVAILABLE": 503, "INVALID_ARGUMENT": 400, "INTERNAL": 500, "DEADLINE_EXCEEDED": 504}
-_FULL = "Exceeds maximum queue size"
 _UNREADABLE = re.compile(r"[Uu]nable to parse|failed to parse the request JSON|non-object")
 _ERROR = b'{"error":'
 """How an answer of Triton's begins that is none; it may have the status 200."""
@@ -326,7 +325,7 @@ def _meant(status: int, body: str) -> int:
         return _CODES[match[1]]
     if _UNREADABLE.search(body) is not None:
         return 400
-    return 503 if _FULL in body else status
+    return status
 
 
 def _without_length(headers: list[tuple[str, str]]) -> dict[str, str]:

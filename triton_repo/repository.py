@@ -16,13 +16,6 @@ ROUTER = "ab_router"
 DRAINING = "draining"
 """Not loaded before the server is to end."""
 
-QUEUED_PER_PLACE, LEAST_QUEUE = 16, 1024
-"""Requests in Triton's queue before `preprocessing`, for each that the server takes, and at least.
-
-`preprocessing` refuses and counts what the server cannot take in a fraction of a millisecond; what Triton itself
-refuses, with a flood that is faster still, nobody counts.
-"""
-
 HERE = Path(__file__).parent
 
 
@@ -68,7 +61,4 @@ def write_repository(
         model = text_format.Parse(path.read_text(), ModelConfig())
         for key in model.parameters:
             model.parameters[key].string_value = str(values[key])
-        if name == "preprocessing":
-            most = QUEUED_PER_PLACE * (config.max_rows + config.max_waiting)
-            model.dynamic_batching.default_queue_policy.max_queue_size = max(LEAST_QUEUE, most)
         path.write_text(text_format.MessageToString(model))

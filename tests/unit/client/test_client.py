@@ -73,7 +73,6 @@ def test_addresses() -> None:
     ("message", "status", "text"),
     [
         ("in ensemble 'ensemble', UNAVAILABLE: try later", "UNAVAILABLE", "try later"),
-        ("in ensemble 'ensemble', [request id: a] Exceeds maximum queue size", "UNAVAILABLE", "too many requests"),
         ("in ensemble 'ensemble', INVALID_ARGUMENT: a: b\nc", "INVALID_ARGUMENT", "a: b\nc"),
         ("unexpected inference input 'x'", "UNKNOWN", "unexpected inference input 'x'"),
         ("failed to connect to all addresses", "UNAVAILABLE", "no server answers at grpc://h:1"),

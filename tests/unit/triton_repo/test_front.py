@@ -210,7 +210,6 @@ def test_a_stream_that_breaks_does_not_look_whole(doors: Doors) -> None:
     ("text", "status"),
     [
         ("in ensemble 'ensemble', UNAVAILABLE: 6 requests are waiting already: try again later", 503),
-        ("in ensemble 'ensemble', [request id: <id_unknown>] Exceeds maximum queue size", 503),
         ("in ensemble 'ensemble', INVALID_ARGUMENT: top_p 5 must be above 0", 400),
         ("in ensemble 'ensemble', INTERNAL: broken", 500),
         ("Unable to parse 'x': attempt to access JSON non-boolean", 400),

@@ -19,7 +19,7 @@ from ssv.runtime.serving.config import ConfigError, ServerConfig
 from ssv.runtime.serving.intake import Settings, declared_inputs
 from ssv.runtime.serving.pieces import Answer
 from ssv.triton_repo import ports as ports_module
-from ssv.triton_repo.repository import DRAINING, HERE, LEAST_QUEUE, MODELS, ROUTER, write_repository
+from ssv.triton_repo.repository import DRAINING, HERE, MODELS, ROUTER, write_repository
 
 PYTHON_MODELS = tuple(name for name in MODELS if name != "ensemble")
 
@@ -185,7 +185,6 @@ def test_the_router_is_one_model_that_streams() -> None:
     assert (router.name, router.backend, router.max_batch_size) == (ROUTER, "python", 1)
     assert router.model_transaction_policy.decoupled
     assert [group.count for group in router.instance_group] == [1]
-    assert not router.HasField("dynamic_batching"), "requests are of many shapes"
     assert (HERE / ROUTER / "1" / "model.py").is_file()
     assert ROUTER not in MODELS
 
@@ -231,11 +230,6 @@ def test_settings_are_written(tmp_path: Path) -> None:
         for parameter in written.parameters:
             assert getattr(found, parameter) == getattr(config, parameter)
         assert set(written.parameters) == set(read(name).parameters)
-    queue = read("preprocessing", tmp_path / "models").dynamic_batching.default_queue_policy
-    assert queue.max_queue_size == LEAST_QUEUE
-    write_repository(make(max_rows=100, max_waiting=28), tmp_path / "many")
-    queue = read("preprocessing", tmp_path / "many").dynamic_batching.default_queue_policy
-    assert queue.max_queue_size == 16 * 128
 
 
 def test_nothing_else_is_changed(tmp_path: Path) -> None:
@@ -244,25 +238,21 @@ def test_nothing_else_is_changed(tmp_path: Path) -> None:
         ours, written = read(name), read(name, tmp_path / "models")
         for config in (ours, written):
             config.ClearField("parameters")
-            config.dynamic_batching.Clear()
         assert ours == written
         for path in (HERE / name / "1").iterdir():
             if path.is_file():
                 assert (tmp_path / "models" / name / "1" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("name", [*MODELS, DRAINING, ROUTER])
+def test_no_model_has_a_batcher_of_tritons(name: str) -> None:
+    """Dynamic batching holds back requests that come together by up to 0.5 s, and `ssv` batches requests itself."""
+    assert read(name).WhichOneof("scheduling_choice") == ("ensemble_scheduling" if name == "ensemble" else None)
+
+
 def test_compiled_files_stay_behind(tmp_path: Path) -> None:
     write_repository(make(), tmp_path / "models")
     assert not list((tmp_path / "models").rglob("__pycache__"))
-
-
-def test_the_defaults_of_the_queue_agree() -> None:
-    """A request that `ssv` would refuse need not be tokenized first."""
-    config = ServerConfig(bundle=Path())
-    assert (
-        read("preprocessing").dynamic_batching.default_queue_policy.max_queue_size
-        >= config.max_rows + config.max_waiting
-    )
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
