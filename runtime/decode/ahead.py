@@ -94,7 +94,7 @@ class Ahead:
         self._drafts = self._samples = False
         self._shapes: list[RoundShape] = []
         self._chosen: RoundShape | None = None
-        self._chosen_for: tuple[float, int, int, bool] | None = None
+        self._chosen_for: tuple[int, int, int, bool] | None = None
         self._rounds_until_choice = 0
         self._seconds_by_trees: dict[tuple[int, ...], NDArray[np.float64]] = {}
 
@@ -218,7 +218,7 @@ class Ahead:
         if is_plain or any(row.has_lost_draft for row in rows):
             return self._round(None, 0)
         if policy.pays:
-            return self._what_pays(policy, num, most)
+            return self._what_pays(rows[0], num, most)
         levels = min(policy.max_depth or policy.max_pending, policy.max_pending, MOST_DEPTH)
         nodes = levels if policy.is_chain else policy.max_pending
         if policy.lossless and policy.is_chain and most < levels:  # its text is the same however long it is
@@ -245,15 +245,16 @@ class Ahead:
         drafted = self._seconds(num_rows, self._round(TreeShape(levels, 1, 1), levels))
         return 1 + gain > drafted / self._seconds(num_rows, self._round(None, 0))
 
-    def _what_pays(self, policy: Policy, num_rows: int, most_nodes: int) -> RoundShape:
-        """The shape with the most tokens per second, of all that a policy allows.
+    def _what_pays(self, row: Row, num_rows: int, most_nodes: int) -> RoundShape:
+        """The shape with the most tokens per second, of all that the rows' policy allows.
 
         Args:
+            row: one of them.
             most_nodes: that there is room for in each row.
         """
         assert self._drafter is not None
         self._rounds_until_choice -= 1
-        wanted_for = policy.accept_below, num_rows, most_nodes, self._samples
+        policy, wanted_for = row.policy, (row.policy_hash, num_rows, most_nodes, self._samples)
         # Also where the rows were taken back since, as they are before a draft is tried behind rounds without.
         if self._chosen is not None and self._chosen_for == wanted_for and self._rounds_until_choice > 0:
             return self._chosen
