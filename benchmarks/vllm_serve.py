@@ -46,6 +46,7 @@ from ssv.ab.measures import MIN_BLOCKS, by_arm, identical_share
 from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import bootstrap
 from ssv.builder.export import export_for
+from ssv.support.console import positive, run_command
 from ssv.support.environment import versions, write_record
 from ssv.support.errors import UserError
 
@@ -59,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--tp", default="1,2", help="GPUs of an arm, one size after the other (default: 1,2)")
-    parser.add_argument("--gpus", type=int, help="of this machine (default: those that torch sees)")
+    parser.add_argument("--gpus", type=positive, help="of this machine (default: those that torch sees)")
     parser.add_argument("--arms", help="of `plain,speculation,ssv` (default: those that can be run)")
     parser.add_argument("--concurrency", default="1,8", help="requests at a time (default: 1,8)")
     parser.add_argument("--prompts", type=Path, default=ROOT / "benchmarks/prompts/heldout.jsonl")
@@ -73,6 +74,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for exports, logs and reports (default: none is kept)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    sizes = sizes_of(args.tp)
+    work_folders = [args.work / f"tp{size}" for size in sizes] if args.work is not None else []
+    if taken := next((folder for folder in work_folders if folder.exists()), None):
+        raise UserError(f"{taken} exists", "choose another folder for --work")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UserError(f"{args.out.parent} is no folder", "make it, or choose another file for --out")
     record: dict[str, Any] = {
         "what": "vllm serve, greedy, asked by ssv-ab",
         # Those with a path say where things lie on one machine.
@@ -83,16 +90,33 @@ def main() -> int:
     record["gpus"] = gpus
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for size in map(int, args.tp.split(",")):
+        for size in sizes:
             began = time.monotonic()
             try:
                 found = compare(args, size, gpus, work / f"tp{size}")
             except UserError as error:
                 found = {"error": f"{error.what}: {error.cure}"}
+            except OSError as error:  # as of a disk that is full
+                found = {"error": str(error)}
             record["sizes"][str(size)] = {**found, "seconds": round(time.monotonic() - began, 1)}
             packages = versions("vllm", "torch", "triton", "transformers", "openai")
             write_record(record, args.out, packages, device)
     return 0 if all("error" not in found for found in record["sizes"].values()) else 1
+
+
+def sizes_of(text: str) -> list[int]:
+    """Tensor parallel sizes.
+
+    Raises:
+        UserError: they are no whole numbers from 1 on, or one is there twice.
+    """
+    try:
+        sizes = [positive(word) for word in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--tp {text}: {error}", "give such as 1,2") from error
+    if len(set(sizes)) < len(sizes):
+        raise UserError(f"--tp {text} names a size twice", "name each once")
+    return sizes
 
 
 def number_of_gpus(given: int | None) -> tuple[int, str]:
@@ -107,8 +131,11 @@ def compare(args: argparse.Namespace, size: int, gpus: int, work: Path) -> dict[
     """Exports for a size, runs the export's comparison, and gives its figures, with what went wrong under "error".
 
     Raises:
-        UserError: it cannot be exported.
+        UserError: it cannot be exported, or an arm needs more GPUs than there are.
+        OSError: it cannot be written.
     """
+    if size > gpus:
+        raise UserError(f"an arm needs {size} GPUs, and there are {gpus}", "choose smaller ones with --tp")
     work.mkdir(parents=True)
     left_out = export_for(
         "vllm",
@@ -309,4 +336,4 @@ def counted(path: Path) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all arms are ended with it
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -101,8 +101,14 @@ def export_for(
     shared = _shared("target", target, tensor_parallel, pad_heads, can_pad)
     if not pad_heads:
         _shared("draft", spec.decoder, tensor_parallel, pad_heads, can_pad)
-    place = (place or out).resolve()
+    # Links of this machine say nothing about the one that serves.
+    place = out.resolve() if place is None else Path(os.path.abspath(place))
     positions = min(target.max_positions, spec.decoder.max_positions) - num_draft_tokens - 1
+    if positions < 1:
+        raise UserError(
+            f"target and draft have positions for fewer than {num_draft_tokens} drafted tokens and a request",
+            f"give fewer than {num_draft_tokens + positions} with --num-draft-tokens",
+        )
     settings = HostSettings(
         host=host,
         place=place,
@@ -254,7 +260,8 @@ def _shared(role: str, spec: DecoderSpec, gpus: int, pads: bool, can_pad: bool) 
     wider = padded_spec(spec, gpus) if can_pad else None
     if pads and wider is not None:
         return wider
-    fit = ", ".join(str(n) for n in range(1, spec.num_heads + 1) if spec.is_shared_evenly(n))
+    sizes = range(1, spec.num_heads + 1)
+    fit = ", ".join(str(n) for n in sizes if spec.is_shared_evenly(n) or (pads and padded_spec(spec, n) is not None))
     raise UserError(
         f"{gpus} GPUs cannot share the {role} evenly: it has {spec.num_heads} attention heads, "
         f"{spec.num_kv_heads} of keys and values, and {spec.intermediate_size} rows of its MLP",

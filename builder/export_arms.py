@@ -220,6 +220,21 @@ for arm in "${{arms[@]}}"; do
   if [[ -z ${{port[$arm]:-}} ]]; then echo "error: there is no arm $arm, but {arms}" >&2; exit 2; fi
 done
 if ((${{#arms[@]}} < 2)); then echo "error: ARMS names one arm, and two are compared" >&2; exit 2; fi
+twice=$(printf '%s\n' "${{arms[@]}}" | sort | uniq -d)
+if [[ -n $twice ]]; then echo "error: ARMS names an arm twice:" $twice >&2; exit 2; fi
+# What would otherwise be found when all arms have been loaded, or never.
+for program in curl ssv-ab; do
+  if ! type -P "$program" >/dev/null; then echo "error: $program is not installed here" >&2; exit 2; fi
+done
+if [[ ! -r $prompts ]]; then echo "error: $prompts cannot be read" >&2; exit 2; fi
+for arm in "${{arms[@]}}"; do
+  status=0
+  curl -sS -m 10 -o /dev/null "http://127.0.0.1:${{port[$arm]}}/v1/models" 2>/dev/null || status=$?
+  if ((status != 7)); then  # 7: nobody listens there; another server would be compared in the arm's place
+    echo "error: port ${{port[$arm]}}, which is for $arm, is in use" >&2
+    exit 2
+  fi
+done
 
 stop() {{
   trap '' INT TERM

@@ -81,8 +81,11 @@ def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] 
     from safetensors.torch import save_file  # with torch, which not everybody who writes a file has
 
     with whole(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
         try:
             save_file(tensors, part, metadata=metadata)
+            part.chmod(mode)  # the library makes a file for its owner alone, and servers run as other users
         except SafetensorError as error:
             code = re.search(r"\(os error (\d+)\)", str(error))  # how the library says what the system said
             if code is None:

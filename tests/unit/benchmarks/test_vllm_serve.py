@@ -14,6 +14,7 @@ import pytest
 from tiny_bundle import built_with
 
 from ssv.ab.samples import Sample
+from ssv.support.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 FAKE = ROOT / "tests" / "support" / "fake_vllm.py"
@@ -108,6 +109,37 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(script: ModuleTyp
     while Path(f"/proc/{pids.read_text().strip()}").exists() and time.monotonic() < patience:
         time.sleep(0.01)
     assert not Path(f"/proc/{pids.read_text().strip()}").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tp", "one"], "--tp one: 'one' is not a whole number from 1 on"),
+        (["--tp", "1,0"], "--tp 1,0: '0' is not a whole number from 1 on"),
+        (["--tp", "2,1,2"], "--tp 2,1,2 names a size twice"),
+        (["--tp", "1,2", "--work", "{folder}"], "{folder}/tp2 exists"),
+        (["--out", "{folder}/none/record.json"], "{folder}/none is no folder"),
+    ],
+)
+def test_nothing_is_begun_that_cannot_be_kept(
+    script: ModuleType, arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tp2").mkdir()
+    given = [each.format(folder=tmp_path) for each in arguments]
+    monkeypatch.setattr(sys, "argv", ["vllm_serve.py", "--bundle", str(tmp_path / "bundle"), *given])
+    with pytest.raises(UserError) as refused:
+        script.main()
+    assert refused.value.what == named.format(folder=tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["tp2"]
+
+
+def test_an_arm_has_no_gpu_twice(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["vllm_serve.py", "--bundle", str(tmp_path / "bundle"), "--tp", "1,2", "--gpus", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "record.json")])
+    assert script.main() == 1
+    one, two = json.loads((tmp_path / "record.json").read_text())["sizes"].values()
+    assert "is not a bundle" in one["error"]
+    assert two["error"] == "an arm needs 2 GPUs, and there are 1: choose smaller ones with --tp"
 
 
 def test_speeds(script: ModuleType) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -219,6 +220,18 @@ def test_settings_for_tensorrt_llm(conditioned: Path, standalone: Path, tmp_path
     assert read(tmp_path / "two" / "plain.yaml")["max_seq_len"] == 512 - 6  # there are no more positions
 
 
+def test_links_of_this_machine_are_not_followed_on_another(
+    standalone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "srv").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate((tmp_path / "srv" / "export", Path("here/../srv/export"))):
+        out = tmp_path / f"out{number}"
+        export_for("vllm", standalone, out, tensor_parallel=1, place=place)
+        assert f" vllm serve {tmp_path}/srv/export/target " in (out / "serve-plain.sh").read_text()
+
+
 def command(files: dict[str, str], arm: str) -> list[str]:
     return shlex.split(files[f"serve-{arm}.sh"].split("exec ")[1])[:-2]
 
@@ -278,6 +291,7 @@ def test_the_arm_of_this_project(host: Any, changes: dict[str, Any], engine: str
 
 # --- the scripts, run with programs that stand for the engines --------------------------------------------------------
 
+PROMPTS = __file__  # nobody reads it
 PROGRAM = """#!/usr/bin/env bash
 echo "$(basename "$0") $CUDA_VISIBLE_DEVICES $*" >> {log}
 {does}
@@ -285,8 +299,10 @@ echo "$(basename "$0") $CUDA_VISIBLE_DEVICES $*" >> {log}
 
 
 def stand_ins(folder: Path, **does: str) -> dict[str, str]:
-    """Environment in which programs of these names do something else."""
+    """Environment in which programs of these names do something else; at no port does anybody answer yet."""
     folder.mkdir()
+    if "curl" in does:
+        does["curl"] = f"grep -qv '^curl ' {folder / 'log'} || exit 7\n{does['curl']}"
     for name, body in does.items():
         path = folder / name.replace("_", "-")
         path.write_text(PROGRAM.format(log=folder / "log", does=body))
@@ -323,7 +339,7 @@ def test_all_arms_are_started_compared_and_ended(standalone: Path, tmp_path: Pat
     curl = f'port=${{@: -1}}; seen={tmp_path}/asked-${{port//[^0-9]/}}; [ -e "$seen" ] || {{ touch "$seen"; exit 7; }}'
     env = stand_ins(programs, trtllm_serve=serves, ssv_serve=serves, curl=curl, ssv_ab=f"cat {pids} | wc -l")
     done = subprocess.run(
-        [tmp_path / "out" / "compare.sh", "prompts.jsonl", "report", "--concurrency", "1,4"],
+        [tmp_path / "out" / "compare.sh", PROMPTS, "report", "--concurrency", "1,4"],
         env=env | {"SSV_GPUS": "6,7"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -337,7 +353,7 @@ def test_all_arms_are_started_compared_and_ended(standalone: Path, tmp_path: Pat
         ("plain", "target", 2), ("speculation", "target", 2), ("ssv", "tiny", 2)
     ]  # fmt: skip
     ab_cli._parser().parse_args(asked)
-    assert asked[-6:] == ["--prompts", "prompts.jsonl", "--out", "report", "--concurrency", "1,4"]
+    assert asked[-6:] == ["--prompts", PROMPTS, "--out", "report", "--concurrency", "1,4"]
     assert are_gone([int(pid) for pid in pids.read_text().split()])
 
 
@@ -350,7 +366,7 @@ def test_an_arm_that_ends_ends_the_comparison(standalone: Path, tmp_path: Path) 
     dies = f'case "$*" in *speculation.yaml*) {dies};; *) {serves};; esac'
     env = stand_ins(tmp_path / "bin", trtllm_serve=dies, ssv_serve=serves, curl='[[ "$*" == *8010* ]]', ssv_ab="exit 9")
     done = subprocess.run(
-        [tmp_path / "out" / "compare.sh", "p", "o"], env=env, capture_output=True, text=True, timeout=PATIENCE
+        [tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 1 and "error: speculation ended, see " in done.stderr
     assert are_gone([int(pid) for pid in pids.read_text().split()])
@@ -363,7 +379,7 @@ def test_a_comparison_that_is_ended_ends_its_arms(standalone: Path, tmp_path: Pa
     serves = SERVES.format(pids=pids)
     compares = f"echo $$ >> {pids}; echo > {fifo}; sleep 3600"
     env = stand_ins(tmp_path / "bin", trtllm_serve=serves, ssv_serve=serves, curl="exit 0", ssv_ab=compares)
-    process = subprocess.Popen([tmp_path / "out" / "compare.sh", "p", "o"], env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, stderr=subprocess.DEVNULL)
     fifo.read_text()  # ssv-ab has begun
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE) == 143
@@ -379,7 +395,7 @@ def test_some_arms_with_further_options(standalone: Path, tmp_path: Path) -> Non
     env = stand_ins(tmp_path / "bin", vllm=stays, curl=curl, ssv_ab=f'until [ "$(wc -l < {pids})" = 2 ]; do :; done')
     env |= {"ARMS": "speculation plain", "ENGINE_OPTIONS": "--kv-cache-memory-bytes 8G", "LOGS": str(logs)}
     done = subprocess.run(
-        [tmp_path / "out" / "compare.sh", "p", "o"],
+        [tmp_path / "out" / "compare.sh", PROMPTS, "o"],
         env=env | {"STOP_SECONDS": "0", "PLAIN_GPUS": "5"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -397,14 +413,48 @@ def test_some_arms_with_further_options(standalone: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arms", "named"), [("plain other", "there is no arm other, but plain speculation ssv"), ("plain", "names one arm")]
+    ("arms", "named"),
+    [
+        ("plain other", "there is no arm other, but plain speculation ssv"),
+        ("plain", "names one arm"),
+        ("plain ssv plain ssv", "error: ARMS names an arm twice: plain ssv\n"),
+    ],
 )
 def test_arms_that_cannot_be_compared(arms: str, named: str, standalone: Path, tmp_path: Path) -> None:
     export_for("vllm", standalone, tmp_path / "out", tensor_parallel=1)
     env = stand_ins(tmp_path / "bin", vllm="exit 9", ssv_serve="exit 9") | {"ARMS": arms}
-    done = subprocess.run([tmp_path / "out" / "compare.sh", "p", "o"], env=env, capture_output=True, text=True)
+    done = subprocess.run([tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and named in done.stderr
     assert not (tmp_path / "bin" / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "curl", "prompts", "named"),
+    [
+        ("curl", "exit 7", PROMPTS, "curl is not installed here"),
+        ("ssv-ab", "exit 7", PROMPTS, "ssv-ab is not installed here"),
+        ("", "exit 7", "/nowhere/prompts.jsonl", "/nowhere/prompts.jsonl cannot be read"),
+        ("", '[[ "$*" == *8011* ]] || exit 7', PROMPTS, "port 8011, which is for speculation, is in use"),
+        ("", '[[ "$*" != *8010* ]] || exit 28', PROMPTS, "port 8010, which is for plain, is in use"),  # but is silent
+    ],
+)
+def test_no_arm_is_started_in_vain(
+    missing: str, curl: str, prompts: str, named: str, standalone: Path, tmp_path: Path
+) -> None:
+    export_for("vllm", standalone, tmp_path / "out", tensor_parallel=1)
+    programs = tmp_path / "bin"
+    env = stand_ins(programs, vllm="exit 9", ssv_serve="exit 9", ssv_ab="exit 9", curl="")
+    (programs / "curl").write_text(f"#!/usr/bin/env bash\n{curl}\n")
+    for name in ("bash", "dirname", "mktemp", "mkdir", "sort", "uniq"):
+        (programs / name).symlink_to(Path(shutil.which(name) or name).resolve())
+    if missing:
+        (programs / missing).unlink()
+    done = subprocess.run(
+        [tmp_path / "out" / "compare.sh", prompts, "o"],
+        env=env | {"PATH": str(programs), "LOGS": str(tmp_path)}, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 2 and named in done.stderr
+    assert not (programs / "log").exists()
 
 
 def test_benchmarks_of_tensorrt_llm(conditioned: Path, tmp_path: Path) -> None:
@@ -441,7 +491,7 @@ def test_the_command_says_what_is_left_out(
 def test_a_comparison_says_what_ssv_ab_says(standalone: Path, tmp_path: Path) -> None:
     export_for("vllm", standalone, tmp_path / "out", tensor_parallel=2)
     env = stand_ins(tmp_path / "bin", vllm="sleep 3600", curl="exit 0", ssv_ab="exit 4")
-    assert subprocess.run([tmp_path / "out" / "compare.sh", "p", "o"], env=env, timeout=PATIENCE).returncode == 4
+    assert subprocess.run([tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, timeout=PATIENCE).returncode == 4
 
 
 @pytest.mark.parametrize(
@@ -451,6 +501,7 @@ def test_a_comparison_says_what_ssv_ab_says(standalone: Path, tmp_path: Path) ->
         (["speculators", "--memory-share", "0.5"], "--memory-share is for an engine"),
         (["vllm", "--verifier", "me"], "--verifier is for a layout"),
         (["vllm", "--memory-share", "1.5"], "a share of memory of 1.5"),
+        (["vllm", "--num-draft-tokens", "512"], "give fewer than 511 with --num-draft-tokens"),
         (["sglang", "--tp", "3"], "choose --tp from 1, 2, 4"),
     ],
 )

@@ -122,7 +122,7 @@ def test_biases_get_zeros_and_the_outputs_stays(tmp_path: Path) -> None:
     ("arguments", "named"),
     [
         (["vllm", "--tp", "2"], "choose --tp from 1, 3, or add heads of zeros with --pad-heads"),
-        (["vllm", "--tp", "5", "--pad-heads"], "5 GPUs cannot share the target evenly"),  # nor the MLP's 96 rows
+        (["vllm", "--tp", "5", "--pad-heads"], "choose --tp from 1, 2, 3"),  # 5 does not divide the 96 rows
         (["sglang", "--tp", "2", "--pad-heads"], "--pad-heads is not for SGLang"),
         (["speculators", "--pad-heads"], "--pad-heads is for an engine"),
     ],

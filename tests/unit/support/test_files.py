@@ -65,6 +65,12 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(
         assert raised.value.filename == str(path)
 
 
+def test_tensors_are_for_whom_other_files_are(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_whole({"new": torch.ones(2)}, tmp_path / "file")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_it_is_on_the_disk_before_it_takes_its_place(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
