@@ -96,7 +96,7 @@ def figures(
         count_correct: whether the cost of a correct answer is wanted.
     """
     fine = [sample for sample in samples if not sample.error]
-    seconds = sum(_busy(turn) for turn in _turns(samples).values())
+    seconds = sum(busy_s(turn) for turn in turns_of(samples).values())
     tokens = sum(sample.output_tokens for sample in fine)
     latency = _latencies(fine)
     good = sum(_is_good(sample, slo) for sample in samples) if slo else None
@@ -308,7 +308,8 @@ def _pair(sample: Sample) -> tuple[str, int, int]:
     return sample.prompt, sample.seed, sample.concurrency
 
 
-def _turns(samples: Sequence[Sample]) -> dict[tuple[int, int], list[Sample]]:
+def turns_of(samples: Sequence[Sample]) -> dict[tuple[int, int], list[Sample]]:
+    """The samples of each block and repeat, which were asked one behind the other."""
     turns: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     for sample in samples:
         turns[sample.block, sample.repeat].append(sample)
@@ -323,7 +324,8 @@ def _complete(samples: Sequence[Sample]) -> set[int]:
     return {block for block, repeats in prompts.items() if len(repeats) == 2 and repeats[0] == repeats[1]}
 
 
-def _busy(turn: Sequence[Sample]) -> float:
+def busy_s(turn: Sequence[Sample]) -> float:
+    """Seconds in which an arm had something to do in a turn."""
     return max(sample.end_s for sample in turn) - min(sample.start_s for sample in turn)
 
 
@@ -384,11 +386,11 @@ def _ratio(
     parts: list[np.ndarray] = []
     for samples, price in zip(sides, prices, strict=True):
         num, den = np.zeros(len(place)), np.zeros(len(place))
-        for (block, _), turn in _turns(samples).items():
+        for (block, _), turn in turns_of(samples).items():
             fine = [sample for sample in turn if not sample.error]
             tokens = sum(sample.output_tokens for sample in fine)
             if metric == "cost":
-                num[place[block]] += _cost(price or Price(per_second=1.0), _busy(turn), tokens)
+                num[place[block]] += _cost(price or Price(per_second=1.0), busy_s(turn), tokens)
                 den[place[block]] += tokens
             elif metric == "tpot_mean":
                 num[place[block]] += sum(seconds for sample in fine for seconds, _ in sample.gaps)

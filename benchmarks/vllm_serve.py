@@ -29,7 +29,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -41,8 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
-from ssv.ab.measures import MIN_BLOCKS, by_arm, identical_share
+from ssv.ab.measures import MIN_BLOCKS, busy_s, by_arm, identical_share, turns_of
 from ssv.ab.samples import Sample, read_samples
 from ssv.ab.statistics import bootstrap
 from ssv.builder.export import export_for
@@ -271,14 +271,12 @@ def in_ms(seconds: dict[str, float]) -> dict[str, float]:
 
 def speed_interval(samples: Sequence[Sample]) -> list[float] | None:
     """Where tokens per second lie with 95 %: blocks are drawn, as `ssv-ab` does; None of too few."""
-    turns: dict[tuple[int, int], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        turns[sample.block, sample.repeat].append(sample)
+    turns = turns_of(samples)
     place = {block: number for number, block in enumerate(sorted({block for block, _ in turns}))}
     tokens, seconds = np.zeros(len(place)), np.zeros(len(place))
     for (block, _), turn in turns.items():
         tokens[place[block]] += sum(sample.output_tokens for sample in turn)
-        seconds[place[block]] += max(s.end_s for s in turn) - min(s.start_s for s in turn)
+        seconds[place[block]] += busy_s(turn)
     if len(place) < MIN_BLOCKS or not tokens.any():
         return None
     interval = bootstrap(lambda counts: (counts @ tokens) / (counts @ seconds), len(place), level=LEVEL)
@@ -305,7 +303,6 @@ COUNTERS = {
     "generated": "vllm:generation_tokens_total",
     "requests": "vllm:request_success_total",
 }
-_POSITION = re.compile(r'position="(\d+)"')
 
 
 def counted(path: Path) -> dict[str, Any] | None:
@@ -318,14 +315,11 @@ def counted(path: Path) -> dict[str, Any] | None:
         return None
     values: dict[str, float] = defaultdict(float)
     by_position: dict[int, float] = defaultdict(float)
-    for line in path.read_text().splitlines():
-        name, _, rest = line.partition("{")
-        if line.startswith("#") or not rest:
-            continue
-        labels, _, value = rest.rpartition("}")
-        values[name] += float(value.split()[0])
-        if name == "vllm:spec_decode_num_accepted_tokens_per_pos_total" and (at := _POSITION.search(labels)):
-            by_position[int(at[1])] += float(value.split()[0])
+    for family in text_string_to_metric_families(path.read_text()):
+        for sample in family.samples:
+            values[sample.name] += sample.value
+            if sample.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
+                by_position[int(sample.labels["position"])] += sample.value
     found: dict[str, Any] = {ours: int(values[theirs]) for ours, theirs in COUNTERS.items() if theirs in values}
     if drafts := found.get("drafts"):
         found["accepted_by_position"] = [round(by_position[at] / drafts, 4) for at in sorted(by_position)]

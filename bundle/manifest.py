@@ -168,7 +168,7 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _trusts_nothing_but_by_a_tier(self) -> Manifest:
-        if wrong := [name for name, policy in self.methods.items() if policy.accept_below > 0 and policy.max_pending]:
+        if wrong := [name for name, policy in self.methods.items() if not policy.lossless_for(greedy=True)]:
             raise ValueError(f"methods.{wrong[0]} trusts tokens, and only tiers have a bound on that")
         return self
 

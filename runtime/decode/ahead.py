@@ -258,12 +258,12 @@ class Ahead:
         # Also where the rows were taken back since, as they are before a draft is tried behind rounds without.
         if self._chosen is not None and self._chosen_for == wanted_for and self._rounds_until_choice > 0:
             return self._chosen
-        host_s = num_rows * self._host.seconds
+        before, host_s = self._chosen, num_rows * self._host.seconds
         levels, nodes = self._drafter.levels(policy).worth_nodes(
             num_rows,
             np.maximum(self._seconds_of_trees(policy, num_rows, min(policy.max_pending, most_nodes)), host_s),
             self._seconds(num_rows, self._round(None, 0)),
-            (chosen.tree.levels, chosen.nodes) if (chosen := self._chosen) is not None and chosen.tree else None,
+            (before.tree.levels, before.nodes) if before is not None and before.tree else None,
         )
         chosen = self._tree_round(policy, num_rows, levels, nodes) if levels else self._round(None, 0)
         self._chosen, self._chosen_for = chosen, wanted_for

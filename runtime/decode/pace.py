@@ -85,8 +85,13 @@ class Mean:
         if self.count and INTERRUPTED * seconds < self.seconds:
             self.count = 0
         self.count += 1
-        self.seconds += max(self.weight, 1 / self.count) * (seconds - self.seconds)
+        self.seconds += self.share * (seconds - self.seconds)
         return True
+
+    @property
+    def share(self) -> float:
+        """What the last value has of the mean."""
+        return max(self.weight, 1 / self.count)
 
 
 @dataclass(slots=True)
@@ -102,11 +107,11 @@ class _Rate:
         seconds_off = seconds - self.time.seconds
         if not self.time.note(seconds):
             return
-        weight, tokens_off = max(LONG_WEIGHT, 1 / self.time.count), tokens - self.tokens
-        self.tokens += weight * tokens_off
-        # Of the first round, whose weight is 1, nothing is left of what was before.
-        self.tokens_variance = (1 - weight) * (self.tokens_variance + weight * tokens_off**2)
-        self.seconds_variance = (1 - weight) * (self.seconds_variance + weight * seconds_off**2)
+        share, tokens_off = self.time.share, tokens - self.tokens
+        self.tokens += share * tokens_off
+        # Of a first round, which is all of the mean, nothing is left of what was before.
+        self.tokens_variance = (1 - share) * (self.tokens_variance + share * tokens_off**2)
+        self.seconds_variance = (1 - share) * (self.seconds_variance + share * seconds_off**2)
 
     @property
     def is_believed(self) -> bool:

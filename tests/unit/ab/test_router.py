@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib.util
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 from checkout import ROOT
+from scripts import loaded
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from ssv.ab import router as module
@@ -853,11 +853,7 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
     monkeypatch.setattr(PbFamily, "made", {}, raising=False)
     monkeypatch.setattr(module, "AsyncClient", FakeClient)
-    path = ROOT / "triton_repo" / "ab_router" / "1" / "model.py"
-    spec = importlib.util.spec_from_file_location("ab_router_model", path)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
+    found = loaded(ROOT / "triton_repo" / "ab_router" / "1" / "model.py")
     handlers, level = logging.root.handlers[:], logging.root.level
     yield found
     logging.root.handlers[:] = handlers

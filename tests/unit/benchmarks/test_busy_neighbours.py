@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from scripts import loaded
 
 from ssv.client.triton import ServerError
 
@@ -28,10 +28,7 @@ for line in sys.stdin:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script on two cores, with neighbours that are not there and workers that count."""
-    spec = importlib.util.spec_from_file_location("busy_neighbours", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(SCRIPT)
 
     @contextmanager
     def nobody(number: int) -> Iterator[None]:
