@@ -14,9 +14,13 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 """Of the GPUs that the kernels are written for."""
 
 
+_OF_DECODERS = ("step.cuh", "arithmetic.cuh", "products.cuh", "attention.cuh")
+_SHARED = {"decoder": _OF_DECODERS, "wide": _OF_DECODERS}
+
+
 def source_of(name: str) -> str:
-    """The source of the kernels `decoder`, `rounds` or `sample`, with what they share before it."""
-    parts = ("step.cuh", f"{name}.cu")
+    """The source of the kernels `decoder`, `wide`, `rounds` or `sample`, with what they share before it."""
+    parts = (*_SHARED.get(name, ("step.cuh",)), f"{name}.cu")
     return "".join(f'#line 1 "{part}"\n{(_FOLDER / part).read_text()}' for part in parts)
 
 

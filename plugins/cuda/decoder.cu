@@ -17,110 +17,8 @@
  * or one, CHANNELS of them multiplied at once, and with or without tokens that it HOLDS in shared memory; without it the other
  * kernels, for one model's shape: HEAD_DIM, GROUP (query heads of a key/value head), QK_NORM (0 or 1).
  */
-#define TILE 16   /* output channels of a block */
-
-/* Of what no kernel of the step writes; volatile, so that it stays before the wait. */
-__device__ __forceinline__ uint4 load_weights(const uint4 *p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-__device__ __forceinline__ float2 load_scales(const float2 *p) {
-    float2 v;
-    asm volatile("ld.global.nc.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
-    return v;
-}
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x << 16); }
-
-__device__ __forceinline__ u32 round_pair(float lo, float hi) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-__device__ __forceinline__ u16 round_one(float x) { return (u16)round_pair(x, 0.0f); }
-
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-__device__ __forceinline__ void multiply(float *c, const uint4 &a, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-
 #ifdef TILES
 /* --- products --------------------------------------------------------------------------------------------------------- */
-
-struct Linear {
-    const int *step;
-    const uint4 *weight;  /* [N / TILE, PIECES(pairs), 32] */
-    const float *scale;   /* BITS 8: [N]; BITS 4: [N / TILE, groups, 8, 2], of channels g and g + 8 */
-    const u16 *x;         /* rows of 32 * pairs */
-    const float *squares; /* [TOKENS, num_squares]: x is divided by its root mean square; NULL: it is not */
-    const float *bias;    /* [N] or NULL */
-    float *out;           /* store: [rows, N]; add: [TOKENS, N] residuals */
-    u16 *out_bf16;        /* gate: [TOKENS, N / 2]; add: out * next_norm */
-    float *out_squares;   /* add: [TOKENS, N / TILE] */
-    const float *next_norm; /* add: see out_bf16; gate: [N / 2], the same for what it gives, or NULL */
-    u16 *tapped;       /* add: a copy of out for the features, rows of tapped_width; or NULL */
-    const float *from; /* store: residuals of which the gathered rows are copied to `copied`; or NULL */
-    float *copied;
-    int tiles, together, pairs, share, groups, outputs, num_squares, tapped_width, gathered;
-    float eps;
-};
-
-enum { STORE, ADD, GATE };
-
-/* A pair is 32 of K: two fragments. AHEAD: pairs that a warp has on the way before it waits. */
-#if BITS == 16
-#define PIECES(pairs) (2 * (pairs)) /* of 16 bytes a lane */
-#elif BITS == 8
-#define PIECES(pairs) (pairs)
-#else
-#define PIECES(pairs) (((pairs) + 1) / 2)
-#endif
-#define PAIR_OF(piece) ((piece) * 8 / BITS)
-
-__device__ __forceinline__ u32 scale_and_shift(u32 pair, u32 factor, u32 offset) {
-    u32 r;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(factor), "r"(offset));
-    return r;
-}
-
-#if BITS == 8
-/* E4M3 with its exponent and mantissa where bf16 has them is 2^120 too small, and bf16 has its subnormals. */
-__device__ __forceinline__ u32 widen_bytes(u32 signs, u32 rest) {
-    return scale_and_shift((signs & 0x80008000u) | (rest & 0x07f007f0u), 0x7b807b80u, 0x80008000u);
-}
-#elif BITS == 4
-/* Behind the mantissa of 128 an integer n of four bits is 128 + n; they are stored with 8 added. */
-__device__ __forceinline__ u32 widen_nibbles(u32 word) {
-    u32 r; /* (word & mask) | 128: left to the compiler, it is two instructions */
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
-    return scale_and_shift(r, 0x3f803f80u, 0xc308c308u);
-}
-#endif
-
-/* The A fragment of product `s` of pair `i` of those in registers. */
-__device__ __forceinline__ uint4 fragment(const uint4 *a, int i, int s) {
-#if BITS == 16
-    return a[2 * i + s];
-#elif BITS == 8
-    const u32 one = s ? a[i].z : a[i].x, other = s ? a[i].w : a[i].y;
-    return make_uint4(widen_bytes(one << 8, one << 4), widen_bytes(one, one >> 4),
-                      widen_bytes(other << 8, other << 4), widen_bytes(other, other >> 4));
-#else
-    const uint4 &piece = a[i / 2];
-    const u32 word = i % 2 ? (s ? piece.w : piece.z) : (s ? piece.y : piece.x);
-    return make_uint4(widen_nibbles(word), widen_nibbles(word >> 4), widen_nibbles(word >> 8), widen_nibbles(word >> 12));
-#endif
-}
 
 /* Pairs of the other operand: as many as registers hold. */
 #define AT_ONCE (TILES * CHANNELS > 4 ? 1 : TILES * CHANNELS > 2 && THREADS * BLOCKS > 384 ? 2 : 4)
@@ -250,42 +148,23 @@ __device__ __forceinline__ void linear(const Linear &p) {
     uint4 *held = HOLDS ? (uint4 *)(shared + 2 * p.together * active * TILES * 32) + lane : nullptr;
     for (int next = blockIdx.y;;) {
         const bool is_first = !SEVERAL || next == blockIdx.y;
-        const int tile = next + (SEVERAL ? behind * gridDim.y : 0), n = tile * TILE + g;
+        const int tile = next + (SEVERAL ? behind * gridDim.y : 0);
         const bool finishes = may_finish && tile < p.tiles;
-        float bias[2] = {}, next_norm[2];
-#if BITS == 8
-        float channel[2];
-#endif
-        if (finishes) {
-            if (p.bias) bias[0] = n < p.outputs ? p.bias[n] : 0.0f, bias[1] = n + 8 < p.outputs ? p.bias[n + 8] : 0.0f;
-            if (KIND == ADD) next_norm[0] = p.next_norm[n], next_norm[1] = p.next_norm[n + 8];
-            if (KIND == GATE) next_norm[0] = p.next_norm ? p.next_norm[tile * 8 + g] : 1.0f;
-#if BITS == 8
-            channel[0] = p.scale[n], channel[1] = p.scale[n + 8];
-#endif
-        }
+        Finish<KIND> its;
+        if (finishes) its.load(p, tile, g);
         if (is_first) wait_for_previous();
         if (HOLDS && is_first) hold_tokens(held, x, first, last);
 
         uint4 b[AT_ONCE][TILES];
         load_tokens(b, x, held, first, last);
-        float residual[2][2] = {};
+        float2 residual[2] = {};
         if (finishes)
 #pragma unroll
-            for (int i = 0; i < 2; i++) { /* channels g and g + 8 of tokens 2 q and 2 q + 1 */
+            for (int i = 0; i < 2; i++) {
                 const int m = which + 2 * q + i;
                 if (m >= num) continue;
-                if (KIND == ADD) residual[i][0] = p.out[(size_t)m * p.outputs + n], residual[i][1] = p.out[(size_t)m * p.outputs + n + 8];
-                if (p.squares && is_first) {
-                    const float *from = p.squares + (size_t)(p.gathered ? p.step[GATHER + m] : m) * p.num_squares;
-                    for (int k = g; k < p.num_squares; k += 64) {
-                        float some[8];
-#pragma unroll
-                        for (int u = 0; u < 8; u++) some[u] = k + 8 * u < p.num_squares ? from[k + 8 * u] : 0.0f;
-#pragma unroll
-                        for (int u = 0; u < 8; u++) squares[i] += some[u];
-                    }
-                }
+                residual[i] = its.residual_of(p, tile, g, m);
+                if (p.squares && is_first) squares[i] = some_squares(p, p.gathered ? p.step[GATHER + m] : m, g);
             }
         for (int s = 0, of = next;;) {
             const int then = of + CHANNELS * gridDim.y;
@@ -319,42 +198,11 @@ __device__ __forceinline__ void linear(const Linear &p) {
                 const float4 part = sums[((behind * active + w) * TILES + warp % TILES) * 32 + lane];
                 s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
             }
-#if BITS == 8
-            s[0] *= channel[0], s[1] *= channel[0], s[2] *= channel[1], s[3] *= channel[1];
-#endif
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int m = which + 2 * q + i;
-                const bool is_token = m < num;
-                if (p.squares && is_first) {
-#pragma unroll
-                    for (int step = 4; step < 32; step <<= 1) squares[i] += __shfl_xor_sync(~0u, squares[i], step);
-                    factor[i] = rsqrtf(squares[i] / (float)(p.num_squares * TILE) + p.eps);
-                }
-                float one = fmaf(s[i], factor[i], bias[0]), other = fmaf(s[i + 2], factor[i], bias[1]);
-                if (KIND == STORE && is_token) {
-                    float *out = p.out + (size_t)m * p.outputs;
-                    if (n < p.outputs) out[n] = one;
-                    if (n + 8 < p.outputs) out[n + 8] = other;
-                }
-                if (KIND == GATE && is_token)
-                    p.out_bf16[(size_t)m * (p.outputs / 2) + tile * 8 + g] = round_one(one / (1.0f + __expf(-one)) * other * next_norm[0]);
-                if (KIND == ADD) {
-                    one += residual[i][0], other += residual[i][1];
-                    if (is_token) {
-                        const size_t at = (size_t)m * p.outputs + n;
-                        p.out[at] = one, p.out[at + 8] = other;
-                        p.out_bf16[at] = round_one(one * next_norm[0]), p.out_bf16[at + 8] = round_one(other * next_norm[1]);
-                        if (p.tapped) {
-                            u16 *tapped = p.tapped + (size_t)m * p.tapped_width + n;
-                            tapped[0] = round_one(one), tapped[8] = round_one(other);
-                        }
-                    }
-                    float sum = fmaf(one, one, other * other);
-#pragma unroll
-                    for (int step = 4; step < 32; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
-                    if (is_token && !g) p.out_squares[(size_t)m * (p.outputs / TILE) + tile] = sum;
-                }
+                if (p.squares && is_first) factor[i] = factor_of(p, squares[i]);
+                its.put(p, tile, g, m, m < num, i, s, residual[i], factor[i]);
             }
         }
         /* Who is still adding these up is waited for at the next barrier, before they are written again. */
@@ -852,85 +700,6 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
 
 /* --- attention -------------------------------------------------------------------------------------------------------- */
 
-#define WARPS 8
-#define CHUNK 32              /* keys that are weighed together, in the order of their positions */
-#define KEYS (CHUNK * WARPS)  /* of a block */
-#define HALF (HEAD_DIM / 2)
-#define LANE_PAIRS ((HALF + 31) / 32)           /* pairs of dims that a lane rotates */
-#define KEY_PIECES ((HEAD_DIM + 31) / 32)       /* of 32 dims: two products each */
-#define VALUE_PIECES ((HEAD_DIM + 63) / 64)     /* of 64 dims: eight products side by side */
-#define STRIDE (HEAD_DIM + 8)                   /* of bf16 rows in shared memory: 16-byte pieces of rows in banks of their own */
-#define MIXED (HEAD_DIM + 4)
-#define PARTIAL (HEAD_DIM + 2) /* of a block's share: values, largest score, sum of weights */
-#define ON_THE_WAY 4           /* heads that a warp loads at once */
-
-struct Attention {
-    const int *step;
-    const float *qkv;    /* [TOKENS, (heads + 2 * kv_heads) * HEAD_DIM] */
-    u16 *keys, *values;  /* [rows, kv_heads, slots, HEAD_DIM] of this layer */
-    const float *cosine, *sine; /* [positions, HALF] */
-    const float *q_norm, *k_norm; /* [HEAD_DIM], with QK_NORM */
-    const float *factor; /* [heads * HEAD_DIM] that the output is multiplied with, or NULL */
-    u16 *out;            /* [TOKENS, heads * HEAD_DIM] */
-    float *partial;      /* [TOKENS, heads, most_blocks, PARTIAL] */
-    int *arrivals;       /* [TOKENS, kv_heads], 0 before and after */
-    int heads, kv_heads, slots, most_blocks, group_tokens;
-    float eps;
-};
-
-__device__ __forceinline__ float power_of_two(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-
-/* A query, a key or a value of one token, as it comes from its product, with the rotation of its position. */
-struct Head {
-    float first[LANE_PAIRS], second[LANE_PAIRS], cosine[LANE_PAIRS], sine[LANE_PAIRS];
-
-    __device__ __forceinline__ void load_rotation(const Attention &p, bool rotates, int position, int lane) {
-#pragma unroll
-        for (int i = 0; i < LANE_PAIRS; i++) {
-            const int d = lane + 32 * i, at = position * HALF + d;
-            rotates &= HALF % 32 == 0 || d < HALF;
-            cosine[i] = rotates ? p.cosine[at] : 1.0f, sine[i] = rotates ? p.sine[at] : 0.0f;
-        }
-    }
-
-    __device__ __forceinline__ void load(const float *head, int lane) {
-#pragma unroll
-        for (int i = 0; i < LANE_PAIRS; i++) {
-            const int d = lane + 32 * i;
-            const bool is_there = HALF % 32 == 0 || d < HALF;
-            first[i] = is_there ? head[d] : 0.0f, second[i] = is_there ? head[d + HALF] : 0.0f;
-        }
-    }
-
-    /* Normed if the model does so, rotated and rounded. */
-    __device__ __forceinline__ void store(const Attention &p, const float *norm, int lane, u16 *to, u16 *also) {
-        if (QK_NORM && norm) {
-            float squares = 0.0f;
-#pragma unroll
-            for (int i = 0; i < LANE_PAIRS; i++) squares = fmaf(first[i], first[i], fmaf(second[i], second[i], squares));
-            const float scale = rsqrtf(sum_of_warp(squares) / (float)HEAD_DIM + p.eps);
-#pragma unroll
-            for (int i = 0; i < LANE_PAIRS; i++) {
-                const int d = lane + 32 * i;
-                if (d < HALF) first[i] *= scale * norm[d], second[i] *= scale * norm[d + HALF];
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < LANE_PAIRS; i++) {
-            const int d = lane + 32 * i;
-            if (HALF % 32 && d >= HALF) continue;
-            const u16 one = round_one(fmaf(first[i], cosine[i], -(second[i] * sine[i])));
-            const u16 other = round_one(fmaf(second[i], cosine[i], first[i] * sine[i]));
-            to[d] = one, to[d + HALF] = other;
-            if (also) also[d] = one, also[d + HALF] = other;
-        }
-    }
-};
-
 /* Keys and values of a chunk as the other operands of products: of lane (g, q) the keys 8 t + g, and the values of keys
  * 16 u + 2 q, that and 1, 8 and 9 more. */
 struct Chunk {
@@ -980,8 +749,6 @@ struct Chunk {
     }
 };
 
-__device__ __forceinline__ u32 word_of(const uint4 &piece, int i) { return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w; }
-
 /* What up to 16 queries take of a chunk: the sums of its values by their weights, the largest score (times log2(e)) and the sum of
  * weights. `queries` is the first one's row, `seen` says how many of the chunk's keys rows g and g + 8 see: none of rows that are
  * none. */
@@ -1001,33 +768,9 @@ __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, co
             multiply(score[t], make_uint4(one.z, other.z, one.w, other.w), chunk.key[t][i].z, chunk.key[t][i].w);
         }
     }
-    const float scale = 1.44269504f * rsqrtf((float)HEAD_DIM);
-    float most[2] = {-1.0e30f, -1.0e30f}, sum[2] = {};
-#pragma unroll
-    for (int t = 0; t < CHUNK / 8; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            score[t][i] = 8 * t + 2 * q + (i & 1) < seen[i / 2] ? score[t][i] * scale : -1.0e30f;
-            most[i / 2] = fmaxf(most[i / 2], score[t][i]);
-        }
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-#pragma unroll
-        for (int step = 1; step < 4; step <<= 1) most[row] = fmaxf(most[row], __shfl_xor_sync(~0u, most[row], step));
-        most[row] = fmaxf(most[row], -0.9e30f); /* of a row without keys, whose weights are to be 0 */
-    }
-    u32 weight[CHUNK / 8][2]; /* of two keys each: what is multiplied is also what is added up */
-#pragma unroll
-    for (int t = 0; t < CHUNK / 8; t++)
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            weight[t][row] = round_pair(power_of_two(score[t][2 * row] - most[row]), power_of_two(score[t][2 * row + 1] - most[row]));
-            sum[row] += low(weight[t][row]) + high(weight[t][row]);
-        }
-#pragma unroll
-    for (int row = 0; row < 2; row++)
-#pragma unroll
-        for (int step = 1; step < 4; step <<= 1) sum[row] += __shfl_xor_sync(~0u, sum[row], step);
+    float most[2], sum[2];
+    u32 weight[CHUNK / 8][2];
+    weigh_keys(score, seen, q, weight, most, sum);
     if (!q)
 #pragma unroll
         for (int row = 0; row < 2; row++)
@@ -1037,13 +780,7 @@ __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, co
         float out[8][4] = {};
 #pragma unroll
         for (int u = 0; u < CHUNK / 16; u++)
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const uint4 weights = make_uint4(weight[2 * u][0], weight[2 * u][1], weight[2 * u + 1][0], weight[2 * u + 1][1]);
-                const u32 of = e % 2 ? 0x7632 : 0x5410;
-                multiply(out[e], weights, __byte_perm(word_of(chunk.value[4 * u][i], e / 2), word_of(chunk.value[4 * u + 1][i], e / 2), of),
-                         __byte_perm(word_of(chunk.value[4 * u + 2][i], e / 2), word_of(chunk.value[4 * u + 3][i], e / 2), of));
-            }
+            add_values(out, weight, u, {chunk.value[4 * u][i], chunk.value[4 * u + 1][i], chunk.value[4 * u + 2][i], chunk.value[4 * u + 3][i]});
 #pragma unroll
         for (int row = 0; row < 2; row++)
 #pragma unroll

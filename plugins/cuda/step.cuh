@@ -4,7 +4,9 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+#ifndef TOKENS
 #define TOKENS 64 /* most tokens of a step */
+#endif
 
 /* Where the numbers of a step lie; `ssv.runtime.engines.cuda.places` writes them. */
 enum {

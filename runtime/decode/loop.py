@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from ssv.bundle.policy import Policy
 from ssv.runtime.counters import Counters
@@ -198,7 +199,9 @@ class DecodeLoop:
         """Lets a request join if one may."""
         if (running := self.scheduler.admit()) is not None:
             running.row.counters.queue_s = time.monotonic() - running.arrived
-            self.batch.members.begin(running.request.prompt_ids, running.row)
+            members, waiting = self.batch.members, self.scheduler.waiting
+            following = [(each.request.prompt_ids, each.row) for each in islice(waiting, members.most_sharing)]
+            members.begin(running.request.prompt_ids, running.row, following)
 
     def _joined(self, first: int) -> Iterator[Chunk]:
         """Whoever joins decodes from its first token on."""

@@ -1,8 +1,8 @@
 """Rows that come and go: who may join a batch, the prompt of the row that joins, a chunk at a time, and who leaves.
 
 Rows in use are always the first ones. One row at a time joins: its prompt is run behind the others and between their
-rounds (`ssv.runtime.decode.round`), or beside these, in a lane of its own. When a row leaves, the last one takes its
-place.
+rounds (`ssv.runtime.decode.round`), or beside these, in a lane of its own. Short prompts that wait behind it may be run
+in the same step, which costs little more than one does. When a row leaves, the last one takes its place.
 
 Shapes: T tokens of a step, V vocab.
 """
@@ -27,7 +27,7 @@ from ssv.runtime.decode.logits_processor import Columns, LogitsProcessor, proces
 from ssv.runtime.decode.logprobs import logprobs_of
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
-from ssv.runtime.decode.row import Row
+from ssv.runtime.decode.row import Row, RunTogether, padded
 from ssv.runtime.engines.contract import Engine, PromptLane, StepOutput
 from ssv.runtime.grammar import Grammars
 from ssv.runtime.request import RequestError, SamplingParams, TokenFate
@@ -78,16 +78,20 @@ class _Joining:
 
     Attributes:
         is_beside: whether that is beside the rounds.
+        at: its row of the lane's cache, if it is.
         last: what its last step gives.
         blocks: what is being read meanwhile.
+        others: prompts that share its step, and their rows.
     """
 
     row: Row
     ids_1T: Tensor
     is_beside: bool
+    at: int = 0
     done: int = 0
     last: StepOutput | None = None
     blocks: Sequence[PromptBlock] = ()
+    others: Sequence[tuple[Sequence[int], Row]] = ()
 
 
 class Membership:
@@ -95,7 +99,8 @@ class Membership:
 
     Attributes:
         rows: those in use, in their order.
-        prefill_chunk: tokens of a prompt that `prefill` runs at a time.
+        prefill_chunk: tokens of a prompt that `prefill` runs at a time; where there is a lane, as many as its steps
+            have room for, of which the cache of prompts keeps so many at a time.
         prompt_cache: where prompts are looked up and kept; None for nowhere.
     """
 
@@ -149,6 +154,11 @@ class Membership:
         return len(prompt_ids) >= self._lane.least or len(self.rows) == self._target.max_batch
 
     @property
+    def most_sharing(self) -> int:
+        """How many prompts can be run in the step of another, at the most."""
+        return self._lane.most_rows - 1 if self._lane is not None else 0
+
+    @property
     def tokens_between(self) -> int:
         """Tokens of prompts that are run between two rounds, at the most."""
         return self.prefill_chunk if self._lane is None else max(self.prefill_chunk, self._lane.least)
@@ -169,7 +179,7 @@ class Membership:
         if not joining.is_beside:
             return self._target, len(self.rows)
         assert self._lane is not None
-        return self._lane.target, 0
+        return self._lane.target, joining.at
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, policy: Policy) -> None:
         """Raises RequestError if a request cannot run here."""
@@ -207,8 +217,11 @@ class Membership:
         if policy.accept_below > 0 and not self._drafters[policy.drafter].has_scores:
             raise RequestError("this tier trusts tokens by their score, and the draft was loaded without a scorer")
 
-    def begin(self, prompt_ids: Sequence[int], row: Row) -> None:
-        """Takes a row whose prompt is to be run; no other may be on its way.
+    def begin(self, prompt_ids: Sequence[int], row: Row, following: Sequence[tuple[Sequence[int], Row]] = ()) -> None:
+        """Takes a row whose prompt is to be run, unless that was done with another's; no other may be on its way.
+
+        Args:
+            following: prompts of those who wait behind it, in the order in which they will be begun.
 
         Raises:
             RequestError: see `check`.
@@ -218,16 +231,65 @@ class Membership:
         row.tokens = list(prompt_ids)
         row.counters.prompt_tokens = len(prompt_ids)
         row.processor = self.processor(row.params, prompt_ids)
+        run, row.run_together = row.run_together, None
         # A drafter that keeps nothing of prompts has nothing to make ready, and can begin at any time.
         if self._caching(row) is not None:
-            row.has_lost_draft = self.follows_load(row) and not self._would_draft(row)
-        self._joining = _Joining(row, torch.tensor([row.tokens]), self.runs_beside(prompt_ids))
+            row.has_lost_draft = run is not None or (self.follows_load(row) and not self._would_draft(row))
+        is_beside = self.runs_beside(prompt_ids) if run is None else run.is_beside
+        self._joining = joining = _Joining(row, torch.tensor([row.tokens]), is_beside)
         if (drafter := self._drafters.of(row)) is not None:
-            drafter.begin(is_beside=self._joining.is_beside)
-        if self._joining.is_beside and self._lane is not None:
+            drafter.begin(is_beside=is_beside)
+        if run is not None:
+            self._take(joining, run)
+            return
+        if is_beside and self._lane is not None:
             # What the prompt before has left there has been taken, and chunks that this one reads are kept.
             self._lane.hand_over(len(prompt_ids))
-        self._restore(self._joining)
+        self._restore(joining)
+        joining.others = self._sharing(joining, following)
+
+    def _take(self, joining: _Joining, run: RunTogether) -> None:
+        """Takes a prompt that was run with another's to where it would have been run by itself."""
+        length = len(joining.row.tokens)
+        joining.at, joining.done, joining.last = run.at, length, run.last
+        if not run.is_beside and run.at != (place := len(self.rows)):
+            self._target.move_row(run.at, place, length)
+        if (drafter := self._drafters.of(joining.row)) is not None:
+            drafter.prefill(self._place(joining)[1], joining.ids_1T, 0, length, None)
+
+    def _sharing(
+        self, joining: _Joining, following: Sequence[tuple[Sequence[int], Row]]
+    ) -> list[tuple[Sequence[int], Row]]:
+        """The first of the prompts that follow, as far as one step has room for them and they are nobody's business
+        but the target's."""
+        lane, length = self._lane, len(joining.row.tokens)
+        if lane is None or joining.done or not self._is_for_target_alone(joining.row.tokens, joining.row):
+            return []
+        num_rows = lane.most_rows
+        if not joining.is_beside:
+            num_rows = min(num_rows, self._target.max_batch - len(self.rows))
+        sharing: list[tuple[Sequence[int], Row]] = []
+        for prompt_ids, row in following:
+            length += len(prompt_ids)
+            if 1 + len(sharing) >= num_rows or length > lane.most_tokens:
+                break
+            if not self._is_for_target_alone(prompt_ids, row):
+                break  # who waits behind it joins behind it
+            sharing.append((prompt_ids, row))
+        return sharing
+
+    def _is_for_target_alone(self, prompt_ids: Sequence[int], row: Row) -> bool:
+        """Whether a prompt is short, none of it is known, and a step of the target with its last token's logits is all
+        that it needs."""
+        assert self._lane is not None
+        if len(prompt_ids) >= self._lane.least or row.params.prompt_logprobs is not None:
+            return False
+        drafter = self._drafters.of(row)
+        sees_prompt = drafter is not None and (drafter.has_cache or drafter.needs_features)
+        # A lossy row keeps its draft in whatever company: it may be alone soon.
+        if sees_prompt and not (row.lossless and self.follows_load(row) and not self._would_draft(row)):
+            return False
+        return self.prompt_cache is None or not self.prompt_cache.knows(prompt_ids[:-1], drafts=False)
 
     def _would_draft(self, row: Row) -> bool:
         """Whether a row that joins will be let draft: a draft that will hardly be asked is not made ready."""
@@ -263,7 +325,8 @@ class Membership:
         joining = self._joining
         assert joining is not None
         with self._around():
-            self._run_chunk(joining)
+            if joining.last is None:
+                self._run_chunk(joining)
             while joining.last is None and self._lane is not None:
                 self._run_chunk(joining)
             return self._join(joining) if joining.last is not None else None
@@ -292,16 +355,21 @@ class Membership:
         token."""
         joining, lane = self._joining, self._lane
         assert joining is not None and lane is not None
-        self._target.write_cache(len(self.rows), 0, lane.target.read_cache(0, 0, joining.done))
+        self._target.write_cache(len(self.rows), 0, lane.target.read_cache(joining.at, 0, joining.done))
         return self._join(joining)
 
     def _run_chunk(self, joining: _Joining) -> None:
-        """Runs the next chunk of a prompt."""
+        """Runs the next chunk of a prompt, or it and those that share its step."""
+        if joining.others:
+            self._run_together(joining)
+            return
         row, length = joining.row, joining.ids_1T.shape[1]
         engine, b = self._place(joining)
         drafter = self._drafters.of(row)
-        start, stop = joining.done, min(joining.done + self.prefill_chunk, length)
-        num_top = row.params.prompt_logprobs
+        num_top, size = row.params.prompt_logprobs, self.prefill_chunk
+        if self._lane is not None and num_top is None:
+            size = max(self._lane.most_tokens // size, 1) * size
+        start, stop = joining.done, min(joining.done + size, length)
         out = engine.step(
             joining.ids_1T[:, start:stop],
             torch.tensor([start], dtype=torch.int32),
@@ -317,10 +385,32 @@ class Membership:
                 logprobs_of(logits_V, token, num_top) for logits_V, token in zip(out.logits_RV, following, strict=False)
             ]
         joining.done = stop
-        if stop - start == self.prefill_chunk:
-            self._keep(joining, start, stop)
+        self._keep(row.tokens, self._caching(row), engine, b, start, stop)
         if stop == length:
             joining.last = out
+
+    def _run_together(self, joining: _Joining) -> None:
+        """Runs a prompt and those that share its step, whose rows take what it gives when they join."""
+        engine, b = self._place(joining)
+        prompts = [joining.row.tokens, *(prompt_ids for prompt_ids, _ in joining.others)]
+        counts = [len(prompt_ids) for prompt_ids in prompts]
+        width = max(counts)
+        out = engine.step(
+            torch.tensor([padded(prompt_ids, 0, width) for prompt_ids in prompts]),
+            torch.zeros(len(prompts), dtype=torch.int32),
+            torch.tensor([i * width + count - 1 for i, count in enumerate(counts)]),
+            count_B=torch.tensor(counts, dtype=torch.int32),
+            first_row=b,
+        )
+        rows = [joining.row, *(row for _, row in joining.others)]
+        for i, (prompt_ids, row) in enumerate(zip(prompts, rows, strict=True)):
+            last = _of_row(out, i)
+            if i:
+                row.run_together = RunTogether(joining.is_beside, b + i, last)
+            else:
+                joining.done, joining.last = counts[0], last
+            self._keep(prompt_ids, None, engine, b + i, 0, counts[i])
+        joining.others = ()
 
     def _join(self, joining: _Joining) -> int:
         """The row is in use from now on; returns its first token."""
@@ -386,20 +476,37 @@ class Membership:
                 joining.done = stop
         joining.row.counters.cached_tokens = joining.done
 
-    def _keep(self, joining: _Joining, start: int, stop: int) -> None:
-        """Puts a chunk into the cache of prompts."""
-        drafter, tokens = self._caching(joining.row), joining.row.tokens[:stop]
-        engine, b = self._place(joining)
-        if self.prompt_cache is None or not self.prompt_cache.wants(tokens, drafter is not None):
+    def _keep(
+        self, tokens: Sequence[int], drafter: Drafter | None, engine: Engine, b: int, start: int, stop: int
+    ) -> None:
+        """Puts the whole chunks of what a step has run into the cache of prompts.
+
+        Args:
+            tokens: the prompt.
+            drafter: that keeps something of it, too.
+            engine, b: where it lies.
+            start, stop: tokens of the step.
+        """
+        if (cache := self.prompt_cache) is None:
             return
-        draft = drafter.snapshot(b, start, stop) if drafter is not None else None
-        block = PromptBlock(engine.read_cache(b, start, stop), draft)
-        self.prompt_cache.put(tokens, drafter is not None, block, block.num_bytes)
+        for end in range(start + self.prefill_chunk, stop + 1, self.prefill_chunk):
+            if not cache.wants(before := tokens[:end], drafter is not None):
+                continue
+            begin = end - self.prefill_chunk
+            draft = drafter.snapshot(b, begin, end) if drafter is not None else None
+            block = PromptBlock(engine.read_cache(b, begin, end), draft)
+            cache.put(before, drafter is not None, block, block.num_bytes)
 
     def _caching(self, row: Row) -> Drafter | None:
         """The row's drafter if it keeps something of a prompt."""
         drafter = self._drafters.of(row)
         return drafter if drafter is not None and drafter.has_cache else None
+
+
+def _of_row(out: StepOutput, i: int) -> StepOutput:
+    """What a step gives the i-th gathered token, whatever the engine does next."""
+    token_R = out.token_R[i : i + 1].clone() if out.token_R is not None else None
+    return StepOutput(out.hidden_RH[i : i + 1].clone(), out.logits_RV[i : i + 1].clone(), None, None, token_R)
 
 
 def _let_go(row: Row) -> None:

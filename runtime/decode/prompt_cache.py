@@ -69,6 +69,10 @@ class PromptCache(Generic[T]):
             self._blocks.move_to_end(name)
         return [self._blocks[name][0] for name in found]
 
+    def knows(self, tokens: Sequence[int], drafts: bool) -> bool:
+        """Whether `find` would find something."""
+        return any(name in self._blocks for name in self._names(tokens[: self.block_tokens], drafts))
+
     def wants(self, tokens: Sequence[int], drafts: bool) -> bool:
         """Whether the last block of these tokens, a multiple of `block_tokens`, is not held, and those before it
         are."""

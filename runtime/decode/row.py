@@ -14,7 +14,23 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode.logits_processor import LogitsProcessor
 from ssv.runtime.decode.tree import Tree
 from ssv.runtime.decode.verify import asks_for_pass
+from ssv.runtime.engines.contract import StepOutput
 from ssv.runtime.request import SamplingParams, TokenFate, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class RunTogether:
+    """A prompt that was run in one step with another's, whose row joined first.
+
+    Attributes:
+        is_beside: whether that was beside the rounds, in a cache of its own.
+        at: the row of the cache.
+        last: what its last token gives.
+    """
+
+    is_beside: bool
+    at: int
+    last: StepOutput
 
 
 @dataclass(slots=True)
@@ -36,6 +52,7 @@ class Row:
         ended: its output has come to its end, though it is still in use.
         audited: of a row that is audited, the drafted tokens of the text, by place, that the target's choices are ahead
             of, and by how much (see `ssv.runtime.decode.choice.gaps`).
+        run_together: of its prompt, if that was run beside another's before the row joins.
         policy_hash: tells policies apart, at no cost in each round.
     """
 
@@ -55,6 +72,7 @@ class Row:
     ended: bool = False
     last_commit: float = 0.0
     audited: list[tuple[int, float]] | None = None
+    run_together: RunTogether | None = None
     policy_hash: int = field(init=False)
 
     def __post_init__(self) -> None:

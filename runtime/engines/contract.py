@@ -400,9 +400,11 @@ class RoundsEngine(Protocol):
 
 
 class PromptLane(Protocol):
-    """Engines for prompts, beside a target and a draft that are in use: the same weights, over a cache of one row.
+    """Engines for prompts, beside a target and a draft that are in use: the same weights, over a cache of their own.
 
     Attributes:
+        most_rows, most_tokens: that one step of prompts has room for: several short prompts may share it. The draft's
+            cache has one row.
         least: tokens of the shortest prompt that is run while rounds are. Shorter ones are run between two rounds, but
             the host need not wait for them either.
         target, draft: engines whose steps are run within `work`.
@@ -410,6 +412,8 @@ class PromptLane(Protocol):
     """
 
     least: int
+    most_rows: int
+    most_tokens: int
 
     @property
     def target(self) -> Engine:
@@ -436,8 +440,8 @@ class PromptLane(Protocol):
         ...
 
     def hand_over(self, num_tokens: int) -> None:
-        """The next pieces of work are those of a prompt of so many tokens, and begin behind what the caller has begun
-        so far, such as copies of what work has left."""
+        """The next pieces of work are those of a prompt of so many tokens, and of those that share its step, and begin
+        behind what the caller has begun so far, such as copies of what work has left."""
         ...
 
 

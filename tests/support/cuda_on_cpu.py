@@ -27,7 +27,7 @@ from ssv.plugins.cuda.compiler import source_of
 from ssv.plugins.cuda.driver import Kernel
 from ssv.runtime.engines.contract import Branches
 from ssv.runtime.engines.cuda import engine, launching, places
-from ssv.runtime.engines.cuda.weights import Buffers, Weights
+from ssv.runtime.engines.cuda.weights import Weights
 from ssv.runtime.engines.kv_cache import KVCache
 from ssv.runtime.engines.torch_engine import vocabulary_ids
 
@@ -39,11 +39,17 @@ BODIES = {
     "scale_and_shift": "u32 r = 0; for (int i = 0; i < 32; i += 16) r |= to_bf16(fmaf(from_bf16(pair >> i & 0xffff), "
     "from_bf16(factor >> i & 0xffff), from_bf16(offset >> i & 0xffff))) << i; return r;",
     "widen_nibbles": "return scale_and_shift((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);",
+    "copy_ahead": "std::memset(to, 0, 16); if (is_there) std::memcpy(to, from, 16);",
+    "prefetch_line": "",
+    "end_copies": "",
+    "await_copies": "",
     "power_of_two": "const float r = std::exp2(x); return std::fpclassify(r) == FP_SUBNORMAL ? 0.0f : r;",
 }
 """Of the functions that are assembly."""
 
-ARGUMENTS = {"store": "Linear", "add": "Linear", "gate": "Linear", "attend": "Attention"}
+ARGUMENTS = {"store": "Linear", "add": "Linear", "gate": "Linear"} | dict.fromkeys(
+    ("attend", "turn", "attend_many", "join_shares"), "Attention"
+)
 """Of kernels whose structure is not named like them."""
 
 
@@ -114,14 +120,15 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class CpuNumbers:
     """`Numbers` that are there at once."""
 
-    def __init__(self) -> None:
-        self.host = np.zeros(places.SIZE, dtype=np.int32)
+    def __init__(self, most_tokens: int = places.TOKENS) -> None:
+        self.host = np.zeros(places.size(most_tokens), dtype=np.int32)
+        self._size_of_chains = places.size_of_chains(most_tokens)
 
     def wait(self) -> None:
         pass
 
     def send(self, dest: Tensor, has_paths: bool) -> None:
-        size = places.SIZE if has_paths else places.SIZE_OF_CHAINS
+        size = self._size_of_chains if not has_paths else len(self.host)
         dest[:size].copy_(torch.from_numpy(self.host[:size]))
 
 
@@ -148,10 +155,10 @@ class CpuEngine(engine.CudaEngine):
         self.cache.keys.fill_(torch.nan)
         self.cache.values.fill_(torch.nan)
         self._weights = Weights(decoder, None, draft)
-        own = launching.macros(spec)
-        self._kernels = kernels_of(self.device, "decoder", launching.OTHERS, **own)
-        self.buffers = Buffers(spec, self.device, max_length, self.vocab_size, 0)
+        self._kernels, self._many_kernels = self._load_kernels()
+        self._make_buffers()
         self._numbers = cycle([CpuNumbers()])  # type: ignore[assignment]
+        self._many_numbers = cycle([CpuNumbers(places.MANY_TOKENS)])  # type: ignore[assignment]
 
     def graph(self, shape: engine.Shape) -> torch.cuda.CUDAGraph:
         """What runs a shape's kernels."""

@@ -21,18 +21,26 @@ class FakeLane:
     """
 
     def __init__(
-        self, target: FakeTarget, draft: FakeDraft | None = None, *, patience: int = 2, least: int = 0
+        self,
+        target: FakeTarget,
+        draft: FakeDraft | None = None,
+        *,
+        patience: int = 2,
+        least: int = 0,
+        most_rows: int = 1,
+        most_tokens: int = 1,
     ) -> None:
         """Begins without work.
 
         Args:
             patience: how often a piece of work is asked for before it has ended.
-            least: see `PromptLane`.
+            least, most_rows, most_tokens: see `PromptLane`.
         """
-        self.target = _beside(target, self)
+        self.most_rows, self.most_tokens = most_rows, most_tokens
+        self.target = _beside(target, self, most_rows)
         self.draft = None
         if draft is not None:
-            self.draft = _beside(draft, self)
+            self.draft = _beside(draft, self, 1)
             self.draft.target = self.target
         self._patience, self._left, self.least = patience, list[int](), least
         self.num_works = self.num_waits = 0
@@ -70,13 +78,16 @@ class FakeLane:
             self._is_taken = True
 
 
-def _beside(engine: Any, lane: FakeLane) -> Any:
-    """An engine of the same tables over a cache of one row."""
+def _beside(engine: Any, lane: FakeLane, num_rows: int) -> Any:
+    """An engine of the same tables over a cache of its own."""
     other = copy.copy(engine)
-    other.max_batch, other.cache = 1, _TokenCache(1, engine.max_length, engine.cache.vocab_size, engine.cache.weight_S)
+    other.max_batch, other.cache = (
+        num_rows,
+        _TokenCache(num_rows, engine.max_length, engine.cache.vocab_size, engine.cache.weight_S),
+    )
     for name in ("steps_B", "features_BSF", "written_BS"):
         if hasattr(engine, name):
-            setattr(other, name, torch.zeros_like(getattr(engine, name)[:1]))
+            setattr(other, name, torch.zeros_like(getattr(engine, name)[:num_rows]))
 
     def step(*args: Any, **options: Any) -> Any:
         assert lane.is_working

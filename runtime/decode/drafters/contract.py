@@ -72,7 +72,8 @@ class Drafter:
         """The row that joins takes another place, with `done` tokens of its prompt run."""
 
     def snapshot(self, b: int, start: int, stop: int) -> Any:
-        """What it keeps of tokens `start` to `stop` of the prompt that joins, run in row `b`; has `num_bytes`."""
+        """What it keeps of tokens `start` to `stop` of the prompt that joins, all of the last `prefill` in row `b`; has
+        `num_bytes`."""
 
     def restore(self, b: int, start: int, stop: int, block: Any) -> None:
         """Takes such a snapshot of the same tokens, in place of `prefill`."""

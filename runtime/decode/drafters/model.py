@@ -114,13 +114,14 @@ class ModelDrafter(Drafter):
         self._num_rows = 0
         # What runs the prompt that joins.
         self._prompts = engine
-        # Of the last token of the prompt that joins.
+        # Of the last token of the prompt that joins, and of all tokens of its last step, with the first one's number.
         self._last_feature_11F: Tensor | None = None
+        self._step_features: tuple[int, Tensor] | None = None
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def begin(self, *, is_beside: bool) -> None:
-        self._last_feature_11F = None
+        self._last_feature_11F = self._step_features = None
         self._prompts = self._beside if is_beside and self._beside is not None else self.engine
 
     def prefill(self, b: int, ids_1T: Tensor, start: int, stop: int, features_BTF: Tensor | None) -> None:
@@ -129,7 +130,7 @@ class ModelDrafter(Drafter):
         if self.needs_features:
             assert features_BTF is not None
             held = self._last_feature_11F
-            self._last_feature_11F = features_BTF[:, -1:].clone()
+            self._last_feature_11F, self._step_features = features_BTF[:, -1:].clone(), (start, features_BTF)
             features_BTF = features_BTF[:, :-1] if held is None else torch.cat((held, features_BTF[:, :-1]), dim=1)
         if last > first:
             ids = ids_1T[:, first + self._offset : last + self._offset]
@@ -147,7 +148,11 @@ class ModelDrafter(Drafter):
             self._hold(b, 0, self._last_feature_11F[0])
 
     def snapshot(self, b: int, start: int, stop: int) -> DraftBlock:
-        return DraftBlock(self._prompts.read_cache(b, *self._entries(start, stop)), self._last_feature_11F)
+        last_11F = None
+        if self._step_features is not None:
+            first, features_BTF = self._step_features
+            last_11F = features_BTF[:, stop - 1 - first : stop - first].clone()
+        return DraftBlock(self._prompts.read_cache(b, *self._entries(start, stop)), last_11F)
 
     def restore(self, b: int, start: int, stop: int, block: DraftBlock) -> None:
         self._prompts.write_cache(b, self._entries(start, stop)[0], block.cache)

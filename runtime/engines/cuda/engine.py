@@ -1,8 +1,9 @@
 """The engine contract on CUDA graphs of the kernels of `ssv.plugins.cuda`: for few tokens a step, bf16 with weights
 in bf16, FP8 or INT4.
 
-A step is cut into blocks of at most 64 tokens; a block is one replay of the graph that has room for its tokens and its
-longest text. What a token gives depends on itself alone (see decoder.cu), so that a step may be cut anywhere.
+A step is cut into blocks of at most 64 tokens, or of at most 512 if it is a prompt's; a block is one replay of the
+graph that has room for its tokens and its longest text. What a token gives depends on itself alone (see decoder.cu and
+wide.cu), so that a step may be cut anywhere.
 
 Shapes: see `contract.py`.
 """
@@ -23,6 +24,7 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.scorer import Scorer
 from ssv.model.spec import DecoderSpec
+from ssv.plugins.cuda.driver import Kernel
 from ssv.runtime.engines.contract import (
     MOST_CHILDREN,
     MOST_GUESSES,
@@ -36,9 +38,13 @@ from ssv.runtime.engines.contract import (
 )
 from ssv.runtime.engines.cuda import places
 from ssv.runtime.engines.cuda.launching import (
+    JOINED_HEADS,
+    MANY,
+    MOST_GATHERED,
     OTHERS,
     OVERLAPPING,
     SAMPLING,
+    TURN_WARPS,
     Attention,
     Draw,
     Embed,
@@ -55,6 +61,7 @@ from ssv.runtime.engines.cuda.launching import (
     kernels_of,
     key_blocks_for,
     macros,
+    many_macros,
     width_for,
 )
 from ssv.runtime.engines.cuda.packing import PAIR, inputs_of
@@ -131,24 +138,38 @@ class CudaEngine:
         self._tapped = tap.layers if tap is not None else ()
         self._weights = Weights(decoder, tap, draft)
         self.weight_bytes = self._weights.nbytes
-        own = kernels_of(self.device, "decoder", OTHERS, **macros(spec))
-        self._kernels = own | kernels_of(self.device, "sample", SAMPLING)
+        self._kernels, self._many_kernels = self._load_kernels()
+        self._kernels |= kernels_of(self.device, "sample", SAMPLING)
         self.overlaps = torch.cuda.get_device_capability(self.device) >= OVERLAPPING
         self._prepare()
 
+    def _load_kernels(self) -> tuple[dict[str, Kernel], dict[str, Kernel]]:
+        """Those of few tokens and those of many, without products."""
+        chosen = macros(self.spec)
+        few = kernels_of(self.device, "decoder", OTHERS, **chosen)
+        many = kernels_of(self.device, "decoder", OTHERS, **chosen, TOKENS=places.MANY_TOKENS)
+        return few, many | kernels_of(self.device, "wide", MANY, **many_macros(self.spec))
+
     def _prepare(self) -> None:
         """Makes what steps work in."""
-        self.buffers = Buffers(self.spec, self.device, self.max_length, self.vocab_size, len(self._tapped))
+        self._make_buffers()
         self._stream = torch.cuda.Stream(self.device)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._warmed: set[Shape] = set()
-        self._numbers = cycle([Numbers(self.device) for _ in range(_NUM_IN_FLIGHT)])
+        self._numbers, self._many_numbers = (
+            cycle([Numbers(self.device, most_tokens) for _ in range(_NUM_IN_FLIGHT)])
+            for most_tokens in (places.TOKENS, places.MANY_TOKENS)
+        )
 
-    def beside(self) -> CudaEngine:
-        """An engine of the same weights over a cache of one row: its steps can run beside this one's."""
+    def _make_buffers(self) -> None:
+        sizes = self.spec, self.device, self.max_length, self.vocab_size, len(self._tapped)
+        self.buffers, self._many_buffers = Buffers(*sizes), Buffers(*sizes, places.MANY_TOKENS)
+
+    def beside(self, num_rows: int) -> CudaEngine:
+        """An engine of the same weights over a cache of so many rows: its steps can run beside this one's."""
         other = copy.copy(self)
-        other.max_batch = 1
-        other.cache = KVCache(self.spec, 1, self.max_length, torch.bfloat16, self.device)
+        other.max_batch = num_rows
+        other.cache = KVCache(self.spec, num_rows, self.max_length, torch.bfloat16, self.device)
         other._prepare()
         return other
 
@@ -172,7 +193,7 @@ class CudaEngine:
         batch, tokens = input_ids_BT.shape
         counts = [tokens] * batch if count_B is None else count_B.tolist()
         gathered, first_slots, ids_BT = gather_rows_R.tolist(), first_slot_B.tolist(), input_ids_BT.numpy()
-        blocks = list(places.blocks(counts))
+        blocks = list(places.blocks(counts, self._block_tokens(counts, len(gathered), branches is not None)))
         parts: list[tuple[_Block, list[int]]] = []
         for block in blocks:
             at = {
@@ -184,6 +205,13 @@ class CudaEngine:
             found = self._replay(numbers, block.num_tokens, len(wanted), most_seen, branches is not None, features_out)
             parts.append((found.kept() if len(blocks) > 1 else found, wanted))
         return self._joined(parts, blocks, len(gathered), batch, tokens, features_out)
+
+    def _block_tokens(self, counts: Sequence[int], num_gathered: int, has_branches: bool) -> int:
+        """Most tokens of a block of a step: one of prompts is cut into blocks of many, which have room for few rows and
+        few logits, and score none."""
+        num_rows, scores = sum(count > 0 for count in counts), num_gathered > 0 and self._scorer is not None
+        is_few = has_branches or scores or sum(counts) <= places.TOKENS or max(num_gathered, num_rows) > MOST_GATHERED
+        return places.TOKENS if is_few else places.MANY_TOKENS
 
     def blocks(self, num_tokens: int) -> list[int]:
         """See `BlockEngine.blocks`."""
@@ -217,17 +245,22 @@ class CudaEngine:
         features_BTF: Tensor | None,
     ) -> tuple[Numbers, int]:
         """Writes a block's numbers, which are still to be sent, and hands on its features; see `places.write`."""
-        numbers = next(self._numbers)
+        width = width_for(block.num_tokens)
+        most_tokens = _most_tokens(width)
+        numbers = next(self._numbers if most_tokens == places.TOKENS else self._many_numbers)
         numbers.wait()
-        group_tokens = group_tokens_for(self.spec, width_for(block.num_tokens))
-        most_seen = places.write(numbers.host, block, ids_BT, first_slots, first_row, gathered, branches, group_tokens)
+        most_seen = places.write(
+            numbers.host, block, ids_BT, first_slots, first_row, gathered, branches,
+            group_tokens_for(self.spec, width), most_tokens,
+        )  # fmt: skip
         if features_BTF is not None:
-            features_in_MF, width = self.buffers.features_in_MF[: block.num_tokens], features_BTF.shape[1]
+            features_in_MF = self._buffers_of(width).features_in_MF[: block.num_tokens]
+            length = features_BTF.shape[1]
             if len(block.runs) == 1:
                 (run,) = block.runs
                 features_in_MF.copy_(features_BTF[run.b, run.start : run.stop])
             else:
-                at_M = np.concatenate([run.b * width + np.arange(run.start, run.stop) for run in block.runs])
+                at_M = np.concatenate([run.b * length + np.arange(run.start, run.stop) for run in block.runs])
                 features_in_MF.copy_(features_BTF.flatten(0, 1)[torch.from_numpy(at_M).to(features_BTF.device)])
         return numbers, most_seen
 
@@ -241,11 +274,10 @@ class CudaEngine:
         features: bool,
     ) -> _Block:
         shape = Shape(width_for(num_tokens), key_blocks_for(most_seen), num_gathered > 0, features)
-        graph = self.graph(shape)
-        numbers.send(self.buffers.step, has_paths)
+        graph, b = self.graph(shape), self._buffers_of(shape.width)
+        numbers.send(b.step, has_paths)
         graph.replay()
         self.last_graph = graph
-        b = self.buffers
         return _Block(
             b.hidden_RH[:num_gathered],
             b.logits_RV[:num_gathered],
@@ -253,6 +285,10 @@ class CudaEngine:
             b.risk_R[:num_gathered] if self._scorer is not None else None,
             b.features_MF[:num_tokens] if features else None,
         )
+
+    def _buffers_of(self, width: int) -> Buffers:
+        """What a graph with room for so many tokens works in."""
+        return self.buffers if _most_tokens(width) == places.TOKENS else self._many_buffers
 
     def _joined(
         self,
@@ -301,7 +337,7 @@ class CudaEngine:
         if shape in self._warmed:
             return
         self._warmed.add(shape)
-        self.buffers.step.zero_()
+        self._buffers_of(shape.width).step.zero_()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self.enqueue(shape)
@@ -309,10 +345,11 @@ class CudaEngine:
 
     def enqueue(self, shape: Shape) -> None:
         """Puts the kernels of a block on the current stream."""
-        b, w, spec = self.buffers, self._weights, self.spec
+        b, w, spec = self._buffers_of(shape.width), self._weights, self.spec
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        tiles = shape.width // 8
-        launch = Launcher(self._kernels, stream, tiles, b, self.overlaps)
+        of_many = b is not self.buffers
+        kernels, most_gathered = (self._many_kernels, MOST_GATHERED) if of_many else (self._kernels, shape.width)
+        launch = Launcher(kernels, stream, shape.width // 8, b, self.overlaps)
         step, eps = b.step.data_ptr(), spec.rms_norm_eps
         if w.join is None:
             launch("embed", (shape.width, 1, 1), 64, Embed(
@@ -328,13 +365,18 @@ class CudaEngine:
             launch.add(w.join, b.joined_MH, w.layers[0].attn_norm)
         for index, layer in enumerate(w.layers):
             launch.store(layer.qkv, b.scaled_MH, b.qkv_MX, eps=eps, normed=True)
-            launch("attend", (shape.key_blocks, spec.num_kv_heads, shape.width), 256, Attention(
+            attention = Attention(
                 step, b.qkv_MX.data_ptr(), self.cache.keys[index].data_ptr(), self.cache.values[index].data_ptr(),
                 w.cos_SP.data_ptr(), w.sin_SP.data_ptr(), address(layer.q_norm), address(layer.k_norm),
                 address(layer.o.input_factor_K), b.attended_MX.data_ptr(), b.partial.data_ptr(), b.arrivals.data_ptr(),
-                spec.num_heads, spec.num_kv_heads, self.max_length, b.most_blocks,
+                b.queries_MX.data_ptr(), spec.num_heads, spec.num_kv_heads, self.max_length, b.most_blocks,
                 group_tokens_for(spec, shape.width), eps,
-            ), attention_bytes(spec, shape.width))  # fmt: skip
+            )  # fmt: skip
+            if of_many:
+                self._enqueue_attention_of_many(launch, shape, attention)
+            else:
+                grid = shape.key_blocks, spec.num_kv_heads, shape.width
+                launch("attend", grid, 256, attention, attention_bytes(spec, shape.width))
             launch.add(layer.o, b.attended_MX, layer.mlp_norm)
             launch.gate(layer.gate_up, b.scaled_MH, b.gated_MI, eps, layer.down.input_factor_K)
             following = w.layers[index + 1].attn_norm if index + 1 < len(w.layers) else w.norm
@@ -351,7 +393,7 @@ class CudaEngine:
                     step, b.logits_RV.data_ptr(), ids, b.settings.data_ptr(), b.token_R.data_ptr(), self.vocab_size, 0
                 ))  # fmt: skip
             elif shape.grows is None:
-                launch("largest", (shape.width, 1, 1), 1024, Largest(
+                launch("largest", (most_gathered, 1, 1), 1024, Largest(
                     step, b.logits_RV.data_ptr(), ids, b.token_R.data_ptr(), self.vocab_size
                 ))  # fmt: skip
             if shape.grows is not None:
@@ -362,6 +404,18 @@ class CudaEngine:
                     *self._sifted(), b.hidden_RH.data_ptr(), *self._scorer_at(), b.risk_R.data_ptr(),
                     self.vocab_size, spec.hidden_size, self._uses_hidden,
                 ))  # fmt: skip
+
+    def _enqueue_attention_of_many(self, launch: Launcher, shape: Shape, argument: Attention) -> None:  # type: ignore[valid-type]
+        """What puts keys and values into the cache, and attends to them."""
+        spec, groups = self.spec, -(-shape.width // group_tokens_for(self.spec, shape.width))
+        heads = -(-(spec.num_heads + 2 * spec.num_kv_heads) // TURN_WARPS)
+        launch("turn", (shape.width, heads, 1), 32 * TURN_WARPS, argument)
+        # A group has tokens of one row, and the last one of each row may be smaller.
+        grid = shape.key_blocks, spec.num_kv_heads, groups + MOST_GATHERED
+        launch("attend_many", grid, 128, argument, attention_bytes(spec, shape.width))
+        if shape.key_blocks > 1:
+            grid = shape.width, -(-spec.num_heads // JOINED_HEADS), 1
+            launch("join_shares", grid, spec.head_dim * JOINED_HEADS, argument)
 
     def _enqueue_growth(self, launch: Launcher, shape: Shape, beam: int, children: int, ids: int) -> None:
         """What makes candidates of a level's logits, and the step of the next level."""
@@ -515,8 +569,9 @@ class _Block:
 class Numbers:
     """A vector of `places` on its way to the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = torch.zeros(places.SIZE, dtype=torch.int32, pin_memory=True)
+    def __init__(self, device: torch.device, most_tokens: int = places.TOKENS) -> None:
+        self._pinned = torch.zeros(places.size(most_tokens), dtype=torch.int32, pin_memory=True)
+        self._size_of_chains = places.size_of_chains(most_tokens)
         self.host = self._pinned.numpy()
         self._sent = torch.cuda.Event()
         self._device = device
@@ -526,9 +581,14 @@ class Numbers:
         self._sent.synchronize()
 
     def send(self, dest: Tensor, has_paths: bool) -> None:
-        size = places.SIZE if has_paths else places.SIZE_OF_CHAINS
+        size = self._size_of_chains if not has_paths else len(self._pinned)
         dest[:size].copy_(self._pinned[:size], non_blocking=True)
         self._sent.record(torch.cuda.current_stream(self._device))
+
+
+def _most_tokens(width: int) -> int:
+    """Tokens that the numbers and buffers of a graph have room for."""
+    return places.TOKENS if width <= places.TOKENS else places.MANY_TOKENS
 
 
 def _grown(found: NDArray[np.int32], num: int) -> Grown:

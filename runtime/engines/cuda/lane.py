@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 
 from ssv.runtime.engines.cuda.engine import CudaEngine
+from ssv.runtime.engines.cuda.launching import MOST_GATHERED
+from ssv.runtime.engines.cuda.places import MANY_TOKENS
 
 
 class CudaLane:
@@ -17,9 +19,12 @@ class CudaLane:
 
     # Shorter ones are a few passes, which take as long while rounds run, and make these slower meanwhile.
     least = 257
+    most_tokens = MANY_TOKENS
 
     def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
-        self.target, self.draft = target.beside(), draft.beside()
+        # Where there are many rows, several prompts wait for one; the cache is an eighth more.
+        self.most_rows = min(MOST_GATHERED, max(target.max_batch // 8, 1))
+        self.target, self.draft = target.beside(self.most_rows), draft.beside(1)
         self._own = self._stream = torch.cuda.Stream(target.device)
         self._handed_over = torch.cuda.Event()
         self._handed_over.record(torch.cuda.current_stream(target.device))

@@ -23,12 +23,20 @@ from ssv.support.files import write_whole
 WIDTHS = (8, 16, 32, 64)
 """Tokens that graphs have room for."""
 
+MANY_WIDTHS = (128, 256, places.MANY_TOKENS)
+"""Tokens that graphs of many have room for, as prompts have them."""
+
+MOST_GATHERED = WIDTHS[0]
+"""Of many tokens, those that get logits; and rows that they may be of."""
+
 OVERLAPPING = (9, 0)
 """Compute capability from which a kernel may begin while the one before it runs."""
 
 PRODUCTS = ("store", "add", "gate")
 OTHERS = ("embed", "join", "attend", "largest", "sift", "judge", "grow")
 SAMPLING = ("draw", "perturb")
+MANY = ("turn", "attend_many", "join_shares")
+"""What attention of many tokens consists of."""
 
 RESIDENT = 2
 """Blocks of a product that a multiprocessor has, each with several tiles of channels, where these are many: the next
@@ -50,6 +58,18 @@ them: each of its tiles reads all tokens again, which would be several times the
 
 MOST_TILES = 4
 """Of eight tokens, beside so many tiles of channels: what registers hold."""
+
+# Of wide.cu.
+_MANY_TOKENS, _MANY_SIDES, _MANY_THREADS = 64, 2, 256
+"""Tokens of a block of a product, warps with channels of their own beside one another, and threads."""
+_STAGES, _STAGE_PAIRS = 5, 2
+_MANY_QUERIES = 64
+"""Of a block of attention."""
+_STAGED_BYTES = 1 << 15
+"""Of keys that are staged at a time: twice as many find room beside others on every GPU."""
+
+TURN_WARPS, JOINED_HEADS = 8, 4
+"""Vectors, and heads, that a block takes."""
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -81,7 +101,7 @@ Grow = structure(
 )
 Attention = structure(
     "Attention",
-    "step qkv keys values cosine sine q_norm k_norm factor out partial arrivals",
+    "step qkv keys values cosine sine q_norm k_norm factor out partial arrivals queries",
     "heads kv_heads slots most_blocks group_tokens",
     "eps",
 )
@@ -147,14 +167,23 @@ class Launcher:
         self, kind: str, linear: Linear, x: Tensor, eps: float = 0.0, normed: bool = False, **rest: int
     ) -> None:
         b, device = self._buffers, self._buffers.step.device
-        plan = plan_of(linear, self._tiles, _num_multiprocessors(device))
+        num, is_gathered = _num_multiprocessors(device), bool(rest.get("gathered"))
+        source, of_many = "decoder", self._tiles > WIDTHS[-1] // 8
+        if of_many and not is_gathered:
+            plan, source = many_plan_of(linear, self._tiles, num), "wide"
+            chosen = {"CHANNELS": plan.channels, **linear.packed.macros}
+        else:
+            plan = plan_of(linear, MOST_GATHERED // 8 if of_many else self._tiles, num)
+            chosen = product_macros(linear, plan)
+        if of_many:
+            chosen["TOKENS"] = places.MANY_TOKENS
         argument = Product(
             step=b.step.data_ptr(), weight=linear.packed.weight.data_ptr(), scale=address(linear.packed.scale),
             x=x.data_ptr(), bias=address(linear.bias_N), squares=b.squares_MH.data_ptr() if normed else 0,
             num_squares=b.squares_MH.shape[1], tiles=linear.tiles, together=plan.together, pairs=linear.pairs,
             share=linear.share, groups=linear.packed.groups, outputs=linear.outputs, eps=eps, **rest,
         )  # fmt: skip
-        kernel = kernels_of(device, "decoder", PRODUCTS, **product_macros(linear, plan))[kind]
+        kernel = kernels_of(device, source, PRODUCTS, **chosen)[kind]
         self._launch(kernel, (plan.parts, plan.blocks, 1), plan.threads, argument, plan.shared)
 
 
@@ -211,6 +240,19 @@ def plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
     return Plan(tiles, parts, linear.tiles, 1, 1, False, False, 32 * max(linear.warps, tiles), sums * tiles)
 
 
+def many_plan_of(linear: Linear, tiles: int, multiprocessors: int) -> Plan:
+    """How a product of up to 8 * tiles tokens, more than `plan_of` has blocks for, is cut: what a token gives does not
+    depend on it."""
+    parts = -(-8 * tiles // _MANY_TOKENS)
+    # Small blocks where large ones leave multiprocessors without any.
+    channels = 2 if -(-linear.tiles // (2 * _MANY_SIDES)) * parts >= multiprocessors else 1
+    blocks = -(-linear.tiles // (channels * _MANY_SIDES))
+    weights = _MANY_SIDES * channels * _STAGE_PAIRS * dict(linear.packed.macros)["BITS"] // 8 * 512
+    tokens = _STAGE_PAIRS * (4 * _MANY_TOKENS + 4) * 16
+    shared = _STAGES * (weights + tokens) + 4 * _MANY_TOKENS
+    return Plan(8, parts, blocks, 1, channels, False, True, _MANY_THREADS, shared)
+
+
 def address(tensor: Tensor | None) -> int:
     """Where a tensor lies on the device; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -218,7 +260,7 @@ def address(tensor: Tensor | None) -> int:
 
 def width_for(num_tokens: int) -> int:
     """Tokens that the graph with room for so many has room for."""
-    return next(width for width in WIDTHS if num_tokens <= width)
+    return next(width for width in (*WIDTHS, *MANY_WIDTHS) if num_tokens <= width)
 
 
 def key_blocks_for(most_seen: int) -> int:
@@ -229,6 +271,8 @@ def key_blocks_for(most_seen: int) -> int:
 def group_tokens_for(spec: DecoderSpec, width: int) -> int:
     """Tokens of a row that share a block of the attention kernel: few where that fills the GPU, else as many as read
     their keys together without running out of the GPU's shared memory."""
+    if width > WIDTHS[-1]:
+        return _MANY_QUERIES * spec.num_kv_heads // spec.num_heads
     most = max(16 * spec.num_kv_heads // spec.num_heads, 1)
     wanted = min(max(width // 16, 1), 4, most)
     return next((n for n in range(wanted, 1, -1) if _attention_bytes(spec, width, n) <= _most_shared()), 1)
@@ -236,6 +280,8 @@ def group_tokens_for(spec: DecoderSpec, width: int) -> int:
 
 def attention_bytes(spec: DecoderSpec, width: int) -> int:
     """Shared memory of an attention block."""
+    if width > WIDTHS[-1]:
+        return 2 * staged_keys(spec) * 2 * (spec.head_dim + 8)
     return _attention_bytes(spec, width, group_tokens_for(spec, width))
 
 
@@ -243,6 +289,11 @@ def _attention_bytes(spec: DecoderSpec, width: int, group_tokens: int) -> int:
     queries, warps, dim = group_tokens * spec.num_heads // spec.num_kv_heads, KEYS // 32, spec.head_dim
     floats = warps * queries * (dim + 4 + 2)
     return 2 * (queries + 16 + 2 * width) * (dim + 8) + 4 * (floats + places.TOKENS + group_tokens * places.DEPTH)
+
+
+def staged_keys(spec: DecoderSpec) -> int:
+    """Keys, or values, that attention of many tokens has in shared memory at a time, and as many that are coming."""
+    return next(num for num in (KEYS, KEYS // 2, KEYS // 4, KEYS // 8) if num * 2 * spec.head_dim <= _STAGED_BYTES)
 
 
 @cache
@@ -265,6 +316,11 @@ def macros(spec: DecoderSpec) -> dict[str, int]:
         "GROUP": spec.num_heads // spec.num_kv_heads,
         "QK_NORM": int(spec.qk_norm),
     }
+
+
+def many_macros(spec: DecoderSpec) -> dict[str, int]:
+    """The same of kernels for many tokens."""
+    return macros(spec) | {"TOKENS": places.MANY_TOKENS, "STAGED": staged_keys(spec)}
 
 
 def product_macros(linear: Linear, plan: Plan) -> dict[str, int]:

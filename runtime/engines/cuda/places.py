@@ -18,14 +18,28 @@ from ssv.runtime.engines.contract import Branches, EngineError
 TOKENS, DEPTH = 64, 80
 """Most tokens of a block, and most slots of a path behind its prefix."""
 
+MANY_TOKENS = 512
+"""Most tokens of a block of many, none of which has a path. Its vector has its parts in the same order, each of this
+size."""
+
 _NUM_TOKENS, _NUM_GATHERED, _NUM_GROUPS, _HAS_PATHS, _NUM_GROWING = range(5)
-_ID, _ROW, _SLOT, _SEEN, _PREFIX, _GATHER, _GROUP_FIRST, _GROUP_COUNT, _GROUP_NEW, _GROUP_NUM_NEW = range(
-    8, 8 + 10 * TOKENS, TOKENS
-)
-_GROW_ROW, _GROW_START, _GROW_LEVEL, _GROW_END, _GROW_FOUND, _PATH = range(8 + 10 * TOKENS, 8 + 16 * TOKENS, TOKENS)
-SIZE = _PATH + TOKENS * DEPTH
-SIZE_OF_CHAINS = _PATH
-"""Of the vector, and of what is read of it where no token has a path."""
+_HEAD = 8
+_ID, _ROW, _SLOT, _SEEN, _PREFIX, _GATHER, _GROUP_FIRST, _GROUP_COUNT, _GROUP_NEW, _GROUP_NUM_NEW = range(10)
+_GROW_ROW, _GROW_START, _GROW_LEVEL, _GROW_END, _GROW_FOUND, _PATH = range(10, 16)
+
+
+def size_of_chains(most_tokens: int) -> int:
+    """Numbers of the vector of a block that has room for so many tokens, up to where paths would begin."""
+    return _HEAD + _PATH * most_tokens
+
+
+def size(most_tokens: int) -> int:
+    """Numbers of the whole vector."""
+    return size_of_chains(most_tokens) + (TOKENS * DEPTH if most_tokens == TOKENS else 0)
+
+
+SIZE_OF_CHAINS, SIZE = size_of_chains(TOKENS), size(TOKENS)
+"""Of what is read of the vector where no token has a path, and of all of it."""
 
 _S_TEMPERATURE, _S_TOP_K, _S_TOP_P, _S_SEED_LOW, _S_SEED_HIGH, _S_AHEAD = range(6)
 SETTINGS = 8
@@ -47,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What one replay computes: at most `TOKENS` tokens."""
+    """What one replay computes."""
 
     runs: tuple[Run, ...]
     num_tokens: int
@@ -71,22 +85,23 @@ def settings(
     return found
 
 
-def blocks(counts: Sequence[int]) -> Iterator[Block]:
+def blocks(counts: Sequence[int], most_tokens: int = TOKENS) -> Iterator[Block]:
     """Cuts a step into blocks; a row's tokens stay in their order, so that each finds those before it in the cache.
 
     Args:
         counts: tokens of each row that are no padding.
+        most_tokens: of a block.
     """
     runs: list[Run] = []
     filled = 0
     for b, count in enumerate(counts):
         start = 0
         while start < count:
-            stop = min(count, start + TOKENS - filled)
+            stop = min(count, start + most_tokens - filled)
             runs.append(Run(b, start, stop, filled))
             filled += stop - start
             start = stop
-            if filled == TOKENS:
+            if filled == most_tokens:
                 yield Block(tuple(runs), filled)
                 runs, filled = [], 0
     if runs:
@@ -102,12 +117,14 @@ def write(
     gathered: Sequence[int],
     branches: Branches | None,
     group_tokens: int,
+    most_tokens: int = TOKENS,
 ) -> int:
     """Writes a block's numbers.
 
     Args:
         gathered: tokens of the block that get logits.
         group_tokens: most tokens that a block of the attention kernel takes.
+        most_tokens: that the vector has room for.
 
     Returns:
         Keys that the token which sees most of them sees.
@@ -117,31 +134,35 @@ def write(
     """
     if branches is not None and branches.path_BTD.shape[2] > DEPTH:
         raise EngineError(f"branches of {branches.path_BTD.shape[2]} tokens: the engine has room for {DEPTH}")
+
+    def part(index: int) -> NDArray[np.int32]:
+        return _part(numbers, index, most_tokens)
+
     groups = most_seen = 0
     for run in block.runs:
         num, here = run.stop - run.start, slice(run.first, run.first + run.stop - run.start)
         slots = np.arange(first_slots[run.b] + run.start, first_slots[run.b] + run.stop, dtype=np.int32)
-        _part(numbers, _ID)[here] = ids_BT[run.b, run.start : run.stop]
-        _part(numbers, _ROW)[here] = first_row + run.b
-        _part(numbers, _SLOT)[here] = slots
+        part(_ID)[here] = ids_BT[run.b, run.start : run.stop]
+        part(_ROW)[here] = first_row + run.b
+        part(_SLOT)[here] = slots
         if branches is None:
             seen, prefix = slots + 1, _WHOLE
         else:
             path_TD = branches.path_BTD[run.b, run.start : run.stop].numpy()
             prefix = int(branches.prefix_B[run.b])
             seen = prefix + (path_TD >= 0).sum(axis=1, dtype=np.int32)
-            numbers[_PATH:].reshape(TOKENS, DEPTH)[here, : path_TD.shape[1]] = path_TD
-        _part(numbers, _SEEN)[here] = seen
-        _part(numbers, _PREFIX)[here] = prefix
+            numbers[SIZE_OF_CHAINS:].reshape(TOKENS, DEPTH)[here, : path_TD.shape[1]] = path_TD
+        part(_SEEN)[here] = seen
+        part(_PREFIX)[here] = prefix
         most_seen = max(most_seen, int(seen.max()))
         firsts = np.arange(run.first, run.first + num, group_tokens, dtype=np.int32)
         there = slice(groups, groups + len(firsts))
-        _part(numbers, _GROUP_FIRST)[there] = firsts
-        _part(numbers, _GROUP_COUNT)[there] = np.minimum(run.first + num - firsts, group_tokens)
-        _part(numbers, _GROUP_NEW)[there] = run.first
-        _part(numbers, _GROUP_NUM_NEW)[there] = num
+        part(_GROUP_FIRST)[there] = firsts
+        part(_GROUP_COUNT)[there] = np.minimum(run.first + num - firsts, group_tokens)
+        part(_GROUP_NEW)[there] = run.first
+        part(_GROUP_NUM_NEW)[there] = num
         groups += len(firsts)
-    _part(numbers, _GATHER)[: len(gathered)] = gathered
+    part(_GATHER)[: len(gathered)] = gathered
     numbers[[_NUM_TOKENS, _NUM_GATHERED, _NUM_GROUPS, _HAS_PATHS]] = (
         block.num_tokens,
         len(gathered),
@@ -159,9 +180,9 @@ def write_growing(numbers: NDArray[np.int32], rows: Sequence[int], ends: Sequenc
         ends: slots of each text, with those of the step.
     """
     for at, values in ((_GROW_ROW, rows), (_GROW_START, ends), (_GROW_END, ends), (_GROW_LEVEL, 0), (_GROW_FOUND, 0)):
-        numbers[at : at + len(rows)] = values
+        _part(numbers, at)[: len(rows)] = values
     numbers[_NUM_GROWING] = len(rows)
 
 
-def _part(numbers: NDArray[np.int32], at: int) -> NDArray[np.int32]:
-    return numbers[at : at + TOKENS]
+def _part(numbers: NDArray[np.int32], index: int, most_tokens: int = TOKENS) -> NDArray[np.int32]:
+    return numbers[_HEAD + index * most_tokens :][:most_tokens]

@@ -114,20 +114,32 @@ def _without_factor(linear: nn.Module) -> nn.Module:
 
 
 class Buffers:
-    """What kernels hand to one another: room for `places.TOKENS` tokens."""
+    """What kernels hand to one another: room for some tokens, of which `places.TOKENS` may get logits and have trees
+    behind them."""
 
-    def __init__(self, spec: DecoderSpec, device: torch.device, max_length: int, vocab: int, num_tapped: int) -> None:
-        def room(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(places.TOKENS, width, dtype=dtype, device=device)
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        device: torch.device,
+        max_length: int,
+        vocab: int,
+        num_tapped: int,
+        most_tokens: int = places.TOKENS,
+    ) -> None:
+        def room(width: int, dtype: torch.dtype = torch.float32, tokens: int = places.TOKENS) -> Tensor:
+            return torch.zeros(tokens, width, dtype=dtype, device=device)
+
+        def of_all(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return room(width, dtype, most_tokens)
 
         hidden, bf16 = spec.hidden_size, torch.bfloat16
         heads = spec.num_heads * spec.head_dim
-        self.step = torch.zeros(places.SIZE, dtype=torch.int32, device=device)
-        self.x_MH, self.scaled_MH, self.squares_MH = room(hidden), room(hidden, bf16), room(hidden // TILE)
-        self.joined_MH, self.features_in_MF = room(2 * hidden, bf16), room(hidden)
-        self.qkv_MX = room(heads + 2 * spec.num_kv_heads * spec.head_dim)
-        self.attended_MX, self.gated_MI = room(heads, bf16), room(spec.intermediate_size, bf16)
-        self.tapped_MX, self.features_MF = room(num_tapped * hidden, bf16), room(hidden)
+        self.step = torch.zeros(places.size(most_tokens), dtype=torch.int32, device=device)
+        self.x_MH, self.scaled_MH, self.squares_MH = of_all(hidden), of_all(hidden, bf16), of_all(hidden // TILE)
+        self.joined_MH, self.features_in_MF = of_all(2 * hidden, bf16), of_all(hidden)
+        self.qkv_MX = of_all(heads + 2 * spec.num_kv_heads * spec.head_dim)
+        self.attended_MX, self.gated_MI = of_all(heads, bf16), of_all(spec.intermediate_size, bf16)
+        self.tapped_MX, self.features_MF = of_all(num_tapped * hidden, bf16), of_all(hidden)
         self.hidden_RH, self.logits_RV = room(hidden), room(vocab)
         self.token_R = torch.zeros(places.TOKENS, dtype=torch.int64, device=device)
         # Of trees that grow.
@@ -144,8 +156,9 @@ class Buffers:
         self._found_host = torch.zeros(self.found.shape, dtype=torch.int32, pin_memory=True)
         self._corrected_by: tuple[tuple[tuple[float, float], ...], ...] = ()
         self.most_blocks = -(-max_length // KEYS)
-        self.partial = room(spec.num_heads * self.most_blocks * (spec.head_dim + 2))
+        self.partial = of_all(spec.num_heads * self.most_blocks * (spec.head_dim + 2))
         self.arrivals = torch.zeros(places.TOKENS, spec.num_kv_heads, dtype=torch.int32, device=device)
+        self.queries_MX = of_all(heads, bf16)
 
     def correct(self, greedy: Corrections, sampled: Corrections = NOT_CORRECTED) -> None:
         """Takes the corrections of shares by rank, of greedy rows and of those that sample."""

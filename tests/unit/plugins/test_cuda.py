@@ -41,6 +41,29 @@ def test_every_part(macros: dict[str, int]) -> None:
     assert compile_source(source_of("decoder"), "9.0", macros)[:4] == b"\x7fELF"
 
 
+MANY: dict[str, dict[str, int]] = {
+    "products of many tokens": {"BITS": 16, "CHANNELS": 2},
+    "with one tile of channels": {"BITS": 16, "CHANNELS": 1},
+    "of FP8": {"BITS": 8, "CHANNELS": 2},
+    "of INT4": {"BITS": 4, "GROUP_PAIRS": 2, "CHANNELS": 1},
+    "attention": {"HEAD_DIM": 64, "GROUP": 3, "QK_NORM": 0, "STAGED": 256},
+    "of normed heads": {"HEAD_DIM": 128, "GROUP": 4, "QK_NORM": 1, "STAGED": 128},
+    "of narrow heads": {"HEAD_DIM": 80, "GROUP": 1, "QK_NORM": 0, "STAGED": 128},
+}
+
+
+@pytest.mark.parametrize("part", ["products of many tokens", "attention"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_many_tokens_on_every_capability(capability: str, part: str) -> None:
+    cubin = compile_source(source_of("wide"), capability, MANY[part] | {"TOKENS": 512})
+    assert all(name in cubin for name in ((b"attend_many", b"turn") if part == "attention" else (b"store", b"gate")))
+
+
+@pytest.mark.parametrize("macros", MANY.values(), ids=MANY)
+def test_every_part_of_many_tokens(macros: dict[str, int]) -> None:
+    assert compile_source(source_of("wide"), "9.0", macros | {"TOKENS": 512})[:4] == b"\x7fELF"
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("source", "kernels"), [("rounds", (b"plant", b"settle")), ("sample", (b"draw", b"perturb"))])
 def test_what_needs_no_model(source: str, kernels: tuple[bytes, ...], capability: str) -> None:

@@ -47,9 +47,8 @@ MAX_LENGTH = 64
 CHUNK = 3
 
 
-def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int | None = None, least: int = 0) -> LLM:
-    """Without a draft if there is no kind; prompts of `least` tokens run beside the rounds if there is a patience
-    (`FakeLane`)."""
+def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int | None = None, **lane: int) -> LLM:
+    """Without a draft if there is no kind; with a lane of such sizes if there is a patience (`FakeLane`)."""
     sizes = {"max_batch": max_batch, "max_length": MAX_LENGTH + MAX_PENDING}
     target = FakeTarget(tap=kind == "conditioned", eos_bias=-0.5, **sizes)
     draft = FakeDraft(target, conditioned=kind == "conditioned", agreement=0.8, noise=0.3) if kind else None
@@ -62,7 +61,7 @@ def make_llm(kind: str | None, max_batch: int, prefill_chunk: int, patience: int
         max_length=MAX_LENGTH,
         prefill_chunk=prefill_chunk,
         heads=FakeHeads(target, noise=0.5),
-        lane=None if patience is None else FakeLane(target, draft, patience=patience, least=least),
+        lane=None if patience is None else FakeLane(target, draft, patience=patience, **lane),
     )
     llm._pace = Pace(None)  # what is drafted does not follow the clock
     return llm
@@ -93,10 +92,10 @@ class Play:
         max_batch: int = 3,
         chunk: int = CHUNK,
         patience: int | None = None,
-        least: int = 0,
+        lane: dict[str, int] | None = None,
         **options: Any,
     ) -> None:
-        self.kind, self.llm = kind, make_llm(kind, max_batch, chunk, patience, least)
+        self.kind, self.llm = kind, make_llm(kind, max_batch, chunk, patience, **(lane or {}))
         self.loop = self.llm.loop(**options)
         self.requests: list[Request] = []
         self.leaving: set[int] = set()
@@ -239,7 +238,12 @@ def test_any_order_of_arrivals_and_departures(seed: int, is_beside: bool) -> Non
     kind = (*KINDS, *KINDS, None)[seed % 5]
     cache_bytes = rng.choice((0, 300, 10**6))
     sizes = {"max_batch": rng.randint(1, 4), "chunk": rng.randint(1, 5), "prompt_cache_bytes": cache_bytes}
-    play = Play(kind, patience=rng.randint(0, 5) if is_beside else None, least=rng.randint(0, 12), **sizes)
+    lane = {
+        "least": rng.randint(0, 12),
+        "most_rows": rng.randint(1, sizes["max_batch"]),
+        "most_tokens": rng.randint(1, 40),
+    }
+    play = Play(kind, patience=rng.randint(0, 5) if is_beside else None, lane=lane, **sizes)
     beginnings = [(), prompt(7, seed), prompt(12, seed)]
     for _ in range(25):
         for _ in range(rng.choice((0, 0, 1, 2))):
@@ -257,6 +261,51 @@ def test_any_order_of_arrivals_and_departures(seed: int, is_beside: bool) -> Non
         else:
             play.assert_as_alone(index)
         assert cache_bytes or not play.ended[index].counters.cached_tokens
+
+
+@pytest.mark.parametrize("busy", [1, 8], ids=["rows are free", "none is"])
+def test_short_prompts_that_wait_are_run_in_one_step(busy: int) -> None:
+    """Of the target alone, in the batch's rows or in the lane's; those of who left meanwhile are nobody's."""
+    lane = {"least": 9, "most_rows": 4, "most_tokens": 20}
+    play = Play("conditioned", max_batch=8, patience=0, lane=lane)
+    for i in range(busy):
+        play.submit(request(prompt(4, 10 + i), "autoregressive", 6))
+    while len(play.loop.scheduler.rows) < busy:
+        play.step()
+    steps: list[int] = []
+    for engine in (play.target, play.lane.target):
+        take_step = engine.step
+
+        def step(*args: Any, take_step: Any = take_step, **options: Any) -> Any:
+            if args[0].shape[1] > 1:
+                steps.append(int(options["count_B"].sum()) if options.get("count_B") is not None else args[0].numel())
+            return take_step(*args, **options)
+
+        engine.step = step  # type: ignore[method-assign]
+    lengths = (5, 6, 4, 5, 3, 20)
+    for i, length in enumerate(lengths):
+        play.submit(request(prompt(length, i), "autoregressive", 6))
+    play.step()
+    assert steps[0] == 5 + 6 + 4 + 5
+    if busy > 1:
+        play.leaving.add(busy + 3)
+    play.finish()
+    # The last one is too long for company, and for one step.
+    assert steps == [20, 3, 18, 2]
+    gone = {i for i, last in play.ended.items() if last.finish_reason == "cancelled"}
+    assert gone == play.leaving
+    play.assert_as_alone(*(i for i in range(len(play.requests)) if i not in gone))
+
+
+@pytest.mark.parametrize("method", ["speculative", "balanced"])
+def test_prompts_that_a_draft_reads_are_run_by_themselves(method: str) -> None:
+    play = Play("conditioned", max_batch=4, patience=0, lane={"least": 9, "most_rows": 4, "most_tokens": 40})
+    for i in range(3):
+        play.submit(request(prompt(4, i), method, 6))
+    play.step()
+    assert all(call.tokens == 4 for call in play.target.calls[:3])
+    play.finish()
+    play.assert_as_alone()
 
 
 @pytest.mark.parametrize("method", [*KEEP_NOTHING, "speculative"])
@@ -345,7 +394,7 @@ def test_a_cancel_is_heard_while_a_prompt_runs_for_which_an_empty_batch_waits() 
 
 def test_a_prompt_too_short_to_run_beside_the_rounds_is_run_between_two_of_them() -> None:
     """All of it at once, where a row is free; where none is, it runs beside them like any other."""
-    play = Play("conditioned", max_batch=2, patience=1, least=9)
+    play = Play("conditioned", max_batch=2, patience=1, lane={"least": 9})
     for i, length in enumerate((2, 8, 8, 9)):
         play.submit(request(prompt(length, i), "autoregressive", max_tokens=6 + 10 * i))
     play.step()

@@ -13,10 +13,11 @@ import pytest
 import torch
 from cuda_on_cpu import CpuEngine, as_on_a_gpu
 from growing import grow_by_stepping
-from quantized_weights import quantized_layer
-from tiny import random_draft, relative_error, tiny_decoder, tiny_ids
+from quantized_weights import quantized_layer, quantized_weights
+from tiny import random_draft, relative_error, tiny_decoder, tiny_ids, tiny_spec, tiny_weights
 from trees import branches, int32, path_to, random_parents, run
 
+from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft
 from ssv.model.quantized import QuantizedLinear
 from ssv.model.scorer import Scorer
@@ -66,24 +67,76 @@ def test_a_product_is_the_same_however_it_is_cut(
     monkeypatch.setattr(launching, "_num_multiprocessors", lambda device: 2)
     monkeypatch.setattr(launching, "_most_shared", lambda: shared)
     monkeypatch.setattr(launching, "FEW_TILES", 8)
+    monkeypatch.setattr(launching, "MANY_WIDTHS", (128, 512))
     torch.manual_seed(tiles)
-    outputs, inputs = 16 * tiles - 2, 224
+    outputs, inputs = 16 * tiles - 2, 352  # three parts of a sum, the last one shorter
     layer = quantized_layer(torch.randn(outputs, inputs), kind, 32)
     weight_OI = layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
-    linear, x_MK = Linear(layer), torch.randn(places.TOKENS, inputs).bfloat16()
-    buffers = Buffers(tiny_decoder().spec, torch.device("cpu"), 320, 112, 0)
+    linear, x_MK = Linear(layer), torch.randn(128, inputs).bfloat16()
+    spec, cpu = tiny_decoder().spec, torch.device("cpu")
+    few, many = Buffers(spec, cpu, 320, 112, 0), Buffers(spec, cpu, 320, 112, 0, places.MANY_TOKENS)
     found, plans = {}, set()
-    for width in launching.WIDTHS:
+    for width, multiprocessors in (*((width, 2) for width in launching.WIDTHS), (128, 2), (128, 999)):
+        monkeypatch.setattr(launching, "_num_multiprocessors", lambda device, num=multiprocessors: num)
+        buffers = few if width <= places.TOKENS else many
         for num in (width - 5, width):
-            out = found[num] = torch.full((num, outputs), torch.nan)
+            out = torch.full((num, outputs), torch.nan)
             buffers.step.zero_()
             buffers.step[0] = num
             launching.Launcher({}, 0, width // 8, buffers, overlaps=False).store(linear, x_MK[:num], out)
-        plan = launching.plan_of(linear, width // 8, 2)
-        plans.add((plan.parts, plan.channels, plan.several, plan.holds))
-    assert relative_error(found[64], x_MK.float() @ weight_OI.float().T) < 1e-5
-    assert all(torch.equal(some, found[64][:num]) for num, some in found.items())
+            found[num, multiprocessors] = out
+        if buffers is few:
+            plan = launching.plan_of(linear, width // 8, 2)
+            plans.add((plan.parts, plan.channels, plan.several, plan.holds))
+        else:
+            assert launching.many_plan_of(linear, width // 8, multiprocessors).channels == (
+                2 if multiprocessors == 2 else 1
+            )
+    assert relative_error(found[128, 2], x_MK.float() @ weight_OI.float().T) < 1e-5
+    assert all(torch.equal(some, found[128, 2][:num]) for (num, _), some in found.items())
     assert {channels for _, channels, _, _ in plans} == {1, 2} and any(holds for *_, holds in plans) == (shared > 3000)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("heads of 64", "bf16"), ("heads of 64", "fp8"), ("heads of 64", "int4"), (MANY, "bf16")]
+)
+def test_a_prompt_has_the_same_bits_in_one_step_and_in_many(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two rows, whose keys are in two blocks and in one, behind one that has a text already."""
+    as_on_a_gpu(monkeypatch)
+    spec = tiny_spec(**SHAPES[name] | {"vocab_size": 112})
+    weights = tiny_weights(spec)
+    decoder = Decoder.from_weights(spec, weights if kind == "bf16" else quantized_weights(spec, weights, kind, 32))
+    whole, cut = (CpuEngine(decoder, max_batch=3, max_length=320) for _ in range(2))
+    ids, counts, starts = tiny_ids(2, 250, seed=3), [250, 31], [17, 0]
+    for engine in (whole, cut):
+        engine.step(tiny_ids(1, 17, seed=1), int32([0]), torch.arange(0), first_row=1)
+    assert whole._block_tokens(counts, 2, has_branches=False) == places.MANY_TOKENS
+    out = whole.step(ids, int32(starts), torch.tensor([249, 250 + 30]), count_B=int32(counts), first_row=1)
+    for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        for at in range(0, count, 60):
+            tokens = ids[b : b + 1, at : min(at + 60, count)]
+            last = cut.step(tokens, int32([start + at]), torch.tensor([tokens.shape[1] - 1]), first_row=1 + b)
+        assert torch.equal(out.logits_RV[b], last.logits_RV[0]), b
+        for mine, theirs in ((whole.cache.keys, cut.cache.keys), (whole.cache.values, cut.cache.values)):
+            assert torch.equal(mine[:, 1 + b, :, : start + count], theirs[:, 1 + b, :, : start + count]), b
+            assert mine[:, 1 + b, :, start + count :].isnan().all()
+
+
+def test_what_is_no_prompt_is_cut_into_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree, many logits, many rows, or a score."""
+    as_on_a_gpu(monkeypatch)
+    engine = CpuEngine(tiny_decoder(), max_batch=1, max_length=64)
+    few, many = places.TOKENS, places.MANY_TOKENS
+    assert engine._block_tokens([100], 1, has_branches=False) == many
+    assert engine._block_tokens([64], 1, has_branches=False) == few
+    assert engine._block_tokens([100], 1, has_branches=True) == few
+    assert engine._block_tokens([100], 9, has_branches=False) == few
+    assert engine._block_tokens([10] * 9, 1, has_branches=False) == few
+    engine._scorer = Scorer(torch.zeros(3), torch.zeros(()), False)
+    assert engine._block_tokens([100], 1, has_branches=False) == few
+    assert engine._block_tokens([100], 0, has_branches=False) == many
 
 
 def test_a_step_takes_as_long_as_the_blocks_that_have_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
