@@ -213,8 +213,8 @@ def main() -> int:
     prompts = [llm.chat_ids(prompt) for prompt in read_prompts(args.prompts)[: args.num_prompts]]
     methods = [m for m in METHODS if m in llm.methods and policy_for(m, llm.tiers).lossless_for(greedy=True)]
     if args.methods is not None:
-        if wrong := [name for name in args.methods.split(",") if name not in methods]:
-            raise UserError(f"{wrong[0]!r} is no lossless method here", f"choose of {', '.join(methods)}")
+        if unknown := [name for name in args.methods.split(",") if name not in methods]:
+            raise UserError(f"{unknown[0]!r} is no lossless method here", f"choose of {', '.join(methods)}")
         methods = args.methods.split(",")
     for each in sides:
         each.found = {method: Found() for method in methods}
