@@ -222,6 +222,8 @@ def main() -> int:
     plain = {greedy: decoded_alone(llm, prompts, greedy, args.max_tokens) for greedy in (True, False)}
     alone_s = round(time.monotonic() - began, 1)
     print(f"{len(prompts)} prompts alone, twice, took {alone_s} s", file=sys.stderr)
+    if sides[0].rounds is not None:
+        sides[0].rounds.nodes.clear()  # of what the others are compared with
     settings = {"precision": llm.precision, "device": args.device, "max_tokens": args.max_tokens}
     num_turns = min(args.turns or len(methods), len(methods))
     for turn in range(1, num_turns + 1):
