@@ -73,6 +73,7 @@ class LLM:
         precision: of target and draft.
         place: where the engines run, as the key of a profile (`ssv.runtime.decode.costs.place`).
         threads: that the engines have at the most.
+        rounds: what runs rounds by itself, over the same engines; None where the host runs them all.
         lane: where prompts run beside the rounds; None where rounds wait for them.
         heads: Medusa's; None where the bundle has none, or its engine is TensorRT's.
         costs: of steps here; None as long as nobody knows them (`know_costs`).
@@ -114,7 +115,7 @@ class LLM:
         """
         self.limits = dict(limits or {})
         self.target, self.draft, self.heads, self.tokenizer = target, draft, heads, tokenizer
-        self._rounds, self._host, self._pace, self.lane = rounds, host, Pace(), lane
+        self.rounds, self._host, self._pace, self.lane = rounds, host, Pace(), lane
         self.eos_token_ids, self.tiers, self.max_length = frozenset(eos_token_ids), dict(tiers), max_length
         self.prefill_chunk, self.pass_tokens = prefill_chunk, pass_tokens
         self.precision, self.place, self.threads = precision, place, threads
@@ -391,8 +392,8 @@ class LLM:
         Returns:
             None where the costs were not given, nor are to be measured.
         """
-        if self._rounds is not None:
-            self._rounds.measure()
+        if self.rounds is not None:
+            self.rounds.measure()
         if self.costs is None and self._measures_costs:
             log.info("the bundle has no profile of %s, `ssv-build profile` gives it one", self.place)
             # Of blocks all sizes are measured, which differ by steps: a straight line through a few would be far off.
@@ -525,7 +526,7 @@ class LLM:
             survival=self.survival,
             heads=self.heads,
             grammars=self.grammars,
-            rounds=self._rounds,
+            rounds=self.rounds,
             lane=self.lane,
             around=self._around,
             pace=self._pace,

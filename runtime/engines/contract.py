@@ -345,12 +345,15 @@ class RoundsEngine(Protocol):
     Attributes:
         most_tokens: of a pass, all rows together, and of a step of the draft.
         most_pending: tokens of a row's text that may wait for a draft.
-        in_flight: rounds that were run and not taken.
     """
 
     most_tokens: int
     most_pending: int
-    in_flight: int
+
+    @property
+    def in_flight(self) -> int:
+        """Rounds that were run and not taken."""
+        ...
 
     def seconds(self, num_rows: int, shape: RoundShape) -> float:
         """What such a round takes while the next one waits for it. Measured when it is asked for first, or by
