@@ -48,6 +48,11 @@ class CudaLane:
         """See `PromptLane.wait`."""
         self._ends.popleft().synchronize()
 
+    def reset(self) -> None:
+        """See `PromptLane.reset`."""
+        while self._ends:
+            self.wait()
+
     def hand_over(self, num_tokens: int) -> None:
         """See `PromptLane.hand_over`."""
         rounds = torch.cuda.current_stream(self.target.device)
