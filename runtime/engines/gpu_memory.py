@@ -48,10 +48,12 @@ class GpuShare:
         Raises:
             EngineError: they do not fit; it says what would.
         """
-        free, total = torch.cuda.mem_get_info(self.device)
-        own = torch.cuda.memory_allocated(self.device)
+        named = torch.device(self.device).index
+        device = torch.cuda.current_device() if named is None else named
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_allocated(device)
         allowed = int(self.share * total) - own
-        there = min(allowed, free + torch.cuda.memory_reserved(self.device) - own)
+        there = min(allowed, free + torch.cuda.memory_reserved(device) - own)
 
         def fits(rows: int, length: int) -> bool:
             return needed(rows, length) + self.spare <= there
@@ -64,7 +66,7 @@ class GpuShare:
                 f"included; the share {self.share:g} of its {_gib(total)} is {_gib(allowed)}{rest}",
                 _what_fits(fits, max_batch, max_length),
             )
-        torch.cuda.set_per_process_memory_fraction(self.share, self.device)
+        torch.cuda.set_per_process_memory_fraction(float(self.share), device)
 
 
 def _what_fits(fits: Callable[[int, int], bool], max_batch: int, max_length: int) -> str:

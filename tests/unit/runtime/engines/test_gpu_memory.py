@@ -26,13 +26,14 @@ class Gpu:
     """Stands in for torch's view of a GPU's memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: int = TOTAL, allocated: int = 0) -> None:
-        self.fractions: list[float] = []
+        self.fractions: list[tuple[float, int]] = []
         answers: dict[str, Any] = {
             "mem_get_info": lambda device: (free, TOTAL),
+            "current_device": lambda: 3,
             "memory_allocated": lambda device: allocated,
             "memory_reserved": lambda device: allocated + 5,
             "max_memory_reserved": lambda device: allocated + 7,
-            "set_per_process_memory_fraction": lambda share, device: self.fractions.append(share),
+            "set_per_process_memory_fraction": lambda share, device: self.fractions.append((share, device)),
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
@@ -51,7 +52,8 @@ def pair() -> tuple[Decoder, Draft]:
 def test_a_share_is_of_the_whole_memory_and_holds_the_process_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch, free=950)
     GpuShare(0.5, "cuda").take(linear, 4, 100)
-    assert gpu.fractions == [0.5]
+    GpuShare(1, "cuda:1").take(linear, 4, 100)
+    assert gpu.fractions == [(0.5, 3), (1.0, 1)]
 
 
 @pytest.mark.parametrize(
