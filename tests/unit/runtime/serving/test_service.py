@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from growing import GrowingFakeDraft
+from lane import FakeLane
+from rounds import FakeRounds
 
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
@@ -133,9 +136,11 @@ class Bench:
         finished, audits, loads, deaths: what it called back with.
     """
 
-    def __init__(self, *, max_batch: int = 2, max_waiting: int = 3, **options: Any) -> None:
+    def __init__(
+        self, *, max_batch: int = 2, max_waiting: int = 3, by_themselves: bool = False, **options: Any
+    ) -> None:
         self.gate = Gate()
-        self.llm = make_llm(max_batch, self.gate)
+        self.llm = make_llm(max_batch, self.gate, by_themselves=by_themselves)
         self.finished: list[tuple[Chunk, str]] = []
         self.audits: queue.Queue[tuple[Audit, str, int]] = queue.Queue()
         self.loads: list[Load] = []
@@ -167,12 +172,22 @@ class Bench:
         self.service.drain(SECONDS)
 
 
-def make_llm(max_batch: int, gate: Gate | None = None) -> LLM:
+def make_llm(max_batch: int, gate: Gate | None = None, *, by_themselves: bool = False) -> LLM:
+    """An LLM of fakes.
+
+    Args:
+        by_themselves: whether its engines run rounds, and prompts beside them.
+    """
     sizes = {"max_batch": max_batch, "max_length": MAX_LENGTH + MAX_PENDING, "eos_bias": -1.0}
     target = GatedTarget(gate or Gate(), **sizes)
     draft = FakeDraft(target, conditioned=True, agreement=0.7, noise=0.2)
     tokenizer = BundleTokenizer(FakeTokenizer())
-    return LLM(target, draft, tokenizer, eos_token_ids=[EOS], tiers=TIERS, max_length=MAX_LENGTH, prefill_chunk=CHUNK)
+    given: dict[str, Any] = {"eos_token_ids": [EOS], "tiers": TIERS, "max_length": MAX_LENGTH, "prefill_chunk": CHUNK}
+    if by_themselves:
+        draft = GrowingFakeDraft(target, conditioned=True, agreement=0.7, noise=0.2)
+        given |= {"rounds": FakeRounds(target, draft, lambda num, shape: 1e-3 * (1 + shape.nodes / 8))}
+        given |= {"lane": FakeLane(target, draft, least=8)}
+    return LLM(target, draft, tokenizer, **given)
 
 
 def request(
@@ -412,6 +427,25 @@ def test_where_memory_runs_out_again_and_again_each_is_told(make: Callable[..., 
     assert all("memory ran out" in str(sink.wait().error) for sink in held)
     bench.gate.error = None
     assert bench.submit(request(1)).token_ids == alone(request(1)).token_ids
+    assert bench.deaths.empty()
+
+
+@pytest.mark.parametrize("num_steps", range(1, 30, 4))
+@pytest.mark.parametrize("method", ["autoregressive", "speculative"])
+def test_engines_that_run_rounds_and_prompts_by_themselves_begin_anew(
+    make: Callable[..., Bench], method: str, num_steps: int
+) -> None:
+    bench = make(max_batch=2, max_waiting=8, by_themselves=True)
+    held = bench.hold(*(request(n, method, length=20) for n in range(6)))
+    for _ in range(num_steps):
+        bench.gate.let_one()
+    bench.gate.fail(torch.OutOfMemoryError("CUDA out of memory"), once=True)
+    ended = [sink.wait() for sink in held]
+    assert 1 <= sum(sink.error is not None for sink in ended) <= 3  # two that decode, and one that joins
+    for number, sink in enumerate(ended):
+        if sink.error is None:
+            assert sink.token_ids == alone(request(number, method, length=20)).token_ids
+    assert bench.submit(request(1, method)).token_ids == alone(request(1, method)).token_ids
     assert bench.deaths.empty()
 
 
