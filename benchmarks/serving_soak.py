@@ -59,6 +59,8 @@ def main() -> int:
         while (minute := (time.monotonic() - start) / 60) < args.minutes:
             time.sleep(15)
             samples.append({"minute": round(minute, 1), **server.memory_mb(), **server.gpu_mb()})
+            if args.device == "cuda":
+                samples[-1]["graphs"] = server.num_graphs()
             print(samples[-1], dict(load.outcomes), load.errors[-1:], file=sys.stderr, flush=True)
         load.stop()
         server.wait_idle()
@@ -116,7 +118,7 @@ def growth(samples: list[dict[str, float]], warm_up: float) -> dict[str, Any]:
     """
     counted = [sample for sample in samples if sample["minute"] >= warm_up]
     quarter = max(len(counted) // 4, 1)
-    names = [name for name in samples[0] if name != "minute"]
+    names = [name for name in samples[0] if name not in ("minute", "graphs")]
 
     def mean(part: list[dict[str, float]]) -> dict[str, float]:
         means = {name: sum(sample[name] for sample in part) / len(part) for name in names}
