@@ -25,9 +25,11 @@ demo: setup
 $(BUNDLE)/manifest.json: | setup
 	$(BIN)/ssv-build pair builder/presets/smollm2-135m.yaml --out $(BUNDLE)
 
-# A Triton Inference Server over the demo bundle, with the OpenAI API beside it; ends with Ctrl-C.
+# A Triton Inference Server over the demo bundle, with the OpenAI API beside it; ends with Ctrl-C. On the GPU where torch
+# sees one, unless DEVICE says otherwise.
 serve: setup $(BUNDLE)/manifest.json
-	$(BIN)/ssv-serve --bundle $(BUNDLE) --openai-port 8003
+	device=$(DEVICE); $(BIN)/ssv-serve --bundle $(BUNDLE) --openai-port 8003 --device \
+	  $${device:-$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')}
 
 # Two workers, as most tests have one thread; a file is one worker's, since its tests share what takes long to make.
 test: setup lint

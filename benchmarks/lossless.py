@@ -105,6 +105,9 @@ class FlatRounds:
     def end(self) -> tuple[list[int], Tensor | None]:
         return self._rounds.end()
 
+    def reset(self) -> None:
+        self._rounds.reset()
+
 
 @dataclass(slots=True)
 class Found:

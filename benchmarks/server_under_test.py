@@ -124,6 +124,16 @@ class ServerUnderTest:
         found["shared"] = sum(path.stat().st_blocks * 512 for path in shared) / 2**20
         return {name: round(mb, 1) for name, mb in found.items()}
 
+    def num_graphs(self) -> int:
+        """CUDA graphs that were captured."""
+        return int(self.metrics().get("ssv_gpu_graphs", 0))
+
+    def gpu_mb(self) -> dict[str, float]:
+        """Memory of the GPU that the engines' allocator holds, and that is not free, whoever has it; none on a CPU."""
+        names = {"gpu_reserved": "ssv_gpu_memory_reserved_bytes", "gpu_used": "ssv_gpu_memory_used_bytes"}
+        metrics = self.metrics()
+        return {name: round(metrics[metric] / 2**20, 1) for name, metric in names.items() if metric in metrics}
+
     def metrics(self, **labels: str) -> dict[str, float]:
         """Sums over what has these labels, by name."""
         with urlopen(self._metrics_url, timeout=10) as response:  # noqa: S310

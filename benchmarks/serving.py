@@ -1,10 +1,11 @@
-"""What the server costs: one stream over gRPC against the same decoding in-process, and eight streams against one.
+"""What the server costs: one stream over gRPC against the same decoding in-process, and many streams against one.
 
 Each round decodes the same prompts in-process and over gRPC, one after the other, in turns; then with one client and
-with eight at the same time. In-process decoding and the server take turns too: neither runs while the other is
-measured. The ratios within the run are what counts. The outputs of all are compared.
+with as many as `--clients` says at the same time. In-process decoding and the server take turns too: neither runs while
+the other is measured. The ratios within the run are what counts. The outputs of all are compared.
 
     python benchmarks/serving.py --bundle bundles/smollm2-135m --out benchmarks/records/serving.json
+    python benchmarks/serving.py --bundle bundles/smollm2-135m --device cuda --clients 8,32 --out serving_gpu.json
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from server_under_test import ServerUnderTest, percentile
 from ssv.client.triton import Settings
 from ssv.runtime.llm import LLM
 from ssv.runtime.request import Request, SamplingParams
+from ssv.support.console import add_device
 from ssv.support.environment import versions, write_record
 from ssv.support.prompts import read_prompts
 
@@ -40,21 +42,25 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", default="8", help="at the same time: numbers, separated by commas")
+    parser.add_argument("--requests-per-client", type=int, default=3, help="of those at the same time")
+    add_device(parser)
     parser.add_argument("--methods", default="premium,balanced,turbo,autoregressive")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts)[: args.num_prompts]
-    tiers = args.methods.split(",")
-    llm = LLM.load(args.bundle, max_batch=args.clients)
+    tiers, most = args.methods.split(","), max(map(int, args.clients.split(",")))
+    llm = LLM.load(args.bundle, device=args.device, max_batch=most)
     # Neither run may find what another has computed.
-    with ServerUnderTest(args.bundle, "--max-rows", str(args.clients), "--prompt-cache-mb", "0") as server:
+    options = ("--device", args.device, "--max-rows", str(most), "--prompt-cache-mb", "0")
+    with ServerUnderTest(args.bundle, *options) as server:
         figures = {tier: measure(llm, server, prompts, tier, args) for tier in tiers}
         status = server.stop()
     write_record(
         {"tiers": figures, "exit_status": status},
         args.out,
         versions("torch", "nvidia-pytriton", "tritonclient", "grpcio"),
+        args.device,
     )
     return 0
 
@@ -82,7 +88,8 @@ def measure(
         return text, first, time.perf_counter() - start
 
     inside(prompts[0]), outside(prompts[0])
-    expected, ratios, firsts, alone, together, different = {}, [], [], [], [], 0
+    expected, ratios, firsts, alone, different, compared = {}, [], [], [], 0, 0
+    together: dict[int, list[tuple[float, list[float], int]]] = {int(num): [] for num in args.clients.split(",")}
     for number in range(args.rounds):
         for prompt in prompts:
             if number % 2:
@@ -94,26 +101,35 @@ def measure(
             ratios.append(own_s / served_s)
             firsts.append(first)
         alone.append(load(server, prompts, settings, 1, expected))
-        together.append(load(server, prompts * 3, settings, args.clients, expected))
-        print(
-            f"{tier} round {number + 1}: {ratios[-1]:.3f} {alone[-1][0]:.1f} {together[-1][0]:.1f}",
-            file=sys.stderr,
-            flush=True,
-        )
+        for num, runs in together.items():
+            asked = [prompts[i % len(prompts)] for i in range(num * args.requests_per_client)]
+            runs.append(load(server, asked, settings, num, expected))
+            compared += len(asked)
+        rates = " ".join(f"{runs[-1][0]:.1f}" for runs in (alone, *together.values()))
+        print(f"{tier} round {number + 1}: {ratios[-1]:.3f} {rates}", file=sys.stderr, flush=True)
     client.close()
-    different += sum(wrong for *_, wrong in (*alone, *together))
-    gains = [many[0] / one[0] for one, many in zip(alone, together, strict=True)]
+    different += sum(wrong for runs in (alone, *together.values()) for *_, wrong in runs)
     return {
         "one_stream_of_in_process": round(statistics.median(ratios), 3),
         "one_stream_of_in_process_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "first_token_ms_median": round(statistics.median(firsts) * 1e3, 1),
         "tokens_per_s_one": round(statistics.median(rate for rate, *_ in alone), 1),
-        "tokens_per_s_together": round(statistics.median(rate for rate, *_ in together), 1),
-        "together_over_one": round(statistics.median(gains), 2),
-        "together_over_one_range": [round(min(gains), 2), round(max(gains), 2)],
-        "first_token_ms_together_p95": round(percentile([f for _, all, _ in together for f in all], 0.95) * 1e3, 1),
+        "together": {str(num): figures_together(runs, alone) for num, runs in together.items()},
         "different_outputs": different,
-        "outputs_compared": args.rounds * len(prompts) * 5,
+        "outputs_compared": args.rounds * len(prompts) * 2 + compared,
+    }
+
+
+def figures_together(
+    runs: list[tuple[float, list[float], int]], alone: list[tuple[float, list[float], int]]
+) -> dict[str, Any]:
+    """Figures of many clients, each run against one client of the same round."""
+    gains = [many[0] / one[0] for one, many in zip(alone, runs, strict=True)]
+    return {
+        "tokens_per_s": round(statistics.median(rate for rate, *_ in runs), 1),
+        "over_one": round(statistics.median(gains), 2),
+        "over_one_range": [round(min(gains), 2), round(max(gains), 2)],
+        "first_token_ms_p95": round(percentile([f for _, all, _ in runs for f in all], 0.95) * 1e3, 1),
     }
 
 

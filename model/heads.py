@@ -182,6 +182,12 @@ class HeadsFile:
     token_ids_V: Tensor
     state: Weights
 
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers the heads have that are made of it, their LM heads included."""
+        shared = 0 if self.spec.own_lm_heads else self.spec.head_size * self.spec.hidden_size
+        return shared + sum(value.numel() for value in self.state.values())
+
     def of(self, target: Decoder, *, holds_embedding: bool = False) -> HeadsParts:
         """Beside what the heads share with their target, without holding the rest of it.
 

@@ -1,4 +1,4 @@
-"""What a request cost: the counters of every comparison."""
+"""What a request cost: the counters of every comparison; and what engines hold of a GPU."""
 
 from __future__ import annotations
 
@@ -83,3 +83,20 @@ class Counters:
     def to_dict(self) -> dict[str, Any]:
         """All counts by name, as JSON can hold them."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"passes_by_kept": dict(self.passes_by_kept)}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """What engines have on their GPU.
+
+    Attributes:
+        reserved, peak: bytes that torch's allocator holds now, and has held at the most.
+        in_use: bytes of the GPU's memory that are not free, whoever has them: graphs, kernels and contexts, which are
+            not the allocator's, and other processes too.
+        graphs: CUDA graphs that were captured.
+    """
+
+    reserved: int
+    peak: int
+    in_use: int
+    graphs: int

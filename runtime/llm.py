@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import reprlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +24,7 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, load_draft, load_draft_head
 from ssv.model.heads import read_heads
 from ssv.model.scorer import Scorer, load_scorer
+from ssv.runtime.counters import GpuUse
 from ssv.runtime.decode.costs import DRAFT_SIZES, PASS_SIZES, REPEATS, SECONDS_AT_LOAD, SIZES_AT_LOAD, measure, place
 from ssv.runtime.decode.generator import Generator, Host
 from ssv.runtime.decode.loop import DecodeLoop
@@ -30,6 +33,7 @@ from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.prompt_cache import PromptCache
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.contract import BlockEngine, Engine, EngineError, HeadsEngine, PromptLane, RoundsEngine
+from ssv.runtime.engines.gpu_memory import GpuShare, gpu_use, torch_bytes
 from ssv.runtime.engines.heads_on_demand import HeadsOnDemand
 from ssv.runtime.engines.tensorrt_engine import choose_entry, load_engine
 from ssv.runtime.engines.torch_engine import (
@@ -137,6 +141,8 @@ class LLM:
         prefill_chunk: int | None = None,
         threads: int | None = None,
         tensor_parallel: int = 1,
+        gpu_memory_share: float | None = None,
+        gpu_memory_spare: int = 0,
         verify: bool = True,
         verified: Mapping[str, str] | None = None,
         say: Say = say_nothing,
@@ -155,6 +161,9 @@ class LLM:
                 and int4 follow while they decode. `OMP_NUM_THREADS`, or another number than torch's own set before, is
                 kept.
             tensor_parallel: GPUs that share the target, with `tensorrt_llm`.
+            gpu_memory_share: of the GPU's whole memory, that this process may take; checked before anything is
+                allocated. None for as much as there is. Of the torch engine on CUDA.
+            gpu_memory_spare: bytes of that share that are left free, such as for a prompt cache.
             verify: check the hash of every file that is loaded first.
             verified: files that another process has checked (see `verify_files`): those not touched since are not
                 hashed again.
@@ -180,6 +189,13 @@ class LLM:
         thread_count = cpu_threads(threads) if engine == "torch" and on_cpu else None
         if tensor_parallel != 1 and engine != "tensorrt_llm":
             raise EngineError("several GPUs share a target in TensorRT-LLM alone", "use the engine tensorrt_llm")
+        share = None
+        if gpu_memory_share is not None:
+            if engine != "torch" or on_cpu:
+                raise EngineError("a share of GPU memory is of the torch engine on CUDA", "leave it out")
+            if not 0 < gpu_memory_share <= 1:
+                raise EngineError(f"gpu_memory_share {gpu_memory_share!r} must be above 0, and 1 at most")
+            share = GpuShare(gpu_memory_share, device, gpu_memory_spare)
         manifest = read_manifest(bundle, verify=False)
         check = partial(verify_files, bundle, manifest, verified=verified or {}, unused=unused_files(manifest, engine))
         if engine == "tensorrt":
@@ -196,7 +212,7 @@ class LLM:
         checked = begun(check) if verify else dict
         try:
             loaded = cls._load_torch(
-                bundle, manifest, precision, device, max_batch, max_length, prefill_chunk, thread_count, say
+                bundle, manifest, precision, device, max_batch, max_length, prefill_chunk, thread_count, share, say
             )
         except Exception:
             checked()  # a damaged file is named, rather than what came of it
@@ -217,6 +233,7 @@ class LLM:
         max_length: int,
         prefill_chunk: int | None,
         thread_count: ThreadCount | None,
+        share: GpuShare | None,
         say: Say,
     ) -> LLM:
         import torch
@@ -250,7 +267,12 @@ class LLM:
         if thread_count is not None:
             thread_count.follow()
         scorer = load_scorer(bundle / SCORER, draft.spec.decoder.hidden_size) if manifest.has_scorer else None
-        compiled = cls._cuda_engines(decoder, draft, scorer, sizes, say)
+        if share is not None and heads is not None:  # they are made later
+            share = replace(share, spare=share.spare + heads.num_numbers * torch.bfloat16.itemsize)
+        compiled = cls._cuda_engines(decoder, draft, scorer, sizes, share, say)
+        if compiled is None and share is not None:
+            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+            _take_share(share, partial(torch_bytes, decoder, draft, dtype), max_batch, max_length)
         engines = compiled or (
             target_engine(decoder, draft=draft, ranges=target_ranges, **sizes),
             draft_engine(draft, scorer=scorer, ranges=draft_ranges, **sizes),
@@ -289,19 +311,27 @@ class LLM:
 
     @staticmethod
     def _cuda_engines(
-        decoder: Decoder, draft: Draft, scorer: Scorer | None, sizes: Mapping[str, Any], say: Say
+        decoder: Decoder,
+        draft: Draft,
+        scorer: Scorer | None,
+        sizes: Mapping[str, Any],
+        share: GpuShare | None,
+        say: Say,
     ) -> tuple[Engine, Engine, RoundsEngine, PromptLane] | None:
         """Engines of compiled kernels, the same as what runs rounds, and what runs prompts beside these, where there
         are kernels for the device, the precision and the pair."""
         if sizes["device"] == "cpu" or sizes["precision"] != "bf16":
             return None
         from ssv.runtime.engines.cuda.lane import CudaLane
-        from ssv.runtime.engines.cuda.make import cuda_engines, why_not
+        from ssv.runtime.engines.cuda.make import bytes_needed, cuda_engines, why_not
         from ssv.runtime.engines.cuda.rounds import CudaRounds
 
         if (reason := why_not(decoder, draft, sizes["device"])) is not None:
             say(f"decoding by PyTorch's own operations, many times slower than by compiled kernels: {reason}")
             return None
+        if share is not None:
+            text_length = sizes["max_length"] - RESERVED_LENGTH
+            _take_share(share, partial(bytes_needed, decoder, draft), sizes["max_batch"], text_length)
         say("compiling kernels for this GPU and model, unless they are kept from before")
         chosen = {name: sizes[name] for name in ("device", "max_batch", "max_length")}
         target, drafting = cuda_engines(decoder, draft, scorer, **chosen)
@@ -382,6 +412,33 @@ class LLM:
         if self._host is not None:
             return self._host.methods
         return (*baselines(self.heads is not None), *(name for name in TIERS if name in self.tiers))
+
+    def gpu_use(self) -> GpuUse | None:
+        """What it has on its GPU now; None where it runs somewhere else, or by an engine that allocates for
+        itself. Asking takes a part of a millisecond."""
+        device = getattr(self.target, "device", None)
+        if device is None or device.type != "cuda":
+            return None
+        lane = () if self.lane is None else (self.lane.target, self.lane.draft)
+        capturing = (self.target, self.draft, self.rounds, *lane)
+        return gpu_use(device, sum(getattr(each, "num_graphs", 0) for each in capturing))
+
+    def recover(self) -> None:
+        """Makes its engines ready for new rows after a step has failed for want of memory, whatever was under way."""
+        import torch
+
+        self._reset_engines()
+        self._pace.forget()
+        gc.collect()  # what the failed step has held
+        give_back()
+        torch.cuda.empty_cache()
+
+    def _reset_engines(self) -> None:
+        """Ends what the engines do by themselves for rows that nobody has any more."""
+        if self.lane is not None:
+            self.lane.reset()
+        if self.rounds is not None:
+            self.rounds.reset()
 
     def know_costs(self) -> Costs | None:
         """What steps cost here: the bundle's profile of this place or, without one, measured now, once, at fewer sizes.
@@ -469,6 +526,7 @@ class LLM:
         try:
             yield from self._run(requests, prompt_cache)
         finally:
+            self._reset_engines()  # a stream may be left before its end
             self._streaming = False
 
     def _run(self, requests: Sequence[Request], cache: PromptCache[PromptBlock] | None) -> Iterator[Chunk]:
@@ -581,6 +639,11 @@ def _check_requests(requests: Any) -> None:
             f"{reprlib.repr(requests)} must be a list of `Request`",
             "each has the token ids of a prompt (`LLM.chat_ids`) and a method",
         )
+
+
+def _take_share(share: GpuShare, needed: Callable[[int, int], int], max_batch: int, max_length: int) -> None:
+    """See `GpuShare.take`; rows have some slots more than their text has tokens."""
+    share.take(lambda rows, length: needed(rows, length + RESERVED_LENGTH), max_batch, max_length)
 
 
 def _device_type(device: str) -> str:

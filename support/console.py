@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from ssv.support.errors import UserError
+from ssv.support.errors import UserError, is_out_of_memory
 from ssv.support.precisions import ENGINE_PRECISIONS, TORCH_PRECISIONS
 
 
@@ -56,7 +56,7 @@ def _mendable(error: Exception) -> UserError | None:
     match error:
         case UserError():
             return error
-        case _ if _is_out_of_memory(error):
+        case _ if is_out_of_memory(error):
             wanted = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
             what = "out of memory" + (f" ({wanted.group().lower()})" if wanted else "")
             return UserError(what, "use a smaller batch or length, or a machine with more memory")
@@ -68,16 +68,6 @@ def _mendable(error: Exception) -> UserError | None:
         case ModuleNotFoundError() if error.name is not None and error.name.partition(".")[0] != "ssv":
             return UserError(f"{error.name} is not installed", "install ssv with the extra that brings it, or ssv[all]")
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # where it was not imported, it has raised nothing
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # On a CPU, torch says it in words.
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 class _Terminated(KeyboardInterrupt):

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import socket
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ServeError(f"--precision {args.precision} is none of the torch engine's ({known})", "choose one of them")
     if args.engine != "tensorrt_llm" and args.tensor_parallel != 1:
         raise ServeError("--tensor-parallel is of TensorRT-LLM", "use --engine tensorrt_llm, or leave it out")
+    if args.gpu_memory_share is not None and (args.device != "cuda" or args.engine != "torch"):
+        raise ServeError("--gpu-memory-share is of --engine torch --device cuda", "leave it out")
     if args.engine == "tensorrt_llm":
         _check_trtllm(args)
     _check_openai(args)
@@ -258,16 +261,33 @@ def check_machine(config: ServerConfig, manifest: Manifest) -> None:
     elif on_gpu and "+cpu" in (version := importlib.metadata.version("torch")):
         raise ServeError(f"--device cuda: torch {version} has no CUDA", "use a build of torch that has")
     needed = memory_needed(config, manifest) // config.tensor_parallel
-    if device is not None:
-        there, whose = device.num_bytes, "the GPU's"
+    if device is None:
+        there, whose = free_memory(), "this machine's free memory"
+    elif config.engine == "torch":
+        share = config.gpu_memory_share
+        there, whose = int(share * device.num_bytes), f"--gpu-memory-share {share:g} of the GPU's memory"
     else:
-        there, whose = free_memory(), "this machine's free"
+        there, whose = device.num_bytes, "the GPU's memory"
     if needed > there:
         raise ServeError(
             f"{config.max_rows} rows of {config.max_length} tokens and the model's weights need {needed / 2**30:.1f} "
-            f"GiB, {whose} memory is {there / 2**30:.1f} GiB",
-            "give fewer --max-rows, or a smaller --max-length or --prompt-cache-mb",
+            f"GiB, {whose} is {there / 2**30:.1f} GiB",
+            _what_fits(config, manifest, there),
         )
+
+
+def _what_fits(config: ServerConfig, manifest: Manifest, num_bytes: int) -> str:
+    """What there is memory for instead."""
+
+    def most(name: str, value: int) -> int:
+        def is_too_much(tried: int) -> bool:
+            return memory_needed(config.model_copy(update={name: tried}), manifest) > num_bytes * config.tensor_parallel
+
+        return bisect_left(range(1, value + 1), True, key=is_too_much)
+
+    found = {"--max-rows": most("max_rows", config.max_rows), "--max-length": most("max_length", config.max_length)}
+    sizes = [f"{option} {value}" for option, value in found.items() if value]
+    return f"give at most {' or '.join(sizes)}, or a smaller --prompt-cache-mb" if sizes else "serve a smaller model"
 
 
 def _check_engines(config: ServerConfig, manifest: Manifest, device: Gpu | None) -> None:

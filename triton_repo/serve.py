@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -66,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 
     setting("threads", int, "of a CPU engine; 0 for as many as there are cores that nobody else uses")
     setting("tensor_parallel", int, "GPUs that share the target, with --engine tensorrt_llm")
+    parser.add_argument(
+        "--gpu-memory-share",
+        type=float,
+        metavar="SHARE",
+        help="of the GPU's whole memory, that weights, caches and buffers may take, with --device cuda "
+        f"(default: {ServerConfig.model_fields['gpu_memory_share'].default})",
+    )
     setting("max_rows", int, "requests decoded side by side")
     setting("max_waiting", int, "requests that wait for a row; more are refused at once")
     setting("max_length", int, "tokens of prompt and output together")
@@ -208,16 +216,18 @@ def _config(args: argparse.Namespace, work: Path) -> ServerConfig:
     Raises:
         ServeError: one that cannot be.
     """
-    own = {
+    own: dict[str, Any] = {
         "bundle": args.bundle.resolve(),
         "precision": args.precision or "",
         "chat_template": str(args.chat_template or ""),
         "audit_state": str((args.audit_state or work / "audits.json").absolute()),
     }
+    if args.gpu_memory_share is not None:
+        own["gpu_memory_share"] = args.gpu_memory_share
+    elsewhere = (*own, "verified", "gpu_memory_share")
     try:
         return ServerConfig(
-            **own,
-            **{name: getattr(args, name) for name in ServerConfig.model_fields if name not in (*own, "verified")},
+            **own, **{name: getattr(args, name) for name in ServerConfig.model_fields if name not in elsewhere}
         )
     except ValidationError as error:
         first = error.errors()[0]

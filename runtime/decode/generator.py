@@ -74,6 +74,14 @@ class Generator(Protocol):
         """Ends a request in the next step, as "cancelled"; one that has ended stays as it is."""
         ...
 
+    def abandon(self) -> list[int]:
+        """Lets go of all requests, after a step has failed: nothing may be asked of it any more.
+
+        Returns:
+            Indices of those that nothing had been done for.
+        """
+        ...
+
     def step(self) -> Iterator[Chunk]:
         """Goes on for a while; yields what the requests gain as it comes. Has to be exhausted."""
         ...

@@ -150,6 +150,11 @@ class DecodeLoop:
             if running.index == index:
                 running.is_cancelled = True
 
+    def abandon(self) -> list[int]:
+        """See `Generator.abandon`."""
+        self.batch.members.abandon_all()
+        return [running.index for running in self.scheduler.waiting]
+
     def step(self) -> Iterator[Chunk]:
         """One round; yields what the requests gain as it comes: trusted tokens before the pass. Has to be exhausted."""
         yield from self._leave()

@@ -443,6 +443,13 @@ class Membership:
                 self._lane.wait()  # or what it reads and writes could be somebody else's meanwhile
         self._joining = None
 
+    def abandon_all(self) -> None:
+        """Drops all rows, and that which joins."""
+        self.abandon()
+        for row in self.rows:
+            _let_go(row)
+        self.rows.clear()
+
     def remove(self, row: int, moved: int) -> None:
         """Ends a row: row `moved`, the last one, takes its place; who joins behind the others stays there."""
         _let_go(self.rows[row])

@@ -401,6 +401,10 @@ class RoundsEngine(Protocol):
         """
         ...
 
+    def reset(self) -> None:
+        """Drops the rows, and the rounds in flight, after something has failed; waits for these."""
+        ...
+
 
 class PromptLane(Protocol):
     """Engines for prompts, beside a target and a draft that are in use: the same weights, over a cache of their own.
@@ -440,6 +444,10 @@ class PromptLane(Protocol):
 
     def wait(self) -> None:
         """Until one more piece of work has ended."""
+        ...
+
+    def reset(self) -> None:
+        """Waits for all work under way, after something has failed."""
         ...
 
     def hand_over(self, num_tokens: int) -> None:

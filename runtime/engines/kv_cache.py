@@ -35,6 +35,11 @@ class KVCache:
         self._both = _zeros(shape, dtype, torch.device(device))
         self.keys, self.values = self._both
 
+    @staticmethod
+    def bytes_for(spec: DecoderSpec, max_batch: int, max_length: int, dtype: torch.dtype) -> int:
+        """What one takes, without making it."""
+        return KVCache(spec, max_batch, max_length, dtype, "meta")._both.nbytes
+
     def move_row(self, source: int, dest: int, length: int) -> None:
         """Copies the first `length` slots of row `source` over those of `dest`."""
         self._both[:, :, dest, :, :length] = self._both[:, :, source, :, :length]

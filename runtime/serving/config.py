@@ -30,6 +30,7 @@ class ServerConfig(Strict):
         engine, precision, device: see `LLM.load`; precision "" is the bundle's choice.
         threads: of the torch engine on a CPU; 0 for as many as there are cores that nobody else uses.
         tensor_parallel: GPUs that share the target, in TensorRT-LLM.
+        gpu_memory_share: of the GPU's whole memory, that the torch engine may take there.
         max_rows: requests that are decoded side by side.
         max_waiting: requests that wait for a row; more are refused at once.
         max_length: tokens of prompt and output together.
@@ -53,6 +54,7 @@ class ServerConfig(Strict):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = 0
     tensor_parallel: PositiveInt = 1
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     max_rows: PositiveInt = 8
     max_waiting: Annotated[int, Field(ge=0)] = 64
     max_length: PositiveInt = 2048

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssv.runtime.counters import Counters
+from ssv.runtime.counters import Counters, GpuUse
 from ssv.runtime.methods import METHODS
 from ssv.runtime.serving.board import Board
 from ssv.support.errors import UserError
@@ -94,6 +94,14 @@ GAUGES = {
     "ssv_draining": "1 once no more requests are taken, as the server is to end",
 }
 
+GPU_GAUGES = {
+    "ssv_gpu_memory_reserved_bytes": "Memory of the GPU that the engines' allocator holds",
+    "ssv_gpu_memory_reserved_peak_bytes": "Memory of the GPU that the engines' allocator has held at the most",
+    "ssv_gpu_memory_used_bytes": "Memory of the GPU that is not free, whoever has it",
+    "ssv_gpu_graphs": "CUDA graphs that the engines have captured",
+}
+"""Gauges that are shown where the engines are on a GPU."""
+
 DRAINING = "the server is shutting down: try another one"
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
@@ -117,7 +125,7 @@ def _series() -> Iterator[Key]:
     yield from (_key(RESTARTS[0], process=process) for process in RESTARTED)
     for name in (RUNNING[0], *STANDINGS):
         yield from (_key(name, tier=tier) for tier in METHODS)
-    yield from (_key(name) for name in GAUGES)
+    yield from (_key(name) for name in (*GAUGES, *GPU_GAUGES))
     for name in HISTOGRAMS:
         for tier in METHODS:
             yield from (_key(f"{name}_bucket", le=bound, tier=tier) for bound in _buckets(name))
@@ -128,7 +136,7 @@ SERIES = tuple(_series())
 
 HELP: dict[str, tuple[str, str]] = {
     **{name: (text, "counter") for name, text in (*COUNTERS.items(), REQUESTS, REFUSED, INVALID, RESTARTS)},
-    **{name: (text, "gauge") for name, text in (RUNNING, *STANDINGS.items(), *GAUGES.items())},
+    **{name: (text, "gauge") for name, text in (RUNNING, *STANDINGS.items(), *GAUGES.items(), *GPU_GAUGES.items())},
     **{name: (text, "histogram") for name, (text, _) in HISTOGRAMS.items()},
 }
 """Meaning and type of each family."""
@@ -205,6 +213,11 @@ class Metrics:
         for name, value in gauges_of(load, alive).items():
             self._board.set(_key(name), value)
 
+    def gpu(self, use: GpuUse) -> None:
+        """Shows what the engines have on their GPU."""
+        for name, value in zip(GPU_GAUGES, (use.reserved, use.peak, use.in_use, use.graphs), strict=True):
+            self._board.set(_key(name), value)
+
     def drain(self) -> None:
         """Shows that no further requests are taken."""
         self._board.set(_key("ssv_draining"), 1)
@@ -215,7 +228,7 @@ class Metrics:
             running = self._board.get(_key(RUNNING[0], tier=tier))
             self._board.set(_key(RUNNING[0], tier=tier), 0)
             self._board.add(_key(REQUESTS[0], tier=tier, reason="error"), running)
-        for name in GAUGES:
+        for name in (*GAUGES, *GPU_GAUGES):
             self._board.set(_key(name), 0)
 
     def _observe(self, name: str, tier: str, value: float) -> None:
@@ -283,7 +296,10 @@ class Reader:
     def text(self) -> str:
         """All metrics in Prometheus' text format."""
         boards, lines = self._found(), []
+        has_gpu = self._sum(_key("ssv_gpu_memory_used_bytes"), boards) > 0
         for family, keys in groupby(SERIES, key=_family):
+            if family in GPU_GAUGES and not has_gpu:
+                continue
             text, kind = HELP[family]
             lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
             for key in keys:

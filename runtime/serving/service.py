@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, TypeVar
 
 from ssv.runtime.decode.generator import Load
@@ -15,11 +16,14 @@ from ssv.runtime.decode.scheduler import QueueFull
 from ssv.runtime.llm import LLM
 from ssv.runtime.methods import policy_of
 from ssv.runtime.request import Audit, Chunk, Request, RequestError
-from ssv.support.errors import UserError
+from ssv.runtime.text import TextStream
+from ssv.support.errors import UserError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_LESS = "try again later, or ask for less"
 
 
 class ServiceError(UserError):
@@ -65,7 +69,7 @@ class Service:
     """Requests from any thread, decoded by one.
 
     When an engine fails, everything in it is in doubt: all requests end with the error, no more are taken, and
-    `on_death` is called.
+    `on_death` is called. Where memory ran out, only the requests that ran end with an error, those that wait follow.
     """
 
     def __init__(
@@ -94,7 +98,8 @@ class Service:
         """
         self._llm, self._audit_share = llm, audit_share
         self._on_finish, self._on_audit, self._on_round, self._on_death = on_finish, on_audit, on_round, on_death
-        self._generator = llm.generator(max_waiting=max_waiting, prompt_cache_bytes=prompt_cache_bytes)
+        self._generator_for = partial(llm.generator, max_waiting=max_waiting, prompt_cache_bytes=prompt_cache_bytes)
+        self._generator = self._generator_for()
         self._changed = threading.Condition()
         self._inbox: deque[tuple[Request, Sink]] = deque()
         self._clients: dict[int, _Client] = {}
@@ -163,8 +168,7 @@ class Service:
             while self._wait():
                 self._take()
                 self._cancel()
-                for chunk in self._generator.step():
-                    self._deliver(chunk)
+                self._step()
                 self._on_round(self.load)
             if self._aborts:
                 self._fail_all(ServiceError(str(self._refuses)))
@@ -190,7 +194,7 @@ class Service:
             try:
                 policy = policy_of(request, self._llm.tiers)
                 self._generator.check(request, policy)  # what is no token has no text either
-                text = self._llm.tokenizer.text_stream(request.prompt_ids, params) if params.stop else None
+                text = self._text_stream(request)
                 is_lossy = not policy.lossless_for(greedy=params.greedy)
                 is_audited = is_lossy and self._random.random() < self._audit_share
                 client = _Client(sink, request)
@@ -202,6 +206,41 @@ class Service:
                 self._audited[self._next] = None
             self._clients[self._next] = client
             self._next += 1
+
+    def _step(self) -> None:
+        try:
+            for chunk in self._generator.step():
+                self._deliver(chunk)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.exception("memory ran out")
+            # The error goes, with what the step has held: memory is free from here on.
+            failed = ServiceError(f"memory ran out while the request ran: {str(error).splitlines()[0]}", _LESS)
+        self._begin_anew(failed)
+
+    def _begin_anew(self, error: ServiceError) -> None:
+        """Ends the requests that ran; those that wait are decoded by a new generator."""
+        waiting = set(self._generator.abandon())
+        if len(waiting) == len(self._clients):  # nobody's end makes room
+            raise error
+        self._generator = self._generator_for()
+        self._llm.recover()
+        for index, client in list(self._clients.items()):
+            if index in waiting:
+                policy = policy_of(client.request, self._llm.tiers)
+                text, is_audited = self._text_stream(client.request), index in self._audited
+                self._generator.submit(index, client.request, policy, text, is_audited=is_audited)
+                continue
+            del self._clients[index]
+            self._audited.pop(index, None)
+            client.call(client.sink.fail, error)
+        self._report_audits()
+
+    def _text_stream(self, request: Request) -> TextStream | None:
+        """What looks for a request's stop strings; without any, nobody here wants its text."""
+        return self._llm.tokenizer.text_stream(request.prompt_ids, request.params) if request.params.stop else None
 
     def _cancel(self) -> None:
         """Ends the requests whose clients do not wait any more."""

@@ -123,6 +123,12 @@ class HostedGenerator:
         if (running := self._running.get(index)) is not None:
             running.is_cancelled = True
 
+    def abandon(self) -> list[int]:
+        """See `Generator.abandon`."""
+        for index in list(self._running):
+            self._forget(index, has_ended=False)
+        return []
+
     def step(self) -> Iterator[Chunk]:
         """Ends what has been cancelled or is late, and takes what the engine has given meanwhile."""
         now = time.monotonic()

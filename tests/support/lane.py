@@ -67,6 +67,10 @@ class FakeLane:
         self._left.pop(0)
         self.num_waits += 1
 
+    def reset(self) -> None:
+        self._left.clear()
+        self._is_taken = False
+
     def hand_over(self, num_tokens: int) -> None:
         assert not self._left, "the work of a prompt that nobody waits for"
         self._is_taken = False

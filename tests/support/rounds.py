@@ -106,6 +106,10 @@ class FakeRounds:
     def measure(self) -> None:
         pass
 
+    def reset(self) -> None:
+        self._given.clear()
+        self._states.clear()
+
     def begin(
         self, rows: Sequence[RoundRow], features_BTF: Tensor | None, corrections: tuple[Corrections, Corrections]
     ) -> None:

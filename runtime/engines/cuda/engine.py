@@ -325,23 +325,29 @@ class CudaEngine:
         if (graph := self._graphs.get(shape)) is not None:
             return graph
         self.warm(shape)
-        graph = self._graphs[shape] = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             self.enqueue(shape)
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._graphs[shape] = graph  # not before: where memory ran out meanwhile, it is none
         return graph
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
 
     def warm(self, shape: Shape) -> None:
         """Runs a shape without tokens, once, so that everything is loaded before it is captured. Overwrites the numbers
         of the step."""
         if shape in self._warmed:
             return
-        self._warmed.add(shape)
         self._buffers_of(shape.width).step.zero_()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             self.enqueue(shape)
         self._stream.synchronize()
+        self._warmed.add(shape)
 
     def enqueue(self, shape: Shape) -> None:
         """Puts the kernels of a block on the current stream."""

@@ -22,13 +22,17 @@ class CudaLane:
     most_tokens = MANY_TOKENS
 
     def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
-        # Where there are many rows, several prompts wait for one; the cache is an eighth more.
-        self.most_rows = min(MOST_GATHERED, max(target.max_batch // 8, 1))
+        self.most_rows = self.rows_beside(target.max_batch)
         self.target, self.draft = target.beside(self.most_rows), draft.beside(1)
         self._own = self._stream = torch.cuda.Stream(target.device)
         self._handed_over = torch.cuda.Event()
         self._handed_over.record(torch.cuda.current_stream(target.device))
         self._ends: deque[torch.cuda.Event] = deque()
+
+    @staticmethod
+    def rows_beside(max_batch: int) -> int:
+        """Rows of the target's cache beside one of so many rows: where these are many, several prompts wait for one."""
+        return min(MOST_GATHERED, max(max_batch // 8, 1))
 
     @property
     def num_under_way(self) -> int:
@@ -52,6 +56,11 @@ class CudaLane:
     def wait(self) -> None:
         """See `PromptLane.wait`."""
         self._ends.popleft().synchronize()
+
+    def reset(self) -> None:
+        """See `PromptLane.reset`."""
+        while self._ends:
+            self.wait()
 
     def hand_over(self, num_tokens: int) -> None:
         """See `PromptLane.hand_over`."""

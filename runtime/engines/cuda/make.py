@@ -1,4 +1,4 @@
-"""Target and draft as CUDA engines, from models in any type and place."""
+"""Target and draft as CUDA engines, from models in any type and place, and what they take of a GPU's memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from ssv.model.decoder import Decoder
 from ssv.model.draft import Draft, FeatureTap
 from ssv.model.quantized import QuantizedLinear
 from ssv.model.scorer import Scorer
-from ssv.runtime.engines.cuda import packing
+from ssv.model.spec import DecoderSpec
+from ssv.runtime.engines.cuda import packing, places
 from ssv.runtime.engines.cuda.engine import CudaEngine, misfit
+from ssv.runtime.engines.cuda.lane import CudaLane
+from ssv.runtime.engines.cuda.rounds import CudaRounds
+from ssv.runtime.engines.cuda.weights import Buffers
+from ssv.runtime.engines.gpu_memory import weight_bytes
+from ssv.runtime.engines.kv_cache import KVCache
 from ssv.runtime.engines.torch_engine import prepare
 
 LEAST_CAPABILITY = (8, 0)
@@ -48,6 +54,42 @@ def _quantized_misfit(model: nn.Module) -> str | None:
         if isinstance(part, QuantizedLinear) and (reason := packing.misfit(part)) is not None:
             return f"{name} has {reason}"
     return None
+
+
+def bytes_needed(decoder: Decoder, draft: Draft, max_batch: int, max_length: int) -> int:
+    """What `cuda_engines`, `CudaRounds` and `CudaLane` of a pair take, while they are made: a model's weights are there
+    twice then, as they are and packed."""
+    target, drafting = decoder.spec, draft.spec.decoder
+    sizes = (
+        (target, target.vocab_size, len(draft.tap.layers) if draft.tap is not None else 0),
+        (drafting, draft.spec.head_size, 0),
+    )
+    weights = sum(
+        weight_bytes(model, torch.bfloat16, keeps_quantized=True) + _packed_bytes(model) for model in (decoder, draft)
+    )
+    caches = sum(
+        KVCache.bytes_for(spec, rows, max_length, torch.bfloat16)
+        for spec, beside in ((target, CudaLane.rows_beside(max_batch)), (drafting, 1))
+        for rows in (max_batch, beside)
+    )
+    buffers = sum(
+        2 * Buffers(spec, torch.device("meta"), max_length, vocab, num_tapped, most_tokens).nbytes
+        for spec, vocab, num_tapped in sizes
+        for most_tokens in (places.TOKENS, places.MANY_TOKENS)
+    )
+    tables = sum(_table_bytes(spec) for spec in (target, drafting))
+    return weights + caches + buffers + tables + CudaRounds.held_bytes(target.hidden_size)
+
+
+def _packed_bytes(model: nn.Module) -> int:
+    """What the products' packed weights take: also of an LM head that is the embedding."""
+    layers = [part for part in model.modules() if isinstance(part, (nn.Linear, QuantizedLinear))]
+    return sum(weight_bytes(layer, torch.bfloat16, keeps_quantized=True) for layer in layers)
+
+
+def _table_bytes(spec: DecoderSpec) -> int:
+    """What sines and cosines of all positions take."""
+    return spec.max_positions * spec.head_dim * torch.float32.itemsize
 
 
 def cuda_engines(

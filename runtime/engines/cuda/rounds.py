@@ -291,6 +291,23 @@ class CudaRounds:
         at_M = torch.from_numpy(at_BT.clip(max=places.TOKENS - 1).ravel()).to(self._target.device)
         return lengths, self._draft.buffers.features_in_MF[at_M].view(num, width, -1)
 
+    def reset(self) -> None:
+        """See `RoundsEngine.reset`."""
+        torch.cuda.current_stream(self._target.device).synchronize()
+        self.in_flight = self._num_rows = self._text_width = 0
+        self._ahead.clear()
+        self._begun = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
+
+    @staticmethod
+    def held_bytes(hidden_size: int) -> int:
+        """What features that wait for a draft take, by far the most of what rounds have for themselves."""
+        return places.TOKENS * CudaRounds.most_pending * hidden_size * torch.float32.itemsize
+
     def _key(self, shape: RoundShape) -> _Key:
         """The graph that has room for a round.
 
@@ -333,7 +350,7 @@ class CudaRounds:
         for shape in self._draft_shapes(key):
             draft.warm(shape)
         self._target.warm(self._pass_shape(key))
-        graph = self._graphs[key] = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             for shape in self._draft_shapes(key):
                 draft.enqueue(shape)
@@ -342,6 +359,7 @@ class CudaRounds:
             self._enqueue_after(key)
         torch.cuda.current_stream(device).wait_stream(self._stream)
         draft.buffers.step.copy_(left)
+        self._graphs[key] = graph
         return graph
 
     def _draft_shapes(self, key: _Key) -> list[Shape]:

@@ -153,12 +153,17 @@ class Buffers:
         self.found = torch.zeros(places.TOKENS, MOST_GUESSES, 4, dtype=torch.int32, device=device)
         self.survival, self.candidate = room(MOST_CHILDREN), room(MOST_CHILDREN, torch.int32)
         self.path = room(MOST_CHILDREN * MOST_CHILDREN, torch.int32)
-        self._found_host = torch.zeros(self.found.shape, dtype=torch.int32, pin_memory=True)
+        self._found_host = torch.zeros(self.found.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._corrected_by: tuple[tuple[tuple[float, float], ...], ...] = ()
         self.most_blocks = -(-max_length // KEYS)
         self.partial = of_all(spec.num_heads * self.most_blocks * (spec.head_dim + 2))
         self.arrivals = torch.zeros(places.TOKENS, spec.num_kv_heads, dtype=torch.int32, device=device)
         self.queries_MX = of_all(heads, bf16)
+
+    @property
+    def nbytes(self) -> int:
+        """What they take of the device's memory."""
+        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor) and not held.is_cpu)
 
     def correct(self, greedy: Corrections, sampled: Corrections = NOT_CORRECTED) -> None:
         """Takes the corrections of shares by rank, of greedy rows and of those that sample."""

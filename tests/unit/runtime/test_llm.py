@@ -75,6 +75,7 @@ def ask(llm: LLM, method: str, policy: object = None) -> None:
         ("max_length", -1, "max_length -1 must be"),
         ("prefill_chunk", 0, "prefill_chunk 0 must be"),
         ("threads", "2", "threads must be 1 to 1024, got '2'"),
+        ("gpu_memory_share", 0.5, "a share of GPU memory is of the torch engine on CUDA: leave it out"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(bundle: Path, option: str, value: Any, named: str) -> None:

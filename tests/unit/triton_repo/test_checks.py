@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,7 +324,9 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needed >= 2 * 3 * 2 * 8 * 100 * 4 * 4
     monkeypatch.setattr(checks, "free_memory", lambda: needed)
     check_machine(config(max_rows=4, max_length=100), manifest())
-    with pytest.raises(ServeError, match=r"5 rows of 100 tokens .* GiB: give fewer --max-rows"):
+    with pytest.raises(
+        ServeError, match=r"5 rows of 100 tokens .* GiB: give at most --max-rows 4 or --max-length \d+, or"
+    ):
         check_machine(config(max_rows=5, max_length=100), manifest())
 
 
@@ -354,8 +357,21 @@ def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_gpu_does_not_hold_it(h100: None) -> None:
-    with pytest.raises(ServeError, match=r"the GPU.s memory is 80\.0 GiB"):
+    with pytest.raises(ServeError, match=r"--gpu-memory-share 0\.9 of the GPU.s memory is 72\.0 GiB"):
         check_machine(config(device="cuda", max_rows=10**9), manifest())
+    with pytest.raises(ServeError, match=r"--gpu-memory-share 0\.5 of the GPU.s memory is 40\.0 GiB") as caught:
+        check_machine(config(device="cuda", max_rows=10**9, gpu_memory_share=0.5), manifest())
+    (rows,) = re.findall(r"at most --max-rows (\d+),", str(caught.value))  # no length is short enough for so many
+    check_machine(config(device="cuda", max_rows=int(rows), gpu_memory_share=0.5), manifest())
+    with pytest.raises(ServeError, match="GiB"):
+        check_machine(config(device="cuda", max_rows=int(rows) + 1, gpu_memory_share=0.5), manifest())
+
+
+def test_a_share_of_gpu_memory_is_of_the_torch_engine_there() -> None:
+    checks.check_options(parsed("--device", "cuda", "--gpu-memory-share", "0.5"))
+    for options in ((), ("--device", "cuda", "--engine", "tensorrt")):
+        with pytest.raises(ServeError, match="--gpu-memory-share is of --engine torch --device cuda"):
+            checks.check_options(parsed(*options, "--gpu-memory-share", "0.5"))
 
 
 def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import threading
@@ -43,6 +44,9 @@ log = logging.getLogger("ssv.server")
 PROBE_SECONDS = 0.25
 """After so long without a response a request asks whether its client is still there; see `Piece`."""
 
+GPU_SECONDS = 1.0
+"""Between two looks at what the GPU holds, which take as long as a round."""
+
 EXIT_ENGINE_FAILED = 70
 
 
@@ -66,7 +70,7 @@ class TritonPythonModel:
         promises = promises_of(read_manifest(config.bundle, verify=False), self._llm.precision)
         state = Path(config.audit_state) if config.audit_state else None
         self._live_audit = LiveAudit(promises, state, on_change=self._metrics.stands)
-        self._has_failed = False
+        self._has_failed, self._gpu_seen = False, -math.inf
         self._sinks: weakref.WeakValueDictionary[str, _Sink] = weakref.WeakValueDictionary()
         self._service = Service(
             self._llm,
@@ -79,6 +83,7 @@ class TritonPythonModel:
             on_death=self._die,
         )
         self._metrics.load(self._service.load)
+        self._show_gpu()
         self._control = ControlReceiver(os.getppid(), self._cancel, self._drain, self._live_audit.reset)
         log_event(log, "ready", bundle=config.bundle, rows=config.max_rows, threads=torch.get_num_threads())
 
@@ -103,6 +108,14 @@ class TritonPythonModel:
     def _round(self, load: Load) -> None:
         self._streams.num = load.decoding
         self._metrics.load(load)
+        self._show_gpu()
+
+    def _show_gpu(self) -> None:
+        if time.monotonic() - self._gpu_seen < GPU_SECONDS:
+            return
+        if (use := self._llm.gpu_use()) is not None:
+            self._metrics.gpu(use)
+        self._gpu_seen = time.monotonic()
 
     def _audited(self, audit: Audit, method: str, tokens: int) -> None:
         self._metrics.audited(audit, method, tokens)
@@ -126,6 +139,7 @@ class TritonPythonModel:
 
 
 def _load(config: ServerConfig) -> LLM:
+    on_gpu = config.device == "cuda" and config.engine == "torch"
     llm = LLM.load(
         config.bundle,
         engine=config.engine,
@@ -136,6 +150,8 @@ def _load(config: ServerConfig) -> LLM:
         prefill_chunk=config.prefill_chunk or None,
         threads=config.threads or None,
         tensor_parallel=config.tensor_parallel,
+        gpu_memory_share=config.gpu_memory_share if on_gpu else None,
+        gpu_memory_spare=config.prompt_cache_mb << 20,
         verified=json.loads(config.verified or "{}"),
     )
     llm.know_costs()  # before there are requests: see there

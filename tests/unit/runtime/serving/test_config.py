@@ -123,5 +123,6 @@ def test_command_line_has_every_setting_with_its_default() -> None:
     args["chat_template"] = ""
     assert args["responses_per_s"] is None, "ssv-serve chooses by device"
     args["responses_per_s"] = ServerConfig.model_fields["responses_per_s"].default
-    settings = {name: args[name] for name in ServerConfig.model_fields.keys() - {"verified"}}
+    assert args["gpu_memory_share"] is None, "it is refused where there is no GPU to share"
+    settings = {name: args[name] for name in ServerConfig.model_fields.keys() - {"verified", "gpu_memory_share"}}
     assert ServerConfig(**settings) == ServerConfig(bundle=Path("/b"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_text import Series, families, samples
 
-from ssv.runtime.counters import Counters
+from ssv.runtime.counters import Counters, GpuUse
 from ssv.runtime.decode.generator import Load
 from ssv.runtime.decode.prompt_cache import CacheStats
 from ssv.runtime.methods import METHODS
@@ -21,6 +21,7 @@ from ssv.runtime.serving.live_audit import Standing
 from ssv.runtime.serving.metrics import (
     COUNTERS,
     GAUGES,
+    GPU_GAUGES,
     HISTOGRAMS,
     INVALID,
     REFUSED,
@@ -126,6 +127,21 @@ def test_without_a_folder_a_process_counts_for_itself() -> None:
 
 
 # Exposition
+
+
+def test_a_gpu_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    metrics, reader = Metrics(tmp_path, "ssv"), Reader(tmp_path)
+    assert "ssv_gpu" not in reader.text()
+    metrics.gpu(GpuUse(reserved=5 << 30, peak=6 << 30, in_use=7 << 30, graphs=31))
+    found = {name: value for (name, _), value in samples(reader.text()).items() if name in GPU_GAUGES}
+    assert found == {
+        "ssv_gpu_memory_reserved_bytes": 5 << 30,
+        "ssv_gpu_memory_reserved_peak_bytes": 6 << 30,
+        "ssv_gpu_memory_used_bytes": 7 << 30,
+        "ssv_gpu_graphs": 31,
+    }
+    metrics.died()
+    assert "ssv_gpu" not in reader.text()
 
 
 def test_every_family_is_there_from_the_start(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from growing import GrowingFakeDraft
+from lane import FakeLane
+from rounds import FakeRounds
 
 from fakes import EOS, FakeDraft, FakeTarget, FakeTokenizer
 from ssv.bundle.policy import MAX_PENDING, Policy
@@ -37,6 +41,7 @@ class Gate:
         self._changed = threading.Condition()
         self._left: float = float("inf")
         self.error: Exception | None = None
+        self.is_once = False
         self.waits = threading.Event()
 
     def shut(self) -> None:
@@ -49,8 +54,16 @@ class Gate:
             self._left = float("inf")
             self._changed.notify_all()
 
-    def fail(self, error: Exception) -> None:
-        self.error = error
+    def let_one(self) -> None:
+        """Lets one step through, and waits until the next one comes."""
+        with self._changed:
+            self.waits.clear()
+            self._left = 1
+            self._changed.notify_all()
+        assert self.waits.wait(SECONDS)
+
+    def fail(self, error: Exception, *, once: bool = False) -> None:
+        self.error, self.is_once = error, once
         self.open()
 
     def pass_(self) -> None:
@@ -59,8 +72,10 @@ class Gate:
                 self.waits.set()
                 self._changed.wait(SECONDS)
             self._left -= 1
-        if self.error is not None:
-            raise self.error
+        if (error := self.error) is not None:
+            if self.is_once:
+                self.error = None
+            raise error
 
 
 class GatedTarget(FakeTarget):
@@ -121,9 +136,11 @@ class Bench:
         finished, audits, loads, deaths: what it called back with.
     """
 
-    def __init__(self, *, max_batch: int = 2, max_waiting: int = 3, **options: Any) -> None:
+    def __init__(
+        self, *, max_batch: int = 2, max_waiting: int = 3, by_themselves: bool = False, **options: Any
+    ) -> None:
         self.gate = Gate()
-        self.llm = make_llm(max_batch, self.gate)
+        self.llm = make_llm(max_batch, self.gate, by_themselves=by_themselves)
         self.finished: list[tuple[Chunk, str]] = []
         self.audits: queue.Queue[tuple[Audit, str, int]] = queue.Queue()
         self.loads: list[Load] = []
@@ -155,12 +172,22 @@ class Bench:
         self.service.drain(SECONDS)
 
 
-def make_llm(max_batch: int, gate: Gate | None = None) -> LLM:
+def make_llm(max_batch: int, gate: Gate | None = None, *, by_themselves: bool = False) -> LLM:
+    """An LLM of fakes.
+
+    Args:
+        by_themselves: whether its engines run rounds, and prompts beside them.
+    """
     sizes = {"max_batch": max_batch, "max_length": MAX_LENGTH + MAX_PENDING, "eos_bias": -1.0}
     target = GatedTarget(gate or Gate(), **sizes)
     draft = FakeDraft(target, conditioned=True, agreement=0.7, noise=0.2)
     tokenizer = BundleTokenizer(FakeTokenizer())
-    return LLM(target, draft, tokenizer, eos_token_ids=[EOS], tiers=TIERS, max_length=MAX_LENGTH, prefill_chunk=CHUNK)
+    given: dict[str, Any] = {"eos_token_ids": [EOS], "tiers": TIERS, "max_length": MAX_LENGTH, "prefill_chunk": CHUNK}
+    if by_themselves:
+        draft = GrowingFakeDraft(target, conditioned=True, agreement=0.7, noise=0.2)
+        given |= {"rounds": FakeRounds(target, draft, lambda num, shape: 1e-3 * (1 + shape.nodes / 8))}
+        given |= {"lane": FakeLane(target, draft, least=8)}
+    return LLM(target, draft, tokenizer, **given)
 
 
 def request(
@@ -359,6 +386,77 @@ def test_failure_of_an_engine_ends_everything(make: Callable[..., Bench]) -> Non
     with pytest.raises(ServiceError, match="has failed and takes no more requests: out of order"):
         bench.submit(request(3))
     assert bench.deaths.empty()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it"),
+        RuntimeError("CUDA error: out of memory\nCompile with"),
+        MemoryError("no room"),
+    ],
+)
+@pytest.mark.parametrize("num_steps", [0, 1, 8])
+def test_who_runs_ends_where_memory_runs_out_and_nobody_else(
+    make: Callable[..., Bench], error: Exception, num_steps: int
+) -> None:
+    bench = make(max_batch=2, max_waiting=8, prompt_cache_bytes=1 << 20)
+    held = bench.hold(*(request(n, length=20) for n in range(5)))
+    for _ in range(num_steps):
+        bench.gate.let_one()
+    bench.gate.fail(error, once=True)
+    ended = [sink.wait() for sink in held]
+    failed = [sink for sink in ended if sink.error is not None]
+    # One that joins, and by the time of the eighth step one that decodes beside it.
+    assert len(failed) == (2 if num_steps == 8 else 1)
+    for sink in failed:
+        assert isinstance(sink.error, ServiceError)
+        said = str(error).splitlines()[0]
+        assert str(sink.error) == f"memory ran out while the request ran: {said}: try again later, or ask for less"
+    for number, sink in enumerate(ended[len(failed) :], len(failed)):
+        assert sink.token_ids == alone(request(number, length=20)).token_ids
+    assert bench.submit(request(1)).token_ids == alone(request(1)).token_ids
+    assert bench.deaths.empty()
+    assert bench.service.drain(SECONDS)
+
+
+def test_where_memory_runs_out_again_and_again_each_is_told(make: Callable[..., Bench]) -> None:
+    bench = make(max_batch=1, max_waiting=8)
+    held = bench.hold(*(request(n) for n in range(4)))
+    bench.gate.fail(torch.OutOfMemoryError("CUDA out of memory"))
+    assert all("memory ran out" in str(sink.wait().error) for sink in held)
+    bench.gate.error = None
+    assert bench.submit(request(1)).token_ids == alone(request(1)).token_ids
+    assert bench.deaths.empty()
+
+
+@pytest.mark.parametrize("num_steps", range(1, 30, 4))
+@pytest.mark.parametrize("method", ["autoregressive", "speculative"])
+def test_engines_that_run_rounds_and_prompts_by_themselves_begin_anew(
+    make: Callable[..., Bench], method: str, num_steps: int
+) -> None:
+    bench = make(max_batch=2, max_waiting=8, by_themselves=True)
+    held = bench.hold(*(request(n, method, length=20) for n in range(6)))
+    for _ in range(num_steps):
+        bench.gate.let_one()
+    bench.gate.fail(torch.OutOfMemoryError("CUDA out of memory"), once=True)
+    ended = [sink.wait() for sink in held]
+    assert 1 <= sum(sink.error is not None for sink in ended) <= 3  # two that decode, and one that joins
+    for number, sink in enumerate(ended):
+        if sink.error is None:
+            assert sink.token_ids == alone(request(number, method, length=20)).token_ids
+    assert bench.submit(request(1, method)).token_ids == alone(request(1, method)).token_ids
+    assert bench.deaths.empty()
+
+
+def test_an_audit_whose_request_ran_out_of_memory_keeps_none_of_the_others(make: Callable[..., Bench]) -> None:
+    bench = make(max_batch=1, max_waiting=8, audit_share=1.0)
+    lossy = [request(n, "turbo") for n in range(3)]
+    held = bench.hold(*lossy)
+    bench.gate.let_one()
+    bench.gate.fail(torch.OutOfMemoryError("CUDA out of memory"), once=True)
+    assert [sink.wait().error is None for sink in held] == [False, True, True]
+    assert [bench.audits.get(timeout=SECONDS)[1] for _ in range(2)] == ["turbo", "turbo"]
 
 
 def test_clients_hear_of_a_failure_before_the_process_may_end(make: Callable[..., Bench]) -> None:
