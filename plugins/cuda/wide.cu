@@ -7,7 +7,7 @@
  * are multiplied. There are no trees among many tokens: each sees all of its row before it.
  *
  * Compiled in parts: with BITS the products for one format of weights (and GROUP_PAIRS of INT4), with CHANNELS tiles of channels of a
- * warp; without it attention, for one model's shape (HEAD_DIM, GROUP, QK_NORM), with STAGED keys at a time. TOKENS is what the step has
+ * warp and STAGES in shared memory at once, of STAGE_PAIRS pairs each (whole pieces of INT4); without it attention, for one model's shape (HEAD_DIM, GROUP, QK_NORM), with STAGED keys at a time. TOKENS is what the step has
  * room for.
  */
 
@@ -29,8 +29,6 @@ __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_gro
 #ifdef BITS
 /* --- products --------------------------------------------------------------------------------------------------------- */
 
-#define STAGES 5         /* in shared memory at once */
-#define STAGE_PAIRS 2    /* pairs of a stage: whole pieces of INT4 */
 #define SIDES 2          /* warps beside one another have other channels, and behind one another other tokens */
 #define BLOCK_TILES (SIDES * CHANNELS)
 #define WARP_TOKENS 2    /* tiles of eight */
@@ -58,7 +56,8 @@ __device__ __forceinline__ void linear(const Linear &p) {
      * that had to be computed. */
     const uint4 *weight_from[WEIGHT_COPIES], *token_from[TOKEN_COPIES];
     const int weight_at = threadIdx.x % TILE_STAGE, last_weight = PIECES(p.pairs) * 32;
-    const int token_at = threadIdx.x % 8 / 4 * PLANE + threadIdx.x / 8 * 4 + threadIdx.x % 4, token_pair = threadIdx.x % 8 / 4;
+    const int token_pair = threadIdx.x % (4 * STAGE_PAIRS) / 4;
+    const int token_at = token_pair * PLANE + threadIdx.x / (4 * STAGE_PAIRS) * 4 + threadIdx.x % 4;
     bool has_tile[WEIGHT_COPIES];
 #pragma unroll
     for (int k = 0; k < WEIGHT_COPIES; k++) {
@@ -68,9 +67,9 @@ __device__ __forceinline__ void linear(const Linear &p) {
     }
 #pragma unroll
     for (int k = 0; k < TOKEN_COPIES; k++) {
-        const int m = begin + threadIdx.x / 8 + k * (PRODUCT_THREADS / 8);
+        const int m = begin + (threadIdx.x + k * PRODUCT_THREADS) / (4 * STAGE_PAIRS);
         /* Behind the last the first, whose columns nobody reads. */
-        token_from[k] = (const uint4 *)p.x + (size_t)(m < num ? m : begin) * 4 * p.pairs + threadIdx.x % 8;
+        token_from[k] = (const uint4 *)p.x + (size_t)(m < num ? m : begin) * 4 * p.pairs + threadIdx.x % (4 * STAGE_PAIRS);
     }
     const auto fetch_weights = [&](int stage, int slot) {
         uint4 *to = weights + slot * (BLOCK_TILES * TILE_STAGE) + threadIdx.x;
@@ -85,7 +84,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
         const bool is_there = stage * STAGE_PAIRS + token_pair < p.pairs;
 #pragma unroll
         for (int k = 0; k < TOKEN_COPIES; k++)
-            copy_ahead(to + k * (PRODUCT_THREADS / 8 * 4), token_from[k], is_there), token_from[k] += 8;
+            copy_ahead(to + k * (PRODUCT_THREADS / STAGE_PAIRS), token_from[k], is_there), token_from[k] += 4 * STAGE_PAIRS;
     };
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ssv.bundle.policy import Policy
 from ssv.runtime.decode.choice import check_chosen
 from ssv.runtime.decode.drafters.levels import FADING, FIRST_SURVIVAL, beam_for
-from ssv.runtime.decode.drafters.model import ModelDrafter
+from ssv.runtime.decode.drafters.model import MANY_ROWS, ModelDrafter
 from ssv.runtime.decode.pace import MOST_COMPANIES, Mean
 from ssv.runtime.decode.row import Row
 from ssv.runtime.decode.sampling import LEAST_TEMPERATURE
@@ -146,6 +146,11 @@ class Ahead:
         return gained
 
     def _begin(self, rows: Sequence[Row], shape: RoundShape) -> None:
+        if shape.tree is None and len(rows) >= MANY_ROWS and any(row.has_lost_draft for row in rows):
+            # Nobody drafts before all of those have left, which are replaced by others of their kind: features for the
+            # few who could would lengthen every pass.
+            for row in rows:
+                row.has_lost_draft |= row.policy.pays
         drafter = self._drafter if any(map(self._has_draft, rows)) else None
         features_BTF = None
         if drafter is not None:

@@ -82,6 +82,7 @@ class FakeRounds:
     Attributes:
         shapes: of the rounds that were run.
         num_begun: how often rows were taken over.
+        begun_with: rows each time, and whether a draft could go on with their features.
         spoils: changes what a round gave, to see that it is noticed.
     """
 
@@ -95,6 +96,7 @@ class FakeRounds:
         self._corrections: tuple[Corrections, Corrections] = (NOT_CORRECTED, NOT_CORRECTED)
         self.shapes: list[RoundShape] = []
         self.num_begun = 0
+        self.begun_with: list[tuple[int, bool]] = []
 
     @property
     def in_flight(self) -> int:
@@ -130,6 +132,7 @@ class FakeRounds:
         ]
         self._corrections = corrections
         self.num_begun += 1
+        self.begun_with.append((len(rows), features_BTF is not None))
 
     def run(self, shape: RoundShape) -> None:
         assert self.in_flight < MOST_IN_FLIGHT

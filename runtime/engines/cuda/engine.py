@@ -355,7 +355,8 @@ class CudaEngine:
         stream = torch.cuda.current_stream(self.device).cuda_stream
         of_many = b is not self.buffers
         kernels, most_gathered = (self._many_kernels, MOST_GATHERED) if of_many else (self._kernels, shape.width)
-        launch = Launcher(kernels, stream, shape.width // 8, b, self.overlaps)
+        # Blocks of many tokens leave little room beside them: kernels that begin early are in one another's way.
+        launch = Launcher(kernels, stream, shape.width // 8, b, self.overlaps and not of_many)
         step, eps = b.step.data_ptr(), spec.rms_norm_eps
         if w.join is None:
             launch("embed", (shape.width, 1, 1), 64, Embed(

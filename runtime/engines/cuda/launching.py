@@ -63,6 +63,7 @@ MOST_TILES = 4
 _MANY_TOKENS, _MANY_SIDES, _MANY_THREADS = 64, 2, 256
 """Tokens of a block of a product, warps with channels of their own beside one another, and threads."""
 _STAGES, _STAGE_PAIRS = 5, 2
+"""Of its width, that it has in shared memory at once, and pairs of each."""
 _MANY_QUERIES = 64
 """Of a block of attention."""
 _STAGED_BYTES = 1 << 15
@@ -171,7 +172,8 @@ class Launcher:
         source, of_many = "decoder", self._tiles > WIDTHS[-1] // 8
         if of_many and not is_gathered:
             plan, source = many_plan_of(linear, self._tiles, num), "wide"
-            chosen = {"CHANNELS": plan.channels, **linear.packed.macros}
+            chosen = {"CHANNELS": plan.channels, "STAGES": _STAGES, "STAGE_PAIRS": _STAGE_PAIRS}
+            chosen |= dict(linear.packed.macros)
         else:
             plan = plan_of(linear, MOST_GATHERED // 8 if of_many else self._tiles, num)
             chosen = product_macros(linear, plan)

@@ -41,11 +41,12 @@ def test_every_part(macros: dict[str, int]) -> None:
     assert compile_source(source_of("decoder"), "9.0", macros)[:4] == b"\x7fELF"
 
 
+STAGES = {"STAGES": 5, "STAGE_PAIRS": 2}
 MANY: dict[str, dict[str, int]] = {
-    "products of many tokens": {"BITS": 16, "CHANNELS": 2},
-    "with one tile of channels": {"BITS": 16, "CHANNELS": 1},
-    "of FP8": {"BITS": 8, "CHANNELS": 2},
-    "of INT4": {"BITS": 4, "GROUP_PAIRS": 2, "CHANNELS": 1},
+    "products of many tokens": {"BITS": 16, "CHANNELS": 2} | STAGES,
+    "with one tile of channels": {"BITS": 16, "CHANNELS": 1} | STAGES,
+    "of FP8": {"BITS": 8, "CHANNELS": 2} | STAGES,
+    "of INT4": {"BITS": 4, "GROUP_PAIRS": 2, "CHANNELS": 1} | STAGES,
     "attention": {"HEAD_DIM": 64, "GROUP": 3, "QK_NORM": 0, "STAGED": 256},
     "of normed heads": {"HEAD_DIM": 128, "GROUP": 4, "QK_NORM": 1, "STAGED": 128},
     "of narrow heads": {"HEAD_DIM": 80, "GROUP": 1, "QK_NORM": 0, "STAGED": 128},

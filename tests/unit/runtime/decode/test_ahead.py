@@ -439,9 +439,12 @@ def test_logits_that_are_no_numbers_are_told() -> None:
 
 @pytest.mark.parametrize("seconds", [cheap, dear])
 def test_many_rows_share_rounds(seconds: Any) -> None:
-    """Among many, those that come last have no draft made ready, and those that have waited too long lose theirs."""
+    """Among many, those that come last have no draft made ready, those that have waited too long lose theirs, and the
+    others theirs beside them: nobody could draft, and passes are shorter without features."""
     setup = Setup(20, seconds=seconds)
     many = [Request((1, 2, 3 + b % 5), "premium", SamplingParams(max_tokens=150, ignore_eos=True)) for b in range(24)]
     expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 24, by_engines=False)
     assert setup.decoded(many, [PREMIUM] * 24, by_engines=True)[0] == expected
     assert sum(shape.tree is None for shape in setup.rounds.shapes) > 100
+    assert {has_features for rows, has_features in setup.rounds.begun_with if rows > 16} == {False}
+    assert setup.rounds.begun_with[0][1]  # of the first few
