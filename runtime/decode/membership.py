@@ -286,8 +286,7 @@ class Membership:
             return False
         drafter = self._drafters.of(row)
         sees_prompt = drafter is not None and (drafter.has_cache or drafter.needs_features)
-        # A lossy row keeps its draft in whatever company: it may be alone soon.
-        if sees_prompt and not (row.lossless and self.follows_load(row) and not self._would_draft(row)):
+        if sees_prompt and (not self.follows_load(row) or self._would_draft(row)):
             return False
         return self.prompt_cache is None or not self.prompt_cache.knows(prompt_ids[:-1], drafts=False)
 

@@ -22,6 +22,7 @@ from ssv.runtime.counters import Counters
 from ssv.runtime.decode import ahead
 from ssv.runtime.decode.drafters.levels import Levels
 from ssv.runtime.decode.loop import DecodeLoop
+from ssv.runtime.decode.membership import Membership
 from ssv.runtime.decode.pace import Pace
 from ssv.runtime.decode.round import DecodeBatch
 from ssv.runtime.engines.contract import EngineError, RoundShape
@@ -98,11 +99,12 @@ class Setup:
         are_audited: bool = False,
         pace: Pace | None = None,
         patience: int | None = None,
+        **lane: int,
     ) -> tuple[list[tuple[int, ...]], list[Counters]]:
         """The outputs' tokens, and what was counted.
 
         Args:
-            patience: of the lane that prompts run in, see `FakeLane`; None for none.
+            patience, lane: of the lane that prompts run in, see `FakeLane`; None for none.
         """
         costs = Costs.model_validate(
             {
@@ -118,7 +120,7 @@ class Setup:
             prefill_chunk=16,
             costs=costs,
             rounds=self.rounds if by_engines else None,
-            lane=None if patience is None else FakeLane(self.target, self.draft, patience=patience),
+            lane=None if patience is None else FakeLane(self.target, self.draft, patience=patience, **lane),
             pace=pace,
         )
         loop = DecodeLoop(batch, frozenset([EOS]))
@@ -435,6 +437,30 @@ def test_logits_that_are_no_numbers_are_told() -> None:
     with pytest.raises(EngineError, match="not numbers"):
         setup.decoded(requests(1), [AUTOREGRESSIVE], by_engines=True)
     assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize("accept_below", [0.0, 0.3], ids=["lossless", "lossy"])
+def test_prompts_among_many_rows_share_a_step(accept_below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No draft is made ready there, whoever asks for one."""
+    setup = Setup(20, seconds=dear)
+    many = [
+        Request((1, 2, 3 + b % 5), "premium", SamplingParams(max_tokens=60 + b, ignore_eos=True)) for b in range(32)
+    ]
+    expected, _ = setup.decoded(many, [AUTOREGRESSIVE] * 32, by_engines=False)
+    shared: list[int] = []
+    run_together = Membership._run_together
+
+    def counted(self: Membership, joining: Any) -> None:
+        shared.append(len(self.rows))
+        run_together(self, joining)
+
+    monkeypatch.setattr(Membership, "_run_together", counted)
+    policy = PREMIUM.model_copy(update={"accept_below": accept_below})
+    lane = {"least": 9, "most_rows": 4, "most_tokens": 16}
+    found, _ = setup.decoded(many, [policy] * 32, by_engines=True, patience=1, **lane)
+    assert len(shared) >= 4 and min(shared) >= 16
+    if not accept_below:
+        assert found == expected
 
 
 @pytest.mark.parametrize("seconds", [cheap, dear])
