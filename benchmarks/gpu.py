@@ -58,6 +58,7 @@ what a draft has of them, and without."""
 ALONE, ALONE_OF_LONG = 16, 3
 """Prompts that come alone, to see how long they take to their first token."""
 
+PROMPT_TOKENS = (64, 128, 256, 512)
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature 0.7, top_p 0.9": {"temperature": 0.7, "top_p": 0.9},
@@ -164,22 +165,31 @@ def steps(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         for context in map(int, args.contexts.split(",")):
             figures[f"{name}_at_{context}"] = {num: step_times(engine, num, context) for num in tokens}
             print(name, context, figures[f"{name}_at_{context}"], file=sys.stderr)
+            if engine is llm.target:
+                figures[f"prompt_at_{context}"] = found = {
+                    num: step_times(engine, num, context, of_prompt=True) for num in PROMPT_TOKENS
+                }
+                print("prompt", context, found, file=sys.stderr)
     figures["chosen_ms"] = {setting: choosing_times(llm, setting) for setting in SETTINGS}
     print("chosen", figures["chosen_ms"], file=sys.stderr)
     return figures
 
 
-def step_times(engine: CudaEngine, num: int, context: int) -> dict[str, float]:
-    """Milliseconds of a step of so many tokens behind a text: of its graph, and of all of it."""
+def step_times(engine: CudaEngine, num: int, context: int, *, of_prompt: bool = False) -> dict[str, float]:
+    """Milliseconds of a step of so many tokens behind a text: of its graph, and of all of it.
+
+    Args:
+        of_prompt: whether the last token alone gets logits, and all of them features.
+    """
     ids, slot, gather = (
         torch.ones(1, num, dtype=torch.long),
         torch.tensor([context], dtype=torch.int32),
-        torch.arange(num),
+        torch.arange(num)[-1:] if of_prompt else torch.arange(num),
     )
     features = torch.zeros(1, num, engine.num_features, device=engine.device) if engine.num_features else None
 
     def step() -> None:
-        out = engine.step(ids, slot, gather, features)
+        out = engine.step(ids, slot, gather, features, features_out=of_prompt)
         assert out.token_R is not None
         out.token_R.tolist()
 
