@@ -250,10 +250,10 @@ INLINE Eight rest_of(const float *x, long n) {
     return rest;
 }
 
-/* weights[j] = query . key j * root, for all keys seen. How a key's sum is made depends on j alone, not on the slot it lies in: a token
- * has the same bits in a tree as in a chain. */
-INLINE void dot_keys(const float *query, const float *key, float root, float *weights, const Token *v, long dim) {
-    long j = 0, d, whole = dim - dim % EIGHT, seen = v->seen;
+/* weights[j] = query . key j * root, for all keys seen from the first-th on, a multiple of four. How a key's sum is made depends on j
+ * alone, not on the slot it lies in: a token has the same bits in a tree as in a chain. */
+INLINE void dot_keys(const float *query, const float *key, float root, float *weights, const Token *v, long first, long dim) {
+    long j = first, d, whole = dim - dim % EIGHT, seen = v->seen;
     for (; j + 4 <= seen; j += 4) { /* four keys at a time: independent sums, one read of the query */
         const float *k0 = key + slot_of(v, j) * dim, *k1 = key + slot_of(v, j + 1) * dim;
         const float *k2 = key + slot_of(v, j + 2) * dim, *k3 = key + slot_of(v, j + 3) * dim;
@@ -282,12 +282,17 @@ INLINE void dot_keys(const float *query, const float *key, float root, float *we
     }
 }
 
-/* out = weighted sum of the values seen * factor. */
-INLINE void mix_values(const float *weights, const float *value, float factor, float *out, const Token *v, long dim) {
+/* out = (sums + weighted sum of the values seen from the first-th on) * factor; sums: NULL where first is 0. */
+INLINE void mix_values(const float *weights, const float *value, float factor, const float *sums, float *out, const Token *v, long first,
+                       long dim) {
     long d = 0, seen = v->seen;
     for (; d + 8 * EIGHT <= dim; d += 8 * EIGHT) { /* as many sums as registers hold */
         Eight s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, s5 = {0}, s6 = {0}, s7 = {0};
-        for (long j = 0; j < seen; j++) {
+        if (sums) {
+            const Eight *from = (const Eight *)(sums + d);
+            s0 = from[0], s1 = from[1], s2 = from[2], s3 = from[3], s4 = from[4], s5 = from[5], s6 = from[6], s7 = from[7];
+        }
+        for (long j = first; j < seen; j++) {
             const Eight *x = (const Eight *)(value + slot_of(v, j) * dim + d);
             float w = weights[j];
             s0 += w * x[0], s1 += w * x[1], s2 += w * x[2], s3 += w * x[3];
@@ -299,7 +304,8 @@ INLINE void mix_values(const float *weights, const float *value, float factor, f
     }
     for (; d + EIGHT <= dim; d += EIGHT) {
         Eight sum = {0};
-        for (long j = 0; j < seen; j++) sum += weights[j] * *(const Eight *)(value + slot_of(v, j) * dim + d);
+        if (sums) sum = *(const Eight *)(sums + d);
+        for (long j = first; j < seen; j++) sum += weights[j] * *(const Eight *)(value + slot_of(v, j) * dim + d);
         *(Eight *)(out + d) = sum * factor;
     }
     if (d < dim) {
@@ -336,35 +342,183 @@ static void store_part(const void *context, long first, long last, long thread) 
     }
 }
 
-/* Attention of some query heads of one token, which share a key/value head; weights: room for as many numbers of each head as it sees. */
-MULTIVERSION
-static void attend_heads(const float *queries, const float *keys, const float *values, float *weights, float *out,
-                         const Token *v, long heads, long dim) {
-    float root = 1.0f / sqrtf((float)dim);
-    /* All heads over the keys, then all over the values: each is read from afar once. */
-    for (long n = 0; n < heads; n++) dot_keys(queries + n * dim, keys, root, weights + n * v->seen, v, dim);
-    for (long n = 0; n < heads; n++) {
-        float *weight = weights + n * v->seen, largest = -3.0e38f, sum = 0.0f;
-        for (long j = 0; j < v->seen; j++) largest = weight[j] > largest ? weight[j] : largest;
-        for (long j = 0; j < v->seen; j++) weight[j] = expf(weight[j] - largest);
-        for (long j = 0; j < v->seen; j++) sum += weight[j];
-        mix_values(weight, values, 1.0f / sum, out + n * dim, v, dim);
+/* A query head of a token, and room for as many weights as it sees keys. */
+typedef struct {
+    const Token *token;
+    const float *in;
+    float *out, *weights;
+} Query;
+
+#define PAIRS 4
+#define TOGETHER (2 * PAIRS) /* queries that share a read of keys and values; `own_size` of a step has room for their weights */
+#define MOST_DIMS 512        /* of such queries */
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
+#define INLINE_512 static inline __attribute__((always_inline)) AVX512
+
+static int pairs_run_here(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+/* Two queries lie in the halves of a register, the keys and values in both halves of another: a query's sums are those of `dot_keys`
+ * and `mix_values` to the last bit, and half as many products as there make them. */
+INLINE_512 void dot_pairs(const int pairs, const float *both, const float *keys, float root, const Query *of, long num, long common, long dim) {
+    for (long j = 0; j < common; j += 4, keys += 4 * dim) {
+        __m512 s[PAIRS][4];
+#pragma GCC unroll 4
+        for (int p = 0; p < pairs; p++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) s[p][i] = _mm512_setzero_ps();
+        for (long d = 0; d < dim; d += EIGHT) {
+            __m512 key[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) key[i] = _mm512_broadcast_f32x8(_mm256_loadu_ps(keys + i * dim + d));
+#pragma GCC unroll 4
+            for (int p = 0; p < pairs; p++) {
+                __m512 query = _mm512_loadu_ps(both + 2 * (p * dim + d));
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) s[p][i] = _mm512_fmadd_ps(query, key[i], s[p][i]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < pairs; p++) { /* as `sum_lanes` */
+            __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s[p][0], s[p][1]), _mm512_unpackhi_ps(s[p][0], s[p][1]));
+            __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s[p][2], s[p][3]), _mm512_unpackhi_ps(s[p][2], s[p][3]));
+            __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+            __m512 dots = _mm512_mul_ps(_mm512_add_ps(c, _mm512_shuffle_f32x4(c, c, 0xb1)), _mm512_set1_ps(root));
+            _mm_storeu_ps(of[2 * p].weights + j, _mm512_castps512_ps128(dots));
+            if (2 * p + 1 < num) _mm_storeu_ps(of[2 * p + 1].weights + j, _mm512_extractf32x4_ps(dots, 2));
+        }
     }
 }
 
-/* A part is one query head of a row. */
+/* sums: [2 * pairs, dim]. */
+INLINE_512 void mix_pairs(const int pairs, const float *values, const Query *of, long num, float *sums, long common, long dim) {
+    for (long d = 0; d < dim; d += 4 * EIGHT) {
+        __m512 s[PAIRS][4];
+        const float *weights[TOGETHER];
+#pragma GCC unroll 4
+        for (int p = 0; p < pairs; p++) {
+            weights[2 * p] = of[2 * p].weights, weights[2 * p + 1] = of[2 * p + 1 < num ? 2 * p + 1 : 2 * p].weights;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) s[p][i] = _mm512_setzero_ps();
+        }
+        const float *x = values + d;
+        for (long j = 0; j < common; j++, x += dim) {
+            __m512 value[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) value[i] = _mm512_broadcast_f32x8(_mm256_loadu_ps(x + EIGHT * i));
+#pragma GCC unroll 4
+            for (int p = 0; p < pairs; p++) {
+                __m512 weight = _mm512_mask_broadcastss_ps(_mm512_set1_ps(weights[2 * p][j]), 0xff00, _mm_load_ss(weights[2 * p + 1] + j));
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) s[p][i] = _mm512_fmadd_ps(weight, value[i], s[p][i]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < pairs; p++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                _mm256_storeu_ps(sums + 2 * p * dim + d + EIGHT * i, _mm512_castps512_ps256(s[p][i]));
+                _mm256_storeu_ps(sums + (2 * p + 1) * dim + d + EIGHT * i, _mm512_extractf32x8_ps(s[p][i], 1));
+            }
+    }
+}
+
+#define OF_PAIRS(call)      \
+    switch ((num + 1) / 2) { \
+    case 1: call(1); break;  \
+    case 2: call(2); break;  \
+    case 3: call(3); break;  \
+    default: call(4);        \
+    }
+
+AVX512 static void dot_together(const float *keys, float root, const Query *of, long num, long common, long dim) {
+    float both[2 * PAIRS * MOST_DIMS];
+    for (long n = 0; n < (num + 1) / 2 * 2; n++) {
+        const float *query = of[n < num ? n : num - 1].in;
+        for (long d = 0; d < dim; d += EIGHT) memcpy(both + 2 * (n / 2 * dim + d) + n % 2 * EIGHT, query + d, EIGHT * sizeof(float));
+    }
+#define DOT(n) dot_pairs(n, both, keys, root, of, num, common, dim)
+    OF_PAIRS(DOT)
+}
+
+AVX512 static void mix_together(const float *values, const Query *of, long num, float *sums, long common, long dim) {
+#define MIX(n) mix_pairs(n, values, of, num, sums, common, dim)
+    OF_PAIRS(MIX)
+}
+#else
+static int pairs_run_here(void) { return 0; }
+static void dot_together(const float *keys, float root, const Query *of, long num, long common, long dim) {}
+static void mix_together(const float *values, const Query *of, long num, float *sums, long common, long dim) {}
+#endif
+
+static int has_pairs;
+
+/* Weights of the keys from the first-th on; those before are there. */
+MULTIVERSION
+static void weigh(const Query *q, const float *keys, float root, long first, long dim) {
+    dot_keys(q->in, keys, root, q->weights, q->token, first, dim);
+}
+
+/* Makes shares of weights that are still to be divided by their sum; returns it. */
+MULTIVERSION
+static float exponents(float *weight, long seen) {
+    float largest = -3.0e38f, sum = 0.0f;
+    for (long j = 0; j < seen; j++) largest = weight[j] > largest ? weight[j] : largest;
+    for (long j = 0; j < seen; j++) weight[j] = expf(weight[j] - largest);
+    for (long j = 0; j < seen; j++) sum += weight[j];
+    return sum;
+}
+
+MULTIVERSION
+static void mix(const Query *q, const float *values, float factor, const float *sums, long first, long dim) {
+    mix_values(q->weights, values, factor, sums, q->out, q->token, first, dim);
+}
+
+/* Attention of some queries that share a row and a key/value head, TOGETHER at the most: all of them over the keys, then all over the
+ * values, so that each is read from afar once. What all see in the slots of its places is read once for all, and from registers. */
+static void attend_queries(const Query *of, long num, const float *keys, const float *values, long dim) {
+    float root = 1.0f / sqrtf((float)dim), total[TOGETHER], sums[TOGETHER * MOST_DIMS];
+    long common = 0;
+    if (has_pairs && dim % (4 * EIGHT) == 0 && dim <= MOST_DIMS) {
+        common = of->token->seen;
+        for (long n = 0; n < num; n++) {
+            const Token *token = of[n].token;
+            if (token->seen < common) common = token->seen;
+            if (token->whole < common) common = token->whole;
+        }
+        common -= common % 4;
+    }
+    if (common) dot_together(keys, root, of, num, common, dim);
+    for (long n = 0; n < num; n++) {
+        weigh(of + n, keys, root, common, dim);
+        total[n] = exponents(of[n].weights, of[n].token->seen);
+    }
+    if (common) mix_together(values, of, num, sums, common, dim);
+    for (long n = 0; n < num; n++) mix(of + n, values, 1.0f / total[n], common ? sums + n * dim : NULL, common, dim);
+}
+
+/* A part is one query head of a row; those of a key/value head lie side by side. */
 static void attend_part(const void *context, long first, long last, long thread) {
     const Context *c = context;
     const Step *s = c->step;
-    long groups = s->heads / s->kv_heads, dim = s->dim;
+    long groups = s->heads / s->kv_heads, dim = s->dim, of_head = s->rows * groups;
     while (first < last) {
-        long m = first / s->heads, k = first % s->heads / groups, end = m * s->heads + (k + 1) * groups;
-        const Token *token = &c->tokens[m];
-        long base = c->index * s->layer_size + (token->row * s->kv_heads + k) * s->length * dim;
-        if (end > last) end = last;
-        attend_heads(s->queries + first * dim, s->keys + base, s->values + base, own_room(s, thread), s->attended + first * dim,
-                     token, end - first, dim);
-        first = end;
+        Query of[TOGETHER];
+        float *weights = own_room(s, thread);
+        long k = first / of_head, row = c->tokens[first % of_head / groups].row, num = 0;
+        for (; first < last && num < TOGETHER && first / of_head == k; first++) {
+            long m = first % of_head / groups, at = (m * s->heads + k * groups + first % groups) * dim;
+            const Token *token = &c->tokens[m];
+            if (token->row != row) break;
+            of[num++] = (Query){token, s->queries + at, s->attended + at, weights};
+            weights += token->seen;
+        }
+        long base = c->index * s->layer_size + (row * s->kv_heads + k) * s->length * dim;
+        attend_queries(of, num, s->keys + base, s->values + base, dim);
     }
 }
 
@@ -574,5 +728,6 @@ PyMODINIT_FUNC PyInit__cpu(void) {
     PyObject *linear = PyImport_ImportModule("ssv.runtime.engines._linear"); /* PyCapsule_Import does not import modules of packages */
     Py_XDECREF(linear);
     kernels = linear ? PyCapsule_Import(LINEAR_KERNELS, 0) : NULL;
+    has_pairs = pairs_run_here();
     return kernels ? PyModule_Create(&module) : NULL;
 }

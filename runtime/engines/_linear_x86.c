@@ -13,7 +13,7 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define INLINE_512 static inline __attribute__((always_inline)) AVX512
 
-#define AHEAD 2048 /* bytes: what a core reads while memory answers */
+#define AHEAD 4096 /* bytes: what a core reads while memory answers */
 
 INLINE_512 void put_512(const Linear *w, long tile, __m512 sum, float *out, int add) {
     long first = tile * TILE, left = w->outputs - first;

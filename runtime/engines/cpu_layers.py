@@ -30,6 +30,10 @@ else:  # installed where there was no C compiler; one that is there and does not
     _cpu = None  # type: ignore[assignment]
 
 
+_TOGETHER = 8
+"""Queries that share a read of keys and values: `TOGETHER` of _cpu.c."""
+
+
 class _Layer(ctypes.Structure):
     """`Layer` of _cpu.c."""
 
@@ -191,7 +195,7 @@ class FusedLayers:
         widest = max(2 * spec.hidden_size, attended, spec.intermediate_size)
         self._rows = Rows(num_tokens, widest)
         step.values_room, step.scale_room, step.offset_room, step.sum_room = self._rows.addresses
-        own_size = max(spec.num_heads // spec.num_kv_heads * max_length, widest)
+        own_size = max(_TOGETHER * max_length, widest)
         self._room = (
             torch.empty(num_tokens, max(attended + 2 * spec.num_kv_heads * spec.head_dim, 2 * spec.intermediate_size)),
             torch.empty(num_tokens, attended),

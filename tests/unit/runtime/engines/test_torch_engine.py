@@ -31,6 +31,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases": BIASES,
     "qk-norm": {"qk_norm": True, "head_dim": 24},
     "everything": BIASES | {"qk_norm": True, "num_kv_heads": 1},
+    # Queries that see the same keys share a read of them.
+    "heads of 32": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 32},
+    "heads of 64": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 64},
     # No size is a multiple of a vector register's.
     "nine-heads": {"hidden_size": 90, "num_heads": 9, "num_kv_heads": 3, "head_dim": 10, "intermediate_size": 101},
 }
@@ -780,8 +783,9 @@ def test_packed_rows_do_not_see_their_neighbours(precision: TorchPrecision, shap
 
 
 @any_packed
-def test_packed_weights_give_the_same_to_the_bit_on_long_sequences(precision: TorchPrecision) -> None:
-    decoder, ids_BT = tiny_decoder(), tiny_ids(2, 83)
+@pytest.mark.parametrize("shape", ["grouped", "heads of 64"])
+def test_packed_weights_give_the_same_to_the_bit_on_long_sequences(precision: TorchPrecision, shape: str) -> None:
+    decoder, ids_BT = tiny_decoder(**SHAPES[shape]), tiny_ids(2, 83)
     expected = run_chunks(make_engine(decoder, precision), ids_BT, [1] * 83)
     assert torch.equal(run_chunks(make_engine(decoder, precision), ids_BT, [80, 3]), expected)
 

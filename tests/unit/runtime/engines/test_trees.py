@@ -52,12 +52,14 @@ ENGINES: dict[str, tuple[Callable[..., Engine], float]] = {
     **{f"network-{name}": (partial(network_target, name), 0.0) for name in ("fp16", "bf16", "fp8", "int4")},
 }
 SHAPES = {"even": {}, "odd": ODD, "qk-norm": {"qk_norm": True, "qkv_bias": True}}
+# Queries that see the same keys share a read of them, as far as they do.
+WIDE_HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
 CASES = [
     pytest.param(*ENGINES[engine], SHAPES[shape], id=f"{shape}-{engine}")
     for engine in ENGINES
     for shape in SHAPES
     if (engine, shape) != ("network-int4", "odd")  # its groups of 16 weights fill no row of 90
-]
+] + [pytest.param(*ENGINES[engine], WIDE_HEADS, id=f"wide-heads-{engine}") for engine in ("int8", "int4")]
 any_engine = pytest.mark.parametrize(("make", "tolerance"), ENGINES.values(), ids=ENGINES)
 
 
