@@ -17,6 +17,7 @@ from ssv.ab.plan import Turn, seed_of
 from ssv.ab.questions import Question
 from ssv.ab.samples import Sample, answered
 from ssv.support.errors import UserError
+from ssv.support.interruptible import join
 from ssv.support.progress import Report
 
 MAX_FAILURES = 5
@@ -129,7 +130,7 @@ class LoadGenerator:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                join(thread)
         except BaseException as error:
             broken.append(error)  # the workers ask nothing more
             raise

@@ -5,7 +5,6 @@ breaks a guard-rail.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -23,6 +22,7 @@ from ssv.ab.routing import Fallback, fall_back, fallback_path
 from ssv.ab.statistics import Interval
 from ssv.ab.terminal import ms, percent, plain
 from ssv.support.errors import UserError
+from ssv.support.interruptible import sleep
 
 EXIT_FELL_BACK = 4
 
@@ -87,7 +87,7 @@ def watch(
                 )
         if every is None:
             return EXIT_FELL_BACK if fell_back else 0
-        time.sleep(every)
+        sleep(every)
 
 
 @dataclass(frozen=True, slots=True)

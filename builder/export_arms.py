@@ -35,6 +35,8 @@ PROGRAMS: dict[Host, str] = {"trtllm": "trtllm-serve", "vllm": "vllm serve", "sg
 FIRST_PORT = 8010
 READY_SECONDS = 1800
 """That an arm may take to start, unless the variable of that name says otherwise."""
+STOP_SECONDS = 60
+"""The same of its end."""
 LEAST_PASS = 8192
 """Tokens of a pass that a prompt's are cut to, TensorRT-LLM's own default."""
 
@@ -203,7 +205,7 @@ _COMPARE = """#!/usr/bin/env bash
 # ARMS: which of them, such as "plain speculation". GPUs of each arm: PLAIN_GPUS and so on, a comma between.
 # ENGINE_OPTIONS: more options for {program}, in the arms plain and speculation alike.
 # LOGS: folder for what the arms print, and for their /metrics at the end.
-# READY_SECONDS, STOP_SECONDS: how long they may take to start, and to end.
+# READY_SECONDS, STOP_SECONDS: how long they may take to start, and to end; whole numbers.
 {missing}set -euo pipefail
 set -m  # each arm in a process group of its own, so that its workers end with it
 here=$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)
@@ -211,6 +213,14 @@ prompts=${{1:?usage: $0 PROMPTS.jsonl OUT [options of ssv-ab run]}} out=${{2:?OU
 shift 2
 read -ra arms <<<"${{ARMS:-{arms}}}"
 read -ra engine_options <<<"${{ENGINE_OPTIONS:-}}"
+READY_SECONDS=${{READY_SECONDS:-{ready}}} STOP_SECONDS=${{STOP_SECONDS:-{stops}}}
+for name in READY_SECONDS STOP_SECONDS; do
+  if [[ ! ${{!name}} =~ ^[0-9]{{1,9}}$ ]]; then
+    echo "error: $name is '${{!name}}', which is no whole number of seconds" >&2
+    exit 2
+  fi
+done
+ready=$((10#$READY_SECONDS)) stops=$((10#$STOP_SECONDS))  # or 010 would be eight
 logs=${{LOGS:-$(mktemp -d)}}
 mkdir -p "$logs"
 groups=() addresses=()
@@ -238,12 +248,13 @@ done
 
 stop() {{
   trap '' INT TERM
-  for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -TERM -- "-$group" 2>/dev/null || true; done
-  for ((left = 10 * ${{STOP_SECONDS:-60}}; left > 0; left--)); do
+  exec 2>/dev/null  # what the shell says of each arm that it ends, with the line of this script
+  for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -TERM -- "-$group" || true; done
+  for ((left = 10 * stops; left > 0; left--)); do
     if [[ -z $(jobs -r) ]]; then break; fi
     sleep 0.1
   done
-  for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -KILL -- "-$group" 2>/dev/null || true; done
+  for group in ${{groups[@]+"${{groups[@]}}"}}; do kill -KILL -- "-$group" || true; done
   wait || true
 }}
 trap stop EXIT
@@ -261,7 +272,7 @@ start() {{  # ARM
 await() {{  # ARM PROCESS
   until curl -fsS -o /dev/null "http://127.0.0.1:${{port[$1]}}/v1/models" 2>/dev/null; do
     if ! kill -0 "$2" 2>/dev/null; then echo "error: $1 ended, see $logs/$1.log" >&2; exit 1; fi
-    if ((SECONDS > ${{READY_SECONDS:-{ready}}})); then echo "error: $1 is not ready, see $logs/$1.log" >&2; exit 1; fi
+    if ((SECONDS > ready)); then echo "error: $1 is not ready, see $logs/$1.log" >&2; exit 1; fi
     sleep 0.5
   done
 }}
@@ -297,6 +308,7 @@ def _compare(settings: HostSettings) -> str:
     named = (("port", port), ("gpus", gpus), ("query", query))
     return _COMPARE.format(
         ready=READY_SECONDS,
+        stops=STOP_SECONDS,
         program=PROGRAMS[settings.host],
         missing=f"# There is no arm `ssv`: {why}.\n" if why is not None else "",
         arms=" ".join(arms),

@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from ssv.runtime.reply import Reply
 from ssv.support.errors import UserError
+from ssv.support.interruptible import get
 
 MODEL = "ensemble"
 ROUTER = "ab_router"
@@ -268,7 +269,7 @@ class Client:
                     raise error from None
                 raise why if isinstance(why, InferenceServerException) else error from None
             while True:
-                result = replies.get(timeout=patience)
+                result = get(replies, patience)
                 if isinstance(result, InferenceServerException):
                     raise result
                 reply = read_reply(result)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from ssv.support.interruptible import join
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def begun(work: Callable[[], T]) -> Callable[[], T]:
     thread.start()
 
     def finished() -> T:
-        thread.join()
+        join(thread)
         if errors:
             raise errors[0]
         return results[0]

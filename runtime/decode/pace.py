@@ -180,6 +180,8 @@ class Pace:
         """
         self._clock = clock
         self._companies: dict[tuple[int, frozenset[int]], _Company] = {}
+        # Of what was asked for: found once, and again when other companies are believed than were then.
+        self._nearest: dict[tuple[int, frozenset[int]], _Company | None] = {}
         self._under_way: _Round | None = None
 
     def begin(
@@ -237,16 +239,26 @@ class Pace:
             return known
         drafts = self.would_draft(num_rows, policies)
         if len(self._companies) >= MOST_COMPANIES:
-            self._companies.pop(next(iter(self._companies)))
+            oldest = self._companies.pop(next(iter(self._companies)))
+            if oldest.drafted.is_believed:
+                self._nearest.clear()
         # What is only supposed is not measured again at once: the next trial is a draft's.
         found = self._companies[num_rows, policies] = _Company(drafts, is_compared=not drafts)
         return found
 
     def _nearest_drafts(self, num_rows: int, policies: frozenset[int]) -> bool | None:
         """Whether the rows do whose number is the nearest, of those that were seen to; None if there are none."""
+        if (num_rows, policies) not in self._nearest:
+            if len(self._nearest) >= MOST_COMPANIES:
+                self._nearest.clear()
+            self._nearest[num_rows, policies] = self._look_for_nearest(num_rows, policies)
+        nearest = self._nearest[num_rows, policies]
+        return nearest.drafts if nearest is not None else None
+
+    def _look_for_nearest(self, num_rows: int, policies: frozenset[int]) -> _Company | None:
         judged = {num: it for (num, of), it in self._companies.items() if of == policies and it.drafted.is_believed}
         nearest = min(judged, key=lambda num: max(num, num_rows) / min(num, num_rows), default=None)
-        return judged[nearest].drafts if nearest is not None else None
+        return judged[nearest] if nearest is not None else None
 
     def _close(self, company: _Company, num_rows: int, num_tokens: int, now: float) -> None:
         if (last := self._under_way) is None or last.company is not company:
@@ -256,7 +268,10 @@ class Pace:
             return
         gained = num_tokens - last.num_tokens
         if 0 < gained <= num_rows * (1 + MAX_PENDING):
+            was_believed = company.drafted.is_believed
             (company.drafted if last.drafts else company.plain).note(gained, now - last.began)
+            if company.drafted.is_believed != was_believed:
+                self._nearest.clear()
 
     @staticmethod
     def _consider_plain(company: _Company, by_costs: float | None) -> None:
@@ -273,8 +288,7 @@ class Pace:
             company.patience.renew()
             company.calm = None
 
-    @staticmethod
-    def _consider_drafting(company: _Company, num_rows: int) -> None:
+    def _consider_drafting(self, company: _Company, num_rows: int) -> None:
         """Goes back to drafting if plain decoding turns out to be no faster; tries it again after a while if it is."""
         if company.plain.is_believed and not company.is_compared:
             company.is_compared = True
@@ -286,3 +300,4 @@ class Pace:
         elif company.patience.is_over(num_rows):
             company.change(drafts=True)
             company.drafted = _Rate()
+            self._nearest.clear()

@@ -728,7 +728,7 @@ def test_watch_follows_a_log_that_grows(
         else:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(watch_module.time, "sleep", step)
+    monkeypatch.setattr(watch_module, "sleep", step)
     log.touch()
     assert look(log, *GUARD, "--every", "7", once=False) == 130
     assert seen == [False, False, False, True]
@@ -741,7 +741,7 @@ def test_watch_follows_a_log_that_grows(
 def test_watch_says_when_the_log_was_replaced(
     log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(watch_module.time, "sleep", lambda _: log.write_text(""))
+    monkeypatch.setattr(watch_module, "sleep", lambda _: log.write_text(""))
     assert look(write(log, *BAD[:5]), once=False) == 2
     assert "has become shorter while it was read" in capsys.readouterr().err
 

@@ -340,9 +340,9 @@ def test_all_arms_are_started_compared_and_ended(standalone: Path, tmp_path: Pat
     env = stand_ins(programs, trtllm_serve=serves, ssv_serve=serves, curl=curl, ssv_ab=f"cat {pids} | wc -l")
     done = subprocess.run(
         [tmp_path / "out" / "compare.sh", PROMPTS, "report", "--concurrency", "1,4"],
-        env=env | {"SSV_GPUS": "6,7"}, capture_output=True, text=True, timeout=PATIENCE,
+        env=env | {"SSV_GPUS": "6,7", "READY_SECONDS": "0900"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # nor what the shell has to say of arms that it ends
     log = [line.split(" ", 2) for line in (programs / "log").read_text().splitlines()]
     started = sorted((gpus, rest) for program, gpus, rest in log if program in ("trtllm-serve", "ssv-serve"))
     assert [gpus for gpus, _ in started] == ["0,1", "2,3", "6,7"]
@@ -368,7 +368,8 @@ def test_an_arm_that_ends_ends_the_comparison(standalone: Path, tmp_path: Path) 
     done = subprocess.run(
         [tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, capture_output=True, text=True, timeout=PATIENCE
     )
-    assert done.returncode == 1 and "error: speculation ended, see " in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("error: speculation ended, see ")
+    assert done.stderr.count("\n") == 1
     assert are_gone([int(pid) for pid in pids.read_text().split()])
 
 
@@ -398,7 +399,7 @@ def test_some_arms_with_further_options(standalone: Path, tmp_path: Path) -> Non
         [tmp_path / "out" / "compare.sh", PROMPTS, "o"],
         env=env | {"STOP_SECONDS": "0", "PLAIN_GPUS": "5"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     log = [line.split(" ", 2) for line in (tmp_path / "bin" / "log").read_text().splitlines()]
     served = {rest.split("--port ")[1]: gpus for program, gpus, rest in log if program == "vllm"}
     assert served == {"8010 --kv-cache-memory-bytes 8G": "5", "8011 --kv-cache-memory-bytes 8G": "1"}
@@ -426,6 +427,30 @@ def test_arms_that_cannot_be_compared(arms: str, named: str, standalone: Path, t
     done = subprocess.run([tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and named in done.stderr
     assert not (tmp_path / "bin" / "log").exists()
+
+
+@pytest.mark.parametrize("name", ["READY_SECONDS", "STOP_SECONDS"])
+@pytest.mark.parametrize("seconds", ["10m", "1.5", "-1", "soon", "ready", "1e3", " 5", "9" * 20])
+def test_how_long_arms_may_take_is_a_whole_number(name: str, seconds: str, standalone: Path, tmp_path: Path) -> None:
+    export_for("vllm", standalone, tmp_path / "out", tensor_parallel=1)
+    env = stand_ins(tmp_path / "bin", vllm="exit 9", ssv_serve="exit 9") | {name: seconds}
+    done = subprocess.run(
+        [tmp_path / "out" / "compare.sh", PROMPTS, "o"], env=env, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {name} is '{seconds}', which is no whole number of seconds\n"
+    assert not (tmp_path / "bin" / "log").exists()
+
+
+def test_an_arm_that_is_not_ready_in_time_ends_the_comparison(standalone: Path, tmp_path: Path) -> None:
+    export_for("vllm", standalone, tmp_path / "out", tensor_parallel=1)
+    env = stand_ins(tmp_path / "bin", vllm="sleep 3600", ssv_serve="sleep 3600", curl="exit 7", ssv_ab="exit 9")
+    done = subprocess.run(
+        [tmp_path / "out" / "compare.sh", PROMPTS, "o"],
+        env=env | {"READY_SECONDS": "00"}, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: plain is not ready, see ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

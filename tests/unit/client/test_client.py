@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import ip_address
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import grpc
 import pytest
@@ -136,6 +138,33 @@ def test_a_refusal_is_told_also_while_the_request_is_being_written(asynchronous:
             (ask_asynchronously if asynchronous else ask_one)(url, None)
         assert raised.value.status == "UNIMPLEMENTED"
     server.stop(None)
+
+
+def test_an_interruption_that_wakes_nobody_ends_a_stream_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes right before the main thread falls asleep, or another thread takes it."""
+
+    class Silent:
+        cancelled = False
+
+        def start_stream(self, callback: object) -> None:
+            Timer(0.05, lambda: signal.raise_signal(signal.SIGINT)).start()
+
+        def async_stream_infer(self, *args: object, **options: object) -> None:
+            pass
+
+        def stop_stream(self, *, cancel_requests: bool) -> None:
+            self.cancelled = cancel_requests
+
+    client, silent = Client("grpc://127.0.0.1:1"), Silent()
+    monkeypatch.setattr(client, "_client", silent)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(client.stream("hello", Settings(), patience=60.0))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert silent.cancelled and time.monotonic() - began < 30.0
 
 
 def test_what_does_not_speak_as_the_address_says_is_told() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from ssv.runtime.decode.pace import MOST_COMPANIES, RETRY, SETTLING, TRIALS, Mean, Pace
+from ssv.runtime.decode.pace import MOST_COMPANIES, RETRY, SETTLING, TRIALS, Mean, Pace, _Company
 
 PREMIUM = frozenset([1])
 
@@ -177,6 +177,65 @@ def test_rows_that_were_hardly_seen_follow_what_was_found_since() -> None:
     assert not rounds.pace.would_draft(6, PREMIUM)
     rounds.num_rows = 6
     assert not any(rounds.run(20, plain_s=1.0))
+
+
+class Watched(Pace):
+    """Counts how often all companies are looked through."""
+
+    looks = 0
+
+    def _look_for_nearest(self, num_rows: int, policies: frozenset[int]) -> _Company | None:
+        self.looks += 1
+        return super()._look_for_nearest(num_rows, policies)
+
+
+def test_companies_are_looked_through_once_for_one_that_stays_hardly_known() -> None:
+    """Each of its rounds is one in which rows come or go."""
+    rounds = Rounds((1.2, 3), (1.0, 1))
+    rounds.pace = pace = Watched(rounds.clock)
+    for rounds.num_rows in range(1, 33):
+        rounds.run(TRIALS + 1)
+    rounds.num_rows, looks = 40, pace.looks
+    for _ in range(100):
+        assert rounds.run(1) == [True] and pace.would_draft(48, PREMIUM)
+        pace.forget()
+    assert pace.looks == looks + 2
+    assert looks <= 2 * 32  # and twice for each number that came to be known
+
+
+class Forgetful(Pace):
+    """Looks each time anew."""
+
+    def _nearest_drafts(self, num_rows: int, policies: frozenset[int]) -> bool | None:
+        nearest = self._look_for_nearest(num_rows, policies)
+        return nearest.drafts if nearest is not None else None
+
+
+@pytest.mark.parametrize("most", [6, MOST_COMPANIES])
+def test_what_was_found_is_as_good_as_looking_anew(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssv.runtime.decode.pace.MOST_COMPANIES", most)
+    found = set()
+    for seed in range(10):
+        rng = random.Random(seed)
+        both = [Rounds((1.0, 2), (1.0, 1)), Rounds((1.0, 2), (1.0, 1))]
+        both[1].pace = Forgetful(both[1].clock)
+        seconds = 3.0
+        for _ in range(300):
+            num_rows, policies = rng.choice((1, 2, 3, 5, 8, 13, 16, 24)), frozenset([rng.randrange(2)])
+            num, asked, leaves = rng.choice((1, 1, 2, 3, 12, 150)), rng.randrange(1, 30), rng.random() < 0.5
+            seconds = rng.choice((0.5, 1.5, 3.0, 5.0)) if rng.random() < 0.1 else seconds
+            decisions = list[list[bool]]()
+            for rounds in both:
+                rounds.num_rows, rounds.drafted, rounds.plain = num_rows, (seconds, 2 * num_rows), (1.0, num_rows)
+                decisions.append([])
+                for _ in range(num):
+                    decisions[-1] += [*rounds.run(1, 1.0, policies), rounds.pace.would_draft(asked, policies)]
+                if leaves:
+                    rounds.pace.forget()
+            assert decisions[0] == decisions[1]
+            found |= set(decisions[0])
+            assert len(both[0].pace._nearest) <= most
+    assert found == {True, False}
 
 
 @pytest.mark.parametrize(("gain", "least", "most"), [(1.3, 0.95, 1.0), (1.15, 0.8, 1.0), (0.9, 0.0, 0.05)])
