@@ -57,7 +57,8 @@ _UNREACHABLE = (
     (
         r"failed to connect.*(Socket closed|Connection reset)",
         "{url} closes the connection instead of speaking gRPC",
-        "with TLS give the address as grpcs://, else the port of gRPC: 8001 unless `ssv-serve` has another --grpc-port",
+        "if it is shutting down, ask another one; with TLS give the address as grpcs://, else the port of gRPC: 8001 "
+        "unless `ssv-serve` has another --grpc-port",
     ),
     (r"failed to connect|Connection refused", "no server answers at {url}", "start one with `ssv-serve`"),
 )

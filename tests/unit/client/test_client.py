@@ -82,7 +82,8 @@ def test_addresses() -> None:
         (
             "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1: Socket closed",
             "UNAVAILABLE",
-            "grpc://h:1 closes the connection instead of speaking gRPC: with TLS give the address as grpcs://",
+            "grpc://h:1 closes the connection instead of speaking gRPC: if it is shutting down, ask another one; with "
+            "TLS give the address as grpcs://",
         ),
     ],
 )
