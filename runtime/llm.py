@@ -58,7 +58,8 @@ EngineName = Literal["torch", "tensorrt", "tensorrt_llm"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
 GPU_PREFILL_CHUNK, LANE_CHUNK = 512, 64
-"""Tokens of a prompt that are run at a time: more fill a GPU better, and the host is busy as long as it begins them."""
+"""Tokens of a prompt that are run at a time, as more fill a GPU better; and what a cache of prompts keeps at a time
+where a lane's steps hold several such chunks."""
 
 CPU_PASS_TOKENS = 8
 """On two cores a target pass of eight tokens costs 1.5 times one of a single token, and each further one a twelfth of
@@ -156,7 +157,8 @@ class LLM:
             precision: None for the bundle's default on a CPU and bf16 on CUDA; with `tensorrt`, for whatever is
                 compiled.
             max_length: tokens of prompt and output together; cut to what target and draft have positions for.
-            prefill_chunk: tokens of a prompt that a round runs; None for 64 on a CPU and 512 on a GPU.
+            prefill_chunk: tokens of a prompt that are run at a time, and that a cache of prompts keeps; None for 64 on
+                a CPU, and for 512 on a GPU, of which the cache keeps 64 where kernels are compiled.
             threads: of the torch engine on a CPU; None for as many as there are cores that nobody else uses, which int8
                 and int4 follow while they decode. `OMP_NUM_THREADS`, or another number than torch's own set before, is
                 kept.
@@ -269,7 +271,7 @@ class LLM:
         scorer = load_scorer(bundle / SCORER, draft.spec.decoder.hidden_size) if manifest.has_scorer else None
         if share is not None and heads is not None:  # they are made later
             share = replace(share, spare=share.spare + heads.num_numbers * torch.bfloat16.itemsize)
-        compiled = cls._cuda_engines(decoder, draft, scorer, sizes, share, say)
+        compiled = cls._cuda_engines(decoder, draft, scorer, sizes, prefill_chunk, share, say)
         if compiled is None and share is not None:
             dtype = torch.float32 if precision == "fp32" else torch.bfloat16
             _take_share(share, partial(torch_bytes, decoder, draft, dtype), max_batch, max_length)
@@ -315,6 +317,7 @@ class LLM:
         draft: Draft,
         scorer: Scorer | None,
         sizes: Mapping[str, Any],
+        prefill_chunk: int | None,
         share: GpuShare | None,
         say: Say,
     ) -> tuple[Engine, Engine, RoundsEngine, PromptLane] | None:
@@ -324,6 +327,7 @@ class LLM:
             return None
         from ssv.runtime.engines.cuda.lane import CudaLane
         from ssv.runtime.engines.cuda.make import bytes_needed, cuda_engines, why_not
+        from ssv.runtime.engines.cuda.places import MANY_TOKENS
         from ssv.runtime.engines.cuda.rounds import CudaRounds
 
         if (reason := why_not(decoder, draft, sizes["device"])) is not None:
@@ -335,7 +339,8 @@ class LLM:
         say("compiling kernels for this GPU and model, unless they are kept from before")
         chosen = {name: sizes[name] for name in ("device", "max_batch", "max_length")}
         target, drafting = cuda_engines(decoder, draft, scorer, **chosen)
-        return target, drafting, CudaRounds(target, drafting), CudaLane(target, drafting)
+        lane = CudaLane(target, drafting, prefill_chunk or MANY_TOKENS)
+        return target, drafting, CudaRounds(target, drafting), lane
 
     @classmethod
     def _load_tensorrt(

@@ -19,9 +19,9 @@ class CudaLane:
 
     # Shorter ones are a few passes, which take as long while rounds run, and make these slower meanwhile.
     least = 257
-    most_tokens = MANY_TOKENS
 
-    def __init__(self, target: CudaEngine, draft: CudaEngine) -> None:
+    def __init__(self, target: CudaEngine, draft: CudaEngine, most_tokens: int = MANY_TOKENS) -> None:
+        self.most_tokens = most_tokens
         self.most_rows = self.rows_beside(target.max_batch)
         self.target, self.draft = target.beside(self.most_rows), draft.beside(1)
         self._own = self._stream = torch.cuda.Stream(target.device)
