@@ -80,6 +80,11 @@ struct Head {
     }
 };
 
+/* Of a chunk a lane (g, q) has 8 dims of a piece of the keys 8 t + g, and of the values 2 q + value_of(v). */
+__device__ __forceinline__ constexpr int value_of(int v) { return v / 4 * 16 + (v & 1) + (v & 2) * 4; }
+__device__ __forceinline__ bool has_key(int i, int q) { return HEAD_DIM % 32 == 0 || 32 * i + 8 * q < HEAD_DIM; }
+__device__ __forceinline__ bool has_value(int i, int g) { return HEAD_DIM % 64 == 0 || 64 * i + 8 * g < HEAD_DIM; }
+
 __device__ __forceinline__ u32 word_of(const uint4 &piece, int i) { return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w; }
 
 /* The weights of a chunk's keys for up to 16 queries, of two keys each, from their scores; the largest score (times log2(e)) of each
@@ -125,5 +130,22 @@ __device__ __forceinline__ void add_values(float (&out)[8][4], const u32 (&weigh
         multiply(out[e], weights, __byte_perm(word_of(value[0], e / 2), word_of(value[1], e / 2), of),
                  __byte_perm(word_of(value[2], e / 2), word_of(value[3], e / 2), of));
     }
+}
+
+/* Joins dim d of the shares that blocks of a token's keys have left, in their order. Shares: const float *, volatile where blocks of the
+ * same grid have left them. */
+template <typename Shares>
+__device__ __forceinline__ void join_shares_of(const Attention &p, int m, int head, int d, int seen) {
+    const Shares partial = p.partial + (size_t)(m * p.heads + head) * p.most_blocks * PARTIAL;
+    const int blocks = (seen + KEYS - 1) / KEYS;
+    float most = -1.0e30f, sum = 0.0f, result = 0.0f;
+#pragma unroll 4
+    for (int b = 0; b < blocks; b++) most = fmaxf(most, partial[b * PARTIAL + HEAD_DIM]);
+#pragma unroll 4
+    for (int b = 0; b < blocks; b++) {
+        const float factor = power_of_two(partial[b * PARTIAL + HEAD_DIM] - most);
+        sum = fmaf(partial[b * PARTIAL + HEAD_DIM + 1], factor, sum), result = fmaf(partial[b * PARTIAL + d], factor, result);
+    }
+    p.out[(m * p.heads + head) * HEAD_DIM + d] = round_one(__fdividef(result, sum) * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
 }
 #endif

@@ -61,8 +61,7 @@ struct Ahead {
                 multiply(sum, one, b[i][t].x, b[i][t].y);
                 multiply(sum, other, b[i][t].z, b[i][t].w);
                 const float2 by = scale[(part + i) / GROUP_PAIRS];
-                c[t][0] = fmaf(by.x, sum[0], c[t][0]), c[t][1] = fmaf(by.x, sum[1], c[t][1]);
-                c[t][2] = fmaf(by.y, sum[2], c[t][2]), c[t][3] = fmaf(by.y, sum[3], c[t][3]);
+                add_scaled(c[t], sum, by);
 #else
                 multiply(c[t], one, b[i][t].x, b[i][t].y);
                 multiply(c[t], other, b[i][t].z, b[i][t].w);
@@ -705,10 +704,6 @@ extern "C" __global__ void __launch_bounds__(256) grow(const Grow p) {
 struct Chunk {
     uint4 key[CHUNK / 8][KEY_PIECES], value[CHUNK / 4][VALUE_PIECES];
 
-    static __device__ __forceinline__ constexpr int value_of(int v) { return v / 4 * 16 + (v & 1) + (v & 2) * 4; }
-    static __device__ __forceinline__ bool has_key(int i, int q) { return HEAD_DIM % 32 == 0 || 32 * i + 8 * q < HEAD_DIM; }
-    static __device__ __forceinline__ bool has_value(int i, int g) { return HEAD_DIM % 64 == 0 || 64 * i + 8 * g < HEAD_DIM; }
-
     /* The first `num` of them, from where they lie. */
     __device__ __forceinline__ void load(const u16 *keys, const u16 *values, int num, int g, int q) {
         const uint4 none = {0, 0, 0, 0};
@@ -758,7 +753,7 @@ __device__ __forceinline__ void weigh(const Chunk &chunk, const u16 *queries, co
 #pragma unroll
     for (int i = 0; i < KEY_PIECES; i++) {
         uint4 one = {0, 0, 0, 0}, other = one;
-        if (Chunk::has_key(i, q)) {
+        if (has_key(i, q)) {
             one = *(const uint4 *)(queries + g * STRIDE + 32 * i + 8 * q);
             other = *(const uint4 *)(queries + (g + 8) * STRIDE + 32 * i + 8 * q);
         }
@@ -972,18 +967,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, AT_A_TIME) attend(const
 #pragma unroll 1
     for (int at = threadIdx.x; at < num_heads * HEAD_DIM; at += 32 * WARPS) {
         const int n = at / HEAD_DIM, d = at % HEAD_DIM, m = first + n / GROUP, head = kv * GROUP + n % GROUP, seen = seen_by[n / GROUP];
-        if (seen <= KEYS) continue;
-        const volatile float *partial = p.partial + (size_t)(m * p.heads + head) * p.most_blocks * PARTIAL;
-        const int blocks = (seen + KEYS - 1) / KEYS;
-        float most = -1.0e30f, sum = 0.0f, result = 0.0f;
-#pragma unroll 4
-        for (int b = 0; b < blocks; b++) most = fmaxf(most, partial[b * PARTIAL + HEAD_DIM]);
-#pragma unroll 4
-        for (int b = 0; b < blocks; b++) {
-            const float factor = power_of_two(partial[b * PARTIAL + HEAD_DIM] - most);
-            sum = fmaf(partial[b * PARTIAL + HEAD_DIM + 1], factor, sum), result = fmaf(partial[b * PARTIAL + d], factor, result);
-        }
-        p.out[(m * p.heads + head) * HEAD_DIM + d] = round_one(__fdividef(result, sum) * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
+        if (seen > KEYS) join_shares_of<const volatile float *>(p, m, head, d, seen);
     }
 }
 

@@ -48,6 +48,12 @@ __device__ __forceinline__ u32 widen_nibbles(u32 word) {
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
     return scale_and_shift(r, 0x3f803f80u, 0xc308c308u);
 }
+
+/* What a group's products add to a lane's sums: its scales are those of channels g and g + 8. */
+__device__ __forceinline__ void add_scaled(float (&c)[4], const float (&sum)[4], float2 by) {
+    c[0] = fmaf(by.x, sum[0], c[0]), c[1] = fmaf(by.x, sum[1], c[1]);
+    c[2] = fmaf(by.y, sum[2], c[2]), c[3] = fmaf(by.y, sum[3], c[3]);
+}
 #endif
 
 /* The A fragment of product `s` of pair `i` of those in registers. */

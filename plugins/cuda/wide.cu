@@ -171,10 +171,7 @@ __device__ __forceinline__ void linear(const Linear &p) {
                 const float2 by = first_tile + j < p.tiles
                     ? ((const float2 *)p.scale)[((size_t)(first_tile + j) * p.groups + at / GROUP_PAIRS) * 8 + g] : make_float2(0.0f, 0.0f);
 #pragma unroll
-                for (int t = 0; t < WARP_TOKENS; t++) {
-                    c[j][t][0] = fmaf(by.x, sum[j][t][0], c[j][t][0]), c[j][t][1] = fmaf(by.x, sum[j][t][1], c[j][t][1]);
-                    c[j][t][2] = fmaf(by.y, sum[j][t][2], c[j][t][2]), c[j][t][3] = fmaf(by.y, sum[j][t][3], c[j][t][3]);
-                }
+                for (int t = 0; t < WARP_TOKENS; t++) add_scaled(c[j][t], sum[j][t], by);
             }
 #endif
             if (--left && at + 1 < p.pairs) continue;
@@ -277,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(32 * MANY_WARPS) attend_many(const 
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int i = 0; i < KEY_PIECES; i++)
-            query[half][i] = HEAD_DIM % 32 == 0 || 32 * i + 8 * q < HEAD_DIM
+            query[half][i] = has_key(i, q)
                 ? *(const uint4 *)(p.queries + ((size_t)token[half] * p.heads + head[half]) * HEAD_DIM + 32 * i + 8 * q) : make_uint4(0, 0, 0, 0);
 
     float most[CHUNKS][2], sum[CHUNKS][2];
@@ -297,8 +294,7 @@ extern "C" __global__ void __launch_bounds__(32 * MANY_WARPS) attend_many(const 
                 uint4 key[CHUNK / 8];
 #pragma unroll
                 for (int t = 0; t < CHUNK / 8; t++)
-                    key[t] = HEAD_DIM % 32 == 0 || 32 * i + 8 * q < HEAD_DIM ? *(const uint4 *)(keys + 8 * t * STRIDE + 32 * i)
-                                                                            : make_uint4(0, 0, 0, 0);
+                    key[t] = has_key(i, q) ? *(const uint4 *)(keys + 8 * t * STRIDE + 32 * i) : make_uint4(0, 0, 0, 0);
                 const uint4 &one = query[0][i], &other = query[1][i];
 #pragma unroll
                 for (int t = 0; t < CHUNK / 8; t++) multiply(score[t], make_uint4(one.x, other.x, one.y, other.y), key[t].x, key[t].y);
@@ -344,8 +340,7 @@ extern "C" __global__ void __launch_bounds__(32 * MANY_WARPS) attend_many(const 
                     uint4 value[4];
 #pragma unroll
                     for (int v = 0; v < 4; v++)
-                        value[v] = HEAD_DIM % 64 == 0 || 64 * i + 8 * g < HEAD_DIM
-                            ? *(const uint4 *)(values + (16 * u + (v & 1) + (v & 2) * 4) * STRIDE + 64 * i) : make_uint4(0, 0, 0, 0);
+                        value[v] = has_value(i, g) ? *(const uint4 *)(values + value_of(4 * u + v) * STRIDE + 64 * i) : make_uint4(0, 0, 0, 0);
                     add_values(out, weight[c], u, value);
                 }
 #pragma unroll
@@ -394,19 +389,10 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM * JOINED_HEADS) join_share
     const int m = blockIdx.x, head = blockIdx.y * JOINED_HEADS + threadIdx.x / HEAD_DIM, d = threadIdx.x % HEAD_DIM;
     release_next();
     if (m >= p.step[NUM_TOKENS]) return;
-    const int seen = p.step[SEEN + m], blocks = (seen + KEYS - 1) / KEYS;
+    const int seen = p.step[SEEN + m];
     if (seen <= KEYS || head >= p.heads) return;
-    const float *partial = p.partial + (size_t)(m * p.heads + head) * p.most_blocks * PARTIAL;
     wait_for_previous();
-    float most = -1.0e30f, sum = 0.0f, result = 0.0f;
-#pragma unroll 4
-    for (int b = 0; b < blocks; b++) most = fmaxf(most, partial[b * PARTIAL + HEAD_DIM]);
-#pragma unroll 4
-    for (int b = 0; b < blocks; b++) {
-        const float factor = power_of_two(partial[b * PARTIAL + HEAD_DIM] - most);
-        sum = fmaf(partial[b * PARTIAL + HEAD_DIM + 1], factor, sum), result = fmaf(partial[b * PARTIAL + d], factor, result);
-    }
-    p.out[(m * p.heads + head) * HEAD_DIM + d] = round_one(__fdividef(result, sum) * (p.factor ? p.factor[head * HEAD_DIM + d] : 1.0f));
+    join_shares_of<const float *>(p, m, head, d, seen);
 }
 
 #endif
