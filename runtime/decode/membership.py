@@ -234,7 +234,7 @@ class Membership:
         run, row.run_together = row.run_together, None
         # A drafter that keeps nothing of prompts has nothing to make ready, and can begin at any time.
         if self._caching(row) is not None:
-            row.has_lost_draft = run is not None or (self.follows_load(row) and not self._would_draft(row))
+            row.has_lost_draft = run is not None or self._joins_without_draft(row)
         is_beside = self.runs_beside(prompt_ids) if run is None else run.is_beside
         self._joining = joining = _Joining(row, torch.tensor([row.tokens]), is_beside)
         if (drafter := self._drafters.of(row)) is not None:
@@ -286,17 +286,19 @@ class Membership:
             return False
         drafter = self._drafters.of(row)
         sees_prompt = drafter is not None and (drafter.has_cache or drafter.needs_features)
-        if sees_prompt and (not self.follows_load(row) or self._would_draft(row)):
+        if sees_prompt and not self._joins_without_draft(row):
             return False
         return self.prompt_cache is None or not self.prompt_cache.knows(prompt_ids[:-1], drafts=False)
 
-    def _would_draft(self, row: Row) -> bool:
-        """Whether a row that joins will be let draft: a draft that will hardly be asked is not made ready."""
+    def _joins_without_draft(self, row: Row) -> bool:
+        """Whether no draft is made ready for a row that joins, as it would hardly be asked."""
+        if not self.follows_load(row):
+            return False
         others = min(len(self.rows), self._target.max_batch - 1)  # one of all rows leaves before it can join
         if self._has_rounds and others >= MANY_ROWS:
-            return False
+            return True
         policies = frozenset(each.policy_hash for each in (*self.rows, row))
-        return others < ALONE or self._pace.would_draft(1 + others, policies)
+        return others >= ALONE and not self._pace.would_draft(1 + others, policies)
 
     def follows_load(self, row: Row) -> bool:
         """Whether a row drafts what pays in the company it has. The text of lossy rows is to be the same in any, but
@@ -324,10 +326,10 @@ class Membership:
         joining = self._joining
         assert joining is not None
         with self._around():
-            if joining.last is None:
+            while joining.last is None:
                 self._run_chunk(joining)
-            while joining.last is None and self._lane is not None:
-                self._run_chunk(joining)
+                if self._lane is None:
+                    break
             return self._join(joining) if joining.last is not None else None
 
     def is_ready(self, *, wait: bool) -> bool:

@@ -85,10 +85,8 @@ class FakeLane:
 def _beside(engine: Any, lane: FakeLane, num_rows: int) -> Any:
     """An engine of the same tables over a cache of its own."""
     other = copy.copy(engine)
-    other.max_batch, other.cache = (
-        num_rows,
-        _TokenCache(num_rows, engine.max_length, engine.cache.vocab_size, engine.cache.weight_S),
-    )
+    other.max_batch = num_rows
+    other.cache = _TokenCache(num_rows, engine.max_length, engine.cache.vocab_size, engine.cache.weight_S)
     for name in ("steps_B", "features_BSF", "written_BS"):
         if hasattr(engine, name):
             setattr(other, name, torch.zeros_like(getattr(engine, name)[:num_rows]))

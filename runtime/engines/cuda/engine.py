@@ -11,6 +11,7 @@ Shapes: see `contract.py`.
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -412,7 +413,7 @@ class CudaEngine:
                     self.vocab_size, spec.hidden_size, self._uses_hidden,
                 ))  # fmt: skip
 
-    def _enqueue_attention_of_many(self, launch: Launcher, shape: Shape, argument: Attention) -> None:  # type: ignore[valid-type]
+    def _enqueue_attention_of_many(self, launch: Launcher, shape: Shape, argument: ctypes.Structure) -> None:
         """What puts keys and values into the cache, and attends to them."""
         spec, groups = self.spec, -(-shape.width // group_tokens_for(self.spec, shape.width))
         heads = -(-(spec.num_heads + 2 * spec.num_kv_heads) // TURN_WARPS)
